@@ -1,0 +1,11 @@
+"""Attention that measures itself: exact softmax statistics, diagnosis, intervention."""
+
+from pathlib import Path as _Path
+
+if not (_Path(__file__).parent / "kernels").is_dir():  # source checkout: kernels/ lies beside the package
+    __path__.append(str(_Path(__file__).parent.parent))
+
+from .ops import attention, attention_stats
+from .stats import HeadStats, RowStats
+
+__all__ = ["HeadStats", "RowStats", "attention", "attention_stats"]
