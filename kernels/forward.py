@@ -229,7 +229,7 @@ def forward(query, key, value, options, tiles=None):
         for row_stat, number in zip(stats, (-torch.inf, 0.0, -torch.inf, torch.inf), strict=True):
             row_stat.fill_(number)
         return out.zero_(), *stats
-    tiles = tiles or forward_tiles(head_dim, value_dim, query.dtype)
+    tiles = tiles or forward_tiles(head_dim, value_dim, query.dtype, options.is_causal)
     mask, mask_strides, mask_kind = mask_arguments(options.attn_mask, (batch, heads, num_queries, num_keys))
     exact = query.dtype == torch.float32
     natural = exact or options.scale <= 0 or options.softcap is not None or mask_kind == ADDITIVE_MASK.value
