@@ -29,14 +29,21 @@ CASES = [
     (128, 16, 8, 2048, True),
     (64, 32, 8, 2048, True),
 ]
-TILES = [Tiles(m, n, w, s) for m, n in ((128, 128), (128, 64), (64, 128), (64, 64), (128, 32)) for w in (4, 8) for s in (2, 3, 4)]
+TILES = [
+    Tiles(m, n, w, s)
+    for m, n in ((128, 128), (128, 64), (64, 128), (64, 64), (128, 32))
+    for w in (4, 8)
+    for s in (2, 3, 4)
+]
 
 
 def main() -> None:
     results = []
     for head_dim, heads, batch, tokens, causal in CASES:
         torch.manual_seed(0)
-        q, k, v = (torch.randn(batch, heads, tokens, head_dim, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
+        q, k, v = (
+            torch.randn(batch, heads, tokens, head_dim, device="cuda", dtype=torch.bfloat16) for _ in "qkv"
+        )
         options = check(
             q, k, v, attn_mask=None, is_causal=causal, scale=None, window_size=None, softcap=None, sinks=None
         )
@@ -65,9 +72,21 @@ def main() -> None:
             except Exception as problem:  # a tile that does not fit is a result of the sweep
                 row["problem"] = repr(problem)[:120]
             results.append(row)
-        good = sorted((r for r in results if r["case"][0] == head_dim and r["case"][3:] == [tokens, causal] and "ratio" in r), key=lambda r: r["ratio"])
+        good = sorted(
+            (
+                r
+                for r in results
+                if r["case"][0] == head_dim and r["case"][3:] == [tokens, causal] and "ratio" in r
+            ),
+            key=lambda r: r["ratio"],
+        )
         for r in good[:4]:
-            print(r["case"], r["tiles"], f"{r['ms']:.3f} ms {r['ratio']:.3f}x cuDNN {r['cudnn_ms']:.3f} error {r['error']:.1e}", flush=True)
+            print(
+                r["case"],
+                r["tiles"],
+                f"{r['ms']:.3f} ms {r['ratio']:.3f}x cuDNN {r['cudnn_ms']:.3f} error {r['error']:.1e}",
+                flush=True,
+            )
     if len(sys.argv) > 1:
         Path(sys.argv[1]).write_text(json.dumps(results, indent=1))
 

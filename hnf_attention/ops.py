@@ -110,12 +110,18 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in wanted else t for t in tensors)
 
 
+def _no_autocast(query: Tensor) -> torch.autocast:
+    """The reference chooses its own precision: autocast must not round its products again."""
+    return torch.autocast(query.device.type, enabled=False)
+
+
 def _dispatch(
     query: Tensor, key: Tensor, value: Tensor | None, options: Options, extended: bool
 ) -> tuple[Tensor | None, RowStats]:
     mask = options.attn_mask
     if extended or (mask is not None and mask.requires_grad and torch.is_grad_enabled()):
-        return reference.attention(query, key, value, options, extended=extended)
+        with _no_autocast(query):
+            return reference.attention(query, key, value, options, extended=extended)
     out, lse, entropy, max_logit, min_logit = _forward_op(
         query,
         key,
@@ -152,7 +158,8 @@ def _forward_op(
         from .kernels import forward
 
         return forward.forward(query, key, value, options)
-    out, rows = reference.attention(query, key, value, options)
+    with _no_autocast(query):
+        out, rows = reference.attention(query, key, value, options)
     # An operator returns tensors only: without a value the output is a placeholder without elements.
     out = query.new_empty(0) if out is None else out
     return out, rows.lse, rows.entropy, rows.max_logit, rows.min_logit
@@ -190,7 +197,8 @@ def _backward_op(
 
         gradients = backward.backward(query, key, value, options, *cotangents)
     else:
-        gradients = reference.backward(query, key, value, options, *cotangents)
+        with _no_autocast(query):
+            gradients = reference.backward(query, key, value, options, *cotangents)
     return tuple(query.new_empty(0) if g is None else g for g in gradients)
 
 

@@ -37,14 +37,15 @@ def compute_dtype(query: Tensor) -> torch.dtype:
 
 def _group(x: Tensor, kv_heads: int) -> Tensor:
     """(B, H, rows, C) to (B, H_kv, G * rows, C): grouped-query heads beside each other."""
-    return x.reshape(x.shape[0], kv_heads, -1, x.shape[-1])
+    batch, heads, rows, width = x.shape
+    return x.reshape(batch, kv_heads, heads // max(1, kv_heads) * rows, width)
 
 
 def _score_rows(query: Tensor, key: Tensor, rows: slice, options: Options) -> _Scores:
-    batch, heads = query.shape[:2]
     num_keys = key.shape[2]
-    part = _group(query[:, :, rows].to(key.dtype), key.shape[1])
-    scores = (part @ key.transpose(-1, -2) * options.scale).reshape(batch, heads, -1, num_keys)
+    part = query[:, :, rows].to(key.dtype)
+    scores = _group(part, key.shape[1]) @ key.transpose(-1, -2) * options.scale
+    scores = scores.reshape(*part.shape[:3], num_keys)
     slope = None
     if options.softcap is not None:
         bent = (scores / options.softcap).tanh()
@@ -75,9 +76,9 @@ def attention(
         for rows in row_chunks(num_queries, key.shape[2], batch * heads)
     ]
     if not parts:
-        blank = query.new_zeros(batch, heads, 0, dtype=dtype)
         out = None if value is None else query.new_zeros(batch, heads, 0, value.shape[-1])
-        return out, RowStats(*[blank] * (8 if extended else 4))
+        blanks = (query.new_zeros(batch, heads, 0, dtype=dtype) for _ in range(8 if extended else 4))
+        return out, RowStats(*blanks)
     columns = [None if column[0] is None else torch.cat(column, 2) for column in zip(*parts, strict=True)]
     out = None if columns[0] is None else columns[0].to(query.dtype)
     return out, RowStats(*columns[1:])
@@ -129,7 +130,9 @@ def _attend_rows(
         mean = (w_i / l_safe)[..., None]
         variance = (e * (z - mean).square()).sum(-1)
         collision = e.square().sum(-1)
-        first = seen.expand(scores.shape).to(torch.uint8).argmax(-1, keepdim=True) if scores.shape[-1] else None
+        first = (
+            seen.expand(scores.shape).to(torch.uint8).argmax(-1, keepdim=True) if scores.shape[-1] else None
+        )
         sink_weight = torch.zeros_like(l_i) if first is None else e.gather(-1, first).squeeze(-1)
         if sinks is not None:
             variance = variance + z_sink.exp() * (z_sink - mean.squeeze(-1)).square()
@@ -211,7 +214,7 @@ def backward(
         if slope is not None:
             d_scores = d_scores * slope
         grouped = _group(d_scores, kv_heads)
-        d_query[:, :, rows] = (grouped @ key_c).reshape(batch, heads, -1, key.shape[3])
+        d_query[:, :, rows] = (grouped @ key_c).reshape(batch, heads, p.shape[2], key.shape[3])
         d_key += grouped.transpose(-1, -2) @ _group(query[:, :, rows].to(dtype), kv_heads)
     return Gradients(
         d_query.to(query.dtype),

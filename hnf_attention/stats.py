@@ -280,7 +280,9 @@ class HeadStats:
     def merge(self, other: HeadStats) -> HeadStats:
         """Both folds as one: exact, associative, commutative."""
         if self.values.shape != other.values.shape:
-            raise ValueError(f"expected head statistics of shape {self.values.shape}, got {other.values.shape}")
+            raise ValueError(
+                f"expected head statistics of shape {self.values.shape}, got {other.values.shape}"
+            )
         merged = self.values + other.values
         merged[NUM_SUMS:] = np.maximum(self.values[NUM_SUMS:], other.values[NUM_SUMS:])
         return HeadStats(merged, self.head_dim, self.dtype)

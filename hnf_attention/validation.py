@@ -105,9 +105,7 @@ def check(
         _require(isinstance(sinks, Tensor), "sinks to be a torch.Tensor or None", type(sinks), TypeError)
         _require(sinks.shape == (heads,), f"sinks of shape (heads,) = ({heads},)", tuple(sinks.shape))
         _require(sinks.dtype in FLOAT_DTYPES, "sinks of a floating dtype", sinks.dtype, TypeError)
-        _require(
-            sinks.device == query.device, f"sinks on the query's device {query.device}", sinks.device
-        )
+        _require(sinks.device == query.device, f"sinks on the query's device {query.device}", sinks.device)
     return Options(
         attn_mask=None if attn_mask is None else _check_mask(attn_mask, query, num_keys),
         is_causal=is_causal,

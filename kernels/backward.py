@@ -147,7 +147,9 @@ def _dq_kernel(
     if HAS_D_OUT:
         do = load_tile(do_desc, batch, head, start_m, BLOCK_M, BLOCK_DV)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    lo, _full_lo, _full_hi, hi = key_range(start_m, num_keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASK)
+    lo, _full_lo, _full_hi, hi = key_range(
+        start_m, num_keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASK
+    )
     for start_n in tl.range(lo, hi, BLOCK_N):
         k = load_tile(k_desc, batch, kv_head, start_n, BLOCK_N, BLOCK_D)
         qk = tl.dot(q, k.T, input_precision="ieee")

@@ -145,5 +145,3 @@ def fold_rows(accumulator, rows, visible_keys, sink_mass, query_norm, key_norm):
         BLOCK=512,
         num_warps=8,
     )
-
-

@@ -125,7 +125,10 @@ def _forward_kernel(
 ):
     # Late query blocks first (under a causal mask they are the long ones), HEAD_GROUP heads abreast.
     num_blocks = tl.cdiv(num_queries, BLOCK_M)
-    group, inside = tl.program_id(0) // (HEAD_GROUP * num_blocks), tl.program_id(0) % (HEAD_GROUP * num_blocks)
+    group, inside = (
+        tl.program_id(0) // (HEAD_GROUP * num_blocks),
+        tl.program_id(0) % (HEAD_GROUP * num_blocks),
+    )
     bh = group * HEAD_GROUP + inside % HEAD_GROUP
     if bh >= num_bh:
         return
@@ -149,9 +152,7 @@ def _forward_kernel(
         tl.full([BLOCK_M], float("inf"), tl.float32),
         tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
     )
-    lo, full_lo, full_hi, hi = key_range(
-        start_m, num_keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASK
-    )
+    lo, full_lo, full_hi, hi = key_range(start_m, num_keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASK)
     for part in tl.static_range(3):
         if part == 0:
             begin, end = lo, full_lo

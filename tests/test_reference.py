@@ -1,0 +1,166 @@
+"""The specification against an independent full-matrix fp64 oracle, analytic cases, and gradcheck."""
+
+import math
+
+import pytest
+import torch
+from cases import CASES, Case, oracle, random_cases
+from hypothesis import given, settings
+
+from hnf_attention import masks, reference
+from hnf_attention.validation import Options
+
+PLAIN = Options(None, False, 1.0, None, None, None)
+
+
+def _run(case, dtype=torch.float64, extended=False):
+    tensors = case.tensors(dtype)
+    out, rows = reference.attention(*tensors[:3], case.options(*tensors), extended=extended)
+    return tensors, out, rows
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_matches_the_oracle(case):
+    tensors, out, rows = _run(case)
+    got = (out, rows.lse, rows.entropy, rows.max_logit, rows.min_logit)
+    for actual, expected in zip(got, oracle(case, *tensors)):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(case=random_cases())
+def test_matches_the_oracle_anywhere(case):
+    test_matches_the_oracle(case)
+
+
+def test_chunks_do_not_change_the_result(monkeypatch):
+    case = CASES["everything"]
+    _, out, rows = _run(case, extended=True)
+    monkeypatch.setattr(masks, "CHUNK_ELEMENTS", 3 * case.num_keys * case.batch * case.kv_heads * case.group)
+    _, chunked_out, chunked = _run(case, extended=True)
+    torch.testing.assert_close(chunked_out, out)
+    for name in ("lse", "entropy", "min_logit", "logit_var", "collision", "score_std", "sink_mass"):
+        torch.testing.assert_close(getattr(chunked, name), getattr(rows, name))
+
+
+def test_uniform_scores_have_entropy_log_n():
+    q, k = torch.zeros(1, 1, 3, 8), torch.randn(1, 1, 100, 8)
+    _, rows = reference.attention(q, k, None, PLAIN, extended=True)
+    torch.testing.assert_close(rows.entropy, torch.full((1, 1, 3), math.log(100)))
+    torch.testing.assert_close(rows.max_weight, torch.full((1, 1, 3), 0.01))
+    torch.testing.assert_close(rows.collision, torch.full((1, 1, 3), 0.01))
+    torch.testing.assert_close(rows.tie_mass, torch.ones(1, 1, 3))
+    assert rows.logit_var.abs().max() < 1e-6 and rows.score_std.abs().max() < 1e-6
+
+
+def test_extended_statistics_match_their_definitions():
+    case = Case(spread=3.0)
+    tensors, _, rows = _run(case, extended=True)
+    q, k = tensors[:2]
+    scores = q @ k.repeat_interleave(case.group, 1).transpose(-1, -2) * case.head_dim**-0.5
+    p = scores.softmax(-1)
+    mean = (p * scores).sum(-1, keepdim=True)
+    torch.testing.assert_close(rows.logit_var, (p * (scores - mean) ** 2).sum(-1))
+    torch.testing.assert_close(rows.collision, (p**2).sum(-1))
+    torch.testing.assert_close(rows.score_std, scores.std(-1, correction=0))
+    torch.testing.assert_close(rows.sink_mass, p[..., 0])
+
+
+def test_entropy_is_exact_at_large_scores():
+    # Integers below 2^24 and a power-of-two scale: the scores themselves are exact in fp32.
+    torch.manual_seed(0)
+    offsets = torch.randint(0, 64, (1, 1, 1, 200)).float() / 16
+    k = torch.cat([torch.full((1, 1, 200, 1), 10000.0), offsets.mT], -1)
+    q = torch.ones(1, 1, 1, 2)
+    exact = reference.attention(q.double(), k.double(), None, PLAIN)[1]
+    rows = reference.attention(q, k, None, PLAIN)[1]
+    assert rows.max_logit.item() > 1e4
+    assert (rows.entropy.double() - exact.entropy).abs().max() <= 1e-5
+
+
+def test_a_common_shift_of_the_scores_changes_nothing_but_the_level():
+    q, k, v, _, _ = Case().tensors(torch.float64)
+    shift = torch.full((1, 1, 1, k.shape[2]), 7.5, dtype=torch.float64)
+    out, rows = reference.attention(q, k, v, PLAIN)
+    moved_out, moved = reference.attention(q, k, v, PLAIN.__class__(shift, False, 1.0, None, None, None))
+    torch.testing.assert_close(moved_out, out)
+    torch.testing.assert_close(moved.entropy, rows.entropy)
+    torch.testing.assert_close(moved.lse, rows.lse + 7.5)
+
+
+def test_permuting_the_keys_changes_nothing():
+    q, k, v, _, _ = Case().tensors(torch.float64)
+    order = torch.randperm(k.shape[2])
+    out, rows = reference.attention(q, k, v, PLAIN)
+    permuted_out, permuted = reference.attention(q, k[:, :, order], v[:, :, order], PLAIN)
+    torch.testing.assert_close(permuted_out, out)
+    torch.testing.assert_close(permuted.entropy, rows.entropy)
+    torch.testing.assert_close(permuted.min_logit, rows.min_logit)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_a_non_finite_query_makes_its_own_row_nan_and_no_other(number):
+    q, k, v, _, _ = Case().tensors()
+    q[0, 1, 4, 2] = number
+    _, rows = reference.attention(q, k, v, PLAIN, extended=True)
+    broken = torch.zeros(q.shape[:3], dtype=torch.bool)
+    broken[0, 1, 4] = True
+    for name in ("lse", "entropy", "max_logit", "min_logit", "collision", "sink_mass"):
+        assert torch.equal(getattr(rows, name).isnan(), broken), name
+
+
+def test_a_non_finite_key_that_is_hidden_harms_nothing():
+    case = Case(num_queries=4, num_keys=6)
+    q, k, v, _, _ = case.tensors()
+    k[:, :, 5] = torch.nan
+    _, rows = reference.attention(q, k, v, Options(None, True, 1.0, None, None, None))
+    assert rows.entropy.isfinite().all()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_explicit_backward_equals_autograd(case):
+    q, k, v, mask, sinks = case.tensors(torch.float64)
+    sinks = None if sinks is None else sinks.double().requires_grad_()
+    for x in (q, k, v):
+        x.requires_grad_()
+    options = case.options(q, k, v, mask, sinks)
+    out, rows = reference.attention(q, k, v, options)
+    finite = rows.lse.isfinite()
+    d_out, d_lse, d_entropy = torch.randn_like(out), torch.randn_like(rows.lse), torch.randn_like(rows.lse)
+    lse = torch.where(finite, rows.lse, 0.0)  # the derivative of -inf is not asked for
+    loss = (out * d_out).sum() + (lse * d_lse).sum() + (rows.entropy * d_entropy).sum()
+    inputs = [x for x in (q, k, v, sinks) if x is not None]
+    expected = torch.autograd.grad(loss, inputs)
+    with torch.no_grad():
+        got = reference.backward(
+            q, k, v, options, out, rows.lse, rows.entropy, d_out, torch.where(finite, d_lse, 0.0), d_entropy
+        )
+    for actual, wanted in zip([g for g in got if g is not None], expected):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["plain", "everything", "empty rows", "bool mask by head"])
+def test_visible_keys_counts_and_finds_the_first(name):
+    case = CASES[name]
+    tensors = case.tensors()
+    q, k = tensors[:2]
+    settings = {
+        "attn_mask": case.options(*tensors).attn_mask,
+        "is_causal": case.is_causal,
+        "window_size": case.window_size,
+    }
+    count, first = masks.visible_keys(q.shape[2], k.shape[2], device=q.device, **settings)
+    seen = masks.visible(slice(0, q.shape[2]), k.shape[2], device=q.device, **settings)
+    torch.testing.assert_close(count.expand(seen.shape[:-1]), seen.sum(-1))
+    expected = torch.where(seen.any(-1), seen.to(torch.uint8).argmax(-1), 0)
+    torch.testing.assert_close(first.expand(seen.shape[:-1]), expected)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window_size", [None, 1, 4, 100])
+def test_visible_keys_by_position_equals_the_mask(is_causal, window_size):
+    settings = {"is_causal": is_causal, "window_size": window_size, "device": torch.device("cpu")}
+    count, first = masks.visible_keys(30, 12, attn_mask=None, **settings)
+    seen = masks.visible(slice(0, 30), 12, attn_mask=None, **settings)
+    assert torch.equal(count, seen.sum(-1))
+    assert torch.equal(first, torch.where(seen.any(-1), seen.to(torch.uint8).argmax(-1), 0))

@@ -1,0 +1,87 @@
+"""One clear error per kind of bad input, before anything runs; zero lengths are good input."""
+
+import pytest
+import torch
+
+from hnf_attention import attention, attention_stats
+
+
+def _qkv(**shapes):
+    default = {"q": (2, 4, 5, 8), "k": (2, 2, 6, 8), "v": (2, 2, 6, 8)}
+    return [torch.randn(shapes.get(name, default[name])) for name in "qkv"]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"q": (4, 5, 8)}, r"query of shape .* got \(4, 5, 8\)"),
+        ({"k": (2, 6, 8)}, "key of shape"),
+        ({"k": (3, 2, 6, 8)}, "batch size 2, got 3"),
+        ({"k": (2, 2, 6, 7)}, "head dimension 8, got 7"),
+        ({"k": (2, 3, 6, 8), "v": (2, 3, 6, 8)}, "multiple of the 3 key heads, got 4"),
+        ({"v": (2, 2, 7, 8)}, "value of shape"),
+        ({"v": (2, 4, 6, 8)}, "value of shape"),
+        ({"q": (2, 4, 5, 0), "k": (2, 2, 6, 0)}, "at least 1"),
+    ],
+)
+def test_shapes(shapes, words):
+    with pytest.raises(ValueError, match=words):
+        attention(*_qkv(**shapes))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "words"),
+    [
+        ({"window_size": -1}, ValueError, "window_size >= 1"),
+        ({"window_size": 0}, ValueError, "window_size >= 1"),
+        ({"window_size": 2.5}, TypeError, "window_size to be an int"),
+        ({"softcap": 0.0}, ValueError, "softcap > 0"),
+        ({"softcap": -3}, ValueError, "softcap > 0, got -3"),
+        ({"softcap": float("nan")}, ValueError, "softcap"),
+        ({"softcap": "50"}, TypeError, "softcap to be a number"),
+        ({"scale": float("inf")}, ValueError, "scale finite"),
+        ({"is_causal": 1}, TypeError, "is_causal to be a bool"),
+        ({"attn_mask": torch.ones(5, 7, dtype=torch.bool)}, ValueError, "broadcasts to"),
+        ({"attn_mask": torch.ones(1, 1, 1, 5, 6, dtype=torch.bool)}, ValueError, "broadcasts to"),
+        ({"attn_mask": torch.ones(5, 6, dtype=torch.int64)}, TypeError, "attn_mask of dtype"),
+        ({"attn_mask": [[True]]}, TypeError, "attn_mask to be a torch.Tensor"),
+        ({"attn_mask": torch.ones(5, 6, device="meta")}, ValueError, "device cpu, got meta"),
+        ({"sinks": torch.zeros(3)}, ValueError, r"sinks of shape \(heads,\) = \(4,\)"),
+        ({"sinks": torch.zeros(4, dtype=torch.int32)}, TypeError, "sinks of a floating dtype"),
+        ({"sinks": 0.0}, TypeError, "sinks to be a torch.Tensor"),
+    ],
+)
+def test_options(keywords, error, words):
+    q, k, v = _qkv()
+    with pytest.raises(error, match=words):
+        attention(q, k, v, **keywords)
+    with pytest.raises(error, match=words):
+        attention_stats(q, k, **keywords)
+
+
+def test_dtypes_and_devices():
+    q, k, v = _qkv()
+    with pytest.raises(TypeError, match="query's dtype torch.float32, got torch.float16"):
+        attention(q, k.half(), v)
+    with pytest.raises(TypeError, match="floating dtype, got torch.int64"):
+        attention(q.long(), k.long(), v.long())
+    with pytest.raises(TypeError, match="value to be a torch.Tensor, got list"):
+        attention(q, k, [1.0])
+    with pytest.raises(ValueError, match="query's device cpu, got meta"):
+        attention(q, k.to("meta"), v)
+
+
+@pytest.mark.gpu
+def test_cpu_and_cuda_do_not_mix():
+    q, k, v = _qkv()
+    with pytest.raises(ValueError, match="query's device cuda:0, got cpu"):
+        attention(q.cuda(), k, v)
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(0, 6), (5, 0), (0, 0)])
+def test_zero_lengths_give_empty_results(num_queries, num_keys):
+    q, k, v = _qkv(q=(2, 4, num_queries, 8), k=(2, 2, num_keys, 8), v=(2, 2, num_keys, 8))
+    out, rows = attention(q.requires_grad_(), k, v, is_causal=True)
+    out.sum().backward()
+    assert out.shape == (2, 4, num_queries, 8) and not out.any()
+    assert (rows.lse == -torch.inf).all() and (rows.entropy == 0).all() and (rows.max_weight == 0).all()
