@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from .. import reference
-
 from .configs import backward_tiles
 from .primitives import (
     LOG2_E,

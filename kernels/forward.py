@@ -138,10 +138,7 @@ def _forward_kernel(
     offs_m = start_m + tl.arange(0, BLOCK_M)
     if MASK != NO_MASK:
         mask_ptr += batch.to(tl.int64) * stride_mask_b + head.to(tl.int64) * stride_mask_h
-    if NATURAL:
-        to_natural = 1.0
-    else:
-        to_natural = scale
+    to_natural = 1.0 if NATURAL else scale
     unit = to_natural * LOG2_E
 
     q = load_tile(q_desc, batch, head, start_m, BLOCK_M, BLOCK_D)

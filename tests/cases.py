@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from hypothesis import strategies as st
 
+from hnf_attention import attention
 from hnf_attention.validation import Options, check
 
 
@@ -161,3 +162,33 @@ def oracle(case: Case, q, k, v, mask, sinks):
         scores.amax(-1),
         torch.where(hidden, torch.inf, scores).amin(-1),
     )
+
+
+HEAD_DIMS = [16, 32, 64, 80, 96, 112, 128, (192, 128), 256]  # (D, D_v) for MLA
+
+
+def errors_beside_sdpa(head_dim, dtype, is_causal, length=333) -> dict[str, tuple[float, float]]:
+    """Relative L2 error against fp64 of out, dq, dk, dv: (ours, PyTorch's SDPA in the same dtype)."""
+    width, value_dim = head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim)
+    case = Case(2, 2, 2, length, length, width, value_dim, is_causal=is_causal, spread=2.0)
+    leaves = [x.detach().requires_grad_() for x in case.tensors(dtype, "cuda")[:3]]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    generator = torch.Generator("cuda").manual_seed(1)
+    d_out = torch.randn(2, 4, length, value_dim, device="cuda", generator=generator).to(dtype)
+
+    def library(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
+
+    def ours(q, k, v):
+        return attention(q, k, v, is_causal=is_causal)[0]
+
+    def results(fn, inputs):
+        out = fn(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, d_out.to(out.dtype))]
+
+    truth = results(library, exact)
+    errors = [
+        [float((got.double() - true).norm() / true.norm()) for got, true in zip(results(fn, leaves), truth)]
+        for fn in (ours, library)
+    ]
+    return dict(zip(("out", "dq", "dk", "dv"), zip(*errors)))

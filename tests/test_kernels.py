@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, Case, oracle, random_cases
+from cases import CASES, HEAD_DIMS, Case, errors_beside_sdpa, oracle, random_cases
 from hypothesis import given, settings
 
 from hnf_attention import ops, reference, stats
@@ -190,28 +190,9 @@ def test_any_strides(stride, device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 112, 128, (192, 128), 256])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_error_is_at_most_twice_that_of_sdpa(head_dim, dtype, is_causal):
     """Against fp64, per the accuracy rule: 2x PyTorch's own kernel in the same dtype, plus one rounding."""
-    width, value_dim = head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim)
-    case = Case(2, 2, 2, 333, 333, width, value_dim, is_causal=is_causal, spread=2.0)
-    leaves = [x.detach().requires_grad_() for x in case.tensors(dtype, "cuda")[:3]]
-    exact = [x.detach().double().requires_grad_() for x in leaves]
-    d_out = torch.randn(2, 4, 333, value_dim, device="cuda", dtype=dtype)
-
-    def library(q, k, v):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
-
-    def gradients(fn, inputs):
-        out = fn(*inputs)
-        return [out.detach(), *torch.autograd.grad(out, inputs, d_out.to(out.dtype))]
-
-    truth = gradients(library, exact)
-    theirs = gradients(library, leaves)
-    ours = gradients(lambda q, k, v: ops.attention(q, k, v, is_causal=is_causal)[0], leaves)
-    rounding = torch.finfo(dtype).eps / 2
-    for name, true, their, our in zip(("out", "dq", "dk", "dv"), truth, theirs, ours):
-        norm = true.norm()
-        allowed = 2 * (their.double() - true).norm() / norm + rounding
-        assert (our.double() - true).norm() / norm <= allowed, name
+    for name, (ours, theirs) in errors_beside_sdpa(head_dim, dtype, is_causal).items():
+        assert ours <= 2 * theirs + torch.finfo(dtype).eps / 2, name

@@ -1,0 +1,517 @@
+"""Hugging Face models: outputs equal the plain model's, statistics equal those of eager attention weights."""
+
+import copy
+import logging
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import nn
+
+from hnf_attention.instrument import instrument
+
+transformers = pytest.importorskip("transformers")
+
+BATCH, LENGTH, VOCAB = 2, 28, 61
+PADS = {"none": (0, 0), "left": (9, "left"), "right": (9, "right")}
+SMALL = {"vocab_size": VOCAB, "initializer_range": 0.4}
+DECODER = {
+    **SMALL,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+@dataclass
+class Stack:
+    """The attention layers that run one after another; `window` of each, None for full attention."""
+
+    weights: str  # field of the model's output that holds the eager weights
+    causal: bool
+    windows: tuple = (None, None)
+
+
+@dataclass
+class Family:
+    model: str
+    config: str
+    options: dict
+    stacks: tuple
+    implementations: tuple = ("eager", "sdpa")
+    padding: tuple = ("none", "left", "right")
+    extra: dict = field(default_factory=dict)
+
+    def build(self, implementation: str) -> nn.Module:
+        torch.manual_seed(0)
+        config = getattr(transformers, self.config)(**self.options)
+        model = getattr(transformers, self.model)._from_config(config, attn_implementation=implementation)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(("sinks", "relative_attention_bias.weight")):
+                    parameter.normal_(std=1.0)  # zero or uninitialised otherwise: would hide a mistake
+        return model.eval()
+
+
+FAMILIES = {
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {**SMALL, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        (Stack("attentions", True),),
+    ),
+    "bert": Family(
+        "BertModel",
+        "BertConfig",
+        {
+            **SMALL,
+            "hidden_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+        },
+        (Stack("attentions", False),),
+    ),
+    "llama": Family("LlamaForCausalLM", "LlamaConfig", DECODER, (Stack("attentions", True),)),
+    "mistral": Family(
+        "MistralForCausalLM",
+        "MistralConfig",
+        {**DECODER, "sliding_window": 8},
+        (Stack("attentions", True, (8, 8)),),
+    ),
+    "mistral, window longer than the text": Family(
+        "MistralForCausalLM",
+        "MistralConfig",
+        {**DECODER, "sliding_window": 64},
+        (Stack("attentions", True),),
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {
+            **DECODER,
+            "sliding_window": 8,
+            "attn_logit_softcapping": 4.0,
+            "query_pre_attn_scalar": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        (Stack("attentions", True, (8, None)),),
+        ("eager",),
+    ),
+    "gpt-oss": Family(
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {
+            **DECODER,
+            "sliding_window": 8,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        (Stack("attentions", True, (8, None)),),
+        ("eager",),
+    ),
+    "t5": Family(
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {
+            "vocab_size": VOCAB,
+            "d_model": 48,
+            "d_kv": 12,
+            "num_heads": 4,
+            "d_ff": 64,
+            "num_layers": 2,
+            "decoder_start_token_id": 0,
+        },
+        (
+            Stack("encoder_attentions", False),
+            Stack("decoder_attentions", True),
+            Stack("cross_attentions", False),
+        ),
+        padding=("none", "right", "left"),
+    ),
+    "vit": Family(
+        "ViTModel",
+        "ViTConfig",
+        {
+            "initializer_range": 0.4,
+            "hidden_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "image_size": 20,
+            "patch_size": 4,
+        },
+        (Stack("attentions", False),),
+        padding=("none",),
+    ),
+}
+
+
+def padding(side: str) -> torch.Tensor:
+    """(BATCH, LENGTH) mask, 1 for text; only the second text is shorter."""
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
+    if side == "left":
+        mask[1, :9] = 0
+    elif side == "right":
+        mask[1, -9:] = 0
+    return mask
+
+
+def inputs(family: Family, side: str) -> dict:
+    generator = torch.Generator().manual_seed(1)
+    if "Vi" in family.model:
+        return {"pixel_values": torch.randn(BATCH, 3, 20, 20, generator=generator)}
+    ids = torch.randint(1, VOCAB, (BATCH, LENGTH), generator=generator)
+    arguments = {"input_ids": ids, "attention_mask": padding(side)}
+    if "T5" in family.model:
+        arguments["decoder_input_ids"] = torch.randint(1, VOCAB, (BATCH, 20), generator=generator)
+    return arguments
+
+
+def visible(stack: Stack, layer: int, weights: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """(B, M, N): what a query may see, from first principles."""
+    num_queries, num_keys = weights.shape[-2:]
+    i, j = torch.arange(num_queries)[:, None], torch.arange(num_keys)[None, :]
+    seen = torch.ones(num_queries, num_keys, dtype=torch.bool)
+    if stack.causal:
+        seen &= j <= i
+    if stack.windows[layer] is not None:
+        seen &= i - j < stack.windows[layer]
+    # A decoder's own mask is not padded here; ViT and the like have no mask.
+    own = keep.shape[1] == num_keys
+    return seen & keep[:, None, :].bool() if own else seen.expand(BATCH, -1, -1)
+
+
+def in_order(family: Family, outputs) -> list[tuple[Stack, int, torch.Tensor]]:
+    """(stack, layer in it, eager weights) in the order in which attention runs."""
+    stacks = [
+        [(stack, layer, weights) for layer, weights in enumerate(outputs[stack.weights])]
+        for stack in family.stacks
+    ]
+    if len(stacks) == 1:
+        return stacks[0]
+    encoder, *decoder = stacks
+    return encoder + [entry for pair in zip(*decoder) for entry in pair]
+
+
+def assert_rows_equal_weights(measurement, weights, seen, sinks=None, text=None):
+    """Row statistics against eager weights (B, H, M, N), on rows that see any key.
+
+    text: (B, M), the rows to compare. A padding row may differ from the eager model's from the second
+    layer on: where its keys are all hidden, eager attention averages all values, others give 0.
+    """
+    rows, occupied = measurement.rows, seen.any(-1)[:, None].expand(weights.shape[:3])
+    assert (rows.entropy[~occupied] == 0).all() and (rows.lse[~occupied] == -torch.inf).all()
+    if text is not None and text.shape[1] == occupied.shape[2]:
+        occupied = occupied & text[:, None]
+    weights = weights.double()
+    torch.testing.assert_close(
+        measurement.visible_keys.expand(weights.shape[:3]), seen.sum(-1)[:, None].expand(weights.shape[:3])
+    )
+    close = {"rtol": 2e-4, "atol": 2e-5}
+    torch.testing.assert_close(rows.max_weight[occupied].double(), weights.amax(-1)[occupied], **close)
+    entropy = -torch.special.xlogy(weights, weights).sum(-1)
+    if sinks is not None:
+        sink = 1 - weights.sum(-1)
+        entropy = entropy - torch.special.xlogy(sink, sink)
+        assert sink[occupied].min() > 1e-3  # the sink takes part
+    torch.testing.assert_close(rows.entropy[occupied].double(), entropy[occupied], **close)
+    first = seen.to(torch.uint8).argmax(-1)[:, None, :, None].expand(*weights.shape[:3], 1)
+    on_first = weights.gather(-1, first).squeeze(-1) + (0 if sinks is None else sink)
+    torch.testing.assert_close(measurement.sink_mass[occupied].double(), on_first[occupied], **close)
+
+
+def main_output(outputs) -> torch.Tensor:
+    return outputs.logits if "logits" in outputs else outputs.last_hidden_state
+
+
+@pytest.mark.parametrize("mode", ["probe", "fused"])
+@pytest.mark.parametrize(
+    ("name", "implementation"), [(n, i) for n, family in FAMILIES.items() for i in family.implementations]
+)
+@torch.no_grad()
+def test_equals_the_eager_model(name, implementation, mode):
+    family = FAMILIES[name]
+    eager, model = family.build("eager"), family.build(implementation)
+    assert model.config._attn_implementation == implementation
+    for side in family.padding:
+        arguments = inputs(family, side)
+        reference = eager(**arguments, output_attentions=True)
+        plain = main_output(model(**arguments))
+        with instrument(model, mode=mode) as instrumentation:
+            output = main_output(model(**arguments))
+            measured, coverage = dict(instrumentation.latest), instrumentation.coverage
+        keep = arguments.get("attention_mask", torch.ones(BATCH, 1)).bool()
+        if mode == "probe":
+            torch.testing.assert_close(output, plain, rtol=0, atol=0)
+        rows = keep if output.shape[:2] == keep.shape else torch.ones(output.shape[:2], dtype=torch.bool)
+        torch.testing.assert_close(output[rows], main_output(reference)[rows], rtol=1e-3, atol=1e-4)
+
+        expected = in_order(family, reference)
+        assert len(measured) == len(expected) and not coverage.not_measured, str(coverage)
+        assert all(how.startswith(f"{mode} (transformers") for how in coverage.measured.values())
+        for (layer, measurement), (stack, index, weights) in zip(measured.items(), expected):
+            assert layer == measurement.layer and "Attention" in type(model.get_submodule(layer)).__name__
+            assert measurement.dtype == torch.float32 and measurement.head_dim * 4 <= 64
+            module = model.get_submodule(layer)
+            seen = visible(stack, index, weights, keep)
+            text = None if (implementation, mode) == ("eager", "probe") else keep
+            assert_rows_equal_weights(measurement, weights, seen, getattr(module, "sinks", None), text)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_fused_gradients_equal_the_plain_ones(name, implementation):
+    model = FAMILIES[name].build(implementation)
+    arguments = inputs(FAMILIES[name], "right")
+
+    def gradients():
+        model.zero_grad()
+        model(**arguments, labels=arguments["input_ids"]).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    plain = gradients()
+    with instrument(model, mode="fused") as instrumentation:
+        fused = gradients()
+        assert all(how.startswith("fused") for how in instrumentation.coverage.measured.values())
+    for parameter, gradient in plain.items():
+        scale = gradient.abs().max()
+        torch.testing.assert_close(fused[parameter], gradient, rtol=1e-3, atol=1e-5 * float(scale))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_restore_is_exact_and_other_models_are_untouched(implementation):
+    from transformers.models.llama import modeling_llama
+
+    def state():
+        return (
+            torch.nn.functional.scaled_dot_product_attention,
+            transformers.AttentionInterface()["sdpa"],
+            modeling_llama.eager_attention_forward,
+        )
+
+    before = state()
+    family = FAMILIES["llama"]
+    model, other = family.build(implementation), family.build(implementation)
+    arguments = inputs(family, "left")
+    plain = model(**arguments).logits
+    keys, config = list(model.state_dict()), model.config.to_dict()
+    with pytest.raises(KeyError, match="user code"), instrument(model) as instrumentation:
+        assert state() != before
+        copied = copy.deepcopy(model)
+        model(**arguments)
+        assert len(instrumentation.latest) == 2
+        instrumentation.latest.clear()
+        for unmeasured in (other, copied):
+            torch.testing.assert_close(unmeasured(**arguments).logits, plain, rtol=0, atol=0)
+        assert not instrumentation.latest
+        assert model.config._attn_implementation == implementation and model.config.to_dict() == config
+        raise KeyError("user code")
+    assert state() == before
+    instrumentation.restore()
+    assert state() == before and list(model.state_dict()) == keys
+    torch.testing.assert_close(model(**arguments).logits, plain, rtol=0, atol=0)
+    assert not instrumentation.latest
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("mode", ["probe", "fused"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_gradient_checkpointing_counts_each_layer_once(implementation, mode, use_reentrant):
+    model = FAMILIES["llama"].build(implementation).train()
+    arguments = inputs(FAMILIES["llama"], "right")
+
+    def step():
+        model.zero_grad()
+        model(**arguments, labels=arguments["input_ids"]).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    plain = step()
+    older = getattr(model, "gradient_checkpointing_enable", None)
+    getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": use_reentrant})
+    if use_reentrant:
+        model.enable_input_require_grads()
+    with instrument(model, mode=mode) as instrumentation:
+        seen = []
+        instrumentation.on_measure = lambda measurement: seen.append(measurement.layer)
+        checkpointed = step()
+    assert seen == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    for got, expected in zip(checkpointed, plain):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("mode", ["probe", "fused"])
+@torch.no_grad()
+def test_generation_with_a_cache_measures_every_head_of_single_queries(implementation, mode):
+    """transformers packs a group of query heads into rows of SDPA here: heads must come out apart."""
+    family = FAMILIES["llama"]
+    model = family.build(implementation)
+    arguments = inputs(family, "left")
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    reference = family.build("eager").generate(**arguments, **options, output_attentions=True)
+    with instrument(model, mode=mode) as instrumentation:
+        measured = []
+        instrumentation.on_measure = measured.append
+        generated = model.generate(**arguments, **options)
+    assert generated.sequences.tolist() == reference.sequences.tolist()
+    assert len(measured) == 4 * 2
+    for step in range(1, 4):
+        for layer in range(2):
+            measurement, weights = measured[2 * step + layer], reference.attentions[step][layer]
+            seen = torch.ones(BATCH, 1, weights.shape[-1], dtype=torch.bool)
+            seen[:, 0, :LENGTH] = arguments["attention_mask"].bool()
+            assert_rows_equal_weights(measurement, weights, seen)
+
+
+@torch.no_grad()
+def test_static_cache_prefill_leaves_unwritten_keys_out():
+    family = FAMILIES["llama"]
+    model = family.build("sdpa")
+    ids = inputs(family, "none")["input_ids"]
+    weights = family.build("eager")(ids, output_attentions=True).attentions
+    cache = transformers.StaticCache(config=model.config, max_cache_len=48)
+    with instrument(model, mode="fused") as instrumentation:
+        model(ids, past_key_values=cache)
+    for measurement, layer_weights in zip(instrumentation.latest.values(), weights):
+        seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(BATCH, -1, -1)
+        assert_rows_equal_weights(measurement, layer_weights, seen)
+
+
+@torch.no_grad()
+def test_fused_over_eager_still_returns_weights_when_asked():
+    model = FAMILIES["gpt2"].build("eager")
+    arguments = inputs(FAMILIES["gpt2"], "none")
+    plain = model(**arguments, output_attentions=True)
+    with instrument(model, mode="fused") as instrumentation:
+        output = model(**arguments, output_attentions=True)
+    torch.testing.assert_close(output.attentions, plain.attentions, rtol=0, atol=0)
+    how = set(instrumentation.coverage.measured.values())
+    assert how == {"probe: attention weights are asked for (transformers eager)"}
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_dropout_is_the_models_own(implementation):
+    model = FAMILIES["gpt2"].build(implementation).train()
+    arguments = inputs(FAMILIES["gpt2"], "none")
+    torch.manual_seed(3)
+    plain = model(**arguments).logits
+    with instrument(model, mode="fused") as instrumentation:
+        torch.manual_seed(3)
+        output = model(**arguments).logits
+    torch.testing.assert_close(output, plain, rtol=0, atol=0)
+    how = set(instrumentation.coverage.measured.values())
+    assert how == {f"probe: dropout (transformers {implementation})"}
+
+
+def test_a_trained_position_bias_keeps_its_gradient():
+    model = FAMILIES["t5"].build("sdpa")
+    model.config.dropout_rate = 0.0
+    arguments = inputs(FAMILIES["t5"], "right")
+    bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    model(**arguments).logits.square().mean().backward()
+    plain, bias.grad = bias.grad, None
+    with instrument(model, mode="fused") as instrumentation:
+        model(**arguments).logits.square().mean().backward()
+    torch.testing.assert_close(bias.grad, plain, rtol=1e-3, atol=1e-6)
+    how = instrumentation.coverage.measured
+    assert how["encoder.block.0.layer.0.SelfAttention"].startswith("probe: the additive mask requires")
+
+
+@pytest.mark.parametrize("mode", ["probe", "fused"])
+@torch.no_grad()
+def test_an_eager_function_that_computes_something_else_is_listed(mode, monkeypatch):
+    from transformers.models.gpt2 import modeling_gpt2
+
+    original = modeling_gpt2.eager_attention_forward
+
+    def sharpened(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+        return original(module, 1.5 * query, key, value, attention_mask, scaling, dropout, **kwargs)
+
+    monkeypatch.setattr(modeling_gpt2, "eager_attention_forward", sharpened)
+    model = FAMILIES["gpt2"].build("eager")
+    arguments = inputs(FAMILIES["gpt2"], "left")
+    plain = model(**arguments).logits
+    with instrument(model, mode=mode) as instrumentation:
+        output = model(**arguments).logits
+    torch.testing.assert_close(output, plain, rtol=0, atol=0)
+    assert not instrumentation.coverage.measured
+    reasons = list(instrumentation.coverage.not_measured.values())
+    assert len(reasons) == 2 and all("computes something else" in reason for reason in reasons)
+    with pytest.raises(RuntimeError, match="computes something else"):
+        instrumentation.require_measured()
+
+
+@torch.no_grad()
+def test_the_comparison_with_an_eager_function_waits_for_finite_numbers():
+    model = FAMILIES["gpt2"].build("eager")
+    arguments = inputs(FAMILIES["gpt2"], "none")
+    weight = model.transformer.h[0].attn.c_attn.weight
+    kept = weight.clone()
+    with instrument(model) as instrumentation:
+        weight.fill_(torch.nan)
+        model(**arguments)
+        assert instrumentation.latest["transformer.h.0.attn"].rows.entropy.isnan().all()
+        weight.copy_(kept)
+        model(**arguments)
+        assert instrumentation.latest["transformer.h.0.attn"].rows.entropy.isfinite().all()
+
+
+def test_another_implementation_is_left_alone_and_listed(caplog):
+    def custom(module, query, key, value, attention_mask, **kwargs):
+        return value.transpose(1, 2).contiguous(), None
+
+    model = FAMILIES["gpt2"].build("eager")
+    transformers.AttentionInterface.register("custom_kernel", custom)
+    try:
+        model.config._attn_implementation = "custom_kernel"
+        with instrument(model, strict=True) as instrumentation, caplog.at_level(logging.WARNING):
+            with pytest.raises(RuntimeError, match="custom_kernel"):
+                model(**inputs(FAMILIES["gpt2"], "none"))
+            reasons = instrumentation.coverage.not_measured
+        assert model.config._attn_implementation == "custom_kernel"
+    finally:
+        del transformers.AttentionInterface._global_mapping["custom_kernel"]
+    assert list(reasons) == ["transformer.h.0.attn", "transformer.h.1.attn"]
+    assert all('attn_implementation="sdpa" or "eager"' in reason for reason in reasons.values())
+
+
+@torch.no_grad()
+def test_parts_with_implementations_of_their_own_and_a_change_in_between():
+    """A composite model: encoder and decoder each keep their own implementation."""
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.BertConfig(**FAMILIES["bert"].options),
+        transformers.BertConfig(**FAMILIES["bert"].options, is_decoder=True, add_cross_attention=True),
+    )
+    model = transformers.EncoderDecoderModel(config).eval()
+    model.encoder.config._attn_implementation = "eager"
+    model.decoder.config._attn_implementation = "sdpa"
+    ids = inputs(FAMILIES["bert"], "none")["input_ids"]
+    with instrument(model) as instrumentation:
+        model(input_ids=ids, decoder_input_ids=ids)
+        measured = instrumentation.coverage.measured
+        assert {how for layer, how in measured.items() if layer.startswith("encoder")} == {
+            "probe (transformers eager)"
+        }
+        assert {how for layer, how in measured.items() if layer.startswith("decoder")} == {
+            "probe (transformers sdpa)"
+        }
+        assert len(measured) == 6 and not instrumentation.coverage.not_measured
+        model.decoder.config._attn_implementation = "eager"
+        model(input_ids=ids, decoder_input_ids=ids)
+        assert set(instrumentation.coverage.measured.values()) == {"probe (transformers eager)"}
+
+
+def test_a_hand_written_path_inside_a_model_is_listed():
+    family = FAMILIES["gpt2"]
+    model = copy.deepcopy(family.build("eager"))
+    for block in model.transformer.h[:1]:
+        block.attn.reorder_and_upcast_attn = True
+    with instrument(model) as instrumentation:
+        model(**inputs(family, "none"))
+    assert list(instrumentation.coverage.measured) == ["transformer.h.1.attn"]
+    assert list(instrumentation.coverage.not_measured) == ["transformer.h.0.attn"]
