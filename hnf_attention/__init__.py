@@ -5,7 +5,24 @@ from pathlib import Path as _Path
 if not (_Path(__file__).parent / "kernels").is_dir():  # source checkout: kernels/ lies beside the package
     __path__.append(str(_Path(__file__).parent.parent))
 
+from .analyzer import AttentionAnalyzer
+from .diagnosis import AttentionDiagnosis, StabilityIssue
+from .instrument import Instrumentation, instrument
+from .interventions import apply_intervention
+from .monitor import AttentionStabilityMonitor
 from .ops import attention, attention_stats
 from .stats import HeadStats, RowStats
 
-__all__ = ["HeadStats", "RowStats", "attention", "attention_stats"]
+__all__ = [
+    "AttentionAnalyzer",
+    "AttentionDiagnosis",
+    "AttentionStabilityMonitor",
+    "HeadStats",
+    "Instrumentation",
+    "RowStats",
+    "StabilityIssue",
+    "apply_intervention",
+    "attention",
+    "attention_stats",
+    "instrument",
+]

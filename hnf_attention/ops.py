@@ -103,7 +103,7 @@ def attention_stats(
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Floating tensors in the dtype that autocast gives SDPA's inputs; fp64 is left alone, as there."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     wanted = (torch.float16, torch.bfloat16, torch.float32)

@@ -121,8 +121,9 @@ def fold_rows(
         return torch.where(rows, values, 0.0).sum((0, 2), dtype=torch.float64)
 
     def largest(values: Tensor, rows: Tensor) -> Tensor:
-        masked = torch.where(rows, values.double(), -torch.inf)
-        return masked.transpose(0, 1).flatten(1).amax(1)
+        masked = torch.where(rows, values.double(), -torch.inf).transpose(0, 1).flatten(1)
+        # amax has no identity: a call without rows (a zero-length sequence) gets one to reduce.
+        return torch.nn.functional.pad(masked, (0, 1), value=-torch.inf).amax(1)
 
     one = torch.ones_like(entropy)
     sums = {

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,7 +13,6 @@ from hnf_attention.instrument import instrument
 transformers = pytest.importorskip("transformers")
 
 BATCH, LENGTH, VOCAB = 2, 28, 61
-PADS = {"none": (0, 0), "left": (9, "left"), "right": (9, "right")}
 SMALL = {"vocab_size": VOCAB, "initializer_range": 0.4}
 DECODER = {
     **SMALL,
@@ -43,7 +42,6 @@ class Family:
     stacks: tuple
     implementations: tuple = ("eager", "sdpa")
     padding: tuple = ("none", "left", "right")
-    extra: dict = field(default_factory=dict)
 
     def build(self, implementation: str) -> nn.Module:
         torch.manual_seed(0)
@@ -52,7 +50,8 @@ class Family:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith(("sinks", "relative_attention_bias.weight")):
-                    parameter.normal_(std=1.0)  # zero or uninitialised otherwise: would hide a mistake
+                    # Small or uninitialised otherwise, which would hide a mistake.
+                    parameter.normal_(mean=8.0 if name.endswith("sinks") else 0.0)
         return model.eval()
 
 
@@ -216,9 +215,9 @@ def assert_rows_equal_weights(measurement, weights, seen, sinks=None, text=None)
     torch.testing.assert_close(rows.max_weight[occupied].double(), weights.amax(-1)[occupied], **close)
     entropy = -torch.special.xlogy(weights, weights).sum(-1)
     if sinks is not None:
-        sink = 1 - weights.sum(-1)
+        sink = (1 - weights.sum(-1)).clamp(min=0)
         entropy = entropy - torch.special.xlogy(sink, sink)
-        assert sink[occupied].min() > 1e-3  # the sink takes part
+        assert sink[occupied].mean() > 0.05  # the sink takes part
     torch.testing.assert_close(rows.entropy[occupied].double(), entropy[occupied], **close)
     first = seen.to(torch.uint8).argmax(-1)[:, None, :, None].expand(*weights.shape[:3], 1)
     on_first = weights.gather(-1, first).squeeze(-1) + (0 if sinks is None else sink)

@@ -1,0 +1,96 @@
+"""What the demo leaves in its output folder: figures and one JSON document."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..report import figures
+from ..report.versions import versions
+from .outcome import Outcome
+from .training import Config, Run
+
+SCHEMA_VERSION = 1
+_UNTREATED, _TREATED = "#c0392b", "#2471a3"
+
+
+def save(folder: Path, config: Config, untreated: Run, treated: Run, outcome: Outcome) -> list[Path]:
+    """Write everything into `folder` (made if missing); returns the paths. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {"losses": loss_curves(untreated, treated, outcome)}
+    for name, run in (("untreated", untreated), ("treated", treated)):
+        drawn[f"{name}_entropy"] = figures.entropy_heatmap(run.history[-1])
+        drawn[f"{name}_max_logit"] = figures.max_logit_evolution(run.history)
+        drawn[f"{name}_curvature"] = figures.curvature_evolution(run.history)
+    paths = []
+    for name, figure in drawn.items():
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1])
+    paths.append(folder / "diagnosis.json")
+    document = to_document(config, untreated, treated, outcome)
+    paths[-1].write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return paths
+
+
+def to_document(config: Config, untreated: Run, treated: Run, outcome: Outcome) -> dict[str, Any]:
+    """The demo as JSON types: what ran, what was found, what came of it."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "versions": versions("hnf-attention", "torch"),
+        "config": asdict(config),
+        "outcome": outcome.to_dict(),
+        "untreated": _run(untreated),
+        "treated": _run(treated),
+    }
+
+
+def loss_curves(untreated: Run, treated: Run, outcome: Outcome) -> Figure:
+    """Both losses over the steps, with the warning and the step at which the loss shows something."""
+    figure = Figure(figsize=(7.6, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for run, colour, label in ((untreated, _UNTREATED, "untreated"), (treated, _TREATED, "treated")):
+        steps = range(1, len(run.losses) + 1)
+        axes.plot(steps, run.losses, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, _smoothed(run.losses), color=colour, linewidth=1.8, label=label)
+    marks = [(outcome.warning_step, "warning")]
+    marks.append((outcome.sign.step, f"the loss shows it ({outcome.sign.kind})") if outcome.sign else (None, ""))
+    for step, text in marks:
+        if step is not None:
+            axes.axvline(step, color="#555555", linewidth=0.9, linestyle="--")
+            axes.annotate(
+                f"{text}, step {step}",
+                (step, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, -4),
+                textcoords="offset points",
+                va="top",
+                fontsize=8,
+            )
+    axes.set_xlabel("training step")
+    axes.set_ylabel("loss (nats per byte)")
+    axes.set_title("The same run, untreated and treated", loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _smoothed(losses: Sequence[float], window: int = 10) -> list[float]:
+    """Trailing mean over `window` steps, fewer at the start."""
+    return [math.fsum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
+
+
+def _run(run: Run) -> dict[str, Any]:
+    return {
+        "losses": [loss if math.isfinite(loss) else None for loss in run.losses],
+        "first_finding": None if run.first_finding is None else run.first_finding.to_dict(),
+        "last_diagnosis": None if run.last_diagnosis is None else run.last_diagnosis.to_dict(),
+        "interventions": [{"step": step, **intervention} for step, intervention in run.interventions],
+    }

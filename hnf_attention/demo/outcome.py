@@ -1,0 +1,93 @@
+"""The demo's verdict: what was promised, what happened."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .loss import LossSign, falls_behind, final, first_sign
+from .training import Run
+
+PROMISED_GAP = 0.25  # nats by which the treated run must end below the untreated one
+HINDSIGHT_GAP = 0.1  # nats behind the treated run that count as visible, with hindsight
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Two runs, judged. Losses are means over the last steps, in nats; steps count from 1."""
+
+    warning_step: int | None  # of the untreated run
+    sign: LossSign | None
+    hindsight_step: int | None  # from here on, the untreated loss stays HINDSIGHT_GAP above the treated one
+    untreated_loss: float
+    treated_loss: float
+    intervention_step: int | None
+
+    @property
+    def lead(self) -> int | None:
+        """Steps from the warning to the loss showing something; None without either of them."""
+        if self.warning_step is None or self.sign is None:
+            return None
+        return self.sign.step - self.warning_step
+
+    @property
+    def gap(self) -> float:
+        """Nats by which the treated run ends below the untreated one; inf if only the latter broke."""
+        if not math.isfinite(self.treated_loss):
+            return -math.inf
+        return self.untreated_loss - self.treated_loss if math.isfinite(self.untreated_loss) else math.inf
+
+    @property
+    def broken_promises(self) -> list[str]:
+        """What the demo set out to show and did not, in words; empty when it did."""
+        broken = []
+        if self.warning_step is None:
+            broken.append("the monitor never warned")
+        elif self.sign is None:
+            broken.append("the untreated run's loss never showed any trouble")
+        elif self.lead <= 0:
+            broken.append(f"the loss showed trouble at step {self.sign.step}, the warning came at {self.warning_step}")
+        if self.gap < PROMISED_GAP:
+            broken.append(
+                f"the treated run ends at {self.treated_loss:.2f} nats, the untreated one at "
+                f"{self.untreated_loss:.2f}: less than {PROMISED_GAP} apart"
+            )
+        return broken
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "warning_step": self.warning_step,
+            "loss_shows": None if self.sign is None else asdict(self.sign),
+            "lead_steps": self.lead,
+            "hindsight_step": self.hindsight_step,
+            "untreated_final_loss": _finite(self.untreated_loss),
+            "treated_final_loss": _finite(self.treated_loss),
+            "gap_nats": _finite(self.gap),
+            "intervention_step": self.intervention_step,
+            "broken_promises": self.broken_promises,
+        }
+
+
+def judge(untreated: Run, treated: Run) -> Outcome:
+    """Judge both runs of the demo. Where the untreated loss alone shows nothing, the comparison counts.
+
+    An untreated run that ends PROMISED_GAP above the treated one without any sign of its own has
+    shown it at its last step: "comparison".
+    """
+    outcome = Outcome(
+        warning_step=untreated.first_finding.step if untreated.first_finding is not None else None,
+        sign=first_sign(untreated.losses),
+        hindsight_step=falls_behind(untreated.losses, treated.losses, HINDSIGHT_GAP),
+        untreated_loss=final(untreated.losses),
+        treated_loss=final(treated.losses),
+        intervention_step=treated.interventions[0][0] if treated.interventions else None,
+    )
+    if outcome.sign is None and outcome.gap >= PROMISED_GAP:
+        text = f"it ends {outcome.gap:.2f} nat above the treated run"
+        return Outcome(**{**vars(outcome), "sign": LossSign(len(untreated.losses), "comparison", text)})
+    return outcome
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,100 @@
+"""Every threshold of the diagnosis, once, with where it comes from. Change a verdict here, nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..stats import DEAD_ENTROPY_RATIO
+
+_RUNS = "own calibration on 158 small training runs (calibrated on one seed, judged on held-out seeds)"
+_MINILM = (
+    "own calibration: 71 of the 72 heads of a healthy model (all-MiniLM-L6-v2) are above 0.2, one is at 0.05"
+)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A number that decides something, its unit, and its source."""
+
+    value: float
+    unit: str
+    source: str
+
+
+THRESHOLDS: dict[str, Threshold] = {
+    # Growth of the scores: largest |score| of a head in one reading.
+    "watch_logit": Threshold(60.0, "nats", f"{_RUNS}: three readings above it, recall 1.00, precision 0.80"),
+    "clip_logit": Threshold(
+        100.0, "nats", "Kimi K2, arXiv 2507.20534: QK-clip acts above 100; healthy runs pass it early on"
+    ),
+    "deteriorating_logit": Threshold(
+        1e3, "nats", "Wortsman et al., arXiv 2309.14322: the loss suffers near 1e3"
+    ),
+    "diverged_logit": Threshold(
+        1e4, "nats", "Wortsman et al., arXiv 2309.14322: every run above 1e4 diverged"
+    ),
+    "alarm_logit": Threshold(
+        1200.0, "nats", f"{_RUNS}: line of sqrt(max |score|) projected 100 steps, recall 0.91, precision 0.97"
+    ),
+    "watch_readings": Threshold(3, "readings", f"{_RUNS}: readings in a row above watch_logit"),
+    "alarm_horizon": Threshold(100, "steps", f"{_RUNS}: how far the alarm's line is projected"),
+    "trend_readings": Threshold(10, "readings", f"{_RUNS}: window of the trend lines"),
+    "trend_readings_min": Threshold(5, "readings", "own choice: half a window; fewer give no line"),
+    "trend_restart": Threshold(
+        0.5, "", "own choice: a reading below half of the one before (a fix, a restart) begins a new trend"
+    ),
+    "rising_share": Threshold(
+        0.1, "", "own choice: sqrt(max |score|) rose by this share within the trend window"
+    ),
+    # Number formats: what the scores themselves overflow. IEEE 754 and the bfloat16 format.
+    "fp16_product": Threshold(
+        65504.0, "", "IEEE 754 binary16: q.k before scaling, stored in fp16, is inf above this"
+    ),
+    "naive_exp_float16": Threshold(11.09, "nats", "IEEE 754 binary16: log of its largest number"),
+    "naive_exp": Threshold(88.72, "nats", "IEEE 754 binary32, and bfloat16: log of the largest number"),
+    # A score far below zero in a head whose largest score is ordinary is a bias, not growth.
+    "bias_floor": Threshold(
+        100.0, "nats", "own choice: ALiBi slopes and mask fills (-1e4, finfo.min) go below it"
+    ),
+    "bias_ratio": Threshold(10.0, "", "own choice: such a minimum is 10 times the largest |maximum| or more"),
+    # Sharpness, over rows with at least 16 visible keys.
+    "collapse_ratio": Threshold(0.05, "of log(visible keys)", _MINILM),
+    "low_ratio": Threshold(0.15, "of log(visible keys)", _MINILM),
+    "dead_rows": Threshold(
+        0.9, "of rows", f"own choice: nine rows in ten with an entropy ratio below {DEAD_ENTROPY_RATIO}"
+    ),
+    "many_dead_rows": Threshold(
+        0.5, "of rows", f"own choice: every other row with an entropy ratio below {DEAD_ENTROPY_RATIO}"
+    ),
+    "layer_share": Threshold(
+        0.5,
+        "of heads",
+        "own calibration: one sharp head in a layer is a trained pattern (previous token: Voita et al., "
+        "arXiv 1905.09418); half of a layer is a collapse",
+    ),
+    "collapse_horizon": Threshold(
+        500, "steps", "own choice: a collapse forecast further ahead is not reported"
+    ),
+    "sink_mass": Threshold(
+        0.3,
+        "of weight",
+        "Gu et al., arXiv 2410.10781: a head with this much weight on the first key is a sink",
+    ),
+    "spike_weight": Threshold(
+        0.95, "of weight", "the project's proposal: mean largest weight of a nearly one-hot head"
+    ),
+    "gradient_share": Threshold(
+        0.05,
+        "of 1",
+        "own choice: the trace of the softmax Jacobian is 1 - 1/n when uniform; here under a twentieth",
+    ),
+    "gradient_lost": Threshold(
+        0.005, "of 1", "own choice: under a two-hundredth of the softmax gradient gets through"
+    ),
+    "nonfinite_rows": Threshold(0.0, "of rows", "IEEE 754: a NaN or inf in q or k makes its whole row NaN"),
+}
+
+
+def threshold(name: str) -> float:
+    """The number of one entry of the table."""
+    return THRESHOLDS[name].value

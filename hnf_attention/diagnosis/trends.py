@@ -1,0 +1,126 @@
+"""What a head's numbers do over the readings: how large its scores are, where they go, how soon.
+
+Under Adam the query and key weights of an unstable head grow linearly, so its scores grow like t^2:
+lines are fitted to the square root of the largest |score|, never to its logarithm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..stats import HeadStats, Snapshot
+from .thresholds import threshold
+
+
+def score_size(stats: HeadStats) -> np.ndarray:
+    """Largest |score| per head, (H,), nats; of the maxima alone where the minimum is a bias.
+
+    ALiBi slopes and the large negative numbers some models add to hide keys are scores too, but say
+    nothing about growth.
+    """
+    high, low = np.abs(stats.max_logit), stats.min_logit
+    bias = (low < -threshold("bias_floor")) & (-low > threshold("bias_ratio") * high)
+    return np.where(bias, high, stats.max_abs_logit)
+
+
+def series(
+    history: Sequence[Snapshot], layer: str, read: Callable[[HeadStats], np.ndarray], readings: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(steps (T,), values (T, H)) of the layer's last `readings` appearances, oldest first.
+
+    Readings without the layer are skipped; a change of its head count ends the series.
+    """
+    steps: list[int] = []
+    values: list[np.ndarray] = []
+    for snapshot in reversed(history):
+        stats = snapshot.layers.get(layer)
+        if stats is None:
+            continue
+        if len(steps) == readings or (values and stats.num_heads != len(values[0])):
+            break
+        steps.append(snapshot.step)
+        values.append(read(stats))
+    return np.array(steps[::-1], dtype=np.float64), np.array(values[::-1], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A robust line per head, (H,) each, NaN without one: `level` at the last reading, `slope` per step."""
+
+    level: np.ndarray
+    slope: np.ndarray
+    span: np.ndarray  # steps that the fitted readings cover
+
+    def ahead(self, steps: float) -> np.ndarray:
+        """Value of the line that many steps after the last reading."""
+        return self.level + self.slope * steps
+
+    def steps_until(self, target: float) -> np.ndarray:
+        """Steps from the last reading until the line meets `target`; NaN if it moves away from it."""
+        distance = target - self.level
+        steps = np.divide(distance, self.slope, out=np.full_like(self.level, np.nan), where=self.slope != 0)
+        return np.where(steps >= 0, steps, np.nan)
+
+
+def theil_sen(steps: np.ndarray, values: np.ndarray) -> Line:
+    """Theil-Sen lines (median of pairwise slopes) through (T,), (T, H); NaN values are left out.
+
+    A head with fewer than `trend_readings_min` values gets no line.
+    """
+    heads = values.shape[1]
+    level, slope, span = (np.full(heads, np.nan) for _ in range(3))
+    first, second = np.triu_indices(len(steps), k=1)
+    apart = steps[second] > steps[first]
+    first, second = first[apart], second[apart]
+    known = ~np.isnan(values)
+    fitted = known.sum(0) >= threshold("trend_readings_min")
+    if fitted.any() and len(first):
+        chosen = values[:, fitted]
+        slopes = (chosen[second] - chosen[first]) / (steps[second] - steps[first])[:, None]
+        slope[fitted] = np.nanmedian(slopes, axis=0)
+        level[fitted] = np.nanmedian(chosen - slope[fitted] * (steps - steps[-1])[:, None], axis=0)
+        span[fitted] = steps[-1] - steps[known[:, fitted].argmax(0)]
+    return Line(level, slope, span)
+
+
+@dataclass(frozen=True)
+class Trend:
+    """Where one layer's heads go: lines of sqrt(largest |score|) and of the entropy ratio."""
+
+    root_score: Line
+    entropy_ratio: Line
+
+    def score_ahead(self, steps: float | np.ndarray) -> np.ndarray:
+        """Projected largest |score|, (H,), nats."""
+        return np.maximum(self.root_score.ahead(steps), 0.0) ** 2
+
+    def steps_until_score(self, score: float) -> np.ndarray:
+        return self.root_score.steps_until(score**0.5)
+
+    @property
+    def rising(self) -> np.ndarray:
+        """Heads whose scores clearly grew within the window: boolean, (H,)."""
+        line = self.root_score
+        return line.slope * line.span > threshold("rising_share") * np.abs(line.level)
+
+
+def trend(history: Sequence[Snapshot], layer: str) -> Trend:
+    """Both lines over the last readings, since the head's scores last fell at once (a fix, a restart)."""
+    readings = int(threshold("trend_readings"))
+    steps, scores = series(history, layer, score_size, readings)
+    _, ratios = series(history, layer, lambda stats: stats.entropy_ratio, readings)
+    fell = scores[1:] < threshold("trend_restart") * scores[:-1]
+    # Rows before the last fall are stale: True at t where some later reading fell against its predecessor.
+    stale = np.zeros_like(scores, dtype=bool)
+    stale[:-1] = np.logical_or.accumulate(fell[::-1], axis=0)[::-1]
+    scores, ratios = np.where(stale, np.nan, scores), np.where(stale, np.nan, ratios)
+    return Trend(theil_sen(steps, np.sqrt(scores)), theil_sen(steps, ratios))
+
+
+def readings_above(history: Sequence[Snapshot], layer: str, limit: float) -> np.ndarray:
+    """How many of the last `watch_readings` readings in a row had scores above `limit`: (H,) ints."""
+    _, scores = series(history, layer, score_size, int(threshold("watch_readings")))
+    return np.logical_and.accumulate(scores[::-1] > limit, axis=0).sum(0)

@@ -1,0 +1,6 @@
+"""How a model's attention is reached: Hugging Face's attention interface and PyTorch's SDPA."""
+
+from .coverage import Coverage
+from .instrumentation import Instrumentation, Measurement, instrument
+
+__all__ = ["Coverage", "Instrumentation", "Measurement", "instrument"]

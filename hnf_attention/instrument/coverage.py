@@ -1,0 +1,82 @@
+"""Which attention modules are measured, which are not, and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+_ATTENTION = re.compile("attention|attn", re.IGNORECASE)
+_MEASURED_IMPLEMENTATIONS = ("sdpa", "eager", None)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Layer names: `measured` says how each one is measured, `not_measured` why it is not.
+
+    A layer is in both where only some of its calls can be measured.
+    """
+
+    measured: Mapping[str, str]
+    not_measured: Mapping[str, str]
+
+    def __str__(self) -> str:
+        width = max((len(_shown(name)) for name in (*self.measured, *self.not_measured)), default=0)
+        lines = []
+        parts = (("attention measured", self.measured), ("attention NOT measured", self.not_measured))
+        for title, layers in parts:
+            if layers:
+                lines.append(f"{title} ({len(layers)}):")
+                lines += [f"  {_shown(name):<{width}}  {text}" for name, text in layers.items()]
+        if not self.measured:
+            lines.insert(0, "nothing measured yet: no forward has run, or none of its attention was reached")
+        return "\n".join(lines)
+
+
+def _shown(name: str) -> str:
+    return name or "(the model itself)"
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether the class name says attention."""
+    return _ATTENTION.search(type(module).__name__) is not None
+
+
+def unreached(attention: Mapping[str, nn.Module], measured: Mapping[str, str]) -> dict[str, str]:
+    """Attention modules of which nothing was measured, with what is known about the reason.
+
+    A module counts as reached when it, a module inside it, or an attention module around it was
+    measured. (A container that is no attention module vouches for itself only: otherwise one
+    scaled_dot_product_attention in a model's own forward would hide every layer below it.)
+    """
+
+    def reached(name: str) -> bool:
+        inside = f"{name}." if name else ""
+        return any(
+            layer == name
+            or layer.startswith(inside)
+            or (layer in attention and (not layer or name.startswith(f"{layer}.")))
+            for layer in measured
+        )
+
+    return {name: _reason(module) for name, module in attention.items() if not reached(name)}
+
+
+def _reason(module: nn.Module) -> str:
+    if isinstance(module, nn.MultiheadAttention):
+        return (
+            "nn.MultiheadAttention reaches scaled_dot_product_attention only with need_weights=False and "
+            "outside its inference fast path (torch.backends.mha.set_fastpath_enabled(False))"
+        )
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if implementation not in _MEASURED_IMPLEMENTATIONS:
+        return (
+            f"attn_implementation={implementation!r} is not measured; load the model with "
+            'attn_implementation="sdpa" or "eager"'
+        )
+    return (
+        "no call reached scaled_dot_product_attention or the Hugging Face attention interface "
+        "(compiled graphs are not measured yet)"
+    )

@@ -1,0 +1,219 @@
+"""The second door: attention functions of Hugging Face transformers.
+
+A model looks its attention function up under the name in `config._attn_implementation`, and uses that
+same name to choose how masks are built (AttentionMaskInterface), and, in many model files, to choose
+code (sparse indexers, cache tricks, `output_attentions`) by comparing it with "sdpa" or "eager". A
+function registered under a name of its own would lose padding and sliding windows, silently change
+the second, and on models that do not support `set_attn_implementation` only cause a warning. So no
+name is changed here: what lies *behind* the names is replaced.
+
+- "sdpa": the entry of AttentionInterface. It announces the module and its heads, and the call that
+  it makes to scaled_dot_product_attention is measured there, with the very mask and options that the
+  library of whatever version derives from its keywords.
+- "eager": the function of the model's own file, a global of that file. It is described from its
+  keywords, and the description is checked once per layer against what the function computes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from . import owners
+from .call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
+from .patches import Patch
+
+EAGER = "eager_attention_forward"  # or a name that ends so
+CHECKED_ROWS = 64
+
+
+def install(modules: Iterable[nn.Module]) -> list[Patch]:
+    """Put the door in place, for "sdpa" everywhere and for "eager" in the files of these modules."""
+    from transformers import AttentionInterface
+
+    patches = [
+        Patch.acquire(
+            lambda: AttentionInterface()["sdpa"],
+            functools.partial(AttentionInterface.register, "sdpa"),
+            _sdpa_door,
+        )
+    ]
+    for place, name in _eager_functions({type(module) for module in modules}):
+        read = functools.partial(operator.getitem, place, name)
+        write = functools.partial(operator.setitem, place, name)
+        patches.append(Patch.acquire(read, write, _eager_door))
+    return patches
+
+
+def _eager_functions(classes: set[type]) -> list[tuple[dict[str, Any], str]]:
+    """The globals that methods of these classes use as eager attention: (namespace, name), each once."""
+    found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
+    for method in {method for cls in classes for method in _methods(cls)}:
+        for name in method.__code__.co_names:
+            if name.endswith(EAGER) and isinstance(method.__globals__.get(name), FunctionType):
+                found[id(method.__globals__), name] = (method.__globals__, name)
+    return list(found.values())
+
+
+def _methods(cls: type) -> Iterator[FunctionType]:
+    for base in cls.__mro__:
+        if base is nn.Module:
+            return
+        for attribute in vars(base).values():
+            if isinstance(attribute, FunctionType):
+                method = inspect.unwrap(attribute)
+                if isinstance(method, FunctionType):
+                    yield method
+
+
+def _argument(args: tuple, kwargs: dict[str, Any], index: int, name: str) -> Any:
+    return args[index] if len(args) > index else kwargs[name]
+
+
+def _module_owner(args: tuple, kwargs: dict[str, Any]) -> owners.Owner | None:
+    """The owner of the attention module, the first argument, where this call is to be measured."""
+    owner = owners.owner(_argument(args, kwargs, 0, "module"))
+    if owner is None or not owner.instrumentation.measuring or owners.thread.suspended:
+        return None
+    return owner
+
+
+def _sdpa_door(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def sdpa_attention_forward(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not owners.any_measuring():
+            return original(*args, **kwargs)
+        owner = _module_owner(args, kwargs)
+        if owner is None:
+            return original(*args, **kwargs)
+        heads = (_argument(args, kwargs, index, name).shape[1] for index, name in ((1, "query"), (2, "key")))
+        with owners.announced(owners.Heads(owner, *heads)):
+            return original(*args, **kwargs)
+
+    return sdpa_attention_forward
+
+
+def _eager_door(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def eager_attention_forward(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not owners.any_measuring():
+            return original(*args, **kwargs)
+        owner = _module_owner(args, kwargs)
+        if owner is None or torch.jit.is_tracing():
+            return original(*args, **kwargs)
+        return owner.instrumentation.attend(
+            owner.layer,
+            lambda: _eager_call(original, signature.bind(*args, **kwargs)),
+            functools.partial(original, *args, **kwargs),
+        )
+
+    return eager_attention_forward
+
+
+def _eager_call(original: Callable[..., Any], bound: inspect.BoundArguments) -> AttentionCall:
+    """What an eager attention function computes, from its arguments.
+
+    Every one of them has (module, query, key, value, attention_mask, scaling, dropout, **ignored) and
+    adds both `position_bias` and the mask to the scores where it names them. It never applies
+    `is_causal` or `sliding_window`: the mask carries both.
+    """
+    module, query, key, value, mask = bound.args[:5]
+    named = bound.arguments
+    variadic = (p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD)
+    options = {**named.get(next(variadic, ""), {}), **named}
+    bias, sinks = named.get("position_bias"), options.get("s_aux")
+    require_plain(query=query, key=key, value=value, attention_mask=mask, position_bias=bias)
+    if options.get("head_mask") is not None:
+        raise Unmeasurable("a head_mask was given")
+    dropout = named.get("dropout", 0.0) if module.training else 0.0
+    not_fused = why_not_fused(dropout, mask, bias)
+    if not_fused is None and _weights_wanted(module, options):
+        not_fused = "attention weights are asked for"
+    return AttentionCall(
+        query=query,
+        key=key,
+        value=value,
+        attn_mask=_combined(mask, bias, query, key),
+        is_causal=False,
+        scale=named.get("scaling"),
+        softcap=named.get("softcap"),
+        sinks=sinks,
+        door="transformers eager",
+        from_output=lambda out: (out.transpose(1, 2).contiguous(), None),
+        not_fused=not_fused,
+        prefer_fused=False,
+        check=functools.partial(_same_function, original, bound),
+    )
+
+
+@torch.no_grad()
+def _combined(mask: Tensor | None, bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """One additive mask from both; a mask for a longer cache is cut to the keys there are."""
+    masks = [hide(x.detach()[..., : key.shape[2]], query.dtype) for x in (mask, bias) if x is not None]
+    return functools.reduce(operator.add, masks) if masks else None
+
+
+def _weights_wanted(module: nn.Module, options: dict[str, Any]) -> bool:
+    """Whether the caller of the model asked for attention weights, which fused attention has not."""
+    config = getattr(module, "config", None)
+    if options.get("output_attentions") or getattr(config, "output_attentions", False):
+        return True
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    collector = getattr(capturing, "_active_collector", None)
+    collected = None if collector is None else collector.get()
+    return any("attentions" in kind for kind in collected or ())
+
+
+@torch.no_grad()
+def _same_function(original: Callable[..., Any], bound: inspect.BoundArguments, call: AttentionCall) -> bool:
+    """Compare what `original` computes with what `call` says, on the last rows of the first sequence.
+
+    In double precision, so that no rounding is mistaken for a difference. True when they agree, False
+    when there is nothing finite to compare; raises Unmeasurable when they differ.
+    """
+    wide = torch.float32 if call.query.device.type == "mps" else torch.float64
+    rows = slice(-CHECKED_ROWS, None)
+
+    def part(x: Any, of_rows: bool) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        x = x[:1, :, rows] if of_rows and x.shape[2] > 1 else x[:1]
+        return x.to(wide) if x.is_floating_point() else x
+
+    small = inspect.BoundArguments(bound.signature, dict(bound.arguments))
+    for index, name in enumerate(list(bound.signature.parameters)[1:5]):
+        small.arguments[name] = part(bound.args[index + 1], of_rows=index in (0, 3))
+    if "position_bias" in small.arguments:
+        small.arguments["position_bias"] = part(small.arguments["position_bias"], of_rows=True)
+    small.arguments["dropout"] = 0.0
+    query, key, value = (small.arguments[name] for name in list(bound.signature.parameters)[1:4])
+    options = call.options() | {"attn_mask": part(call.attn_mask, of_rows=True)}
+    with torch.autocast(query.device.type, enabled=False):
+        theirs = original(*small.args, **small.kwargs)[0].transpose(1, 2)
+        ours, stats = ops.attention(query, key, value, **options)
+    occupied = stats.lse != -torch.inf
+    if not occupied.any():
+        return False
+    difference = (theirs - ours).abs().amax(-1)[occupied].max()
+    # A softmax in single precision moves a weight by its score's rounding.
+    scores = torch.maximum(stats.max_logit.abs(), stats.min_logit.abs())[occupied].max()
+    tolerance = 1e-5 * value.abs().max() * (1 + scores)
+    if not (difference - tolerance).isfinite():
+        return False
+    if difference > tolerance:
+        raise Unmeasurable(
+            f"its eager attention function computes something else (outputs differ by {difference:.1e})",
+            lasting=True,
+        )
+    return True

@@ -1,0 +1,272 @@
+"""`instrument(model)`: measure every attention that a model runs, without changing what it computes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..stats import RowStats
+from . import owners, sdpa
+from .call import AttentionCall, Unmeasurable
+from .coverage import Coverage, is_attention, unreached
+from .patches import Patch
+
+MODES = ("auto", "fused", "probe")
+_log = logging.getLogger("hnf_attention")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One attention call, measured; B, H, M are its batch, query heads and queries.
+
+    layer: name of the module in the instrumented model.
+    rows: row statistics, (B, H, M) each, outside autograd.
+    visible_keys: int64, broadcastable to (B, H, M): how many keys each query may attend to.
+    sink_mass: (B, H, M), weight on the first visible key plus the learned sink's.
+    query_norm, key_norm: (H,) Frobenius norms per query head, largest in the batch.
+    head_dim: D. dtype: the one that scores are computed from.
+    """
+
+    layer: str
+    rows: RowStats
+    visible_keys: Tensor
+    sink_mass: Tensor
+    query_norm: Tensor
+    key_norm: Tensor
+    head_dim: int
+    dtype: torch.dtype
+
+
+@dataclass
+class _Layer:
+    """What has been learnt about one layer while it ran."""
+
+    checked: bool = False  # its own attention function was compared with ours
+    fused_failed: bool = False
+    measuring_failed: bool = False
+
+
+class Instrumentation:
+    """The handle of an instrumented model; made by `instrument`.
+
+    It measures as long as it lives: `restore()`, leaving its `with` block, or dropping the last
+    reference to it puts everything back. It never keeps the model alive.
+
+    measuring: set it to False and the model runs its own attention, at the cost of one branch. It must
+        not change between a forward and its backward where activation checkpointing is used.
+    on_measure: called with a `Measurement` for each attention call (never for the second forward of a
+        checkpoint). While it is None, the last measurement of each layer is kept in `latest`.
+    """
+
+    def __init__(self, model: nn.Module, mode: str, strict: bool):
+        self.mode = mode
+        self.measuring = True
+        self.on_measure: Callable[[Measurement], None] | None = None
+        self.latest: dict[str, Measurement] = {}
+        self._layers: dict[str, _Layer] = {}
+        self._measured: dict[str, str] = {}
+        self._problems: dict[str, str] = {}
+        modules = dict(model.named_modules())
+        self._attention = weakref.WeakValueDictionary(
+            {name: module for name, module in modules.items() if is_attention(module)}
+        )
+        patches: list[Patch] = []
+        references = [weakref.ref(module) for module in modules.values()]
+        hook = _strict_hook(model, weakref.ref(self)) if strict else None
+        self._restore = weakref.finalize(self, _restore, references, patches, hook)
+        self._restore.atexit = False
+        patches.append(sdpa.install())
+        if "transformers.modeling_utils" in sys.modules:  # a model of theirs is not there without
+            from . import huggingface
+
+            patches += huggingface.install(modules.values())
+        owners.register(modules, self)
+
+    def restore(self) -> None:
+        """Put the model and every replaced function back exactly; safe to call twice."""
+        owners.discard(self)
+        self._restore()
+
+    def __enter__(self) -> Instrumentation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
+    @property
+    def coverage(self) -> Coverage:
+        """What is measured so far, what is not, and why. Judge it after a forward pass."""
+        attention = dict(self._attention)
+        problems = {name: why for name, why in self._problems.items()}
+        return Coverage(dict(self._measured), unreached(attention, self._measured) | problems)
+
+    def require_measured(self) -> None:
+        """Raise RuntimeError, with the coverage report, where nothing at all has been measured."""
+        if not self._measured:
+            raise RuntimeError(str(self.coverage))
+
+    def attend(self, name: str, build: Callable[[], AttentionCall], original: Callable[[], Any]) -> Any:
+        """Run one attention call of layer `name`, and measure it.
+
+        build: makes the call's description; called at most once, before `original`.
+        original: the model's own attention.
+        Returns what `original` returns, or in its place our output in the same layout. Only errors of
+        the model's own attention come out; any other fault ends the measuring of this layer.
+        """
+        layer = self._layers.setdefault(name, _Layer())
+        with owners.suspended():
+            if torch._C._current_graph_task_id() != -1:  # inside backward: a checkpoint's second forward
+                return self._repeat(layer, build, original)
+            if layer.measuring_failed and (layer.fused_failed or self.mode == "probe"):
+                return original()
+            return self._run(name, layer, build, original)
+
+    def _run(
+        self, name: str, layer: _Layer, build: Callable[[], AttentionCall], original: Callable[[], Any]
+    ) -> Any:
+        result = call = rows = failure = None
+        done = fused = False
+        try:
+            call = build().autocast()
+            if call.check is not None and not layer.checked:
+                layer.checked = call.check(call)
+            fused = not layer.fused_failed and self._takes(call)
+            if fused:
+                output, rows = ops.attention(call.query, call.key, call.value, **call.options())
+                result, done = call.from_output(output), True
+        except Exception as error:  # of whatever kind: the model's own attention still has to run
+            failure = error
+        if not done:
+            result = original()
+            layer.fused_failed |= failure is not None and not isinstance(failure, Unmeasurable)
+        if failure is None and not layer.measuring_failed:
+            try:
+                self._measure(name, call.detach(), rows)
+            except Exception as error:  # the monitor never ends a run
+                failure = error
+            else:
+                self._measured[name] = self._describe(call, fused)
+        if failure is not None:
+            self._give_up(name, layer, failure)
+        return result
+
+    def _repeat(self, layer: _Layer, build: Callable[[], AttentionCall], original: Callable[[], Any]) -> Any:
+        """The same path as the forward before it took, so that the same tensors are saved; no record.
+
+        No error is caught but our own: the recomputation of a checkpoint ends by raising one.
+        """
+        if self.mode == "probe" or layer.fused_failed:
+            return original()
+        try:
+            call = build().autocast()
+        except Unmeasurable:
+            return original()
+        if not self._takes(call):
+            return original()
+        return call.from_output(ops.attention(call.query, call.key, call.value, **call.options())[0])
+
+    def _takes(self, call: AttentionCall) -> bool:
+        """Whether our attention computes this call's output: from properties of the call alone."""
+        if self.mode == "probe" or call.not_fused is not None:
+            return False
+        return self.mode == "fused" or (call.prefer_fused and ops._kernels_cover(call.query, call.value))
+
+    def _describe(self, call: AttentionCall, fused: bool) -> str:
+        why = "" if self.mode == "probe" or call.not_fused is None else f": {call.not_fused}"
+        return f"fused ({call.door})" if fused else f"probe{why} ({call.door})"
+
+    @torch.no_grad()
+    def _measure(self, name: str, call: AttentionCall, rows: RowStats | None) -> None:
+        if rows is None:
+            rows = ops.attention_stats(call.query, call.key, **call.options())
+        rows = rows.detach()
+        numbers = ops.measure(call.query, call.key, rows, **call.options())
+        measurement = Measurement(name, rows, *numbers, call.query.shape[-1], call.query.dtype)
+        if self.on_measure is None:
+            self.latest[name] = measurement
+        else:
+            self.on_measure(measurement)
+
+    def _give_up(self, name: str, layer: _Layer, failure: Exception) -> None:
+        if isinstance(failure, Unmeasurable):
+            self._problems[name] = str(failure)
+            if not failure.lasting:
+                return
+        else:
+            self._problems[name] = f"measuring failed: {type(failure).__name__}: {failure}"
+            _log.warning("hnf-attention stopped measuring %s: %s", name, self._problems[name])
+        layer.measuring_failed = True
+        layer.fused_failed |= isinstance(failure, Unmeasurable)
+        self._measured.pop(name, None)
+
+
+def _strict_hook(model: nn.Module, reference: weakref.ref) -> Any:
+    """Judge the coverage once, after the first complete forward that was measured."""
+    root = weakref.ref(model)
+
+    def judge(module: nn.Module, *_: object) -> None:
+        instrumentation = reference()
+        # A deep copy of the model carries this hook too; it is not the model that was instrumented.
+        if instrumentation is None or module is not root() or not instrumentation.measuring:
+            return
+        handle.remove()
+        coverage = instrumentation.coverage
+        if coverage.not_measured:
+            raise RuntimeError(str(coverage))
+
+    handle = model.register_forward_hook(judge)
+    return handle
+
+
+def _restore(modules: list[weakref.ref], patches: list[Patch], hook: Any) -> None:
+    for reference in modules:
+        module = reference()
+        if module is not None:
+            owners.forget(module)
+    while patches:
+        patches.pop().release()
+    if hook is not None:
+        hook.remove()
+
+
+def instrument(model: nn.Module, mode: str = "auto", strict: bool = False) -> Instrumentation:
+    """Measure every attention call of `model`: exact softmax statistics per batch, head and query.
+
+    Reached are Hugging Face models (attn_implementation "sdpa" or "eager") and everything that calls
+    `torch.nn.functional.scaled_dot_product_attention`, each call under the name of the innermost module
+    running. What is not reached is listed in `.coverage`. Nothing of the model is changed: no config,
+    no module, no state dict; `.restore()` ends it, and so does dropping the returned handle.
+
+    mode: "probe" leaves the model's attention alone and measures beside it, bit-identical outputs.
+        "fused" computes the output in the same pass as the statistics, wherever that is the same
+        function: not with dropout, not with a mask that requires a gradient, not where attention
+        weights are asked for (those calls are probed, and `.coverage` says so). A row whose keys are
+        all hidden by a finite mask gets output 0, where an eager softmax averages all values: such
+        rows are padding. "auto" takes fused for SDPA calls that the GPU kernels cover, else probe.
+    strict: after the first complete forward, raise RuntimeError if any attention was not measured.
+
+    An eager attention function of transformers is compared once per layer, on a few rows in double
+    precision, with what is measured; one that computes something else is listed, not measured.
+
+    Raises TypeError if `model` is no nn.Module, ValueError for a wrong mode or a model of which any
+    module is instrumented already.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
+    if mode not in MODES:
+        raise ValueError(f"expected mode in {MODES}, got {mode!r}")
+    for name, module in model.named_modules():
+        if owners.owner(module) is not None:
+            raise ValueError(
+                f"expected a model that is not instrumented, got one whose module {name!r} is; "
+                "call restore() on its Instrumentation first"
+            )
+    return Instrumentation(model, mode, strict)

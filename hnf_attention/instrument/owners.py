@@ -1,0 +1,108 @@
+"""Who is measured: which module belongs to which instrumentation, and what runs in this thread.
+
+Everything here is weak: neither a model nor an instrumentation is kept alive by being known here.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from .instrumentation import Instrumentation
+
+_MODULE_CALL = nn.Module._call_impl.__code__
+
+_owners: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref, str]] = weakref.WeakKeyDictionary()
+_live: weakref.WeakSet[Instrumentation] = weakref.WeakSet()
+
+
+class Owner(NamedTuple):
+    instrumentation: Instrumentation
+    layer: str  # the module's name in the instrumented model
+
+
+class Heads(NamedTuple):
+    """Numbers of heads that a model gave to the Hugging Face interface, which may re-arrange them."""
+
+    owner: Owner
+    query: int
+    key: int
+
+
+class _Thread(threading.local):
+    suspended = False  # inside a call that is already being measured
+    heads: Heads | None = None
+
+
+thread = _Thread()
+
+
+def register(modules: dict[str, nn.Module], instrumentation: Instrumentation) -> None:
+    """Make `instrumentation` the owner of these modules."""
+    reference = weakref.ref(instrumentation)
+    for name, module in modules.items():
+        _owners[module] = (reference, name)
+    _live.add(instrumentation)
+
+
+def discard(instrumentation: Instrumentation) -> None:
+    """It measures nothing any more, though it may live on for its coverage and its latest numbers."""
+    _live.discard(instrumentation)
+
+
+def forget(module: nn.Module) -> None:
+    _owners.pop(module, None)
+
+
+def owner(module: nn.Module) -> Owner | None:
+    """The instrumentation of this very module (a deep copy of it has none)."""
+    entry = _owners.get(module)
+    instrumentation = None if entry is None else entry[0]()
+    return None if instrumentation is None else Owner(instrumentation, entry[1])
+
+
+def running_owner() -> Owner | None:
+    """The owner of the innermost instrumented module whose call is on this thread's Python stack.
+
+    The stack is right where a hook is not: in the recomputation of a checkpoint, in autograd's
+    threads, and after an exception. Only frames of `nn.Module._call_impl` are opened.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _MODULE_CALL:
+            found = owner(frame.f_locals["self"])
+            if found is not None:
+                return found
+        frame = frame.f_back
+    return None
+
+
+def any_measuring() -> bool:
+    return any(instrumentation.measuring for instrumentation in _live)
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """Attention that runs inside is part of a call that is being measured: it is not measured again."""
+    before, thread.suspended = thread.suspended, True
+    try:
+        yield
+    finally:
+        thread.suspended = before
+
+
+@contextmanager
+def announced(heads: Heads) -> Iterator[None]:
+    """Tell the scaled_dot_product_attention that runs inside whose heads it gets."""
+    before, thread.heads = thread.heads, heads
+    try:
+        yield
+    finally:
+        thread.heads = before

@@ -1,0 +1,139 @@
+"""The first door: every call of `torch.nn.functional.scaled_dot_product_attention`.
+
+`nn.MultiheadAttention` with need_weights=False and Hugging Face's "sdpa" come this way too. The function
+is replaced for the whole process while something is instrumented; calls that do not come from an
+instrumented, measuring model go to the original after one branch.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import owners
+from .call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
+from .patches import Patch
+
+NAME = "scaled_dot_product_attention"
+
+
+def install() -> Patch:
+    """Put the door in place until the patch is released."""
+    place = vars(functional)
+    read = functools.partial(operator.getitem, place, NAME)
+    write = functools.partial(operator.setitem, place, NAME)
+    return Patch.acquire(read, write, _door)
+
+
+def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(original)
+    def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling() or not owners.any_measuring():
+            return original(*args, **kwargs)
+        if owners.thread.suspended or torch.jit.is_tracing():
+            return original(*args, **kwargs)
+        heads = owners.thread.heads
+        owner = owners.running_owner() if heads is None else heads.owner
+        if owner is None or not owner.instrumentation.measuring:
+            return original(*args, **kwargs)
+        return owner.instrumentation.attend(
+            owner.layer,
+            functools.partial(_call, heads, *args, **kwargs),
+            functools.partial(original, *args, **kwargs),
+        )
+
+    return scaled_dot_product_attention
+
+
+def _call(
+    heads: owners.Heads | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> AttentionCall:
+    """SDPA's arguments as one call; `heads` is what the Hugging Face door knows of them, if it was there."""
+    require_plain(query=query, key=key, value=value, attn_mask=attn_mask)
+    not_fused = why_not_fused(dropout_p, attn_mask)
+    if attn_mask is not None and is_causal:
+        not_fused = "both attn_mask and is_causal"  # some versions raise for it, and must come to do so
+    if attn_mask is not None:
+        with torch.no_grad():
+            attn_mask = hide(attn_mask.detach(), query.dtype)
+    query, key, value, attn_mask, shape = _four_dimensional(query, key, value, attn_mask)
+    if heads is not None:
+        query, key, value, attn_mask = _ungroup(heads, query, key, value, attn_mask)
+    elif not enable_gqa and query.shape[1] != key.shape[1]:
+        if 1 not in (query.shape[1], key.shape[1]):
+            raise Unmeasurable("query and key have different heads without enable_gqa")
+        most = max(query.shape[1], key.shape[1])
+        query, key, value = (x.expand(-1, most, -1, -1) for x in (query, key, value))
+
+    return AttentionCall(
+        query=query,
+        key=key,
+        value=value,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+        softcap=None,
+        sinks=None,
+        door=NAME if heads is None else "transformers sdpa",
+        from_output=lambda out: out.reshape(*shape, out.shape[-1]),
+        not_fused=not_fused,
+        prefer_fused=True,
+    )
+
+
+def _four_dimensional(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
+    """(B, H, rows, C) tensors, a mask that broadcasts to them, and the output's shape less its last size.
+
+    SDPA takes any number of leading sizes and broadcasts them; (M, D) and (B, M, D) have one head.
+    """
+    tensors = (query, key, value)
+    dims = query.dim()
+    if dims < 2 or key.dim() != dims or value.dim() != dims:
+        raise Unmeasurable(f"query, key and value have {[x.dim() for x in tensors]} dimensions")
+    if dims < 4:
+        tensors = tuple(x[None, None] if dims == 2 else x[:, None] for x in tensors)
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask[:, None]
+    batch = torch.broadcast_shapes(*(x.shape[:-3] for x in tensors))
+    heads = max(x.shape[-3] for x in tensors)
+    shape = (*batch, heads, query.shape[-2])
+    if dims < 4:
+        shape = (*batch[: dims - 2], query.shape[-2])
+    if attn_mask is not None and attn_mask.dim() > 3 and len(batch) > 1:
+        attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, len(batch) - 1)
+    query, key, value = (x.expand(*batch, *x.shape[-3:]).flatten(0, len(batch) - 1) for x in tensors)
+    return query, key, value, attn_mask, shape
+
+
+def _ungroup(
+    heads: owners.Heads, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Undo what transformers does to grouped-query heads, so that every query head stays itself.
+
+    It either repeats the key heads, or, for one query token, packs the query heads of a group into
+    query rows, which here would make one measured head of a whole group.
+    """
+    group = heads.query // heads.key
+    if query.shape[1] != heads.query:
+        query = query.reshape(query.shape[0], heads.query, 1, query.shape[3])
+        if attn_mask is not None and attn_mask.shape[1] != 1:
+            attn_mask = attn_mask.reshape(attn_mask.shape[0], heads.query, 1, attn_mask.shape[3])
+    if key.shape[1] == heads.query:
+        key, value = key[:, ::group], value[:, ::group]
+    return query, key, value, attn_mask

@@ -1,0 +1,239 @@
+"""Where a layer keeps its query and key weights, one block per head, in the layouts models use."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+SEPARATE = (
+    ("q_proj", "k_proj"),  # LLaMA, Mistral, Gemma, OPT, BART, Whisper, CLIP
+    ("query", "key"),  # BERT, ViT
+    ("q_lin", "k_lin"),  # DistilBERT
+    ("q", "k"),  # T5
+    ("wq", "wk"),  # Meta's LLaMA code
+    ("to_q", "to_k"),  # diffusers
+)
+# Rows ordered all of q, all of k, all of v; each of those by heads.
+FUSED = ("c_attn", "qkv", "Wqkv", "qkv_proj")
+# Rows ordered by heads, each of them q, k, v: known only of these classes.
+INTERLEAVED = {"query_key_value": ("GPTNeoXAttention", "BloomAttention")}
+# These use one of the FUSED names for another order of rows.
+NOT_FUSED = ("GPTBigCodeAttention", "CodeGenAttention", "MiniMaxLightningAttention")
+QK_NORM = re.compile(r"(^|_)(q|k|qk|query|key)(_|$)")
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
+
+
+@dataclass(frozen=True)
+class Projections:
+    """A layer's query and key weights and biases, as views into the parameters.
+
+    query: tensors whose first dimension is the H query heads. key: the same for the H_kv key heads.
+    Scaling both (or the query side alone) scales every score before bias and soft-cap.
+    """
+
+    query: list[Tensor]
+    key: list[Tensor]
+    num_heads: int
+    num_key_heads: int
+
+    @property
+    def keys_shared(self) -> bool:
+        """Whether several query heads read one key head (grouped-query attention)."""
+        return self.num_key_heads != self.num_heads
+
+
+def find(model: nn.Module, layer: str, num_heads: int) -> Projections:
+    """The query and key projections of the attention layer with that name.
+
+    Looked for in the module and, where it has none, in the one around it. Raises ValueError where
+    there is no such module, where its layout is not known for certain, or where the scores are not
+    linear in the weights (QK-norm).
+    """
+    try:
+        module = model.get_submodule(layer)
+    except AttributeError:
+        known = [
+            name for name, _ in model.named_modules() if "attn" in name.lower() or "attention" in name.lower()
+        ]
+        raise ValueError(
+            f"expected the name of a module of the model, got {layer!r}; attention-like names: {known[:6]}"
+        ) from None
+    around = model.get_submodule(layer.rpartition(".")[0])
+    for place in (module, around):
+        found = _in_module(place, layer, num_heads)
+        if found is not None:
+            _refuse_qk_norm(place, layer)
+            return found
+    raise ValueError(
+        f"expected layer {layer!r} to hold query and key projections in a known layout (q_proj/k_proj, "
+        f"query/key, c_attn, qkv, in_proj_weight, ...), got {type(module).__name__} with "
+        f"{[name for name, _ in module.named_children()]}"
+    )
+
+
+def _in_module(module: nn.Module, layer: str, num_heads: int) -> Projections | None:
+    if isinstance(module, nn.MultiheadAttention):
+        return _multihead(module, layer, num_heads)
+    for query, key in SEPARATE:
+        if _is_module(module, query) and _is_module(module, key):
+            return _separate(module, layer, num_heads, query, key)
+    for name, classes in INTERLEAVED.items():
+        if _is_module(module, name):
+            return _interleaved(module, layer, num_heads, name, classes)
+    for name in FUSED:
+        if _is_module(module, name):
+            return _fused(module, layer, num_heads, name)
+    return None
+
+
+def _separate(module: nn.Module, layer: str, num_heads: int, query: str, key: str) -> Projections:
+    query_rows, key_rows = _rows(module, layer, query), _rows(module, layer, key)
+    size = _head_size(layer, len(query_rows[0]), num_heads)
+    declared = getattr(module, "head_dim", size)
+    key_heads, left = divmod(len(key_rows[0]), size)
+    if declared != size or left or not key_heads or num_heads % key_heads:
+        raise ValueError(
+            f"expected {num_heads} query heads of {declared} and key heads of that size in layer {layer!r}, "
+            f"got {query} with {len(query_rows[0])} and {key} with {len(key_rows[0])} outputs"
+        )
+    return Projections(
+        [_by_head(rows, num_heads) for rows in query_rows],
+        [_by_head(rows, key_heads) for rows in key_rows],
+        num_heads,
+        key_heads,
+    )
+
+
+def _fused(module: nn.Module, layer: str, num_heads: int, name: str) -> Projections:
+    if type(module).__name__ in NOT_FUSED:
+        raise ValueError(
+            f"expected query, key and value rows one after the other in {layer}.{name}, "
+            f"got another order, that of {type(module).__name__}"
+        )
+    if name == "c_attn" and _is_module(module, "q_attn"):  # GPT-2's cross attention: c_attn is k and v
+        query_rows = _rows(module, layer, "q_attn")
+        size = _head_size(layer, len(query_rows[0]), num_heads)
+        key_heads, start = num_heads, 0
+        fused, expected = _rows(module, layer, name), 2 * num_heads * size
+    else:
+        fused = _rows(module, layer, name)
+        key_heads = _key_heads(module, num_heads)
+        size = _head_size(layer, len(fused[0]), num_heads + 2 * key_heads)
+        start, expected = num_heads * size, (num_heads + 2 * key_heads) * size
+        query_rows = [rows[:start] for rows in fused]
+    if len(fused[0]) != expected or getattr(module, "head_dim", size) != size:
+        raise ValueError(
+            f"expected {expected} outputs (heads of {getattr(module, 'head_dim', size)}) of {layer}.{name}, "
+            f"got {len(fused[0])}"
+        )
+    stop = start + key_heads * size
+    return Projections(
+        [_by_head(rows, num_heads) for rows in query_rows],
+        [_by_head(rows[start:stop], key_heads) for rows in fused],
+        num_heads,
+        key_heads,
+    )
+
+
+def _interleaved(
+    module: nn.Module, layer: str, num_heads: int, name: str, classes: tuple[str, ...]
+) -> Projections:
+    if type(module).__name__ not in classes:
+        raise ValueError(
+            f"expected {layer}.{name} in a class whose row order is known {classes}, "
+            f"got {type(module).__name__}"
+        )
+    rows = _rows(module, layer, name)
+    _head_size(layer, len(rows[0]), 3 * num_heads)
+    parts = [part.unflatten(0, (num_heads, 3, -1)) for part in rows]
+    return Projections([p[:, 0] for p in parts], [p[:, 1] for p in parts], num_heads, num_heads)
+
+
+def _multihead(module: nn.MultiheadAttention, layer: str, num_heads: int) -> Projections:
+    if module.num_heads != num_heads:
+        raise ValueError(f"expected {module.num_heads} heads for layer {layer!r}, got {num_heads}")
+    width = module.embed_dim
+    if module.in_proj_weight is not None:
+        query, key = [module.in_proj_weight[:width]], [module.in_proj_weight[width : 2 * width]]
+    else:
+        query, key = [module.q_proj_weight], [module.k_proj_weight]
+    if module.in_proj_bias is not None:
+        query.append(module.in_proj_bias[:width])
+        key.append(module.in_proj_bias[width : 2 * width])
+    if module.bias_k is not None:
+        key.append(module.bias_k.view(-1))
+    return Projections(
+        [_by_head(rows.detach(), num_heads) for rows in query],
+        [_by_head(rows.detach(), num_heads) for rows in key],
+        num_heads,
+        num_heads,
+    )
+
+
+def _rows(module: nn.Module, layer: str, name: str) -> list[Tensor]:
+    """Weight (outputs, inputs) and, where there is one, bias (outputs,) of a plain linear projection."""
+    projection = getattr(module, name)
+    weight = projection._parameters.get("weight")
+    conv1d = type(projection).__name__ == "Conv1D"  # transformers' own: weight (inputs, outputs)
+    plain = (isinstance(projection, nn.Linear) or conv1d) and weight is not None
+    if not plain or type(weight.data) is not Tensor or not weight.is_floating_point() or weight.dim() != 2:
+        raise ValueError(
+            f"expected {layer}.{name} to be a linear layer with its own floating-point weight, got "
+            f"{type(projection).__name__} (merge adapters, gather shards, remove parametrizations first)"
+        )
+    rows = weight.detach().t() if conv1d else weight.detach()
+    return [rows] if projection.bias is None else [rows, projection.bias.detach()]
+
+
+def _by_head(rows: Tensor, heads: int) -> Tensor:
+    """(heads * D, ...) as a view (heads, D, ...)."""
+    return rows.unflatten(0, (heads, -1))
+
+
+def _head_size(layer: str, rows: int, heads: int) -> int:
+    if rows % heads:
+        raise ValueError(
+            f"expected the projection rows of layer {layer!r} to divide by {heads} heads, got {rows}"
+        )
+    return rows // heads
+
+
+def _key_heads(module: nn.Module, num_heads: int) -> int:
+    for holder in (module, getattr(module, "config", None)):
+        for name in KEY_HEADS:
+            value = getattr(holder, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return num_heads
+
+
+def _is_module(module: nn.Module, name: str) -> bool:
+    return isinstance(module._modules.get(name), nn.Module)
+
+
+def _refuse_qk_norm(module: nn.Module, layer: str) -> None:
+    norms = [
+        name
+        for name, child in module.named_children()
+        if QK_NORM.search(name) and ("norm" in name or "ln" in name) and not isinstance(child, nn.Identity)
+    ]
+    if "logit_scale" in module._parameters:  # cosine attention normalises without a module
+        norms.append("logit_scale")
+    if norms:
+        raise ValueError(
+            f"expected scores that follow the query and key weights, got QK-norm in layer {layer!r} "
+            f"({', '.join(norms)}): it undoes any scaling of them; lower its gains or the learning rate"
+        )
+
+
+@torch.no_grad()
+def scale(projections: Projections, query: Tensor, key: Tensor | None) -> None:
+    """Multiply each head's query weights by `query` (H,) and its key weights by `key` (H_kv,), in place."""
+    for tensors, factors in ((projections.query, query), (projections.key, key)):
+        for tensor in tensors if factors is not None else []:
+            # In at least fp32: a bf16 factor would be off by half a percent.
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            tensor.mul_(factors.to(tensor.device, wide).view(-1, *(1,) * (tensor.dim() - 1)))

@@ -1,0 +1,46 @@
+"""Learning rates: in the optimizer, and in the schedulers that would overwrite them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_log = logging.getLogger("hnf_attention")
+
+
+def scale(optimizer: torch.optim.Optimizer, factor: float, scheduler: Any) -> tuple[str, Callable[[], None]]:
+    """Multiply every group's rate by `factor`. Returns what was done and its undoing.
+
+    `initial_lr` is multiplied too; a scheduler that computes rates from `base_lrs` of its own
+    (LambdaLR) keeps the change only if it is given.
+    """
+    if scheduler is None and any("initial_lr" in group for group in optimizer.param_groups):
+        _log.warning(
+            "this optimizer has a learning-rate scheduler: one that computes rates from its own base_lrs "
+            "(LambdaLR) undoes the change at its next step, unless apply_intervention gets it as scheduler="
+        )
+    before = ", ".join(f"{float(group['lr']):g}" for group in optimizer.param_groups)
+    _multiply(optimizer, factor, scheduler)
+    return f"learning rates ({before}) times {factor:g}", lambda: _multiply(optimizer, 1 / factor, scheduler)
+
+
+def _multiply(optimizer: torch.optim.Optimizer, factor: float, scheduler: Any) -> None:
+    for group in optimizer.param_groups:
+        for name in ("lr", "initial_lr"):
+            rate = group.get(name)
+            if isinstance(rate, Tensor):  # a captured CUDA graph reads this very tensor
+                rate.mul_(factor)
+            elif rate is not None:
+                group[name] = rate * factor
+    for part in _with_base_rates(scheduler):
+        part.base_lrs = [rate * factor for rate in part.base_lrs]
+
+
+def _with_base_rates(scheduler: Any) -> list[Any]:
+    """The scheduler, and those it is made of (SequentialLR, ChainedScheduler), where they keep base rates."""
+    inner = [part for each in getattr(scheduler, "_schedulers", ()) for part in _with_base_rates(each)]
+    return [*inner, scheduler] if hasattr(scheduler, "base_lrs") else inner

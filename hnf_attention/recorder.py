@@ -1,0 +1,175 @@
+"""When to measure, where to keep it, and when to read it out.
+
+Measurements are folded on the device they were made on. The host waits for a device once per log
+step: one packed copy of all layers' accumulators (one per device, where a model spans several).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .stats import NUM_FIELDS, NUM_SUMS, SUM_FIELDS, HeadStats, Snapshot, new_accumulator
+
+if TYPE_CHECKING:
+    from .instrument import Instrumentation, Measurement
+
+HISTORY_LENGTH = 10_000  # snapshots kept; older ones are dropped
+
+
+class NothingMeasured(RuntimeError):
+    """A reading was asked for, and no attention was measured since the one before."""
+
+
+class Recorder:
+    """Folds an instrumented model's measurements into `Snapshot`s.
+
+    Steps are counted by `advance()`, from 1: the forward passes before the s-th call belong to step s.
+    Step s is a log step when `s % log_every == 0`: it is measured and read out. `record_every` says
+    which others are measured: None for none, 1 for all (running extremes over every step), k for
+    every k-th. On any other step the model runs its own attention.
+
+    Raises ValueError unless log_every is an int >= 1 and record_every is None or an int >= 1.
+    """
+
+    def __init__(
+        self, instrumentation: Instrumentation, log_every: int = 100, record_every: int | None = None
+    ):
+        _check_cadence("log_every", log_every, "an int >= 1")
+        if record_every is not None:
+            _check_cadence("record_every", record_every, "None or an int >= 1")
+        self.log_every = log_every
+        self.record_every = record_every
+        self.step = 0
+        self.pending = False  # whether anything was recorded since the last reading
+        #: The last HISTORY_LENGTH snapshots, oldest first.
+        self.history: deque[Snapshot] = deque(maxlen=HISTORY_LENGTH)
+        self._instrumentation = instrumentation
+        self._names: dict[tuple[str, int, int, str], str] = {}
+        self._accumulators: dict[tuple[str, torch.device], Tensor] = {}
+        self._stopped = False
+        instrumentation.on_measure = _weakly(self)
+        instrumentation.measuring = self._measures(1)
+
+    def advance(self) -> Snapshot | None:
+        """End the current step. Returns its snapshot if it was a log step, else None.
+
+        Raises NothingMeasured at a log step before which nothing was measured; the step counts all
+        the same, and the next one goes on.
+        """
+        self.step += 1
+        self._instrumentation.measuring = self._measures(self.step + 1)
+        return self.read() if self.step % self.log_every == 0 else None
+
+    def read(self) -> Snapshot:
+        """A snapshot of everything folded since the last reading, which starts anew after it.
+
+        Raises NothingMeasured, with the instrumentation's coverage if it never measured anything.
+        """
+        layers: dict[str, HeadStats] = {}
+        for (name, head_dim, dtype), values in self._copy_to_host():
+            if not values[[SUM_FIELDS.index("rows"), SUM_FIELDS.index("nonfinite_rows")]].any():
+                continue  # known from an earlier reading, not run since
+            part = HeadStats(values, head_dim, dtype)
+            layers[name] = layers[name].merge(part) if name in layers else part
+        if not layers:
+            raise NothingMeasured(self._why_nothing())
+        self.pending = False
+        snapshot = Snapshot(self.step, layers)
+        self.history.append(snapshot)
+        return snapshot
+
+    def stop(self) -> None:
+        """Measure no further step: `advance()` goes on counting, the model runs its own attention."""
+        self._stopped = True
+        self._instrumentation.measuring = False
+
+    @torch.no_grad()
+    def record(self, measurement: Measurement) -> None:
+        """Fold one attention call into its layer's accumulator, on the device, without waiting for it."""
+        rows = measurement.rows
+        device = rows.lse.device
+        key = (self._name(measurement), device)
+        accumulator = self._accumulators.get(key)
+        if accumulator is None:
+            # Made inside inference mode, it could not be added to outside of it.
+            with torch.inference_mode(False):
+                accumulator = new_accumulator(rows.lse.shape[1], device)
+            self._accumulators[key] = accumulator
+        ops.fold(
+            accumulator,
+            rows,
+            measurement.visible_keys,
+            measurement.sink_mass,
+            measurement.query_norm,
+            measurement.key_norm,
+        )
+        self.pending = True
+
+    def _measures(self, step: int) -> bool:
+        if self._stopped:
+            return False
+        return step % self.log_every == 0 or (self.record_every is not None and step % self.record_every == 0)
+
+    def _name(self, measurement: Measurement) -> str:
+        """The layer's name; further head counts, head dimensions or dtypes under it get names of their own.
+
+        Such calls (a module reused with other shapes, an evaluation in another dtype) are different
+        heads: folding them together would mean nothing. The first kind seen keeps the plain name.
+        """
+        heads, head_dim = measurement.rows.lse.shape[1], measurement.head_dim
+        dtype = str(measurement.dtype).removeprefix("torch.")
+        kind = (measurement.layer, heads, head_dim, dtype)
+        name = self._names.get(kind)
+        if name is None:
+            taken = measurement.layer in self._names.values()
+            name = (
+                f"{measurement.layer} [{heads} heads of {head_dim}, {dtype}]" if taken else measurement.layer
+            )
+            self._names[kind] = name
+        return name
+
+    def _copy_to_host(self):
+        """Yield ((name, head_dim, dtype), values (NUM_FIELDS, H)) in the order layers first ran; reset."""
+        packed: dict[torch.device, list[Tensor]] = {}
+        for (_, device), accumulator in self._accumulators.items():
+            packed.setdefault(device, []).append(accumulator)
+        copies = {device: torch.cat([a.flatten() for a in parts]).cpu() for device, parts in packed.items()}
+        kinds = {name: (name, head_dim, dtype) for (_, _, head_dim, dtype), name in self._names.items()}
+        offsets = dict.fromkeys(copies, 0)
+        for (name, device), accumulator in self._accumulators.items():
+            start = offsets[device]
+            offsets[device] += accumulator.numel()
+            yield kinds[name], copies[device][start : offsets[device]].view(NUM_FIELDS, -1).numpy()
+            accumulator[:NUM_SUMS].zero_()
+            accumulator[NUM_SUMS:].fill_(-torch.inf)
+
+    def _why_nothing(self) -> str:
+        try:
+            self._instrumentation.require_measured()
+        except RuntimeError as error:
+            return str(error)
+        since = f"since the reading at step {self.history[-1].step}" if self.history else "so far"
+        return f"expected a measured forward pass before step {self.step} is read, got none {since}"
+
+
+def _weakly(recorder: Recorder):
+    """`recorder.record` without a reference cycle: an instrumentation ends when its last user is gone."""
+    reference = weakref.ref(recorder)
+
+    def on_measure(measurement: Measurement) -> None:
+        alive = reference()
+        if alive is not None:
+            alive.record(measurement)
+
+    return on_measure
+
+
+def _check_cadence(name: str, value: object, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"expected {name} to be {expected}, got {value!r}")

@@ -1,0 +1,87 @@
+"""Per-layer tables and findings for a terminal, as rich renderables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .. import theory
+from ..diagnosis import StabilityIssue
+from ..diagnosis.findings import grouped, heads_text
+from ..stats import HeadStats
+from .labels import layer_labels
+
+STYLES = {"error": "bold red", "warning": "yellow"}
+
+
+def layer_table(stats: Mapping[str, HeadStats], issues: Sequence[StabilityIssue], title: str) -> Table:
+    """One row per layer: the mean head's entropy ratio, the worst head's everything else, the findings."""
+    table = Table(title=title, title_justify="left", header_style="bold", title_style="bold")
+    table.add_column("layer", overflow="fold")
+    for name in (
+        "heads",
+        "entropy\nratio",
+        "lowest head\n(p10)",
+        "max\nweight",
+        "sink\nmass",
+        "max\n|score|",
+        "log2\ncurvature",
+    ):
+        table.add_column(name, justify="right")
+    table.add_column("findings", overflow="fold")
+    for (name, layer), label in zip(stats.items(), layer_labels(stats), strict=True):
+        curvature = theory.hnf_curvature_bound(
+            layer.query_norm, layer.key_norm, layer.head_dim, layer.max_abs_logit
+        )
+        table.add_row(
+            label,
+            str(layer.num_heads),
+            _number(layer.entropy_ratio, np.mean, "{:.2f}"),
+            _number(layer.entropy_ratio_p10, np.min, "{:.2f}"),
+            _number(layer.max_weight, np.max, "{:.2f}"),
+            _number(layer.sink_mass, np.max, "{:.2f}"),
+            _number(layer.max_abs_logit, np.max, "{:.4g}"),
+            _number(curvature, np.max, "{:.4g}"),
+            _state([issue for issue in issues if issue.layer == name]),
+        )
+    return table
+
+
+def findings(issues: Sequence[StabilityIssue], limit: int | None = None) -> RenderableType:
+    """The groups of findings, worst first, at most `limit` of them: where, the worst head's evidence, what to do."""
+    if not issues:
+        return Text("no findings", style="green")
+    lines = []
+    groups = grouped(issues)
+    for group in groups[:limit]:
+        worst = group[0]
+        lines.append(Text(headline(group), style=STYLES[worst.severity]))
+        lines.append(Text(f"    {worst.evidence}"))
+        lines.append(Text(f"    threshold {worst.threshold:g}: {worst.source}", style="dim"))
+        lines.append(Text(f"    -> {worst.suggestion}"))
+    if limit is not None and len(groups) > limit:
+        lines.append(Text(f"... and {len(groups) - limit} more like these", style="dim"))
+    return Group(*lines)
+
+
+def headline(group: Sequence[StabilityIssue]) -> str:
+    """'error: entropy_collapse in blocks.0.attention heads 0-3' of a group of findings."""
+    worst = group[0]
+    return f"{worst.severity}: {worst.issue_type} in {worst.layer or 'the model'}{heads_text(group)}"
+
+
+def _state(issues: Sequence[StabilityIssue]) -> Text:
+    if not issues:
+        return Text("ok", style="green")
+    kinds = dict.fromkeys(issue.issue_type for issue in issues)
+    severity = "error" if any(issue.severity == "error" for issue in issues) else "warning"
+    return Text(f"{severity}: {', '.join(kinds)}", style=STYLES[severity])
+
+
+def _number(values: np.ndarray, reduce, form: str) -> str:
+    finite = values[np.isfinite(values)]
+    return form.format(reduce(finite)) if finite.size else "-"

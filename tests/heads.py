@@ -1,0 +1,84 @@
+"""Head statistics with chosen numbers, and a stand-in for an instrumentation."""
+
+import numpy as np
+import torch
+
+from hnf_attention import attention_stats, ops
+from hnf_attention.instrument import Coverage, Measurement
+from hnf_attention.stats import MAX_FIELDS, NUM_SUMS, SUM_FIELDS, HeadStats, Snapshot, new_accumulator
+
+# A healthy head: spread attention, small scores.
+HEALTHY = dict(
+    rows=1000.0,
+    judged_rows=1000.0,
+    nonfinite_rows=0.0,
+    entropy=3.0,
+    logit_range=6.0,
+    entropy_ratio=0.7,
+    max_weight=0.2,
+    sink_mass=0.05,
+    jacobian_trace_bound=0.9,
+    dead_share=0.0,
+    max_logit=5.0,
+    min_logit=-5.0,
+    query_norm=10.0,
+    key_norm=10.0,
+)
+
+
+def head_stats(heads=4, head_dim=64, dtype="float32", **numbers):
+    """HeadStats of `heads` heads: HEALTHY, but for `numbers` (a number, or one per head)."""
+    columns = {k: np.broadcast_to(np.float64(v), heads) for k, v in {**HEALTHY, **numbers}.items()}
+    values = new_accumulator(heads, "cpu").numpy()
+    rows, judged = columns["rows"], columns["judged_rows"]
+    columns["dead_rows"] = columns["dead_share"]
+    for index, name in enumerate(SUM_FIELDS):
+        count = {"rows": 1.0, "judged_rows": 1.0, "nonfinite_rows": 1.0, "entropy": rows, "logit_range": rows}
+        values[index] = columns[name] * count.get(name, judged)
+    bins = (columns["entropy_ratio"] * 32).clip(0, 31).astype(int)
+    values[len(SUM_FIELDS) + bins, np.arange(heads)] = judged
+    maxima = {
+        **columns,
+        "neg_min_logit": -columns["min_logit"],
+        "logit_range": columns["max_logit"] - columns["min_logit"],
+        "neg_entropy_ratio": -columns["entropy_ratio"],
+    }
+    for index, name in enumerate(MAX_FIELDS):
+        values[NUM_SUMS + index] = maxima[name]
+    return HeadStats(values, head_dim, dtype)
+
+
+def snapshot(step=1, **layers):
+    """A snapshot of layers given as HeadStats or as keywords of `head_stats`."""
+    made = {
+        name: value if isinstance(value, HeadStats) else head_stats(**value) for name, value in layers.items()
+    }
+    return Snapshot(step, made)
+
+
+class FakeInstrumentation:
+    """What a recorder needs of an instrumentation."""
+
+    def __init__(self):
+        self.measuring = True
+        self.on_measure = None
+        self.coverage = Coverage({}, {"h.0.attn": "never ran"})
+
+    def require_measured(self):
+        if not self.coverage.measured:
+            raise RuntimeError(str(self.coverage))
+
+    def run(self, layer, query, key, **options):
+        """One attention call of that layer, measured if it should be."""
+        if not self.measuring:
+            return
+        rows = attention_stats(query, key, **options)
+        numbers = ops.measure(query, key, rows, **options)
+        self.coverage.measured[layer] = "probe"
+        self.on_measure(Measurement(layer, rows.detach(), *numbers, query.shape[3], query.dtype))
+
+
+def queries_and_keys(heads=2, rows=20, head_dim=8, batch=1, seed=0, scale=1.0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    shape = batch, heads, rows, head_dim
+    return [(scale * torch.randn(shape, generator=generator)).to(dtype) for _ in range(2)]

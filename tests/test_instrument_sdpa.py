@@ -1,0 +1,544 @@
+"""Modules that call scaled_dot_product_attention: attribution, every shape, restoring, faults, coverage."""
+
+import gc
+import logging
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import hnf_attention
+from hnf_attention.instrument import instrument, instrumentation
+
+ORIGINAL = F.scaled_dot_product_attention
+
+
+class Attention(nn.Module):
+    """Self-attention as people write it, with the keyword arguments of SDPA to be chosen."""
+
+    def __init__(self, width=16, heads=4, **options):
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        nn.init.normal_(self.qkv.weight, std=0.6)
+        self.heads, self.options = heads, options
+
+    def split(self, x):
+        return (y.unflatten(-1, (self.heads, -1)).transpose(-2, -3) for y in self.qkv(x).chunk(3, -1))
+
+    def forward(self, x):
+        q, k, v = self.split(x)
+        out = F.scaled_dot_product_attention(q, k, v, **self.options)
+        return out.transpose(-2, -3).flatten(-2)
+
+
+class Block(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.attn = Attention(**options)
+        self.mlp = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+
+    def forward(self, x):
+        return x + self.mlp(x + self.attn(x))
+
+
+class Model(nn.Module):
+    def __init__(self, use_reentrant=None, **options):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(**options) for _ in range(2)])
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        for block in self.blocks:
+            if self.use_reentrant is None:
+                x = block(x)
+            else:
+                x = checkpoint(block, x, use_reentrant=self.use_reentrant)
+        return x
+
+
+class HandWrittenAttention(Attention):
+    def forward(self, x):
+        q, k, v = self.split(x)
+        out = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
+        return out.transpose(-2, -3).flatten(-2)
+
+
+LAYERS = ["blocks.0.attn", "blocks.1.attn"]
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_leave_nothing_behind():
+    torch.manual_seed(0)
+    yield
+    assert F.scaled_dot_product_attention is ORIGINAL
+
+
+def x(*shape, **options):
+    return torch.randn(*(shape or (2, 20, 16)), **options)
+
+
+def expected_rows(module, inputs, attn_mask=None, is_causal=False, scale=None, **_):
+    """(entropy, max_weight) from attention weights, in double precision."""
+    q, k, _ = (y.double() for y in module.split(inputs))
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        hidden = torch.ones(scores.shape[-2:]).triu(1).bool()
+        scores = scores.masked_fill(hidden, -torch.inf)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    weights = scores.softmax(-1)
+    return -torch.special.xlogy(weights, weights).sum(-1), weights.amax(-1)
+
+
+MASK = torch.rand(20, 20) > 0.4
+MASK[:, 0] = True
+OPTIONS = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "scale": {"scale": 0.7, "is_causal": True},
+    "bool mask": {"attn_mask": MASK},
+    "mask per batch": {"attn_mask": torch.stack([MASK, MASK.flip(0) | torch.eye(20).bool()])[:, None]},
+    "mask and causal": {"attn_mask": MASK, "is_causal": True},
+    "additive mask": {"attn_mask": torch.randn(20, 20).masked_fill(~MASK, -torch.inf)},
+    "finfo.min mask": {"attn_mask": torch.zeros(20, 20).masked_fill(~MASK, torch.finfo(torch.float32).min)},
+}
+
+
+@pytest.mark.parametrize("mode", ["probe", "fused", "auto"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_output_and_rows(name, mode):
+    model, inputs = Model(**OPTIONS[name]), x()
+    plain = model(inputs)
+    with instrument(model, mode=mode) as handle:
+        output = model(inputs)
+    exact = {} if mode == "fused" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(output, plain, **exact)
+    assert list(handle.latest) == LAYERS
+    how = "fused" if mode == "fused" else "probe"
+    if name == "mask and causal" and mode != "probe":
+        how = "probe: both attn_mask and is_causal"
+    assert handle.coverage.measured == dict.fromkeys(LAYERS, f"{how} (scaled_dot_product_attention)")
+    entropy, max_weight = expected_rows(model.blocks[0].attn, inputs, **OPTIONS[name])
+    measurement = handle.latest[LAYERS[0]]
+    assert not measurement.rows.entropy.requires_grad and not measurement.rows.lse.requires_grad
+    torch.testing.assert_close(measurement.rows.entropy.double(), entropy, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(measurement.rows.max_weight.double(), max_weight, rtol=1e-4, atol=1e-5)
+    if "mask" in name:
+        mask = OPTIONS[name]["attn_mask"]
+        seen = mask if mask.dtype == torch.bool else mask > -1e30
+        seen = seen.tril() if "causal" in name else seen
+        torch.testing.assert_close(
+            measurement.visible_keys.expand(2, 4, 20), seen.sum(-1).expand(2, 4, 20), rtol=0, atol=0
+        )
+    q, k, _ = model.blocks[0].attn.split(inputs)
+    torch.testing.assert_close(measurement.query_norm, q.norm(dim=(2, 3)).amax(0))
+    torch.testing.assert_close(measurement.key_norm, k.norm(dim=(2, 3)).amax(0))
+    assert (measurement.head_dim, measurement.dtype) == (4, torch.float32)
+
+
+class Direct(nn.Module):
+    """Calls SDPA with the very tensors it is given."""
+
+    def forward(self, *tensors, **options):
+        return F.scaled_dot_product_attention(*tensors, **options)
+
+
+SHAPES = {
+    "3-D": (((3, 7, 8), (3, 9, 8), (3, 9, 5)), (3, 7, 9), {}, (3, 1, 7)),
+    "2-D": (((7, 8), (9, 8), (9, 5)), (7, 9), {}, (1, 1, 7)),
+    "5-D": (((2, 3, 4, 7, 8), (2, 3, 4, 9, 8), (2, 3, 4, 9, 5)), (3, 1, 7, 9), {}, (6, 4, 7)),
+    "grouped heads": (((2, 4, 7, 8), (2, 2, 9, 8), (2, 2, 9, 5)), (1, 9), {"enable_gqa": True}, (2, 4, 7)),
+    "broadcast batch": (((1, 4, 7, 8), (2, 4, 9, 8), (2, 4, 9, 5)), None, {}, (2, 4, 7)),
+    "broadcast key head": (((2, 4, 7, 8), (2, 1, 9, 8), (2, 1, 9, 5)), (2, 1, 7, 9), {}, (2, 4, 7)),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_that_sdpa_takes(name):
+    shapes, mask_shape, options, rows = SHAPES[name]
+    tensors = [torch.randn(shape) for shape in shapes]
+    if mask_shape is not None:
+        options = {**options, "attn_mask": torch.rand(mask_shape) > 0.3}
+        options["attn_mask"][..., 0] = True
+    model = Direct()
+    plain = model(*tensors, **options)
+    for mode in ("probe", "fused"):
+        with instrument(model, mode=mode) as handle:
+            output = model(*tensors, **options)
+        assert output.shape == plain.shape
+        torch.testing.assert_close(output, plain)
+        assert handle.latest[""].rows.entropy.shape == rows
+        assert handle.coverage.measured[""].startswith(mode)
+
+
+def test_what_the_original_refuses_is_refused_and_not_held_against_the_layer():
+    model, q = Direct(), torch.randn(2, 4, 7, 8)
+    wrong = [
+        ((q, q[..., :4], q), {}),
+        ((q, q[:, :2], q[:, :2]), {}),
+        ((q, q, q), {"unknown": 1}),
+    ]
+    with instrument(model, mode="fused") as handle:
+        for tensors, options in wrong:
+            with pytest.raises((RuntimeError, TypeError)):
+                model(*tensors, **options)
+        assert not handle.coverage.not_measured and not handle.latest
+        model(q, q, q)
+    assert handle.coverage.measured[""].startswith("fused")
+
+
+def test_two_calls_of_one_module_are_two_records():
+    class Twice(Attention):
+        def forward(self, inputs):
+            return super().forward(inputs) + super().forward(2 * inputs)
+
+    model = Twice()
+    with instrument(model) as handle:
+        records = []
+        handle.on_measure = records.append
+        model(x())
+    assert [record.layer for record in records] == ["", ""] and not handle.latest
+    assert not torch.equal(records[0].rows.entropy, records[1].rows.entropy)
+
+
+@pytest.mark.parametrize("mode", ["probe", "fused"])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_layers_are_counted_once(mode, use_reentrant):
+    model = Model(use_reentrant, is_causal=True)
+    inputs = x(requires_grad=True)
+
+    def gradients():
+        model.zero_grad()
+        model(inputs).square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    plain = gradients()
+    with instrument(model, mode=mode) as handle:
+        records = []
+        handle.on_measure = lambda measurement: records.append(measurement.layer)
+        for _ in range(2):
+            measured = gradients()
+    assert records == LAYERS * 2
+    for got, expected in zip(measured, plain):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["probe", "fused"])
+def test_a_fault_between_forward_and_recomputation_breaks_no_checkpoint(mode):
+    model = Model(use_reentrant=False)
+
+    def broken(measurement):
+        raise ValueError("no disk")
+
+    with instrument(model, mode=mode) as handle:
+        handle.on_measure = broken
+        model(x(requires_grad=True)).sum().backward()
+    assert set(handle.coverage.not_measured) == set(LAYERS)
+
+
+@pytest.mark.parametrize("mode", ["probe", "fused"])
+def test_faults_of_the_monitor_end_measuring_not_the_run(mode, monkeypatch, caplog):
+    model, inputs = Model(), x()
+    plain = model(inputs)
+    real = instrumentation.ops.attention_stats if mode == "probe" else instrumentation.ops.attention
+    calls = []
+
+    def sometimes(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("kernel exploded")
+        return real(*args, **kwargs)
+
+    name = "attention_stats" if mode == "probe" else "attention"
+    with instrument(model, mode=mode) as handle, caplog.at_level(logging.WARNING, "hnf_attention"):
+        monkeypatch.setattr(instrumentation.ops, name, sometimes)
+        for _ in range(3):
+            torch.testing.assert_close(model(inputs), plain)
+    assert len(caplog.records) == 1
+    assert all(text in caplog.text for text in ("blocks.0.attn", "kernel exploded"))
+    assert list(handle.latest) == list(handle.coverage.measured) == [LAYERS[1]]
+    assert "kernel exploded" in handle.coverage.not_measured[LAYERS[0]]
+    assert len(calls) == 4  # the broken layer once, the other in each forward
+
+
+def test_errors_of_the_models_own_attention_propagate():
+    class Failing(Attention):
+        def forward(self, inputs):
+            return F.scaled_dot_product_attention(*self.split(inputs), attn_mask=torch.ones(3, 3))
+
+    model = Failing()
+    with instrument(model) as handle, pytest.raises(RuntimeError):
+        model(x())
+    assert not handle.coverage.measured
+
+
+def test_dropout_and_trained_masks_are_probed_and_said_so():
+    bias = nn.Parameter(torch.zeros(20, 20))
+    for options, why in (
+        ({"dropout_p": 0.3}, "dropout"),
+        ({"attn_mask": bias}, "the additive mask requires a gradient"),
+    ):
+        model = Model(**options)
+        inputs = x()
+        torch.manual_seed(5)
+        plain = model(inputs)
+        with instrument(model, mode="fused") as handle:
+            torch.manual_seed(5)
+            torch.testing.assert_close(model(inputs), plain, rtol=0, atol=0)
+        assert set(handle.coverage.measured.values()) == {f"probe: {why} (scaled_dot_product_attention)"}
+
+
+def test_not_measuring_is_the_models_own_attention(monkeypatch):
+    model, inputs = Model(), x()
+    with instrument(model, mode="fused") as handle:
+        handle.measuring = False
+
+        def never(*args, **kwargs):
+            raise AssertionError("work was done off cadence")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(instrumentation.owners, "running_owner", never)
+            patch.setattr(handle, "attend", never)
+            model(inputs)
+        assert not handle.latest
+        handle.measuring = True
+        model(inputs)
+        assert list(handle.latest) == LAYERS
+
+
+def test_other_models_are_untouched_and_each_has_its_own_measurements():
+    first, second, third, inputs = Model(), Model(), Model(), x()
+    with instrument(first) as one, instrument(second) as two:
+        third(inputs)
+        assert not one.latest and not two.latest
+        first(inputs)
+        assert list(one.latest) == LAYERS and not two.latest
+        two.measuring = False
+        second(inputs)
+        assert not two.latest
+        one.restore()
+        two.measuring = True
+        second(inputs)
+        assert list(two.latest) == LAYERS
+
+
+def test_a_part_of_a_model_and_overlap():
+    model = Model()
+    with instrument(model.blocks[1]) as handle:
+        model(x())
+        assert list(handle.latest) == ["attn"]
+        for overlapping in (model, model.blocks[1], model.blocks[1].attn):
+            with pytest.raises(ValueError, match=r"restore\(\)"):
+                instrument(overlapping)
+        with instrument(model.blocks[0]):
+            pass
+    with instrument(model):
+        pass
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match="torch.nn.Module"):
+        instrument("gpt2")
+    with pytest.raises(ValueError, match=r"'auto', 'fused', 'probe'.*'quick'"):
+        instrument(Model(), mode="quick")
+
+
+def test_somebody_elses_patch_over_ours_stays():
+    model, inputs = Model(), x()
+    handle = instrument(model)
+    ours = F.scaled_dot_product_attention
+
+    def theirs(*args, **kwargs):
+        return ours(*args, **kwargs)
+
+    F.scaled_dot_product_attention = theirs
+    try:
+        model(inputs)
+        assert list(handle.latest) == LAYERS
+        handle.restore()
+        assert F.scaled_dot_product_attention is theirs
+        handle.latest.clear()
+        model(inputs)
+        assert not handle.latest
+        with instrument(model) as again:
+            records = []
+            again.on_measure = records.append
+            model(inputs)
+            assert len(records) == 2  # ours over theirs over ours: each call is counted once
+        assert F.scaled_dot_product_attention is theirs
+    finally:
+        F.scaled_dot_product_attention = ORIGINAL
+
+
+def test_nothing_is_kept_alive():
+    model = Model()
+    handle = instrument(model, strict=True)
+    dead = weakref.ref(model)
+    handle.restore()
+    del model
+    gc.collect()
+    assert dead() is None
+
+    model = Model()
+    instrument(model)  # dropped at once: it restores itself
+    gc.collect()
+    assert F.scaled_dot_product_attention is ORIGINAL and not model._forward_hooks
+    handle = instrument(model)
+    dead = weakref.ref(model)
+    del model
+    gc.collect()
+    assert dead() is None
+    handle.restore()
+
+
+def test_multihead_attention_is_measured_where_it_reaches_sdpa_and_listed_where_not():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.quiet = nn.MultiheadAttention(16, 4, batch_first=True)
+            self.talkative = nn.MultiheadAttention(16, 4, batch_first=True)
+
+        def forward(self, inputs):
+            out, _ = self.quiet(inputs, inputs, inputs, need_weights=False)
+            return self.talkative(out, out, out, need_weights=True)[0]
+
+    model = Two()
+    with instrument(model) as handle:
+        assert "no forward has run" in str(handle.coverage)
+        with pytest.raises(RuntimeError, match="no forward has run"):
+            handle.require_measured()
+        model(x())
+    handle.require_measured()
+    assert list(handle.coverage.measured) == ["quiet"]
+    assert list(handle.coverage.not_measured) == ["talkative"]
+    assert "need_weights=False" in handle.coverage.not_measured["talkative"]
+    text = str(handle.coverage)
+    assert "measured (1)" in text and "NOT measured (1)" in text and "talkative" in text
+
+
+def test_hand_written_attention_is_listed_even_beside_a_measured_container():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = HandWrittenAttention()
+
+        def forward(self, inputs):
+            out = self.inner(inputs)
+            return F.scaled_dot_product_attention(out, out, out)
+
+    with instrument(Mixed()) as handle:
+        pass
+    model = Mixed()
+    with instrument(model) as handle:
+        model(x())
+    assert list(handle.coverage.measured) == [""]
+    assert list(handle.coverage.not_measured) == ["inner"]
+
+
+def test_strict_raises_once_after_the_first_complete_forward():
+    model = nn.Sequential(Attention(), HandWrittenAttention())
+    with instrument(model, strict=True) as handle:
+        handle.measuring = False
+        model(x())  # says nothing about coverage
+        handle.measuring = True
+        with pytest.raises(RuntimeError, match="HandWritten|scaled_dot_product_attention"):
+            model(x())
+        model(x())
+    with instrument(Model(), strict=True) as handle:
+        pass
+    good = Model()
+    with instrument(good, strict=True):
+        good(x())
+    assert not model._forward_hooks and not good._forward_hooks
+
+
+def test_tensors_that_cannot_be_measured_are_passed_on_and_listed():
+    model = Direct()
+    parts = [torch.randn(3, 2, 8), torch.randn(5, 2, 8)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
+    plain = model(nested, nested, nested)
+    with instrument(model, mode="fused") as handle:
+        output = model(nested, nested, nested)
+        assert "NestedTensor" in handle.coverage.not_measured[""]
+        meta = torch.empty(1, 2, 3, 4, device="meta")
+        assert model(meta, meta, meta).is_meta
+        assert "meta" in handle.coverage.not_measured[""]
+        q = torch.randn(1, 2, 3, 4)
+        model(q, q, q)
+        assert handle.coverage.measured[""].startswith("fused")
+    torch.testing.assert_close(output.values(), plain.values(), rtol=0, atol=0)
+
+
+def test_empty_sequences_and_non_finite_numbers():
+    model = Direct()
+    with instrument(model) as handle:
+        empty = torch.randn(2, 4, 0, 8)
+        model(empty, empty, empty)
+        assert handle.latest[""].rows.entropy.shape == (2, 4, 0)
+        q = torch.randn(2, 4, 7, 8)
+        q[0, 1, 2] = torch.nan
+        model(q, q, q)
+        rows = handle.latest[""].rows
+        assert rows.entropy[0, 1].isnan().all() and rows.entropy[1].isfinite().all()
+
+
+def test_autocast_measures_in_the_dtype_that_attention_runs_in():
+    model, inputs = Model(), x()
+    plain, outputs = [], {}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = model(inputs)
+        for mode in ("probe", "fused"):
+            with instrument(model, mode=mode) as handle:
+                outputs[mode] = model(inputs)
+            assert handle.latest[LAYERS[0]].dtype == torch.bfloat16
+            assert handle.coverage.measured[LAYERS[0]].startswith(mode)
+    torch.testing.assert_close(outputs["probe"], plain, rtol=0, atol=0)
+    torch.testing.assert_close(outputs["fused"], plain, rtol=2e-2, atol=5e-2)
+
+
+def test_threads_do_not_disturb_each_other():
+    models, inputs = [Model(), Model()], x()
+    handles = [instrument(model) for model in models]
+    threads = [threading.Thread(target=lambda m=m: [m(inputs) for _ in range(20)]) for m in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for handle, model in zip(handles, models):
+        entropy, _ = expected_rows(model.blocks[0].attn, inputs)
+        got = handle.latest[LAYERS[0]].rows.entropy.double()
+        torch.testing.assert_close(got, entropy, rtol=1e-4, atol=1e-5)
+        handle.restore()
+
+
+def test_compiled_graphs_run_as_they_were_and_are_listed():
+    model, inputs = Model(), x()
+    plain = model(inputs)
+    with instrument(model) as handle:
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(inputs), plain)
+        assert not handle.coverage.measured
+        assert set(handle.coverage.not_measured) == set(LAYERS)
+        assert all("compiled graphs" in why for why in handle.coverage.not_measured.values())
+        model(inputs)
+        assert list(handle.coverage.measured) == LAYERS
+    torch.testing.assert_close(compiled(inputs), plain)
+
+
+def test_state_dict_and_modules_are_unchanged():
+    model = Model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with instrument(model, mode="fused"):
+        model(x()).sum().backward()
+        assert list(model.state_dict()) == list(before)
+        torch.save(model.state_dict(), "/dev/null")
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_public_name():
+    assert hnf_attention.instrument is not None

@@ -1,0 +1,116 @@
+"""Instrumented models on a real card: fused by default, exact, and without host synchronisation."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from hnf_attention import AttentionStabilityMonitor, instrument
+from hnf_attention.demo.model import GPT
+
+pytestmark = pytest.mark.gpu
+
+
+def _gpt():
+    torch.manual_seed(0)
+    return GPT(layers=2, width=128, heads=4, context=96, sharpness=1.0).cuda()
+
+
+def _batch():
+    return torch.randint(0, 256, (3, 96), device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_auto_is_fused_and_as_exact_as_the_plain_model(dtype):
+    model, tokens = _gpt(), _batch()
+    with torch.no_grad():
+        exact = model.double()(tokens)
+        model = model.to(dtype)
+        plain = model(tokens)
+        with instrument(model) as instrumentation:
+            ours = model(tokens)
+            latest = instrumentation.latest
+    assert all("fused" in how for how in instrumentation.coverage.measured.values())
+    assert len(latest) == 2 and all(m.dtype == dtype for m in latest.values())
+    norm = exact.norm()
+    error, theirs = (ours.double() - exact).norm() / norm, (plain.double() - exact).norm() / norm
+    assert error <= 2 * theirs + torch.finfo(dtype).eps / 2
+
+
+def test_probe_is_bit_identical_and_agrees_with_fused():
+    model, tokens = _gpt().to(torch.bfloat16), _batch()
+    with torch.no_grad():
+        plain = model(tokens)
+        with instrument(model, "probe") as probe:
+            assert torch.equal(model(tokens), plain)
+        with instrument(model, "fused") as fused:
+            model(tokens)
+    name = next(iter(probe.latest))  # later layers see inputs that the fused output rounded differently
+    for field in ("lse", "entropy", "max_logit", "min_logit"):
+        torch.testing.assert_close(
+            getattr(probe.latest[name].rows, field), getattr(fused.latest[name].rows, field)
+        )
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpointed_block_is_recorded_once_and_its_gradient_is_right(use_reentrant):
+    model, tokens = _gpt(), _batch()
+    seen = []
+
+    def loss():
+        x = model.bytes(tokens) + model.positions.weight
+        for block in model.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=use_reentrant)
+        return model.head(model.norm(x)).float().square().mean()
+
+    loss().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with instrument(model, "fused") as instrumentation:
+        instrumentation.on_measure = lambda measurement: seen.append(measurement.layer)
+        loss().backward()
+    assert len(seen) == 2 and len(set(seen)) == 2
+    for parameter, wanted in zip(model.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, wanted, rtol=2e-3, atol=1e-5)
+
+
+def test_nothing_waits_for_the_device_between_log_steps():
+    model = _gpt().to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    batches = [_batch() for _ in range(8)]
+
+    def step(tokens):
+        loss = cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    monitor = AttentionStabilityMonitor(model, log_every=4, record_every=1)
+    results = []
+    for index, tokens in enumerate(batches):
+        quiet = index not in (0, 3, 7)  # the first compiles, the others are log steps
+        torch.cuda.set_sync_debug_mode("error" if quiet else "default")
+        try:
+            step(tokens)
+            results.append(monitor.on_step())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    monitor.restore()
+    assert [r is not None for r in results] == [False, False, False, True] * 2
+    stats = next(iter(results[-1].stats.values()))
+    assert stats.rows.tolist() == [4 * 3 * 95] * 4
+    assert stats.nonfinite_rows.sum() == 0
+
+
+def test_the_last_reading_equals_the_same_run_on_the_cpu():
+    model, tokens = _gpt(), _batch()
+    readings = []
+    for device in ("cuda", "cpu"):
+        monitor = AttentionStabilityMonitor(model.to(device), log_every=1)
+        with torch.no_grad():
+            model(tokens.to(device))
+        readings.append(monitor.on_step().stats)
+        monitor.restore()
+    for ours, theirs in zip(readings[0].values(), readings[1].values()):
+        torch.testing.assert_close(
+            torch.from_numpy(ours.values), torch.from_numpy(theirs.values), rtol=1e-3, atol=1e-3
+        )

@@ -1,0 +1,199 @@
+"""The fold from row statistics to head statistics, against numpy and by its own laws."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from heads import queries_and_keys
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hnf_attention import attention_stats, ops
+from hnf_attention.stats import (
+    DEAD_ENTROPY_RATIO,
+    HISTOGRAM_BINS,
+    JUDGED_MIN_KEYS,
+    NUM_FIELDS,
+    SUM_FIELDS,
+    HeadStats,
+    RowStats,
+    fold_rows,
+    new_accumulator,
+)
+
+
+def folded(query, key, accumulator=None, **options):
+    rows = attention_stats(query, key, **options)
+    accumulator = new_accumulator(query.shape[1], "cpu") if accumulator is None else accumulator
+    fold_rows(accumulator, rows, *ops.measure(query, key, rows, **options))
+    return accumulator
+
+
+def head_stats(accumulator):
+    return HeadStats(accumulator.numpy(), 8, "float32")
+
+
+def rows_of(entropy, max_logit=None, min_logit=None, lse=None):
+    """Row statistics of one head and one batch element with these numbers."""
+    entropy = torch.tensor(entropy)[None, None]
+    default = torch.zeros_like(entropy)
+
+    def row(x):
+        return default if x is None else torch.tensor(x)[None, None]
+
+    return RowStats(row(lse), entropy, row(max_logit), row(min_logit))
+
+
+def fold_one(rows, visible, sink_mass=0.0, norms=(1.0, 1.0)):
+    accumulator = new_accumulator(1, "cpu")
+    mass = torch.full_like(rows.entropy, sink_mass)
+    fold_rows(accumulator, rows, torch.tensor(visible), mass, *(torch.tensor([n]) for n in norms))
+    return head_stats(accumulator)
+
+
+def test_uniform_scores_have_ratio_one():
+    query, key = torch.zeros(2, 3, 40, 8), torch.randn(2, 3, 40, 8)
+    stats = head_stats(folded(query, key))
+    np.testing.assert_allclose(stats.entropy_ratio, 1.0, rtol=1e-6)
+    np.testing.assert_allclose(stats.entropy, math.log(40), rtol=1e-6)
+    np.testing.assert_allclose(stats.max_weight, 1 / 40, rtol=1e-6)
+    np.testing.assert_allclose(stats.jacobian_trace_bound, 1 - 1 / 1600, rtol=1e-6)
+    np.testing.assert_allclose(stats.sink_mass, 1 / 40, rtol=1e-6)
+    np.testing.assert_array_equal(stats.dead_share, 0.0)
+    np.testing.assert_array_equal(stats.judged_rows, 80.0)
+
+
+def test_against_the_dense_definition():
+    query, key = queries_and_keys(heads=3, rows=33, batch=2, scale=1.5)
+    stats = head_stats(folded(query, key, is_causal=True))
+    scores = (query.double() @ key.double().mT) * 8**-0.5
+    seen = torch.ones(33, 33, dtype=torch.bool).tril()
+    p = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    entropy = -torch.xlogy(p, p).sum(-1)
+    count = torch.arange(1, 34).double()
+    judged = count >= JUDGED_MIN_KEYS
+    ratio = (entropy / count.log())[..., judged]
+    largest = p.amax(-1)[..., judged]
+
+    def mean(x):
+        return x.mean((0, 2)).numpy()
+
+    np.testing.assert_array_equal(stats.rows, 66)
+    np.testing.assert_array_equal(stats.judged_rows, 2 * (33 - JUDGED_MIN_KEYS + 1))
+    np.testing.assert_allclose(stats.entropy, mean(entropy), rtol=1e-5)
+    np.testing.assert_allclose(stats.entropy_ratio, mean(ratio), rtol=1e-5)
+    np.testing.assert_allclose(stats.entropy_ratio_min, ratio.amin((0, 2)).numpy(), rtol=1e-5)
+    np.testing.assert_allclose(stats.max_weight, mean(largest), rtol=1e-5)
+    np.testing.assert_allclose(stats.jacobian_trace_bound, mean(1 - largest**2), rtol=1e-5)
+    np.testing.assert_allclose(stats.sink_mass, mean(p[..., 0][..., judged]), rtol=1e-5)
+    visible = scores.masked_fill(~seen, -torch.inf)
+    np.testing.assert_allclose(stats.max_logit, visible.amax((0, 2, 3)).numpy(), rtol=1e-5)
+    low = scores.masked_fill(~seen, torch.inf)
+    np.testing.assert_allclose(stats.min_logit, low.amin((0, 2, 3)).numpy(), rtol=1e-5)
+    spread = (visible.amax(-1) - low.amin(-1)).double()
+    np.testing.assert_allclose(stats.logit_range, mean(spread), rtol=1e-5)
+    np.testing.assert_allclose(stats.logit_range_max, spread.amax((0, 2)).numpy(), rtol=1e-5)
+    np.testing.assert_allclose(stats.query_norm, query.norm(dim=(2, 3)).amax(0).numpy(), rtol=1e-5)
+
+
+def test_short_rows_are_counted_but_not_judged():
+    query, key = queries_and_keys(rows=JUDGED_MIN_KEYS - 1)
+    stats = head_stats(folded(query, key))
+    assert (stats.rows == JUDGED_MIN_KEYS - 1).all() and (stats.judged_rows == 0).all()
+    for name in ("entropy_ratio", "entropy_ratio_p10", "entropy_ratio_min", "dead_share", "max_weight"):
+        assert np.isnan(getattr(stats, name)).all(), name
+    assert np.isfinite(stats.entropy).all() and np.isfinite(stats.max_logit).all()
+
+
+def test_empty_and_nonfinite_rows():
+    nan, inf = math.nan, math.inf
+    rows = rows_of(
+        entropy=[2.0, 0.0, nan, 1.0], max_logit=[3.0, -inf, nan, inf], min_logit=[-1.0, inf, nan, 0.0]
+    )
+    stats = fold_one(rows, [20, 0, 20, 20])
+    assert stats.rows == 1 and stats.nonfinite_rows == 2
+    assert stats.entropy == 2.0 and stats.max_logit == 3.0 and stats.min_logit == -1.0
+    assert stats.max_abs_logit == 3.0
+
+
+def test_nonfinite_queries_are_counted_in_their_head_only():
+    query, key = queries_and_keys(heads=3, rows=20)
+    query[0, 1, 4] = math.nan
+    key[0, 2, 0, 0] = math.inf
+    stats = head_stats(folded(query, key))
+    np.testing.assert_array_equal(stats.nonfinite_rows, [0, 1, 20])
+    np.testing.assert_array_equal(stats.rows, [20, 19, 0])
+    assert np.isfinite(stats.entropy_ratio[:2]).all() and np.isnan(stats.entropy_ratio[2])
+
+
+def test_nothing_folded_is_nan_everywhere():
+    stats = head_stats(new_accumulator(2, "cpu"))
+    assert (stats.rows == 0).all()
+    for name in ("entropy", "entropy_ratio_p10", "max_logit", "min_logit", "max_abs_logit", "query_norm"):
+        assert np.isnan(getattr(stats, name)).all(), name
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 20, 8), (1, 2, 0, 8)])
+def test_calls_without_rows_change_nothing_but_norms(shape):
+    accumulator = folded(torch.zeros(shape), torch.zeros(shape))
+    assert (head_stats(accumulator).rows == 0).all()
+
+
+def test_dead_rows():
+    n = 64
+    limit = DEAD_ENTROPY_RATIO * math.log(n)
+    stats = fold_one(rows_of(entropy=[0.0, 0.99 * limit, 1.01 * limit, 1.0]), [n] * 4)
+    assert stats.dead_share == 0.5
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=200))
+@settings(max_examples=60, deadline=None)
+def test_percentile_is_within_a_bin_of_the_true_one(ratios):
+    n = 1000
+    rows = rows_of(entropy=[r * math.log(n) for r in ratios])
+    stats = fold_one(rows, [n] * len(ratios))
+    exact = np.sort(ratios)[max(0, math.ceil(0.1 * len(ratios)) - 1)]  # the value that 10 % reach
+    assert abs(stats.entropy_ratio_p10[0] - exact) <= 1 / HISTOGRAM_BINS + 1e-6
+
+
+def test_percentile_of_two_groups():
+    ratios = [0.01] * 5 + [0.9] * 95
+    stats = fold_one(rows_of(entropy=[r * math.log(100) for r in ratios]), [100] * 100)
+    assert stats.entropy_ratio_p10[0] == pytest.approx(0.9, abs=1 / HISTOGRAM_BINS)
+    ratios = [0.01] * 11 + [0.9] * 89
+    stats = fold_one(rows_of(entropy=[r * math.log(100) for r in ratios]), [100] * 100)
+    assert stats.entropy_ratio_p10[0] < 1 / HISTOGRAM_BINS
+
+
+@given(st.lists(st.integers(0, 2**31), min_size=3, max_size=3, unique=True), st.integers(1, 40))
+@settings(max_examples=25, deadline=None)
+def test_merge_is_associative_commutative_and_the_same_as_one_fold(seeds, rows):
+    calls = [queries_and_keys(rows=rows, seed=seed) for seed in seeds]
+    a, b, c = (head_stats(folded(*call)) for call in calls)
+    together = new_accumulator(2, "cpu")
+    for call in calls:
+        folded(*call, accumulator=together)
+    left, right, swapped = a.merge(b).merge(c), a.merge(b.merge(c)), c.merge(a).merge(b)
+    for merged in (left, right, swapped):
+        np.testing.assert_allclose(merged.values, together.numpy(), rtol=1e-12)
+
+
+def test_the_empty_fold_is_the_identity_of_merge():
+    stats = head_stats(folded(*queries_and_keys()))
+    empty = head_stats(new_accumulator(2, "cpu"))
+    np.testing.assert_array_equal(stats.merge(empty).values, stats.values)
+    np.testing.assert_array_equal(empty.merge(stats).values, stats.values)
+
+
+def test_merge_refuses_other_head_counts():
+    one, two = (head_stats(new_accumulator(h, "cpu")) for h in (1, 2))
+    with pytest.raises(ValueError, match=rf"\({NUM_FIELDS}, 1\), got \({NUM_FIELDS}, 2\)"):
+        one.merge(two)
+
+
+def test_sums_come_first_in_the_accumulator():
+    accumulator = new_accumulator(3, "cpu")
+    assert accumulator.shape == (NUM_FIELDS, 3) and accumulator.dtype == torch.float64
+    assert (accumulator[: len(SUM_FIELDS) + HISTOGRAM_BINS] == 0).all()
+    assert (accumulator[len(SUM_FIELDS) + HISTOGRAM_BINS :] == -torch.inf).all()
