@@ -73,6 +73,7 @@ def test_a_checkpointed_block_is_recorded_once_and_its_gradient_is_right(use_ree
         torch.testing.assert_close(parameter.grad, wanted, rtol=2e-3, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_nothing_waits_for_the_device_between_log_steps():
     model = _gpt().to(torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)

@@ -85,7 +85,7 @@ def train(config: Config, treated: bool, observe: Observer) -> Run:
                 run.first_finding = run.first_finding or diagnosis
                 intervention = monitor.get_intervention(diagnosis) if treated else None
                 if intervention:
-                    apply_intervention(optimizer, intervention)
+                    apply_intervention(optimizer, intervention, scheduler=scheduler)
                     run.interventions.append((diagnosis.step, dict(intervention)))
         observe(run, diagnosis)
     run.history = list(monitor.history)

@@ -143,7 +143,7 @@ class Instrumentation:
                 output, rows = ops.attention(call.query, call.key, call.value, **call.options())
                 result, done = call.from_output(output), True
         except Exception as error:  # of whatever kind: the model's own attention still has to run
-            failure = error
+            failure = error.with_traceback(None)
         if not done:
             result = original()
             layer.fused_failed |= failure is not None and not isinstance(failure, Unmeasurable)
@@ -151,7 +151,7 @@ class Instrumentation:
             try:
                 self._measure(name, call.detach(), rows)
             except Exception as error:  # the monitor never ends a run
-                failure = error
+                failure = error.with_traceback(None)
             else:
                 self._measured[name] = self._describe(call, fused)
         if failure is not None:
@@ -173,15 +173,19 @@ class Instrumentation:
             return original()
         return call.from_output(ops.attention(call.query, call.key, call.value, **call.options())[0])
 
+    def _wants_fused(self, call: AttentionCall) -> bool:
+        covered = call.prefer_fused and ops._kernels_cover(call.query, call.value)
+        return self.mode == "fused" or (self.mode == "auto" and covered)
+
     def _takes(self, call: AttentionCall) -> bool:
         """Whether our attention computes this call's output: from properties of the call alone."""
-        if self.mode == "probe" or call.not_fused is not None:
-            return False
-        return self.mode == "fused" or (call.prefer_fused and ops._kernels_cover(call.query, call.value))
+        return call.not_fused is None and self._wants_fused(call)
 
     def _describe(self, call: AttentionCall, fused: bool) -> str:
-        why = "" if self.mode == "probe" or call.not_fused is None else f": {call.not_fused}"
-        return f"fused ({call.door})" if fused else f"probe{why} ({call.door})"
+        if fused:
+            return f"fused ({call.door})"
+        held_back = call.not_fused is not None and self._wants_fused(call)
+        return f"probe{f': {call.not_fused}' if held_back else ''} ({call.door})"
 
     @torch.no_grad()
     def _measure(self, name: str, call: AttentionCall, rows: RowStats | None) -> None:
