@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument(
         "--window", type=_positive, metavar="N", help="tokens per window (default: the model's own length)"
     )
-    analyze.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="windows at once (default 8)")
+    analyze.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="windows at once (default 8)"
+    )
     analyze.add_argument("--max-windows", type=_positive, metavar="N", help="stop after that many windows")
     analyze.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     analyze.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")

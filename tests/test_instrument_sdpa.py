@@ -89,7 +89,11 @@ def expected_rows(module, inputs, attn_mask=None, is_causal=False, scale=None, *
         hidden = torch.ones(scores.shape[-2:]).triu(1).bool()
         scores = scores.masked_fill(hidden, -torch.inf)
     if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        scores = (
+            scores.masked_fill(~attn_mask, -torch.inf)
+            if attn_mask.dtype == torch.bool
+            else scores + attn_mask
+        )
     weights = scores.softmax(-1)
     return -torch.special.xlogy(weights, weights).sum(-1), weights.amax(-1)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -11,16 +15,16 @@ from ..report.tables import STYLES, findings
 from . import artifacts
 from .loss import FINAL_WINDOW
 from .outcome import HINDSIGHT_GAP, Outcome, judge
-from .training import Config, train
+from .training import Config, Run, train
 from .view import View, describe
-
-_SHOWN_FINDINGS = 4
 
 __all__ = ["Config", "Outcome", "run_demo"]
 
+_SHOWN_FINDINGS = 3
+
 
 def run_demo(config: Config, out: Path, console: Console) -> Outcome:
-    """Train twice from one seed, untreated and treated; show it, save figures and JSON into `out`.
+    """Train twice from one seed, untreated and treated; show it, save figures, JSON and the monitor's log in `out`.
 
     Raises ValueError where the interpreter has no standard library sources, OSError where `out`
     cannot be written.
@@ -31,43 +35,72 @@ def run_demo(config: Config, out: Path, console: Console) -> Outcome:
         f"warms up to {config.peak_learning_rate:g} and its attention runs at 1/{config.sharpness:g} of the "
         f"usual temperature. Seed {config.seed}, {config.steps} steps, twice."
     )
-    runs = []
-    for number, title in enumerate(("untreated", "treated"), start=1):
-        console.print(Text(f"\n{number}. {title}", style="bold"))
-        view = View(console, config, title)
-        with view.live():
-            runs.append(train(config, treated=title == "treated", observe=view.observe))
-        if not console.is_terminal:
-            console.print(view.table)
-    untreated, treated = runs
-    console.print(Text("\nFindings at the end of the untreated run", style="bold"))
+    with _log_file(out / "monitor.log"):
+        untreated = _train(config, False, console)
+        treated = _train(config, True, console)
+    console.print(Text("\nWorst findings at the end of the untreated run", style="bold"))
     console.print(findings(untreated.last_diagnosis.issues, limit=_SHOWN_FINDINGS))
     outcome = judge(untreated, treated)
     paths = artifacts.save(out, config, untreated, treated, outcome)
     _print_verdict(console, outcome, treated.interventions)
-    console.print(f"\nSaved in {out}: {', '.join(path.name for path in paths)}", highlight=False)
+    names = ", ".join([*(path.name for path in paths), "monitor.log"])
+    console.print(f"\nSaved in {out}: {names}", highlight=False)
     return outcome
 
 
-def _print_verdict(console: Console, outcome: Outcome, interventions: list) -> None:
-    console.print(Text("\nVerdict", style="bold"))
+def _train(config: Config, treated: bool, console: Console) -> Run:
+    title = "treated as the monitor proposes" if treated else "untreated"
+    console.print(Text(f"\nThe run, {title}", style="bold"))
+    view = View(console, config, title)
+    with view.live():
+        run = train(config, treated, view.observe)
+    if not console.is_terminal:
+        console.print(view.table)
+    return run
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """The monitor's own log goes there rather than through the display."""
+    logger = logging.getLogger("hnf_attention")
+    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+        handler.close()
+
+
+def _print_verdict(
+    console: Console, outcome: Outcome, interventions: list[tuple[int, dict[str, Any]]]
+) -> None:
+    lines = []
     if outcome.warning_step is not None:
-        console.print(f"warning at step {outcome.warning_step}")
+        alarm = "" if outcome.alarm_step is None else f"; first error at step {outcome.alarm_step}"
+        lines.append(f"Warning at step {outcome.warning_step}{alarm}.")
     if outcome.sign is not None:
-        lead = "" if outcome.lead is None else f": {outcome.lead} steps after the warning"
-        console.print(f"the loss shows it at step {outcome.sign.step} ({outcome.sign.kind}: {outcome.sign.text}){lead}")
+        lead = "" if outcome.lead is None else f", {outcome.lead} steps later"
+        lines.append(
+            f"The loss shows it at step {outcome.sign.step}{lead} ({outcome.sign.kind}: {outcome.sign.text})."
+        )
     if outcome.hindsight_step is not None:
-        console.print(
-            f"with hindsight, beside the treated run: {HINDSIGHT_GAP} nat behind from step {outcome.hindsight_step} on"
+        lines.append(
+            f"With hindsight: {HINDSIGHT_GAP} nat behind the treated run from step {outcome.hindsight_step} on."
         )
     if interventions:
-        step, first = interventions[0]
-        console.print(f"treated from step {step} on, {len(interventions)} times; first {describe(first)}")
-    console.print(
-        f"final loss: untreated {outcome.untreated_loss:.2f}, treated {outcome.treated_loss:.2f} nats per byte "
-        f"(means of the last {FINAL_WINDOW} steps)"
+        kinds = "; ".join(dict.fromkeys(describe(intervention) for _, intervention in interventions))
+        lines.append(f"Treated from step {interventions[0][0]} on: {kinds}.")
+    lines.append(
+        f"Final loss (mean of {FINAL_WINDOW} steps): untreated {outcome.untreated_loss:.2f}, treated "
+        f"{outcome.treated_loss:.2f} nats per byte."
     )
+    console.print(Text("\nVerdict", style="bold"))
+    for line in lines:
+        console.print(f"  {line}", highlight=False)
     for broken in outcome.broken_promises:
-        console.print(Text(f"NOT as promised: {broken}", style=STYLES["error"]))
+        console.print(Text(f"  Not as promised: {broken}.", style=STYLES["error"]))
     if not outcome.broken_promises:
-        console.print(Text("seen before the loss showed it, and treated", style="bold green"))
+        console.print(Text("  Seen before the loss showed it, and treated.", style="bold green"))

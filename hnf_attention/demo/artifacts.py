@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..diagnosis import AttentionDiagnosis
 from ..report import figures
 from ..report.versions import versions
 from .outcome import Outcome
@@ -60,16 +61,18 @@ def loss_curves(untreated: Run, treated: Run, outcome: Outcome) -> Figure:
         steps = range(1, len(run.losses) + 1)
         axes.plot(steps, run.losses, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(steps, _smoothed(run.losses), color=colour, linewidth=1.8, label=label)
-    marks = [(outcome.warning_step, "warning")]
-    marks.append((outcome.sign.step, f"the loss shows it ({outcome.sign.kind})") if outcome.sign else (None, ""))
-    for step, text in marks:
+    marks = [(outcome.warning_step, "warning"), (outcome.alarm_step, "alarm")]
+    marks.append(
+        (outcome.sign.step, f"the loss shows it ({outcome.sign.kind})") if outcome.sign else (None, "")
+    )
+    for place, (step, text) in enumerate(marks):
         if step is not None:
             axes.axvline(step, color="#555555", linewidth=0.9, linestyle="--")
             axes.annotate(
                 f"{text}, step {step}",
                 (step, 1.0),
                 xycoords=("data", "axes fraction"),
-                xytext=(3, -4),
+                xytext=(3, -4 - 12 * place),
                 textcoords="offset points",
                 va="top",
                 fontsize=8,
@@ -84,13 +87,20 @@ def loss_curves(untreated: Run, treated: Run, outcome: Outcome) -> Figure:
 
 def _smoothed(losses: Sequence[float], window: int = 10) -> list[float]:
     """Trailing mean over `window` steps, fewer at the start."""
-    return [math.fsum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
+    return [
+        math.fsum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))
+    ]
 
 
 def _run(run: Run) -> dict[str, Any]:
     return {
         "losses": [loss if math.isfinite(loss) else None for loss in run.losses],
-        "first_finding": None if run.first_finding is None else run.first_finding.to_dict(),
-        "last_diagnosis": None if run.last_diagnosis is None else run.last_diagnosis.to_dict(),
+        "first_finding": _diagnosis(run.first_finding),
+        "first_error": _diagnosis(run.first_error),
+        "last_diagnosis": _diagnosis(run.last_diagnosis),
         "interventions": [{"step": step, **intervention} for step, intervention in run.interventions],
     }
+
+
+def _diagnosis(diagnosis: AttentionDiagnosis | None) -> dict[str, Any] | None:
+    return None if diagnosis is None else diagnosis.to_dict()

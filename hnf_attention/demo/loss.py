@@ -40,7 +40,9 @@ def sign_now(losses: Sequence[float]) -> LossSign | None:
     if not math.isfinite(loss):
         return LossSign(step, "non-finite", f"the loss is {loss}")
     if len(before) >= SPIKE_MIN_STEPS and loss > fmean(before) + SPIKE_SIGMA * float(np.std(before)):
-        return LossSign(step, "spike", f"{loss:.2f} is {SPIKE_SIGMA:g} sigma above the {len(before)} steps before")
+        return LossSign(
+            step, "spike", f"{loss:.2f} is {SPIKE_SIGMA:g} sigma above the {len(before)} steps before"
+        )
     if step >= 2 * STALL_WINDOW:
         earlier = losses[step - 2 * STALL_WINDOW : step - STALL_WINDOW]
         if fmean(losses[step - STALL_WINDOW :]) >= fmean(earlier):

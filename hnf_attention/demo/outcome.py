@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .loss import LossSign, falls_behind, final, first_sign
@@ -17,7 +17,8 @@ HINDSIGHT_GAP = 0.1  # nats behind the treated run that count as visible, with h
 class Outcome:
     """Two runs, judged. Losses are means over the last steps, in nats; steps count from 1."""
 
-    warning_step: int | None  # of the untreated run
+    warning_step: int | None  # first finding of the untreated run
+    alarm_step: int | None  # its first finding of severity error
     sign: LossSign | None
     hindsight_step: int | None  # from here on, the untreated loss stays HINDSIGHT_GAP above the treated one
     untreated_loss: float
@@ -47,7 +48,9 @@ class Outcome:
         elif self.sign is None:
             broken.append("the untreated run's loss never showed any trouble")
         elif self.lead <= 0:
-            broken.append(f"the loss showed trouble at step {self.sign.step}, the warning came at {self.warning_step}")
+            broken.append(
+                f"the loss showed trouble at step {self.sign.step}, the warning came at {self.warning_step}"
+            )
         if self.gap < PROMISED_GAP:
             broken.append(
                 f"the treated run ends at {self.treated_loss:.2f} nats, the untreated one at "
@@ -58,6 +61,7 @@ class Outcome:
     def to_dict(self) -> dict[str, Any]:
         return {
             "warning_step": self.warning_step,
+            "alarm_step": self.alarm_step,
             "loss_shows": None if self.sign is None else asdict(self.sign),
             "lead_steps": self.lead,
             "hindsight_step": self.hindsight_step,
@@ -76,7 +80,8 @@ def judge(untreated: Run, treated: Run) -> Outcome:
     shown it at its last step: "comparison".
     """
     outcome = Outcome(
-        warning_step=untreated.first_finding.step if untreated.first_finding is not None else None,
+        warning_step=None if untreated.first_finding is None else untreated.first_finding.step,
+        alarm_step=None if untreated.first_error is None else untreated.first_error.step,
         sign=first_sign(untreated.losses),
         hindsight_step=falls_behind(untreated.losses, treated.losses, HINDSIGHT_GAP),
         untreated_loss=final(untreated.losses),
@@ -85,7 +90,7 @@ def judge(untreated: Run, treated: Run) -> Outcome:
     )
     if outcome.sign is None and outcome.gap >= PROMISED_GAP:
         text = f"it ends {outcome.gap:.2f} nat above the treated run"
-        return Outcome(**{**vars(outcome), "sign": LossSign(len(untreated.losses), "comparison", text)})
+        return replace(outcome, sign=LossSign(len(untreated.losses), "comparison", text))
     return outcome
 
 

@@ -26,12 +26,12 @@ class Config:
     """
 
     seed: int = 0
-    steps: int = 360
+    steps: int = 320
     layers: int = 4
     width: int = 64
     heads: int = 4
     context: int = 64
-    batch_size: int = 32
+    batch_size: int = 16
     peak_learning_rate: float = 3e-2
     warmup_steps: int = 200
     sharpness: float = 16.0  # 1 / attention temperature, in units of the usual one
@@ -49,7 +49,8 @@ class Run:
 
     treated: bool
     losses: list[float] = field(default_factory=list)
-    first_finding: AttentionDiagnosis | None = None
+    first_finding: AttentionDiagnosis | None = None  # of any severity
+    first_error: AttentionDiagnosis | None = None
     last_diagnosis: AttentionDiagnosis | None = None
     history: list[Snapshot] = field(default_factory=list)
     interventions: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
@@ -83,6 +84,8 @@ def train(config: Config, treated: bool, observe: Observer) -> Run:
             run.last_diagnosis = diagnosis
             if diagnosis.has_issues():
                 run.first_finding = run.first_finding or diagnosis
+                if diagnosis.errors:
+                    run.first_error = run.first_error or diagnosis
                 intervention = monitor.get_intervention(diagnosis) if treated else None
                 if intervention:
                     apply_intervention(optimizer, intervention, scheduler=scheduler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -29,11 +30,15 @@ class View:
         self._steps = config.steps
         self._title = title
         self._sign: LossSign | None = None
-        self._announced = False
         self._interventions = 0
+        self._described: set[str] = set()
         self.table: Group | Text = Text("")
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
         )
         self._task = self._progress.add_task("training", total=config.steps)
         self._live: Live | None = None
@@ -49,9 +54,10 @@ class View:
         step, loss = len(run.losses), run.losses[-1]
         if diagnosis is not None:
             self.table = layer_table(diagnosis.stats, diagnosis.issues, f"{self._title}, step {step}")
-        if run.first_finding is not None and not self._announced:
-            self._announced = True
-            self._print_warning(run, run.first_finding)
+        if diagnosis is not None and diagnosis is run.first_finding:
+            self._print_finding(run, "EARLY WARNING", diagnosis)
+        if diagnosis is not None and diagnosis is run.first_error:
+            self._print_finding(run, "ALARM", diagnosis)
         if len(run.interventions) > self._interventions:
             self._print_intervention(run)
         if not run.treated and self._sign is None:
@@ -65,34 +71,36 @@ class View:
             scores = [stats.max_abs_logit.max() for stats in run.last_diagnosis.stats.values()]
             self._console.print(f"step {step:4d}  loss {loss:.3f}  largest |score| {max(scores):.4g}")
 
-    def _print_warning(self, run: Run, diagnosis: AttentionDiagnosis) -> None:
+    def _print_finding(self, run: Run, title: str, diagnosis: AttentionDiagnosis) -> None:
         worst = grouped(diagnosis.issues)[0]
-        self._console.print(
-            Text(
-                f"step {diagnosis.step}: EARLY WARNING (loss {run.losses[-1]:.2f}, first step {run.losses[0]:.2f})",
-                style="bold",
-            )
-        )
+        self._console.print(Text(f"step {diagnosis.step}: {title} (loss {run.losses[-1]:.2f})", style="bold"))
         self._console.print(Text(f"  {headline(worst)}", style=STYLES[worst[0].severity]))
         self._console.print(Text(f"  {worst[0].evidence}"))
 
     def _print_intervention(self, run: Run) -> None:
         step, intervention = run.interventions[-1]
-        first = self._interventions == 0
+        text = describe(intervention)
         self._interventions = len(run.interventions)
-        if first:
-            self._console.print(Text(f"step {step}: applied {describe(intervention)}", style="bold green"))
+        if text not in self._described:  # a QK-clip comes back at every reading; once is enough to read
+            self._described.add(text)
+            self._console.print(Text(f"step {step}: applied {text}", style="bold green"))
 
     def _print_sign(self, run: Run, sign: LossSign) -> None:
-        lead = (
-            f", {sign.step - run.first_finding.step} steps after the warning"
-            if run.first_finding is not None
-            else ", and there was no warning"
+        warned = run.first_finding
+        lead = "without a warning" if warned is None else f"{sign.step - warned.step} steps after the warning"
+        self._console.print(
+            Text(f"step {sign.step}: THE LOSS SHOWS IT, {lead} ({sign.kind}: {sign.text})", style="bold")
         )
-        self._console.print(Text(f"step {sign.step}: the loss shows it ({sign.kind}: {sign.text}){lead}", style="bold"))
 
 
-def describe(intervention: dict) -> str:
+def describe(intervention: dict[str, Any]) -> str:
     """An intervention in a few words."""
-    numbers = [f"{k} {v:g}" for k, v in intervention.items() if isinstance(v, int | float)]
-    return f"{intervention['action']} ({', '.join(numbers)}): {intervention['reason']}"
+    action = intervention["action"]
+    if action == "qk_clip":
+        slower = f", learning rate x {intervention['lr_factor']:g}" if "lr_factor" in intervention else ""
+        return f"QK-clip at {intervention['threshold']:g}{slower}"
+    if action == "temperature":
+        return "a higher attention temperature on the heads that collapse"
+    if action == "reduce_lr":
+        return f"learning rate x {intervention['factor']:g}"
+    return f"{action} in {intervention['layer']}"

@@ -141,14 +141,16 @@ def _forecasts(
 
     Falling entropy alone is what learning looks like; with growing scores it is the instability.
     """
-    eta = lines.entropy_ratio.steps_until(threshold("collapse_ratio"))
-    falling = (lines.entropy_ratio.slope < 0) & (eta <= threshold("collapse_horizon")) & lines.rising
-    large_by_then = lines.score_ahead(eta) > threshold("watch_logit")
+    line = lines.entropy_ratio
+    eta = line.steps_until(threshold("collapse_ratio"))
+    horizon = np.minimum(threshold("collapse_horizon"), threshold("forecast_reach") * line.span)
+    falling = (line.slope < 0) & (eta <= horizon) & (stats.entropy_ratio < threshold("forecast_ratio"))
+    large_by_then = lines.rising & (lines.score_ahead(eta) > threshold("watch_logit"))
     for head in np.flatnonzero(judged & falling & large_by_then):
         evidence = (
             f"{_head(layer, head)}: will collapse in about {eta[head]:.0f} steps: entropy ratio "
             f"{stats.entropy_ratio[head]:.3f} at step {latest.step} falls by "
-            f"{-100 * lines.entropy_ratio.slope[head]:.2g} per 100 steps, while the largest |score| "
+            f"{-100 * line.slope[head]:.2g} per 100 steps, while the largest |score| "
             f"({score_size(stats)[head]:.4g}) rises"
         )
         value = stats.entropy_ratio[head]
@@ -286,6 +288,5 @@ def _naive(stats: HeadStats, size: float) -> str:
     if size <= limit:
         return ""
     return (
-        f"; exp() of it overflows {stats.dtype} above {limit} without max subtraction "
-        "(harmless through a shifted softmax, which every library kernel has)"
+        f"; past {limit}, where {stats.dtype} overflows without max subtraction (library kernels subtract it)"
     )

@@ -72,8 +72,12 @@ THRESHOLDS: dict[str, Threshold] = {
         "own calibration: one sharp head in a layer is a trained pattern (previous token: Voita et al., "
         "arXiv 1905.09418); half of a layer is a collapse",
     ),
-    "collapse_horizon": Threshold(
-        500, "steps", "own choice: a collapse forecast further ahead is not reported"
+    "collapse_horizon": Threshold(500, "steps", "own choice: a collapse further ahead is not forecast"),
+    "forecast_reach": Threshold(
+        3, "windows", "own choice: nor one further ahead than 3 times the trend's window"
+    ),
+    "forecast_ratio": Threshold(
+        0.5, "of log(visible keys)", "own choice: nor one of a head that still has half its entropy"
     ),
     "sink_mass": Threshold(
         0.3,

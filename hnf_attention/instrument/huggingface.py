@@ -139,7 +139,7 @@ def _eager_call(original: Callable[..., Any], bound: inspect.BoundArguments) -> 
     dropout = named.get("dropout", 0.0) if module.training else 0.0
     not_fused = why_not_fused(dropout, mask, bias)
     if not_fused is None and _weights_wanted(module, options):
-        not_fused = "attention weights are asked for"
+        not_fused = "attention weights may be asked for"
     return AttentionCall(
         query=query,
         key=key,
@@ -171,8 +171,9 @@ def _weights_wanted(module: nn.Module, options: dict[str, Any]) -> bool:
         return True
     capturing = sys.modules.get("transformers.utils.output_capturing")
     collector = getattr(capturing, "_active_collector", None)
-    collected = None if collector is None else collector.get()
-    return any("attentions" in kind for kind in collected or ())
+    if collector is None:  # transformers 4 does not tell its attention functions
+        return True
+    return any("attentions" in kind for kind in collector.get() or ())
 
 
 @torch.no_grad()

@@ -87,7 +87,8 @@ class Adviser:
         layers: dict[str, list[float]] = {}
         for issue in acting:
             heads = diagnosis.stats[issue.layer].num_heads
-            if issue.issue_type == "overflow_risk" or not self._scalable(issue.layer, heads):
+            sharp = issue.severity == "error" and issue.issue_type != "overflow_risk"
+            if not sharp or not self._scalable(issue.layer, heads):
                 continue
             if self._due(diagnosis, "temperature", issue.layer):
                 layers.setdefault(issue.layer, [1.0] * heads)[issue.head] = TEMPERATURE_FACTOR
