@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("model", metavar="MODEL", help="name on the Hugging Face hub, or a local folder")
     analyze.add_argument("--text", type=Path, required=True, metavar="FILE", help="text to run, UTF-8")
     analyze.add_argument(
-        "--window", type=_positive, metavar="N", help="tokens per window (default: the model's own length)"
+        "--window", type=_positive, metavar="N", help="tokens per window (default: the model's own length, at most 1024)"
     )
     analyze.add_argument(
         "--batch-size", type=_positive, default=8, metavar="N", help="windows at once (default 8)"
@@ -93,4 +93,10 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _analyze(options: argparse.Namespace) -> int:
-    raise UsageError("soon")
+    from .analyze import AnalyzeError, run
+
+    try:
+        analysis = run(options)
+    except AnalyzeError as error:
+        raise UsageError(str(error)) from error
+    return FOUND if analysis.diagnosis.errors else HEALTHY

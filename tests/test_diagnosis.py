@@ -164,12 +164,12 @@ def only(head, **numbers):
 def test_one_sharp_head_is_a_warning_half_a_layer_an_error():
     issues = found([snapshot(3, a=only(2, **SHARP))], "entropy_collapse")
     assert set(issues) == {2} and issues[2].severity == "warning"
-    assert "alone in its layer" in issues[2].evidence
+    assert "like 1 of the layer's 4 heads, with scores up to 5" in issues[2].evidence
     many = {k: np.where(np.arange(4) < 2, v, getattr(head_stats(), k)) for k, v in SHARP.items()}
     issues = found([snapshot(3, a=many)], "entropy_collapse")
     assert {h: i.severity for h, i in issues.items()} == {0: "error", 1: "error"}
     assert issues[0].threshold == threshold("collapse_ratio") and issues[0].value == pytest.approx(0.02)
-    assert "2 of the layer's 4 heads" in issues[0].evidence
+    assert "like 2 of the layer's 4 heads" in issues[0].evidence
 
 
 def test_one_sharp_head_with_large_scores_is_an_error():
@@ -180,7 +180,8 @@ def test_one_sharp_head_with_large_scores_is_an_error():
 def test_one_sharp_head_with_rising_scores_is_an_error():
     scores = [np.where(np.arange(4) == 2, 40.0 + 4 * t, 5.0) for t in range(10)]
     history = growing(scores, **only(2, **SHARP))
-    assert found(history, "entropy_collapse")[2].severity == "error"
+    issue = found(history, "entropy_collapse")[2]
+    assert issue.severity == "error" and "scores up to 76 and rising" in issue.evidence
     steady = growing([np.where(np.arange(4) == 2, 80.0, 5.0)] * 10, **only(2, **SHARP))
     assert found(steady, "entropy_collapse")[2].severity == "warning"
 

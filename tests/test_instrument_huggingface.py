@@ -25,6 +25,15 @@ DECODER = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """The models are tiny: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @dataclass
 class Stack:
     """The attention layers that run one after another; `window` of each, None for full attention."""

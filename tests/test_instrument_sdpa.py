@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import hnf_attention
 from hnf_attention.instrument import instrument, instrumentation
 
 ORIGINAL = F.scaled_dot_product_attention
@@ -68,6 +67,15 @@ class HandWrittenAttention(Attention):
 
 
 LAYERS = ["blocks.0.attn", "blocks.1.attn"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """The models are tiny: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -545,5 +553,20 @@ def test_state_dict_and_modules_are_unchanged():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
 
-def test_public_name():
-    assert hnf_attention.instrument is not None
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("mode", ["probe", "auto"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_no_host_synchronisation(name, mode):
+    options = {key: value.cuda() if torch.is_tensor(value) else value for key, value in OPTIONS[name].items()}
+    model, inputs = Model(**options).cuda(), x().cuda()
+    with instrument(model, mode=mode) as handle:
+        model(inputs)  # compiles the kernels
+        records = []
+        handle.on_measure = records.append
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(records) == 2

@@ -155,27 +155,18 @@ def test_qk_clip_brings_exactly_the_hot_heads_to_the_threshold(hot):
     torch.testing.assert_close(again, scores, rtol=1e-5, atol=0)
     for name, value in weights(model).items():
         torch.testing.assert_close(value, before[name], rtol=1e-6, atol=0)
+    reverted = weights(model)
     applied.revert()
-    assert not changed(weights(model), weights(model))
-    torch.testing.assert_close(largest(model, run)[1], scores, rtol=1e-5, atol=0)
+    assert not changed(reverted, weights(model))
 
 
-def test_qk_clip_leaves_values_alone(hot):
+def test_qk_clip_leaves_heads_alone_that_need_nothing(hot):
     model, run, layer, scores = hot
-    value = torch.randn(3, 5)
-
-    def outputs():
-        with torch.no_grad():
-            out = run()
-        return out if isinstance(out, torch.Tensor) else out[0]
-
-    before = outputs()
-    # Heads already below the threshold, or without a finite number: nothing may change, not by a bit.
+    before = weights(model)
     for sizes in ([TAU] * 4, [None, math.nan, math.inf, 1.0]):
         applied = apply_intervention(None, make.qk_clip(TAU, {layer: sizes}, ""), model)
         assert "nothing to scale" in applied.description
-        assert torch.equal(outputs(), before)
-    assert value is not None
+        assert not changed(before, weights(model))
 
 
 def test_temperature_divides_exactly_the_chosen_heads(hot):

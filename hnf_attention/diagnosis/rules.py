@@ -99,7 +99,7 @@ def entropy_collapse(history: Sequence[Snapshot]) -> list[StabilityIssue]:
     latest = history[-1]
     issues = []
     for layer, stats in latest.layers.items():
-        ratio, dead = stats.entropy_ratio, stats.dead_share
+        ratio, dead, size = stats.entropy_ratio, stats.dead_share, score_size(stats)
         lines = trend(history, layer)
         judged = ~_sink_by_design(stats, lines)
         collapsed = judged & ((ratio < threshold("collapse_ratio")) | (dead > threshold("dead_rows")))
@@ -107,11 +107,12 @@ def entropy_collapse(history: Sequence[Snapshot]) -> list[StabilityIssue]:
         real = collapsed & _corroborated(stats, lines, collapsed)
         for head in np.flatnonzero(low):
             name, value = _sharpness(ratio[head], dead[head], bool(collapsed[head]))
-            reasons = _collapse_reasons(stats, lines, collapsed, head) if real[head] else "alone in its layer"
+            alike = collapsed if collapsed[head] else low
             evidence = (
                 f"{_head(layer, head)}: entropy ratio {ratio[head]:.3f} (10th percentile "
                 f"{stats.entropy_ratio_p10[head]:.3f}, {dead[head]:.0%} dead rows) at step {latest.step}, "
-                f"{reasons}{_sink_note(stats, head)}"
+                f"like {alike.sum()} of the layer's {len(alike)} heads, with scores up to {size[head]:.4g}"
+                f"{' and rising' if lines.rising[head] else ''}{_sink_note(stats, head)}"
             )
             if real[head]:
                 severity = "error"
@@ -120,7 +121,7 @@ def entropy_collapse(history: Sequence[Snapshot]) -> list[StabilityIssue]:
                 )
             else:
                 severity = "warning"
-                suggestion = "watch it: a single sharp head is often a trained pattern (previous token)"
+                suggestion = "watch it; if more heads follow, raise the layer's attention temperature"
             issues.append(
                 _issue("entropy_collapse", severity, layer, head, value, name, evidence, suggestion)
             )
@@ -267,13 +268,6 @@ def _grown(stats: HeadStats, lines: Trend) -> np.ndarray:
 def _corroborated(stats: HeadStats, lines: Trend, suspects: np.ndarray) -> np.ndarray:
     """Which of the suspect heads are more than one trained sharp head in a healthy layer."""
     return _grown(stats, lines) | (suspects.mean() >= threshold("layer_share"))
-
-
-def _collapse_reasons(stats: HeadStats, lines: Trend, collapsed: np.ndarray, head: int) -> str:
-    if _grown(stats, lines)[head]:
-        rising = " and rising" if lines.rising[head] else ""
-        return f"with scores up to {score_size(stats)[head]:.4g}{rising}"
-    return f"with {collapsed.sum()} of the layer's {len(collapsed)} heads"
 
 
 def _pace(lines: Trend, head: int) -> str:

@@ -1,0 +1,312 @@
+"""The monitor in training loops that go well, badly, and where its own parts fail."""
+
+import logging
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import hnf_attention.monitor
+from hnf_attention import AttentionStabilityMonitor, apply_intervention
+
+TOKENS = torch.randint(0, 40, (4, 24), generator=torch.Generator().manual_seed(0))
+LAYERS = ["transformer.h.0.attn", "transformer.h.1.attn"]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=40, n_layer=2, n_embd=32, n_head=4, n_positions=32)
+    return transformers.GPT2LMHeadModel(config)
+
+
+@pytest.fixture
+def optimizer(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+@pytest.fixture
+def train_step(optimizer):
+    def step(model, batch=TOKENS):
+        optimizer.zero_grad()
+        loss = model(batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def heat(model, factor=200.0):
+    """Multiply the query and key weights: scores are below 0.1 before, between 1,400 and 2,300 after."""
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.c_attn.weight[:, :64] *= factor
+
+
+def test_the_proposal_as_written(model, optimizer, train_step):
+    heat(model)
+    loader = [TOKENS] * 6
+    applied = []
+
+    monitor = AttentionStabilityMonitor(model, log_every=2)
+    for batch in loader:
+        loss = train_step(model, batch)
+        diagnosis = monitor.on_step()  # None between log steps
+        if diagnosis and diagnosis.has_issues():
+            intervention = monitor.get_intervention(diagnosis)
+            if intervention:
+                apply_intervention(optimizer, intervention)
+                applied.append((diagnosis.step, intervention["action"]))
+
+    assert applied[0] == (2, "qk_clip") and loss.isfinite()
+    assert [s.step for s in monitor.history] == [2, 4, 6]
+    tops = [max(s.layers[name].max_abs_logit.max() for name in LAYERS) for s in monitor.history]
+    assert tops[0] > 1000 and tops[1] < 100
+    assert optimizer.param_groups[0]["lr"] == 5e-4
+
+
+def test_a_healthy_run_says_nothing(model, train_step, caplog):
+    monitor = AttentionStabilityMonitor(model, log_every=3)
+    seen = []
+    for step in range(1, 10):
+        train_step(model)
+        diagnosis = monitor.on_step()
+        assert (diagnosis is not None) == (step % 3 == 0) and monitor.step == step
+        if diagnosis:
+            seen.append(diagnosis)
+            assert not diagnosis.has_issues() and monitor.get_intervention(diagnosis) is None
+            assert list(diagnosis.stats) == LAYERS and diagnosis.step == step
+            assert (diagnosis.stats[LAYERS[0]].rows == 4 * 24).all()
+    assert len(seen) == 3 and [len(d.history) for d in seen] == [1, 2, 3]
+    assert not caplog.records
+
+
+def test_record_every_step(model, train_step):
+    monitor = AttentionStabilityMonitor(model, log_every=3, record_every=1)
+    for _ in range(3):
+        train_step(model)
+        diagnosis = monitor.on_step()
+    assert (diagnosis.stats[LAYERS[1]].rows == 3 * 4 * 24).all()
+
+
+def test_it_does_not_change_the_training(model, train_step):
+    def losses(monitored):
+        torch.manual_seed(1)
+        fresh = transformers.GPT2LMHeadModel(model.config)
+        optimizer = torch.optim.AdamW(fresh.parameters(), lr=1e-3)
+        monitor = AttentionStabilityMonitor(fresh, log_every=2, record_every=1) if monitored else None
+        out = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = fresh(TOKENS, labels=TOKENS).loss
+            loss.backward()
+            optimizer.step()
+            out.append(loss.item())
+            if monitor:
+                monitor.on_step()
+        return out
+
+    assert losses(True) == losses(False)
+
+
+def test_findings_are_logged_once_and_again_when_they_worsen(model, caplog):
+    monitor = AttentionStabilityMonitor(model, log_every=1)
+
+    def step():
+        with torch.no_grad():
+            model(TOKENS)
+        caplog.clear()
+        diagnosis = monitor.on_step()
+        return diagnosis, [r for r in caplog.records if "overflow_risk" in r.getMessage()]
+
+    heat(model, 60.0)
+    diagnosis, records = step()
+    assert {i.severity for i in diagnosis.issues if i.issue_type == "overflow_risk"} == {"warning"}
+    assert records and all(r.levelno == logging.WARNING and r.name == "hnf_attention" for r in records)
+    assert len(records) == len({i.layer for i in diagnosis.issues if i.issue_type == "overflow_risk"})
+    assert step()[1] == []
+    heat(model, 4.0)
+    diagnosis, records = step()
+    assert diagnosis.errors and {r.levelno for r in records} == {logging.ERROR}
+    assert step()[1] == []
+    heat(model, 1 / 4)
+    assert step()[1] == []  # back to a warning is no news
+
+
+def test_writers_get_every_diagnosis_and_a_failing_one_is_dropped(model, train_step, caplog):
+    class Writer:
+        def __init__(self):
+            self.steps = []
+
+        def write(self, diagnosis):
+            self.steps.append(diagnosis.step)
+
+    class Failing(Writer):
+        def write(self, diagnosis):
+            super().write(diagnosis)
+            raise OSError("disk full")
+
+    good, bad, calls = Writer(), Failing(), []
+    monitor = AttentionStabilityMonitor(model, log_every=1, writers=[bad, good, calls.append, Failing()])
+    for _ in range(3):
+        train_step(model)
+        assert monitor.on_step() is not None
+    assert good.steps == [1, 2, 3] and bad.steps == [1] and [d.step for d in calls] == [1, 2, 3]
+    messages = [r.getMessage() for r in caplog.records]
+    assert len(messages) == 2 and "writer 0 (Failing)" in messages[0] and "writer 3" in messages[1]
+    assert "disk full" in caplog.text
+
+
+def fail(*_):
+    raise ZeroDivisionError("on purpose")
+
+
+def test_a_fault_in_the_rules_is_logged_once(model, train_step, caplog, monkeypatch):
+    monkeypatch.setattr(hnf_attention.monitor, "diagnose", fail)
+    monitor = AttentionStabilityMonitor(model, log_every=1)
+    for _ in range(3):
+        train_step(model)
+        assert monitor.on_step() is None
+    assert len(caplog.records) == 1 and "'diagnosis'" in caplog.text and "on purpose" in caplog.text
+    assert len(monitor.history) == 3
+
+
+def test_a_fault_in_reading_ends_the_measuring(model, train_step, caplog, monkeypatch):
+    monitor = AttentionStabilityMonitor(model, log_every=1)
+    monkeypatch.setattr(monitor._recorder, "read", fail)
+    for _ in range(3):
+        train_step(model)
+        assert monitor.on_step() is None
+    assert not monitor.instrumentation.measuring
+    assert len(caplog.records) == 1 and "'recording'" in caplog.text
+
+
+def test_a_fault_in_folding_ends_neither_the_step_nor_the_run(model, train_step, caplog, monkeypatch):
+    monitor = AttentionStabilityMonitor(model, log_every=1)
+    monkeypatch.setattr(hnf_attention.recorder.ops, "fold", fail)
+    for _ in range(3):
+        train_step(model)
+        assert monitor.on_step() is None
+    assert "on purpose" in caplog.text
+    assert len([r for r in caplog.records if "nothing to report" in r.getMessage()]) == 1
+
+
+def test_a_fault_in_the_advice(model, train_step, caplog, monkeypatch):
+    monitor = AttentionStabilityMonitor(model, log_every=1)
+    monkeypatch.setattr(monitor._adviser, "propose", fail)
+    for _ in range(2):
+        train_step(model)
+        assert monitor.get_intervention(monitor.on_step()) is None
+    assert len(caplog.records) == 1 and "'advice'" in caplog.text
+
+
+def test_nothing_measured_is_said_once(caplog):
+    model = nn.Linear(2, 2)
+    monitor = AttentionStabilityMonitor(model, log_every=1)
+    for _ in range(3):
+        model(torch.zeros(1, 2))
+        assert monitor.on_step() is None
+    assert len(caplog.records) == 1 and "nothing measured yet" in caplog.text
+
+
+def test_a_log_step_without_a_forward_does_not_stop_later_ones(model, train_step, caplog):
+    monitor = AttentionStabilityMonitor(model, log_every=1)
+    train_step(model)
+    assert monitor.on_step() is not None
+    assert monitor.on_step() is None
+    train_step(model)
+    assert monitor.on_step().step == 3
+    assert len(caplog.records) == 1
+
+
+def test_non_finite_weights_are_reported_and_do_not_stop_the_run(model, optimizer):
+    monitor = AttentionStabilityMonitor(model, log_every=1)
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_attn.weight[0, 0] = torch.nan  # a query weight of head 0
+        model(TOKENS)
+    diagnosis = monitor.on_step()
+    broken = {(i.layer, i.head) for i in diagnosis.issues if i.issue_type == "non_finite"}
+    assert broken == {(LAYERS[1], 0)}
+    intervention = monitor.get_intervention(diagnosis)
+    assert intervention["action"] == "reduce_lr" and "restore the last checkpoint" in intervention["reason"]
+    apply_intervention(optimizer, intervention)
+
+
+# auto_intervene
+
+
+def test_auto_intervene_clips_and_leaves_the_rate_to_the_user(model, optimizer, caplog):
+    heat(model)
+    model.eval()  # without dropout, so that the second forward sees the same inputs
+    monitor = AttentionStabilityMonitor(model, log_every=1, auto_intervene=True)
+    with torch.no_grad():
+        model(TOKENS)
+        diagnosis = monitor.on_step()
+        (applied,) = monitor.applied
+        assert applied.intervention["action"] == "qk_clip" and "intervened at step 1" in caplog.text
+        rest = monitor.get_intervention(diagnosis)
+        assert rest["action"] == "reduce_lr" and rest["factor"] == 0.5
+        apply_intervention(optimizer, rest)
+        model(TOKENS)
+        after = monitor.on_step()
+    top = [max(d.stats[name].max_abs_logit.max() for name in LAYERS) for d in (diagnosis, after)]
+    assert top[0] > 1000 and top[1] < 60
+    assert after.stats[LAYERS[0]].max_abs_logit.max() == pytest.approx(30.0, rel=1e-4)
+
+
+def test_auto_intervene_without_need(model, train_step):
+    monitor = AttentionStabilityMonitor(model, log_every=1, auto_intervene=True)
+    train_step(model)
+    assert monitor.get_intervention(monitor.on_step()) is None and not monitor.applied
+
+
+def test_auto_intervene_that_fails_does_not_stop_the_run(model, train_step, caplog, monkeypatch):
+    heat(model)
+    monkeypatch.setattr(hnf_attention.monitor, "apply_intervention", fail)
+    monitor = AttentionStabilityMonitor(model, log_every=1, auto_intervene=True)
+    for _ in range(2):
+        train_step(model)
+        assert monitor.on_step() is not None
+    assert "'auto_intervene'" in caplog.text and not monitor.applied
+
+
+def test_auto_intervene_is_refused_in_a_process_group(model, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="auto_intervene=False in a process group"):
+        AttentionStabilityMonitor(model, auto_intervene=True)
+    AttentionStabilityMonitor(model).restore()
+
+
+# Beginning and end
+
+
+def test_restore_ends_it_quietly(model, train_step, caplog):
+    with AttentionStabilityMonitor(model, log_every=1) as monitor:
+        train_step(model)
+        assert monitor.on_step() is not None
+    train_step(model)
+    assert monitor.on_step() is None and not caplog.records
+    AttentionStabilityMonitor(model).restore()  # would be refused were the model still instrumented
+
+
+def test_dropping_it_ends_it(model):
+    AttentionStabilityMonitor(model)
+    AttentionStabilityMonitor(model).restore()
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        ({"log_every": 0}, ValueError),
+        ({"log_every": 2.5}, ValueError),
+        ({"record_every": 0}, ValueError),
+        ({"writers": [3]}, TypeError),
+    ],
+)
+def test_bad_arguments_leave_the_model_as_it_was(model, options, error):
+    with pytest.raises(error, match="expected"):
+        AttentionStabilityMonitor(model, **options)
+    AttentionStabilityMonitor(model).restore()
