@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+
+from .errors import InputError
 
 HEALTHY, FOUND, USAGE = 0, 1, 2
-
-
-class UsageError(Exception):
-    """The user's input cannot be worked with: one line for stderr, exit code 2."""
+_LOG_WIDTH = 140  # columns
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
-    except UsageError as error:
+    except InputError as error:
         print(f"hnf-attention: {error}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
@@ -36,12 +39,12 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="break a small transformer, see it coming, treat it",
-        description="Train a small byte-level GPT on this Python's standard library until its attention breaks, "
-        "warn before the loss shows it, then train it again with the proposed intervention. "
+        description="Train a small byte-level GPT on this Python's standard library until its attention breaks,"
+        " warn before the loss shows it, then train it again with the proposed intervention. "
         "Exit code 0 if the warning came first and the treated run ended better, else 1.",
     )
     demo.add_argument("--seed", type=int, default=0, help="of weights and data order (default 0)")
-    demo.add_argument("--steps", type=int, help="of each of the two runs (default 360)")
+    demo.add_argument("--steps", type=int, help="of each of the two runs (default 400)")
     demo.add_argument(
         "--out", type=Path, default=Path("hnf-attention-demo"), metavar="DIR", help="for figures and JSON"
     )
@@ -56,7 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("model", metavar="MODEL", help="name on the Hugging Face hub, or a local folder")
     analyze.add_argument("--text", type=Path, required=True, metavar="FILE", help="text to run, UTF-8")
     analyze.add_argument(
-        "--window", type=_positive, metavar="N", help="tokens per window (default: the model's own length, at most 1024)"
+        "--window",
+        type=_positive,
+        metavar="N",
+        help="tokens per window (default: the model's own length, at most 1024)",
     )
     analyze.add_argument(
         "--batch-size", type=_positive, default=8, metavar="N", help="windows at once (default 8)"
@@ -77,26 +83,68 @@ def _positive(text: str) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from .demo import Config, run_demo
 
     chosen = {} if options.steps is None else {"steps": options.steps}
-    console = Console()
-    if not console.is_terminal:
-        console.width = 110
-    try:
-        outcome = run_demo(Config(seed=options.seed, **chosen), options.out, console)
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
-    return HEALTHY if not outcome.broken_promises else FOUND
+    outcome = run_demo(Config(seed=options.seed, **chosen), options.out, _console(sys.stdout))
+    return FOUND if outcome.broken_promises else HEALTHY
 
 
 def _analyze(options: argparse.Namespace) -> int:
-    from .analyze import AnalyzeError, run
+    from rich.progress import Progress
+    from rich.text import Text
 
+    from .analyze import analyze
+    from .report.tables import findings, layer_table
+
+    target = None if options.json in (None, "-") else Path(options.json)
+    if target is not None and not target.parent.is_dir():
+        raise InputError(f"expected --json in an existing folder, got {target}")
+    # With the document on standard output, everything for people goes to standard error.
+    console = _console(sys.stderr if options.json == "-" else sys.stdout)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("windows", total=None)
+        analysis = analyze(
+            options.model,
+            options.text,
+            window=options.window,
+            batch_size=options.batch_size,
+            max_windows=options.max_windows,
+            device=options.device,
+            dtype=options.dtype,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    diagnosis = analysis.diagnosis
+    title = (
+        f"{analysis.model} ({analysis.model_class}, {analysis.dtype}): "
+        f"{analysis.windows} windows of {analysis.window} tokens of {analysis.text}"
+    )
+    console.print(layer_table(diagnosis.stats, diagnosis.issues, title))
+    console.print(findings(diagnosis.issues))
+    verdict = "not healthy" if diagnosis.errors else "healthy"
+    counts = f"{len(diagnosis.errors)} errors, {len(diagnosis.warnings)} warnings"
+    console.print(Text(f"\n{verdict}: {counts}", style="bold"))
+    for layer, why in analysis.coverage.not_measured.items():
+        console.print(Text(f"not measured: {layer}: {why}", style="yellow"))
+    if options.json is not None:
+        document = json.dumps(analysis.to_dict(), indent=1, allow_nan=False) + "\n"
+        _write(target, document)
+    return FOUND if diagnosis.errors else HEALTHY
+
+
+def _write(target: Path | None, document: str) -> None:
+    if target is None:
+        sys.stdout.write(document)
+        return
     try:
-        analysis = run(options)
-    except AnalyzeError as error:
-        raise UsageError(str(error)) from error
-    return FOUND if analysis.diagnosis.errors else HEALTHY
+        target.write_text(document, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror}") from error
+
+
+def _console(stream: TextIO) -> Console:
+    """As wide as the terminal; elsewhere (a file, a CI log) wide enough that no table is squeezed."""
+    console = Console(file=stream)
+    if not console.is_terminal:
+        console.width = _LOG_WIDTH
+    return console

@@ -41,6 +41,7 @@ class AttentionStabilityMonitor:
     auto_intervene: at a log step, carry out what the monitor proposes on weights (QK-clip, temperature);
         learning rates and dropout are left to `get_intervention`. What was done is in `applied`.
 
+    Each process of a process group judges its own part of the batch.
     Raises ValueError or TypeError for bad arguments; `on_step` and `get_intervention` raise nothing.
     New findings are logged once per (layer, head, kind), and again when a warning becomes an error.
     """

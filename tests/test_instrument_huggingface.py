@@ -420,8 +420,9 @@ def test_dropout_is_the_models_own(implementation):
     assert how == {f"probe: dropout (transformers {implementation})"}
 
 
-def test_a_trained_position_bias_keeps_its_gradient():
-    model = FAMILIES["t5"].build("sdpa")
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_trained_position_bias_keeps_its_gradient(implementation):
+    model = FAMILIES["t5"].build(implementation)
     model.config.dropout_rate = 0.0
     arguments = inputs(FAMILIES["t5"], "right")
     bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
@@ -441,8 +442,8 @@ def test_an_eager_function_that_computes_something_else_is_listed(mode, monkeypa
 
     original = modeling_gpt2.eager_attention_forward
 
-    def sharpened(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-        return original(module, 1.5 * query, key, value, attention_mask, scaling, dropout, **kwargs)
+    def sharpened(module, query, key, value, attention_mask, **kwargs):
+        return original(module, 1.5 * query, key, value, attention_mask, **kwargs)
 
     monkeypatch.setattr(modeling_gpt2, "eager_attention_forward", sharpened)
     model = FAMILIES["gpt2"].build("eager")
@@ -459,18 +460,75 @@ def test_an_eager_function_that_computes_something_else_is_listed(mode, monkeypa
 
 
 @torch.no_grad()
-def test_the_comparison_with_an_eager_function_waits_for_finite_numbers():
+def test_the_comparison_with_an_eager_function_waits_for_finite_numbers(monkeypatch):
+    from transformers.models.gpt2 import modeling_gpt2
+
+    layer, original = "transformer.h.0.attn", modeling_gpt2.eager_attention_forward
+
+    def sharpened(module, query, key, value, attention_mask, **kwargs):
+        return original(module, 1.5 * query, key, value, attention_mask, **kwargs)
+
     model = FAMILIES["gpt2"].build("eager")
     arguments = inputs(FAMILIES["gpt2"], "none")
-    weight = model.transformer.h[0].attn.c_attn.weight
+    weight = model.get_submodule(layer).c_attn.weight
     kept = weight.clone()
+    for function, measured in ((original, True), (sharpened, False)):
+        monkeypatch.setattr(modeling_gpt2, "eager_attention_forward", function)
+        with instrument(model) as instrumentation:
+            weight.fill_(torch.nan)
+            model(**arguments)
+            assert instrumentation.latest[layer].rows.entropy.isnan().all()
+            weight.copy_(kept)
+            model(**arguments)
+            assert (layer in instrumentation.coverage.measured) == measured
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """As in a model file of somebody's own, with a mask made for a longer cache."""
+    weights = query @ key.transpose(-1, -2) * scaling + attention_mask[..., : key.shape[-2]]
+    weights = nn.functional.dropout(weights.softmax(-1), p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class OwnAttention(nn.Module):
+    """A module outside of transformers that follows its conventions."""
+
+    def forward(self, query, **options):
+        return eager_attention_forward(self, query, query, value=query, scaling=0.5, dropout=0.4, **options)
+
+
+@torch.no_grad()
+def test_a_model_file_of_somebodys_own():
+    module, query = OwnAttention().eval(), torch.randn(2, 3, 9, 8)
+    mask = torch.full((2, 1, 9, 16), torch.finfo(torch.float32).min).triu(1)
+    plain, weights = module(query, attention_mask=mask)
+    seen = torch.ones(9, 9, dtype=torch.bool).tril().expand(2, -1, -1)
+    with instrument(module, mode="fused") as instrumentation:
+        output, _ = module(query, attention_mask=mask)
+        assert_rows_equal_weights(instrumentation.latest[""], weights, seen)
+        assert instrumentation.coverage.measured == {"": "fused (transformers eager)"}
+        module(query, attention_mask=mask, head_mask=torch.ones(3))
+        assert instrumentation.coverage.not_measured == {"": "a head_mask was given"}
+    torch.testing.assert_close(output, plain)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["t5", "gpt2"])
+@torch.no_grad()
+def test_autocast(name, implementation):
+    """Position biases are in fp32 beside bf16 queries; statistics are those of the rounded queries."""
+    model, arguments = FAMILIES[name].build(implementation), inputs(FAMILIES[name], "right")
     with instrument(model) as instrumentation:
-        weight.fill_(torch.nan)
         model(**arguments)
-        assert instrumentation.latest["transformer.h.0.attn"].rows.entropy.isnan().all()
-        weight.copy_(kept)
+        expected = dict(instrumentation.latest)
+    with instrument(model) as instrumentation, torch.autocast("cpu", dtype=torch.bfloat16):
         model(**arguments)
-        assert instrumentation.latest["transformer.h.0.attn"].rows.entropy.isfinite().all()
+    assert not instrumentation.coverage.not_measured and len(instrumentation.latest) == len(expected)
+    first = next(iter(expected))
+    assert instrumentation.latest[first].dtype == torch.bfloat16
+    torch.testing.assert_close(
+        instrumentation.latest[first].rows.entropy, expected[first].rows.entropy, rtol=0.1, atol=0.1
+    )
 
 
 def test_another_implementation_is_left_alone_and_listed(caplog):

@@ -1,5 +1,6 @@
 """Modules that call scaled_dot_product_attention: attribution, every shape, restoring, faults, coverage."""
 
+import functools
 import gc
 import logging
 import threading
@@ -52,10 +53,10 @@ class Model(nn.Module):
 
     def forward(self, x):
         for block in self.blocks:
-            if self.use_reentrant is None:
-                x = block(x)
-            else:
-                x = checkpoint(block, x, use_reentrant=self.use_reentrant)
+            run = block
+            if self.use_reentrant is not None:
+                run = functools.partial(checkpoint, block, use_reentrant=self.use_reentrant)
+            x = run(x)
         return x
 
 
@@ -306,6 +307,8 @@ def test_dropout_and_trained_masks_are_probed_and_said_so():
 
 def test_not_measuring_is_the_models_own_attention(monkeypatch):
     model, inputs = Model(), x()
+    restored = instrument(model)  # still alive, but measuring no more
+    restored.restore()
     with instrument(model, mode="fused") as handle:
         handle.measuring = False
 
@@ -364,8 +367,13 @@ def test_somebody_elses_patch_over_ours_stays():
     handle = instrument(model)
     ours = F.scaled_dot_product_attention
 
+    @functools.wraps(ours)
     def theirs(*args, **kwargs):
         return ours(*args, **kwargs)
+
+    @functools.wraps(ours)
+    def without_ours(*args, **kwargs):
+        return ORIGINAL(*args, **kwargs)
 
     F.scaled_dot_product_attention = theirs
     try:
@@ -382,6 +390,11 @@ def test_somebody_elses_patch_over_ours_stays():
             model(inputs)
             assert len(records) == 2  # ours over theirs over ours: each call is counted once
         assert F.scaled_dot_product_attention is theirs
+        F.scaled_dot_product_attention = without_ours
+        with instrument(model) as again:
+            model(inputs)
+            assert list(again.latest) == LAYERS
+        assert F.scaled_dot_product_attention is without_ours
     finally:
         F.scaled_dot_product_attention = ORIGINAL
 

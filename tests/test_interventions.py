@@ -102,11 +102,17 @@ BUILDERS = {
 }
 
 
-def largest(model, run):
-    """(layer name, largest |score| of each head) of the one attention layer."""
+def measure(model, run):
+    """(layer name, Measurement) of the one attention layer."""
     with instrument(model, mode="probe") as instrumentation, torch.no_grad():
         run()
     ((layer, measured),) = instrumentation.latest.items()
+    return layer, measured
+
+
+def largest(model, run):
+    """(layer name, largest |score| of each head)."""
+    layer, measured = measure(model, run)
     rows = measured.rows
     return layer, torch.maximum(rows.max_logit.abs(), rows.min_logit.abs()).amax((0, 2))
 
@@ -158,6 +164,18 @@ def test_qk_clip_brings_exactly_the_hot_heads_to_the_threshold(hot):
     reverted = weights(model)
     applied.revert()
     assert not changed(reverted, weights(model))
+
+
+def test_qk_clip_is_shared_by_query_and_key_unless_keys_are_shared(hot, request):
+    model, run, layer, scores = hot
+    _, before = measure(model, run)
+    apply_intervention(None, make.qk_clip(TAU, {layer: scores.tolist()}, "hot"), model)
+    _, after = measure(model, run)
+    factor = (TAU / scores).clamp(max=1)
+    grouped = any(word in request.node.callspec.id for word in ("grouped", "around"))
+    query, key = (factor, torch.ones(4)) if grouped else (factor.sqrt(), factor.sqrt())
+    torch.testing.assert_close(after.query_norm / before.query_norm, query, rtol=1e-4, atol=0)
+    torch.testing.assert_close(after.key_norm / before.key_norm, key, rtol=1e-4, atol=0)
 
 
 def test_qk_clip_leaves_heads_alone_that_need_nothing(hot):

@@ -132,7 +132,21 @@ def test_findings_are_logged_once_and_again_when_they_worsen(model, caplog):
     assert diagnosis.errors and {r.levelno for r in records} == {logging.ERROR}
     assert step()[1] == []
     heat(model, 1 / 4)
-    assert step()[1] == []  # back to a warning is no news
+    assert step()[1] == []  # known as a warning, too
+
+
+def test_an_error_that_falls_back_to_a_warning_is_no_news(model, caplog):
+    heat(model)
+    monitor = AttentionStabilityMonitor(model, log_every=1)
+    for factor in (1 / 3, 1.0):
+        with torch.no_grad():
+            model(TOKENS)
+        caplog.clear()
+        diagnosis = monitor.on_step()
+        heat(model, factor)
+    overflow = [i.severity for i in diagnosis.issues if i.issue_type == "overflow_risk"]
+    assert set(overflow) == {"warning"}
+    assert "overflow_risk" not in caplog.text
 
 
 def test_writers_get_every_diagnosis_and_a_failing_one_is_dropped(model, train_step, caplog):

@@ -68,6 +68,7 @@ def test_a_snapshot_is_the_fold_of_the_calls_since_the_last(fake):
     np.testing.assert_array_equal(first.layers["a"].values, expected(*calls[:2]))
     np.testing.assert_array_equal(second.layers["a"].values, expected(*calls[2:]))
     np.testing.assert_array_equal(first.layers["b"].values, expected(calls[3], calls[2]))
+    np.testing.assert_array_equal(second.layers["b"].values, expected(calls[1], calls[0]))
     assert (first.layers["a"].head_dim, first.layers["a"].dtype) == (8, "float32")
 
 

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.text import Text
 
+from ..errors import InputError
 from ..report.tables import STYLES, findings
 from . import artifacts
 from .loss import FINAL_WINDOW
@@ -24,18 +26,20 @@ _SHOWN_FINDINGS = 3
 
 
 def run_demo(config: Config, out: Path, console: Console) -> Outcome:
-    """Train twice from one seed, untreated and treated; show it, save figures, JSON and the monitor's log in `out`.
+    """Train twice from one seed, untreated and treated; save figures, JSON and the monitor's log in `out`.
 
-    Raises ValueError where the interpreter has no standard library sources, OSError where `out`
-    cannot be written.
+    Raises InputError where the interpreter has no standard library sources, or `out` cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}") from error
     console.print(
         f"A {config.layers}-layer byte-level GPT learns this Python's standard library. Its learning rate "
         f"warms up to {config.peak_learning_rate:g} and its attention runs at 1/{config.sharpness:g} of the "
         f"usual temperature. Seed {config.seed}, {config.steps} steps, twice."
     )
-    with _log_file(out / "monitor.log"):
+    with _log_file(out / "monitor.log"), _one_thread():
         untreated = _train(config, False, console)
         treated = _train(config, True, console)
     console.print(Text("\nWorst findings at the end of the untreated run", style="bold"))
@@ -57,6 +61,17 @@ def _train(config: Config, treated: bool, console: Console) -> Run:
     if not console.is_terminal:
         console.print(view.table)
     return run
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The model is too small to gain from more, and sums do not depend on the machine's number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
@@ -88,7 +103,8 @@ def _print_verdict(
         )
     if outcome.hindsight_step is not None:
         lines.append(
-            f"With hindsight: {HINDSIGHT_GAP} nat behind the treated run from step {outcome.hindsight_step} on."
+            f"With hindsight: {HINDSIGHT_GAP} nat behind the treated run from step "
+            f"{outcome.hindsight_step} on."
         )
     if interventions:
         kinds = "; ".join(dict.fromkeys(describe(intervention) for _, intervention in interventions))

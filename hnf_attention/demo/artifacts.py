@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from ..diagnosis import AttentionDiagnosis
 from ..report import figures
 from ..report.versions import versions
+from .loss import FINAL_WINDOW
 from .outcome import Outcome
 from .training import Config, Run
 
@@ -68,15 +70,23 @@ def loss_curves(untreated: Run, treated: Run, outcome: Outcome) -> Figure:
     for place, (step, text) in enumerate(marks):
         if step is not None:
             axes.axvline(step, color="#555555", linewidth=0.9, linestyle="--")
+            left = step > 0.6 * len(untreated.losses)  # no room on its right
             axes.annotate(
                 f"{text}, step {step}",
                 (step, 1.0),
                 xycoords=("data", "axes fraction"),
-                xytext=(3, -4 - 12 * place),
+                xytext=(-3 if left else 3, -4 - 12 * place),
                 textcoords="offset points",
+                ha="right" if left else "left",
                 va="top",
                 fontsize=8,
+                bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5},
             )
+    # The first steps fall from 5.5 nats and would flatten what matters.
+    later = [loss for run in (untreated, treated) for loss in _smoothed(run.losses)[FINAL_WINDOW:]]
+    shown = [loss for loss in later if math.isfinite(loss)]
+    if shown:
+        axes.set_ylim(min(shown) - 0.2, max(shown) + 0.4)
     axes.set_xlabel("training step")
     axes.set_ylabel("loss (nats per byte)")
     axes.set_title("The same run, untreated and treated", loc="left", fontsize=10)
@@ -87,9 +97,7 @@ def loss_curves(untreated: Run, treated: Run, outcome: Outcome) -> Figure:
 
 def _smoothed(losses: Sequence[float], window: int = 10) -> list[float]:
     """Trailing mean over `window` steps, fewer at the start."""
-    return [
-        math.fsum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))
-    ]
+    return [fmean(losses[max(0, end - window) : end]) for end in range(1, len(losses) + 1)]
 
 
 def _run(run: Run) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class LossSign:
 
 
 def sign_now(losses: Sequence[float]) -> LossSign | None:
-    """What the loss of the latest step shows, in the light of those before it; None while it looks healthy."""
+    """What the loss of the latest step shows, in the light of those before; None while all is well."""
     step, loss, before = len(losses), losses[-1], losses[-1 - SPIKE_WINDOW : -1]
     if not math.isfinite(loss):
         return LossSign(step, "non-finite", f"the loss is {loss}")

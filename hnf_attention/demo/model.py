@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InputError
+
 VOCABULARY = 256  # bytes
 TEXT_BYTES = 2_000_000
 
@@ -65,7 +67,7 @@ class GPT(nn.Module):
 def standard_library_text(limit: int = TEXT_BYTES) -> Tensor:
     """The first `limit` bytes of the running interpreter's own standard library, files in name order: uint8.
 
-    Raises ValueError where the interpreter comes without its sources.
+    Raises InputError where the interpreter comes without its sources.
     """
     folder = Path(sysconfig.get_paths()["stdlib"])
     text = bytearray()
@@ -74,7 +76,7 @@ def standard_library_text(limit: int = TEXT_BYTES) -> Tensor:
         if len(text) >= limit:
             break
     if len(text) < limit:
-        raise ValueError(
+        raise InputError(
             f"expected {limit} bytes of standard library sources in {folder}, got {len(text)}: "
             "this Python comes without them"
         )
@@ -82,7 +84,7 @@ def standard_library_text(limit: int = TEXT_BYTES) -> Tensor:
 
 
 def batches(text: Tensor, batch_size: int, context: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless random windows: inputs and next bytes, (batch_size, context) int64 each, the same for a seed."""
+    """Endless random windows: inputs and next bytes, (batch_size, context) int64; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.arange(context + 1)
     while True:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..diagnosis import AttentionDiagnosis
+from ..errors import InputError
 from ..interventions import apply_intervention
 from ..monitor import AttentionStabilityMonitor
 from ..stats import Snapshot
@@ -26,7 +27,7 @@ class Config:
     """
 
     seed: int = 0
-    steps: int = 320
+    steps: int = 400
     layers: int = 4
     width: int = 64
     heads: int = 4
@@ -40,7 +41,7 @@ class Config:
     def __post_init__(self) -> None:
         least = max(FINAL_WINDOW, self.log_every)
         if self.steps < least:
-            raise ValueError(f"expected at least {least} steps, got {self.steps}")
+            raise InputError(f"expected at least {least} steps, got {self.steps}")
 
 
 @dataclass
@@ -60,7 +61,7 @@ Observer = Callable[[Run, "AttentionDiagnosis | None"], None]
 
 
 def train(config: Config, treated: bool, observe: Observer) -> Run:
-    """Train from the seed; with `treated`, apply what the monitor proposes. `observe` is called every step."""
+    """Train from the seed; with `treated`, apply what the monitor proposes. Calls `observe` after each step."""
     torch.manual_seed(config.seed)
     model = GPT(config.layers, config.width, config.heads, config.context, config.sharpness)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.peak_learning_rate, weight_decay=0.0)

@@ -1,4 +1,4 @@
-"""What the demo shows while it trains: a live table and progress bar, or plain lines where there is no terminal."""
+"""What the demo shows while it trains: a live table and progress bar; without a terminal, plain lines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..diagnosis import AttentionDiagnosis
 from ..diagnosis.findings import grouped
-from ..report.tables import STYLES, headline, layer_table
+from ..report.tables import STYLES, headline, indented, layer_table
 from .loss import LossSign, sign_now
 from .training import Config, Run
 
@@ -74,8 +74,8 @@ class View:
     def _print_finding(self, run: Run, title: str, diagnosis: AttentionDiagnosis) -> None:
         worst = grouped(diagnosis.issues)[0]
         self._console.print(Text(f"step {diagnosis.step}: {title} (loss {run.losses[-1]:.2f})", style="bold"))
-        self._console.print(Text(f"  {headline(worst)}", style=STYLES[worst[0].severity]))
-        self._console.print(Text(f"  {worst[0].evidence}"))
+        self._console.print(indented(headline(worst), style=STYLES[worst[0].severity]))
+        self._console.print(indented(worst[0].evidence))
 
     def _print_intervention(self, run: Run) -> None:
         step, intervention = run.interventions[-1]

@@ -121,6 +121,6 @@ def trend(history: Sequence[Snapshot], layer: str) -> Trend:
 
 
 def readings_above(history: Sequence[Snapshot], layer: str, limit: float) -> np.ndarray:
-    """How many of the last `watch_readings` readings in a row had scores above `limit`: (H,) ints."""
+    """In how many of the last `watch_readings` readings the scores were above `limit`: (H,) ints."""
     _, scores = series(history, layer, score_size, int(threshold("watch_readings")))
-    return np.logical_and.accumulate(scores[::-1] > limit, axis=0).sum(0)
+    return (scores > limit).sum(0)

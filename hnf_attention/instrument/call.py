@@ -65,11 +65,6 @@ class AttentionCall:
         cast = ops._autocast(*(getattr(self, name) for name in names))
         return replace(self, **dict(zip(names, cast)))
 
-    def detach(self) -> AttentionCall:
-        sinks = None if self.sinks is None else self.sinks.detach()
-        tensors = {name: getattr(self, name).detach() for name in ("query", "key", "value")}
-        return replace(self, sinks=sinks, **tensors)
-
 
 def require_plain(**tensors: Tensor | None) -> None:
     """Raise Unmeasurable for what is no ordinary dense tensor with numbers in it."""

@@ -114,29 +114,34 @@ def _eager_door(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
         return owner.instrumentation.attend(
             owner.layer,
-            lambda: _eager_call(original, signature.bind(*args, **kwargs)),
+            lambda: _eager_call(original, signature, signature.bind(*args, **kwargs)),
             functools.partial(original, *args, **kwargs),
         )
 
     return eager_attention_forward
 
 
-def _eager_call(original: Callable[..., Any], bound: inspect.BoundArguments) -> AttentionCall:
+def _eager_call(
+    original: Callable[..., Any], signature: inspect.Signature, bound: inspect.BoundArguments
+) -> AttentionCall:
     """What an eager attention function computes, from its arguments.
 
-    Every one of them has (module, query, key, value, attention_mask, scaling, dropout, **ignored) and
-    adds both `position_bias` and the mask to the scores where it names them. It never applies
+    Every one of them has (module, query, key, value, attention_mask, scaling, dropout, **ignored), adds
+    the mask to the scores, and `position_bias` and `softcap` where it declares them. It never applies
     `is_causal` or `sliding_window`: the mask carries both.
     """
     module, query, key, value, mask = bound.args[:5]
-    named = bound.arguments
-    variadic = (p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD)
-    options = {**named.get(next(variadic, ""), {}), **named}
-    bias, sinks = named.get("position_bias"), options.get("s_aux")
+    options = dict(list(bound.arguments.items())[5:])
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            options |= options.pop(parameter.name, {})
+    bias, softcap = (
+        options.get(x) if x in signature.parameters else None for x in ("position_bias", "softcap")
+    )
     require_plain(query=query, key=key, value=value, attention_mask=mask, position_bias=bias)
     if options.get("head_mask") is not None:
         raise Unmeasurable("a head_mask was given")
-    dropout = named.get("dropout", 0.0) if module.training else 0.0
+    dropout = options.get("dropout", 0.0) if module.training else 0.0
     not_fused = why_not_fused(dropout, mask, bias)
     if not_fused is None and _weights_wanted(module, options):
         not_fused = "attention weights may be asked for"
@@ -146,14 +151,14 @@ def _eager_call(original: Callable[..., Any], bound: inspect.BoundArguments) -> 
         value=value,
         attn_mask=_combined(mask, bias, query, key),
         is_causal=False,
-        scale=named.get("scaling"),
-        softcap=named.get("softcap"),
-        sinks=sinks,
+        scale=options.get("scaling"),
+        softcap=softcap,
+        sinks=options.get("s_aux"),
         door="transformers eager",
         from_output=lambda out: (out.transpose(1, 2).contiguous(), None),
         not_fused=not_fused,
         prefer_fused=False,
-        check=functools.partial(_same_function, original, bound),
+        check=functools.partial(_same_function, original, module, mask, options),
     )
 
 
@@ -177,32 +182,35 @@ def _weights_wanted(module: nn.Module, options: dict[str, Any]) -> bool:
 
 
 @torch.no_grad()
-def _same_function(original: Callable[..., Any], bound: inspect.BoundArguments, call: AttentionCall) -> bool:
+def _same_function(
+    original: Callable[..., Any],
+    module: nn.Module,
+    mask: Tensor | None,
+    options: dict[str, Any],
+    call: AttentionCall,
+) -> bool:
     """Compare what `original` computes with what `call` says, on the last rows of the first sequence.
 
     In double precision, so that no rounding is mistaken for a difference. True when they agree, False
     when there is nothing finite to compare; raises Unmeasurable when they differ.
     """
     wide = torch.float32 if call.query.device.type == "mps" else torch.float64
-    rows = slice(-CHECKED_ROWS, None)
 
-    def part(x: Any, of_rows: bool) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        x = x[:1, :, rows] if of_rows and x.shape[2] > 1 else x[:1]
+    def part(x: Tensor | None, of_rows: bool = True) -> Tensor | None:
+        if x is None:
+            return None
+        x = x[:1, :, -CHECKED_ROWS:] if of_rows and x.shape[2] > 1 else x[:1]
         return x.to(wide) if x.is_floating_point() else x
 
-    small = inspect.BoundArguments(bound.signature, dict(bound.arguments))
-    for index, name in enumerate(list(bound.signature.parameters)[1:5]):
-        small.arguments[name] = part(bound.args[index + 1], of_rows=index in (0, 3))
-    if "position_bias" in small.arguments:
-        small.arguments["position_bias"] = part(small.arguments["position_bias"], of_rows=True)
-    small.arguments["dropout"] = 0.0
-    query, key, value = (small.arguments[name] for name in list(bound.signature.parameters)[1:4])
-    options = call.options() | {"attn_mask": part(call.attn_mask, of_rows=True)}
+    query, key, value = part(call.query), part(call.key, False), part(call.value, False)
+    options = dict(options)
+    if "dropout" in options:
+        options["dropout"] = 0.0
+    if "position_bias" in options:
+        options["position_bias"] = part(options["position_bias"])
     with torch.autocast(query.device.type, enabled=False):
-        theirs = original(*small.args, **small.kwargs)[0].transpose(1, 2)
-        ours, stats = ops.attention(query, key, value, **options)
+        theirs = original(module, query, key, value, part(mask), **options)[0].transpose(1, 2)
+        ours, stats = ops.attention(query, key, value, **call.options() | {"attn_mask": part(call.attn_mask)})
     occupied = stats.lse != -torch.inf
     if not occupied.any():
         return False

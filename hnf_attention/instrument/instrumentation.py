@@ -135,9 +135,10 @@ class Instrumentation:
         result = call = rows = failure = None
         done = fused = False
         try:
-            call = build().autocast()
+            call = build()
             if call.check is not None and not layer.checked:
                 layer.checked = call.check(call)
+            call = call.autocast()
             fused = not layer.fused_failed and self._takes(call)
             if fused:
                 output, rows = ops.attention(call.query, call.key, call.value, **call.options())
@@ -149,7 +150,7 @@ class Instrumentation:
             layer.fused_failed |= failure is not None and not isinstance(failure, Unmeasurable)
         if failure is None and not layer.measuring_failed:
             try:
-                self._measure(name, call.detach(), rows)
+                self._measure(name, call, rows)
             except Exception as error:  # the monitor never ends a run
                 failure = error.with_traceback(None)
             else:

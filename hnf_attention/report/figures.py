@@ -11,6 +11,8 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -54,12 +56,10 @@ def entropy_heatmap(snapshot: Snapshot) -> Figure:
     axes.set_ylabel("layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16, min_n_ticks=1))
     axes.set_yticks(range(num_layers), labels)
-    axes.set_title(
-        f"Attention entropy per head, step {snapshot.step}\n"
-        f"S: sink head (more than {threshold('sink_mass'):g} of its weight on the first key)",
-        loc="left",
-        fontsize=10,
-    )
+    title = f"Attention entropy per head, step {snapshot.step}"
+    if (sinks > threshold("sink_mass")).any():
+        title += f"\nS: sink, more than {threshold('sink_mass'):g} on the first key"
+    axes.set_title(title, loc="left", fontsize=10)
     bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.03)
     bar.set_label("mean entropy / log(visible keys)")
     return figure
@@ -108,9 +108,10 @@ def _evolution(
         raise ValueError("expected at least one snapshot, got an empty history")
     names = list(dict.fromkeys(name for snapshot in history for name in snapshot.layers))
     labels = layer_labels(names)
-    colours = matplotlib.colormaps["plasma"](np.linspace(0.0, 0.88, len(names)))
+    # Without plasma's last, nearly white part.
+    colours = ListedColormap(matplotlib.colormaps["plasma"](np.linspace(0.0, 0.88, len(names))))
     figure, axes = _new_figure(7.6, 4.2)
-    for name, label, colour in zip(names, labels, colours, strict=True):
+    for name, label, colour in zip(names, labels, colours.colors, strict=True):
         points = [(s.step, _worst(read(s.layers[name]))) for s in history if name in s.layers]
         steps, values = zip(*points, strict=True)
         axes.plot(
@@ -124,7 +125,7 @@ def _evolution(
     if len(names) <= _LEGEND_LIMIT:
         axes.legend(title="layer", fontsize=8, title_fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     else:
-        scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, len(names) - 1), "plasma")
+        scale = ScalarMappable(Normalize(-0.5, len(names) - 0.5), colours)
         figure.colorbar(scale, ax=axes, label="layer, in the order they ran")
     return figure, axes
 
@@ -141,14 +142,15 @@ def _limit(axes: Axes, value: float, text: str) -> None:
     axes.axhline(value, color="#777777", linewidth=0.9, linestyle="--", zorder=1)
     axes.annotate(
         f"{value:g}: {text}",
-        (1.0, value),
+        (0.0, value),  # at the left, where scores that grow are still small
         xycoords=("axes fraction", "data"),
-        xytext=(-2, 2),
+        xytext=(4, 2),
         textcoords="offset points",
-        ha="right",
         va="bottom",
         fontsize=7,
         color="#555555",
+        bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5},
+        zorder=4,
     )
 
 

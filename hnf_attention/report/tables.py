@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -52,20 +53,25 @@ def layer_table(stats: Mapping[str, HeadStats], issues: Sequence[StabilityIssue]
 
 
 def findings(issues: Sequence[StabilityIssue], limit: int | None = None) -> RenderableType:
-    """The groups of findings, worst first, at most `limit` of them: where, the worst head's evidence, what to do."""
+    """The groups of findings, worst first, at most `limit`: where, the worst head's evidence, what to do."""
     if not issues:
         return Text("no findings", style="green")
-    lines = []
+    lines: list[RenderableType] = []
     groups = grouped(issues)
     for group in groups[:limit]:
         worst = group[0]
         lines.append(Text(headline(group), style=STYLES[worst.severity]))
-        lines.append(Text(f"    {worst.evidence}"))
-        lines.append(Text(f"    threshold {worst.threshold:g}: {worst.source}", style="dim"))
-        lines.append(Text(f"    -> {worst.suggestion}"))
+        lines.append(indented(worst.evidence))
+        lines.append(indented(f"threshold {worst.threshold:g}: {worst.source}", style="dim"))
+        lines.append(indented(f"-> {worst.suggestion}"))
     if limit is not None and len(groups) > limit:
         lines.append(Text(f"... and {len(groups) - limit} more like these", style="dim"))
     return Group(*lines)
+
+
+def indented(text: str, style: str = "") -> Padding:
+    """A paragraph under a headline; wrapped lines keep the indent."""
+    return Padding(Text(text, style=style), (0, 0, 0, 4), expand=False)
 
 
 def headline(group: Sequence[StabilityIssue]) -> str:
@@ -77,9 +83,9 @@ def headline(group: Sequence[StabilityIssue]) -> str:
 def _state(issues: Sequence[StabilityIssue]) -> Text:
     if not issues:
         return Text("ok", style="green")
-    kinds = dict.fromkeys(issue.issue_type for issue in issues)
-    severity = "error" if any(issue.severity == "error" for issue in issues) else "warning"
-    return Text(f"{severity}: {', '.join(kinds)}", style=STYLES[severity])
+    worst, kinds = issues[0], {issue.issue_type for issue in issues}
+    more = f" +{len(kinds) - 1}" if len(kinds) > 1 else ""
+    return Text(f"{worst.severity}: {worst.issue_type}{more}", style=STYLES[worst.severity])
 
 
 def _number(values: np.ndarray, reduce, form: str) -> str:

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Python's version and those of the distributions named; None for one that is not installed (a checkout)."""
+    """Python's version and those of the distributions named; None where one is not installed (a checkout)."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
         try:
