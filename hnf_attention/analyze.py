@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SCHEMA_VERSION = 1
+# A model made for 128k tokens is not run on that many unless asked for.
+DEFAULT_WINDOW = 1024
 # Where configurations keep the longest sequence a model can run; the first one found counts.
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 # Tokenizers without a limit of their own report a huge number as one.
@@ -84,9 +86,10 @@ def analyze(
 ) -> Analysis:
     """Run a text through a causal or masked language model, window by window, and judge its attention.
 
-    name: on the Hugging Face hub, or a local folder with model and tokenizer. window: tokens per
-    window, the model's own length if None; a last, shorter window is left out. Special tokens are put
-    around each window as the tokenizer does for a text. progress: called with (windows done, of how many).
+    name: on the Hugging Face hub, or a local folder with model and tokenizer.
+    window: tokens per window; if None, the model's own length, DEFAULT_WINDOW at most. Special tokens
+        are put around each window as the tokenizer does for a text; a last, shorter window is left out.
+    progress: called with (windows done, of how many).
 
     Raises InputError, in one line, for whatever the user can put right.
     """
@@ -184,7 +187,7 @@ def _window(
     if wanted is None and longest is None:
         raise InputError(f"expected a length in the configuration of {name}, got none; give --window N")
     if wanted is None:
-        return longest
+        return min(longest, DEFAULT_WINDOW)
     if longest is not None and wanted > longest:
         raise InputError(f"expected --window of at most {longest}, the length of {name}, got {wanted}")
     if wanted < JUDGED_MIN_KEYS:

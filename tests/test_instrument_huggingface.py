@@ -2,27 +2,22 @@
 
 import copy
 import logging
-from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import nn
+from families import (
+    BATCH,
+    FAMILIES,
+    LENGTH,
+    assert_rows_equal_weights,
+    in_order,
+    inputs,
+    main_output,
+    transformers,
+    visible,
+)
 
 from hnf_attention.instrument import instrument
-
-transformers = pytest.importorskip("transformers")
-
-BATCH, LENGTH, VOCAB = 2, 28, 61
-SMALL = {"vocab_size": VOCAB, "initializer_range": 0.4}
-DECODER = {
-    **SMALL,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,209 +27,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@dataclass
-class Stack:
-    """The attention layers that run one after another; `window` of each, None for full attention."""
-
-    weights: str  # field of the model's output that holds the eager weights
-    causal: bool
-    windows: tuple = (None, None)
-
-
-@dataclass
-class Family:
-    model: str
-    config: str
-    options: dict
-    stacks: tuple
-    implementations: tuple = ("eager", "sdpa")
-    padding: tuple = ("none", "left", "right")
-
-    def build(self, implementation: str) -> nn.Module:
-        torch.manual_seed(0)
-        config = getattr(transformers, self.config)(**self.options)
-        model = getattr(transformers, self.model)._from_config(config, attn_implementation=implementation)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith(("sinks", "relative_attention_bias.weight")):
-                    # Small or uninitialised otherwise, which would hide a mistake.
-                    parameter.normal_(mean=8.0 if name.endswith("sinks") else 0.0)
-        return model.eval()
-
-
-FAMILIES = {
-    "gpt2": Family(
-        "GPT2LMHeadModel",
-        "GPT2Config",
-        {**SMALL, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64},
-        (Stack("attentions", True),),
-    ),
-    "bert": Family(
-        "BertModel",
-        "BertConfig",
-        {
-            **SMALL,
-            "hidden_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 64,
-        },
-        (Stack("attentions", False),),
-    ),
-    "llama": Family("LlamaForCausalLM", "LlamaConfig", DECODER, (Stack("attentions", True),)),
-    "mistral": Family(
-        "MistralForCausalLM",
-        "MistralConfig",
-        {**DECODER, "sliding_window": 8},
-        (Stack("attentions", True, (8, 8)),),
-    ),
-    "mistral, window longer than the text": Family(
-        "MistralForCausalLM",
-        "MistralConfig",
-        {**DECODER, "sliding_window": 64},
-        (Stack("attentions", True),),
-    ),
-    "gemma2": Family(
-        "Gemma2ForCausalLM",
-        "Gemma2Config",
-        {
-            **DECODER,
-            "sliding_window": 8,
-            "attn_logit_softcapping": 4.0,
-            "query_pre_attn_scalar": 16,
-            "layer_types": ["sliding_attention", "full_attention"],
-        },
-        (Stack("attentions", True, (8, None)),),
-        ("eager",),
-    ),
-    "gpt-oss": Family(
-        "GptOssForCausalLM",
-        "GptOssConfig",
-        {
-            **DECODER,
-            "sliding_window": 8,
-            "num_local_experts": 2,
-            "num_experts_per_tok": 1,
-            "layer_types": ["sliding_attention", "full_attention"],
-        },
-        (Stack("attentions", True, (8, None)),),
-        ("eager",),
-    ),
-    "t5": Family(
-        "T5ForConditionalGeneration",
-        "T5Config",
-        {
-            "vocab_size": VOCAB,
-            "d_model": 48,
-            "d_kv": 12,
-            "num_heads": 4,
-            "d_ff": 64,
-            "num_layers": 2,
-            "decoder_start_token_id": 0,
-        },
-        (
-            Stack("encoder_attentions", False),
-            Stack("decoder_attentions", True),
-            Stack("cross_attentions", False),
-        ),
-        padding=("none", "right", "left"),
-    ),
-    "vit": Family(
-        "ViTModel",
-        "ViTConfig",
-        {
-            "initializer_range": 0.4,
-            "hidden_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 64,
-            "image_size": 20,
-            "patch_size": 4,
-        },
-        (Stack("attentions", False),),
-        padding=("none",),
-    ),
-}
-
-
-def padding(side: str) -> torch.Tensor:
-    """(BATCH, LENGTH) mask, 1 for text; only the second text is shorter."""
-    mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
-    if side == "left":
-        mask[1, :9] = 0
-    elif side == "right":
-        mask[1, -9:] = 0
-    return mask
-
-
-def inputs(family: Family, side: str) -> dict:
-    generator = torch.Generator().manual_seed(1)
-    if "Vi" in family.model:
-        return {"pixel_values": torch.randn(BATCH, 3, 20, 20, generator=generator)}
-    ids = torch.randint(1, VOCAB, (BATCH, LENGTH), generator=generator)
-    arguments = {"input_ids": ids, "attention_mask": padding(side)}
-    if "T5" in family.model:
-        arguments["decoder_input_ids"] = torch.randint(1, VOCAB, (BATCH, 20), generator=generator)
-    return arguments
-
-
-def visible(stack: Stack, layer: int, weights: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """(B, M, N): what a query may see, from first principles."""
-    num_queries, num_keys = weights.shape[-2:]
-    i, j = torch.arange(num_queries)[:, None], torch.arange(num_keys)[None, :]
-    seen = torch.ones(num_queries, num_keys, dtype=torch.bool)
-    if stack.causal:
-        seen &= j <= i
-    if stack.windows[layer] is not None:
-        seen &= i - j < stack.windows[layer]
-    # A decoder's own mask is not padded here; ViT and the like have no mask.
-    own = keep.shape[1] == num_keys
-    return seen & keep[:, None, :].bool() if own else seen.expand(BATCH, -1, -1)
-
-
-def in_order(family: Family, outputs) -> list[tuple[Stack, int, torch.Tensor]]:
-    """(stack, layer in it, eager weights) in the order in which attention runs."""
-    stacks = [
-        [(stack, layer, weights) for layer, weights in enumerate(outputs[stack.weights])]
-        for stack in family.stacks
-    ]
-    if len(stacks) == 1:
-        return stacks[0]
-    encoder, *decoder = stacks
-    return encoder + [entry for pair in zip(*decoder) for entry in pair]
-
-
-def assert_rows_equal_weights(measurement, weights, seen, sinks=None, text=None):
-    """Row statistics against eager weights (B, H, M, N), on rows that see any key.
-
-    text: (B, M), the rows to compare. A padding row may differ from the eager model's from the second
-    layer on: where its keys are all hidden, eager attention averages all values, others give 0.
-    """
-    rows, occupied = measurement.rows, seen.any(-1)[:, None].expand(weights.shape[:3])
-    assert (rows.entropy[~occupied] == 0).all() and (rows.lse[~occupied] == -torch.inf).all()
-    if text is not None and text.shape[1] == occupied.shape[2]:
-        occupied = occupied & text[:, None]
-    weights = weights.double()
-    torch.testing.assert_close(
-        measurement.visible_keys.expand(weights.shape[:3]), seen.sum(-1)[:, None].expand(weights.shape[:3])
-    )
-    close = {"rtol": 2e-4, "atol": 2e-5}
-    torch.testing.assert_close(rows.max_weight[occupied].double(), weights.amax(-1)[occupied], **close)
-    entropy = -torch.special.xlogy(weights, weights).sum(-1)
-    if sinks is not None:
-        sink = (1 - weights.sum(-1)).clamp(min=0)
-        entropy = entropy - torch.special.xlogy(sink, sink)
-        assert sink[occupied].mean() > 0.05  # the sink takes part
-    torch.testing.assert_close(rows.entropy[occupied].double(), entropy[occupied], **close)
-    first = seen.to(torch.uint8).argmax(-1)[:, None, :, None].expand(*weights.shape[:3], 1)
-    on_first = weights.gather(-1, first).squeeze(-1) + (0 if sinks is None else sink)
-    torch.testing.assert_close(measurement.sink_mass[occupied].double(), on_first[occupied], **close)
-
-
-def main_output(outputs) -> torch.Tensor:
-    return outputs.logits if "logits" in outputs else outputs.last_hidden_state
 
 
 @pytest.mark.parametrize("mode", ["probe", "fused"])
@@ -433,83 +225,6 @@ def test_a_trained_position_bias_keeps_its_gradient(implementation):
     torch.testing.assert_close(bias.grad, plain, rtol=1e-3, atol=1e-6)
     how = instrumentation.coverage.measured
     assert how["encoder.block.0.layer.0.SelfAttention"].startswith("probe: the additive mask requires")
-
-
-@pytest.mark.parametrize("mode", ["probe", "fused"])
-@torch.no_grad()
-def test_an_eager_function_that_computes_something_else_is_listed(mode, monkeypatch):
-    from transformers.models.gpt2 import modeling_gpt2
-
-    original = modeling_gpt2.eager_attention_forward
-
-    def sharpened(module, query, key, value, attention_mask, **kwargs):
-        return original(module, 1.5 * query, key, value, attention_mask, **kwargs)
-
-    monkeypatch.setattr(modeling_gpt2, "eager_attention_forward", sharpened)
-    model = FAMILIES["gpt2"].build("eager")
-    arguments = inputs(FAMILIES["gpt2"], "left")
-    plain = model(**arguments).logits
-    with instrument(model, mode=mode) as instrumentation:
-        output = model(**arguments).logits
-    torch.testing.assert_close(output, plain, rtol=0, atol=0)
-    assert not instrumentation.coverage.measured
-    reasons = list(instrumentation.coverage.not_measured.values())
-    assert len(reasons) == 2 and all("computes something else" in reason for reason in reasons)
-    with pytest.raises(RuntimeError, match="computes something else"):
-        instrumentation.require_measured()
-
-
-@torch.no_grad()
-def test_the_comparison_with_an_eager_function_waits_for_finite_numbers(monkeypatch):
-    from transformers.models.gpt2 import modeling_gpt2
-
-    layer, original = "transformer.h.0.attn", modeling_gpt2.eager_attention_forward
-
-    def sharpened(module, query, key, value, attention_mask, **kwargs):
-        return original(module, 1.5 * query, key, value, attention_mask, **kwargs)
-
-    model = FAMILIES["gpt2"].build("eager")
-    arguments = inputs(FAMILIES["gpt2"], "none")
-    weight = model.get_submodule(layer).c_attn.weight
-    kept = weight.clone()
-    for function, measured in ((original, True), (sharpened, False)):
-        monkeypatch.setattr(modeling_gpt2, "eager_attention_forward", function)
-        with instrument(model) as instrumentation:
-            weight.fill_(torch.nan)
-            model(**arguments)
-            assert instrumentation.latest[layer].rows.entropy.isnan().all()
-            weight.copy_(kept)
-            model(**arguments)
-            assert (layer in instrumentation.coverage.measured) == measured
-
-
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """As in a model file of somebody's own, with a mask made for a longer cache."""
-    weights = query @ key.transpose(-1, -2) * scaling + attention_mask[..., : key.shape[-2]]
-    weights = nn.functional.dropout(weights.softmax(-1), p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2), weights
-
-
-class OwnAttention(nn.Module):
-    """A module outside of transformers that follows its conventions."""
-
-    def forward(self, query, **options):
-        return eager_attention_forward(self, query, query, value=query, scaling=0.5, dropout=0.4, **options)
-
-
-@torch.no_grad()
-def test_a_model_file_of_somebodys_own():
-    module, query = OwnAttention().eval(), torch.randn(2, 3, 9, 8)
-    mask = torch.full((2, 1, 9, 16), torch.finfo(torch.float32).min).triu(1)
-    plain, weights = module(query, attention_mask=mask)
-    seen = torch.ones(9, 9, dtype=torch.bool).tril().expand(2, -1, -1)
-    with instrument(module, mode="fused") as instrumentation:
-        output, _ = module(query, attention_mask=mask)
-        assert_rows_equal_weights(instrumentation.latest[""], weights, seen)
-        assert instrumentation.coverage.measured == {"": "fused (transformers eager)"}
-        module(query, attention_mask=mask, head_mask=torch.ones(3))
-        assert instrumentation.coverage.not_measured == {"": "a head_mask was given"}
-    torch.testing.assert_close(output, plain)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

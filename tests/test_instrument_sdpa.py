@@ -1,73 +1,17 @@
-"""Modules that call scaled_dot_product_attention: attribution, every shape, restoring, faults, coverage."""
+"""Modules that call scaled_dot_product_attention: attribution, every shape, restoring, faults."""
 
-import functools
-import gc
 import logging
 import threading
-import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_models import LAYERS, Attention, Direct, Model, x
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from hnf_attention.instrument import instrument, instrumentation
 
 ORIGINAL = F.scaled_dot_product_attention
-
-
-class Attention(nn.Module):
-    """Self-attention as people write it, with the keyword arguments of SDPA to be chosen."""
-
-    def __init__(self, width=16, heads=4, **options):
-        super().__init__()
-        self.qkv = nn.Linear(width, 3 * width)
-        nn.init.normal_(self.qkv.weight, std=0.6)
-        self.heads, self.options = heads, options
-
-    def split(self, x):
-        return (y.unflatten(-1, (self.heads, -1)).transpose(-2, -3) for y in self.qkv(x).chunk(3, -1))
-
-    def forward(self, x):
-        q, k, v = self.split(x)
-        out = F.scaled_dot_product_attention(q, k, v, **self.options)
-        return out.transpose(-2, -3).flatten(-2)
-
-
-class Block(nn.Module):
-    def __init__(self, **options):
-        super().__init__()
-        self.attn = Attention(**options)
-        self.mlp = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
-
-    def forward(self, x):
-        return x + self.mlp(x + self.attn(x))
-
-
-class Model(nn.Module):
-    def __init__(self, use_reentrant=None, **options):
-        super().__init__()
-        self.blocks = nn.ModuleList([Block(**options) for _ in range(2)])
-        self.use_reentrant = use_reentrant
-
-    def forward(self, x):
-        for block in self.blocks:
-            run = block
-            if self.use_reentrant is not None:
-                run = functools.partial(checkpoint, block, use_reentrant=self.use_reentrant)
-            x = run(x)
-        return x
-
-
-class HandWrittenAttention(Attention):
-    def forward(self, x):
-        q, k, v = self.split(x)
-        out = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
-        return out.transpose(-2, -3).flatten(-2)
-
-
-LAYERS = ["blocks.0.attn", "blocks.1.attn"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,10 +28,6 @@ def _seed_and_leave_nothing_behind():
     torch.manual_seed(0)
     yield
     assert F.scaled_dot_product_attention is ORIGINAL
-
-
-def x(*shape, **options):
-    return torch.randn(*(shape or (2, 20, 16)), **options)
 
 
 def expected_rows(module, inputs, attn_mask=None, is_causal=False, scale=None, **_):
@@ -151,13 +91,6 @@ def test_output_and_rows(name, mode):
     torch.testing.assert_close(measurement.query_norm, q.norm(dim=(2, 3)).amax(0))
     torch.testing.assert_close(measurement.key_norm, k.norm(dim=(2, 3)).amax(0))
     assert (measurement.head_dim, measurement.dtype) == (4, torch.float32)
-
-
-class Direct(nn.Module):
-    """Calls SDPA with the very tensors it is given."""
-
-    def forward(self, *tensors, **options):
-        return F.scaled_dot_product_attention(*tensors, **options)
 
 
 SHAPES = {
@@ -362,143 +295,6 @@ def test_bad_arguments():
         instrument(Model(), mode="quick")
 
 
-def test_somebody_elses_patch_over_ours_stays():
-    model, inputs = Model(), x()
-    handle = instrument(model)
-    ours = F.scaled_dot_product_attention
-
-    @functools.wraps(ours)
-    def theirs(*args, **kwargs):
-        return ours(*args, **kwargs)
-
-    @functools.wraps(ours)
-    def without_ours(*args, **kwargs):
-        return ORIGINAL(*args, **kwargs)
-
-    F.scaled_dot_product_attention = theirs
-    try:
-        model(inputs)
-        assert list(handle.latest) == LAYERS
-        handle.restore()
-        assert F.scaled_dot_product_attention is theirs
-        handle.latest.clear()
-        model(inputs)
-        assert not handle.latest
-        with instrument(model) as again:
-            records = []
-            again.on_measure = records.append
-            model(inputs)
-            assert len(records) == 2  # ours over theirs over ours: each call is counted once
-        assert F.scaled_dot_product_attention is theirs
-        F.scaled_dot_product_attention = without_ours
-        with instrument(model) as again:
-            model(inputs)
-            assert list(again.latest) == LAYERS
-        assert F.scaled_dot_product_attention is without_ours
-    finally:
-        F.scaled_dot_product_attention = ORIGINAL
-
-
-def test_nothing_is_kept_alive():
-    model = Model()
-    handle = instrument(model, strict=True)
-    dead = weakref.ref(model)
-    handle.restore()
-    del model
-    gc.collect()
-    assert dead() is None
-
-    model = Model()
-    instrument(model)  # dropped at once: it restores itself
-    gc.collect()
-    assert F.scaled_dot_product_attention is ORIGINAL and not model._forward_hooks
-    handle = instrument(model)
-    dead = weakref.ref(model)
-    del model
-    gc.collect()
-    assert dead() is None
-    handle.restore()
-
-
-def test_multihead_attention_is_measured_where_it_reaches_sdpa_and_listed_where_not():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.quiet = nn.MultiheadAttention(16, 4, batch_first=True)
-            self.talkative = nn.MultiheadAttention(16, 4, batch_first=True)
-
-        def forward(self, inputs):
-            out, _ = self.quiet(inputs, inputs, inputs, need_weights=False)
-            return self.talkative(out, out, out, need_weights=True)[0]
-
-    model = Two()
-    with instrument(model) as handle:
-        assert "no forward has run" in str(handle.coverage)
-        with pytest.raises(RuntimeError, match="no forward has run"):
-            handle.require_measured()
-        model(x())
-    handle.require_measured()
-    assert list(handle.coverage.measured) == ["quiet"]
-    assert list(handle.coverage.not_measured) == ["talkative"]
-    assert "need_weights=False" in handle.coverage.not_measured["talkative"]
-    text = str(handle.coverage)
-    assert "measured (1)" in text and "NOT measured (1)" in text and "talkative" in text
-
-
-def test_hand_written_attention_is_listed_even_beside_a_measured_container():
-    class Mixed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = HandWrittenAttention()
-
-        def forward(self, inputs):
-            out = self.inner(inputs)
-            return F.scaled_dot_product_attention(out, out, out)
-
-    with instrument(Mixed()) as handle:
-        pass
-    model = Mixed()
-    with instrument(model) as handle:
-        model(x())
-    assert list(handle.coverage.measured) == [""]
-    assert list(handle.coverage.not_measured) == ["inner"]
-
-
-def test_strict_raises_once_after_the_first_complete_forward():
-    model = nn.Sequential(Attention(), HandWrittenAttention())
-    with instrument(model, strict=True) as handle:
-        handle.measuring = False
-        model(x())  # says nothing about coverage
-        handle.measuring = True
-        with pytest.raises(RuntimeError, match="HandWritten|scaled_dot_product_attention"):
-            model(x())
-        model(x())
-    with instrument(Model(), strict=True) as handle:
-        pass
-    good = Model()
-    with instrument(good, strict=True):
-        good(x())
-    assert not model._forward_hooks and not good._forward_hooks
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_tensors_that_cannot_be_measured_are_passed_on_and_listed():
-    model = Direct()
-    parts = [torch.randn(3, 2, 8), torch.randn(5, 2, 8)]
-    nested = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
-    plain = model(nested, nested, nested)
-    with instrument(model, mode="fused") as handle:
-        output = model(nested, nested, nested)
-        assert "NestedTensor" in handle.coverage.not_measured[""]
-        meta = torch.empty(1, 2, 3, 4, device="meta")
-        assert model(meta, meta, meta).is_meta
-        assert "meta" in handle.coverage.not_measured[""]
-        q = torch.randn(1, 2, 3, 4)
-        model(q, q, q)
-        assert handle.coverage.measured[""].startswith("fused")
-    torch.testing.assert_close(output.values(), plain.values(), rtol=0, atol=0)
-
-
 def test_empty_sequences_and_non_finite_numbers():
     model = Direct()
     with instrument(model) as handle:
@@ -539,20 +335,6 @@ def test_threads_do_not_disturb_each_other():
         got = handle.latest[LAYERS[0]].rows.entropy.double()
         torch.testing.assert_close(got, entropy, rtol=1e-4, atol=1e-5)
         handle.restore()
-
-
-def test_compiled_graphs_run_as_they_were_and_are_listed():
-    model, inputs = Model(), x()
-    plain = model(inputs)
-    with instrument(model) as handle:
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        torch.testing.assert_close(compiled(inputs), plain)
-        assert not handle.coverage.measured
-        assert set(handle.coverage.not_measured) == set(LAYERS)
-        assert all("compiled graphs" in why for why in handle.coverage.not_measured.values())
-        model(inputs)
-        assert list(handle.coverage.measured) == LAYERS
-    torch.testing.assert_close(compiled(inputs), plain)
 
 
 def test_state_dict_and_modules_are_unchanged():

@@ -49,7 +49,7 @@ class Outcome:
             broken.append("the untreated run's loss never showed any trouble")
         elif self.lead <= 0:
             broken.append(
-                f"the loss showed trouble at step {self.sign.step}, the warning came at {self.warning_step}"
+                f"the loss showed trouble at step {self.sign.step}, the warning came at step {self.warning_step}"
             )
         if self.gap < PROMISED_GAP:
             broken.append(

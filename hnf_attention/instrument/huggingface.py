@@ -21,6 +21,7 @@ import inspect
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -141,8 +142,7 @@ def _eager_call(
     require_plain(query=query, key=key, value=value, attention_mask=mask, position_bias=bias)
     if options.get("head_mask") is not None:
         raise Unmeasurable("a head_mask was given")
-    dropout = options.get("dropout", 0.0) if module.training else 0.0
-    not_fused = why_not_fused(dropout, mask, bias)
+    not_fused = why_not_fused(_dropout(module, options), mask, bias)
     if not_fused is None and _weights_wanted(module, options):
         not_fused = "attention weights may be asked for"
     return AttentionCall(
@@ -162,6 +162,14 @@ def _eager_call(
     )
 
 
+def _dropout(module: nn.Module, options: dict[str, Any]) -> float:
+    """The probability in force; a function that is not told it may take it from the module."""
+    if not module.training:
+        return 0.0
+    own = (child.p for child in module.modules() if isinstance(child, nn.Dropout))
+    return options["dropout"] if "dropout" in options else max(own, default=0.0)
+
+
 @torch.no_grad()
 def _combined(mask: Tensor | None, bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     """One additive mask from both; a mask for a longer cache is cut to the keys there are."""
@@ -179,6 +187,19 @@ def _weights_wanted(module: nn.Module, options: dict[str, Any]) -> bool:
     if collector is None:  # transformers 4 does not tell its attention functions
         return True
     return any("attentions" in kind for kind in collector.get() or ())
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without the dropout of the module itself, which would also draw from the model's random numbers."""
+    modes = {child: child.training for child in module.modules()}
+    try:
+        for child in modes:
+            child.training = False
+        yield
+    finally:
+        for child, training in modes.items():
+            child.training = training
 
 
 @torch.no_grad()
@@ -208,7 +229,7 @@ def _same_function(
         options["dropout"] = 0.0
     if "position_bias" in options:
         options["position_bias"] = part(options["position_bias"])
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast(query.device.type, enabled=False), _evaluating(module):
         theirs = original(module, query, key, value, part(mask), **options)[0].transpose(1, 2)
         ours, stats = ops.attention(query, key, value, **call.options() | {"attn_mask": part(call.attn_mask)})
     occupied = stats.lse != -torch.inf

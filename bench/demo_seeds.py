@@ -1,0 +1,73 @@
+"""Run the demo on several seeds, and its healthy counterpart, and record what came of each.
+
+    python bench/demo_seeds.py OUT.json 0 1 2 3 4 5
+
+Each seed is run as `hnf-attention demo` runs it, with nothing chosen per seed. The control is the same
+model and data at the usual temperature and a tenth of the learning rate: the monitor should find no error
+there. Exit code 1 if a seed breaks a promise of the demo, or a control run has an error.
+"""
+
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from time import perf_counter
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+import torch
+from machine import machine
+from rich.console import Console
+
+from hnf_attention.demo import Config, run_demo
+from hnf_attention.demo.loss import final
+from hnf_attention.demo.training import train
+
+
+def demo(seed: int) -> dict:
+    start = perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = run_demo(Config(seed=seed), Path(folder), Console(file=StringIO(), width=110)).to_dict()
+    return {"seed": seed, **outcome, "seconds": round(perf_counter() - start, 1)}
+
+
+def control(seed: int) -> dict:
+    config = replace(Config(seed=seed), sharpness=1.0, peak_learning_rate=Config().peak_learning_rate / 10)
+    findings = {"readings": 0, "with_warnings": 0, "with_errors": 0}
+
+    def count(_, diagnosis):
+        if diagnosis is not None:
+            findings["readings"] += 1
+            findings["with_warnings"] += bool(diagnosis.warnings)
+            findings["with_errors"] += bool(diagnosis.errors)
+
+    return {"seed": seed, "final_loss": final(train(config, False, count).losses), **findings}
+
+
+def main(path: str, seeds: list[int]) -> int:
+    torch.set_num_threads(1)
+    results, controls = [], []
+    print("| seed | warning | first error | loss shows it | lead | untreated | treated | gap | control |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for seed in seeds:
+        result, healthy = demo(seed), control(seed)
+        results.append(result)
+        controls.append(healthy)
+        sign = result["loss_shows"]
+        print(
+            f"| {seed} | {result['warning_step']} | {result['alarm_step']} | "
+            f"{sign and (sign['step'], sign['kind'])} | {result['lead_steps']} | "
+            f"{result['untreated_final_loss']} | {result['treated_final_loss']} | {result['gap_nats']} | "
+            f"{healthy} | {result['seconds']} s",
+            flush=True,
+        )
+        document = {"machine": machine(), "results": results, "controls": controls}
+        Path(path).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    kept = not any(result["broken_promises"] for result in results)
+    return int(not kept or any(healthy["with_errors"] for healthy in controls))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1], [int(seed) for seed in sys.argv[2:]]))

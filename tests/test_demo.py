@@ -1,0 +1,243 @@
+"""The demo's parts, and the whole of it at a tiny size; the full size is bench/demo_seeds.py."""
+
+import argparse
+import ast
+import calendar
+import io
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from hnf_attention.demo import Config, run_demo
+from hnf_attention.demo.loss import FINAL_WINDOW, falls_behind, final, first_sign
+from hnf_attention.demo.model import GPT, batches, standard_library_text
+from hnf_attention.demo.outcome import judge
+from hnf_attention.demo.training import Run, train
+from hnf_attention.errors import InputError
+
+# Breaks within a few steps.
+TINY = Config(
+    steps=40,
+    layers=2,
+    width=32,
+    heads=2,
+    context=32,
+    batch_size=4,
+    peak_learning_rate=0.1,
+    warmup_steps=10,
+    sharpness=64.0,
+    log_every=2,
+)
+
+
+def falling(steps, start=5.0, end=2.0, noise=0.05, seed=0):
+    """A healthy loss curve."""
+    curve = end + (start - end) * np.exp(-np.arange(steps) / (steps / 3))
+    return list(curve + noise * np.random.default_rng(seed).standard_normal(steps))
+
+
+def run(losses, warning=None, error=None, interventions=()):
+    def at(step):
+        return None if step is None else SimpleNamespace(step=step)
+
+    return Run(True, list(losses), at(warning), at(error), interventions=list(interventions))
+
+
+def test_a_falling_loss_shows_nothing():
+    assert first_sign(falling(400)) is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_shows_at_once(value):
+    losses = falling(100)
+    losses[60] = value
+    sign = first_sign(losses)
+    assert (sign.step, sign.kind) == (61, "non-finite")
+
+
+def test_a_spike_is_six_sigma_above_the_128_steps_before():
+    losses = falling(300)
+    window = losses[200 - 128 : 200]
+    limit = np.mean(window) + 6 * np.std(window)
+    losses[200] = limit - 1e-6
+    assert first_sign(losses) is None
+    losses[200] = limit + 1e-6
+    assert (first_sign(losses).step, first_sign(losses).kind) == (201, "spike")
+
+
+def test_a_stall_is_fifty_steps_no_lower_than_the_fifty_before():
+    fall = [5.0 - 0.01 * step for step in range(150)]
+    losses = fall + [fall[-1] + 0.001 * step for step in range(100)]
+    sign = first_sign(losses)
+    assert sign.kind == "stall"
+    means = [np.mean(losses[s - 50 : s]) - np.mean(losses[s - 100 : s - 50]) for s in range(100, 251)]
+    assert sign.step == 100 + int(np.argmax(np.array(means) >= 0))
+    assert first_sign(losses[: sign.step - 1]) is None
+
+
+def test_a_short_run_that_ends_where_it_began_made_no_progress():
+    assert first_sign([3.0] * 10 + [3.1] * 30).kind == "no progress"
+
+
+def test_falling_behind_is_lasting():
+    reference = falling(200, noise=0.0)
+    losses = list(reference)
+    losses[40] += 10.0  # passes
+    for step in range(100, 200):
+        losses[step] += 0.3
+    first = falls_behind(losses, reference, 0.1)
+    # the mean over 20 steps passes 0.1 when 7 of them are 0.3 behind
+    assert first == 107
+    assert falls_behind(reference, reference, 0.1) is None
+
+
+def test_a_kept_promise():
+    untreated = run([5.0] + [3.0] * 159, warning=30, error=50)
+    treated = run([5.0] + [2.5] * 159, interventions=[(30, {})])
+    outcome = judge(untreated, treated)
+    assert outcome.broken_promises == []
+    assert (outcome.warning_step, outcome.alarm_step, outcome.intervention_step) == (30, 50, 30)
+    # From step 101 on, the window of 50 steps before no longer holds the first loss.
+    assert (outcome.sign.step, outcome.sign.kind, outcome.lead) == (101, "stall", 71)
+    assert outcome.gap == pytest.approx(0.5)
+    assert json.dumps(outcome.to_dict(), allow_nan=False)
+
+
+def test_a_broken_loss_is_worse_than_any():
+    untreated = run([5.0] * 30 + [math.nan] * 10, warning=10)
+    outcome = judge(untreated, run(falling(40), interventions=[(10, {})]))
+    assert (outcome.sign.kind, outcome.sign.step, outcome.gap) == ("non-finite", 31, math.inf)
+    assert outcome.broken_promises == []
+    assert outcome.to_dict()["untreated_final_loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("untreated", "treated", "said"),
+    [
+        (run(falling(90, end=2.5)), run(falling(90)), "never warned"),
+        (run(falling(90), warning=30), run(falling(90)), "never showed any trouble"),
+        (
+            run([5.0] + [3.0] * 159, warning=120),
+            run([5.0] + [2.0] * 159),
+            "at step 101, the warning came at step 120",
+        ),
+        (run([5.0] + [3.0] * 159, warning=30), run([5.0] + [2.9] * 159), "less than 0.25 apart"),
+        (run([5.0] + [3.0] * 159, warning=30), run([math.nan] * 160), "less than 0.25 apart"),
+    ],
+)
+def test_broken_promises_are_said(untreated, treated, said):
+    assert any(said in broken for broken in judge(untreated, treated).broken_promises)
+
+
+def test_a_loss_without_signs_of_its_own_counts_from_the_comparison_at_the_end():
+    outcome = judge(run(falling(90, end=2.5), warning=30), run(falling(90)))
+    assert (outcome.sign.kind, outcome.sign.step, outcome.lead) == ("comparison", 90, 60)
+
+
+def test_text_is_the_standard_library_in_name_order():
+    text = bytes(standard_library_text().tolist())
+    assert len(text) == 2_000_000
+    places = [text.index(Path(module.__file__).read_bytes()) for module in (argparse, ast, calendar)]
+    assert places == sorted(places)
+
+
+def test_an_interpreter_without_sources_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    with pytest.raises(InputError, match="got 0: this Python comes without them"):
+        standard_library_text()
+
+
+def test_batches_are_windows_of_the_text_and_the_same_for_a_seed():
+    text = torch.arange(200, dtype=torch.uint8)
+    inputs, targets = next(batches(text, 8, 16, seed=3))
+    assert inputs.shape == targets.shape == (8, 16)
+    assert torch.equal(inputs + 1, targets)
+    assert torch.equal(next(batches(text, 8, 16, seed=3))[0], inputs)
+    assert not torch.equal(next(batches(text, 8, 16, seed=4))[0], inputs)
+
+
+def test_the_model_is_causal_and_as_sharp_as_asked():
+    torch.manual_seed(0)
+    model = GPT(layers=2, width=32, heads=4, context=16, sharpness=4.0)
+    assert {block.attention.scale for block in model.blocks} == {4.0 * 8**-0.5}
+    x = torch.randint(256, (2, 16))
+    y = x.clone()
+    y[:, 10:] = 0
+    with torch.no_grad():
+        assert torch.allclose(model(x)[:, :10], model(y)[:, :10], atol=1e-6)
+        assert not torch.allclose(model(x)[:, 10:], model(y)[:, 10:])
+
+
+def test_a_treated_run_is_the_untreated_one_until_it_is_treated():
+    untreated, treated = (train(TINY, treated, lambda *_: None) for treated in (False, True))
+    assert not untreated.interventions and treated.interventions
+    first = treated.interventions[0][0]
+    assert untreated.losses[:first] == treated.losses[:first]
+    assert untreated.losses[first:] != treated.losses[first:]
+    assert untreated.first_finding.step == treated.first_finding.step <= first
+    assert [snapshot.step for snapshot in untreated.history] == list(range(2, 41, 2))
+
+    def worst(run):
+        return max(stats.max_abs_logit.max() for stats in run.last_diagnosis.stats.values())
+
+    assert worst(treated) < worst(untreated)
+
+
+def test_too_few_steps_to_judge_are_refused():
+    with pytest.raises(InputError, match=f"at least {FINAL_WINDOW} steps, got 19"):
+        Config(steps=19)
+
+
+def test_the_demo_says_what_happened_and_leaves_it_on_disk(tmp_path):
+    stream = io.StringIO()
+    outcome = run_demo(TINY, tmp_path / "out", Console(file=stream, width=120))
+    printed = stream.getvalue()
+    assert "\x1b" not in printed  # not a terminal
+    assert f"step {outcome.warning_step}: EARLY WARNING" in printed
+    assert "applied QK-clip at 30" in printed
+    assert f"untreated {outcome.untreated_loss:.2f}, treated {outcome.treated_loss:.2f}" in printed
+    for broken in outcome.broken_promises:
+        assert broken in " ".join(printed.split())
+
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    figures = {
+        f"{run}_{what}.png"
+        for run in ("treated", "untreated")
+        for what in ("entropy", "max_logit", "curvature")
+    }
+    assert names == figures | {"losses.png", "diagnosis.json", "monitor.log"}
+    document = json.loads((tmp_path / "out" / "diagnosis.json").read_text(), parse_constant=pytest.fail)
+    assert document["outcome"] == outcome.to_dict()
+    assert document["config"]["steps"] == 40
+    assert len(document["untreated"]["losses"]) == len(document["treated"]["losses"]) == 40
+    assert document["untreated"]["first_finding"]["step"] == outcome.warning_step
+    assert final(document["treated"]["losses"]) == outcome.treated_loss
+    assert document["treated"]["interventions"][0]["step"] == outcome.intervention_step
+
+
+def test_the_demo_draws_a_live_table_on_a_terminal(tmp_path):
+    stream = io.StringIO()
+    run_demo(replace(TINY, steps=20), tmp_path, Console(file=stream, width=120, force_terminal=True))
+    assert "\x1b" in stream.getvalue()
+    assert "20/20" in stream.getvalue()
+
+
+def test_an_output_folder_that_cannot_be_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write to"):
+        run_demo(TINY, tmp_path / "file", Console(file=io.StringIO()))
+
+
+def test_the_monitors_log_and_the_threads_are_given_back(tmp_path, caplog):
+    torch.set_num_threads(2)
+    run_demo(replace(TINY, steps=20), tmp_path, Console(file=io.StringIO()))
+    assert torch.get_num_threads() == 2
+    assert not caplog.records  # they are in the file
+    assert "blocks." in (tmp_path / "monitor.log").read_text()

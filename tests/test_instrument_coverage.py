@@ -1,0 +1,102 @@
+"""Coverage: every attention is measured or listed with its reason."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_models import LAYERS, Attention, Direct, HandWrittenAttention, Model, x
+from torch import nn
+
+from hnf_attention.instrument import instrument
+
+
+def test_multihead_attention_is_measured_where_it_reaches_sdpa_and_listed_where_not():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.quiet = nn.MultiheadAttention(16, 4, batch_first=True)
+            self.talkative = nn.MultiheadAttention(16, 4, batch_first=True)
+
+        def forward(self, inputs):
+            out, _ = self.quiet(inputs, inputs, inputs, need_weights=False)
+            return self.talkative(out, out, out, need_weights=True)[0]
+
+    model = Two()
+    with instrument(model) as handle:
+        assert "no forward has run" in str(handle.coverage)
+        with pytest.raises(RuntimeError, match="no forward has run"):
+            handle.require_measured()
+        model(x())
+    handle.require_measured()
+    assert list(handle.coverage.measured) == ["quiet"]
+    assert list(handle.coverage.not_measured) == ["talkative"]
+    assert "need_weights=False" in handle.coverage.not_measured["talkative"]
+    text = str(handle.coverage)
+    assert "measured (1)" in text and "NOT measured (1)" in text and "talkative" in text
+
+
+def test_hand_written_attention_is_listed_even_beside_a_measured_container():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = HandWrittenAttention()
+
+        def forward(self, inputs):
+            out = self.inner(inputs)
+            return F.scaled_dot_product_attention(out, out, out)
+
+    with instrument(Mixed()) as handle:
+        pass
+    model = Mixed()
+    with instrument(model) as handle:
+        model(x())
+    assert list(handle.coverage.measured) == [""]
+    assert list(handle.coverage.not_measured) == ["inner"]
+
+
+def test_strict_raises_once_after_the_first_complete_forward():
+    model = nn.Sequential(Attention(), HandWrittenAttention())
+    with instrument(model, strict=True) as handle:
+        handle.measuring = False
+        model(x())  # says nothing about coverage
+        handle.measuring = True
+        with pytest.raises(RuntimeError, match="HandWritten|scaled_dot_product_attention"):
+            model(x())
+        model(x())
+    with instrument(Model(), strict=True) as handle:
+        pass
+    good = Model()
+    with instrument(good, strict=True):
+        good(x())
+    assert not model._forward_hooks and not good._forward_hooks
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_that_cannot_be_measured_are_passed_on_and_listed():
+    model = Direct()
+    parts = [torch.randn(3, 2, 8), torch.randn(5, 2, 8)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
+    plain = model(nested, nested, nested)
+    with instrument(model, mode="fused") as handle:
+        output = model(nested, nested, nested)
+        assert "NestedTensor" in handle.coverage.not_measured[""]
+        meta = torch.empty(1, 2, 3, 4, device="meta")
+        assert model(meta, meta, meta).is_meta
+        assert "meta" in handle.coverage.not_measured[""]
+        q = torch.randn(1, 2, 3, 4)
+        model(q, q, q)
+        assert handle.coverage.measured[""].startswith("fused")
+    torch.testing.assert_close(output.values(), plain.values(), rtol=0, atol=0)
+
+
+def test_compiled_graphs_run_as_they_were_and_are_listed():
+    model, inputs = Model(), x()
+    plain = model(inputs)
+    with instrument(model) as handle:
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(inputs), plain)
+        assert not handle.coverage.measured
+        assert set(handle.coverage.not_measured) == set(LAYERS)
+        assert all("compiled graphs" in why for why in handle.coverage.not_measured.values())
+        model(inputs)
+        assert list(handle.coverage.measured) == LAYERS
+    torch.testing.assert_close(compiled(inputs), plain)

@@ -1,0 +1,70 @@
+"""Replaced functions: put back exactly, never over somebody else's, nothing kept alive."""
+
+import functools
+import gc
+import weakref
+
+import torch.nn.functional as F
+from attention_models import LAYERS, Model, x
+
+from hnf_attention.instrument import instrument
+
+ORIGINAL = F.scaled_dot_product_attention
+
+
+def test_somebody_elses_patch_over_ours_stays():
+    model, inputs = Model(), x()
+    handle = instrument(model)
+    ours = F.scaled_dot_product_attention
+
+    @functools.wraps(ours)
+    def theirs(*args, **kwargs):
+        return ours(*args, **kwargs)
+
+    @functools.wraps(ours)
+    def without_ours(*args, **kwargs):
+        return ORIGINAL(*args, **kwargs)
+
+    F.scaled_dot_product_attention = theirs
+    try:
+        model(inputs)
+        assert list(handle.latest) == LAYERS
+        handle.restore()
+        assert F.scaled_dot_product_attention is theirs
+        handle.latest.clear()
+        model(inputs)
+        assert not handle.latest
+        with instrument(model) as again:
+            records = []
+            again.on_measure = records.append
+            model(inputs)
+            assert len(records) == 2  # ours over theirs over ours: each call is counted once
+        assert F.scaled_dot_product_attention is theirs
+        F.scaled_dot_product_attention = without_ours
+        with instrument(model) as again:
+            model(inputs)
+            assert list(again.latest) == LAYERS
+        assert F.scaled_dot_product_attention is without_ours
+    finally:
+        F.scaled_dot_product_attention = ORIGINAL
+
+
+def test_nothing_is_kept_alive():
+    model = Model()
+    handle = instrument(model, strict=True)
+    dead = weakref.ref(model)
+    handle.restore()
+    del model
+    gc.collect()
+    assert dead() is None
+
+    model = Model()
+    instrument(model)  # dropped at once: it restores itself
+    gc.collect()
+    assert F.scaled_dot_product_attention is ORIGINAL and not model._forward_hooks
+    handle = instrument(model)
+    dead = weakref.ref(model)
+    del model
+    gc.collect()
+    assert dead() is None
+    handle.restore()
