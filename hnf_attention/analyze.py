@@ -106,11 +106,12 @@ def analyze(
             windows = windows[:max_windows]
         with AttentionAnalyzer(model) as analyzer:
             _run(model, windows, batch_size, device, progress)
-            try:
-                diagnosis = analyzer.diagnose()
-            except RuntimeError as error:
-                raise InputError(f"no attention of {name} was measured: {_one_line(error)}") from error
             coverage = analyzer.instrumentation.coverage
+            if not coverage.measured:
+                reasons = [f"{layer}: {why}" for layer, why in coverage.not_measured.items()]
+                why = reasons[0] if reasons else "it has no module that is known as attention"
+                raise InputError(f"no attention of {name} ({type(model).__name__}) can be measured: {why}")
+            diagnosis = analyzer.diagnose()
     return Analysis(
         model=name,
         model_class=type(model).__name__,

@@ -157,7 +157,8 @@ def _forward_op(
     if _kernels_cover(query, value):
         from .kernels import forward
 
-        return forward.forward(query, key, value, options)
+        with torch.cuda.device(query.device):  # Triton launches on the current device
+            return forward.forward(query, key, value, options)
     with _no_autocast(query):
         out, rows = reference.attention(query, key, value, options)
     # An operator returns tensors only: without a value the output is a placeholder without elements.
@@ -195,7 +196,8 @@ def _backward_op(
     if _kernels_cover(query, value):
         from .kernels import backward
 
-        gradients = backward.backward(query, key, value, options, *cotangents)
+        with torch.cuda.device(query.device):
+            gradients = backward.backward(query, key, value, options, *cotangents)
     else:
         with _no_autocast(query):
             gradients = reference.backward(query, key, value, options, *cotangents)
@@ -252,7 +254,8 @@ def fold(
     if accumulator.is_cuda:
         from .kernels import fold as kernel
 
-        kernel.fold_rows(*arguments)
+        with torch.cuda.device(accumulator.device):
+            kernel.fold_rows(*arguments)
     else:
         stats.fold_rows(*arguments)
 

@@ -106,7 +106,9 @@ def _attend_rows(
     l_i, w_i = e.sum(-1), (e * z).sum(-1)
     if sinks is not None:
         z_sink = sink - shift
-        l_i, w_i = l_i + z_sink.exp(), w_i + z_sink.exp() * z_sink
+        e_sink = z_sink.exp()
+        z_sink = torch.where(z_sink == -torch.inf, 0.0, z_sink)  # a sink of -inf is no sink: 0 * -inf
+        l_i, w_i = l_i + e_sink, w_i + e_sink * z_sink
     l_safe = torch.where(empty, 1.0, l_i)
     # NaN or inf in q or k ends in l or w, whichever way it came; it must not hide behind a maximum.
     broken = (l_i + w_i).isnan() & ~empty
@@ -135,9 +137,9 @@ def _attend_rows(
         )
         sink_weight = torch.zeros_like(l_i) if first is None else e.gather(-1, first).squeeze(-1)
         if sinks is not None:
-            variance = variance + z_sink.exp() * (z_sink - mean.squeeze(-1)).square()
-            collision = collision + (2 * z_sink).exp()
-            sink_weight = sink_weight + z_sink.exp()
+            variance = variance + e_sink * (z_sink - mean.squeeze(-1)).square()
+            collision = collision + e_sink.square()
+            sink_weight = sink_weight + e_sink
         count = seen.expand(scores.shape).sum(-1).clamp(min=1)
         plain_mean = z.sum(-1) / count
         spread = torch.where(seen, (z - plain_mean[..., None]).square(), 0.0).sum(-1) / count
@@ -172,7 +174,8 @@ def sink_gradient(sinks: Tensor, lse: Tensor, offset: Tensor, d_entropy: Tensor 
     """Gradient of the learned sinks (H,): the sink is a key without a value, so its dp is 0."""
     log_p = sinks.to(lse.dtype)[None, :, None] - lse
     inner = -offset if d_entropy is None else -offset - d_entropy * log_p
-    per_row = torch.where(lse == -torch.inf, 0.0, log_p.exp() * inner)
+    weightless = (lse == -torch.inf) | (log_p == -torch.inf)
+    per_row = torch.where(weightless, 0.0, log_p.exp() * inner)
     return per_row.sum((0, 2)).to(sinks.dtype)
 
 

@@ -217,7 +217,7 @@ class HeadStats:
 
     @property
     def entropy_ratio_p10(self) -> np.ndarray:
-        """10th percentile over judged rows, interpolated in a 32-bin histogram."""
+        """10th percentile over judged rows, to 1/32: interpolated in a histogram of 32 bins."""
         counts = self.values[len(SUM_FIELDS) : NUM_SUMS]
         target = 0.1 * counts.sum(0)
         cumulative = counts.cumsum(0)
@@ -226,7 +226,7 @@ class HeadStats:
         inside = counts[index, heads]
         before = cumulative[index, heads] - inside
         fraction = np.divide(target - before, inside, out=np.full_like(target, np.nan), where=inside > 0)
-        return (index + fraction) / HISTOGRAM_BINS
+        return np.maximum((index + fraction) / HISTOGRAM_BINS, self.entropy_ratio_min)
 
     @property
     def dead_share(self) -> np.ndarray:

@@ -99,6 +99,8 @@ def check(
         whole = isinstance(window_size, int) and not isinstance(window_size, bool)
         _require(whole, "window_size to be an int or None", window_size, TypeError)
         _require(window_size >= 1, "window_size >= 1 (1 is the query's own position)", window_size)
+        # Beyond this a window hides nothing; "no window" sentinels near 2**31 would overflow positions.
+        window_size = max(1, min(window_size, query.shape[2] + num_keys))
     if softcap is not None:
         softcap = _check_number("softcap", softcap, positive=True)
     if sinks is not None:

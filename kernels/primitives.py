@@ -183,7 +183,8 @@ def softmax_finish(m_i, l_i, w_i, low, unit, to_natural, sink, SINKS: tl.constex
         d = (shift - top) * unit
         z = (sink - top) * unit
         factor = tl.exp2(d)
-        w_i = factor * (w_i + l_i * d) + tl.exp2(z) * z
+        # A sink of -inf is no sink: 0 * -inf must not become NaN.
+        w_i = factor * (w_i + l_i * d) + tl.where(z == -float("inf"), 0.0, tl.exp2(z) * z)
         l_i = factor * l_i + tl.exp2(z)
         shift = top
     broken = (l_i + w_i) != (l_i + w_i)

@@ -209,7 +209,7 @@ def test_windows_out_of_range_are_refused(text_file, window, message):
 
 
 def test_a_folder_without_a_tokenizer_is_refused(text_file, save):
-    with pytest.raises(InputError, match="expected a tokenizer in the folder"):
+    with pytest.raises(InputError, match="tokenizer"):
         analyze(save(gpt2(), with_tokenizer=False), text_file)
 
 
@@ -222,6 +222,32 @@ def test_an_encoder_decoder_is_refused(text_file, save):
     config = transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     with pytest.raises(InputError, match="got the encoder-decoder .*t5"):
         analyze(save(transformers.T5ForConditionalGeneration(config)), text_file)
+
+
+def test_models_without_attention_that_can_be_measured_are_refused(text_file, save):
+    bloom = transformers.BloomConfig(vocab_size=30522, hidden_size=32, n_layer=1, n_head=2)
+    with pytest.raises(InputError, match=r"h\.0\.self_attention: no call reached"):
+        analyze(save(transformers.BloomForCausalLM(bloom)), text_file, window=32)
+    mamba = transformers.MambaConfig(vocab_size=30522, hidden_size=32, num_hidden_layers=1, state_size=4)
+    with pytest.raises(InputError, match="no module that is known as attention"):
+        analyze(save(transformers.MambaForCausalLM(mamba)), text_file, window=32, max_windows=1)
+
+
+def test_a_model_that_names_no_length_needs_a_window(tokenizer, text_file, save):
+    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=32, n_layer=1, n_head=2))
+    folder = save(bloom)
+    unlimited = transformers.AutoTokenizer.from_pretrained(folder)
+    unlimited.model_max_length = 10**30
+    unlimited.save_pretrained(folder)
+    with pytest.raises(InputError, match="expected a length .* got none; give --window N"):
+        analyze(folder, text_file)
+
+
+@pytest.mark.gpu
+def test_the_gpu_gives_the_same_numbers(text_file):
+    cpu, gpu = (analyze(str(MINILM), text_file, window=128, device=device) for device in ("cpu", "cuda"))
+    for layer, stats in cpu.diagnosis.stats.items():
+        np.testing.assert_allclose(gpu.diagnosis.stats[layer].entropy, stats.entropy, rtol=1e-2, atol=1e-2)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path, text_file, tokenizer):

@@ -57,6 +57,26 @@ def test_forward_walks_masked_and_unmasked_tiles(is_causal, window_size, device)
     _check_forward(case, torch.float32, device)
 
 
+def test_forward_takes_a_sink_of_minus_infinity_for_none(device):
+    case = Case(is_causal=True)
+    q, k, v, _, _ = case.tensors(device=device)
+    absent = torch.full((q.shape[1],), -torch.inf, device=device)
+    got = forward.forward(q, k, v, case.options(q, k, v, None, absent), TILES)
+    expected = forward.forward(q, k, v, case.options(q, k, v, None, None), TILES)
+    for actual, wanted in zip(got, expected):
+        torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("window_size", [2**31 - 1, 2**31, 2**63 - 1])
+def test_a_window_wider_than_everything_hides_nothing(window_size, device):
+    case = Case(window_size=window_size)
+    tensors = case.tensors(device=device)
+    got = forward.forward(*tensors[:3], case.options(*tensors), TILES)
+    expected = forward.forward(*tensors[:3], Case().options(*tensors), TILES)
+    for actual, wanted in zip(got, expected):
+        torch.testing.assert_close(actual, wanted)
+
+
 def test_forward_entropy_is_exact_at_large_scores(device):
     torch.manual_seed(0)
     offsets = torch.randint(0, 64, (1, 1, 1, 200)).float() / 16

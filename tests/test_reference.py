@@ -164,3 +164,19 @@ def test_visible_keys_by_position_equals_the_mask(is_causal, window_size):
     seen = masks.visible(slice(0, 30), 12, attn_mask=None, **settings)
     assert torch.equal(count, seen.sum(-1))
     assert torch.equal(first, torch.where(seen.any(-1), seen.to(torch.uint8).argmax(-1), 0))
+
+
+def test_a_sink_of_minus_infinity_is_no_sink():
+    q, k, v, *_ = Case().tensors(torch.float64)
+    absent = torch.full((q.shape[1],), -torch.inf, dtype=torch.float64, requires_grad=True)
+    sunk = Options(None, True, 1.0, None, None, absent)
+    out, rows = reference.attention(q, k, v, sunk, extended=True)
+    plain, plain_rows = reference.attention(
+        q, k, v, Options(None, True, 1.0, None, None, None), extended=True
+    )
+    torch.testing.assert_close(out, plain)
+    for name in ("lse", "entropy", "logit_var", "collision", "sink_mass"):
+        torch.testing.assert_close(getattr(rows, name), getattr(plain_rows, name))
+    ones = torch.ones_like(rows.lse)
+    arguments = (q, k, v, sunk, out, rows.lse, rows.entropy, out, ones, ones)
+    assert not reference.backward(*arguments).sinks.any()

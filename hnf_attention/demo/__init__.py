@@ -23,6 +23,7 @@ from .view import View, describe
 __all__ = ["Config", "Outcome", "run_demo"]
 
 _SHOWN_FINDINGS = 3
+_LOG = "monitor.log"
 
 
 def run_demo(config: Config, out: Path, console: Console) -> Outcome:
@@ -32,6 +33,7 @@ def run_demo(config: Config, out: Path, console: Console) -> Outcome:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (out / _LOG).write_bytes(b"")  # known before the training rather than after it
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror}") from error
     console.print(
@@ -39,7 +41,7 @@ def run_demo(config: Config, out: Path, console: Console) -> Outcome:
         f"warms up to {config.peak_learning_rate:g} and its attention runs at 1/{config.sharpness:g} of the "
         f"usual temperature. Seed {config.seed}, {config.steps} steps, twice."
     )
-    with _log_file(out / "monitor.log"), _one_thread():
+    with _log_file(out / _LOG), _one_thread():
         untreated = _train(config, False, console)
         treated = _train(config, True, console)
     console.print(Text("\nWorst findings at the end of the untreated run", style="bold"))
@@ -47,8 +49,8 @@ def run_demo(config: Config, out: Path, console: Console) -> Outcome:
     outcome = judge(untreated, treated)
     paths = artifacts.save(out, config, untreated, treated, outcome)
     _print_verdict(console, outcome, treated.interventions)
-    names = ", ".join([*(path.name for path in paths), "monitor.log"])
-    console.print(f"\nSaved in {out}: {names}", highlight=False)
+    names = ", ".join([*(path.name for path in paths), _LOG])
+    console.print(f"\nSaved in {out}: {names}", highlight=False, markup=False)
     return outcome
 
 

@@ -21,7 +21,7 @@ STYLES = {"error": "bold red", "warning": "yellow"}
 
 def layer_table(stats: Mapping[str, HeadStats], issues: Sequence[StabilityIssue], title: str) -> Table:
     """One row per layer: the mean head's entropy ratio, the worst head's everything else, the findings."""
-    table = Table(title=title, title_justify="left", header_style="bold", title_style="bold")
+    table = Table(title=Text(title), title_justify="left", header_style="bold", title_style="bold")
     table.add_column("layer", overflow="fold")
     for name in (
         "heads",
@@ -39,7 +39,7 @@ def layer_table(stats: Mapping[str, HeadStats], issues: Sequence[StabilityIssue]
             layer.query_norm, layer.key_norm, layer.head_dim, layer.max_abs_logit
         )
         table.add_row(
-            label,
+            Text(label),  # a layer's name may hold brackets, which are no markup
             str(layer.num_heads),
             _number(layer.entropy_ratio, np.mean, "{:.2f}"),
             _number(layer.entropy_ratio_p10, np.min, "{:.2f}"),

@@ -1,0 +1,139 @@
+"""Which fix is proposed for which findings."""
+
+import pytest
+import torch
+import transformers
+from attention_layers import SIZES, PlainBlock, Strange
+from heads import head_stats, snapshot
+from torch import nn
+
+from hnf_attention import apply_intervention
+from hnf_attention.diagnosis import diagnose
+from hnf_attention.interventions import Adviser
+
+t = transformers
+
+
+@pytest.fixture
+def model():
+    return nn.ModuleDict(
+        {
+            "a": PlainBlock("qkv"),
+            "b": PlainBlock("qkv"),
+            "normed": Strange(qkv=nn.Linear(32, 96), q_norm=nn.LayerNorm(8)),
+        }
+    )
+
+
+def growing(**layers):
+    """Ten readings in which the largest score of each named layer rises to the given value."""
+    return [
+        snapshot(
+            step, **{name: {"max_logit": 5 + (top - 5) * (step / 10) ** 2} for name, top in layers.items()}
+        )
+        for step in range(1, 11)
+    ]
+
+
+def proposal(model, history):
+    return Adviser(model).propose(diagnose(history))
+
+
+def test_nothing_for_a_healthy_model(model):
+    assert proposal(model, growing(a=5.0, b=6.0)) is None
+
+
+def test_an_alarm_is_clipped_and_slowed(model):
+    wanted = proposal(model, growing(a=2000.0, b=5.0))
+    assert wanted["action"] == "qk_clip" and wanted["threshold"] == 30.0 and wanted["lr_factor"] == 0.5
+    assert wanted["layers"] == {"a": [2000.0] * 4} and wanted.model is model
+    assert "head 0 of a" in wanted["reason"]
+
+
+def test_growth_below_the_alarm_is_clipped_only(model):
+    history = [snapshot(s, a={"max_logit": 50.0 + s}) for s in range(1, 11)]  # slow
+    assert proposal(model, history) is None
+    history = [snapshot(10 * s, a={"max_logit": (4 + 0.5 * s) ** 2}) for s in range(1, 11)]
+    wanted = proposal(model, history)
+    assert wanted["action"] == "qk_clip" and "lr_factor" not in wanted
+
+
+def test_large_scores_that_do_not_rise_are_left_alone(model):
+    assert diagnose([snapshot(s, a={"max_logit": 90.0}) for s in range(1, 11)]).has_issues()
+    assert proposal(model, [snapshot(s, a={"max_logit": 90.0}) for s in range(1, 11)]) is None
+
+
+def test_a_collapse_is_acted_on(model):
+    collapsed = {"entropy_ratio": 0.01, "dead_share": 0.95, "max_weight": 0.9}
+    wanted = proposal(model, [snapshot(1, a=collapsed | {"max_logit": 50.0})])
+    assert (
+        wanted["action"] == "qk_clip" and wanted["layers"] == {"a": [50.0] * 4} and "lr_factor" not in wanted
+    )
+    wanted = proposal(model, [snapshot(1, a=collapsed | {"max_logit": 20.0}, b={})])
+    assert wanted["action"] == "temperature" and wanted["layers"] == {"a": [8.0] * 4}
+
+
+def test_one_sharp_head_of_a_healthy_model_is_left_alone(model):
+    sharp = head_stats(entropy_ratio=[0.03, 0.7, 0.7, 0.7], max_logit=[86.0, 5, 5, 5])
+    history = [snapshot(s, a=sharp) for s in range(1, 6)]
+    assert diagnose(history).has_issues() and proposal(model, history) is None
+
+
+def test_spikes_of_a_layer_without_growth_get_dropout():
+    layer = t.BertModel(t.BertConfig(**SIZES))
+    name = "encoder.layer.0.attention.self"
+    spiked = head_stats(max_weight=[0.97, 0.98, 0.2, 0.2])
+    history = [snapshot(1, **{name: spiked})]
+    wanted = proposal(layer, history)
+    assert wanted["action"] == "increase_dropout" and wanted["layer"] == name
+    assert proposal(nn.ModuleDict({"a": PlainBlock("qkv")}), [snapshot(1, a=spiked)]) is None
+    assert proposal(layer, [snapshot(1, **{name: head_stats(max_weight=[0.97, 0.2, 0.2, 0.2])})]) is None
+
+
+def test_non_finite_numbers_get_a_lower_rate_and_advice(model):
+    wanted = proposal(model, [snapshot(1, a={"nonfinite_rows": 3, "max_logit": 5000.0})])
+    assert wanted["action"] == "reduce_lr" and wanted["factor"] == 0.5
+    assert "restore the last checkpoint" in wanted["reason"]
+
+
+def test_layers_that_cannot_be_clipped_leave_the_learning_rate(model):
+    wanted = proposal(model, growing(normed=2000.0, a=5.0))
+    assert wanted["action"] == "reduce_lr" and "weights that can be clipped" in wanted["reason"]
+    both = proposal(model, growing(normed=2000.0, a=50.0))
+    assert both["action"] == "qk_clip" and list(both["layers"]) == ["a"]
+    apply_intervention(torch.optim.SGD(model.parameters(), lr=0.1), both)
+
+
+def test_a_clip_is_repeated_but_the_rate_is_cut_once_per_window(model):
+    adviser = Adviser(model)
+    history = growing(a=2000.0)
+    first = adviser.propose(diagnose(history))
+    assert adviser.propose(diagnose(history)) == first  # asked twice, answered the same
+    cuts = []
+    for step in range(11, 32):
+        history.append(snapshot(step, a={"max_logit": 2000.0 + 200 * step}))
+        wanted = adviser.propose(diagnose(history))
+        assert wanted["action"] == "qk_clip"
+        if "lr_factor" in wanted:
+            cuts.append(step)
+    assert cuts == [20, 30]
+
+
+def test_once_clipping_every_reading_above_the_threshold_is_clipped(model):
+    adviser = Adviser(model)
+    history = growing(a=2000.0)
+    adviser.propose(diagnose(history))
+    history.append(snapshot(11, a={"max_logit": 31.0}, b={"max_logit": 29.0}))
+    diagnosis = diagnose(history)
+    assert not diagnosis.has_issues()
+    wanted = adviser.propose(diagnosis)
+    assert wanted["layers"] == {"a": [31.0] * 4} and "lr_factor" not in wanted
+    history.append(snapshot(12, a={"max_logit": 30.0}))
+    assert adviser.propose(diagnose(history)) is None
+
+
+def test_layers_that_are_no_modules_are_not_proposed(model):
+    history = growing(a=2000.0)
+    extra = {f"a [{n} heads of 8, float32]": s.layers["a"] for n, s in enumerate(history)}
+    history[-1].layers.update(extra)
+    assert list(proposal(model, history)["layers"]) == ["a"]
