@@ -1,6 +1,7 @@
 """Hugging Face models: outputs equal the plain model's, statistics equal those of eager attention weights."""
 
 import copy
+import inspect
 import logging
 
 import pytest
@@ -179,8 +180,10 @@ def test_static_cache_prefill_leaves_unwritten_keys_out():
     ids = inputs(family, "none")["input_ids"]
     weights = family.build("eager")(ids, output_attentions=True).attentions
     cache = transformers.StaticCache(config=model.config, max_cache_len=48)
+    # transformers renamed the argument in 5.24
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     with instrument(model, mode="fused") as instrumentation:
-        model(ids, past_key_values=cache)
+        model(ids, **{name: cache})
     for measurement, layer_weights in zip(instrumentation.latest.values(), weights):
         seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(BATCH, -1, -1)
         assert_rows_equal_weights(measurement, layer_weights, seen)

@@ -80,7 +80,7 @@ def test_a_healthy_run_says_nothing(model, train_step, caplog):
             assert list(diagnosis.stats) == LAYERS and diagnosis.step == step
             assert (diagnosis.stats[LAYERS[0]].rows == 4 * 24).all()
     assert len(seen) == 3 and [len(d.history) for d in seen] == [1, 2, 3]
-    assert not caplog.records
+    assert not ours(caplog)
 
 
 def test_record_every_step(model, train_step):
@@ -168,9 +168,14 @@ def test_writers_get_every_diagnosis_and_a_failing_one_is_dropped(model, train_s
         train_step(model)
         assert monitor.on_step() is not None
     assert good.steps == [1, 2, 3] and bad.steps == [1] and [d.step for d in calls] == [1, 2, 3]
-    messages = [r.getMessage() for r in caplog.records]
+    messages = ours(caplog)
     assert len(messages) == 2 and "writer 0 (Failing)" in messages[0] and "writer 3" in messages[1]
     assert "disk full" in caplog.text
+
+
+def ours(caplog):
+    """What this package logged: other libraries have warnings of their own."""
+    return [r.getMessage() for r in caplog.records if r.name.startswith("hnf_attention")]
 
 
 def fail(*_):
@@ -183,7 +188,7 @@ def test_a_fault_in_the_rules_is_logged_once(model, train_step, caplog, monkeypa
     for _ in range(3):
         train_step(model)
         assert monitor.on_step() is None
-    assert len(caplog.records) == 1 and "'diagnosis'" in caplog.text and "on purpose" in caplog.text
+    assert len(ours(caplog)) == 1 and "'diagnosis'" in caplog.text and "on purpose" in caplog.text
     assert len(monitor.history) == 3
 
 
@@ -194,7 +199,7 @@ def test_a_fault_in_reading_ends_the_measuring(model, train_step, caplog, monkey
         train_step(model)
         assert monitor.on_step() is None
     assert not monitor.instrumentation.measuring
-    assert len(caplog.records) == 1 and "'recording'" in caplog.text
+    assert len(ours(caplog)) == 1 and "'recording'" in caplog.text
 
 
 def test_a_fault_in_folding_ends_neither_the_step_nor_the_run(model, train_step, caplog, monkeypatch):
@@ -204,7 +209,7 @@ def test_a_fault_in_folding_ends_neither_the_step_nor_the_run(model, train_step,
         train_step(model)
         assert monitor.on_step() is None
     assert "on purpose" in caplog.text
-    assert len([r for r in caplog.records if "nothing to report" in r.getMessage()]) == 1
+    assert len([m for m in ours(caplog) if "nothing to report" in m]) == 1
 
 
 def test_a_fault_in_the_advice(model, train_step, caplog, monkeypatch):
@@ -213,7 +218,7 @@ def test_a_fault_in_the_advice(model, train_step, caplog, monkeypatch):
     for _ in range(2):
         train_step(model)
         assert monitor.get_intervention(monitor.on_step()) is None
-    assert len(caplog.records) == 1 and "'advice'" in caplog.text
+    assert len(ours(caplog)) == 1 and "'advice'" in caplog.text
 
 
 def test_nothing_measured_is_said_once(caplog):
@@ -222,7 +227,7 @@ def test_nothing_measured_is_said_once(caplog):
     for _ in range(3):
         model(torch.zeros(1, 2))
         assert monitor.on_step() is None
-    assert len(caplog.records) == 1 and "nothing measured yet" in caplog.text
+    assert len(ours(caplog)) == 1 and "nothing measured yet" in caplog.text
 
 
 def test_a_log_step_without_a_forward_does_not_stop_later_ones(model, train_step, caplog):
@@ -232,7 +237,7 @@ def test_a_log_step_without_a_forward_does_not_stop_later_ones(model, train_step
     assert monitor.on_step() is None
     train_step(model)
     assert monitor.on_step().step == 3
-    assert len(caplog.records) == 1
+    assert len(ours(caplog)) == 1
 
 
 def test_non_finite_weights_are_reported_and_do_not_stop_the_run(model, optimizer):
@@ -302,7 +307,7 @@ def test_restore_ends_it_quietly(model, train_step, caplog):
         train_step(model)
         assert monitor.on_step() is not None
     train_step(model)
-    assert monitor.on_step() is None and not caplog.records
+    assert monitor.on_step() is None and not ours(caplog)
     AttentionStabilityMonitor(model).restore()  # would be refused were the model still instrumented
 
 
