@@ -23,13 +23,13 @@ def block_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """A descriptor that loads (rows, block_dim(D)) tiles of one (batch, head) of x (B, H, L, D).
+def describe(x: torch.Tensor, rows: int, width: int | None = None) -> TensorDescriptor:
+    """A descriptor that loads (rows, width or block_dim(D)) tiles of one (batch, head) of x (B, H, L, D).
 
     Reads beyond L and D give zeros. The bulk-copy engine wants unit inner stride and 16-byte aligned
     outer strides and base; a tensor that has not is copied once, padded.
     """
-    align = 16 // x.element_size()
+    align, head_dim = 16 // x.element_size(), x.shape[3]
     strides_fit = all(x.shape[i] == 1 or (x.stride(i) > 0 and x.stride(i) % align == 0) for i in range(3))
     if x.stride(3) != 1 or not strides_fit or x.data_ptr() % 16:
         padded = x.new_zeros(*x.shape[:3], triton.cdiv(x.shape[3], align) * align)
@@ -37,7 +37,7 @@ def describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
         x = padded
     # The stride of a dimension of size 1 is arbitrary; give it one that the engine accepts.
     strides = [x.stride(i) if x.shape[i] > 1 else align for i in range(3)] + [1]
-    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, block_dim(x.shape[3])])
+    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, width or block_dim(head_dim)])
 
 
 def mask_arguments(attn_mask: torch.Tensor | None, shape: tuple[int, int, int, int]) -> tuple:

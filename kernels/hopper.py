@@ -1,0 +1,504 @@
+"""The sm_90 forward: warp-specialised, one persistent program per multiprocessor, exact row statistics.
+
+One warp feeds keys and values through the bulk-copy engine; two warpgroups of 64 query rows each take
+turns on the matrix units, so that one's products run while the other computes exponentials. Keys are
+walked from the last visible tile to the first: only the first step of a block of queries needs a mask
+(the diagonal of a causal mask, or the ragged end of the keys), and it shows every row a key.
+
+The state is that of `primitives.softmax_update` (m in raw q.k, l and w over exp2(t)), except that l, w
+and the minimum stay as partials of the four threads that share a row until the loop is over.
+"""
+
+import functools
+import heapq
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from . import primitives
+
+BLOCK_M = 128  # two consumers of 64 rows
+BLOCK_N = 128
+# Query blocks of this many heads run side by side: their keys and values stay in the L2 cache.
+HEAD_GROUP = 8
+
+_LOG2_E = primitives.LOG2_E
+_HALF_M = gl.constexpr(BLOCK_M // 2)
+_BLOCK_N = gl.constexpr(BLOCK_N)
+_FIRST = gl.constexpr(0)
+_SECOND = gl.constexpr(1)
+softmax_finish = gluon.jit(primitives.softmax_finish.fn)
+
+
+class Variant(NamedTuple):
+    """What was tuned: ring depth, turns on the matrix units, when the output is rescaled, summing order."""
+
+    stages: int
+    turns: bool
+    defer: bool
+    sums: int  # 0: one chain, 1: two chains, 2: pairwise tree
+
+
+@gluon.jit
+def _named_barrier(HALF: gl.constexpr, INSTRUCTION: gl.constexpr):
+    """Named barriers 9 and 10, of both consumers: `sync` waits for the turn of HALF, `arrive` gives it."""
+    asm: gl.constexpr = INSTRUCTION + (" 9, 256; mov.u32 $0, 0;" if HALF == 0 else " 10, 256; mov.u32 $0, 0;")
+    gl.inline_asm_elementwise(asm, "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
+def _along(x, axis: gl.constexpr, LEAST: gl.constexpr):
+    return gl.min(x, axis) if LEAST else gl.sum(x, axis)
+
+
+@gluon.jit
+def _partial(x, SUMS: gl.constexpr, LEAST: gl.constexpr, P_L: gl.constexpr):
+    """(64, 128) to (64, 4): the sum (or minimum) of the columns that one thread holds, without a shuffle."""
+    if SUMS == 0:
+        x = _along(_along(gl.reshape(x, [64, 16, 4, 2]), 3, LEAST), 1, LEAST)
+    elif SUMS == 1:
+        x = _along(_along(gl.reshape(x, [64, 16, 4, 2]), 1, LEAST), 2, LEAST)
+    else:
+        x = _along(_along(gl.reshape(x, [64, 2, 2, 2, 2, 4, 2]), 6, LEAST), 4, LEAST)
+        x = _along(_along(_along(x, 3, LEAST), 2, LEAST), 1, LEAST)
+    return gl.convert_layout(x, P_L, assert_trivial=True)
+
+
+@gluon.jit
+def _softmax(
+    s,
+    m_i,
+    l_i,
+    w_i,
+    low,
+    unit,
+    seen,
+    MASKED: gl.constexpr,
+    STATS: gl.constexpr,
+    SUMS: gl.constexpr,
+    P_L: gl.constexpr,
+):
+    ROW: gl.constexpr = gl.SliceLayout(1, P_L)
+    if MASKED:
+        if STATS:
+            low = gl.minimum(low, _partial(gl.where(seen, s, float("inf")), SUMS, True, P_L))
+        s = gl.where(seen, s, -float("inf"))
+    elif STATS:
+        low = gl.minimum(low, _partial(s, SUMS, True, P_L))
+    m_new = gl.maximum(m_i, gl.max(s, 1))
+    t = s * unit - gl.expand_dims(m_new * unit, 1)
+    p = gl.exp2(t)
+    d = m_i * unit - m_new * unit
+    if MASKED:
+        d = gl.where(m_i == -float("inf"), 0.0, d)
+    alpha = gl.exp2(d)
+    a = gl.expand_dims(gl.convert_layout(alpha, ROW, assert_trivial=True), 1)
+    if STATS:
+        dm = gl.expand_dims(gl.convert_layout(d, ROW, assert_trivial=True), 1)
+        pt = p * t
+        if MASKED:
+            pt = gl.where(seen, pt, 0.0)
+        w_i = a * (w_i + l_i * dm) + _partial(pt, SUMS, False, P_L)
+    l_i = l_i * a + _partial(p, SUMS, False, P_L)
+    return m_new, l_i, w_i, low, p, alpha
+
+
+@gluon.jit
+def _tile(schedule_ptr, index, heads, group, num_blocks, num_keys, CAUSAL: gl.constexpr):
+    """What one entry of the schedule is: batch, head, key head, first query, number of key tiles."""
+    tile = gl.load(schedule_ptr + index)
+    bh = tile // num_blocks
+    start_m = tile % num_blocks * (2 * _HALF_M)
+    hi = num_keys
+    if CAUSAL:
+        hi = gl.minimum(hi, start_m + 2 * _HALF_M)
+    return bh // heads, bh % heads, bh % heads // group, start_m, gl.cdiv(hi, _BLOCK_N)
+
+
+@gluon.jit
+def _producer(
+    descriptors,
+    buffers,
+    barriers,
+    schedule_ptr,
+    sizes,
+    CAUSAL: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    q_desc, k_desc, v_desc, _out_desc = descriptors
+    q_s, k_s, v_s, _out_s = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    heads, group, _num_queries, num_keys, num_blocks, _num_rows = sizes
+    first = gl.load(schedule_ptr + gl.program_id(0))
+    last = gl.load(schedule_ptr + gl.program_id(0) + 1)
+    step = 0
+    for index in range(first, last):
+        batch, head, kv_head, start_m, num_tiles = _tile(
+            schedule_ptr, index, heads, group, num_blocks, num_keys, CAUSAL
+        )
+        for half in gl.static_range(2):
+            mbarrier.wait(q_empty.index(half), ((index - first) & 1) ^ 1)
+            mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
+            place = [batch, head, start_m + half * _HALF_M, 0]
+            tma.async_copy_global_to_shared(q_desc, place, q_full.index(half), q_s.index(half))
+        for j in range(num_tiles):
+            place = [batch, kv_head, (num_tiles - 1 - j) * _BLOCK_N, 0]
+            stage = step % STAGES
+            phase = ((step // STAGES) & 1) ^ 1
+            mbarrier.wait(k_empty.index(stage), phase)
+            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(k_desc, place, k_full.index(stage), k_s.index(stage))
+            mbarrier.wait(v_empty.index(stage), phase)
+            mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(v_desc, place, v_full.index(stage), v_s.index(stage))
+            step += 1
+
+
+@gluon.jit
+def _rescale(acc, alpha):
+    return acc * gl.expand_dims(
+        gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout), assert_trivial=True), 1
+    )
+
+
+@gluon.jit
+def _consumer(
+    HALF: gl.constexpr,
+    descriptors,
+    buffers,
+    barriers,
+    schedule_ptr,
+    sizes,
+    rows_ptr,
+    unit,
+    to_natural,
+    CAUSAL: gl.constexpr,
+    STAGES: gl.constexpr,
+    TURNS: gl.constexpr,
+    DEFER: gl.constexpr,
+    SUMS: gl.constexpr,
+    STATS: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr,
+):
+    _q_desc, _k_desc, _v_desc, out_desc = descriptors
+    q_s, k_s, v_s, out_s = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    heads, group, num_queries, num_keys, num_blocks, num_rows = sizes
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    P_L: gl.constexpr = gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
+    )
+    A_L: gl.constexpr = gl.DotOperandLayout(0, O_L, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, S_L)
+    dtype: gl.constexpr = q_s.dtype
+    if TURNS and HALF == 1:  # the first turn is the other consumer's
+        _named_barrier(1 - HALF, "bar.arrive")
+    q = q_s.index(HALF).reshape([_HALF_M, BLOCK_D])
+    staged = out_s.index(HALF)
+    first = gl.load(schedule_ptr + gl.program_id(0))
+    last = gl.load(schedule_ptr + gl.program_id(0) + 1)
+    step = 0
+    for index in range(first, last):
+        batch, head, _kv_head, start_m, num_tiles = _tile(
+            schedule_ptr, index, heads, group, num_blocks, num_keys, CAUSAL
+        )
+        start_m += HALF * _HALF_M
+        offs_m = start_m + gl.arange(0, _HALF_M, ROW)
+        offs_n = (num_tiles - 1) * _BLOCK_N + gl.arange(0, _BLOCK_N, gl.SliceLayout(0, S_L))
+        m_i = gl.full([_HALF_M], -float("inf"), gl.float32, ROW)
+        l_i = gl.full([_HALF_M, 4], 0.0, gl.float32, P_L)
+        w_i = gl.full([_HALF_M, 4], 0.0, gl.float32, P_L)
+        low = gl.full([_HALF_M, 4], float("inf"), gl.float32, P_L)
+        acc = gl.full([_HALF_M, BLOCK_DV], 0.0, gl.float32, O_L)
+        p = gl.full([_HALF_M, _BLOCK_N], 0.0, gl.float32, S_L)
+
+        mbarrier.wait(q_full.index(HALF), (index - first) & 1)
+        stage = step % STAGES
+        phase = (step // STAGES) & 1
+        mbarrier.wait(k_full.index(stage), phase)
+        if TURNS:
+            _named_barrier(HALF, "bar.sync")
+        k = k_s.index(stage).reshape([_BLOCK_N, BLOCK_D])
+        scores = warpgroup_mma(q, k.permute((1, 0)), p, use_acc=False, is_async=True)
+        if TURNS:
+            _named_barrier(1 - HALF, "bar.arrive")
+        s = warpgroup_mma_wait(0, [scores])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        seen = gl.expand_dims(offs_n, 0) < num_keys
+        if CAUSAL:
+            seen = seen & (gl.expand_dims(offs_n, 0) <= gl.expand_dims(offs_m, 1))
+        m_i, l_i, w_i, low, p, alpha = _softmax(s, m_i, l_i, w_i, low, unit, seen, True, STATS, SUMS, P_L)
+        for j in range(1, num_tiles):
+            v_stage = stage
+            v_phase = phase
+            step += 1
+            stage = step % STAGES
+            phase = (step // STAGES) & 1
+            mbarrier.wait(k_full.index(stage), phase)
+            a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
+            mbarrier.wait(v_full.index(v_stage), v_phase)
+            if DEFER:
+                acc = _rescale(acc, alpha)
+            if TURNS:
+                _named_barrier(HALF, "bar.sync")
+            k = k_s.index(stage).reshape([_BLOCK_N, BLOCK_D])
+            scores = warpgroup_mma(q, k.permute((1, 0)), p, use_acc=False, is_async=True)
+            v = v_s.index(v_stage).reshape([_BLOCK_N, BLOCK_DV])
+            product = warpgroup_mma(a, v, acc, is_async=True)
+            if TURNS:
+                _named_barrier(1 - HALF, "bar.arrive")
+            s = warpgroup_mma_wait(1, [scores])
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            m_i, l_i, w_i, low, p, alpha = _softmax(
+                s, m_i, l_i, w_i, low, unit, True, False, STATS, SUMS, P_L
+            )
+            # A wait loop starts a new basic block: without one here the assembler would hoist the
+            # wait for the product above the exponentials.
+            if j + 1 < num_tiles:
+                mbarrier.wait(k_full.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1)
+            acc = warpgroup_mma_wait(0, [product])
+            mbarrier.arrive(v_empty.index(v_stage), count=1)
+            if not DEFER:
+                acc = _rescale(acc, alpha)
+        mbarrier.arrive(q_empty.index(HALF), count=1)
+        a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
+        if DEFER:
+            acc = _rescale(acc, alpha)
+        mbarrier.wait(v_full.index(stage), phase)
+        if TURNS:
+            _named_barrier(HALF, "bar.sync")
+        v = v_s.index(stage).reshape([_BLOCK_N, BLOCK_DV])
+        product = warpgroup_mma(a, v, acc, is_async=True)
+        if TURNS:
+            _named_barrier(1 - HALF, "bar.arrive")
+        step += 1
+
+        # While the last product runs, the four threads of a row put their partials together.
+        total = gl.convert_layout(gl.sum(l_i, 1), ROW, assert_trivial=True)
+        row = (batch * heads + head).to(gl.int64) * num_queries + offs_m
+        inside = offs_m < num_queries
+        if STATS:
+            weighted = gl.convert_layout(gl.sum(w_i, 1), ROW, assert_trivial=True)
+            least = gl.convert_layout(gl.min(low, 1), ROW, assert_trivial=True)
+            lse, entropy, max_logit, min_logit, normalise = softmax_finish(
+                m_i, total, weighted, least, unit, to_natural, 0.0, False
+            )
+            gl.store(rows_ptr + num_rows + row, entropy, mask=inside)
+            gl.store(rows_ptr + 2 * num_rows + row, max_logit, mask=inside)
+            gl.store(rows_ptr + 3 * num_rows + row, min_logit, mask=inside)
+        else:
+            lse = m_i * to_natural + gl.log2(total) * 0.6931471805599453
+            normalise = 1.0 / total
+        gl.store(rows_ptr + row, lse, mask=inside)
+        acc = warpgroup_mma_wait(0, [product])
+        mbarrier.arrive(v_empty.index(stage), count=1)
+        tma.store_wait(pendings=0)
+        staged.reshape([_HALF_M, BLOCK_DV]).store(_rescale(acc, normalise).to(dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out_desc, [batch, head, start_m, 0], staged)
+    tma.store_wait(pendings=0)
+
+
+@gluon.jit
+def _ring(STAGES: gl.constexpr, COUNT: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(barriers.index(stage), count=COUNT)
+    return barriers
+
+
+@gluon.jit(do_not_specialize=["heads", "group", "num_queries", "num_keys", "num_blocks", "num_rows"])
+def _hopper_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    out_desc,
+    schedule_ptr,
+    rows_ptr,
+    heads,
+    group,
+    num_queries,
+    num_keys,
+    num_blocks,
+    num_rows,
+    unit,
+    to_natural,
+    CAUSAL: gl.constexpr,
+    STAGES: gl.constexpr,
+    TURNS: gl.constexpr,
+    DEFER: gl.constexpr,
+    SUMS: gl.constexpr,
+    STATS: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr,
+):
+    dtype: gl.constexpr = q_desc.dtype
+    buffers = (
+        gl.allocate_shared_memory(dtype, [2, 1, 1, _HALF_M, BLOCK_D], q_desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, _BLOCK_N, BLOCK_D], k_desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, _BLOCK_N, BLOCK_DV], v_desc.layout),
+        gl.allocate_shared_memory(dtype, [2, 1, 1, _HALF_M, BLOCK_DV], out_desc.layout),
+    )
+    barriers = (
+        _ring(2, 1),
+        _ring(2, 1),
+        _ring(STAGES, 1),
+        _ring(STAGES, 2),
+        _ring(STAGES, 1),
+        _ring(STAGES, 2),
+    )
+    descriptors = (q_desc, k_desc, v_desc, out_desc)
+    sizes = (heads, group, num_queries, num_keys, num_blocks, num_rows)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _consumer,
+                (
+                    _FIRST,
+                    descriptors,
+                    buffers,
+                    barriers,
+                    schedule_ptr,
+                    sizes,
+                    rows_ptr,
+                    unit,
+                    to_natural,
+                    CAUSAL,
+                    STAGES,
+                    TURNS,
+                    DEFER,
+                    SUMS,
+                    STATS,
+                    BLOCK_D,
+                    BLOCK_DV,
+                ),
+            ),
+            (
+                _consumer,
+                (
+                    _SECOND,
+                    descriptors,
+                    buffers,
+                    barriers,
+                    schedule_ptr,
+                    sizes,
+                    rows_ptr,
+                    unit,
+                    to_natural,
+                    CAUSAL,
+                    STAGES,
+                    TURNS,
+                    DEFER,
+                    SUMS,
+                    STATS,
+                    BLOCK_D,
+                    BLOCK_DV,
+                ),
+            ),
+            (_producer, (descriptors, buffers, barriers, schedule_ptr, sizes, CAUSAL, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _schedule(
+    num_heads: int, num_queries: int, num_keys: int, is_causal: bool, device: torch.device
+) -> tuple[torch.Tensor, int]:
+    """Which query blocks each program takes: heavy ones first, each to the least loaded program.
+
+    int32: the programs' offsets into this tensor (one more than programs), then `bh * num_blocks + block`.
+    """
+    programs = torch.cuda.get_device_properties(device).multi_processor_count
+    num_blocks = triton.cdiv(num_queries, BLOCK_M)
+
+    def cost(block: int) -> int:
+        keys = min(num_keys, (block + 1) * BLOCK_M) if is_causal else num_keys
+        return triton.cdiv(keys, BLOCK_N) + 1  # a block's beginning and end cost about one step
+
+    loads = [(0, program) for program in range(programs)]
+    tiles: list[list[int]] = [[] for _ in range(programs)]
+    for group in range(0, num_heads, HEAD_GROUP):
+        for block in reversed(range(num_blocks)):
+            for head in range(group, min(group + HEAD_GROUP, num_heads)):
+                load, program = loads[0]
+                heapq.heapreplace(loads, (load + cost(block), program))
+                tiles[program].append(head * num_blocks + block)
+    tiles = [part for part in tiles if part]
+    offsets = [len(tiles) + 1]
+    for part in tiles:
+        offsets.append(offsets[-1] + len(part))
+    numbers = torch.tensor(offsets + [tile for part in tiles for tile in part], dtype=torch.int32)
+    return numbers.pin_memory().to(device, non_blocking=True), len(tiles)
+
+
+def _width(head_dim: int) -> int:
+    return max(64, primitives.block_dim(head_dim))
+
+
+def _describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    described = primitives.describe(x, rows, _width(x.shape[3]))
+    dtype = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
+    layout = gl.NVMMASharedLayout.get_default_for(described.block_shape, dtype)
+    return TensorDescriptor(described.base, described.shape, described.strides, described.block_shape, layout)
+
+
+def forward(query, key, value, options, variant=None, stats=True):
+    """`forward.forward` on sm_90 for what `covers` says; `stats=False` leaves the statistics out (lse alone)."""
+    batch, heads, num_queries, head_dim = query.shape
+    kv_heads, num_keys = key.shape[1:3]
+    value_dim = value.shape[3]
+    rows = torch.empty((4, batch, heads, num_queries), dtype=torch.float32, device=query.device)
+    out = query.new_empty((batch, heads, num_queries, value_dim))
+    half = BLOCK_M // 2
+    v = variant or VARIANTS[max(_width(head_dim), _width(value_dim)), options.is_causal]
+    schedule, programs = _schedule(batch * heads, num_queries, num_keys, options.is_causal, query.device)
+    _hopper_kernel[(programs,)](
+        _describe(query, half),
+        _describe(key, BLOCK_N),
+        _describe(value, BLOCK_N),
+        _describe(out, half),
+        schedule,
+        rows,
+        heads,
+        heads // kv_heads,
+        num_queries,
+        num_keys,
+        triton.cdiv(num_queries, BLOCK_M),
+        rows[0].numel(),
+        options.scale * 1.4426950408889634,
+        options.scale,
+        CAUSAL=options.is_causal,
+        STAGES=v.stages,
+        TURNS=v.turns,
+        DEFER=v.defer,
+        SUMS=v.sums,
+        STATS=stats,
+        BLOCK_D=_width(head_dim),
+        BLOCK_DV=_width(value_dim),
+        num_warps=4,
+    )
+    return out, *rows
+
+
+VARIANTS = {
+    (64, True): Variant(3, True, True, 2),
+    (64, False): Variant(3, True, False, 1),
+    (128, True): Variant(2, True, True, 2),
+    (128, False): Variant(2, True, True, 1),
+}
