@@ -1,4 +1,4 @@
-"""Sweep the variants of the Hopper forward against SDPA's cuDNN forward, each checked against fp64 first.
+"""Sweep the plans of the Hopper forward against SDPA's cuDNN forward, each checked against fp64 first.
 
     python bench/tune_hopper.py [OUT.json]
 
@@ -37,13 +37,23 @@ CASES = [
 ]
 
 
-def variants(head_dim):
-    for stages, turns, defer, sums in itertools.product(
-        (2,) if head_dim == 128 else (3,), (True, False), (True, False), (0, 1, 2)
+def plans(head_dim):
+    """(plan, with statistics): the candidates."""
+    if head_dim == 128:
+        for turns, defer, sums, maxes in itertools.product(
+            (True, False), (True, False), (0, 1, 2, 3), (9, 1)
+        ):
+            yield hopper.Plan(2, 2, turns, defer, sums, maxes), True
+            if (sums, maxes) == (0, 9):
+                yield hopper.Plan(2, 2, turns, defer, sums, maxes), False
+        return
+    for consumers, turns, defer, sums in itertools.product(
+        (2, 3), (True, False), (True, False), (0, 1, 2, 3)
     ):
-        yield hopper.Variant(stages, turns, defer, sums), True
-        if sums == 0:
-            yield hopper.Variant(stages, turns, defer, sums), False
+        if consumers == 2 or not turns:
+            yield hopper.Plan(consumers, 3, turns, defer, sums, 9), True
+            if sums == 0:
+                yield hopper.Plan(consumers, 3, turns, defer, sums, 9), False
 
 
 def inputs(head_dim, heads, batch, tokens, seed=0):
@@ -78,15 +88,15 @@ def errors(result, q, k, v, is_causal):
 
 def build(job):
     """Compile one candidate into the cache on disk, and check it: in a process of its own."""
-    head_dim, is_causal, variant, stats = job
+    head_dim, is_causal, plan, stats = job
     q, k, v = inputs(head_dim, 4, 2, 640)
-    result = hopper.forward(q, k, v, options(q, k, v, is_causal), variant, stats)
+    result = hopper.forward(q, k, v, options(q, k, v, is_causal), plan, stats)
     return errors(result if stats else result[:2], q, k, v, is_causal)
 
 
 def main() -> None:
     random.seed(0)
-    jobs = [(d, c, *v) for d in (64, 128) for c in (True, False) for v in variants(d)]
+    jobs = [(d, c, *v) for d in (64, 128) for c in (True, False) for v in plans(d)]
     with multiprocessing.get_context("spawn").Pool(14) as pool:
         checked = dict(zip(jobs, pool.map(build, jobs, chunksize=1)))
     worst = {str(j): e for j, e in checked.items() if not (e[0] < 4e-3 and max(e[1:]) < 1e-4)}
@@ -101,9 +111,9 @@ def main() -> None:
                 return scaled_dot_product_attention(q, k, v, is_causal=is_causal)  # noqa: B023
 
         candidates = {"cudnn": library}
-        for d, c, variant, stats in jobs:
-            if (d, c) == (head_dim, is_causal) and str((d, c, variant, stats)) not in worst:
-                candidates[variant, stats] = lambda a=(q, k, v, opts, variant, stats): hopper.forward(*a)
+        for d, c, plan, stats in jobs:
+            if (d, c) == (head_dim, is_causal) and str((d, c, plan, stats)) not in worst:
+                candidates[plan, stats] = lambda a=(q, k, v, opts, plan, stats): hopper.forward(*a)
         times = {name: [] for name in candidates}
         for _ in range(ROUNDS):
             for name in random.sample(list(candidates), len(candidates)):
@@ -116,13 +126,13 @@ def main() -> None:
         torch.cuda.synchronize()
         medians = {n: statistics.median(a.elapsed_time(b) for a, b in t) for n, t in times.items()}
         base = medians.pop("cudnn")
-        best = sorted((ms / base, *name) for name, ms in medians.items())
+        best = sorted(((ms / base, *name) for name, ms in medians.items()), key=lambda row: row[0])
         label = f"D={head_dim} N={tokens} {'causal' if is_causal else 'full'}"
         print(f"{label}: cudnn {base:.3f} ms")
         for stats in (True, False):
-            part = [(f"{r:.3f}x", tuple(int(x) for x in v)) for r, v, st in best if st == stats]
+            part = [(f"{r:.3f}x", repr(v)[5:].split("_1_")[0][:14]) for r, v, st in best if st == stats]
             print("   ", "stats" if stats else "lse only", *part[:4], "worst", part[-1])
-        rows += [[label, list(v), st, r, base] for r, v, st in best]
+        rows += [[label, repr(v), st, r, base] for r, v, st in best]
     if len(sys.argv) > 1:
         document = {
             "machine": machine(),

@@ -11,7 +11,7 @@ and the minimum stay as partials of the four threads that share a row until the 
 
 import functools
 import heapq
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -28,26 +28,37 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import primitives
 
-BLOCK_M = 128  # two consumers of 64 rows
+HALF_M = 64  # query rows of a consumer
 BLOCK_N = 128
 # Query blocks of this many heads run side by side: their keys and values stay in the L2 cache.
 HEAD_GROUP = 8
 
 _LOG2_E = primitives.LOG2_E
-_HALF_M = gl.constexpr(BLOCK_M // 2)
+_HALF_M = gl.constexpr(HALF_M)
 _BLOCK_N = gl.constexpr(BLOCK_N)
 _FIRST = gl.constexpr(0)
 _SECOND = gl.constexpr(1)
+_THIRD = gl.constexpr(2)
 softmax_finish = gluon.jit(primitives.softmax_finish.fn)
 
 
-class Variant(NamedTuple):
-    """What was tuned: ring depth, turns on the matrix units, when the output is rescaled, summing order."""
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a compiled kernel is made for; the first five were tuned."""
 
-    stages: int
-    turns: bool
-    defer: bool
-    sums: int  # 0: one chain, 1: two chains, 2: pairwise tree
+    consumers: int  # warpgroups of 64 query rows each
+    stages: int  # depth of the key and value rings
+    turns: bool  # consumers take turns on the matrix units
+    defer: bool  # the output is rescaled beside the next scores' product, not before it
+    sums: int  # order of a thread's sums, see _partial
+    maxes: int
+    is_causal: bool = False
+    stats: bool = True
+    block_d: int = 128
+    block_dv: int = 128
+
+    def __repr__(self) -> str:  # part of the kernel's name
+        return "plan_" + "_".join(str(int(x)) for x in vars(self).values())
 
 
 @gluon.jit
@@ -58,20 +69,22 @@ def _named_barrier(HALF: gl.constexpr, INSTRUCTION: gl.constexpr):
 
 
 @gluon.jit
-def _along(x, axis: gl.constexpr, LEAST: gl.constexpr):
-    return gl.min(x, axis) if LEAST else gl.sum(x, axis)
+def _along(x, axis: gl.constexpr, LARGEST: gl.constexpr):
+    return gl.max(x, axis) if LARGEST else gl.sum(x, axis)
 
 
 @gluon.jit
-def _partial(x, SUMS: gl.constexpr, LEAST: gl.constexpr, P_L: gl.constexpr):
-    """(64, 128) to (64, 4): the sum (or minimum) of the columns that one thread holds, without a shuffle."""
-    if SUMS == 0:
-        x = _along(_along(gl.reshape(x, [64, 16, 4, 2]), 3, LEAST), 1, LEAST)
-    elif SUMS == 1:
-        x = _along(_along(gl.reshape(x, [64, 16, 4, 2]), 1, LEAST), 2, LEAST)
+def _partial(x, ORDER: gl.constexpr, LARGEST: gl.constexpr, P_L: gl.constexpr):
+    """(64, 128) to (64, 4): sum (or maximum) of the columns that one thread holds, without a shuffle."""
+    if ORDER == 0:
+        x = _along(_along(gl.reshape(x, [64, 16, 4, 2]), 3, LARGEST), 1, LARGEST)
+    elif ORDER == 1:
+        x = _along(_along(gl.reshape(x, [64, 16, 4, 2]), 1, LARGEST), 2, LARGEST)
+    elif ORDER == 2:
+        x = _along(_along(gl.reshape(x, [64, 2, 2, 2, 2, 4, 2]), 6, LARGEST), 4, LARGEST)
+        x = _along(_along(_along(x, 3, LARGEST), 2, LARGEST), 1, LARGEST)
     else:
-        x = _along(_along(gl.reshape(x, [64, 2, 2, 2, 2, 4, 2]), 6, LEAST), 4, LEAST)
-        x = _along(_along(_along(x, 3, LEAST), 2, LEAST), 1, LEAST)
+        x = _along(_along(_along(gl.reshape(x, [64, 2, 8, 4, 2]), 2, LARGEST), 3, LARGEST), 1, LARGEST)
     return gl.convert_layout(x, P_L, assert_trivial=True)
 
 
@@ -85,18 +98,22 @@ def _softmax(
     unit,
     seen,
     MASKED: gl.constexpr,
-    STATS: gl.constexpr,
-    SUMS: gl.constexpr,
+    PLAN: gl.constexpr,
     P_L: gl.constexpr,
 ):
+    """One tile of raw scores into the state; also exp2(t) and the factor that rescales the output.
+
+    `low` is the smallest t, below the maximum of now. Of numbers <= 0 it is the one whose bits are the
+    largest unsigned integer, and integer maxima are taken while the exponentials keep the float units waiting.
+    """
     ROW: gl.constexpr = gl.SliceLayout(1, P_L)
     if MASKED:
-        if STATS:
-            low = gl.minimum(low, _partial(gl.where(seen, s, float("inf")), SUMS, True, P_L))
         s = gl.where(seen, s, -float("inf"))
-    elif STATS:
-        low = gl.minimum(low, _partial(s, SUMS, True, P_L))
-    m_new = gl.maximum(m_i, gl.max(s, 1))
+    if PLAN.maxes == 9:
+        m_new = gl.maximum(m_i, gl.max(s, 1))
+    else:
+        top = gl.max(_partial(s, PLAN.maxes, True, P_L), 1)
+        m_new = gl.maximum(m_i, gl.convert_layout(top, m_i.type.layout, assert_trivial=True))
     t = s * unit - gl.expand_dims(m_new * unit, 1)
     p = gl.exp2(t)
     d = m_i * unit - m_new * unit
@@ -104,25 +121,29 @@ def _softmax(
         d = gl.where(m_i == -float("inf"), 0.0, d)
     alpha = gl.exp2(d)
     a = gl.expand_dims(gl.convert_layout(alpha, ROW, assert_trivial=True), 1)
-    if STATS:
+    if PLAN.stats:
         dm = gl.expand_dims(gl.convert_layout(d, ROW, assert_trivial=True), 1)
         pt = p * t
+        visible_t = t
         if MASKED:
             pt = gl.where(seen, pt, 0.0)
-        w_i = a * (w_i + l_i * dm) + _partial(pt, SUMS, False, P_L)
-    l_i = l_i * a + _partial(p, SUMS, False, P_L)
+            visible_t = gl.where(seen, t, 0.0)
+        bits = _partial(visible_t.to(gl.uint32, bitcast=True), 0 if PLAN.sums == 2 else PLAN.sums, True, P_L)
+        low = gl.minimum(low + dm, bits.to(gl.float32, bitcast=True))
+        w_i = a * (w_i + l_i * dm) + _partial(pt, PLAN.sums, False, P_L)
+    l_i = l_i * a + _partial(p, PLAN.sums, False, P_L)
     return m_new, l_i, w_i, low, p, alpha
 
 
 @gluon.jit
-def _tile(schedule_ptr, index, heads, group, num_blocks, num_keys, CAUSAL: gl.constexpr):
+def _tile(schedule_ptr, index, heads, group, num_blocks, num_keys, PLAN: gl.constexpr):
     """What one entry of the schedule is: batch, head, key head, first query, number of key tiles."""
     tile = gl.load(schedule_ptr + index)
     bh = tile // num_blocks
-    start_m = tile % num_blocks * (2 * _HALF_M)
+    start_m = tile % num_blocks * (PLAN.consumers * _HALF_M)
     hi = num_keys
-    if CAUSAL:
-        hi = gl.minimum(hi, start_m + 2 * _HALF_M)
+    if PLAN.is_causal:
+        hi = gl.minimum(hi, start_m + PLAN.consumers * _HALF_M)
     return bh // heads, bh % heads, bh % heads // group, start_m, gl.cdiv(hi, _BLOCK_N)
 
 
@@ -133,29 +154,29 @@ def _producer(
     barriers,
     schedule_ptr,
     sizes,
-    CAUSAL: gl.constexpr,
-    STAGES: gl.constexpr,
+    PLAN: gl.constexpr,
 ):
     q_desc, k_desc, v_desc, _out_desc = descriptors
     q_s, k_s, v_s, _out_s = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    heads, group, _num_queries, num_keys, num_blocks, _num_rows = sizes
+    heads, group, _num_queries, num_keys, num_blocks = sizes
+    CONSUMERS: gl.constexpr = PLAN.consumers
     first = gl.load(schedule_ptr + gl.program_id(0))
     last = gl.load(schedule_ptr + gl.program_id(0) + 1)
     step = 0
     for index in range(first, last):
         batch, head, kv_head, start_m, num_tiles = _tile(
-            schedule_ptr, index, heads, group, num_blocks, num_keys, CAUSAL
+            schedule_ptr, index, heads, group, num_blocks, num_keys, PLAN
         )
-        for half in gl.static_range(2):
+        for half in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(half), ((index - first) & 1) ^ 1)
             mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
             place = [batch, head, start_m + half * _HALF_M, 0]
             tma.async_copy_global_to_shared(q_desc, place, q_full.index(half), q_s.index(half))
         for j in range(num_tiles):
             place = [batch, kv_head, (num_tiles - 1 - j) * _BLOCK_N, 0]
-            stage = step % STAGES
-            phase = ((step // STAGES) & 1) ^ 1
+            stage = step % PLAN.stages
+            phase = ((step // PLAN.stages) & 1) ^ 1
             mbarrier.wait(k_empty.index(stage), phase)
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(k_desc, place, k_full.index(stage), k_s.index(stage))
@@ -180,109 +201,111 @@ def _consumer(
     barriers,
     schedule_ptr,
     sizes,
-    rows_ptr,
-    unit,
-    to_natural,
-    CAUSAL: gl.constexpr,
-    STAGES: gl.constexpr,
-    TURNS: gl.constexpr,
-    DEFER: gl.constexpr,
-    SUMS: gl.constexpr,
-    STATS: gl.constexpr,
-    BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr,
+    rows,
+    PLAN: gl.constexpr,
 ):
     _q_desc, _k_desc, _v_desc, out_desc = descriptors
     q_s, k_s, v_s, out_s = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    heads, group, num_queries, num_keys, num_blocks, num_rows = sizes
+    heads, group, num_queries, num_keys, num_blocks = sizes
+    rows_ptr, num_rows, unit, to_natural = rows
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PLAN.block_dv, 16])
     P_L: gl.constexpr = gl.DistributedLinearLayout(
         [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
     )
     A_L: gl.constexpr = gl.DotOperandLayout(0, O_L, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S_L)
     dtype: gl.constexpr = q_s.dtype
-    if TURNS and HALF == 1:  # the first turn is the other consumer's
+    if PLAN.turns and HALF == 1:  # the first turn is the other consumer's
         _named_barrier(1 - HALF, "bar.arrive")
-    q = q_s.index(HALF).reshape([_HALF_M, BLOCK_D])
+    q = q_s.index(HALF).reshape([_HALF_M, PLAN.block_d])
     staged = out_s.index(HALF)
     first = gl.load(schedule_ptr + gl.program_id(0))
     last = gl.load(schedule_ptr + gl.program_id(0) + 1)
     step = 0
     for index in range(first, last):
         batch, head, _kv_head, start_m, num_tiles = _tile(
-            schedule_ptr, index, heads, group, num_blocks, num_keys, CAUSAL
+            schedule_ptr, index, heads, group, num_blocks, num_keys, PLAN
         )
         start_m += HALF * _HALF_M
+        if PLAN.is_causal and PLAN.consumers > 2:
+            own_tiles = gl.cdiv(gl.minimum(num_keys, start_m + _HALF_M), _BLOCK_N)
+            for _ in range(own_tiles, num_tiles):  # tiles that only later consumers see
+                stage = step % PLAN.stages
+                phase = (step // PLAN.stages) & 1
+                mbarrier.wait(k_full.index(stage), phase)
+                mbarrier.arrive(k_empty.index(stage), count=1)
+                mbarrier.wait(v_full.index(stage), phase)
+                mbarrier.arrive(v_empty.index(stage), count=1)
+                step += 1
+            num_tiles = own_tiles
         offs_m = start_m + gl.arange(0, _HALF_M, ROW)
         offs_n = (num_tiles - 1) * _BLOCK_N + gl.arange(0, _BLOCK_N, gl.SliceLayout(0, S_L))
         m_i = gl.full([_HALF_M], -float("inf"), gl.float32, ROW)
         l_i = gl.full([_HALF_M, 4], 0.0, gl.float32, P_L)
         w_i = gl.full([_HALF_M, 4], 0.0, gl.float32, P_L)
-        low = gl.full([_HALF_M, 4], float("inf"), gl.float32, P_L)
-        acc = gl.full([_HALF_M, BLOCK_DV], 0.0, gl.float32, O_L)
+        low = gl.full([_HALF_M, 4], 0.0, gl.float32, P_L)
+        acc = gl.full([_HALF_M, PLAN.block_dv], 0.0, gl.float32, O_L)
         p = gl.full([_HALF_M, _BLOCK_N], 0.0, gl.float32, S_L)
 
         mbarrier.wait(q_full.index(HALF), (index - first) & 1)
-        stage = step % STAGES
-        phase = (step // STAGES) & 1
+        stage = step % PLAN.stages
+        phase = (step // PLAN.stages) & 1
         mbarrier.wait(k_full.index(stage), phase)
-        if TURNS:
+        if PLAN.turns:
             _named_barrier(HALF, "bar.sync")
-        k = k_s.index(stage).reshape([_BLOCK_N, BLOCK_D])
+        k = k_s.index(stage).reshape([_BLOCK_N, PLAN.block_d])
         scores = warpgroup_mma(q, k.permute((1, 0)), p, use_acc=False, is_async=True)
-        if TURNS:
+        if PLAN.turns:
             _named_barrier(1 - HALF, "bar.arrive")
         s = warpgroup_mma_wait(0, [scores])
         mbarrier.arrive(k_empty.index(stage), count=1)
         seen = gl.expand_dims(offs_n, 0) < num_keys
-        if CAUSAL:
+        if PLAN.is_causal:
             seen = seen & (gl.expand_dims(offs_n, 0) <= gl.expand_dims(offs_m, 1))
-        m_i, l_i, w_i, low, p, alpha = _softmax(s, m_i, l_i, w_i, low, unit, seen, True, STATS, SUMS, P_L)
+        m_i, l_i, w_i, low, p, alpha = _softmax(s, m_i, l_i, w_i, low, unit, seen, True, PLAN, P_L)
+        if num_tiles > 1:
+            mbarrier.wait(k_full.index((step + 1) % PLAN.stages), ((step + 1) // PLAN.stages) & 1)
         for j in range(1, num_tiles):
             v_stage = stage
             v_phase = phase
             step += 1
-            stage = step % STAGES
-            phase = (step // STAGES) & 1
-            mbarrier.wait(k_full.index(stage), phase)
+            stage = step % PLAN.stages
+            phase = (step // PLAN.stages) & 1
             a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
             mbarrier.wait(v_full.index(v_stage), v_phase)
-            if DEFER:
-                acc = _rescale(acc, alpha)
-            if TURNS:
+            if PLAN.turns:
                 _named_barrier(HALF, "bar.sync")
-            k = k_s.index(stage).reshape([_BLOCK_N, BLOCK_D])
+            k = k_s.index(stage).reshape([_BLOCK_N, PLAN.block_d])
             scores = warpgroup_mma(q, k.permute((1, 0)), p, use_acc=False, is_async=True)
-            v = v_s.index(v_stage).reshape([_BLOCK_N, BLOCK_DV])
+            if PLAN.defer:
+                acc = _rescale(acc, alpha)
+            v = v_s.index(v_stage).reshape([_BLOCK_N, PLAN.block_dv])
             product = warpgroup_mma(a, v, acc, is_async=True)
-            if TURNS:
+            if PLAN.turns:
                 _named_barrier(1 - HALF, "bar.arrive")
             s = warpgroup_mma_wait(1, [scores])
             mbarrier.arrive(k_empty.index(stage), count=1)
-            m_i, l_i, w_i, low, p, alpha = _softmax(
-                s, m_i, l_i, w_i, low, unit, True, False, STATS, SUMS, P_L
-            )
+            m_i, l_i, w_i, low, p, alpha = _softmax(s, m_i, l_i, w_i, low, unit, True, False, PLAN, P_L)
             # A wait loop starts a new basic block: without one here the assembler would hoist the
             # wait for the product above the exponentials.
             if j + 1 < num_tiles:
-                mbarrier.wait(k_full.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1)
+                mbarrier.wait(k_full.index((step + 1) % PLAN.stages), ((step + 1) // PLAN.stages) & 1)
             acc = warpgroup_mma_wait(0, [product])
             mbarrier.arrive(v_empty.index(v_stage), count=1)
-            if not DEFER:
+            if not PLAN.defer:
                 acc = _rescale(acc, alpha)
         mbarrier.arrive(q_empty.index(HALF), count=1)
         a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
-        if DEFER:
+        if PLAN.defer:
             acc = _rescale(acc, alpha)
         mbarrier.wait(v_full.index(stage), phase)
-        if TURNS:
+        if PLAN.turns:
             _named_barrier(HALF, "bar.sync")
-        v = v_s.index(stage).reshape([_BLOCK_N, BLOCK_DV])
+        v = v_s.index(stage).reshape([_BLOCK_N, PLAN.block_dv])
         product = warpgroup_mma(a, v, acc, is_async=True)
-        if TURNS:
+        if PLAN.turns:
             _named_barrier(1 - HALF, "bar.arrive")
         step += 1
 
@@ -290,9 +313,9 @@ def _consumer(
         total = gl.convert_layout(gl.sum(l_i, 1), ROW, assert_trivial=True)
         row = (batch * heads + head).to(gl.int64) * num_queries + offs_m
         inside = offs_m < num_queries
-        if STATS:
+        if PLAN.stats:
             weighted = gl.convert_layout(gl.sum(w_i, 1), ROW, assert_trivial=True)
-            least = gl.convert_layout(gl.min(low, 1), ROW, assert_trivial=True)
+            least = m_i + gl.convert_layout(gl.min(low, 1), ROW, assert_trivial=True) / unit
             lse, entropy, max_logit, min_logit, normalise = softmax_finish(
                 m_i, total, weighted, least, unit, to_natural, 0.0, False
             )
@@ -306,7 +329,7 @@ def _consumer(
         acc = warpgroup_mma_wait(0, [product])
         mbarrier.arrive(v_empty.index(stage), count=1)
         tma.store_wait(pendings=0)
-        staged.reshape([_HALF_M, BLOCK_DV]).store(_rescale(acc, normalise).to(dtype))
+        staged.reshape([_HALF_M, PLAN.block_dv]).store(_rescale(acc, normalise).to(dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(out_desc, [batch, head, start_m, 0], staged)
     tma.store_wait(pendings=0)
@@ -336,99 +359,63 @@ def _hopper_kernel(
     num_rows,
     unit,
     to_natural,
-    CAUSAL: gl.constexpr,
-    STAGES: gl.constexpr,
-    TURNS: gl.constexpr,
-    DEFER: gl.constexpr,
-    SUMS: gl.constexpr,
-    STATS: gl.constexpr,
-    BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr,
+    PLAN: gl.constexpr,
 ):
     dtype: gl.constexpr = q_desc.dtype
     buffers = (
-        gl.allocate_shared_memory(dtype, [2, 1, 1, _HALF_M, BLOCK_D], q_desc.layout),
-        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, _BLOCK_N, BLOCK_D], k_desc.layout),
-        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, _BLOCK_N, BLOCK_DV], v_desc.layout),
-        gl.allocate_shared_memory(dtype, [2, 1, 1, _HALF_M, BLOCK_DV], out_desc.layout),
+        gl.allocate_shared_memory(dtype, [PLAN.consumers, 1, 1, _HALF_M, PLAN.block_d], q_desc.layout),
+        gl.allocate_shared_memory(dtype, [PLAN.stages, 1, 1, _BLOCK_N, PLAN.block_d], k_desc.layout),
+        gl.allocate_shared_memory(dtype, [PLAN.stages, 1, 1, _BLOCK_N, PLAN.block_dv], v_desc.layout),
+        gl.allocate_shared_memory(dtype, [PLAN.consumers, 1, 1, _HALF_M, PLAN.block_dv], out_desc.layout),
     )
     barriers = (
-        _ring(2, 1),
-        _ring(2, 1),
-        _ring(STAGES, 1),
-        _ring(STAGES, 2),
-        _ring(STAGES, 1),
-        _ring(STAGES, 2),
+        _ring(PLAN.consumers, 1),
+        _ring(PLAN.consumers, 1),
+        _ring(PLAN.stages, 1),
+        _ring(PLAN.stages, PLAN.consumers),
+        _ring(PLAN.stages, 1),
+        _ring(PLAN.stages, PLAN.consumers),
     )
     descriptors = (q_desc, k_desc, v_desc, out_desc)
-    sizes = (heads, group, num_queries, num_keys, num_blocks, num_rows)
+    sizes = (heads, group, num_queries, num_keys, num_blocks)
+    rows = (rows_ptr, num_rows, unit, to_natural)
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (
-                _consumer,
-                (
-                    _FIRST,
-                    descriptors,
-                    buffers,
-                    barriers,
-                    schedule_ptr,
-                    sizes,
-                    rows_ptr,
-                    unit,
-                    to_natural,
-                    CAUSAL,
-                    STAGES,
-                    TURNS,
-                    DEFER,
-                    SUMS,
-                    STATS,
-                    BLOCK_D,
-                    BLOCK_DV,
-                ),
-            ),
-            (
-                _consumer,
-                (
-                    _SECOND,
-                    descriptors,
-                    buffers,
-                    barriers,
-                    schedule_ptr,
-                    sizes,
-                    rows_ptr,
-                    unit,
-                    to_natural,
-                    CAUSAL,
-                    STAGES,
-                    TURNS,
-                    DEFER,
-                    SUMS,
-                    STATS,
-                    BLOCK_D,
-                    BLOCK_DV,
-                ),
-            ),
-            (_producer, (descriptors, buffers, barriers, schedule_ptr, sizes, CAUSAL, STAGES)),
-        ],
-        [4, 1],
-        [240, 24],
-    )
+    if PLAN.consumers == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (_FIRST, descriptors, buffers, barriers, schedule_ptr, sizes, rows, PLAN)),
+                (_consumer, (_SECOND, descriptors, buffers, barriers, schedule_ptr, sizes, rows, PLAN)),
+                (_producer, (descriptors, buffers, barriers, schedule_ptr, sizes, PLAN)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (_FIRST, descriptors, buffers, barriers, schedule_ptr, sizes, rows, PLAN)),
+                (_consumer, (_SECOND, descriptors, buffers, barriers, schedule_ptr, sizes, rows, PLAN)),
+                (_consumer, (_THIRD, descriptors, buffers, barriers, schedule_ptr, sizes, rows, PLAN)),
+                (_producer, (descriptors, buffers, barriers, schedule_ptr, sizes, PLAN)),
+            ],
+            [4, 4, 1],
+            [160, 160, 32],
+        )
 
 
 @functools.lru_cache(maxsize=256)
 def _schedule(
-    num_heads: int, num_queries: int, num_keys: int, is_causal: bool, device: torch.device
+    num_heads: int, num_queries: int, num_keys: int, is_causal: bool, block_m: int, device: torch.device
 ) -> tuple[torch.Tensor, int]:
     """Which query blocks each program takes: heavy ones first, each to the least loaded program.
 
     int32: the programs' offsets into this tensor (one more than programs), then `bh * num_blocks + block`.
     """
     programs = torch.cuda.get_device_properties(device).multi_processor_count
-    num_blocks = triton.cdiv(num_queries, BLOCK_M)
+    num_blocks = triton.cdiv(num_queries, block_m)
 
     def cost(block: int) -> int:
-        keys = min(num_keys, (block + 1) * BLOCK_M) if is_causal else num_keys
+        keys = min(num_keys, (block + 1) * block_m) if is_causal else num_keys
         return triton.cdiv(keys, BLOCK_N) + 1  # a block's beginning and end cost about one step
 
     loads = [(0, program) for program in range(programs)]
@@ -458,47 +445,49 @@ def _describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(described.base, described.shape, described.strides, described.block_shape, layout)
 
 
-def forward(query, key, value, options, variant=None, stats=True):
+def forward(query, key, value, options, plan=None, stats=True):
     """`forward.forward` on sm_90 for what `covers` says; `stats=False` leaves the statistics out (lse alone)."""
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, num_keys = key.shape[1:3]
     value_dim = value.shape[3]
+    widths = _width(head_dim), _width(value_dim)
     rows = torch.empty((4, batch, heads, num_queries), dtype=torch.float32, device=query.device)
     out = query.new_empty((batch, heads, num_queries, value_dim))
-    half = BLOCK_M // 2
-    v = variant or VARIANTS[max(_width(head_dim), _width(value_dim)), options.is_causal]
-    schedule, programs = _schedule(batch * heads, num_queries, num_keys, options.is_causal, query.device)
+    plan = replace(
+        plan or PLANS[max(widths), options.is_causal],
+        is_causal=options.is_causal,
+        stats=stats,
+        block_d=widths[0],
+        block_dv=widths[1],
+    )
+    block_m = plan.consumers * HALF_M
+    schedule, programs = _schedule(
+        batch * heads, num_queries, num_keys, options.is_causal, block_m, query.device
+    )
     _hopper_kernel[(programs,)](
-        _describe(query, half),
+        _describe(query, HALF_M),
         _describe(key, BLOCK_N),
         _describe(value, BLOCK_N),
-        _describe(out, half),
+        _describe(out, HALF_M),
         schedule,
         rows,
         heads,
         heads // kv_heads,
         num_queries,
         num_keys,
-        triton.cdiv(num_queries, BLOCK_M),
+        triton.cdiv(num_queries, block_m),
         rows[0].numel(),
         options.scale * 1.4426950408889634,
         options.scale,
-        CAUSAL=options.is_causal,
-        STAGES=v.stages,
-        TURNS=v.turns,
-        DEFER=v.defer,
-        SUMS=v.sums,
-        STATS=stats,
-        BLOCK_D=_width(head_dim),
-        BLOCK_DV=_width(value_dim),
+        PLAN=plan,
         num_warps=4,
     )
     return out, *rows
 
 
-VARIANTS = {
-    (64, True): Variant(3, True, True, 2),
-    (64, False): Variant(3, True, False, 1),
-    (128, True): Variant(2, True, True, 2),
-    (128, False): Variant(2, True, True, 1),
+PLANS = {
+    (64, True): Plan(2, 3, True, False, 2, 9),
+    (64, False): Plan(2, 3, False, False, 1, 9),
+    (128, True): Plan(2, 2, False, False, 2, 9),
+    (128, False): Plan(2, 2, False, False, 1, 9),
 }
