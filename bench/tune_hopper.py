@@ -39,21 +39,15 @@ CASES = [
 
 def plans(head_dim):
     """(plan, with statistics): the candidates."""
-    if head_dim == 128:
-        for turns, defer, sums, maxes in itertools.product(
-            (True, False), (True, False), (0, 1, 2, 3), (9, 1)
-        ):
-            yield hopper.Plan(2, 2, turns, defer, sums, maxes), True
-            if (sums, maxes) == (0, 9):
-                yield hopper.Plan(2, 2, turns, defer, sums, maxes), False
-        return
-    for consumers, turns, defer, sums in itertools.product(
-        (2, 3), (True, False), (True, False), (0, 1, 2, 3)
-    ):
-        if consumers == 2 or not turns:
-            yield hopper.Plan(consumers, 3, turns, defer, sums, 9), True
-            if sums == 0:
-                yield hopper.Plan(consumers, 3, turns, defer, sums, 9), False
+    stages = 2 if head_dim == 128 else 3
+    for turns, chains, late in itertools.product((True, False), (1, 2, 4), (True, False)):
+        yield hopper.Plan(2, stages, turns, chains, late), True
+        if chains == 2 and not late:
+            yield hopper.Plan(2, stages, turns, chains, late), False
+    if head_dim == 64:
+        for chains in (1, 2):
+            yield hopper.Plan(3, stages, False, chains, False), True
+            yield hopper.Plan(3, stages, False, chains, False), False
 
 
 def inputs(head_dim, heads, batch, tokens, seed=0):
@@ -130,7 +124,7 @@ def main() -> None:
         label = f"D={head_dim} N={tokens} {'causal' if is_causal else 'full'}"
         print(f"{label}: cudnn {base:.3f} ms")
         for stats in (True, False):
-            part = [(f"{r:.3f}x", repr(v)[5:].split("_1_")[0][:14]) for r, v, st in best if st == stats]
+            part = [(f"{r:.3f}x", repr(v)[5:14]) for r, v, st in best if st == stats]
             print("   ", "stats" if stats else "lse only", *part[:4], "worst", part[-1])
         rows += [[label, repr(v), st, r, base] for r, v, st in best]
     if len(sys.argv) > 1:

@@ -48,10 +48,9 @@ class Plan:
 
     consumers: int  # warpgroups of 64 query rows each
     stages: int  # depth of the key and value rings
-    turns: bool  # consumers take turns on the matrix units
-    defer: bool  # the output is rescaled beside the next scores' product, not before it
-    sums: int  # order of a thread's sums, see _partial
-    maxes: int
+    turns: bool  # two consumers take turns on the matrix units
+    chains: int  # independent sums of a thread over its columns; 1 adds pairs first
+    late: bool  # half of a tile's statistics are taken while the next tile's product runs
     is_causal: bool = False
     stats: bool = True
     block_d: int = 128
@@ -74,65 +73,74 @@ def _along(x, axis: gl.constexpr, LARGEST: gl.constexpr):
 
 
 @gluon.jit
-def _partial(x, ORDER: gl.constexpr, LARGEST: gl.constexpr, P_L: gl.constexpr):
-    """(64, 128) to (64, 4): sum (or maximum) of the columns that one thread holds, without a shuffle."""
-    if ORDER == 0:
-        x = _along(_along(gl.reshape(x, [64, 16, 4, 2]), 3, LARGEST), 1, LARGEST)
-    elif ORDER == 1:
-        x = _along(_along(gl.reshape(x, [64, 16, 4, 2]), 1, LARGEST), 2, LARGEST)
-    elif ORDER == 2:
-        x = _along(_along(gl.reshape(x, [64, 2, 2, 2, 2, 4, 2]), 6, LARGEST), 4, LARGEST)
-        x = _along(_along(_along(x, 3, LARGEST), 2, LARGEST), 1, LARGEST)
+def _partial(x, CHAINS: gl.constexpr, LARGEST: gl.constexpr, P_L: gl.constexpr):
+    """(64, columns) to (64, 4): sum (or maximum) of the columns that one thread holds, without a shuffle."""
+    GROUPS: gl.constexpr = x.shape[1] // 8
+    if CHAINS == 1:
+        x = _along(_along(gl.reshape(x, [64, GROUPS, 4, 2]), 3, LARGEST), 1, LARGEST)
+    elif CHAINS == 2:
+        x = _along(_along(gl.reshape(x, [64, GROUPS, 4, 2]), 1, LARGEST), 2, LARGEST)
     else:
-        x = _along(_along(_along(gl.reshape(x, [64, 2, 8, 4, 2]), 2, LARGEST), 3, LARGEST), 1, LARGEST)
+        x = gl.reshape(x, [64, 2, GROUPS // 2, 4, 2])
+        x = _along(_along(_along(x, 2, LARGEST), 3, LARGEST), 1, LARGEST)
     return gl.convert_layout(x, P_L, assert_trivial=True)
 
 
 @gluon.jit
-def _softmax(
-    s,
-    m_i,
-    l_i,
-    w_i,
-    low,
-    unit,
-    seen,
-    MASKED: gl.constexpr,
-    PLAN: gl.constexpr,
-    P_L: gl.constexpr,
-):
-    """One tile of raw scores into the state; also exp2(t) and the factor that rescales the output.
+def _halves(x):
+    """The left and the right columns; no data moves."""
+    return gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
 
-    `low` is the smallest t, below the maximum of now. Of numbers <= 0 it is the one whose bits are the
-    largest unsigned integer, and integer maxima are taken while the exponentials keep the float units waiting.
+
+@gluon.jit
+def _count(l_i, w_i, low, p, t, pt, PLAN: gl.constexpr, P_L: gl.constexpr):
+    """Add columns to the state. `t` is 0 and `pt` is 0 where a key is hidden.
+
+    Of numbers <= 0 the smallest is the one whose bits are the largest unsigned integer: integer maxima
+    are taken while the exponentials keep the float units waiting.
+    """
+    l_i += _partial(p, PLAN.chains, False, P_L)
+    if PLAN.stats:
+        w_i += _partial(pt, PLAN.chains, False, P_L)
+        bits = _partial(t.to(gl.uint32, bitcast=True), PLAN.chains, True, P_L)
+        low = gl.minimum(low, bits.to(gl.float32, bitcast=True))
+    return l_i, w_i, low
+
+
+@gluon.jit
+def _softmax(s, m_i, l_i, w_i, low, unit, seen, MASKED: gl.constexpr, PLAN: gl.constexpr, P_L: gl.constexpr):
+    """One tile of raw scores into the state (m, l, w, low); also exp2(t), t and what rescales the output.
+
+    `low` is the smallest t, so it moves with the maximum. With PLAN.late the right half of an unmasked
+    tile is left for the caller to count.
     """
     ROW: gl.constexpr = gl.SliceLayout(1, P_L)
     if MASKED:
         s = gl.where(seen, s, -float("inf"))
-    if PLAN.maxes == 9:
-        m_new = gl.maximum(m_i, gl.max(s, 1))
-    else:
-        top = gl.max(_partial(s, PLAN.maxes, True, P_L), 1)
-        m_new = gl.maximum(m_i, gl.convert_layout(top, m_i.type.layout, assert_trivial=True))
+    m_new = gl.maximum(m_i, gl.max(s, 1))
     t = s * unit - gl.expand_dims(m_new * unit, 1)
     p = gl.exp2(t)
-    d = m_i * unit - m_new * unit
-    if MASKED:
-        d = gl.where(m_i == -float("inf"), 0.0, d)
-    alpha = gl.exp2(d)
-    a = gl.expand_dims(gl.convert_layout(alpha, ROW, assert_trivial=True), 1)
-    if PLAN.stats:
-        dm = gl.expand_dims(gl.convert_layout(d, ROW, assert_trivial=True), 1)
-        pt = p * t
-        visible_t = t
-        if MASKED:
-            pt = gl.where(seen, pt, 0.0)
-            visible_t = gl.where(seen, t, 0.0)
-        bits = _partial(visible_t.to(gl.uint32, bitcast=True), 0 if PLAN.sums == 2 else PLAN.sums, True, P_L)
-        low = gl.minimum(low + dm, bits.to(gl.float32, bitcast=True))
-        w_i = a * (w_i + l_i * dm) + _partial(pt, PLAN.sums, False, P_L)
-    l_i = l_i * a + _partial(p, PLAN.sums, False, P_L)
-    return m_new, l_i, w_i, low, p, alpha
+    if MASKED:  # the first tile: nothing to rescale, and every row sees a key of it
+        alpha = gl.full_like(m_i, 1.0)
+        t = gl.where(seen, t, 0.0)
+        # 0 * inf is NaN: right for a visible score that is infinite
+        l_i, w_i, low = _count(l_i, w_i, low, p, t, p * t, PLAN, P_L)
+    else:
+        d = m_i * unit - m_new * unit
+        alpha = gl.exp2(d)
+        a = gl.expand_dims(gl.convert_layout(alpha, ROW, assert_trivial=True), 1)
+        if PLAN.stats:
+            d = gl.expand_dims(gl.convert_layout(d, ROW, assert_trivial=True), 1)
+            w_i = a * (w_i + l_i * d)
+            low += d
+        l_i *= a
+        if PLAN.late:
+            p_left, _p_right = _halves(p)
+            t_left, _t_right = _halves(t)
+            l_i, w_i, low = _count(l_i, w_i, low, p_left, t_left, p_left * t_left, PLAN, P_L)
+        else:
+            l_i, w_i, low = _count(l_i, w_i, low, p, t, p * t, PLAN, P_L)
+    return m_new, l_i, w_i, low, p, t, alpha
 
 
 @gluon.jit
@@ -169,10 +177,11 @@ def _producer(
             schedule_ptr, index, heads, group, num_blocks, num_keys, PLAN
         )
         for half in gl.static_range(CONSUMERS):
-            mbarrier.wait(q_empty.index(half), ((index - first) & 1) ^ 1)
-            mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
+            slot = (index - first) % 2 * CONSUMERS + half
+            mbarrier.wait(q_empty.index(slot), ((index - first) // 2 & 1) ^ 1)
+            mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
             place = [batch, head, start_m + half * _HALF_M, 0]
-            tma.async_copy_global_to_shared(q_desc, place, q_full.index(half), q_s.index(half))
+            tma.async_copy_global_to_shared(q_desc, place, q_full.index(slot), q_s.index(slot))
         for j in range(num_tiles):
             place = [batch, kv_head, (num_tiles - 1 - j) * _BLOCK_N, 0]
             stage = step % PLAN.stages
@@ -194,21 +203,47 @@ def _rescale(acc, alpha):
 
 
 @gluon.jit
+def _open(HALF: gl.constexpr, barriers, schedule_ptr, index, first, sizes, step, PLAN: gl.constexpr):
+    """Wait for the query rows and the first key tile of a schedule entry; tiles before its own are let go."""
+    q_full, _q_empty, k_full, k_empty, v_full, v_empty = barriers
+    heads, group, _num_queries, num_keys, num_blocks = sizes
+    batch, head, _kv_head, start_m, num_tiles = _tile(
+        schedule_ptr, index, heads, group, num_blocks, num_keys, PLAN
+    )
+    start_m += HALF * _HALF_M
+    if PLAN.is_causal and PLAN.consumers > 2:
+        own_tiles = gl.cdiv(gl.minimum(num_keys, start_m + _HALF_M), _BLOCK_N)
+        for _ in range(own_tiles, num_tiles):
+            mbarrier.wait(k_full.index(step % PLAN.stages), step // PLAN.stages & 1)
+            mbarrier.arrive(k_empty.index(step % PLAN.stages), count=1)
+            mbarrier.wait(v_full.index(step % PLAN.stages), step // PLAN.stages & 1)
+            mbarrier.arrive(v_empty.index(step % PLAN.stages), count=1)
+            step += 1
+        num_tiles = own_tiles
+    mbarrier.wait(q_full.index((index - first) % 2 * PLAN.consumers + HALF), (index - first) // 2 & 1)
+    mbarrier.wait(k_full.index(step % PLAN.stages), step // PLAN.stages & 1)
+    return batch, head, start_m, num_tiles, step
+
+
+@gluon.jit
+def _scores(HALF: gl.constexpr, buffers, count, step, donor, PLAN: gl.constexpr):
+    """Start q k^T of this consumer's rows and the key tile of `step`, into registers that `donor` gives up."""
+    q_s, k_s, _v_s, _out_s = buffers
+    q = q_s.index(count % 2 * PLAN.consumers + HALF).reshape([_HALF_M, PLAN.block_d])
+    k = k_s.index(step % PLAN.stages).reshape([_BLOCK_N, PLAN.block_d])
+    return warpgroup_mma(q, k.permute((1, 0)), donor, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def _consumer(
-    HALF: gl.constexpr,
-    descriptors,
-    buffers,
-    barriers,
-    schedule_ptr,
-    sizes,
-    rows,
-    PLAN: gl.constexpr,
+    HALF: gl.constexpr, descriptors, buffers, barriers, schedule_ptr, sizes, rows, PLAN: gl.constexpr
 ):
     _q_desc, _k_desc, _v_desc, out_desc = descriptors
-    q_s, k_s, v_s, out_s = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    heads, group, num_queries, num_keys, num_blocks = sizes
+    q_s, _k_s, v_s, out_s = buffers
+    _q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    heads, _group, num_queries, num_keys, _num_blocks = sizes
     rows_ptr, num_rows, unit, to_natural = rows
+    STAGES: gl.constexpr = PLAN.stages
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PLAN.block_dv, 16])
     P_L: gl.constexpr = gl.DistributedLinearLayout(
@@ -217,101 +252,92 @@ def _consumer(
     A_L: gl.constexpr = gl.DotOperandLayout(0, O_L, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S_L)
     dtype: gl.constexpr = q_s.dtype
-    if PLAN.turns and HALF == 1:  # the first turn is the other consumer's
-        _named_barrier(1 - HALF, "bar.arrive")
-    q = q_s.index(HALF).reshape([_HALF_M, PLAN.block_d])
     staged = out_s.index(HALF)
     first = gl.load(schedule_ptr + gl.program_id(0))
     last = gl.load(schedule_ptr + gl.program_id(0) + 1)
-    step = 0
+    if PLAN.turns and HALF == 1:  # the first turn is the other consumer's
+        _named_barrier(1 - HALF, "bar.arrive")
+
+    batch, head, start_m, num_tiles, step = _open(HALF, barriers, schedule_ptr, first, first, sizes, 0, PLAN)
+    if PLAN.turns:
+        _named_barrier(HALF, "bar.sync")
+    donor = gl.full([_HALF_M, _BLOCK_N], 0.0, gl.float32, S_L)
+    scores = _scores(HALF, buffers, 0, step, donor, PLAN)
+    if PLAN.turns:
+        _named_barrier(1 - HALF, "bar.arrive")
+    s = warpgroup_mma_wait(0, [scores])
     for index in range(first, last):
-        batch, head, _kv_head, start_m, num_tiles = _tile(
-            schedule_ptr, index, heads, group, num_blocks, num_keys, PLAN
-        )
-        start_m += HALF * _HALF_M
-        if PLAN.is_causal and PLAN.consumers > 2:
-            own_tiles = gl.cdiv(gl.minimum(num_keys, start_m + _HALF_M), _BLOCK_N)
-            for _ in range(own_tiles, num_tiles):  # tiles that only later consumers see
-                stage = step % PLAN.stages
-                phase = (step // PLAN.stages) & 1
-                mbarrier.wait(k_full.index(stage), phase)
-                mbarrier.arrive(k_empty.index(stage), count=1)
-                mbarrier.wait(v_full.index(stage), phase)
-                mbarrier.arrive(v_empty.index(stage), count=1)
-                step += 1
-            num_tiles = own_tiles
+        count = index - first
         offs_m = start_m + gl.arange(0, _HALF_M, ROW)
         offs_n = (num_tiles - 1) * _BLOCK_N + gl.arange(0, _BLOCK_N, gl.SliceLayout(0, S_L))
         m_i = gl.full([_HALF_M], -float("inf"), gl.float32, ROW)
         l_i = gl.full([_HALF_M, 4], 0.0, gl.float32, P_L)
         w_i = gl.full([_HALF_M, 4], 0.0, gl.float32, P_L)
         low = gl.full([_HALF_M, 4], 0.0, gl.float32, P_L)
-        acc = gl.full([_HALF_M, PLAN.block_dv], 0.0, gl.float32, O_L)
-        p = gl.full([_HALF_M, _BLOCK_N], 0.0, gl.float32, S_L)
-
-        mbarrier.wait(q_full.index(HALF), (index - first) & 1)
-        stage = step % PLAN.stages
-        phase = (step // PLAN.stages) & 1
-        mbarrier.wait(k_full.index(stage), phase)
-        if PLAN.turns:
-            _named_barrier(HALF, "bar.sync")
-        k = k_s.index(stage).reshape([_BLOCK_N, PLAN.block_d])
-        scores = warpgroup_mma(q, k.permute((1, 0)), p, use_acc=False, is_async=True)
-        if PLAN.turns:
-            _named_barrier(1 - HALF, "bar.arrive")
-        s = warpgroup_mma_wait(0, [scores])
-        mbarrier.arrive(k_empty.index(stage), count=1)
         seen = gl.expand_dims(offs_n, 0) < num_keys
         if PLAN.is_causal:
             seen = seen & (gl.expand_dims(offs_n, 0) <= gl.expand_dims(offs_m, 1))
-        m_i, l_i, w_i, low, p, alpha = _softmax(s, m_i, l_i, w_i, low, unit, seen, True, PLAN, P_L)
+        mbarrier.arrive(k_empty.index(step % STAGES), count=1)
+        m_i, l_i, w_i, low, p, t, _alpha = _softmax(s, m_i, l_i, w_i, low, unit, seen, True, PLAN, P_L)
+        acc = gl.full([_HALF_M, PLAN.block_dv], 0.0, gl.float32, O_L)
+        if PLAN.late:  # all of this tile is counted: the right half left over is nothing
+            right = gl.full_like(_halves(p)[1], 0.0)
+            t_right = right
         if num_tiles > 1:
-            mbarrier.wait(k_full.index((step + 1) % PLAN.stages), ((step + 1) // PLAN.stages) & 1)
+            mbarrier.wait(k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1)
         for j in range(1, num_tiles):
-            v_stage = stage
-            v_phase = phase
+            v_step = step
             step += 1
-            stage = step % PLAN.stages
-            phase = (step // PLAN.stages) & 1
             a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
-            mbarrier.wait(v_full.index(v_stage), v_phase)
+            mbarrier.wait(v_full.index(v_step % STAGES), v_step // STAGES & 1)
             if PLAN.turns:
                 _named_barrier(HALF, "bar.sync")
-            k = k_s.index(stage).reshape([_BLOCK_N, PLAN.block_d])
-            scores = warpgroup_mma(q, k.permute((1, 0)), p, use_acc=False, is_async=True)
-            if PLAN.defer:
-                acc = _rescale(acc, alpha)
-            v = v_s.index(v_stage).reshape([_BLOCK_N, PLAN.block_dv])
+            scores = _scores(HALF, buffers, count, step, p, PLAN)
+            v = v_s.index(v_step % STAGES).reshape([_BLOCK_N, PLAN.block_dv])
             product = warpgroup_mma(a, v, acc, is_async=True)
             if PLAN.turns:
                 _named_barrier(1 - HALF, "bar.arrive")
+            if PLAN.late:
+                l_i, w_i, low = _count(l_i, w_i, low, right, t_right, right * t_right, PLAN, P_L)
             s = warpgroup_mma_wait(1, [scores])
-            mbarrier.arrive(k_empty.index(stage), count=1)
-            m_i, l_i, w_i, low, p, alpha = _softmax(s, m_i, l_i, w_i, low, unit, True, False, PLAN, P_L)
+            mbarrier.arrive(k_empty.index(step % STAGES), count=1)
+            m_i, l_i, w_i, low, p, t, alpha = _softmax(s, m_i, l_i, w_i, low, unit, True, False, PLAN, P_L)
+            if PLAN.late:
+                _left, right = _halves(p)
+                _left, t_right = _halves(t)
             # A wait loop starts a new basic block: without one here the assembler would hoist the
             # wait for the product above the exponentials.
             if j + 1 < num_tiles:
-                mbarrier.wait(k_full.index((step + 1) % PLAN.stages), ((step + 1) // PLAN.stages) & 1)
+                mbarrier.wait(k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1)
             acc = warpgroup_mma_wait(0, [product])
-            mbarrier.arrive(v_empty.index(v_stage), count=1)
-            if not PLAN.defer:
-                acc = _rescale(acc, alpha)
-        mbarrier.arrive(q_empty.index(HALF), count=1)
-        a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
-        if PLAN.defer:
+            mbarrier.arrive(v_empty.index(v_step % STAGES), count=1)
             acc = _rescale(acc, alpha)
-        mbarrier.wait(v_full.index(stage), phase)
+        mbarrier.arrive(q_empty.index(count % 2 * PLAN.consumers + HALF), count=1)
+        a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
+        v_step = step
+        place = [batch, head, start_m, 0]
+        row = (batch * heads + head).to(gl.int64) * num_queries + offs_m
+        step += 1
+        mbarrier.wait(v_full.index(v_step % STAGES), v_step // STAGES & 1)
         if PLAN.turns:
             _named_barrier(HALF, "bar.sync")
-        v = v_s.index(stage).reshape([_BLOCK_N, PLAN.block_dv])
+        v = v_s.index(v_step % STAGES).reshape([_BLOCK_N, PLAN.block_dv])
         product = warpgroup_mma(a, v, acc, is_async=True)
+        # The next rows' first scores are computed while these rows are finished. After the last entry
+        # the same product runs once more on what lies in the buffers, and nobody reads it.
+        if index + 1 < last:
+            batch, head, start_m, num_tiles, step = _open(
+                HALF, barriers, schedule_ptr, index + 1, first, sizes, step, PLAN
+            )
+        donor = gl.full([_HALF_M, _BLOCK_N], 0.0, gl.float32, S_L)
+        scores = _scores(HALF, buffers, count + 1, step, donor, PLAN)
         if PLAN.turns:
             _named_barrier(1 - HALF, "bar.arrive")
-        step += 1
+        if PLAN.late:
+            l_i, w_i, low = _count(l_i, w_i, low, right, t_right, right * t_right, PLAN, P_L)
 
-        # While the last product runs, the four threads of a row put their partials together.
+        # The four threads of a row put their partials together.
         total = gl.convert_layout(gl.sum(l_i, 1), ROW, assert_trivial=True)
-        row = (batch * heads + head).to(gl.int64) * num_queries + offs_m
         inside = offs_m < num_queries
         if PLAN.stats:
             weighted = gl.convert_layout(gl.sum(w_i, 1), ROW, assert_trivial=True)
@@ -326,12 +352,13 @@ def _consumer(
             lse = m_i * to_natural + gl.log2(total) * 0.6931471805599453
             normalise = 1.0 / total
         gl.store(rows_ptr + row, lse, mask=inside)
-        acc = warpgroup_mma_wait(0, [product])
-        mbarrier.arrive(v_empty.index(stage), count=1)
+        acc = warpgroup_mma_wait(1, [product])
+        mbarrier.arrive(v_empty.index(v_step % STAGES), count=1)
         tma.store_wait(pendings=0)
         staged.reshape([_HALF_M, PLAN.block_dv]).store(_rescale(acc, normalise).to(dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [batch, head, start_m, 0], staged)
+        tma.async_copy_shared_to_global(out_desc, place, staged)
+        s = warpgroup_mma_wait(0, [scores])
     tma.store_wait(pendings=0)
 
 
@@ -363,14 +390,14 @@ def _hopper_kernel(
 ):
     dtype: gl.constexpr = q_desc.dtype
     buffers = (
-        gl.allocate_shared_memory(dtype, [PLAN.consumers, 1, 1, _HALF_M, PLAN.block_d], q_desc.layout),
+        gl.allocate_shared_memory(dtype, [2 * PLAN.consumers, 1, 1, _HALF_M, PLAN.block_d], q_desc.layout),
         gl.allocate_shared_memory(dtype, [PLAN.stages, 1, 1, _BLOCK_N, PLAN.block_d], k_desc.layout),
         gl.allocate_shared_memory(dtype, [PLAN.stages, 1, 1, _BLOCK_N, PLAN.block_dv], v_desc.layout),
         gl.allocate_shared_memory(dtype, [PLAN.consumers, 1, 1, _HALF_M, PLAN.block_dv], out_desc.layout),
     )
     barriers = (
-        _ring(PLAN.consumers, 1),
-        _ring(PLAN.consumers, 1),
+        _ring(2 * PLAN.consumers, 1),
+        _ring(2 * PLAN.consumers, 1),
         _ring(PLAN.stages, 1),
         _ring(PLAN.stages, PLAN.consumers),
         _ring(PLAN.stages, 1),
@@ -486,8 +513,8 @@ def forward(query, key, value, options, plan=None, stats=True):
 
 
 PLANS = {
-    (64, True): Plan(2, 3, True, False, 2, 9),
-    (64, False): Plan(2, 3, False, False, 1, 9),
-    (128, True): Plan(2, 2, False, False, 2, 9),
-    (128, False): Plan(2, 2, False, False, 1, 9),
+    (64, True): Plan(2, 3, True, 4, True),
+    (64, False): Plan(2, 3, False, 4, True),
+    (128, True): Plan(2, 2, True, 2, False),
+    (128, False): Plan(2, 2, False, 4, False),
 }
