@@ -258,7 +258,10 @@ def _consumer(
     if PLAN.turns and HALF == 1:  # the first turn is the other consumer's
         _named_barrier(1 - HALF, "bar.arrive")
 
-    batch, head, start_m, num_tiles, step = _open(HALF, barriers, schedule_ptr, first, first, sizes, 0, PLAN)
+    step = gl.to_tensor(0)
+    batch, head, start_m, num_tiles, step = _open(
+        HALF, barriers, schedule_ptr, first, first, sizes, step, PLAN
+    )
     if PLAN.turns:
         _named_barrier(HALF, "bar.sync")
     donor = gl.full([_HALF_M, _BLOCK_N], 0.0, gl.float32, S_L)
