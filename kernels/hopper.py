@@ -50,7 +50,7 @@ class Plan:
     stages: int  # depth of the key and value rings
     turns: bool  # two consumers take turns on the matrix units
     chains: int  # independent sums of a thread over its columns; 1 adds pairs first
-    late: bool  # half of a tile's statistics are taken while the next tile's product runs
+    lag: bool  # a tile is shifted by the maximum of the tiles before it
     is_causal: bool = False
     stats: bool = True
     block_d: int = 128
@@ -87,12 +87,6 @@ def _partial(x, CHAINS: gl.constexpr, LARGEST: gl.constexpr, P_L: gl.constexpr):
 
 
 @gluon.jit
-def _halves(x):
-    """The left and the right columns; no data moves."""
-    return gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
-
-
-@gluon.jit
 def _count(l_i, w_i, low, p, t, pt, PLAN: gl.constexpr, P_L: gl.constexpr):
     """Add columns to the state. `t` is 0 and `pt` is 0 where a key is hidden.
 
@@ -108,39 +102,34 @@ def _count(l_i, w_i, low, p, t, pt, PLAN: gl.constexpr, P_L: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, m_i, l_i, w_i, low, unit, seen, MASKED: gl.constexpr, PLAN: gl.constexpr, P_L: gl.constexpr):
-    """One tile of raw scores into the state (m, l, w, low); also exp2(t), t and what rescales the output.
-
-    `low` is the smallest t, so it moves with the maximum. With PLAN.late the right half of an unmasked
-    tile is left for the caller to count.
-    """
-    ROW: gl.constexpr = gl.SliceLayout(1, P_L)
-    if MASKED:
-        s = gl.where(seen, s, -float("inf"))
-    m_new = gl.maximum(m_i, gl.max(s, 1))
-    t = s * unit - gl.expand_dims(m_new * unit, 1)
-    p = gl.exp2(t)
-    if MASKED:  # the first tile: nothing to rescale, and every row sees a key of it
-        alpha = gl.full_like(m_i, 1.0)
-        t = gl.where(seen, t, 0.0)
-        # 0 * inf is NaN: right for a visible score that is infinite
-        l_i, w_i, low = _count(l_i, w_i, low, p, t, p * t, PLAN, P_L)
+def _softmax(s, m_i, shift, l_i, w_i, low, unit, PLAN: gl.constexpr, P_L: gl.constexpr):
+    """One tile of raw scores into the state (m, shift, l, w, low); also exp2(t) and what rescales the output."""
+    if PLAN.lag:
+        new_shift = m_i
+        m_i = gl.maximum(m_i, gl.max(s, 1))
     else:
-        d = m_i * unit - m_new * unit
-        alpha = gl.exp2(d)
-        a = gl.expand_dims(gl.convert_layout(alpha, ROW, assert_trivial=True), 1)
-        if PLAN.stats:
-            d = gl.expand_dims(gl.convert_layout(d, ROW, assert_trivial=True), 1)
-            w_i = a * (w_i + l_i * d)
-            low += d
-        l_i *= a
-        if PLAN.late:
-            p_left, _p_right = _halves(p)
-            t_left, _t_right = _halves(t)
-            l_i, w_i, low = _count(l_i, w_i, low, p_left, t_left, p_left * t_left, PLAN, P_L)
-        else:
-            l_i, w_i, low = _count(l_i, w_i, low, p, t, p * t, PLAN, P_L)
-    return m_new, l_i, w_i, low, p, t, alpha
+        m_i = gl.maximum(m_i, gl.max(s, 1))
+        new_shift = m_i
+    offset = new_shift * unit
+    t = s * unit - gl.expand_dims(offset, 1)
+    p = gl.exp2(t)
+    d = shift * unit - offset
+    alpha = gl.exp2(d)
+    l_i, w_i, low = _move(l_i, w_i, low, d, alpha, PLAN, P_L)
+    l_i, w_i, low = _count(l_i, w_i, low, p, t, p * t, PLAN, P_L)
+    return m_i, new_shift, l_i, w_i, low, p, alpha
+
+
+@gluon.jit
+def _move(l_i, w_i, low, d, alpha, PLAN: gl.constexpr, P_L: gl.constexpr):
+    """The partials after their shift moved by d."""
+    ROW: gl.constexpr = gl.SliceLayout(1, P_L)
+    a = gl.expand_dims(gl.convert_layout(alpha, ROW, assert_trivial=True), 1)
+    if PLAN.stats:
+        d = gl.expand_dims(gl.convert_layout(d, ROW, assert_trivial=True), 1)
+        w_i = a * (w_i + l_i * d)
+        low += d
+    return l_i * a, w_i, low
 
 
 @gluon.jit
@@ -273,7 +262,6 @@ def _consumer(
         count = index - first
         offs_m = start_m + gl.arange(0, _HALF_M, ROW)
         offs_n = (num_tiles - 1) * _BLOCK_N + gl.arange(0, _BLOCK_N, gl.SliceLayout(0, S_L))
-        m_i = gl.full([_HALF_M], -float("inf"), gl.float32, ROW)
         l_i = gl.full([_HALF_M, 4], 0.0, gl.float32, P_L)
         w_i = gl.full([_HALF_M, 4], 0.0, gl.float32, P_L)
         low = gl.full([_HALF_M, 4], 0.0, gl.float32, P_L)
@@ -281,11 +269,15 @@ def _consumer(
         if PLAN.is_causal:
             seen = seen & (gl.expand_dims(offs_n, 0) <= gl.expand_dims(offs_m, 1))
         mbarrier.arrive(k_empty.index(step % STAGES), count=1)
-        m_i, l_i, w_i, low, p, t, _alpha = _softmax(s, m_i, l_i, w_i, low, unit, seen, True, PLAN, P_L)
+        # Every row sees a key of this tile, and there is nothing yet to rescale.
+        s = gl.where(seen, s, -float("inf"))
+        m_i = gl.max(s, 1)
+        shift = m_i
+        t = s * unit - gl.expand_dims(m_i * unit, 1)
+        p = gl.exp2(t)
+        t = gl.where(seen, t, 0.0)  # 0 * inf is NaN: right for a visible score that is infinite
+        l_i, w_i, low = _count(l_i, w_i, low, p, t, p * t, PLAN, P_L)
         acc = gl.full([_HALF_M, PLAN.block_dv], 0.0, gl.float32, O_L)
-        if PLAN.late:  # all of this tile is counted: the right half left over is nothing
-            right = gl.full_like(_halves(p)[1], 0.0)
-            t_right = right
         if num_tiles > 1:
             mbarrier.wait(k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1)
         for j in range(1, num_tiles):
@@ -300,14 +292,9 @@ def _consumer(
             product = warpgroup_mma(a, v, acc, is_async=True)
             if PLAN.turns:
                 _named_barrier(1 - HALF, "bar.arrive")
-            if PLAN.late:
-                l_i, w_i, low = _count(l_i, w_i, low, right, t_right, right * t_right, PLAN, P_L)
             s = warpgroup_mma_wait(1, [scores])
             mbarrier.arrive(k_empty.index(step % STAGES), count=1)
-            m_i, l_i, w_i, low, p, t, alpha = _softmax(s, m_i, l_i, w_i, low, unit, True, False, PLAN, P_L)
-            if PLAN.late:
-                _left, right = _halves(p)
-                _left, t_right = _halves(t)
+            m_i, shift, l_i, w_i, low, p, alpha = _softmax(s, m_i, shift, l_i, w_i, low, unit, PLAN, P_L)
             # A wait loop starts a new basic block: without one here the assembler would hoist the
             # wait for the product above the exponentials.
             if j + 1 < num_tiles:
@@ -336,9 +323,10 @@ def _consumer(
         scores = _scores(HALF, buffers, count + 1, step, donor, PLAN)
         if PLAN.turns:
             _named_barrier(1 - HALF, "bar.arrive")
-        if PLAN.late:
-            l_i, w_i, low = _count(l_i, w_i, low, right, t_right, right * t_right, PLAN, P_L)
 
+        d = shift * unit - m_i * unit
+        alpha = gl.exp2(d)
+        l_i, w_i, low = _move(l_i, w_i, low, d, alpha, PLAN, P_L)
         # The four threads of a row put their partials together.
         total = gl.convert_layout(gl.sum(l_i, 1), ROW, assert_trivial=True)
         inside = offs_m < num_queries
@@ -358,7 +346,7 @@ def _consumer(
         acc = warpgroup_mma_wait(1, [product])
         mbarrier.arrive(v_empty.index(v_step % STAGES), count=1)
         tma.store_wait(pendings=0)
-        staged.reshape([_HALF_M, PLAN.block_dv]).store(_rescale(acc, normalise).to(dtype))
+        staged.reshape([_HALF_M, PLAN.block_dv]).store(_rescale(acc, normalise * alpha).to(dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(out_desc, place, staged)
         s = warpgroup_mma_wait(0, [scores])
