@@ -1,439 +1,56 @@
-"""The sm_90 forward: warp-specialised, one persistent program per multiprocessor, exact row statistics.
-
-One warp feeds keys and values through the bulk-copy engine; two warpgroups of 64 query rows each take
-turns on the matrix units, so that one's products run while the other computes exponentials. Keys are
-walked from the last visible tile to the first: only the first step of a block of queries needs a mask
-(the diagonal of a causal mask, or the ragged end of the keys), and it shows every row a key.
-
-The state is that of `primitives.softmax_update` (m in raw q.k, l and w over exp2(t)), except that l, w
-and the minimum stay as partials of the four threads that share a row until the loop is over.
-"""
+"""The sm_90 forward on the host: what it covers, how it is scheduled, and its launch."""
 
 import functools
 import heapq
-from dataclasses import dataclass, replace
 
 import torch
 import triton
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import primitives
+from .configs import HEAD_GROUP
+from .hopper_kernel import BLOCK_M, BLOCK_N, HALF_M, Plan, hopper_kernel
 
-HALF_M = 64  # query rows of a consumer
-BLOCK_N = 128
-# Query blocks of this many heads run side by side: their keys and values stay in the L2 cache.
-HEAD_GROUP = 8
-
-_LOG2_E = primitives.LOG2_E
-_HALF_M = gl.constexpr(HALF_M)
-_BLOCK_N = gl.constexpr(BLOCK_N)
-_FIRST = gl.constexpr(0)
-_SECOND = gl.constexpr(1)
-_THIRD = gl.constexpr(2)
-softmax_finish = gluon.jit(primitives.softmax_finish.fn)
+TESTED_TRITON = "3.6."
+_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+# (turns, chains) by (width, causal)
+_TUNED = {(64, True): (True, 4), (64, False): (True, 2), (128, True): (False, 2), (128, False): (False, 4)}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Everything that a compiled kernel is made for; the first five were tuned."""
-
-    consumers: int  # warpgroups of 64 query rows each
-    stages: int  # depth of the key and value rings
-    turns: bool  # two consumers take turns on the matrix units
-    chains: int  # independent sums of a thread over its columns; 1 adds pairs first
-    lag: bool  # a tile is shifted by the maximum of the tiles before it
-    is_causal: bool = False
-    stats: bool = True
-    block_d: int = 128
-    block_dv: int = 128
-
-    def __repr__(self) -> str:  # part of the kernel's name
-        return "plan_" + "_".join(str(int(x)) for x in vars(self).values())
-
-
-@gluon.jit
-def _named_barrier(HALF: gl.constexpr, INSTRUCTION: gl.constexpr):
-    """Named barriers 9 and 10, of both consumers: `sync` waits for the turn of HALF, `arrive` gives it."""
-    asm: gl.constexpr = INSTRUCTION + (" 9, 256; mov.u32 $0, 0;" if HALF == 0 else " 10, 256; mov.u32 $0, 0;")
-    gl.inline_asm_elementwise(asm, "=r", [], gl.int32, False, 1)
-
-
-@gluon.jit
-def _along(x, axis: gl.constexpr, LARGEST: gl.constexpr):
-    return gl.max(x, axis) if LARGEST else gl.sum(x, axis)
-
-
-@gluon.jit
-def _partial(x, CHAINS: gl.constexpr, LARGEST: gl.constexpr, P_L: gl.constexpr):
-    """(64, columns) to (64, 4): sum (or maximum) of the columns that one thread holds, without a shuffle."""
-    GROUPS: gl.constexpr = x.shape[1] // 8
-    if CHAINS == 1:
-        x = _along(_along(gl.reshape(x, [64, GROUPS, 4, 2]), 3, LARGEST), 1, LARGEST)
-    elif CHAINS == 2:
-        x = _along(_along(gl.reshape(x, [64, GROUPS, 4, 2]), 1, LARGEST), 2, LARGEST)
-    else:
-        x = gl.reshape(x, [64, 2, GROUPS // 2, 4, 2])
-        x = _along(_along(_along(x, 2, LARGEST), 3, LARGEST), 1, LARGEST)
-    return gl.convert_layout(x, P_L, assert_trivial=True)
-
-
-@gluon.jit
-def _count(l_i, w_i, low, p, t, pt, PLAN: gl.constexpr, P_L: gl.constexpr):
-    """Add columns to the state. `t` is 0 and `pt` is 0 where a key is hidden.
-
-    Of numbers <= 0 the smallest is the one whose bits are the largest unsigned integer: integer maxima
-    are taken while the exponentials keep the float units waiting.
-    """
-    l_i += _partial(p, PLAN.chains, False, P_L)
-    if PLAN.stats:
-        w_i += _partial(pt, PLAN.chains, False, P_L)
-        bits = _partial(t.to(gl.uint32, bitcast=True), PLAN.chains, True, P_L)
-        low = gl.minimum(low, bits.to(gl.float32, bitcast=True))
-    return l_i, w_i, low
-
-
-@gluon.jit
-def _softmax(s, m_i, shift, l_i, w_i, low, unit, PLAN: gl.constexpr, P_L: gl.constexpr):
-    """One tile of raw scores into the state (m, shift, l, w, low); also exp2(t) and what rescales the output."""
-    if PLAN.lag:
-        new_shift = m_i
-        m_i = gl.maximum(m_i, gl.max(s, 1))
-    else:
-        m_i = gl.maximum(m_i, gl.max(s, 1))
-        new_shift = m_i
-    offset = new_shift * unit
-    t = s * unit - gl.expand_dims(offset, 1)
-    p = gl.exp2(t)
-    d = shift * unit - offset
-    alpha = gl.exp2(d)
-    l_i, w_i, low = _move(l_i, w_i, low, d, alpha, PLAN, P_L)
-    l_i, w_i, low = _count(l_i, w_i, low, p, t, p * t, PLAN, P_L)
-    return m_i, new_shift, l_i, w_i, low, p, alpha
-
-
-@gluon.jit
-def _move(l_i, w_i, low, d, alpha, PLAN: gl.constexpr, P_L: gl.constexpr):
-    """The partials after their shift moved by d."""
-    ROW: gl.constexpr = gl.SliceLayout(1, P_L)
-    a = gl.expand_dims(gl.convert_layout(alpha, ROW, assert_trivial=True), 1)
-    if PLAN.stats:
-        d = gl.expand_dims(gl.convert_layout(d, ROW, assert_trivial=True), 1)
-        w_i = a * (w_i + l_i * d)
-        low += d
-    return l_i * a, w_i, low
-
-
-@gluon.jit
-def _tile(schedule_ptr, index, heads, group, num_blocks, num_keys, PLAN: gl.constexpr):
-    """What one entry of the schedule is: batch, head, key head, first query, number of key tiles."""
-    tile = gl.load(schedule_ptr + index)
-    bh = tile // num_blocks
-    start_m = tile % num_blocks * (PLAN.consumers * _HALF_M)
-    hi = num_keys
-    if PLAN.is_causal:
-        hi = gl.minimum(hi, start_m + PLAN.consumers * _HALF_M)
-    return bh // heads, bh % heads, bh % heads // group, start_m, gl.cdiv(hi, _BLOCK_N)
-
-
-@gluon.jit
-def _producer(
-    descriptors,
-    buffers,
-    barriers,
-    schedule_ptr,
-    sizes,
-    PLAN: gl.constexpr,
-):
-    q_desc, k_desc, v_desc, _out_desc = descriptors
-    q_s, k_s, v_s, _out_s = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    heads, group, _num_queries, num_keys, num_blocks = sizes
-    CONSUMERS: gl.constexpr = PLAN.consumers
-    first = gl.load(schedule_ptr + gl.program_id(0))
-    last = gl.load(schedule_ptr + gl.program_id(0) + 1)
-    step = 0
-    for index in range(first, last):
-        batch, head, kv_head, start_m, num_tiles = _tile(
-            schedule_ptr, index, heads, group, num_blocks, num_keys, PLAN
-        )
-        for half in gl.static_range(CONSUMERS):
-            slot = (index - first) % 2 * CONSUMERS + half
-            mbarrier.wait(q_empty.index(slot), ((index - first) // 2 & 1) ^ 1)
-            mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
-            place = [batch, head, start_m + half * _HALF_M, 0]
-            tma.async_copy_global_to_shared(q_desc, place, q_full.index(slot), q_s.index(slot))
-        for j in range(num_tiles):
-            place = [batch, kv_head, (num_tiles - 1 - j) * _BLOCK_N, 0]
-            stage = step % PLAN.stages
-            phase = ((step // PLAN.stages) & 1) ^ 1
-            mbarrier.wait(k_empty.index(stage), phase)
-            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_desc, place, k_full.index(stage), k_s.index(stage))
-            mbarrier.wait(v_empty.index(stage), phase)
-            mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(v_desc, place, v_full.index(stage), v_s.index(stage))
-            step += 1
-
-
-@gluon.jit
-def _rescale(acc, alpha):
-    return acc * gl.expand_dims(
-        gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout), assert_trivial=True), 1
+def covers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None, options) -> bool:
+    """Whether this kernel computes the call, on the cards and with the Triton versions it was tested on."""
+    return (
+        value is not None
+        and query.dtype in _DTYPES
+        and max(query.shape[3], value.shape[3]) <= 128
+        and query.shape[2] > HALF_M  # fewer queries leave a consumer without work
+        and key.shape[2] > 0
+        and query.numel() > 0
+        and options.scale > 0
+        and options.attn_mask is options.window_size is options.softcap is options.sinks is None
+        and _tested(query.device)
     )
 
 
-@gluon.jit
-def _open(HALF: gl.constexpr, barriers, schedule_ptr, index, first, sizes, step, PLAN: gl.constexpr):
-    """Wait for the query rows and the first key tile of a schedule entry; tiles before its own are let go."""
-    q_full, _q_empty, k_full, k_empty, v_full, v_empty = barriers
-    heads, group, _num_queries, num_keys, num_blocks = sizes
-    batch, head, _kv_head, start_m, num_tiles = _tile(
-        schedule_ptr, index, heads, group, num_blocks, num_keys, PLAN
-    )
-    start_m += HALF * _HALF_M
-    if PLAN.is_causal and PLAN.consumers > 2:
-        own_tiles = gl.cdiv(gl.minimum(num_keys, start_m + _HALF_M), _BLOCK_N)
-        for _ in range(own_tiles, num_tiles):
-            mbarrier.wait(k_full.index(step % PLAN.stages), step // PLAN.stages & 1)
-            mbarrier.arrive(k_empty.index(step % PLAN.stages), count=1)
-            mbarrier.wait(v_full.index(step % PLAN.stages), step // PLAN.stages & 1)
-            mbarrier.arrive(v_empty.index(step % PLAN.stages), count=1)
-            step += 1
-        num_tiles = own_tiles
-    mbarrier.wait(q_full.index((index - first) % 2 * PLAN.consumers + HALF), (index - first) // 2 & 1)
-    mbarrier.wait(k_full.index(step % PLAN.stages), step // PLAN.stages & 1)
-    return batch, head, start_m, num_tiles, step
-
-
-@gluon.jit
-def _scores(HALF: gl.constexpr, buffers, count, step, donor, PLAN: gl.constexpr):
-    """Start q k^T of this consumer's rows and the key tile of `step`, into registers that `donor` gives up."""
-    q_s, k_s, _v_s, _out_s = buffers
-    q = q_s.index(count % 2 * PLAN.consumers + HALF).reshape([_HALF_M, PLAN.block_d])
-    k = k_s.index(step % PLAN.stages).reshape([_BLOCK_N, PLAN.block_d])
-    return warpgroup_mma(q, k.permute((1, 0)), donor, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _consumer(
-    HALF: gl.constexpr, descriptors, buffers, barriers, schedule_ptr, sizes, rows, PLAN: gl.constexpr
-):
-    _q_desc, _k_desc, _v_desc, out_desc = descriptors
-    q_s, _k_s, v_s, out_s = buffers
-    _q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    heads, _group, num_queries, num_keys, _num_blocks = sizes
-    rows_ptr, num_rows, unit, to_natural = rows
-    STAGES: gl.constexpr = PLAN.stages
-    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PLAN.block_dv, 16])
-    P_L: gl.constexpr = gl.DistributedLinearLayout(
-        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
-    )
-    A_L: gl.constexpr = gl.DotOperandLayout(0, O_L, 2)
-    ROW: gl.constexpr = gl.SliceLayout(1, S_L)
-    dtype: gl.constexpr = q_s.dtype
-    staged = out_s.index(HALF)
-    first = gl.load(schedule_ptr + gl.program_id(0))
-    last = gl.load(schedule_ptr + gl.program_id(0) + 1)
-    if PLAN.turns and HALF == 1:  # the first turn is the other consumer's
-        _named_barrier(1 - HALF, "bar.arrive")
-
-    step = gl.to_tensor(0)
-    batch, head, start_m, num_tiles, step = _open(
-        HALF, barriers, schedule_ptr, first, first, sizes, step, PLAN
-    )
-    if PLAN.turns:
-        _named_barrier(HALF, "bar.sync")
-    donor = gl.full([_HALF_M, _BLOCK_N], 0.0, gl.float32, S_L)
-    scores = _scores(HALF, buffers, 0, step, donor, PLAN)
-    if PLAN.turns:
-        _named_barrier(1 - HALF, "bar.arrive")
-    s = warpgroup_mma_wait(0, [scores])
-    for index in range(first, last):
-        count = index - first
-        offs_m = start_m + gl.arange(0, _HALF_M, ROW)
-        offs_n = (num_tiles - 1) * _BLOCK_N + gl.arange(0, _BLOCK_N, gl.SliceLayout(0, S_L))
-        l_i = gl.full([_HALF_M, 4], 0.0, gl.float32, P_L)
-        w_i = gl.full([_HALF_M, 4], 0.0, gl.float32, P_L)
-        low = gl.full([_HALF_M, 4], 0.0, gl.float32, P_L)
-        seen = gl.expand_dims(offs_n, 0) < num_keys
-        if PLAN.is_causal:
-            seen = seen & (gl.expand_dims(offs_n, 0) <= gl.expand_dims(offs_m, 1))
-        mbarrier.arrive(k_empty.index(step % STAGES), count=1)
-        # Every row sees a key of this tile, and there is nothing yet to rescale.
-        s = gl.where(seen, s, -float("inf"))
-        m_i = gl.max(s, 1)
-        shift = m_i
-        t = s * unit - gl.expand_dims(m_i * unit, 1)
-        p = gl.exp2(t)
-        t = gl.where(seen, t, 0.0)  # 0 * inf is NaN: right for a visible score that is infinite
-        l_i, w_i, low = _count(l_i, w_i, low, p, t, p * t, PLAN, P_L)
-        acc = gl.full([_HALF_M, PLAN.block_dv], 0.0, gl.float32, O_L)
-        if num_tiles > 1:
-            mbarrier.wait(k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1)
-        for j in range(1, num_tiles):
-            v_step = step
-            step += 1
-            a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
-            mbarrier.wait(v_full.index(v_step % STAGES), v_step // STAGES & 1)
-            if PLAN.turns:
-                _named_barrier(HALF, "bar.sync")
-            scores = _scores(HALF, buffers, count, step, p, PLAN)
-            v = v_s.index(v_step % STAGES).reshape([_BLOCK_N, PLAN.block_dv])
-            product = warpgroup_mma(a, v, acc, is_async=True)
-            if PLAN.turns:
-                _named_barrier(1 - HALF, "bar.arrive")
-            s = warpgroup_mma_wait(1, [scores])
-            mbarrier.arrive(k_empty.index(step % STAGES), count=1)
-            m_i, shift, l_i, w_i, low, p, alpha = _softmax(s, m_i, shift, l_i, w_i, low, unit, PLAN, P_L)
-            # A wait loop starts a new basic block: without one here the assembler would hoist the
-            # wait for the product above the exponentials.
-            if j + 1 < num_tiles:
-                mbarrier.wait(k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1)
-            acc = warpgroup_mma_wait(0, [product])
-            mbarrier.arrive(v_empty.index(v_step % STAGES), count=1)
-            acc = _rescale(acc, alpha)
-        mbarrier.arrive(q_empty.index(count % 2 * PLAN.consumers + HALF), count=1)
-        a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
-        v_step = step
-        place = [batch, head, start_m, 0]
-        row = (batch * heads + head).to(gl.int64) * num_queries + offs_m
-        step += 1
-        mbarrier.wait(v_full.index(v_step % STAGES), v_step // STAGES & 1)
-        if PLAN.turns:
-            _named_barrier(HALF, "bar.sync")
-        v = v_s.index(v_step % STAGES).reshape([_BLOCK_N, PLAN.block_dv])
-        product = warpgroup_mma(a, v, acc, is_async=True)
-        # The next rows' first scores are computed while these rows are finished. After the last entry
-        # the same product runs once more on what lies in the buffers, and nobody reads it.
-        if index + 1 < last:
-            batch, head, start_m, num_tiles, step = _open(
-                HALF, barriers, schedule_ptr, index + 1, first, sizes, step, PLAN
-            )
-        donor = gl.full([_HALF_M, _BLOCK_N], 0.0, gl.float32, S_L)
-        scores = _scores(HALF, buffers, count + 1, step, donor, PLAN)
-        if PLAN.turns:
-            _named_barrier(1 - HALF, "bar.arrive")
-
-        d = shift * unit - m_i * unit
-        alpha = gl.exp2(d)
-        l_i, w_i, low = _move(l_i, w_i, low, d, alpha, PLAN, P_L)
-        # The four threads of a row put their partials together.
-        total = gl.convert_layout(gl.sum(l_i, 1), ROW, assert_trivial=True)
-        inside = offs_m < num_queries
-        if PLAN.stats:
-            weighted = gl.convert_layout(gl.sum(w_i, 1), ROW, assert_trivial=True)
-            least = m_i + gl.convert_layout(gl.min(low, 1), ROW, assert_trivial=True) / unit
-            lse, entropy, max_logit, min_logit, normalise = softmax_finish(
-                m_i, total, weighted, least, unit, to_natural, 0.0, False
-            )
-            gl.store(rows_ptr + num_rows + row, entropy, mask=inside)
-            gl.store(rows_ptr + 2 * num_rows + row, max_logit, mask=inside)
-            gl.store(rows_ptr + 3 * num_rows + row, min_logit, mask=inside)
-        else:
-            lse = m_i * to_natural + gl.log2(total) * 0.6931471805599453
-            normalise = 1.0 / total
-        gl.store(rows_ptr + row, lse, mask=inside)
-        acc = warpgroup_mma_wait(1, [product])
-        mbarrier.arrive(v_empty.index(v_step % STAGES), count=1)
-        tma.store_wait(pendings=0)
-        staged.reshape([_HALF_M, PLAN.block_dv]).store(_rescale(acc, normalise * alpha).to(dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, place, staged)
-        s = warpgroup_mma_wait(0, [scores])
-    tma.store_wait(pendings=0)
-
-
-@gluon.jit
-def _ring(STAGES: gl.constexpr, COUNT: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(barriers.index(stage), count=COUNT)
-    return barriers
-
-
-@gluon.jit(do_not_specialize=["heads", "group", "num_queries", "num_keys", "num_blocks", "num_rows"])
-def _hopper_kernel(
-    q_desc,
-    k_desc,
-    v_desc,
-    out_desc,
-    schedule_ptr,
-    rows_ptr,
-    heads,
-    group,
-    num_queries,
-    num_keys,
-    num_blocks,
-    num_rows,
-    unit,
-    to_natural,
-    PLAN: gl.constexpr,
-):
-    dtype: gl.constexpr = q_desc.dtype
-    buffers = (
-        gl.allocate_shared_memory(dtype, [2 * PLAN.consumers, 1, 1, _HALF_M, PLAN.block_d], q_desc.layout),
-        gl.allocate_shared_memory(dtype, [PLAN.stages, 1, 1, _BLOCK_N, PLAN.block_d], k_desc.layout),
-        gl.allocate_shared_memory(dtype, [PLAN.stages, 1, 1, _BLOCK_N, PLAN.block_dv], v_desc.layout),
-        gl.allocate_shared_memory(dtype, [PLAN.consumers, 1, 1, _HALF_M, PLAN.block_dv], out_desc.layout),
-    )
-    barriers = (
-        _ring(2 * PLAN.consumers, 1),
-        _ring(2 * PLAN.consumers, 1),
-        _ring(PLAN.stages, 1),
-        _ring(PLAN.stages, PLAN.consumers),
-        _ring(PLAN.stages, 1),
-        _ring(PLAN.stages, PLAN.consumers),
-    )
-    descriptors = (q_desc, k_desc, v_desc, out_desc)
-    sizes = (heads, group, num_queries, num_keys, num_blocks)
-    rows = (rows_ptr, num_rows, unit, to_natural)
-    fence_async_shared()
-    if PLAN.consumers == 2:
-        gl.warp_specialize(
-            [
-                (_consumer, (_FIRST, descriptors, buffers, barriers, schedule_ptr, sizes, rows, PLAN)),
-                (_consumer, (_SECOND, descriptors, buffers, barriers, schedule_ptr, sizes, rows, PLAN)),
-                (_producer, (descriptors, buffers, barriers, schedule_ptr, sizes, PLAN)),
-            ],
-            [4, 1],
-            [240, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_consumer, (_FIRST, descriptors, buffers, barriers, schedule_ptr, sizes, rows, PLAN)),
-                (_consumer, (_SECOND, descriptors, buffers, barriers, schedule_ptr, sizes, rows, PLAN)),
-                (_consumer, (_THIRD, descriptors, buffers, barriers, schedule_ptr, sizes, rows, PLAN)),
-                (_producer, (descriptors, buffers, barriers, schedule_ptr, sizes, PLAN)),
-            ],
-            [4, 4, 1],
-            [160, 160, 32],
-        )
+@functools.cache
+def _tested(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0) and triton.__version__.startswith(TESTED_TRITON)
 
 
 @functools.lru_cache(maxsize=256)
 def _schedule(
-    num_heads: int, num_queries: int, num_keys: int, is_causal: bool, block_m: int, device: torch.device
+    num_heads: int, num_queries: int, num_keys: int, is_causal: bool, device: torch.device
 ) -> tuple[torch.Tensor, int]:
     """Which query blocks each program takes: heavy ones first, each to the least loaded program.
 
     int32: the programs' offsets into this tensor (one more than programs), then `bh * num_blocks + block`.
     """
     programs = torch.cuda.get_device_properties(device).multi_processor_count
-    num_blocks = triton.cdiv(num_queries, block_m)
+    num_blocks = triton.cdiv(num_queries, BLOCK_M)
 
     def cost(block: int) -> int:
-        keys = min(num_keys, (block + 1) * block_m) if is_causal else num_keys
+        keys = min(num_keys, (block + 1) * BLOCK_M) if is_causal else num_keys
         return triton.cdiv(keys, BLOCK_N) + 1  # a block's beginning and end cost about one step
 
     loads = [(0, program) for program in range(programs)]
@@ -456,33 +73,33 @@ def _width(head_dim: int) -> int:
     return max(64, primitives.block_dim(head_dim))
 
 
+@functools.cache
+def plan(head_dim: int, value_dim: int, is_causal: bool, ragged: bool, stats: bool) -> Plan:
+    """What the kernel is compiled for. The winners of bench/tune_hopper.py by (width, causal)."""
+    widths = _width(head_dim), _width(value_dim)
+    turns, chains = _TUNED[max(widths), is_causal]
+    return Plan(turns, chains, is_causal, ragged, stats, *widths, stages=2 if max(widths) == 128 else 3)
+
+
+@functools.cache
+def _layout(block_shape: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block_shape), _DTYPES[dtype])
+
+
 def _describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
     described = primitives.describe(x, rows, _width(x.shape[3]))
-    dtype = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
-    layout = gl.NVMMASharedLayout.get_default_for(described.block_shape, dtype)
+    layout = _layout(tuple(described.block_shape), x.dtype)
     return TensorDescriptor(described.base, described.shape, described.strides, described.block_shape, layout)
 
 
-def forward(query, key, value, options, plan=None, stats=True):
-    """`forward.forward` on sm_90 for what `covers` says; `stats=False` leaves the statistics out (lse alone)."""
+def forward(query, key, value, options, chosen=None):
+    """`forward.forward` for the calls that `covers` accepts; `chosen` takes the place of the tuned plan."""
     batch, heads, num_queries, head_dim = query.shape
-    kv_heads, num_keys = key.shape[1:3]
-    value_dim = value.shape[3]
-    widths = _width(head_dim), _width(value_dim)
+    kv_heads, num_keys, value_dim = *key.shape[1:3], value.shape[3]
     rows = torch.empty((4, batch, heads, num_queries), dtype=torch.float32, device=query.device)
     out = query.new_empty((batch, heads, num_queries, value_dim))
-    plan = replace(
-        plan or PLANS[max(widths), options.is_causal],
-        is_causal=options.is_causal,
-        stats=stats,
-        block_d=widths[0],
-        block_dv=widths[1],
-    )
-    block_m = plan.consumers * HALF_M
-    schedule, programs = _schedule(
-        batch * heads, num_queries, num_keys, options.is_causal, block_m, query.device
-    )
-    _hopper_kernel[(programs,)](
+    schedule, programs = _schedule(batch * heads, num_queries, num_keys, options.is_causal, query.device)
+    hopper_kernel[(programs,)](
         _describe(query, HALF_M),
         _describe(key, BLOCK_N),
         _describe(value, BLOCK_N),
@@ -493,19 +110,11 @@ def forward(query, key, value, options, plan=None, stats=True):
         heads // kv_heads,
         num_queries,
         num_keys,
-        triton.cdiv(num_queries, block_m),
-        rows[0].numel(),
-        options.scale * 1.4426950408889634,
+        triton.cdiv(num_queries, BLOCK_M),
+        batch * heads * num_queries,
+        options.scale * primitives.LOG2_E.value,
         options.scale,
-        PLAN=plan,
+        PLAN=chosen or plan(head_dim, value_dim, options.is_causal, num_keys % BLOCK_N > 0, True),
         num_warps=4,
     )
     return out, *rows
-
-
-PLANS = {
-    (64, True): Plan(2, 3, True, 4, True),
-    (64, False): Plan(2, 3, False, 4, True),
-    (128, True): Plan(2, 2, True, 2, False),
-    (128, False): Plan(2, 2, False, 4, False),
-}
