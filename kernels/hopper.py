@@ -12,14 +12,13 @@ from . import primitives
 from .configs import HEAD_GROUP
 from .hopper_kernel import BLOCK_M, BLOCK_N, HALF_M, Plan, hopper_kernel
 
-TESTED_TRITON = "3.6."
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 # (turns, chains) by (width, causal)
 _TUNED = {(64, True): (True, 4), (64, False): (True, 2), (128, True): (False, 2), (128, False): (False, 4)}
 
 
 def covers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None, options) -> bool:
-    """Whether this kernel computes the call, on the cards and with the Triton versions it was tested on."""
+    """Whether this kernel computes the call; on which cards and Triton versions, `paths.py` says."""
     return (
         value is not None
         and query.dtype in _DTYPES
@@ -29,13 +28,7 @@ def covers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None, o
         and query.numel() > 0
         and options.scale > 0
         and options.attn_mask is options.window_size is options.softcap is options.sinks is None
-        and _tested(query.device)
     )
-
-
-@functools.cache
-def _tested(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0) and triton.__version__.startswith(TESTED_TRITON)
 
 
 @functools.lru_cache(maxsize=256)

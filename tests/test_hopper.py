@@ -1,0 +1,116 @@
+"""The Hopper forward and the library backward, on a card: against fp64, over everything they cover."""
+
+import pytest
+import torch
+from cases import Case, oracle
+
+from hnf_attention import attention, library_backward, reference
+from hnf_attention.validation import Options
+
+pytestmark = pytest.mark.gpu
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # as in test_kernels.py
+
+SHAPES = {
+    "tiles fit": Case(2, 2, 1, 256, 256, 64, 64),
+    "ragged": Case(1, 3, 1, 333, 457, 128, 128, transposed=True),
+    "few keys": Case(2, 1, 2, 100, 5, 64, 64),
+    "one key": Case(2, 1, 1, 65, 1, 128, 128),
+    "more queries than keys": Case(1, 2, 2, 700, 190, 64, 64),
+    "more keys than queries": Case(1, 2, 4, 190, 700, 128, 128, transposed=True),
+    "narrow": Case(2, 2, 2, 130, 300, 16, 24),
+    "padded": Case(1, 2, 1, 260, 260, 80, 96, transposed=True),
+    "value wider": Case(1, 2, 2, 200, 260, 64, 128),
+    "value narrower": Case(1, 2, 2, 200, 260, 128, 64),
+    "many blocks": Case(3, 5, 2, 1500, 1500, 64, 64),
+    "large scores": Case(1, 2, 1, 300, 300, 64, 64, spread=200.0),
+    "explicit scale": Case(1, 2, 1, 300, 300, 128, 128, scale=1.7),
+}
+
+
+@pytest.fixture(scope="module")
+def hopper():
+    from hnf_attention import paths
+
+    if not paths.hopper_is_tested(torch.device("cuda", 0)):
+        pytest.skip("not a card and Triton version that the Hopper forward is used on")
+    from hnf_attention.kernels import hopper
+
+    return hopper
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES.keys())
+def test_forward_matches_the_oracle(hopper, case, dtype, is_causal):
+    case = Case(**{**case.__dict__, "is_causal": is_causal})
+    tensors = case.tensors(dtype, "cuda")
+    options = case.options(*tensors)
+    assert hopper.covers(*tensors[:3], options)
+    got = hopper.forward(*tensors[:3], options)[:5]
+    for name, actual, wanted in zip(
+        ("out", "lse", "entropy", "max_logit", "min_logit"), got, oracle(case, *tensors)
+    ):
+        size = wanted.abs().amax().clamp(min=1.0)
+        allowed = TOLERANCE[dtype] if name == "out" else 1e-5
+        # Entropy is a difference of small numbers whatever the scores are: its error is absolute.
+        allowed = allowed * (1.0 if name == "entropy" else size)
+        difference = (actual.double() - wanted).abs().max()
+        assert difference <= allowed, f"{name}: off by {difference:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["query", "key"])
+def test_rows_that_non_finite_input_reached_are_nan_and_no_others(hopper, number, where):
+    case = Case(2, 2, 2, 300, 300, 64, 64, is_causal=True)
+    q, k, v, *_ = case.tensors(torch.bfloat16, "cuda")
+    broken = torch.zeros(q.shape[:3], dtype=torch.bool, device="cuda")
+    if where == "query":
+        q[0, 1, 140, 2] = number
+        broken[0, 1, 140] = True
+    else:
+        k[1, 0, 200, 3] = number
+        broken[1, :2, 200:] = True
+    got = hopper.forward(q, k, v, case.options(q, k, v, None, None))[:5]
+    for row_stat in got[1:]:
+        assert torch.equal(row_stat.isnan(), broken)
+
+
+def test_forward_writes_the_same_bits_a_thousand_times(hopper):
+    case = Case(2, 4, 2, 1100, 1100, 128, 128, is_causal=True)
+    tensors = case.tensors(torch.bfloat16, "cuda")
+    options = case.options(*tensors)
+    first = hopper.forward(*tensors[:3], options)[:5]
+    differences = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        for a, b in zip(first, hopper.forward(*tensors[:3], options)[:5]):
+            differences += (a != b).sum()
+    assert differences.item() == 0
+
+
+@pytest.mark.parametrize("kind", [library_backward.CUDNN, library_backward.FLASH])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_library_backward_takes_our_output_and_lse(kind, is_causal, head_dim):
+    if library_backward._available(torch.device("cuda", 0)) not in (kind, library_backward.CUDNN):
+        pytest.skip(f"no {kind} backward here")
+    case = Case(2, 3, 1, 333, 333, head_dim, head_dim, is_causal=is_causal, transposed=True)
+    q, k, v, *_ = case.tensors(torch.bfloat16, "cuda")
+    options: Options = case.options(q, k, v, None, None)
+    out, rows = attention(q, k, v, is_causal=is_causal)
+    d_out = torch.randn_like(out)
+    got = library_backward.backward(kind, q, k, v, options, out, rows.lse, d_out)
+    exact = [x.double() for x in (q, k, v)]
+    out64, rows64 = reference.attention(*exact, case.options(*exact, None, None))
+    wanted = reference.backward(
+        *exact,
+        case.options(*exact, None, None),
+        out64,
+        rows64.lse,
+        rows64.entropy,
+        d_out.double(),
+        None,
+        None,
+    )
+    for name, actual, true in zip(("dq", "dk", "dv"), got, wanted):
+        error = (actual.double() - true).norm() / true.norm()
+        assert error < 6e-3, f"{name}: relative error {error:.1e}"
