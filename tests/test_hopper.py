@@ -52,8 +52,9 @@ def test_forward_matches_the_oracle(hopper, case, dtype, is_causal):
     ):
         size = wanted.abs().amax().clamp(min=1.0)
         allowed = TOLERANCE[dtype] if name == "out" else 1e-5
-        # Entropy is a difference of small numbers whatever the scores are: its error is absolute.
-        allowed = allowed * (1.0 if name == "entropy" else size)
+        # Entropy's error is absolute, and a rounding of |score| = 7e3 in the exponent costs it 1e-5 (fp32
+        # inputs are subtracted before they are scaled; half-precision ones are not).
+        allowed = 2e-5 if name == "entropy" else allowed * size
         difference = (actual.double() - wanted).abs().max()
         assert difference <= allowed, f"{name}: off by {difference:.2e}, allowed {allowed:.2e}"
 
