@@ -13,6 +13,7 @@ import multiprocessing
 import random
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
@@ -37,17 +38,12 @@ CASES = [
 ]
 
 
-def plans(head_dim):
-    """(plan, with statistics): the candidates."""
-    stages = 2 if head_dim == 128 else 3
-    for turns, chains, lag in itertools.product((True, False), (2, 4), (True, False)):
-        yield hopper.Plan(2, stages, turns, chains, lag), True
-        if chains == 2:
-            yield hopper.Plan(2, stages, turns, chains, lag), False
-    if head_dim == 64:
-        for chains, lag in itertools.product((1, 2), (True, False)):
-            yield hopper.Plan(3, stages, False, chains, lag), True
-            yield hopper.Plan(3, stages, False, chains, lag), False
+def plans(head_dim, is_causal):
+    """The candidates, and the tuned plan without statistics."""
+    tuned = hopper.plan(head_dim, head_dim, is_causal, False, True)
+    yield replace(tuned, stats=False)
+    for turns, chains, branch in itertools.product((True, False), (2, 4), (0, 1, 2)):
+        yield replace(tuned, turns=turns, chains=chains, branch=branch)
 
 
 def inputs(head_dim, heads, batch, tokens, seed=0):
@@ -82,18 +78,18 @@ def errors(result, q, k, v, is_causal):
 
 def build(job):
     """Compile one candidate into the cache on disk, and check it: in a process of its own."""
-    head_dim, is_causal, plan, stats = job
+    head_dim, is_causal, plan = job
     q, k, v = inputs(head_dim, 4, 2, 640)
     try:
-        result = hopper.forward(q, k, v, options(q, k, v, is_causal), plan, stats)
+        result = hopper.forward(q, k, v, options(q, k, v, is_causal), plan)
     except Exception as problem:  # a plan that does not build is a result of the sweep
         return [float("nan"), repr(problem)[-200:]]
-    return errors(result if stats else result[:2], q, k, v, is_causal)
+    return errors(result if plan.stats else result[:2], q, k, v, is_causal)
 
 
 def main() -> None:
     random.seed(0)
-    jobs = [(d, c, *v) for d in (64, 128) for c in (True, False) for v in plans(d)]
+    jobs = [(d, c, plan) for d in (64, 128) for c in (True, False) for plan in plans(d, c)]
     with multiprocessing.get_context("spawn").Pool(14) as pool:
         checked = dict(zip(jobs, pool.map(build, jobs, chunksize=1)))
     worst = {str(j): e for j, e in checked.items() if not (e[0] < 4e-3 and max(e[1:]) < 1e-4)}
@@ -108,9 +104,9 @@ def main() -> None:
                 return scaled_dot_product_attention(q, k, v, is_causal=is_causal)  # noqa: B023
 
         candidates = {"cudnn": library}
-        for d, c, plan, stats in jobs:
-            if (d, c) == (head_dim, is_causal) and str((d, c, plan, stats)) not in worst:
-                candidates[plan, stats] = lambda a=(q, k, v, opts, plan, stats): hopper.forward(*a)
+        for d, c, plan in jobs:
+            if (d, c) == (head_dim, is_causal) and str((d, c, plan)) not in worst:
+                candidates[plan] = lambda a=(q, k, v, opts, plan): hopper.forward(*a)
         times = {name: [] for name in candidates}
         for _ in range(ROUNDS):
             for name in random.sample(list(candidates), len(candidates)):
@@ -123,13 +119,12 @@ def main() -> None:
         torch.cuda.synchronize()
         medians = {n: statistics.median(a.elapsed_time(b) for a, b in t) for n, t in times.items()}
         base = medians.pop("cudnn")
-        best = sorted(((ms / base, *name) for name, ms in medians.items()), key=lambda row: row[0])
+        best = sorted(medians, key=medians.get)
         label = f"D={head_dim} N={tokens} {'causal' if is_causal else 'full'}"
-        print(f"{label}: cudnn {base:.3f} ms")
-        for stats in (True, False):
-            part = [(f"{r:.3f}x", repr(v)[5:14]) for r, v, st in best if st == stats]
-            print("   ", "stats" if stats else "lse only", *part[:4], "worst", part[-1])
-        rows += [[label, repr(v), st, r, base] for r, v, st in best]
+        shown = " ".join(f"{repr(plan)[5:]} {medians[plan] / base:.3f}x" for plan in best if plan.stats)
+        without = [f"{medians[plan] / base:.3f}x" for plan in best if not plan.stats]
+        print(f"{label}: cudnn {base:.3f} ms, lse only {without}; {shown}")
+        rows += [[label, repr(plan), medians[plan], base] for plan in best]
     if len(sys.argv) > 1:
         document = {
             "machine": machine(),

@@ -5,6 +5,9 @@ turns on the matrix units, so that one's products run while the other computes e
 walked from the last visible tile to the first: only the first step of a block of queries needs a mask
 (the diagonal of a causal mask, or the ragged end of the keys), and it shows every row a key.
 
+Keys and values travel in pairs: pair g is key tile g and value tile g - 1, just what one step multiplies.
+The first pair of a block of queries brings the queries too. Pairs run on from block to block.
+
 The state is that of `primitives.softmax_update` (m in raw q.k, l and w over exp2(t)), except that l, w
 and the minimum stay as partials of the four threads that share a row until the loop is over.
 """
@@ -45,6 +48,7 @@ class Plan:
     block_d: int
     block_dv: int
     stages: int  # depth of the key and value rings: what fits the shared memory
+    branch: int = 0
 
     def __repr__(self) -> str:  # part of the kernel's name
         return "plan_" + "_".join(str(int(x)) for x in vars(self).values())
@@ -115,42 +119,52 @@ def _tile(schedule_ptr, index, heads, group, num_blocks, num_keys, PLAN: gl.cons
 
 
 @gluon.jit
-def _producer(
-    descriptors,
-    buffers,
-    barriers,
-    schedule_ptr,
-    sizes,
-    PLAN: gl.constexpr,
-):
+def _producer(descriptors, buffers, barriers, schedule_ptr, sizes, PLAN: gl.constexpr):
     q_desc, k_desc, v_desc, _out_desc = descriptors
     q_s, k_s, v_s, _out_s = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    full, empty = barriers
     heads, group, _num_queries, num_keys, num_blocks = sizes
     first = gl.load(schedule_ptr + gl.program_id(0))
     last = gl.load(schedule_ptr + gl.program_id(0) + 1)
-    step = 0
+    Q_BYTES: gl.constexpr = 2 * q_desc.block_type.nbytes
+    K_BYTES: gl.constexpr = k_desc.block_type.nbytes
+    V_BYTES: gl.constexpr = v_desc.block_type.nbytes
+    step = gl.to_tensor(0)
+    v_batch = gl.to_tensor(0)
+    v_head = gl.to_tensor(0)
+    v_start = gl.to_tensor(0)
     for index in range(first, last):
         batch, head, kv_head, start_m, num_tiles = _tile(
             schedule_ptr, index, heads, group, num_blocks, num_keys, PLAN
         )
-        for half in gl.static_range(2):
-            slot = (index - first) % 2 * 2 + half
-            mbarrier.wait(q_empty.index(slot), ((index - first) // 2 & 1) ^ 1)
-            mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
-            place = [batch, head, start_m + half * _HALF_M, 0]
-            tma.async_copy_global_to_shared(q_desc, place, q_full.index(slot), q_s.index(slot))
         for j in range(num_tiles):
-            place = [batch, kv_head, (num_tiles - 1 - j) * _BLOCK_N, 0]
             stage = step % PLAN.stages
-            phase = ((step // PLAN.stages) & 1) ^ 1
-            mbarrier.wait(k_empty.index(stage), phase)
-            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_desc, place, k_full.index(stage), k_s.index(stage))
-            mbarrier.wait(v_empty.index(stage), phase)
-            mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(v_desc, place, v_full.index(stage), v_s.index(stage))
+            mbarrier.wait(empty.index(stage), (step // PLAN.stages & 1) ^ 1)
+            ready = full.index(stage)
+            if j > 0:
+                mbarrier.expect(ready, K_BYTES + V_BYTES)
+            else:
+                if step > 0:
+                    mbarrier.expect(ready, Q_BYTES + K_BYTES + V_BYTES)
+                else:
+                    mbarrier.expect(ready, Q_BYTES + K_BYTES)
+                for half in gl.static_range(2):
+                    place = [batch, head, start_m + half * _HALF_M, 0]
+                    slot = (index - first) % PLAN.stages * 2 + half
+                    tma.async_copy_global_to_shared(q_desc, place, ready, q_s.index(slot))
+            if step > 0:
+                place = [v_batch, v_head, v_start, 0]
+                tma.async_copy_global_to_shared(v_desc, place, ready, v_s.index(stage))
+            v_batch = batch
+            v_head = kv_head
+            v_start = (num_tiles - 1 - j) * _BLOCK_N
+            tma.async_copy_global_to_shared(k_desc, [batch, kv_head, v_start, 0], ready, k_s.index(stage))
             step += 1
+    stage = step % PLAN.stages
+    mbarrier.wait(empty.index(stage), (step // PLAN.stages & 1) ^ 1)
+    mbarrier.expect(full.index(stage), V_BYTES)
+    place = [v_batch, v_head, v_start, 0]
+    tma.async_copy_global_to_shared(v_desc, place, full.index(stage), v_s.index(stage))
 
 
 @gluon.jit
@@ -161,26 +175,20 @@ def _rescale(acc, alpha):
 
 
 @gluon.jit
-def _open(HALF: gl.constexpr, barriers, schedule_ptr, index, first, sizes, step, PLAN: gl.constexpr):
-    """Decode a schedule entry and wait for its query rows and its first key tile."""
-    q_full, _q_empty, k_full, _k_empty, _v_full, _v_empty = barriers
-    heads, group, _num_queries, num_keys, num_blocks = sizes
-    batch, head, _kv_head, start_m, num_tiles = _tile(
-        schedule_ptr, index, heads, group, num_blocks, num_keys, PLAN
-    )
-    start_m += HALF * _HALF_M
-    mbarrier.wait(q_full.index((index - first) % 2 * 2 + HALF), (index - first) // 2 & 1)
-    mbarrier.wait(k_full.index(step % PLAN.stages), step // PLAN.stages & 1)
-    return batch, head, start_m, num_tiles
-
-
-@gluon.jit
 def _scores(HALF: gl.constexpr, buffers, count, step, donor, PLAN: gl.constexpr):
     """Start q k^T of this consumer's rows and the key tile of `step`, into registers that `donor` gives up."""
     q_s, k_s, _v_s, _out_s = buffers
-    q = q_s.index(count % 2 * 2 + HALF).reshape([_HALF_M, PLAN.block_d])
+    q = q_s.index(count % PLAN.stages * 2 + HALF).reshape([_HALF_M, PLAN.block_d])
     k = k_s.index(step % PLAN.stages).reshape([_BLOCK_N, PLAN.block_d])
     return warpgroup_mma(q, k.permute((1, 0)), donor, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _output(buffers, step, a, acc, PLAN: gl.constexpr):
+    """Start acc + p v with the value tile that came with the keys of `step`."""
+    _q_s, _k_s, v_s, _out_s = buffers
+    v = v_s.index(step % PLAN.stages).reshape([_BLOCK_N, PLAN.block_dv])
+    return warpgroup_mma(a, v, acc, is_async=True)
 
 
 @gluon.jit
@@ -188,9 +196,9 @@ def _consumer(
     HALF: gl.constexpr, descriptors, buffers, barriers, schedule_ptr, sizes, rows, PLAN: gl.constexpr
 ):
     _q_desc, _k_desc, _v_desc, out_desc = descriptors
-    q_s, _k_s, v_s, out_s = buffers
-    _q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    heads, _group, num_queries, num_keys, _num_blocks = sizes
+    q_s, _k_s, _v_s, out_s = buffers
+    full, empty = barriers
+    heads, group, num_queries, num_keys, num_blocks = sizes
     rows_ptr, num_rows, unit, to_natural = rows
     STAGES: gl.constexpr = PLAN.stages
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
@@ -207,23 +215,27 @@ def _consumer(
     if PLAN.turns and HALF == 1:  # the first turn is the other consumer's
         _named_barrier(1 - HALF, "bar.arrive")
 
-    step = gl.to_tensor(0)
-    batch, head, start_m, num_tiles = _open(HALF, barriers, schedule_ptr, first, first, sizes, step, PLAN)
+    step = 0
+    mbarrier.wait(full.index(0), 0)
     if PLAN.turns:
         _named_barrier(HALF, "bar.sync")
     donor = gl.full([_HALF_M, _BLOCK_N], 0.0, gl.float32, S_L)
-    scores = _scores(HALF, buffers, 0, step, donor, PLAN)
+    scores = _scores(HALF, buffers, 0, 0, donor, PLAN)
     if PLAN.turns:
         _named_barrier(1 - HALF, "bar.arrive")
     s = warpgroup_mma_wait(0, [scores])
+    mbarrier.arrive(empty.index(0), count=1)
     for index in range(first, last):
         count = index - first
+        batch, head, _kv_head, start_m, num_tiles = _tile(
+            schedule_ptr, index, heads, group, num_blocks, num_keys, PLAN
+        )
+        start_m += HALF * _HALF_M
         offs_m = start_m + gl.arange(0, _HALF_M, ROW)
         offs_n = (num_tiles - 1) * _BLOCK_N + gl.arange(0, _BLOCK_N, gl.SliceLayout(0, S_L))
         l_i = gl.full([_HALF_M, 4], 0.0, gl.float32, P_L)
         w_i = gl.full([_HALF_M, 4], 0.0, gl.float32, P_L)
         low = gl.full([_HALF_M, 4], 0.0, gl.float32, P_L)
-        mbarrier.arrive(k_empty.index(step % STAGES), count=1)
         # Every row sees a key of this tile, and there is nothing yet to rescale.
         seen = gl.expand_dims(offs_n, 0) < num_keys
         if PLAN.is_causal:
@@ -237,47 +249,38 @@ def _consumer(
             t = gl.where(seen, t, 0.0)  # 0 * inf is NaN: right for a visible score that is infinite
         l_i, w_i, low = _count(l_i, w_i, low, p, t, p * t, PLAN, P_L)
         acc = gl.full([_HALF_M, PLAN.block_dv], 0.0, gl.float32, O_L)
-        if num_tiles > 1:
-            mbarrier.wait(k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1)
-        for j in range(1, num_tiles):
-            v_step = step
-            step += 1
+        step += 1
+        mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
+        for _ in range(1, num_tiles):
             a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
-            mbarrier.wait(v_full.index(v_step % STAGES), v_step // STAGES & 1)
             if PLAN.turns:
                 _named_barrier(HALF, "bar.sync")
             scores = _scores(HALF, buffers, count, step, p, PLAN)
-            v = v_s.index(v_step % STAGES).reshape([_BLOCK_N, PLAN.block_dv])
-            product = warpgroup_mma(a, v, acc, is_async=True)
+            product = _output(buffers, step, a, acc, PLAN)
             if PLAN.turns:
                 _named_barrier(1 - HALF, "bar.arrive")
             s = warpgroup_mma_wait(1, [scores])
-            mbarrier.arrive(k_empty.index(step % STAGES), count=1)
             m_i, l_i, w_i, low, p, alpha = _softmax(s, m_i, l_i, w_i, low, unit, PLAN, P_L)
-            # A wait loop starts a new basic block: without one here the assembler would hoist the
-            # wait for the product above the exponentials.
-            if j + 1 < num_tiles:
-                mbarrier.wait(k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1)
+            done = step % STAGES
+            step += 1
+            # Always so, but a branch: within one basic block the assembler would hoist the wait for the
+            # product above the exponentials.
+            if PLAN.branch == 1:
+                if num_keys > 0:
+                    mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
+            else:
+                if PLAN.branch == 2:
+                    p = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [p], gl.float32, False, 1)
+                mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
             acc = warpgroup_mma_wait(0, [product])
-            mbarrier.arrive(v_empty.index(v_step % STAGES), count=1)
+            mbarrier.arrive(empty.index(done), count=1)
             acc = _rescale(acc, alpha)
-        mbarrier.arrive(q_empty.index(count % 2 * 2 + HALF), count=1)
         a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
-        v_step = step
-        place = [batch, head, start_m, 0]
-        row = (batch * heads + head).to(gl.int64) * num_queries + offs_m
-        step += 1
-        mbarrier.wait(v_full.index(v_step % STAGES), v_step // STAGES & 1)
         if PLAN.turns:
             _named_barrier(HALF, "bar.sync")
-        v = v_s.index(v_step % STAGES).reshape([_BLOCK_N, PLAN.block_dv])
-        product = warpgroup_mma(a, v, acc, is_async=True)
+        product = _output(buffers, step, a, acc, PLAN)
         # The next rows' first scores are computed while these rows are finished. After the last entry
         # the same product runs once more on what lies in the buffers, and nobody reads it.
-        if index + 1 < last:
-            batch, head, start_m, num_tiles = _open(
-                HALF, barriers, schedule_ptr, index + 1, first, sizes, step, PLAN
-            )
         donor = gl.full([_HALF_M, _BLOCK_N], 0.0, gl.float32, S_L)
         scores = _scores(HALF, buffers, count + 1, step, donor, PLAN)
         if PLAN.turns:
@@ -285,6 +288,7 @@ def _consumer(
 
         # The four threads of a row put their partials together.
         total = gl.convert_layout(gl.sum(l_i, 1), ROW, assert_trivial=True)
+        row = (batch * heads + head).to(gl.int64) * num_queries + offs_m
         inside = offs_m < num_queries
         if PLAN.stats:
             weighted = gl.convert_layout(gl.sum(w_i, 1), ROW, assert_trivial=True)
@@ -300,12 +304,12 @@ def _consumer(
             normalise = 1.0 / total
         gl.store(rows_ptr + row, lse, mask=inside)
         acc = warpgroup_mma_wait(1, [product])
-        mbarrier.arrive(v_empty.index(v_step % STAGES), count=1)
         tma.store_wait(pendings=0)
         staged.reshape([_HALF_M, PLAN.block_dv]).store(_rescale(acc, normalise).to(dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, place, staged)
+        tma.async_copy_shared_to_global(out_desc, [batch, head, start_m, 0], staged)
         s = warpgroup_mma_wait(0, [scores])
+        mbarrier.arrive(empty.index(step % STAGES), count=1)
     tma.store_wait(pendings=0)
 
 
@@ -337,19 +341,12 @@ def hopper_kernel(
 ):
     dtype: gl.constexpr = q_desc.dtype
     buffers = (
-        gl.allocate_shared_memory(dtype, [4, 1, 1, _HALF_M, PLAN.block_d], q_desc.layout),
+        gl.allocate_shared_memory(dtype, [2 * PLAN.stages, 1, 1, _HALF_M, PLAN.block_d], q_desc.layout),
         gl.allocate_shared_memory(dtype, [PLAN.stages, 1, 1, _BLOCK_N, PLAN.block_d], k_desc.layout),
         gl.allocate_shared_memory(dtype, [PLAN.stages, 1, 1, _BLOCK_N, PLAN.block_dv], v_desc.layout),
         gl.allocate_shared_memory(dtype, [2, 1, 1, _HALF_M, PLAN.block_dv], out_desc.layout),
     )
-    barriers = (
-        _ring(4, 1),
-        _ring(4, 1),
-        _ring(PLAN.stages, 1),
-        _ring(PLAN.stages, 2),
-        _ring(PLAN.stages, 1),
-        _ring(PLAN.stages, 2),
-    )
+    barriers = (_ring(PLAN.stages, 1), _ring(PLAN.stages, 2))
     descriptors = (q_desc, k_desc, v_desc, out_desc)
     sizes = (heads, group, num_queries, num_keys, num_blocks)
     rows = (rows_ptr, num_rows, unit, to_natural)
