@@ -42,8 +42,8 @@ def plans(head_dim, is_causal):
     """The candidates, and the tuned plan without statistics."""
     tuned = hopper.plan(head_dim, head_dim, is_causal, False, True)
     yield replace(tuned, stats=False)
-    for turns, chains, branch in itertools.product((True, False), (2, 4), (0, 1, 2)):
-        yield replace(tuned, turns=turns, chains=chains, branch=branch)
+    for chains, settle in itertools.product((2, 4), (True, False)):
+        yield replace(tuned, chains=chains, settle=settle)
 
 
 def inputs(head_dim, heads, batch, tokens, seed=0):

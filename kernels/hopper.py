@@ -13,8 +13,8 @@ from .configs import HEAD_GROUP
 from .hopper_kernel import BLOCK_M, BLOCK_N, HALF_M, Plan, hopper_kernel
 
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
-# (turns, chains) by (width, causal)
-_TUNED = {(64, True): (True, 4), (64, False): (True, 2), (128, True): (False, 2), (128, False): (False, 4)}
+# (chains, settle) by (width, causal): the winners of bench/tune_hopper.py
+_TUNED = {(64, True): (4, True), (64, False): (2, True), (128, True): (2, False), (128, False): (2, False)}
 
 
 def covers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None, options) -> bool:
@@ -68,10 +68,10 @@ def _width(head_dim: int) -> int:
 
 @functools.cache
 def plan(head_dim: int, value_dim: int, is_causal: bool, ragged: bool, stats: bool) -> Plan:
-    """What the kernel is compiled for. The winners of bench/tune_hopper.py by (width, causal)."""
+    """What the kernel is compiled for."""
     widths = _width(head_dim), _width(value_dim)
-    turns, chains = _TUNED[max(widths), is_causal]
-    return Plan(turns, chains, is_causal, ragged, stats, *widths, stages=2 if max(widths) == 128 else 3)
+    chains, settle = _TUNED[max(widths), is_causal]
+    return Plan(chains, settle, is_causal, ragged, stats, *widths, stages=2 if max(widths) == 128 else 3)
 
 
 @functools.cache

@@ -1,8 +1,7 @@
 """The sm_90 forward: warp-specialised, one persistent program per multiprocessor, exact row statistics.
 
-One warp feeds keys and values through the bulk-copy engine; two warpgroups of 64 query rows each take
-turns on the matrix units, so that one's products run while the other computes exponentials. Keys are
-walked from the last visible tile to the first: only the first step of a block of queries needs a mask
+One warp feeds keys and values through the bulk-copy engine to two warpgroups of 64 query rows each, so
+that one's products run while the other computes exponentials. Keys are walked from the last visible tile to the first: only the first step of a block of queries needs a mask
 (the diagonal of a causal mask, or the ragged end of the keys), and it shows every row a key.
 
 Keys and values travel in pairs: pair g is key tile g and value tile g - 1, just what one step multiplies.
@@ -40,25 +39,17 @@ softmax_finish = gluon.jit(primitives.softmax_finish.fn)
 class Plan:
     """Everything that a compiled kernel is made for; the first two were tuned."""
 
-    turns: bool  # the consumers take turns on the matrix units
     chains: int  # independent sums of a thread over its columns
+    settle: bool  # how the exponentials are kept before the wait for the product
     is_causal: bool
     ragged: bool  # the keys are no multiple of BLOCK_N
     stats: bool
     block_d: int
     block_dv: int
     stages: int  # depth of the key and value rings: what fits the shared memory
-    branch: int = 0
 
     def __repr__(self) -> str:  # part of the kernel's name
         return "plan_" + "_".join(str(int(x)) for x in vars(self).values())
-
-
-@gluon.jit
-def _named_barrier(HALF: gl.constexpr, INSTRUCTION: gl.constexpr):
-    """Named barriers 9 and 10, of both consumers: `sync` waits for the turn of HALF, `arrive` gives it."""
-    asm: gl.constexpr = INSTRUCTION + (" 9, 256; mov.u32 $0, 0;" if HALF == 0 else " 10, 256; mov.u32 $0, 0;")
-    gl.inline_asm_elementwise(asm, "=r", [], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -212,17 +203,11 @@ def _consumer(
     staged = out_s.index(HALF)
     first = gl.load(schedule_ptr + gl.program_id(0))
     last = gl.load(schedule_ptr + gl.program_id(0) + 1)
-    if PLAN.turns and HALF == 1:  # the first turn is the other consumer's
-        _named_barrier(1 - HALF, "bar.arrive")
 
     step = 0
     mbarrier.wait(full.index(0), 0)
-    if PLAN.turns:
-        _named_barrier(HALF, "bar.sync")
     donor = gl.full([_HALF_M, _BLOCK_N], 0.0, gl.float32, S_L)
     scores = _scores(HALF, buffers, 0, 0, donor, PLAN)
-    if PLAN.turns:
-        _named_barrier(1 - HALF, "bar.arrive")
     s = warpgroup_mma_wait(0, [scores])
     mbarrier.arrive(empty.index(0), count=1)
     for index in range(first, last):
@@ -253,38 +238,29 @@ def _consumer(
         mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
         for _ in range(1, num_tiles):
             a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
-            if PLAN.turns:
-                _named_barrier(HALF, "bar.sync")
             scores = _scores(HALF, buffers, count, step, p, PLAN)
             product = _output(buffers, step, a, acc, PLAN)
-            if PLAN.turns:
-                _named_barrier(1 - HALF, "bar.arrive")
             s = warpgroup_mma_wait(1, [scores])
             m_i, l_i, w_i, low, p, alpha = _softmax(s, m_i, l_i, w_i, low, unit, PLAN, P_L)
             done = step % STAGES
             step += 1
-            # Always so, but a branch: within one basic block the assembler would hoist the wait for the
-            # product above the exponentials.
-            if PLAN.branch == 1:
-                if num_keys > 0:
-                    mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
-            else:
-                if PLAN.branch == 2:
-                    p = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [p], gl.float32, False, 1)
+            # Left alone, the assembler moves the wait for the product to among the exponentials. Either
+            # they all pass through an instruction that it cannot see into, or a branch that is always
+            # taken parts them.
+            if PLAN.settle:
+                p = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [p], gl.float32, False, 1)
+                mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
+            elif num_keys > 0:
                 mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
             acc = warpgroup_mma_wait(0, [product])
             mbarrier.arrive(empty.index(done), count=1)
             acc = _rescale(acc, alpha)
         a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
-        if PLAN.turns:
-            _named_barrier(HALF, "bar.sync")
         product = _output(buffers, step, a, acc, PLAN)
         # The next rows' first scores are computed while these rows are finished. After the last entry
         # the same product runs once more on what lies in the buffers, and nobody reads it.
         donor = gl.full([_HALF_M, _BLOCK_N], 0.0, gl.float32, S_L)
         scores = _scores(HALF, buffers, count + 1, step, donor, PLAN)
-        if PLAN.turns:
-            _named_barrier(1 - HALF, "bar.arrive")
 
         # The four threads of a row put their partials together.
         total = gl.convert_layout(gl.sum(l_i, 1), ROW, assert_trivial=True)
