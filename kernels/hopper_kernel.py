@@ -1,8 +1,9 @@
 """The sm_90 forward: warp-specialised, one persistent program per multiprocessor, exact row statistics.
 
 One warp feeds keys and values through the bulk-copy engine to two warpgroups of 64 query rows each, so
-that one's products run while the other computes exponentials. Keys are walked from the last visible tile to the first: only the first step of a block of queries needs a mask
-(the diagonal of a causal mask, or the ragged end of the keys), and it shows every row a key.
+that one's products run while the other computes exponentials. Keys are walked from the last visible tile
+to the first: only the first step of a block of queries needs a mask (the diagonal of a causal mask, or
+the ragged end of the keys), and it shows every row a key.
 
 Keys and values travel in pairs: pair g is key tile g and value tile g - 1, just what one step multiplies.
 The first pair of a block of queries brings the queries too. Pairs run on from block to block.
