@@ -53,6 +53,9 @@ class RowStats:
     `score_std` and `sink_mass` are None unless asked for with `extended=True`. An empty row (no
     visible key) has lse = max_logit = -inf, min_logit = +inf, entropy = max_weight = 0. A row that
     NaN or inf reached is NaN in every field.
+
+    A sample of rows is compact: row i of (b, h) is query `row_index[b, h, i]`, int64 (B, H, M_s). Where
+    that is -1 there is no query, and the statistics are those of an empty row.
     """
 
     lse: Tensor
@@ -63,6 +66,7 @@ class RowStats:
     collision: Tensor | None = None
     score_std: Tensor | None = None
     sink_mass: Tensor | None = None
+    row_index: Tensor | None = None
 
     @property
     def max_weight(self) -> Tensor:
