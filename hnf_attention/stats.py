@@ -169,12 +169,19 @@ class HeadStats:
     """One layer's statistics, one number per head: every property is a float64 array of shape (H,).
 
     A number that no row could give (no judged rows, no rows at all) is NaN.
+    Of a sample of the rows, means are estimates and extremes are bounds: no maximum of all rows is
+    smaller, no minimum larger.
     `values` is the accumulator of `fold_rows`, copied to the host: (NUM_FIELDS, H).
     """
 
     values: np.ndarray
     head_dim: int
     dtype: str  # of q and k, "float32", "bfloat16", ...
+    sample_period: int = 1  # p where only one block of rows of every p was measured
+
+    @property
+    def sampled(self) -> bool:
+        return self.sample_period > 1
 
     @property
     def num_heads(self) -> int:
@@ -290,7 +297,7 @@ class HeadStats:
             )
         merged = self.values + other.values
         merged[NUM_SUMS:] = np.maximum(self.values[NUM_SUMS:], other.values[NUM_SUMS:])
-        return HeadStats(merged, self.head_dim, self.dtype)
+        return HeadStats(merged, self.head_dim, self.dtype, max(self.sample_period, other.sample_period))
 
 
 @dataclass(frozen=True)

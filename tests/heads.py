@@ -26,7 +26,7 @@ HEALTHY = dict(
 )
 
 
-def head_stats(heads=4, head_dim=64, dtype="float32", **numbers):
+def head_stats(heads=4, head_dim=64, dtype="float32", sample_period=1, **numbers):
     """HeadStats of `heads` heads: HEALTHY, but for `numbers` (a number, or one per head)."""
     columns = {k: np.broadcast_to(np.float64(v), heads) for k, v in {**HEALTHY, **numbers}.items()}
     values = new_accumulator(heads, "cpu").numpy()
@@ -45,7 +45,7 @@ def head_stats(heads=4, head_dim=64, dtype="float32", **numbers):
     }
     for index, name in enumerate(MAX_FIELDS):
         values[NUM_SUMS + index] = maxima[name]
-    return HeadStats(values, head_dim, dtype)
+    return HeadStats(values, head_dim, dtype, sample_period)
 
 
 def snapshot(step=1, **layers):

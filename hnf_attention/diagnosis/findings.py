@@ -168,7 +168,8 @@ def _layer_dict(stats: HeadStats) -> dict[str, Any]:
     numbers["log2_curvature"] = theory.hnf_curvature_bound(
         stats.query_norm, stats.key_norm, stats.head_dim, stats.max_abs_logit
     )
-    return {"num_heads": stats.num_heads, "head_dim": stats.head_dim, "dtype": stats.dtype, **numbers}
+    described = {name: getattr(stats, name) for name in ("num_heads", "head_dim", "dtype", "sample_period")}
+    return described | numbers
 
 
 def _jsonable(value: Any) -> Any:

@@ -57,7 +57,7 @@ def overflow_risk(history: Sequence[Snapshot]) -> list[StabilityIssue]:
                 continue
             severity, name, value, why = tier
             evidence = (
-                f"{_head(layer, head)}: largest |score| {size[head]:.4g} at step {latest.step}, {why}"
+                f"{_head(layer, head)}: largest |score| {_peak(stats, size[head])} at step {latest.step}, {why}"
                 f"{_pace(lines, head)}{_naive(stats, size[head])}"
             )
             suggestion = CLIP_AND_SLOW if severity == "error" else f"{CLIP} if it keeps rising"
@@ -111,7 +111,7 @@ def entropy_collapse(history: Sequence[Snapshot]) -> list[StabilityIssue]:
             evidence = (
                 f"{_head(layer, head)}: entropy ratio {ratio[head]:.3f} (10th percentile "
                 f"{stats.entropy_ratio_p10[head]:.3f}, {dead[head]:.0%} dead rows) at step {latest.step}, "
-                f"like {alike.sum()} of the layer's {len(alike)} heads, with scores up to {size[head]:.4g}"
+                f"like {alike.sum()} of the layer's {len(alike)} heads, with scores up to {_peak(stats, size[head])}"
                 f"{' and rising' if lines.rising[head] else ''}{_sink_note(stats, head)}"
             )
             if real[head]:
@@ -152,7 +152,7 @@ def _forecasts(
             f"{_head(layer, head)}: will collapse in about {eta[head]:.0f} steps: entropy ratio "
             f"{stats.entropy_ratio[head]:.3f} at step {latest.step} falls by "
             f"{-100 * line.slope[head]:.2g} per 100 steps, while the largest |score| "
-            f"({score_size(stats)[head]:.4g}) rises"
+            f"({_peak(stats, score_size(stats)[head])}) rises"
         )
         value = stats.entropy_ratio[head]
         yield _issue(
@@ -232,6 +232,11 @@ def _issue(
 
 def _head(layer: str, head: int) -> str:
     return f"head {head} of {layer}"
+
+
+def _peak(stats: HeadStats, number: float) -> str:
+    """A maximum over rows; over a sample of them it is a lower bound."""
+    return f"at least {number:.4g}" if stats.sampled else f"{number:.4g}"
 
 
 def _origin(history: Sequence[Snapshot]) -> tuple[int, str]:
