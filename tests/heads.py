@@ -5,7 +5,15 @@ import torch
 
 from hnf_attention import attention_stats, ops
 from hnf_attention.instrument import Coverage, Measurement
-from hnf_attention.stats import MAX_FIELDS, NUM_SUMS, SUM_FIELDS, HeadStats, Snapshot, new_accumulator
+from hnf_attention.stats import (
+    ERROR_FIELDS,
+    MAX_FIELDS,
+    NUM_SUMS,
+    SUM_FIELDS,
+    HeadStats,
+    Snapshot,
+    new_accumulator,
+)
 
 # A healthy head: spread attention, small scores.
 HEALTHY = dict(
@@ -32,8 +40,19 @@ def head_stats(heads=4, head_dim=64, dtype="float32", sample_period=1, **numbers
     values = new_accumulator(heads, "cpu").numpy()
     rows, judged = columns["rows"], columns["judged_rows"]
     columns["dead_rows"] = columns["dead_share"]
+    # Ten blocks whose means differ by a standard deviation of 0.1 of their mean.
+    columns["judged_blocks"] = np.full(heads, 10.0)
+    for name in ERROR_FIELDS:
+        columns[f"{name}_blocks"] = columns[name] ** 2 * (1 + 0.1**2 * 9 / 10)
     for index, name in enumerate(SUM_FIELDS):
-        count = {"rows": 1.0, "judged_rows": 1.0, "nonfinite_rows": 1.0, "entropy": rows, "logit_range": rows}
+        count = {
+            "rows": 1.0,
+            "judged_rows": 1.0,
+            "judged_blocks": 1.0,
+            "nonfinite_rows": 1.0,
+            "entropy": rows,
+            "logit_range": rows,
+        }
         values[index] = columns[name] * count.get(name, judged)
     bins = (columns["entropy_ratio"] * 32).clip(0, 31).astype(int)
     values[len(SUM_FIELDS) + bins, np.arange(heads)] = judged

@@ -88,6 +88,14 @@ def test_head_statistics_know_their_sample(x):
     assert some.merge(every).sampled
 
 
+def test_a_single_block_has_no_standard_error(x):
+    model = OneLayer()
+    with AttentionAnalyzer(model, sample=4) as analyzer:
+        model(x[:1])
+        (stats,) = analyzer.mark().layers.values()
+    assert np.isnan(stats.entropy_ratio_stderr).all() and not np.isnan(stats.entropy_ratio).all()
+
+
 def test_the_monitor_passes_it_on(x):
     monitor = AttentionStabilityMonitor(OneLayer(), log_every=1, sample=2)
     monitor._model(x)
@@ -101,3 +109,18 @@ def test_a_sampled_maximum_is_a_lower_bound_in_words():
         stats = head_stats(max_logit=2000.0, sample_period=period)
         issue = diagnose([snapshot(1, a=stats)]).issues[0]
         assert words in issue.evidence
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ({"entropy_ratio": 0.02, "dead_share": 0.9}, "entropy ratio 0.020 ± 0.0006"),
+        ({"max_weight": 0.97}, "is 0.970 ± 0.03 in the mean"),
+        ({"jacobian_trace_bound": 1e-3}, "at most 0.001 ± 3e-05 of the softmax"),
+    ],
+)
+def test_a_sampled_mean_comes_with_its_error(numbers, words):
+    for period in (1, 16):
+        issues = diagnose([snapshot(1, a=head_stats(sample_period=period, **numbers))]).issues
+        assert any(words in issue.evidence for issue in issues) == (period > 1)
+        assert all(("±" in issue.evidence) == (period > 1) for issue in issues)
