@@ -23,11 +23,11 @@ class AttentionAnalyzer:
 
     `mark()` closes a stretch of forward passes (a checkpoint, a data set), so that the evolution over
     the stretches can be plotted; each is one snapshot in `history`, numbered from 1.
-    mode: as for `instrument`, with its errors. Use `restore()` or a `with` block to end it.
+    mode, sample: as for `instrument`, with its errors. Use `restore()` or a `with` block to end it.
     """
 
-    def __init__(self, model: nn.Module, mode: str = "auto"):
-        self.instrumentation: Instrumentation = instrument(model, mode=mode)
+    def __init__(self, model: nn.Module, mode: str = "auto", sample: int | None = None):
+        self.instrumentation: Instrumentation = instrument(model, mode=mode, sample=sample)
         self._recorder = Recorder(self.instrumentation, log_every=1)
 
     @property

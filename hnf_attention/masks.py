@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .sampling import take_rows
+
 # Rows are taken in chunks so that a materialised mask never exceeds this many elements.
 CHUNK_ELEMENTS = 1 << 24
 
@@ -16,13 +18,17 @@ def row_chunks(num_queries: int, num_keys: int, leading: int = 1):
         yield slice(start, min(start + rows, num_queries))
 
 
-def mask_rows(attn_mask: Tensor, rows: slice) -> Tensor:
-    """The part of a broadcastable mask that belongs to these query rows."""
-    return attn_mask if attn_mask.shape[-2] == 1 else attn_mask[..., rows, :]
+def mask_rows(attn_mask: Tensor, rows: slice | Tensor) -> Tensor:
+    """The part of a broadcastable mask that belongs to these query rows, given as for `visible`."""
+    if attn_mask.shape[-2] == 1:
+        return attn_mask
+    if isinstance(rows, slice):
+        return attn_mask[..., rows, :]
+    return take_rows(attn_mask.expand(*rows.shape[:2], *attn_mask.shape[2:]), rows)
 
 
 def visible(
-    rows: slice,
+    rows: slice | Tensor,
     num_keys: int,
     *,
     attn_mask: Tensor | None,
@@ -32,13 +38,14 @@ def visible(
 ) -> Tensor:
     """Boolean, broadcastable to (B, H, rows, N): True where the query may attend to the key.
 
+    rows: a slice, or the row numbers of a sample, (B, H, rows), of which -1 sees nothing.
     Causal masks are aligned to the top left (query i sees keys 0..i), as in PyTorch's SDPA; a window
     W leaves keys with |i - j| < W. A boolean mask is True where attention is allowed; an additive
     mask hides a key with -inf.
     """
-    i = torch.arange(rows.start, rows.stop, device=device)[:, None]
-    j = torch.arange(num_keys, device=device)[None, :]
-    seen = torch.ones(rows.stop - rows.start, num_keys, dtype=torch.bool, device=device)
+    i = (torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows)[..., None]
+    j = torch.arange(num_keys, device=device)
+    seen = (i >= 0) & (j >= 0)
     if is_causal:
         seen &= j <= i
     if window_size is not None:

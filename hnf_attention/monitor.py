@@ -40,6 +40,7 @@ class AttentionStabilityMonitor:
     writers: objects with a `write(diagnosis)` method, or callables; each gets every diagnosis.
     auto_intervene: at a log step, carry out what the monitor proposes on weights (QK-clip, temperature);
         learning rates and dropout are left to `get_intervention`. What was done is in `applied`.
+    sample: as for `instrument`: where attention is probed, measure 1 of that many blocks of rows.
 
     Each process of a process group judges its own part of the batch.
     Raises ValueError or TypeError for bad arguments; `on_step` and `get_intervention` raise nothing.
@@ -53,6 +54,7 @@ class AttentionStabilityMonitor:
         record_every: int | None = None,
         writers: Iterable[Any] = (),
         auto_intervene: bool = False,
+        sample: int | None = None,
     ):
         self._writers = [_writer(number, writer) for number, writer in enumerate(writers)]
         if auto_intervene and _world_size() > 1:
@@ -60,7 +62,7 @@ class AttentionStabilityMonitor:
                 "expected auto_intervene=False in a process group: each process would change its own copy of "
                 f"the weights by its own statistics, got a group of {_world_size()}"
             )
-        self.instrumentation: Instrumentation = instrument(model)
+        self.instrumentation: Instrumentation = instrument(model, sample=sample)
         try:
             self._recorder = Recorder(self.instrumentation, log_every, record_every)
         except ValueError:

@@ -11,7 +11,7 @@ from typing import Optional, Tuple  # noqa: UP035 (torch 2.8 infers operator sch
 import torch
 from torch import Tensor
 
-from . import masks, reference, stats, validation
+from . import masks, reference, sampling, stats, validation
 from .stats import RowStats
 from .validation import Options
 
@@ -46,12 +46,12 @@ def attention(
     window_size: only keys with |i - j| < window_size are visible.
     softcap: logit soft-cap (Gemma 2, arXiv 2408.00118, section 2).
     sinks: (H,) learned sink logits, one more softmax element without a value (gpt-oss).
-    extended: also `logit_var`, `collision`, `score_std` and `sink_mass`; not differentiable.
+    extended: also `logit_var`, `collision`, `score_std` and `sink_mass`; these are not differentiable.
 
     Returns the output (B, H, M, D_v) in the query's dtype and `RowStats` of (B, H, M) tensors.
     `out`, `lse` and `entropy` are differentiable in query, key, value, sinks, and in an additive mask
-    that requires a gradient (that, `extended`, fp64 and head dimensions above 256 use the chunked
-    PyTorch path on every device). Under autocast, inputs are cast as SDPA casts them.
+    that requires a gradient (that, fp64 and head dimensions above 256 use the chunked PyTorch path on
+    every device). Under autocast, inputs are cast as SDPA casts them.
     Raises ValueError or TypeError (expected, got) before anything runs.
     """
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
@@ -80,10 +80,17 @@ def attention_stats(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     extended: bool = False,
+    sample: tuple[int, int] | None = None,
 ) -> RowStats:
     """The row statistics of `attention()` without its output; no value is needed.
 
-    Same arguments, errors and differentiability (`lse` and `entropy`) as `attention`.
+    Same arguments, errors and differentiability (`lse` and `entropy`) as `attention`, and
+
+    sample: (period, phase), ints >= 1 and >= 0: measure blocks of 64 query rows, one of every `period`
+        consecutive ones; a sequence with fewer blocks gives one of all of them. Phases that follow each
+        other take other blocks, and `period` of them every row (just once, where there are as many
+        blocks). Each (batch, head) takes blocks of its own.
+        The result is compact, (B, H, M_s) with `row_index` saying which rows, and not differentiable.
     """
     query, key, attn_mask = _autocast(query, key, attn_mask)
     options = validation.check(
@@ -97,7 +104,13 @@ def attention_stats(
         softcap=softcap,
         sinks=sinks,
     )
-    return _dispatch(query, key, None, options, extended)[1]
+    if sample is None:
+        return _dispatch(query, key, None, options, extended)[1]
+    period, phase = validation.check_sample(sample)
+    period = sampling.effective_period(period, query.shape[2])
+    with torch.no_grad():
+        *core, more, index = _sample_op(query, key, *_flat(options), extended, period, phase % period)
+    return _rows(core, more, index)
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -119,21 +132,28 @@ def _dispatch(
     query: Tensor, key: Tensor, value: Tensor | None, options: Options, extended: bool
 ) -> tuple[Tensor | None, RowStats]:
     mask = options.attn_mask
-    if extended or (mask is not None and mask.requires_grad and torch.is_grad_enabled()):
+    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
         with _no_autocast(query):
             return reference.attention(query, key, value, options, extended=extended)
-    out, lse, entropy, max_logit, min_logit = _forward_op(
-        query,
-        key,
-        value,
-        mask,
-        options.sinks,
-        options.is_causal,
-        options.scale,
-        options.window_size,
-        options.softcap,
-    )
-    return out, RowStats(lse, entropy, max_logit, min_logit)
+    out, *core, more = _forward_op(query, key, value, *_flat(options), extended)
+    return out, _rows(core, more)
+
+
+def _flat(options: Options) -> tuple:
+    """As the operators take them, which know no dataclass."""
+    o = options
+    return o.attn_mask, o.sinks, o.is_causal, o.scale, o.window_size, o.softcap
+
+
+def _rows(core: list[Tensor], more: Tensor, index: Tensor | None = None) -> RowStats:
+    return RowStats(*core, *(more.unbind(0) if more.dim() > 1 else (None,) * 4), index)
+
+
+def _packed(rows: RowStats, extended: bool) -> tuple[Tensor, ...]:
+    """Row statistics as the operators return them: four tensors, and the extended ones as a fifth."""
+    extra = (rows.logit_var, rows.collision, rows.score_std, rows.sink_mass)
+    more = torch.stack(extra) if extended else rows.lse.new_empty(0)
+    return rows.lse, rows.entropy, rows.max_logit, rows.min_logit, more
 
 
 def _kernels_cover(query: Tensor, value: Tensor | None) -> bool:
@@ -152,25 +172,66 @@ def _forward_op(
     scale: float,
     window_size: Optional[int],  # noqa: UP045
     softcap: Optional[float],  # noqa: UP045
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
+    extended: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
     options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks)
+    # An operator returns tensors only: without a value the output is a placeholder without elements.
     if _kernels_cover(query, value):
-        from .kernels import forward
+        from .kernels import forward, probe
 
         with torch.cuda.device(query.device):  # Triton launches on the current device
-            return forward.forward(query, key, value, options)
+            if value is None:
+                return query.new_empty(0), *probe.probe(query, key, options, extended=extended)[:-1]
+            return forward.forward(query, key, value, options, extended=extended)
     with _no_autocast(query):
-        out, rows = reference.attention(query, key, value, options)
-    # An operator returns tensors only: without a value the output is a placeholder without elements.
-    out = query.new_empty(0) if out is None else out
-    return out, rows.lse, rows.entropy, rows.max_logit, rows.min_logit
+        out, rows = reference.attention(query, key, value, options, extended=extended)
+    return query.new_empty(0) if out is None else out, *_packed(rows, extended)
 
 
 @_forward_op.register_fake
-def _(query, key, value, attn_mask, sinks, is_causal, scale, window_size, softcap):
-    rows = [query.new_empty(query.shape[:3], dtype=reference.compute_dtype(query)) for _ in range(4)]
+def _(query, key, value, attn_mask, sinks, is_causal, scale, window_size, softcap, extended):
     shape = (0,) if value is None else (*query.shape[:3], value.shape[3])
-    return query.new_empty(shape), *rows
+    return query.new_empty(shape), *_fake_rows(query, query.shape[2], extended)
+
+
+def _fake_rows(query: Tensor, num_rows: int, extended: bool) -> list[Tensor]:
+    dtype, shape = reference.compute_dtype(query), (*query.shape[:2], num_rows)
+    shapes = [shape] * 4 + [(4, *shape) if extended else (0,)]
+    return [query.new_empty(shape, dtype=dtype) for shape in shapes]
+
+
+@torch.library.custom_op("hnf_attention::sample", mutates_args=())
+def _sample_op(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Optional[Tensor],  # noqa: UP045
+    sinks: Optional[Tensor],  # noqa: UP045
+    is_causal: bool,
+    scale: float,
+    window_size: Optional[int],  # noqa: UP045
+    softcap: Optional[float],  # noqa: UP045
+    extended: bool,
+    period: int,
+    phase: int,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
+    """`attention_stats` of a sample of rows, and their index; `period` is an effective one."""
+    options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks)
+    if _kernels_cover(query, None):
+        from .kernels import probe
+
+        with torch.cuda.device(query.device):
+            return probe.probe(query, key, options, extended=extended, sample=(period, phase))
+    index = sampling.row_index(*query.shape[:3], period, phase, query.device)
+    with _no_autocast(query):
+        rows = reference.attention(query, key, None, options, extended=extended, index=index)[1]
+    return *_packed(rows, extended), index
+
+
+@_sample_op.register_fake
+def _(query, key, attn_mask, sinks, is_causal, scale, window_size, softcap, extended, period, phase):
+    num_rows = sampling.num_rows(query.shape[2], period)
+    index = query.new_empty((*query.shape[:2], num_rows), dtype=torch.int64)
+    return *_fake_rows(query, num_rows, extended), index
 
 
 @torch.library.custom_op("hnf_attention::backward", mutates_args=())
@@ -213,9 +274,9 @@ def _(query, key, value, attn_mask, sinks, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, attn_mask, sinks, *ctx.options = inputs
-    out, lse, entropy, max_logit, min_logit = output
-    ctx.mark_non_differentiable(max_logit, min_logit)
+    query, key, value, attn_mask, sinks, *ctx.options, _extended = inputs
+    out, lse, entropy, *others = output
+    ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, attn_mask, sinks, out, lse, entropy)
 
@@ -223,7 +284,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, d_out, d_lse, d_entropy, *_):
     query, key, value, attn_mask, sinks, out, lse, entropy = ctx.saved_tensors
     if d_out is None and d_lse is None and d_entropy is None:
-        return (None,) * 9
+        return (None,) * 10
     gradients = _backward_op(
         query, key, value, attn_mask, sinks, *ctx.options, out, lse, entropy, d_out, d_lse, d_entropy
     )
@@ -234,7 +295,7 @@ def _backward(ctx, d_out, d_lse, d_entropy, *_):
         None if value is None else d_value,
         None,  # a mask that requires a gradient never comes here: see _dispatch
         None if sinks is None else d_sinks,
-        *(None,) * 4,
+        *(None,) * 5,
     )
 
 
@@ -277,20 +338,12 @@ def measure(
 
     visible_keys: int64, broadcastable to (B, H, M). sink_mass: (B, H, M), weight on the first visible
     key plus the learned sink's, from one dot product per row. query_norm, key_norm: (H,) fp32
-    Frobenius norms over the sequence, largest in the batch. No host synchronisation.
+    Frobenius norms over the sequence, largest in the batch. M is M_s where `rows` are a sample.
+    No host synchronisation.
     """
     query, key, attn_mask = _autocast(query, key, attn_mask)
-    options = validation.check(
-        query,
-        key,
-        None,
-        attn_mask=attn_mask,
-        is_causal=is_causal,
-        scale=scale,
-        window_size=window_size,
-        softcap=softcap,
-        sinks=sinks,
-    )
+    keywords = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "window_size": window_size}
+    options = validation.check(query, key, None, **keywords, softcap=softcap, sinks=sinks)
     (num_queries, _), num_keys, heads = query.shape[2:], key.shape[2], query.shape[1]
     count, first = masks.visible_keys(
         num_queries,
@@ -300,6 +353,10 @@ def measure(
         window_size=window_size,
         device=query.device,
     )
+    index = rows.row_index
+    if index is not None:
+        count, first = (sampling.take_rows(x.expand(query.shape[:3]), index) for x in (count, first))
+        count = torch.where(index >= 0, count, 0)
     sink_mass = _sink_mass(query, key, rows, count, first, options)
     group = max(1, heads // max(1, key.shape[1]))
 
@@ -316,17 +373,21 @@ def _sink_mass(
     lse = rows.lse.detach()
     if lse.numel() == 0 or key.shape[2] == 0:
         return torch.zeros_like(lse)
-    batch, heads, num_queries, head_dim = query.shape
-    index = first.expand(batch, heads, num_queries)
-    grouped = index.reshape(batch, key.shape[1], -1, 1).expand(-1, -1, -1, head_dim)
-    first_key = key.gather(2, grouped).reshape(query.shape)
+    first = first.expand(lse.shape)
+    grouped = first.reshape(lse.shape[0], key.shape[1], -1, 1).expand(-1, -1, -1, key.shape[3])
+    first_key = key.gather(2, grouped).reshape(*lse.shape, key.shape[3])
+    mask, row = options.attn_mask, torch.arange(query.shape[2], device=query.device)
+    if rows.row_index is not None:
+        query, row = sampling.take_rows(query, rows.row_index), rows.row_index.clamp(min=0)
     scores = (query.to(lse.dtype) * first_key.to(lse.dtype)).sum(-1) * options.scale
     if options.softcap is not None:
         scores = options.softcap * (scores / options.softcap).tanh()
-    mask = options.attn_mask
     if mask is not None and mask.dtype != torch.bool:
-        full = mask.expand(batch, heads, num_queries, key.shape[2])
-        scores = scores + full.gather(-1, index[..., None]).squeeze(-1).to(lse.dtype)
+        batch, heads = (torch.arange(n, device=lse.device) for n in lse.shape[:2])
+        # One element of each row; row 0 of a mask that broadcasts over them stands for all.
+        full = mask.expand(*lse.shape[:2], mask.shape[2], key.shape[2])
+        row = row if mask.shape[2] > 1 else torch.zeros_like(row)
+        scores = scores + full[batch[:, None, None], heads[:, None], row, first].to(lse.dtype)
     weight = (scores - lse).exp()
     if options.sinks is not None:
         weight = weight + (options.sinks.to(lse.dtype)[:, None] - lse).exp()

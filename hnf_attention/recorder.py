@@ -52,6 +52,7 @@ class Recorder:
         self._instrumentation = instrumentation
         self._names: dict[tuple[str, int, int, str], str] = {}
         self._accumulators: dict[tuple[str, torch.device], Tensor] = {}
+        self._periods: dict[str, int] = {}  # largest sample_period since the last reading, by name
         self._stopped = False
         instrumentation.on_measure = _weakly(self)
         instrumentation.measuring = self._measures(1)
@@ -75,11 +76,12 @@ class Recorder:
         for (name, head_dim, dtype), values in self._copy_to_host():
             if not values[[SUM_FIELDS.index("rows"), SUM_FIELDS.index("nonfinite_rows")]].any():
                 continue  # known from an earlier reading, not run since
-            part = HeadStats(values, head_dim, dtype)
+            part = HeadStats(values, head_dim, dtype, self._periods[name])
             layers[name] = layers[name].merge(part) if name in layers else part
         if not layers:
             raise NothingMeasured(self._why_nothing())
         self.pending = False
+        self._periods.clear()
         snapshot = Snapshot(self.step, layers)
         self.history.append(snapshot)
         return snapshot
@@ -94,7 +96,9 @@ class Recorder:
         """Fold one attention call into its layer's accumulator, on the device, without waiting for it."""
         rows = measurement.rows
         device = rows.lse.device
-        key = (self._name(measurement), device)
+        name = self._name(measurement)
+        self._periods[name] = max(self._periods.get(name, 1), measurement.sample_period)
+        key = (name, device)
         accumulator = self._accumulators.get(key)
         if accumulator is None:
             # Made inside inference mode, it could not be added to outside of it.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .masks import mask_rows, row_chunks, visible
+from .sampling import take_rows
 from .stats import RowStats
 from .validation import Options
 
@@ -41,9 +42,9 @@ def _group(x: Tensor, kv_heads: int) -> Tensor:
     return x.reshape(batch, kv_heads, heads // max(1, kv_heads) * rows, width)
 
 
-def _score_rows(query: Tensor, key: Tensor, rows: slice, options: Options) -> _Scores:
+def _score_rows(query: Tensor, key: Tensor, rows: slice | Tensor, options: Options) -> _Scores:
     num_keys = key.shape[2]
-    part = query[:, :, rows].to(key.dtype)
+    part = (query[:, :, rows] if isinstance(rows, slice) else take_rows(query, rows)).to(key.dtype)
     scores = _group(part, key.shape[1]) @ key.transpose(-1, -2) * options.scale
     scores = scores.reshape(*part.shape[:3], num_keys)
     slope = None
@@ -64,24 +65,35 @@ def _score_rows(query: Tensor, key: Tensor, rows: slice, options: Options) -> _S
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor | None, options: Options, *, extended: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    options: Options,
+    *,
+    extended: bool = False,
+    index: Tensor | None = None,
 ) -> tuple[Tensor | None, RowStats]:
-    """Attention output (B, H, M, D_v) in the query's dtype, or None without a value, and its row statistics."""
+    """Attention output (B, H, M, D_v) in the query's dtype, or None without a value, and its row statistics.
+
+    index: take these rows only, int64 (B, H, M_s), -1 for an empty row; M_s then stands for M.
+    """
     dtype = compute_dtype(query)
     batch, heads, num_queries, _ = query.shape
+    num_queries = num_queries if index is None else index.shape[2]
     key = key.to(dtype)
     value = None if value is None else value.to(dtype)
+    chunks = row_chunks(num_queries, key.shape[2], batch * heads)
     parts = [
         _attend_rows(_score_rows(query, key, rows, options), value, options.sinks, extended)
-        for rows in row_chunks(num_queries, key.shape[2], batch * heads)
+        for rows in (chunk if index is None else index[:, :, chunk] for chunk in chunks)
     ]
     if not parts:
         out = None if value is None else query.new_zeros(batch, heads, 0, value.shape[-1])
         blanks = (query.new_zeros(batch, heads, 0, dtype=dtype) for _ in range(8 if extended else 4))
-        return out, RowStats(*blanks)
+        return out, RowStats(*blanks, row_index=index)
     columns = [None if column[0] is None else torch.cat(column, 2) for column in zip(*parts, strict=True)]
     out = None if columns[0] is None else columns[0].to(query.dtype)
-    return out, RowStats(*columns[1:])
+    return out, RowStats(*columns[1:], row_index=index)
 
 
 def _attend_rows(

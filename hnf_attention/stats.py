@@ -14,11 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .sampling import BLOCK_ROWS
+
 # Entropy verdicts need a row long enough to have a spread: entropy of a 3-key row says little.
 JUDGED_MIN_KEYS = 16
 # A row whose entropy is below this share of log(visible keys) passes almost no gradient ("dead").
 DEAD_ENTROPY_RATIO = 0.02
 
+# Means over judged rows that have a standard error where rows are sampled. Rows come in blocks, and rows
+# of a block are alike, so the error is taken from the spread between blocks (Cochran, Sampling
+# Techniques, 1977, chapter 9), for which each field has a sum of (sum over a block)^2 / rows of the block.
+ERROR_FIELDS = ("entropy_ratio", "max_weight", "sink_mass", "jacobian_trace_bound", "dead_rows")
 SUM_FIELDS = (
     "rows",  # finite rows with at least one visible key
     "judged_rows",  # of those, rows with at least JUDGED_MIN_KEYS visible keys
@@ -30,6 +36,8 @@ SUM_FIELDS = (
     "sink_mass",
     "jacobian_trace_bound",  # 1 - max_weight^2 >= 1 - sum p^2 = trace of the softmax Jacobian
     "dead_rows",
+    "judged_blocks",  # blocks of BLOCK_ROWS places with a judged row
+    *(f"{name}_blocks" for name in ERROR_FIELDS),
 )
 HISTOGRAM_BINS = 32  # of entropy_ratio over [0, 1], judged rows: for percentiles
 MAX_FIELDS = (
@@ -53,6 +61,9 @@ class RowStats:
     `score_std` and `sink_mass` are None unless asked for with `extended=True`. An empty row (no
     visible key) has lse = max_logit = -inf, min_logit = +inf, entropy = max_weight = 0. A row that
     NaN or inf reached is NaN in every field.
+
+    A sample of rows is compact: row i of (b, h) is query `row_index[b, h, i]`, int64 (B, H, M_s). Where
+    that is -1 there is no query, and the statistics are those of an empty row.
     """
 
     lse: Tensor
@@ -63,6 +74,7 @@ class RowStats:
     collision: Tensor | None = None
     score_std: Tensor | None = None
     sink_mass: Tensor | None = None
+    row_index: Tensor | None = None
 
     @property
     def max_weight(self) -> Tensor:
@@ -125,19 +137,33 @@ def fold_rows(
         # amax has no identity: a call without rows (a zero-length sequence) gets one to reduce.
         return torch.nn.functional.pad(masked, (0, 1), value=-torch.inf).amax(1)
 
+    def of_blocks(values: Tensor) -> Tensor:
+        """Sums over judged rows of BLOCK_ROWS places, sequence after sequence: (H, blocks)."""
+        flat = torch.where(judged, values.double(), 0.0).transpose(0, 1).flatten(1)
+        blocks = -(-flat.shape[1] // BLOCK_ROWS)
+        padded = torch.nn.functional.pad(flat, (0, blocks * BLOCK_ROWS - flat.shape[1]))
+        return padded.view(flat.shape[0], blocks, BLOCK_ROWS).sum(2)
+
     one = torch.ones_like(entropy)
+    judged_values = {
+        "entropy_ratio": ratio,
+        "max_weight": max_weight,
+        "sink_mass": sink_mass,
+        "jacobian_trace_bound": 1.0 - max_weight.square(),
+        "dead_rows": (ratio < DEAD_ENTROPY_RATIO).double(),
+    }
+    block_rows = of_blocks(one)
     sums = {
         "rows": total(one, finite),
         "judged_rows": total(one, judged),
         "nonfinite_rows": total(one, occupied & ~finite),
         "entropy": total(entropy, finite),
         "logit_range": total(logit_range, finite),
-        "entropy_ratio": total(ratio, judged),
-        "max_weight": total(max_weight, judged),
-        "sink_mass": total(sink_mass, judged),
-        "jacobian_trace_bound": total(1.0 - max_weight.square(), judged),
-        "dead_rows": total(one, judged & (ratio < DEAD_ENTROPY_RATIO)),
+        "judged_blocks": (block_rows > 0).sum(1).double(),
     }
+    for name, values in judged_values.items():
+        sums[name] = total(values, judged)
+        sums[f"{name}_blocks"] = (of_blocks(values).square() / block_rows.clamp(min=1.0)).sum(1)
     maxima = {
         "max_logit": largest(stats.max_logit, finite),
         "neg_min_logit": largest(-stats.min_logit, finite),
@@ -165,12 +191,19 @@ class HeadStats:
     """One layer's statistics, one number per head: every property is a float64 array of shape (H,).
 
     A number that no row could give (no judged rows, no rows at all) is NaN.
+    Of a sample of the rows, means are estimates and extremes are bounds: no maximum of all rows is
+    smaller, no minimum larger.
     `values` is the accumulator of `fold_rows`, copied to the host: (NUM_FIELDS, H).
     """
 
     values: np.ndarray
     head_dim: int
     dtype: str  # of q and k, "float32", "bfloat16", ...
+    sample_period: int = 1  # p where only one block of rows of every p was measured
+
+    @property
+    def sampled(self) -> bool:
+        return self.sample_period > 1
 
     @property
     def num_heads(self) -> int:
@@ -182,6 +215,17 @@ class HeadStats:
     def _mean(self, name: str, over: str) -> np.ndarray:
         count = self._sum(over)
         return np.divide(self._sum(name), count, out=np.full_like(count, np.nan), where=count > 0)
+
+    def _standard_error(self, name: str) -> np.ndarray:
+        """Of a mean over judged rows, from the spread between blocks; 0 of all rows, NaN of a single block."""
+        rows, blocks, total = (self._sum(x) for x in ("judged_rows", "judged_blocks", name))
+        if not self.sampled:
+            return np.where(rows > 0, 0.0, np.nan)
+        known = blocks > 1
+        between = self._sum(f"{name}_blocks") - total**2 / np.maximum(rows, 1.0)
+        variance = np.maximum(between, 0.0) / np.maximum(blocks - 1.0, 1.0) / np.maximum(rows, 1.0)
+        unseen = 1.0 - 1.0 / self.sample_period  # of the rows: what was seen has no error
+        return np.where(known, np.sqrt(variance * unseen), np.nan)
 
     def _max(self, name: str) -> np.ndarray:
         value = self.values[NUM_SUMS + MAX_FIELDS.index(name)]
@@ -210,6 +254,28 @@ class HeadStats:
     def entropy_ratio(self) -> np.ndarray:
         """Mean of entropy / log(visible keys) over judged rows."""
         return self._mean("entropy_ratio", "judged_rows")
+
+    @property
+    def entropy_ratio_stderr(self) -> np.ndarray:
+        """Standard error of `entropy_ratio` where rows were sampled; this and the others like it: 0 where
+        all were measured, NaN where a single block of rows says nothing about the spread."""
+        return self._standard_error("entropy_ratio")
+
+    @property
+    def dead_share_stderr(self) -> np.ndarray:
+        return self._standard_error("dead_rows")
+
+    @property
+    def max_weight_stderr(self) -> np.ndarray:
+        return self._standard_error("max_weight")
+
+    @property
+    def sink_mass_stderr(self) -> np.ndarray:
+        return self._standard_error("sink_mass")
+
+    @property
+    def jacobian_trace_bound_stderr(self) -> np.ndarray:
+        return self._standard_error("jacobian_trace_bound")
 
     @property
     def entropy_ratio_min(self) -> np.ndarray:
@@ -286,7 +352,7 @@ class HeadStats:
             )
         merged = self.values + other.values
         merged[NUM_SUMS:] = np.maximum(self.values[NUM_SUMS:], other.values[NUM_SUMS:])
-        return HeadStats(merged, self.head_dim, self.dtype)
+        return HeadStats(merged, self.head_dim, self.dtype, max(self.sample_period, other.sample_period))
 
 
 @dataclass(frozen=True)

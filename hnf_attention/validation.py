@@ -64,6 +64,15 @@ def _check_number(name: str, number: object, *, positive: bool) -> float:
     return float(number)
 
 
+def check_sample(sample: object) -> tuple[int, int]:
+    """Raise TypeError or ValueError for what is no (period, phase); return it."""
+    pair = isinstance(sample, tuple) and len(sample) == 2
+    whole = pair and all(isinstance(x, int) and not isinstance(x, bool) for x in sample)
+    _require(whole, "sample to be None or a tuple of two ints (period, phase)", sample, TypeError)
+    _require(sample[0] >= 1 and sample[1] >= 0, "a sample period >= 1 and phase >= 0", sample)
+    return sample
+
+
 def check(
     query: Tensor,
     key: Tensor,

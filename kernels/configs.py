@@ -28,6 +28,11 @@ _FORWARD_HALF = {
     (256, True): Tiles(128, 64, 8, 2),
     (256, False): Tiles(128, 64, 8, 2),
 }
+# The extended state spills beside anything but small tiles (read offline; not timed yet).
+_EXTENDED_HALF = {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 3), 256: Tiles(64, 32, 8, 2)}
+# A probe has no output to hold, so small tiles leave room for many programs (read offline; not timed yet).
+# A sample's blocks have 64 rows.
+_PROBE_HALF = {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(64, 64, 4, 2)}
 # fp32 products run on the plain units; small tiles keep the accumulators in registers.
 _FORWARD_FLOAT = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(32, 32, 8, 1)}
 # The backward is correct first; these fit the registers.
@@ -42,9 +47,19 @@ def _width(head_dim: int, value_dim: int) -> int:
     return max(block_dim(head_dim), block_dim(value_dim), 64)
 
 
-def forward_tiles(head_dim: int, value_dim: int, dtype: torch.dtype, is_causal: bool) -> Tiles:
+def forward_tiles(
+    head_dim: int, value_dim: int, dtype: torch.dtype, is_causal: bool, extended: bool = False
+) -> Tiles:
     width = _width(head_dim, value_dim)
-    return _FORWARD_FLOAT[width] if dtype == torch.float32 else _FORWARD_HALF[width, is_causal]
+    if dtype == torch.float32:
+        return _FORWARD_FLOAT[width]
+    return _EXTENDED_HALF[width] if extended else _FORWARD_HALF[width, is_causal]
+
+
+def probe_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the probe; its query blocks divide a sample's."""
+    width = _width(head_dim, 16)
+    return _FORWARD_FLOAT[width] if dtype == torch.float32 else _PROBE_HALF[width]
 
 
 def backward_tiles(head_dim: int, value_dim: int, dtype: torch.dtype) -> Tiles:

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..sampling import BLOCK_ROWS
 from ..stats import (
     DEAD_ENTROPY_RATIO,
     HISTOGRAM_BINS,
@@ -17,12 +18,19 @@ _NUM_SUMS = tl.constexpr(NUM_SUMS)
 _BINS = tl.constexpr(HISTOGRAM_BINS)
 _JUDGED_MIN_KEYS = tl.constexpr(JUDGED_MIN_KEYS)
 _DEAD = tl.constexpr(DEAD_ENTROPY_RATIO)
+_ROWS = tl.constexpr(BLOCK_ROWS)
 
 
 @triton.jit
 def _add(accumulator_ptr, field, heads, head, values):
     pointer = accumulator_ptr + field * heads + head
     tl.store(pointer, tl.load(pointer) + tl.sum(values, 0))
+
+
+@triton.jit
+def _of_blocks(values, judged, BLOCK: tl.constexpr):
+    """Sums over the judged rows of each block of a sample, fp64."""
+    return tl.sum(tl.reshape(tl.where(judged, values, 0.0).to(tl.float64), (BLOCK // _ROWS, _ROWS)), 1)
 
 
 @triton.jit
@@ -58,6 +66,9 @@ def _fold_kernel(
     ratios, weights, sinks, traces, dead_rows = zeros, zeros, zeros, zeros, zeros
     top_max, top_min, top_range, top_weight, top_ratio = lows, lows, lows, lows, lows
     histogram = tl.zeros([2 * _BINS], tl.float64)
+    none = tl.zeros([BLOCK // _ROWS], tl.float64)
+    judged_blocks, ratio_blocks, weight_blocks, sink_blocks = none, none, none, none
+    trace_blocks, dead_blocks = none, none
     for start in tl.range(0, batch * num_queries, BLOCK):
         index = start + tl.arange(0, BLOCK)
         b, m = index // num_queries, index % num_queries
@@ -87,6 +98,19 @@ def _fold_kernel(
         sinks += tl.where(judged, sink_mass, 0.0)
         traces += tl.where(judged, 1.0 - weight * weight, 0.0)
         dead_rows += tl.where(judged & (ratio < _DEAD), 1.0, 0.0)
+        block_rows = _of_blocks(1.0, judged, BLOCK)
+        judged_blocks += tl.where(block_rows > 0.0, 1.0, 0.0)
+        share = 1.0 / tl.maximum(block_rows, 1.0)
+        block = _of_blocks(ratio, judged, BLOCK)
+        ratio_blocks += block * block * share
+        block = _of_blocks(weight, judged, BLOCK)
+        weight_blocks += block * block * share
+        block = _of_blocks(sink_mass, judged, BLOCK)
+        sink_blocks += block * block * share
+        block = _of_blocks(1.0 - weight * weight, judged, BLOCK)
+        trace_blocks += block * block * share
+        block = _of_blocks(1.0, judged & (ratio < _DEAD), BLOCK)
+        dead_blocks += block * block * share
         top_max = tl.maximum(top_max, tl.where(finite, max_logit, -infinity))
         top_min = tl.maximum(top_min, tl.where(finite, -min_logit, -infinity))
         top_range = tl.maximum(top_range, tl.where(finite, logit_range, -infinity))
@@ -106,6 +130,12 @@ def _fold_kernel(
     _add(accumulator_ptr, 7, heads, head, sinks)
     _add(accumulator_ptr, 8, heads, head, traces)
     _add(accumulator_ptr, 9, heads, head, dead_rows)
+    _add(accumulator_ptr, 10, heads, head, judged_blocks)
+    _add(accumulator_ptr, 11, heads, head, ratio_blocks)
+    _add(accumulator_ptr, 12, heads, head, weight_blocks)
+    _add(accumulator_ptr, 13, heads, head, sink_blocks)
+    _add(accumulator_ptr, 14, heads, head, trace_blocks)
+    _add(accumulator_ptr, 15, heads, head, dead_blocks)
     offs = tl.arange(0, 2 * _BINS)
     pointers = accumulator_ptr + (_NUM_SUM_FIELDS + offs) * heads + head
     tl.store(pointers, tl.load(pointers, mask=offs < _BINS, other=0.0) + histogram, mask=offs < _BINS)
@@ -119,7 +149,7 @@ def _fold_kernel(
 
 
 # The stores above follow this order; a field added in one place only must not go unnoticed.
-assert (len(SUM_FIELDS), len(MAX_FIELDS)) == (10, 7), "kernels/fold.py does not cover every field of stats.py"
+assert (len(SUM_FIELDS), len(MAX_FIELDS)) == (16, 7), "kernels/fold.py does not cover every field of stats.py"
 
 
 def fold_rows(accumulator, rows, visible_keys, sink_mass, query_norm, key_norm):

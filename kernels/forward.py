@@ -12,11 +12,13 @@ from .primitives import (
     bend_and_mask,
     block_dim,
     describe,
+    first_weight,
     key_range,
     load_tile,
     mask_arguments,
     softmax_finish,
     softmax_update,
+    start_more,
 )
 
 
@@ -49,10 +51,13 @@ def _attend(
     MASK: tl.constexpr,
     NATURAL: tl.constexpr,
     EXACT: tl.constexpr,
+    EXTENDED: tl.constexpr,
     HAS_VALUE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    m_i, l_i, w_i, low, acc = state
+    m_i, l_i, w_i, low, more, acc = state
+    # Elsewhere a row that has seen no key yet meets one at the first place of a part.
+    SCATTERED: tl.constexpr = MASKED and (WINDOWED or MASK != NO_MASK)
     for start_n in tl.range(lo, hi, BLOCK_N):
         k = load_tile(k_desc, batch, kv_head, start_n, BLOCK_N, BLOCK_D)
         s = tl.dot(q, k.T, input_precision="ieee")
@@ -77,43 +82,52 @@ def _attend(
             MASKED,
         )
         low = tl.minimum(low, tl.min(tl.where(seen, s, float("inf")) if MASKED else s, 1))
-        m_i, l_i, w_i, p, alpha = softmax_update(m_i, l_i, w_i, s, seen, unit, MASKED, EXACT)
+        if EXTENDED:
+            unseen = more[4] == 0.0
+        m_i, l_i, w_i, more, p, alpha = softmax_update(
+            m_i, l_i, w_i, more, s, seen, unit, MASKED, EXACT, EXTENDED
+        )
+        if EXTENDED and (SCATTERED or start_n == lo):
+            more = first_weight(more, unseen, p, seen, offs_n[None, :], start_n, SCATTERED)
         if HAS_VALUE:
             v = load_tile(v_desc, batch, kv_head, start_n, BLOCK_N, BLOCK_DV)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-    return m_i, l_i, w_i, low, acc
+    return m_i, l_i, w_i, low, more, acc
 
 
-@triton.jit(do_not_specialize=["window"])
-def _forward_kernel(
+@triton.jit
+def program_block(num_bh, num_blocks, HEAD_GROUP: tl.constexpr):
+    """This program's (batch * head, block): late blocks first (under a causal mask they are the long
+    ones), HEAD_GROUP heads abreast. Heads from `num_bh` on are nobody's."""
+    group = tl.program_id(0) // (HEAD_GROUP * num_blocks)
+    inside = tl.program_id(0) % (HEAD_GROUP * num_blocks)
+    return group * HEAD_GROUP + inside % HEAD_GROUP, num_blocks - 1 - inside // HEAD_GROUP
+
+
+@triton.jit
+def attend(
     q_desc,
     k_desc,
     v_desc,
-    out_ptr,
-    lse_ptr,
-    entropy_ptr,
-    max_ptr,
-    min_ptr,
     mask_ptr,
     sink_ptr,
     stride_mask_b,
     stride_mask_h,
     stride_mask_m,
     stride_mask_n,
-    num_bh,
-    heads,
+    batch,
+    head,
+    start_m,
     num_queries,
     num_keys,
     scale,
     softcap,
     window,
-    VALUE_DIM: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    HEAD_GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -121,19 +135,10 @@ def _forward_kernel(
     MASK: tl.constexpr,
     NATURAL: tl.constexpr,
     EXACT: tl.constexpr,
+    EXTENDED: tl.constexpr,
     HAS_VALUE: tl.constexpr,
 ):
-    # Late query blocks first (under a causal mask they are the long ones), HEAD_GROUP heads abreast.
-    num_blocks = tl.cdiv(num_queries, BLOCK_M)
-    group, inside = (
-        tl.program_id(0) // (HEAD_GROUP * num_blocks),
-        tl.program_id(0) % (HEAD_GROUP * num_blocks),
-    )
-    bh = group * HEAD_GROUP + inside % HEAD_GROUP
-    if bh >= num_bh:
-        return
-    start_m = (num_blocks - 1 - inside // HEAD_GROUP) * BLOCK_M
-    batch, head = bh // heads, bh % heads
+    """One block of query rows against all its keys: (statistics as `softmax_finish` gives them, output)."""
     kv_head = head // GROUP
     offs_m = start_m + tl.arange(0, BLOCK_M)
     if MASK != NO_MASK:
@@ -147,6 +152,7 @@ def _forward_kernel(
         tl.zeros([BLOCK_M], tl.float32),
         tl.zeros([BLOCK_M], tl.float32),
         tl.full([BLOCK_M], float("inf"), tl.float32),
+        start_more(BLOCK_M, EXTENDED),
         tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
     )
     lo, full_lo, full_hi, hi = key_range(start_m, num_keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASK)
@@ -187,57 +193,155 @@ def _forward_kernel(
                 MASK,
                 NATURAL,
                 EXACT,
+                EXTENDED,
                 HAS_VALUE,
                 part != 1,
             )
-    m_i, l_i, w_i, low, acc = state
+    m_i, l_i, w_i, low, more, acc = state
     sink = 0.0
     if SINKS:
         sink = tl.load(sink_ptr + head).to(tl.float32) / to_natural
-    lse, entropy, max_logit, min_logit, normalise = softmax_finish(
-        m_i, l_i, w_i, low, unit, to_natural, sink, SINKS
+    core, more, normalise = softmax_finish(m_i, l_i, w_i, low, more, unit, to_natural, sink, SINKS, EXTENDED)
+    return core, more, acc * normalise[:, None]
+
+
+@triton.jit
+def store_rows(
+    core,
+    more,
+    lse_ptr,
+    entropy_ptr,
+    max_ptr,
+    min_ptr,
+    more_ptr,
+    stride_more,
+    row,
+    inside,
+    EXTENDED: tl.constexpr,
+):
+    """Statistics of some rows to their places `row`; those of `more` lie `stride_more` apart."""
+    lse, entropy, max_logit, min_logit = core
+    tl.store(lse_ptr + row, lse, mask=inside)
+    tl.store(entropy_ptr + row, entropy, mask=inside)
+    tl.store(max_ptr + row, max_logit, mask=inside)
+    tl.store(min_ptr + row, min_logit, mask=inside)
+    if EXTENDED:
+        for field in tl.static_range(4):
+            tl.store(more_ptr + row, more[field], mask=inside)
+            more_ptr += stride_more
+
+
+@triton.jit(do_not_specialize=["window"])
+def _forward_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    out_ptr,
+    lse_ptr,
+    entropy_ptr,
+    max_ptr,
+    min_ptr,
+    more_ptr,
+    stride_more,
+    mask_ptr,
+    sink_ptr,
+    stride_mask_b,
+    stride_mask_h,
+    stride_mask_m,
+    stride_mask_n,
+    num_bh,
+    heads,
+    num_queries,
+    num_keys,
+    scale,
+    softcap,
+    window,
+    VALUE_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    HEAD_GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    MASK: tl.constexpr,
+    NATURAL: tl.constexpr,
+    EXACT: tl.constexpr,
+    EXTENDED: tl.constexpr,
+):
+    bh, block = program_block(num_bh, tl.cdiv(num_queries, BLOCK_M), HEAD_GROUP)
+    if bh >= num_bh:
+        return
+    start_m = block * BLOCK_M
+    core, more, out = attend(
+        q_desc,
+        k_desc,
+        v_desc,
+        mask_ptr,
+        sink_ptr,
+        stride_mask_b,
+        stride_mask_h,
+        stride_mask_m,
+        stride_mask_n,
+        bh // heads,
+        bh % heads,
+        start_m,
+        num_queries,
+        num_keys,
+        scale,
+        softcap,
+        window,
+        GROUP,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+        BLOCK_DV,
+        CAUSAL,
+        WINDOWED,
+        SOFTCAP,
+        SINKS,
+        MASK,
+        NATURAL,
+        EXACT,
+        EXTENDED,
+        True,
     )
-    first_row = bh.to(tl.int64) * num_queries
-    inside_rows = offs_m < num_queries
-    tl.store(lse_ptr + first_row + offs_m, lse, mask=inside_rows)
-    tl.store(entropy_ptr + first_row + offs_m, entropy, mask=inside_rows)
-    tl.store(max_ptr + first_row + offs_m, max_logit, mask=inside_rows)
-    tl.store(min_ptr + first_row + offs_m, min_logit, mask=inside_rows)
-    if HAS_VALUE:
-        offs_d = tl.arange(0, BLOCK_DV)
-        pointers = out_ptr + (first_row + offs_m)[:, None] * VALUE_DIM + offs_d[None, :]
-        acc = acc * normalise[:, None]
-        inside_out = inside_rows[:, None] & (offs_d[None, :] < VALUE_DIM)
-        tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=inside_out)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    row = bh.to(tl.int64) * num_queries + offs_m
+    inside = offs_m < num_queries
+    store_rows(
+        core, more, lse_ptr, entropy_ptr, max_ptr, min_ptr, more_ptr, stride_more, row, inside, EXTENDED
+    )
+    offs_d = tl.arange(0, BLOCK_DV)
+    pointers = out_ptr + row[:, None] * VALUE_DIM + offs_d[None, :]
+    inside_out = inside[:, None] & (offs_d[None, :] < VALUE_DIM)
+    tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=inside_out)
 
 
-def forward(query, key, value, options, tiles=None):
-    """(out, lse, entropy, max_logit, min_logit); `out` is an empty placeholder without a value.
+def new_rows(shape, device, extended, blank):
+    """[lse, entropy, max_logit, min_logit, more] to write to, fp32 of `shape` (B, H, M), as empty rows if `blank`.
 
-    query (B, H, M, D), key (B, H_kv, N, D), value (B, H_kv, N, D_v) or None; D, D_v <= 256; fp16, bf16
-    or fp32; any strides. Statistics are fp32 (B, H, M). `options` are validated `Options`.
+    `more` is (4, B, H, M): logit_var, collision, score_std, sink_mass; or without elements.
     """
+    rows = [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(4)]
+    rows.append(torch.empty((4, *shape) if extended else (0,), dtype=torch.float32, device=device))
+    if blank:
+        for row_stat, number in zip(rows, (-torch.inf, 0.0, -torch.inf, torch.inf, 0.0)):
+            row_stat.fill_(number)
+    return rows
+
+
+def launch_arguments(query, key, options, extended, tiles):
+    """(positional arguments, constants) that a kernel around `attend` takes after its outputs."""
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, num_keys = key.shape[1:3]
-    value_dim = 16 if value is None else value.shape[3]
-    rows = (batch, heads, num_queries)
-    stats = [torch.empty(rows, dtype=torch.float32, device=query.device) for _ in range(4)]
-    out = query.new_empty((0,) if value is None else (batch, heads, num_queries, value_dim))
-    if stats[0].numel() == 0 or num_keys == 0:
-        for row_stat, number in zip(stats, (-torch.inf, 0.0, -torch.inf, torch.inf), strict=True):
-            row_stat.fill_(number)
-        return out.zero_(), *stats
-    tiles = tiles or forward_tiles(head_dim, value_dim, query.dtype, options.is_causal)
     mask, mask_strides, mask_kind = mask_arguments(options.attn_mask, (batch, heads, num_queries, num_keys))
     exact = query.dtype == torch.float32
     natural = exact or options.scale <= 0 or options.softcap is not None or mask_kind == ADDITIVE_MASK.value
-    k_desc = describe(key, tiles.block_n)
-    _forward_kernel[(grid_1d(triton.cdiv(num_queries, tiles.block_m), batch * heads),)](
-        describe(query, tiles.block_m),
-        k_desc,
-        k_desc if value is None else describe(value, tiles.block_n),
-        out,
-        *stats,
+    positional = (
         mask,
         options.sinks,
         *mask_strides,
@@ -248,22 +352,52 @@ def forward(query, key, value, options, tiles=None):
         options.scale,
         options.softcap or 0.0,
         options.window_size or 0,
-        VALUE_DIM=value_dim,
-        GROUP=heads // kv_heads,
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
-        BLOCK_D=block_dim(head_dim),
-        BLOCK_DV=block_dim(value_dim),
-        HEAD_GROUP=HEAD_GROUP,
-        CAUSAL=options.is_causal,
-        WINDOWED=options.window_size is not None,
-        SOFTCAP=options.softcap is not None,
-        SINKS=options.sinks is not None,
-        MASK=mask_kind,
-        NATURAL=natural,
-        EXACT=exact,
-        HAS_VALUE=value is not None,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
     )
-    return out, *stats
+    constants = {
+        "GROUP": heads // kv_heads,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_D": block_dim(head_dim),
+        "HEAD_GROUP": HEAD_GROUP,
+        "CAUSAL": options.is_causal,
+        "WINDOWED": options.window_size is not None,
+        "SOFTCAP": options.softcap is not None,
+        "SINKS": options.sinks is not None,
+        "MASK": mask_kind,
+        "NATURAL": natural,
+        "EXACT": exact,
+        "EXTENDED": extended,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+    return positional, constants
+
+
+def forward(query, key, value, options, tiles=None, extended=False):
+    """(out, lse, entropy, max_logit, min_logit, more), the last as `new_rows` says.
+
+    query (B, H, M, D), key (B, H_kv, N, D), value (B, H_kv, N, D_v); D, D_v <= 256; fp16, bf16 or
+    fp32; any strides. Statistics are fp32 (B, H, M). `options` are validated `Options`.
+    """
+    batch, heads, num_queries, head_dim = query.shape
+    num_keys, value_dim = value.shape[2:]
+    out = query.new_empty(batch, heads, num_queries, value_dim)
+    idle = batch * heads * num_queries * num_keys == 0
+    rows = new_rows((batch, heads, num_queries), query.device, extended, blank=idle)
+    if idle:
+        return out.zero_(), *rows
+    tiles = tiles or forward_tiles(head_dim, value_dim, query.dtype, options.is_causal, extended)
+    arguments, constants = launch_arguments(query, key, options, extended, tiles)
+    _forward_kernel[(grid_1d(triton.cdiv(num_queries, tiles.block_m), batch * heads),)](
+        describe(query, tiles.block_m),
+        describe(key, tiles.block_n),
+        describe(value, tiles.block_n),
+        out,
+        *rows,
+        rows[0].numel(),
+        *arguments,
+        VALUE_DIM=value_dim,
+        BLOCK_DV=block_dim(value_dim),
+        **constants,
+    )
+    return out, *rows

@@ -3,6 +3,10 @@
 The state of a row is (m, l, w): running maximum, sum of exp2(t) and sum of exp2(t) * t, where
 t = (s - m) * unit <= 0 is the shifted score in log2 units and `unit` turns scores into them. Scores
 `s` are raw q.k where nothing bends them (unit = scale * log2 e), else natural (unit = log2 e).
+
+The extended state `more` of a row is (b, c, mean, m2, count, first): sums of exp2(t) * t^2 and of
+exp2(t)^2; mean, sum of squared deviations and number of its visible scores, unweighted; and exp2(t) of
+its first visible key.
 """
 
 import torch
@@ -143,7 +147,19 @@ def key_range(
 
 
 @triton.jit
-def softmax_update(m_i, l_i, w_i, s, seen, unit, MASKED: tl.constexpr, EXACT: tl.constexpr):
+def start_more(ROWS: tl.constexpr, EXTENDED: tl.constexpr):
+    """The extended state of rows that have seen nothing; nothing where it is not asked for."""
+    if EXTENDED:
+        zeros = tl.zeros([ROWS], tl.float32)
+        return zeros, zeros, zeros, zeros, zeros, zeros
+    else:
+        return ()
+
+
+@triton.jit
+def softmax_update(
+    m_i, l_i, w_i, more, s, seen, unit, MASKED: tl.constexpr, EXACT: tl.constexpr, EXTENDED: tl.constexpr
+):
     """Take one tile of scores into the running state; returns the state, exp2(t), and the rescaling.
 
     EXACT subtracts before it scales. Otherwise one fused multiply-add does both, whose rounding of
@@ -163,14 +179,56 @@ def softmax_update(m_i, l_i, w_i, s, seen, unit, MASKED: tl.constexpr, EXACT: tl
     p = tl.exp2(t)
     # 0 * -inf is NaN: right for a visible score of -inf (an infinite input), wrong for a hidden one.
     pt = tl.where(seen, p * t, 0.0) if MASKED else p * t
+    if EXTENDED:
+        b_i, c_i, mean, m2, count, first = more
+        ptt = tl.where(seen, pt * t, 0.0) if MASKED else pt * t
+        b_i = alpha * (b_i + d * (2.0 * w_i + d * l_i)) + tl.sum(ptt, 1)
+        c_i = alpha * alpha * c_i + tl.sum(p * p, 1)
+        mean, m2, count = _take_in(mean, m2, count, s, seen, MASKED)
+        more = b_i, c_i, mean, m2, count, first * alpha
     w_i = alpha * (w_i + l_i * d) + tl.sum(pt, 1)
     l_i = l_i * alpha + tl.sum(p, 1)
-    return m_new, l_i, w_i, p, alpha
+    return m_new, l_i, w_i, more, p, alpha
 
 
 @triton.jit
-def softmax_finish(m_i, l_i, w_i, low, unit, to_natural, sink, SINKS: tl.constexpr):
-    """(lse, entropy, max_logit, min_logit) in nats, and the factor that normalises the output.
+def _take_in(mean, m2, count, s, seen, MASKED: tl.constexpr):
+    """Mean, squared deviations and number of scores with one tile more (Chan, Golub and LeVeque 1979)."""
+    if MASKED:
+        number = tl.sum(tl.where(seen, 1.0, 0.0), 1)
+        tile_mean = tl.sum(tl.where(seen, s, 0.0), 1) / tl.maximum(number, 1.0)
+        deviation = tl.where(seen, s - tile_mean[:, None], 0.0)
+    else:
+        number = s.shape[1]
+        tile_mean = tl.sum(s, 1) / number
+        deviation = s - tile_mean[:, None]
+    total = count + number
+    share = number / tl.maximum(total, 1.0)
+    apart = tile_mean - mean
+    m2 += tl.sum(deviation * deviation, 1) + apart * apart * count * share
+    return mean + apart * share, m2, total
+
+
+@triton.jit
+def first_weight(more, unseen, p, seen, columns, start_n, SCATTERED: tl.constexpr):
+    """The extended state with the first visible key of a tile, for rows that had seen no key before it.
+
+    SCATTERED = False promises that it is the tile's first key for all of them.
+    """
+    b_i, c_i, mean, m2, count, first = more
+    place = start_n
+    if SCATTERED:
+        place = tl.min(tl.where(seen, columns, 2147483647), 1)[:, None]
+    weight = tl.sum(tl.where(columns == place, p, 0.0), 1)
+    return b_i, c_i, mean, m2, count, tl.where(unseen, weight, first)
+
+
+@triton.jit
+def softmax_finish(
+    m_i, l_i, w_i, low, more, unit, to_natural, sink, SINKS: tl.constexpr, EXTENDED: tl.constexpr
+):
+    """(lse, entropy, max_logit, min_logit) in nats; (logit_var, collision, score_std, sink_mass) or (); and
+    the factor that normalises the output.
 
     `sink` is in score units. Empty rows give lse = -inf, entropy = 0; rows that NaN or inf reached
     give NaN everywhere.
@@ -183,9 +241,16 @@ def softmax_finish(m_i, l_i, w_i, low, unit, to_natural, sink, SINKS: tl.constex
         d = (shift - top) * unit
         z = (sink - top) * unit
         factor = tl.exp2(d)
+        e_sink = tl.exp2(z)
         # A sink of -inf is no sink: 0 * -inf must not become NaN.
-        w_i = factor * (w_i + l_i * d) + tl.where(z == -float("inf"), 0.0, tl.exp2(z) * z)
-        l_i = factor * l_i + tl.exp2(z)
+        z = tl.where(z == -float("inf"), 0.0, z)
+        if EXTENDED:
+            b_i, c_i, mean, m2, count, first = more
+            b_i = factor * (b_i + d * (2.0 * w_i + d * l_i)) + e_sink * z * z
+            c_i = factor * factor * c_i + e_sink * e_sink
+            more = b_i, c_i, mean, m2, count, factor * first + e_sink
+        w_i = factor * (w_i + l_i * d) + e_sink * z
+        l_i = factor * l_i + e_sink
         shift = top
     broken = (l_i + w_i) != (l_i + w_i)
     nan = float("nan")
@@ -195,10 +260,22 @@ def softmax_finish(m_i, l_i, w_i, low, unit, to_natural, sink, SINKS: tl.constex
     entropy = tl.where(empty & (broken == 0), 0.0, log_l - LN_2 * w_i / l_safe)
     max_logit = tl.where(broken, nan, m_i * to_natural)
     min_logit = tl.where(broken, nan, low * to_natural)
-    return (
-        tl.where(broken, nan, lse),
-        tl.where(broken, nan, entropy),
-        max_logit,
-        min_logit,
-        factor / l_safe,
-    )
+    if EXTENDED:
+        b_i, c_i, mean, m2, count, first = more
+        t_mean = w_i / l_safe
+        logit_var = LN_2 * LN_2 * tl.maximum(b_i / l_safe - t_mean * t_mean, 0.0)
+        collision = c_i / (l_safe * l_safe)
+        score_std = tl.sqrt(m2 / tl.maximum(count, 1.0)) * to_natural
+        more = (
+            _unless(logit_var, empty, broken),
+            _unless(collision, empty, broken),
+            _unless(score_std, empty, broken),
+            _unless(first / l_safe, empty, broken),
+        )
+    core = tl.where(broken, nan, lse), tl.where(broken, nan, entropy), max_logit, min_logit
+    return core, more, factor / l_safe
+
+
+@triton.jit
+def _unless(number, empty, broken):
+    return tl.where(broken, float("nan"), tl.where(empty, 0.0, number))

@@ -126,10 +126,9 @@ def random_cases():
     )
 
 
-def oracle(case: Case, q, k, v, mask, sinks):
-    """(out, lse, entropy, max_logit, min_logit) in fp64 from the full score matrix, written independently."""
-    q, k, v = q.double(), k.double(), v.double()
-    k, v = (x.repeat_interleave(case.group, 1) for x in (k, v))
+def _oracle_scores(case: Case, q, k, mask):
+    """Scores (B, H, M, N) in fp64, -inf where hidden, and where that is."""
+    q, k = q.double(), k.double().repeat_interleave(case.group, 1)
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if case.scale is None else case.scale)
     if case.softcap is not None:
         scores = case.softcap * torch.tanh(scores / case.softcap)
@@ -145,11 +144,40 @@ def oracle(case: Case, q, k, v, mask, sinks):
     elif mask is not None:
         scores = scores + mask.double()
         hidden |= mask == -torch.inf
-    scores = scores.masked_fill(hidden, -torch.inf)
-    rows = scores
-    if sinks is not None:
-        sink = sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)
-        rows = torch.cat([scores, sink], -1)
+    return scores.masked_fill(hidden, -torch.inf), hidden.expand(scores.shape)
+
+
+def _with_sinks(scores, sinks):
+    if sinks is None:
+        return scores
+    return torch.cat([scores, sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+
+
+EXTENDED = ("logit_var", "collision", "score_std", "sink_mass")
+
+
+def extended_oracle(case: Case, q, k, v, mask, sinks):
+    """The statistics of EXTENDED, (B, H, M) in fp64, each from its definition."""
+    scores, hidden = _oracle_scores(case, q, k, mask)
+    elements = _with_sinks(scores, sinks)
+    p = elements.softmax(-1).nan_to_num()
+    finite = elements.masked_fill(elements == -torch.inf, 0.0)
+    mean = (p * finite).sum(-1, keepdim=True)
+    count = (~hidden).sum(-1)
+    plain = scores.masked_fill(hidden, 0.0)
+    plain_mean = plain.sum(-1, keepdim=True) / count.clamp(min=1)[..., None]
+    spread = (plain - plain_mean).square().masked_fill(hidden, 0.0).sum(-1) / count.clamp(min=1)
+    first = (~hidden).int().argmax(-1, keepdim=True)
+    weight_of_first = p.gather(-1, first).squeeze(-1) + p[..., k.shape[2] :].sum(-1)
+    statistics = ((p * (finite - mean).square()).sum(-1), p.square().sum(-1), spread.sqrt(), weight_of_first)
+    return tuple(x.masked_fill(count == 0, 0.0) for x in statistics)
+
+
+def oracle(case: Case, q, k, v, mask, sinks):
+    """(out, lse, entropy, max_logit, min_logit) in fp64 from the full score matrix, written independently."""
+    scores, hidden = _oracle_scores(case, q, k, mask)
+    v = v.double().repeat_interleave(case.group, 1)
+    rows = _with_sinks(scores, sinks)
     empty = hidden.all(-1)
     log_p = rows.log_softmax(-1)
     p = log_p.exp()
@@ -162,6 +190,19 @@ def oracle(case: Case, q, k, v, mask, sinks):
         scores.amax(-1),
         torch.where(hidden, torch.inf, scores).amin(-1),
     )
+
+
+def close(got, expected, tolerance, name):
+    """Assert equal infinities and NaNs, and differences within `tolerance` of the largest number (or 1)."""
+    got, expected = got.double(), expected.double()
+    assert got.shape == expected.shape, f"{name}: {got.shape}, expected {expected.shape}"
+    assert torch.equal(got.isinf(), expected.isinf()), f"{name}: other infinities"
+    assert torch.equal(got.isnan(), expected.isnan()), f"{name}: other NaNs"
+    difference = (got - expected).nan_to_num(0, 0, 0).abs()
+    if not expected.numel():
+        return
+    allowed = tolerance * expected.nan_to_num(0, 0, 0).abs().amax().clamp(min=1.0)
+    assert difference.max() <= allowed, f"{name}: off by {difference.max():.2e}, allowed {allowed:.2e}"
 
 
 HEAD_DIMS = [16, 32, 64, 80, 96, 112, 128, (192, 128), 256]  # (D, D_v) for MLA

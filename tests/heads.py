@@ -5,7 +5,15 @@ import torch
 
 from hnf_attention import attention_stats, ops
 from hnf_attention.instrument import Coverage, Measurement
-from hnf_attention.stats import MAX_FIELDS, NUM_SUMS, SUM_FIELDS, HeadStats, Snapshot, new_accumulator
+from hnf_attention.stats import (
+    ERROR_FIELDS,
+    MAX_FIELDS,
+    NUM_SUMS,
+    SUM_FIELDS,
+    HeadStats,
+    Snapshot,
+    new_accumulator,
+)
 
 # A healthy head: spread attention, small scores.
 HEALTHY = dict(
@@ -26,14 +34,25 @@ HEALTHY = dict(
 )
 
 
-def head_stats(heads=4, head_dim=64, dtype="float32", **numbers):
+def head_stats(heads=4, head_dim=64, dtype="float32", sample_period=1, **numbers):
     """HeadStats of `heads` heads: HEALTHY, but for `numbers` (a number, or one per head)."""
     columns = {k: np.broadcast_to(np.float64(v), heads) for k, v in {**HEALTHY, **numbers}.items()}
     values = new_accumulator(heads, "cpu").numpy()
     rows, judged = columns["rows"], columns["judged_rows"]
     columns["dead_rows"] = columns["dead_share"]
+    # Ten blocks whose means differ by a standard deviation of 0.1 of their mean.
+    columns["judged_blocks"] = np.full(heads, 10.0)
+    for name in ERROR_FIELDS:
+        columns[f"{name}_blocks"] = columns[name] ** 2 * (1 + 0.1**2 * 9 / 10)
     for index, name in enumerate(SUM_FIELDS):
-        count = {"rows": 1.0, "judged_rows": 1.0, "nonfinite_rows": 1.0, "entropy": rows, "logit_range": rows}
+        count = {
+            "rows": 1.0,
+            "judged_rows": 1.0,
+            "judged_blocks": 1.0,
+            "nonfinite_rows": 1.0,
+            "entropy": rows,
+            "logit_range": rows,
+        }
         values[index] = columns[name] * count.get(name, judged)
     bins = (columns["entropy_ratio"] * 32).clip(0, 31).astype(int)
     values[len(SUM_FIELDS) + bins, np.arange(heads)] = judged
@@ -45,7 +64,7 @@ def head_stats(heads=4, head_dim=64, dtype="float32", **numbers):
     }
     for index, name in enumerate(MAX_FIELDS):
         values[NUM_SUMS + index] = maxima[name]
-    return HeadStats(values, head_dim, dtype)
+    return HeadStats(values, head_dim, dtype, sample_period)
 
 
 def snapshot(step=1, **layers):

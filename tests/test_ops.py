@@ -67,8 +67,9 @@ def test_opcheck(name, device):
     q, k, v, mask, sinks = case.tensors(device=device)
     o = case.options(q, k, v, mask, sinks)
     q.requires_grad_()
-    arguments = (q, k, v, o.attn_mask, o.sinks, o.is_causal, o.scale, o.window_size, o.softcap)
-    torch.library.opcheck(ops._forward_op, arguments)
+    for extended in (False, True):
+        torch.library.opcheck(ops._forward_op, (q, k, v, *ops._flat(o), extended))
+    torch.library.opcheck(ops._sample_op, (q.detach(), k, *ops._flat(o), True, 2, 1))
 
 
 def test_compiles_to_a_full_graph(device):

@@ -197,3 +197,22 @@ def test_sums_come_first_in_the_accumulator():
     assert accumulator.shape == (NUM_FIELDS, 3) and accumulator.dtype == torch.float64
     assert (accumulator[: len(SUM_FIELDS) + HISTOGRAM_BINS] == 0).all()
     assert (accumulator[len(SUM_FIELDS) + HISTOGRAM_BINS :] == -torch.inf).all()
+
+
+def test_standard_errors_are_the_spread_of_the_means():
+    """500 heads draw 10 of 160 blocks of rows, alike within a block; some rows are not judged."""
+    generator = torch.Generator().manual_seed(0)
+    block = torch.rand(500, 160, 1, generator=generator)
+    ratio = 0.2 + 0.5 * block + 0.1 * torch.rand(500, 160, 64, generator=generator)
+    visible = torch.full((1, 500, 640), 100)
+    visible[:, :, :40] = JUDGED_MIN_KEYS - 1
+    entropy = ratio[:, :10].reshape(1, 500, 640) * math.log(100)
+    rows = RowStats(torch.zeros_like(entropy), entropy, torch.zeros_like(entropy), torch.zeros_like(entropy))
+    accumulator = new_accumulator(500, "cpu")
+    fold_rows(accumulator, rows, visible, torch.zeros_like(entropy), torch.ones(500), torch.ones(500))
+    stats = HeadStats(accumulator.numpy(), 8, "float32", sample_period=16)
+    off = stats.entropy_ratio - ratio.mean((1, 2)).numpy()
+    assert np.sqrt((off**2).mean() / (stats.entropy_ratio_stderr**2).mean()) == pytest.approx(1.0, abs=0.08)
+    assert not stats.max_weight_stderr.any(), "the same in every block"
+    whole = HeadStats(accumulator.numpy(), 8, "float32")
+    assert not whole.entropy_ratio_stderr.any()

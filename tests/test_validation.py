@@ -59,6 +59,23 @@ def test_options(keywords, error, words):
         attention_stats(q, k, **keywords)
 
 
+@pytest.mark.parametrize(
+    ("sample", "error", "words"),
+    [
+        (16, TypeError, r"tuple of two ints \(period, phase\), got 16"),
+        ((16, 0, 0), TypeError, "tuple of two ints"),
+        ((16, 0.5), TypeError, "tuple of two ints"),
+        ((True, 0), TypeError, "tuple of two ints"),
+        ((0, 0), ValueError, r"period >= 1 and phase >= 0, got \(0, 0\)"),
+        ((4, -1), ValueError, "phase >= 0"),
+    ],
+)
+def test_samples(sample, error, words):
+    q, k, _ = _qkv()
+    with pytest.raises(error, match=words):
+        attention_stats(q, k, sample=sample)
+
+
 def test_dtypes_and_devices():
     q, k, v = _qkv()
     with pytest.raises(TypeError, match="query's dtype torch.float32, got torch.float16"):

@@ -32,6 +32,11 @@ HEAD_FIELDS = (
     "max_weight",
     "sink_mass",
     "jacobian_trace_bound",
+    "entropy_ratio_stderr",
+    "dead_share_stderr",
+    "max_weight_stderr",
+    "sink_mass_stderr",
+    "jacobian_trace_bound_stderr",
     "logit_range",
     "logit_range_max",
     "max_logit",
@@ -168,7 +173,8 @@ def _layer_dict(stats: HeadStats) -> dict[str, Any]:
     numbers["log2_curvature"] = theory.hnf_curvature_bound(
         stats.query_norm, stats.key_norm, stats.head_dim, stats.max_abs_logit
     )
-    return {"num_heads": stats.num_heads, "head_dim": stats.head_dim, "dtype": stats.dtype, **numbers}
+    described = {name: getattr(stats, name) for name in ("num_heads", "head_dim", "dtype", "sample_period")}
+    return described | numbers
 
 
 def _jsonable(value: Any) -> Any:

@@ -57,7 +57,7 @@ def overflow_risk(history: Sequence[Snapshot]) -> list[StabilityIssue]:
                 continue
             severity, name, value, why = tier
             evidence = (
-                f"{_head(layer, head)}: largest |score| {size[head]:.4g} at step {latest.step}, {why}"
+                f"{_head(layer, head)}: largest |score| {_peak(stats, size[head])} at step {latest.step}, {why}"
                 f"{_pace(lines, head)}{_naive(stats, size[head])}"
             )
             suggestion = CLIP_AND_SLOW if severity == "error" else f"{CLIP} if it keeps rising"
@@ -109,9 +109,10 @@ def entropy_collapse(history: Sequence[Snapshot]) -> list[StabilityIssue]:
             name, value = _sharpness(ratio[head], dead[head], bool(collapsed[head]))
             alike = collapsed if collapsed[head] else low
             evidence = (
-                f"{_head(layer, head)}: entropy ratio {ratio[head]:.3f} (10th percentile "
+                f"{_head(layer, head)}: entropy ratio "
+                f"{ratio[head]:.3f}{_error(stats.entropy_ratio_stderr[head])} (10th percentile "
                 f"{stats.entropy_ratio_p10[head]:.3f}, {dead[head]:.0%} dead rows) at step {latest.step}, "
-                f"like {alike.sum()} of the layer's {len(alike)} heads, with scores up to {size[head]:.4g}"
+                f"like {alike.sum()} of the layer's {len(alike)} heads, with scores up to {_peak(stats, size[head])}"
                 f"{' and rising' if lines.rising[head] else ''}{_sink_note(stats, head)}"
             )
             if real[head]:
@@ -150,9 +151,9 @@ def _forecasts(
     for head in np.flatnonzero(judged & falling & large_by_then):
         evidence = (
             f"{_head(layer, head)}: will collapse in about {eta[head]:.0f} steps: entropy ratio "
-            f"{stats.entropy_ratio[head]:.3f} at step {latest.step} falls by "
+            f"{stats.entropy_ratio[head]:.3f}{_error(stats.entropy_ratio_stderr[head])} at step {latest.step} falls by "
             f"{-100 * line.slope[head]:.2g} per 100 steps, while the largest |score| "
-            f"({score_size(stats)[head]:.4g}) rises"
+            f"({_peak(stats, score_size(stats)[head])}) rises"
         )
         value = stats.entropy_ratio[head]
         yield _issue(
@@ -170,8 +171,9 @@ def attention_spike(history: Sequence[Snapshot]) -> list[StabilityIssue]:
         for head in np.flatnonzero(spiked):
             value = stats.max_weight[head]
             evidence = (
-                f"{_head(layer, head)}: the largest weight of a row is {value:.3f} in the mean at step "
-                f"{latest.step}, with {stats.sink_mass[head]:.2f} on the first key"
+                f"{_head(layer, head)}: the largest weight of a row is {value:.3f}"
+                f"{_error(stats.max_weight_stderr[head])} in the mean at step {latest.step}, "
+                f"with {stats.sink_mass[head]:.2f} on the first key"
             )
             suggestion = (
                 "raise the layer's attention dropout if most of its heads do this; one such head may be meant"
@@ -198,7 +200,8 @@ def vanishing_gradient(history: Sequence[Snapshot]) -> list[StabilityIssue]:
         for head in np.flatnonzero(weak):
             severity, name = ("error", "gradient_lost") if real[head] else ("warning", "gradient_share")
             evidence = (
-                f"{_head(layer, head)}: at most {share[head]:.2g} of the softmax gradient gets through "
+                f"{_head(layer, head)}: at most {share[head]:.2g}"
+                f"{_error(stats.jacobian_trace_bound_stderr[head])} of the softmax gradient gets through "
                 f"(trace of its Jacobian, mean of rows) at step {latest.step}"
             )
             suggestion = (
@@ -232,6 +235,16 @@ def _issue(
 
 def _head(layer: str, head: int) -> str:
     return f"head {head} of {layer}"
+
+
+def _peak(stats: HeadStats, number: float) -> str:
+    """A maximum over rows; over a sample of them it is a lower bound."""
+    return f"at least {number:.4g}" if stats.sampled else f"{number:.4g}"
+
+
+def _error(stderr: float) -> str:
+    """The standard error of a mean of sampled rows; nothing where all were measured."""
+    return f" ± {stderr:.1g}" if stderr > 0 else ""
 
 
 def _origin(history: Sequence[Snapshot]) -> tuple[int, str]:

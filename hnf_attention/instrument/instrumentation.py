@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..sampling import effective_period
 from ..stats import RowStats
 from . import owners, sdpa
 from .call import AttentionCall, Unmeasurable
@@ -28,11 +29,12 @@ class Measurement:
     """One attention call, measured; B, H, M are its batch, query heads and queries.
 
     layer: name of the module in the instrumented model.
-    rows: row statistics, (B, H, M) each, outside autograd.
+    rows: row statistics, (B, H, M) each, outside autograd; of a sample, (B, H, M_s) with `row_index`.
     visible_keys: int64, broadcastable to (B, H, M): how many keys each query may attend to.
     sink_mass: (B, H, M), weight on the first visible key plus the learned sink's.
     query_norm, key_norm: (H,) Frobenius norms per query head, largest in the batch.
     head_dim: D. dtype: the one that scores are computed from.
+    sample_period: 1 where all rows were measured, p where one block of rows of every p was.
     """
 
     layer: str
@@ -43,6 +45,7 @@ class Measurement:
     key_norm: Tensor
     head_dim: int
     dtype: torch.dtype
+    sample_period: int = 1
 
 
 @dataclass
@@ -52,6 +55,7 @@ class _Layer:
     checked: bool = False  # its own attention function was compared with ours
     fused_failed: bool = False
     measuring_failed: bool = False
+    probed: int = 0  # calls so far: the phase of the next sample
 
 
 class Instrumentation:
@@ -66,8 +70,9 @@ class Instrumentation:
         checkpoint). While it is None, the last measurement of each layer is kept in `latest`.
     """
 
-    def __init__(self, model: nn.Module, mode: str, strict: bool):
+    def __init__(self, model: nn.Module, mode: str, strict: bool, sample: int | None):
         self.mode = mode
+        self.sample = sample
         self.measuring = True
         self.on_measure: Callable[[Measurement], None] | None = None
         self.latest: dict[str, Measurement] = {}
@@ -186,15 +191,22 @@ class Instrumentation:
         if fused:
             return f"fused ({call.door})"
         held_back = call.not_fused is not None and self._wants_fused(call)
-        return f"probe{f': {call.not_fused}' if held_back else ''} ({call.door})"
+        share = "" if self.sample in (None, 1) else f" of 1/{self.sample} of the rows"
+        return f"probe{share}{f': {call.not_fused}' if held_back else ''} ({call.door})"
 
     @torch.no_grad()
     def _measure(self, name: str, call: AttentionCall, rows: RowStats | None) -> None:
+        period = 1
         if rows is None:
-            rows = ops.attention_stats(call.query, call.key, **call.options())
+            layer = self._layers[name]
+            if self.sample is not None:
+                period = effective_period(self.sample, call.query.shape[2])
+            sample = (period, layer.probed) if period > 1 else None
+            rows = ops.attention_stats(call.query, call.key, **call.options(), sample=sample)
+            layer.probed += 1
         rows = rows.detach()
         numbers = ops.measure(call.query, call.key, rows, **call.options())
-        measurement = Measurement(name, rows, *numbers, call.query.shape[-1], call.query.dtype)
+        measurement = Measurement(name, rows, *numbers, call.query.shape[-1], call.query.dtype, period)
         if self.on_measure is None:
             self.latest[name] = measurement
         else:
@@ -242,7 +254,9 @@ def _restore(modules: list[weakref.ref], patches: list[Patch], hook: Any) -> Non
         hook.remove()
 
 
-def instrument(model: nn.Module, mode: str = "auto", strict: bool = False) -> Instrumentation:
+def instrument(
+    model: nn.Module, mode: str = "auto", strict: bool = False, sample: int | None = None
+) -> Instrumentation:
     """Measure every attention call of `model`: exact softmax statistics per batch, head and query.
 
     Reached are Hugging Face models (attn_implementation "sdpa" or "eager") and everything that calls
@@ -257,21 +271,26 @@ def instrument(model: nn.Module, mode: str = "auto", strict: bool = False) -> In
         all hidden by a finite mask gets output 0, where an eager softmax averages all values: such
         rows are padding. "auto" takes fused for SDPA calls that the GPU kernels cover, else probe.
     strict: after the first complete forward, raise RuntimeError if any attention was not measured.
+    sample: probe one block of 64 query rows of every `sample` (of all of them, in a sequence with fewer);
+        each call of a layer takes the next blocks, so that `sample` calls cover every row. Maxima are
+        lower bounds then. Fused calls have the statistics of all rows at hand and keep them all.
 
     An eager attention function of transformers is compared once per layer, on a few rows in double
     precision, with what is measured; one that computes something else is listed, not measured.
 
-    Raises TypeError if `model` is no nn.Module, ValueError for a wrong mode or a model of which any
-    module is instrumented already.
+    Raises TypeError if `model` is no nn.Module, ValueError for a wrong mode or sample, or a model of
+    which any module is instrumented already.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
     if mode not in MODES:
         raise ValueError(f"expected mode in {MODES}, got {mode!r}")
+    if sample is not None and (isinstance(sample, bool) or not isinstance(sample, int) or sample < 1):
+        raise ValueError(f"expected sample to be None or an int >= 1, got {sample!r}")
     for name, module in model.named_modules():
         if owners.owner(module) is not None:
             raise ValueError(
                 f"expected a model that is not instrumented, got one whose module {name!r} is; "
                 "call restore() on its Instrumentation first"
             )
-    return Instrumentation(model, mode, strict)
+    return Instrumentation(model, mode, strict, sample)

@@ -1,0 +1,178 @@
+"""Row statistics from q and k alone, of all rows or of a sample of them: the key loop without a value."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..sampling import BATCH_STEP, BLOCK_ROWS, HEAD_STEP, STRATUM_STEP, num_rows, row_index
+from .configs import grid_1d, probe_tiles
+from .forward import attend, launch_arguments, new_rows, program_block, store_rows
+from .primitives import describe
+
+_BATCH_STEP = tl.constexpr(BATCH_STEP)
+_HEAD_STEP = tl.constexpr(HEAD_STEP)
+_STRATUM_STEP = tl.constexpr(STRATUM_STEP)
+
+
+@triton.jit
+def sampled_block(batch, head, stratum, period, phase):
+    """The block of rows that (batch, head) takes from a stratum: see `sampling.row_index`."""
+    fraction = batch.to(tl.int64) * _BATCH_STEP
+    fraction += head.to(tl.int64) * _HEAD_STEP + stratum.to(tl.int64) * _STRATUM_STEP
+    fraction = (fraction & 0xFFFFFFFF) >> 16
+    return stratum * period + ((phase + ((fraction * period) >> 16)) % period).to(tl.int32)
+
+
+@triton.jit
+def _blank_outside(core, more, inside, EXTENDED: tl.constexpr):
+    """The statistics, with empty rows in the places of a sample that have no query."""
+    lse, entropy, max_logit, min_logit = core
+    infinity = float("inf")
+    core = (
+        tl.where(inside, lse, -infinity),
+        tl.where(inside, entropy, 0.0),
+        tl.where(inside, max_logit, -infinity),
+        tl.where(inside, min_logit, infinity),
+    )
+    if EXTENDED:
+        logit_var, collision, score_std, sink_mass = more
+        more = (
+            tl.where(inside, logit_var, 0.0),
+            tl.where(inside, collision, 0.0),
+            tl.where(inside, score_std, 0.0),
+            tl.where(inside, sink_mass, 0.0),
+        )
+    return core, more
+
+
+@triton.jit(do_not_specialize=["window", "period", "phase"])
+def _probe_kernel(
+    q_desc,
+    k_desc,
+    lse_ptr,
+    entropy_ptr,
+    max_ptr,
+    min_ptr,
+    more_ptr,
+    stride_more,
+    index_ptr,
+    row_length,
+    period,
+    phase,
+    mask_ptr,
+    sink_ptr,
+    stride_mask_b,
+    stride_mask_h,
+    stride_mask_m,
+    stride_mask_n,
+    num_bh,
+    heads,
+    num_queries,
+    num_keys,
+    scale,
+    softcap,
+    window,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HEAD_GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    MASK: tl.constexpr,
+    NATURAL: tl.constexpr,
+    EXACT: tl.constexpr,
+    EXTENDED: tl.constexpr,
+    SAMPLED: tl.constexpr,
+    TILES: tl.constexpr,  # of one block of sampled rows
+):
+    bh, tile = program_block(num_bh, tl.cdiv(row_length, BLOCK_M), HEAD_GROUP)
+    if bh >= num_bh:
+        return
+    batch, head = bh // heads, bh % heads
+    start_m = tile * BLOCK_M
+    keys = num_keys
+    if SAMPLED:
+        start_m = (sampled_block(batch, head, tile // TILES, period, phase) * TILES + tile % TILES) * BLOCK_M
+        keys = tl.where(start_m < num_queries, num_keys, 0)
+    core, more, _ = attend(
+        q_desc,
+        k_desc,
+        k_desc,
+        mask_ptr,
+        sink_ptr,
+        stride_mask_b,
+        stride_mask_h,
+        stride_mask_m,
+        stride_mask_n,
+        batch,
+        head,
+        start_m,
+        num_queries,
+        keys,
+        scale,
+        softcap,
+        window,
+        GROUP,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+        16,
+        CAUSAL,
+        WINDOWED,
+        SOFTCAP,
+        SINKS,
+        MASK,
+        NATURAL,
+        EXACT,
+        EXTENDED,
+        False,
+    )
+    offs = tl.arange(0, BLOCK_M)
+    offs_m = start_m + offs
+    place = tile * BLOCK_M + offs
+    row = bh.to(tl.int64) * row_length + place
+    inside = place < row_length
+    if SAMPLED:
+        core, more = _blank_outside(core, more, offs_m < num_queries, EXTENDED)
+        tl.store(index_ptr + row, tl.where(offs_m < num_queries, offs_m, -1).to(tl.int64))
+    store_rows(
+        core, more, lse_ptr, entropy_ptr, max_ptr, min_ptr, more_ptr, stride_more, row, inside, EXTENDED
+    )
+
+
+def probe(query, key, options, tiles=None, extended=False, sample=None):
+    """(lse, entropy, max_logit, min_logit, more, row_index); `more` as `forward.new_rows` says.
+
+    query (B, H, M, D), key (B, H_kv, N, D); D <= 256; fp16, bf16 or fp32; any strides. Statistics are fp32
+    (B, H, M). sample: (effective period, phase) of `sampling.py`, whose M_s then stands for M, and whose
+    `row_index` is the last result; that is None without a sample. One launch, over sampled rows only.
+    """
+    batch, heads, num_queries, head_dim = query.shape
+    period, phase = sample or (1, 0)
+    row_length = num_rows(num_queries, period) if sample else num_queries
+    shape, device = (batch, heads, row_length), query.device
+    idle = batch * heads * row_length * key.shape[2] == 0
+    rows = new_rows(shape, device, extended, blank=idle)
+    if idle:
+        return *rows, row_index(batch, heads, num_queries, period, phase, device) if sample else None
+    index = torch.empty(shape, dtype=torch.int64, device=device) if sample else None
+    tiles = tiles or probe_tiles(head_dim, query.dtype)
+    arguments, constants = launch_arguments(query, key, options, extended, tiles)
+    _probe_kernel[(grid_1d(triton.cdiv(row_length, tiles.block_m), batch * heads),)](
+        describe(query, tiles.block_m),
+        describe(key, tiles.block_n),
+        *rows,
+        rows[0].numel(),
+        index,
+        row_length,
+        period,
+        phase,
+        *arguments,
+        SAMPLED=sample is not None,
+        TILES=BLOCK_ROWS // tiles.block_m,
+        **constants,
+    )
+    return *rows, index
