@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, HEAD_DIMS, Case, errors_beside_sdpa, oracle, random_cases
+from cases import CASES, HEAD_DIMS, NON_FINITE, Case, break_a_key, errors_beside_sdpa, oracle, random_cases
 from hypothesis import given, settings
 
 from hnf_attention import ops, reference, stats
@@ -91,7 +91,7 @@ def test_forward_entropy_is_exact_at_large_scores(device):
     assert (entropy.cpu().double() - exact[1].entropy).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("number", NON_FINITE)
 def test_forward_says_nan_for_rows_that_non_finite_input_reached(number, device):
     case = Case(sinks=True)
     q, k, v, mask, sinks = case.tensors(device=device)
@@ -101,6 +101,27 @@ def test_forward_says_nan_for_rows_that_non_finite_input_reached(number, device)
     broken[0, 1, 4] = True
     for row_stat in got[1:]:
         assert torch.equal(row_stat.isnan(), broken)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("number", NON_FINITE)
+def test_a_non_finite_key_makes_the_rows_nan_that_see_it_and_no_others(number, softcap, device):
+    case, tensors, broken = break_a_key(number, softcap)
+    tensors = [x if x is None else x.to(device) for x in tensors]
+    options = case.options(*tensors)
+    out, *row_stats = forward.forward(*tensors[:3], options, TILES)
+    for row_stat in row_stats:
+        assert torch.equal(row_stat.isnan().cpu(), broken)
+    if softcap is not None and number == number:  # tanh(inf) = 1: eager attention goes on, and so does ours
+        _close(out, oracle(case, *tensors)[0], TOLERANCE[torch.float32], "out")
+    lse, entropy = row_stats[:2]
+    gradients = backward.backward(
+        *tensors[:3], options, out, lse, entropy, torch.ones_like(out), None, None, TILES
+    )
+    assert gradients.query.isnan().any(-1).cpu()[broken].all()
+    for name in ("query", "key", "value"):
+        reached = getattr(gradients, name).isnan().unflatten(1, (case.kv_heads, -1)).flatten(2).any(-1)
+        assert reached.tolist() == [[False, True], [False, False]], name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
