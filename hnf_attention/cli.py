@@ -12,6 +12,7 @@ from typing import TextIO
 from rich.console import Console
 
 from .errors import InputError
+from .names import shown
 
 HEALTHY, FOUND, USAGE = 0, 1, 2
 _LOG_WIDTH = 140  # columns
@@ -125,7 +126,7 @@ def _analyze(options: argparse.Namespace) -> int:
     counts = f"{len(diagnosis.errors)} errors, {len(diagnosis.warnings)} warnings"
     console.print(Text(f"\n{verdict}: {counts}", style="bold"))
     for layer, why in analysis.coverage.not_measured.items():
-        console.print(Text(f"not measured: {layer}: {why}", style="yellow"))
+        console.print(Text(f"not measured: {shown(layer)}: {why}", style="yellow"))
     if options.json is not None:
         document = json.dumps(analysis.to_dict(), indent=1, allow_nan=False) + "\n"
         _write(target, document)

@@ -15,6 +15,7 @@ from .diagnosis.findings import grouped, heads_text
 from .instrument import Instrumentation, instrument
 from .interventions import Adviser, Applied, Intervention, apply_intervention
 from .interventions.intervention import reduce_lr
+from .names import shown
 from .recorder import NothingMeasured, Recorder
 from .stats import Snapshot
 
@@ -151,7 +152,7 @@ class AttentionStabilityMonitor:
             worst = group[0]
             level = logging.ERROR if worst.severity == "error" else logging.WARNING
             message = "%s in %s%s: %s -> %s"
-            where = worst.layer, heads_text(group)
+            where = shown(worst.layer), heads_text(group)
             _log.log(level, message, worst.issue_type, *where, worst.evidence, worst.suggestion)
         for issue in new:
             self._announced.add(_key(issue))

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ..diagnosis import AttentionDiagnosis
 from ..diagnosis.findings import grouped
+from ..names import shown
 from ..report.tables import STYLES, headline, indented, layer_table
 from .loss import LossSign, sign_now
 from .training import Config, Run
@@ -103,4 +104,4 @@ def describe(intervention: dict[str, Any]) -> str:
         return "a higher attention temperature on the heads that collapse"
     if action == "reduce_lr":
         return f"learning rate x {intervention['factor']:g}"
-    return f"{action} in {intervention['layer']}"
+    return f"{action} in {shown(intervention['layer'])}"
