@@ -61,7 +61,7 @@ class View:
             self._print_finding(run, "ALARM", diagnosis)
         if len(run.interventions) > self._interventions:
             self._print_intervention(run)
-        if not run.treated and self._sign is None:
+        if self._sign is None:
             self._sign = sign_now(run.losses)
             if self._sign is not None:
                 self._print_sign(run, self._sign)
