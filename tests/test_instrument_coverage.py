@@ -51,6 +51,7 @@ def test_hand_written_attention_is_listed_even_beside_a_measured_container():
         model(x())
     assert list(handle.coverage.measured) == [""]
     assert list(handle.coverage.not_measured) == ["inner"]
+    assert "written out by hand" in handle.coverage.not_measured["inner"]
 
 
 def test_strict_raises_once_after_the_first_complete_forward():

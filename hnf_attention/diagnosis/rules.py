@@ -203,7 +203,8 @@ def vanishing_gradient(history: Sequence[Snapshot]) -> list[StabilityIssue]:
                 f"(trace of its Jacobian, mean of rows) at step {latest.step}"
             )
             suggestion = (
-                "its query and key weights have stopped learning: raise the head's attention temperature"
+                "little gradient reaches its query and key weights on such rows; a trained head may be meant "
+                "to be this sharp, else raise its attention temperature"
             )
             issues.append(
                 _issue("vanishing_gradient", severity, layer, head, share[head], name, evidence, suggestion)

@@ -76,5 +76,5 @@ def _reason(module: nn.Module) -> str:
         )
     return (
         "no call reached scaled_dot_product_attention or the Hugging Face attention interface "
-        "(compiled graphs are not measured yet)"
+        "(attention written out by hand and compiled graphs are not measured yet)"
     )
