@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import CASES, HEAD_DIMS, NON_FINITE, Case, break_a_key, errors_beside_sdpa, oracle, random_cases
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hnf_attention import ops, reference, stats
 
@@ -44,10 +45,10 @@ def test_forward_matches_the_oracle(case, dtype, device):
     _check_forward(case, dtype, device)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(case=random_cases())
-def test_forward_matches_the_oracle_anywhere(case):
-    _check_forward(case, torch.float32, "cuda" if ON_GPU else "cpu")
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(case=random_cases(), dtype=st.sampled_from(DTYPES))
+def test_forward_matches_the_oracle_anywhere(case, dtype):
+    _check_forward(case, dtype, "cuda" if ON_GPU else "cpu")
 
 
 @pytest.mark.parametrize("window_size", [None, 20])
@@ -129,6 +130,14 @@ def test_a_non_finite_key_makes_the_rows_nan_that_see_it_and_no_others(number, s
 def test_backward_matches_the_reference(case, dtype, device):
     tensors = case.tensors(dtype, device)
     _check_backward(tensors, case.options(*tensors), TOLERANCE[dtype])
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(case=random_cases())
+def test_backward_matches_the_reference_anywhere(case):
+    tensors = case.tensors(device="cuda" if ON_GPU else "cpu")
+    # Scores of 30 and more, rounded in fp32 on both sides; 3e-6 is the worst of 300 random cases.
+    _check_backward(tensors, case.options(*tensors), 1e-5)
 
 
 def _check_backward(tensors, options, tolerance, with_value=True, cotangents=(True, True, True)):
