@@ -42,6 +42,10 @@ class AttentionStabilityMonitor:
     auto_intervene: at a log step, carry out what the monitor proposes on weights (QK-clip, temperature);
         learning rates and dropout are left to `get_intervention`. What was done is in `applied`.
 
+    A reading is made of every forward since the `on_step()` before it that was measured: evaluation counts
+    like training, whatever `model.training` says (a fine-tune may well train in eval mode). To leave an
+    evaluation out, set `monitor.instrumentation.measuring = False` for it and put its old value back.
+
     Each process of a process group judges its own part of the batch.
     Raises ValueError or TypeError for bad arguments; `on_step` and `get_intervention` raise nothing.
     New findings are logged once per (layer, head, kind), and again when a warning becomes an error.

@@ -103,6 +103,21 @@ def test_a_layer_that_is_the_model_itself_has_a_name_in_the_log(caplog):
     assert "in (the model itself) heads" in record and "of (the model itself): largest" in record
 
 
+def test_an_evaluation_counts_unless_it_is_left_out(model, train_step):
+    monitor = AttentionStabilityMonitor(model, log_every=1)
+    for left_out in (False, True):
+        train_step(model)
+        model.eval()
+        measuring = monitor.instrumentation.measuring
+        monitor.instrumentation.measuring = measuring and not left_out
+        with torch.no_grad():
+            model(TOKENS)
+        monitor.instrumentation.measuring = measuring
+        model.train()
+        forwards = 1 if left_out else 2
+        assert (monitor.on_step().stats[LAYERS[0]].rows == forwards * 4 * 24).all()
+
+
 def test_it_does_not_change_the_training(model, train_step):
     def losses(monitored):
         torch.manual_seed(1)
