@@ -15,6 +15,7 @@ from .analyzer import AttentionAnalyzer
 from .diagnosis import AttentionDiagnosis
 from .errors import InputError
 from .instrument import Coverage
+from .names import shown
 from .report.versions import versions
 from .stats import JUDGED_MIN_KEYS
 
@@ -108,7 +109,7 @@ def analyze(
             _run(model, windows, batch_size, device, progress)
             coverage = analyzer.instrumentation.coverage
             if not coverage.measured:
-                reasons = [f"{layer}: {why}" for layer, why in coverage.not_measured.items()]
+                reasons = [f"{shown(layer)}: {why}" for layer, why in coverage.not_measured.items()]
                 why = reasons[0] if reasons else "it has no module that is known as attention"
                 raise InputError(f"no attention of {name} ({type(model).__name__}) can be measured: {why}")
             diagnosis = analyzer.diagnose()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TextIO
 from rich.console import Console
 
 from .errors import InputError
+from .names import shown
 
 HEALTHY, FOUND, USAGE = 0, 1, 2
 _LOG_WIDTH = 140  # columns
@@ -54,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         "analyze",
         help="judge the attention of a Hugging Face model on a text",
         description="Run a text through a causal or masked language model and judge its attention. "
-        "Exit code 0 healthy, 1 findings of severity error, 2 bad usage.",
+        "Exit code 0 healthy, 1 findings of severity error, 2 bad usage or nothing that can be measured.",
     )
     analyze.add_argument("model", metavar="MODEL", help="name on the Hugging Face hub, or a local folder")
     analyze.add_argument("--text", type=Path, required=True, metavar="FILE", help="text to run, UTF-8")
@@ -98,8 +100,8 @@ def _analyze(options: argparse.Namespace) -> int:
     from .report.tables import findings, layer_table
 
     target = None if options.json in (None, "-") else Path(options.json)
-    if target is not None and not target.parent.is_dir():
-        raise InputError(f"expected --json in an existing folder, got {target}")
+    if target is not None:
+        _check_target(target)
     # With the document on standard output, everything for people goes to standard error.
     console = _console(sys.stderr if options.json == "-" else sys.stdout)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -125,11 +127,20 @@ def _analyze(options: argparse.Namespace) -> int:
     counts = f"{len(diagnosis.errors)} errors, {len(diagnosis.warnings)} warnings"
     console.print(Text(f"\n{verdict}: {counts}", style="bold"))
     for layer, why in analysis.coverage.not_measured.items():
-        console.print(Text(f"not measured: {layer}: {why}", style="yellow"))
+        console.print(Text(f"not measured: {shown(layer)}: {why}", style="yellow"))
     if options.json is not None:
         document = json.dumps(analysis.to_dict(), indent=1, allow_nan=False) + "\n"
         _write(target, document)
     return FOUND if diagnosis.errors else HEALTHY
+
+
+def _check_target(target: Path) -> None:
+    """A document that cannot be written is known before the model runs rather than after it."""
+    if not target.parent.is_dir():
+        raise InputError(f"expected --json in an existing folder, got {target}")
+    place = target if os.path.exists(target) else target.parent
+    if os.path.isdir(target) or not os.access(place, os.W_OK):
+        raise InputError(f"expected --json to be a file that can be written, got {target}")
 
 
 def _write(target: Path | None, document: str) -> None:

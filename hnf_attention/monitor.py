@@ -15,6 +15,7 @@ from .diagnosis.findings import grouped, heads_text
 from .instrument import Instrumentation, instrument
 from .interventions import Adviser, Applied, Intervention, apply_intervention
 from .interventions.intervention import reduce_lr
+from .names import shown
 from .recorder import NothingMeasured, Recorder
 from .stats import Snapshot
 
@@ -41,6 +42,10 @@ class AttentionStabilityMonitor:
     auto_intervene: at a log step, carry out what the monitor proposes on weights (QK-clip, temperature);
         learning rates and dropout are left to `get_intervention`. What was done is in `applied`.
     sample: as for `instrument`: where attention is probed, measure 1 of that many blocks of rows.
+
+    A reading is made of every forward since the `on_step()` before it that was measured: evaluation counts
+    like training, whatever `model.training` says (a fine-tune may well train in eval mode). To leave an
+    evaluation out, set `monitor.instrumentation.measuring = False` for it and put its old value back.
 
     Each process of a process group judges its own part of the batch.
     Raises ValueError or TypeError for bad arguments; `on_step` and `get_intervention` raise nothing.
@@ -153,7 +158,7 @@ class AttentionStabilityMonitor:
             worst = group[0]
             level = logging.ERROR if worst.severity == "error" else logging.WARNING
             message = "%s in %s%s: %s -> %s"
-            where = worst.layer, heads_text(group)
+            where = shown(worst.layer), heads_text(group)
             _log.log(level, message, worst.issue_type, *where, worst.evidence, worst.suggestion)
         for issue in new:
             self._announced.add(_key(issue))

@@ -29,6 +29,7 @@ class _Scores(NamedTuple):
     scores: Tensor
     seen: Tensor  # broadcastable bool
     slope: Tensor | None  # d score / d (scale * q.k) of the soft-cap
+    capped: Tensor | None  # (B, H, rows): the soft-cap made a visible inf finite
 
 
 def compute_dtype(query: Tensor) -> torch.dtype:
@@ -47,8 +48,9 @@ def _score_rows(query: Tensor, key: Tensor, rows: slice | Tensor, options: Optio
     part = (query[:, :, rows] if isinstance(rows, slice) else take_rows(query, rows)).to(key.dtype)
     scores = _group(part, key.shape[1]) @ key.transpose(-1, -2) * options.scale
     scores = scores.reshape(*part.shape[:3], num_keys)
-    slope = None
+    slope = capped = None
     if options.softcap is not None:
+        capped = scores.isinf()
         bent = (scores / options.softcap).tanh()
         scores, slope = options.softcap * bent, 1 - bent.square()
     seen = visible(
@@ -61,7 +63,9 @@ def _score_rows(query: Tensor, key: Tensor, rows: slice | Tensor, options: Optio
     )
     if options.attn_mask is not None and options.attn_mask.dtype != torch.bool:
         scores = scores + mask_rows(options.attn_mask, rows).to(scores.dtype)
-    return _Scores(torch.where(seen, scores, 0.0), seen, slope)
+    if capped is not None:
+        capped = (capped & seen).any(-1)
+    return _Scores(torch.where(seen, scores, 0.0), seen, slope, capped)
 
 
 def attention(
@@ -100,7 +104,7 @@ def _attend_rows(
     part: _Scores, value: Tensor | None, sinks: Tensor | None, extended: bool
 ) -> tuple[Tensor | None, ...]:
     """Output and statistics of some rows, as (out, *RowStats fields)."""
-    scores, seen, _ = part
+    scores, seen = part.scores, part.seen
     empty = ~seen.any(-1).expand(scores.shape[:3])
     if scores.shape[-1] == 0:
         max_logit = scores.new_full(scores.shape[:3], -torch.inf)
@@ -124,6 +128,8 @@ def _attend_rows(
     l_safe = torch.where(empty, 1.0, l_i)
     # NaN or inf in q or k ends in l or w, whichever way it came; it must not hide behind a maximum.
     broken = (l_i + w_i).isnan() & ~empty
+    if part.capped is not None:  # tanh(inf) is 1: the output stays finite, the statistics must tell
+        broken = broken | part.capped
 
     def finish(numbers: Tensor, if_empty: float) -> Tensor:
         return torch.where(broken, torch.nan, torch.where(empty, if_empty, numbers))
@@ -215,7 +221,7 @@ def backward(
     kv_heads = key.shape[1]
     batch, heads, num_queries, _ = query.shape
     for rows in row_chunks(num_queries, key.shape[2], batch * heads):
-        scores, seen, slope = _score_rows(query, key_c, rows, options)
+        scores, seen, slope, _ = _score_rows(query, key_c, rows, options)
         log_p = torch.where(seen, scores - lse[:, :, rows, None], -torch.inf)
         p = log_p.exp()
         inner = -offset[:, :, rows, None]

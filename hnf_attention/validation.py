@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -29,8 +29,18 @@ def _require(condition: bool, expected: str, got: object, error: type[Exception]
         raise error(f"expected {expected}, got {got}")
 
 
+def _check_dense(name: str, tensor: object, or_none: str = "") -> None:
+    _require(
+        isinstance(tensor, Tensor), f"{name} to be a torch.Tensor{or_none}", type(tensor).__name__, TypeError
+    )
+    # Asking a nested tensor for its shape, or a sparse one for its strides, raises errors of its own.
+    kind = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
+    dense = tensor.layout == torch.strided and not tensor.is_nested
+    _require(dense, f"{name} to be a dense tensor", kind, TypeError)
+
+
 def _check_tensor(name: str, tensor: Tensor, query: Tensor) -> None:
-    _require(isinstance(tensor, Tensor), f"{name} to be a torch.Tensor", type(tensor).__name__, TypeError)
+    _check_dense(name, tensor)
     _require(tensor.dim() == 4, f"{name} of shape (batch, heads, length, head_dim)", tuple(tensor.shape))
     _require(tensor.dtype in FLOAT_DTYPES, f"{name} of a floating dtype", tensor.dtype, TypeError)
     _require(
@@ -40,10 +50,8 @@ def _check_tensor(name: str, tensor: Tensor, query: Tensor) -> None:
 
 
 def _check_mask(attn_mask: Tensor, query: Tensor, num_keys: int) -> Tensor:
-    _require(
-        isinstance(attn_mask, Tensor), "attn_mask to be a torch.Tensor or None", type(attn_mask), TypeError
-    )
-    allowed = (torch.bool, torch.float32, query.dtype)
+    _check_dense("attn_mask", attn_mask, " or None")
+    allowed = list(dict.fromkeys((torch.bool, torch.float32, query.dtype)))
     _require(attn_mask.dtype in allowed, f"attn_mask of dtype in {allowed}", attn_mask.dtype, TypeError)
     _require(
         attn_mask.device == query.device, f"attn_mask on the query's device {query.device}", attn_mask.device
@@ -105,15 +113,15 @@ def check(
         _require(value.shape[3] > 0, "a value head dimension of at least 1", value.shape[3])
     _require(isinstance(is_causal, bool), "is_causal to be a bool", is_causal, TypeError)
     if window_size is not None:
-        whole = isinstance(window_size, int) and not isinstance(window_size, bool)
+        whole = isinstance(window_size, (int, Integral)) and not isinstance(window_size, bool)
         _require(whole, "window_size to be an int or None", window_size, TypeError)
         _require(window_size >= 1, "window_size >= 1 (1 is the query's own position)", window_size)
         # Beyond this a window hides nothing; "no window" sentinels near 2**31 would overflow positions.
-        window_size = max(1, min(window_size, query.shape[2] + num_keys))
+        window_size = max(1, min(int(window_size), query.shape[2] + num_keys))
     if softcap is not None:
         softcap = _check_number("softcap", softcap, positive=True)
     if sinks is not None:
-        _require(isinstance(sinks, Tensor), "sinks to be a torch.Tensor or None", type(sinks), TypeError)
+        _check_dense("sinks", sinks, " or None")
         _require(sinks.shape == (heads,), f"sinks of shape (heads,) = ({heads},)", tuple(sinks.shape))
         _require(sinks.dtype in FLOAT_DTYPES, "sinks of a floating dtype", sinks.dtype, TypeError)
         _require(sinks.device == query.device, f"sinks on the query's device {query.device}", sinks.device)

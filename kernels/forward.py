@@ -64,8 +64,9 @@ def _attend(
         if NATURAL:
             s = s * scale
         offs_n = start_n + tl.arange(0, BLOCK_N)
+        raw = s
         s, seen, _ = bend_and_mask(
-            s,
+            raw,
             offs_m[:, None],
             offs_n[None, :],
             num_queries,
@@ -89,6 +90,10 @@ def _attend(
         )
         if EXTENDED and (SCATTERED or start_n == lo):
             more = first_weight(more, unseen, p, seen, offs_n[None, :], start_n, SCATTERED)
+        if SOFTCAP:
+            # tanh(inf) is 1, so an infinite score reaches neither l nor w, and the output is finite, as in
+            # eager attention. inf - inf makes w NaN, which only the statistics are made of.
+            w_i += tl.sum(tl.where(seen, raw - raw, 0.0) if MASKED else raw - raw, 1)
         if HAS_VALUE:
             v = load_tile(v_desc, batch, kv_head, start_n, BLOCK_N, BLOCK_DV)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")

@@ -270,9 +270,10 @@ def _consumer(
         if PLAN.stats:
             weighted = gl.convert_layout(gl.sum(w_i, 1), ROW, assert_trivial=True)
             least = m_i + gl.convert_layout(gl.min(low, 1), ROW, assert_trivial=True) / unit
-            lse, entropy, max_logit, min_logit, normalise = softmax_finish(
-                m_i, total, weighted, least, unit, to_natural, 0.0, False
+            core, _more, normalise = softmax_finish(
+                m_i, total, weighted, least, (), unit, to_natural, 0.0, False, False
             )
+            lse, entropy, max_logit, min_logit = core
             gl.store(rows_ptr + num_rows + row, entropy, mask=inside)
             gl.store(rows_ptr + 2 * num_rows + row, max_logit, mask=inside)
             gl.store(rows_ptr + 3 * num_rows + row, min_logit, mask=inside)

@@ -205,6 +205,19 @@ def close(got, expected, tolerance, name):
     assert difference.max() <= allowed, f"{name}: off by {difference.max():.2e}, allowed {allowed:.2e}"
 
 
+NON_FINITE = [torch.nan, torch.inf, -torch.inf]
+
+
+def break_a_key(number, softcap):
+    """(case, tensors, broken): a visible key of batch 0, key head 1 holds `number`; the rows that see it."""
+    case = Case(is_causal=True, softcap=softcap)
+    tensors = case.tensors()
+    tensors[1][0, 1, 5, 2] = number
+    broken = torch.zeros(tensors[0].shape[:3], dtype=torch.bool)
+    broken[0, case.group :, 5:] = True
+    return case, tensors, broken
+
+
 HEAD_DIMS = [16, 32, 64, 80, 96, 112, 128, (192, 128), 256]  # (D, D_v) for MLA
 
 

@@ -1,6 +1,7 @@
 """The command line: exit codes, one-line errors, where output goes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,19 @@ def test_analyze_refuses_bad_input_in_one_line(minilm, tmp_path, capsys):
     assert "existing folder" in one_line(
         capsys, main(["analyze", minilm, "--text", str(TEXT), "--json", target])
     )
+
+
+def test_a_document_that_cannot_be_written_is_known_before_the_model_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hnf_attention.analyze.analyze", lambda *_, **__: pytest.fail("the model ran"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "fixed.json").write_text("kept")
+    (tmp_path / "fixed.json").chmod(0o400)
+    said = "expected --json to be a file that can be written"
+    targets = ["folder"] + (["fixed.json"] if os.geteuid() else [])  # root may write anywhere
+    for name in targets:
+        target = str(tmp_path / name)
+        assert said in one_line(capsys, main(["analyze", "model", "--text", str(TEXT), "--json", target]))
+    assert (tmp_path / "fixed.json").read_text() == "kept"
 
 
 def test_analyze_without_transformers_says_what_to_install(monkeypatch, capsys):

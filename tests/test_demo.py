@@ -72,13 +72,13 @@ def test_a_spike_is_six_sigma_above_the_128_steps_before():
     assert (first_sign(losses).step, first_sign(losses).kind) == (201, "spike")
 
 
-def test_a_stall_is_fifty_steps_no_lower_than_the_fifty_before():
-    fall = [5.0 - 0.01 * step for step in range(150)]
-    losses = fall + [fall[-1] + 0.001 * step for step in range(100)]
+def test_a_stall_is_a_hundred_steps_no_lower_than_the_hundred_before():
+    fall = [5.0 - 0.01 * step for step in range(250)]
+    losses = fall + [fall[-1] + 0.001 * step for step in range(200)]
     sign = first_sign(losses)
     assert sign.kind == "stall"
-    means = [np.mean(losses[s - 50 : s]) - np.mean(losses[s - 100 : s - 50]) for s in range(100, 251)]
-    assert sign.step == 100 + int(np.argmax(np.array(means) >= 0))
+    means = [np.mean(losses[s - 100 : s]) - np.mean(losses[s - 200 : s - 100]) for s in range(200, 451)]
+    assert sign.step == 200 + int(np.argmax(np.array(means) >= 0))
     assert first_sign(losses[: sign.step - 1]) is None
 
 
@@ -99,14 +99,15 @@ def test_falling_behind_is_lasting():
 
 
 def test_a_kept_promise():
-    untreated = run([5.0] + [3.0] * 159, warning=30, error=50)
-    treated = run([5.0] + [2.5] * 159, interventions=[(30, {})])
+    untreated = run([5.0] + [3.0] * 259, warning=30, error=50)
+    treated = run(falling(260, end=2.3), interventions=[(30, {})])
     outcome = judge(untreated, treated)
     assert outcome.broken_promises == []
     assert (outcome.warning_step, outcome.alarm_step, outcome.intervention_step) == (30, 50, 30)
-    # From step 101 on, the window of 50 steps before no longer holds the first loss.
-    assert (outcome.sign.step, outcome.sign.kind, outcome.lead) == (101, "stall", 71)
-    assert outcome.gap == pytest.approx(0.5)
+    # From step 201 on, the window of 100 steps before no longer holds the first loss.
+    assert (outcome.sign.step, outcome.sign.kind, outcome.lead) == (201, "stall", 171)
+    assert outcome.treated_sign is None
+    assert outcome.gap == pytest.approx(3.0 - final(treated.losses)) and outcome.gap > 0.25
     assert json.dumps(outcome.to_dict(), allow_nan=False)
 
 
@@ -124,21 +125,23 @@ def test_a_broken_loss_is_worse_than_any():
         (run(falling(90, end=2.5)), run(falling(90)), "never warned"),
         (run(falling(90), warning=30), run(falling(90)), "never showed any trouble"),
         (
-            run([5.0] + [3.0] * 159, warning=120),
-            run([5.0] + [2.0] * 159),
-            "at step 101, the warning came at step 120",
+            run([5.0] + [3.0] * 259, warning=220),
+            run(falling(260)),
+            "at step 201, the warning came at step 220",
         ),
-        (run([5.0] + [3.0] * 159, warning=30), run([5.0] + [2.9] * 159), "less than 0.25 apart"),
-        (run([5.0] + [3.0] * 159, warning=30), run([math.nan] * 160), "less than 0.25 apart"),
+        (run([5.0] + [3.0] * 259, warning=30), run([5.0] + [2.9] * 259), "less than 0.25 apart"),
+        (run([5.0] + [3.0] * 259, warning=30), run([math.nan] * 260), "less than 0.25 apart"),
+        (run([5.0] + [3.0] * 259, warning=30), run([5.0] + [2.0] * 259), "too, at step 201 (stall)"),
     ],
 )
 def test_broken_promises_are_said(untreated, treated, said):
     assert any(said in broken for broken in judge(untreated, treated).broken_promises)
 
 
-def test_a_loss_without_signs_of_its_own_counts_from_the_comparison_at_the_end():
+def test_a_loss_without_signs_of_its_own_showed_nothing_however_far_behind_it_ends():
     outcome = judge(run(falling(90, end=2.5), warning=30), run(falling(90)))
-    assert (outcome.sign.kind, outcome.sign.step, outcome.lead) == ("comparison", 90, 60)
+    assert outcome.gap > 0.25 and outcome.sign is None and outcome.lead is None
+    assert outcome.broken_promises == ["the untreated run's loss never showed any trouble"]
 
 
 def test_text_is_the_standard_library_in_name_order():

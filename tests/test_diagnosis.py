@@ -268,6 +268,27 @@ def test_non_finite_names_share_and_origin():
     assert diagnose(history[:1]).issues == []
 
 
+def test_of_two_layers_that_broke_in_one_reading_the_first_to_run_is_the_origin():
+    bad = {"nonfinite_rows": 1}
+    for issue in diagnose([snapshot(1, a={}, b={}, c={}), snapshot(2, a={}, b=bad, c=bad)]).issues:
+        where = "this layer is" if issue.layer == "b" else "layer b was"
+        assert f"{where} the first to show it, at step 2" in issue.evidence
+        assert "the overflow in b " in issue.suggestion
+
+
+def test_a_layer_that_is_the_model_itself_is_named_in_words():
+    diagnosis = diagnose(
+        [snapshot(1, **{"": {"nonfinite_rows": 1, "max_logit": 2e3}, "b": {"nonfinite_rows": 1}})]
+    )
+    assert (
+        "overflow_risk in (the model itself) heads 0-3\n    head 0 of (the model itself):"
+        in diagnosis.summary()
+    )
+    other = next(issue for issue in diagnosis.issues if issue.layer == "b")
+    assert "layer (the model itself) was the first" in other.evidence
+    assert "the overflow in (the model itself) and" in other.suggestion
+
+
 def test_an_old_incident_does_not_name_the_origin_of_a_new_one():
     bad = {"nonfinite_rows": 1}
     history = [snapshot(1, a={}, b=bad), snapshot(2, a={}, b={}), snapshot(3, a=bad, b={})]

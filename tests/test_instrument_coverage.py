@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_models import LAYERS, Attention, Direct, HandWrittenAttention, Model, x
+from attention_models import LAYERS, Attention, Direct, HandWrittenAttention, Mixer, Model, x
 from torch import nn
 
 from hnf_attention.instrument import instrument
@@ -51,6 +51,7 @@ def test_hand_written_attention_is_listed_even_beside_a_measured_container():
         model(x())
     assert list(handle.coverage.measured) == [""]
     assert list(handle.coverage.not_measured) == ["inner"]
+    assert "written out by hand" in handle.coverage.not_measured["inner"]
 
 
 def test_strict_raises_once_after_the_first_complete_forward():
@@ -68,6 +69,12 @@ def test_strict_raises_once_after_the_first_complete_forward():
     with instrument(good, strict=True):
         good(x())
     assert not model._forward_hooks and not good._forward_hooks
+
+
+def test_strict_raises_where_nothing_is_measured_and_nothing_is_named_like_attention():
+    model = Mixer()
+    with instrument(model, strict=True), pytest.raises(RuntimeError, match="nothing measured"):
+        model(x())
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

@@ -6,7 +6,9 @@ from cases import (
     CASES,
     EXTENDED,
     HEAD_DIMS,
+    NON_FINITE,
     Case,
+    break_a_key,
     close,
     errors_beside_sdpa,
     extended_oracle,
@@ -14,6 +16,7 @@ from cases import (
     random_cases,
 )
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hnf_attention import ops, reference, stats
 
@@ -48,10 +51,10 @@ def test_forward_matches_the_oracle(case, dtype, device):
     _check_forward(case, dtype, device)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(case=random_cases())
-def test_forward_matches_the_oracle_anywhere(case):
-    _check_forward(case, torch.float32, "cuda" if ON_GPU else "cpu")
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(case=random_cases(), dtype=st.sampled_from(DTYPES))
+def test_forward_matches_the_oracle_anywhere(case, dtype):
+    _check_forward(case, dtype, "cuda" if ON_GPU else "cpu")
 
 
 @pytest.mark.parametrize("window_size", [None, 20])
@@ -95,7 +98,7 @@ def test_forward_entropy_is_exact_at_large_scores(device):
     assert (entropy.cpu().double() - exact[1].entropy).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("number", NON_FINITE)
 def test_forward_says_nan_for_rows_that_non_finite_input_reached(number, device):
     case = Case(sinks=True)
     q, k, v, mask, sinks = case.tensors(device=device)
@@ -107,11 +110,40 @@ def test_forward_says_nan_for_rows_that_non_finite_input_reached(number, device)
         assert torch.equal(row_stat.isnan(), broken)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("number", NON_FINITE)
+def test_a_non_finite_key_makes_the_rows_nan_that_see_it_and_no_others(number, softcap, device):
+    case, tensors, broken = break_a_key(number, softcap)
+    tensors = [x if x is None else x.to(device) for x in tensors]
+    options = case.options(*tensors)
+    out, *row_stats = forward.forward(*tensors[:3], options, TILES)
+    for row_stat in row_stats:
+        assert torch.equal(row_stat.isnan().cpu(), broken)
+    if softcap is not None and number == number:  # tanh(inf) = 1: eager attention goes on, and so does ours
+        close(out, oracle(case, *tensors)[0], TOLERANCE[torch.float32], "out")
+    lse, entropy = row_stats[:2]
+    gradients = backward.backward(
+        *tensors[:3], options, out, lse, entropy, torch.ones_like(out), None, None, TILES
+    )
+    assert gradients.query.isnan().any(-1).cpu()[broken].all()
+    for name in ("query", "key", "value"):
+        reached = getattr(gradients, name).isnan().unflatten(1, (case.kv_heads, -1)).flatten(2).any(-1)
+        assert reached.tolist() == [[False, True], [False, False]], name
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_backward_matches_the_reference(case, dtype, device):
     tensors = case.tensors(dtype, device)
     _check_backward(tensors, case.options(*tensors), TOLERANCE[dtype])
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(case=random_cases())
+def test_backward_matches_the_reference_anywhere(case):
+    tensors = case.tensors(device="cuda" if ON_GPU else "cpu")
+    # Scores of 30 and more, rounded in fp32 on both sides; 3e-6 is the worst of 300 random cases.
+    _check_backward(tensors, case.options(*tensors), 1e-5)
 
 
 def _check_backward(tensors, options, tolerance, with_value=True, cotangents=(True, True, True)):

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 import transformers
+from attention_models import Attention
 from torch import nn
 
 import hnf_attention.monitor
@@ -89,6 +90,32 @@ def test_record_every_step(model, train_step):
         train_step(model)
         diagnosis = monitor.on_step()
     assert (diagnosis.stats[LAYERS[1]].rows == 3 * 4 * 24).all()
+
+
+def test_a_layer_that_is_the_model_itself_has_a_name_in_the_log(caplog):
+    model = Attention()
+    with torch.no_grad():
+        model.qkv.weight *= 100.0
+    monitor = AttentionStabilityMonitor(model, log_every=1)
+    model(torch.randn(2, 20, 16))
+    monitor.on_step()
+    (record,) = (r.getMessage() for r in caplog.records if "overflow_risk" in r.getMessage())
+    assert "in (the model itself) heads" in record and "of (the model itself): largest" in record
+
+
+def test_an_evaluation_counts_unless_it_is_left_out(model, train_step):
+    monitor = AttentionStabilityMonitor(model, log_every=1)
+    for left_out in (False, True):
+        train_step(model)
+        model.eval()
+        measuring = monitor.instrumentation.measuring
+        monitor.instrumentation.measuring = measuring and not left_out
+        with torch.no_grad():
+            model(TOKENS)
+        monitor.instrumentation.measuring = measuring
+        model.train()
+        forwards = 1 if left_out else 2
+        assert (monitor.on_step().stats[LAYERS[0]].rows == forwards * 4 * 24).all()
 
 
 def test_it_does_not_change_the_training(model, train_step):

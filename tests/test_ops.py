@@ -7,8 +7,11 @@ from cases import CASES, Case
 import hnf_attention
 from hnf_attention import attention, attention_stats, ops, reference
 
+GRADCHECKED = ["causal", "softcap", "sinks", "bool mask", "empty rows"]
+GRADCHECKED += ["window", "causal window", "additive mask", "negative scale"]
 
-@pytest.mark.parametrize("name", ["causal", "softcap", "sinks", "bool mask", "empty rows"])
+
+@pytest.mark.parametrize("name", GRADCHECKED)
 def test_gradcheck_of_out_lse_and_entropy(name):
     case = Case(
         **{**CASES[name].__dict__, "batch": 1, "num_queries": 6, "num_keys": 7, "head_dim": 3, "value_dim": 2}

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import CASES, Case, oracle, random_cases
+from cases import CASES, NON_FINITE, Case, break_a_key, oracle, random_cases
 from hypothesis import given, settings
 
 from hnf_attention import masks, reference
@@ -98,7 +98,7 @@ def test_permuting_the_keys_changes_nothing():
     torch.testing.assert_close(permuted.min_logit, rows.min_logit)
 
 
-@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("number", NON_FINITE)
 def test_a_non_finite_query_makes_its_own_row_nan_and_no_other(number):
     q, k, v, _, _ = Case().tensors()
     q[0, 1, 4, 2] = number
@@ -107,6 +107,17 @@ def test_a_non_finite_query_makes_its_own_row_nan_and_no_other(number):
     broken[0, 1, 4] = True
     for name in ("lse", "entropy", "max_logit", "min_logit", "collision", "sink_mass"):
         assert torch.equal(getattr(rows, name).isnan(), broken), name
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("number", NON_FINITE)
+def test_a_non_finite_key_makes_the_rows_nan_that_see_it_and_no_others(number, softcap):
+    case, tensors, broken = break_a_key(number, softcap)
+    out, rows = reference.attention(*tensors[:3], case.options(*tensors), extended=True)
+    for name in ("lse", "entropy", "max_logit", "min_logit", "logit_var", "collision", "score_std"):
+        assert torch.equal(getattr(rows, name).isnan(), broken), name
+    if softcap is not None and number == number:  # tanh(inf) = 1: eager attention goes on, and so does ours
+        torch.testing.assert_close(out.double(), oracle(case, *tensors)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_non_finite_key_that_is_hidden_harms_nothing():

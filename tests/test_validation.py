@@ -1,5 +1,6 @@
 """One clear error per kind of bad input, before anything runs; zero lengths are good input."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,11 +44,17 @@ def test_shapes(shapes, words):
         ({"is_causal": 1}, TypeError, "is_causal to be a bool"),
         ({"attn_mask": torch.ones(5, 7, dtype=torch.bool)}, ValueError, "broadcasts to"),
         ({"attn_mask": torch.ones(1, 1, 1, 5, 6, dtype=torch.bool)}, ValueError, "broadcasts to"),
-        ({"attn_mask": torch.ones(5, 6, dtype=torch.int64)}, TypeError, "attn_mask of dtype"),
+        (
+            {"attn_mask": torch.ones(5, 6, dtype=torch.int64)},
+            TypeError,
+            r"attn_mask of dtype in \[torch.bool, torch.float32\], got torch.int64",
+        ),
+        ({"attn_mask": torch.ones(5, 6).to_sparse()}, TypeError, "attn_mask to be a dense tensor"),
         ({"attn_mask": [[True]]}, TypeError, "attn_mask to be a torch.Tensor"),
         ({"attn_mask": torch.ones(5, 6, device="meta")}, ValueError, "device cpu, got meta"),
         ({"sinks": torch.zeros(3)}, ValueError, r"sinks of shape \(heads,\) = \(4,\)"),
         ({"sinks": torch.zeros(4, dtype=torch.int32)}, TypeError, "sinks of a floating dtype"),
+        ({"sinks": torch.zeros(4).to_sparse()}, TypeError, "sinks to be a dense tensor"),
         ({"sinks": 0.0}, TypeError, "sinks to be a torch.Tensor"),
     ],
 )
@@ -86,6 +93,31 @@ def test_dtypes_and_devices():
         attention(q, k, [1.0])
     with pytest.raises(ValueError, match="query's device cpu, got meta"):
         attention(q, k.to("meta"), v)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize(
+    ("build", "got"),
+    [
+        (torch.Tensor.to_sparse, "layout torch.sparse_coo"),
+        (lambda x: torch.nested.nested_tensor(list(x)), "nested tensor"),
+        (lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged), "nested tensor"),
+    ],
+    ids=["sparse", "nested", "jagged"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_that_are_not_dense(name, build, got):
+    tensors = dict(zip(("query", "key", "value"), _qkv()))
+    tensors[name] = build(tensors[name])
+    with pytest.raises(TypeError, match=f"{name} to be a dense tensor, got .*{got}"):
+        attention(**tensors)
+
+
+def test_a_window_may_be_an_integer_of_numpy():
+    q, k, v = _qkv()
+    out, rows = attention(q, k, v, window_size=np.int64(3))
+    expected, expected_rows = attention(q, k, v, window_size=3)
+    assert torch.equal(out, expected) and torch.equal(rows.entropy, expected_rows.entropy)
 
 
 @pytest.mark.gpu

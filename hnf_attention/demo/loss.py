@@ -21,7 +21,8 @@ import numpy as np
 SPIKE_WINDOW = 128
 SPIKE_MIN_STEPS = 16  # of the window, once that many steps exist
 SPIKE_SIGMA = 6.0
-STALL_WINDOW = 50
+# Over 50 steps, the noise of these losses hides the progress of runs that are well: it fires on treated ones.
+STALL_WINDOW = 100
 FINAL_WINDOW = 20  # steps that "the final loss" is the mean of
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from .loss import LossSign, falls_behind, final, first_sign
@@ -20,6 +20,7 @@ class Outcome:
     warning_step: int | None  # first finding of the untreated run
     alarm_step: int | None  # its first finding of severity error
     sign: LossSign | None
+    treated_sign: LossSign | None
     hindsight_step: int | None  # from here on, the untreated loss stays HINDSIGHT_GAP above the treated one
     untreated_loss: float
     treated_loss: float
@@ -51,6 +52,11 @@ class Outcome:
             broken.append(
                 f"the loss showed trouble at step {self.sign.step}, the warning came at step {self.warning_step}"
             )
+        if self.treated_sign is not None:
+            broken.append(
+                f"the treated run's loss shows trouble too, at step {self.treated_sign.step} "
+                f"({self.treated_sign.kind})"
+            )
         if self.gap < PROMISED_GAP:
             broken.append(
                 f"the treated run ends at {self.treated_loss:.2f} nats, the untreated one at "
@@ -63,6 +69,7 @@ class Outcome:
             "warning_step": self.warning_step,
             "alarm_step": self.alarm_step,
             "loss_shows": None if self.sign is None else asdict(self.sign),
+            "treated_loss_shows": None if self.treated_sign is None else asdict(self.treated_sign),
             "lead_steps": self.lead,
             "hindsight_step": self.hindsight_step,
             "untreated_final_loss": _finite(self.untreated_loss),
@@ -74,24 +81,17 @@ class Outcome:
 
 
 def judge(untreated: Run, treated: Run) -> Outcome:
-    """Judge both runs of the demo. Where the untreated loss alone shows nothing, the comparison counts.
-
-    An untreated run that ends PROMISED_GAP above the treated one without any sign of its own has
-    shown it at its last step: "comparison".
-    """
-    outcome = Outcome(
+    """Judge both runs of the demo, by the same signs."""
+    return Outcome(
         warning_step=None if untreated.first_finding is None else untreated.first_finding.step,
         alarm_step=None if untreated.first_error is None else untreated.first_error.step,
         sign=first_sign(untreated.losses),
+        treated_sign=first_sign(treated.losses),
         hindsight_step=falls_behind(untreated.losses, treated.losses, HINDSIGHT_GAP),
         untreated_loss=final(untreated.losses),
         treated_loss=final(treated.losses),
         intervention_step=treated.interventions[0][0] if treated.interventions else None,
     )
-    if outcome.sign is None and outcome.gap >= PROMISED_GAP:
-        text = f"it ends {outcome.gap:.2f} nat above the treated run"
-        return replace(outcome, sign=LossSign(len(untreated.losses), "comparison", text))
-    return outcome
 
 
 def _finite(value: float) -> float | None:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ..diagnosis import AttentionDiagnosis
 from ..diagnosis.findings import grouped
+from ..names import shown
 from ..report.tables import STYLES, headline, indented, layer_table
 from .loss import LossSign, sign_now
 from .training import Config, Run
@@ -60,7 +61,7 @@ class View:
             self._print_finding(run, "ALARM", diagnosis)
         if len(run.interventions) > self._interventions:
             self._print_intervention(run)
-        if not run.treated and self._sign is None:
+        if self._sign is None:
             self._sign = sign_now(run.losses)
             if self._sign is not None:
                 self._print_sign(run, self._sign)
@@ -103,4 +104,4 @@ def describe(intervention: dict[str, Any]) -> str:
         return "a higher attention temperature on the heads that collapse"
     if action == "reduce_lr":
         return f"learning rate x {intervention['factor']:g}"
-    return f"{action} in {intervention['layer']}"
+    return f"{action} in {shown(intervention['layer'])}"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import theory
+from ..names import shown
 from ..stats import HeadStats, Snapshot
 
 if TYPE_CHECKING:
@@ -110,12 +111,12 @@ class AttentionDiagnosis:
         lines = [f"{measured}; {len(self.errors)} errors, {len(self.warnings)} warnings"]
         for group in grouped(self.issues):
             worst = group[0]
-            lines.append(f"{worst.severity}: {worst.issue_type} in {worst.layer}{heads_text(group)}")
+            lines.append(f"{worst.severity}: {worst.issue_type} in {shown(worst.layer)}{heads_text(group)}")
             lines.append(f"    {worst.evidence}")
             lines.append(f"    -> {worst.suggestion}")
         if self.not_measured:
             lines.append("not measured:")
-            lines += [f"    {name}: {why}" for name, why in self.not_measured.items()]
+            lines += [f"    {shown(name)}: {why}" for name, why in self.not_measured.items()]
         return "\n".join(lines)
 
     def plot_entropy_heatmap(self, path: str | PathLike[str] | None = None) -> Figure:

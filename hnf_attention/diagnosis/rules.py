@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from ..names import shown
 from ..stats import HeadStats, Snapshot
 from .findings import StabilityIssue
 from .thresholds import THRESHOLDS, threshold
@@ -26,14 +27,14 @@ def non_finite(history: Sequence[Snapshot]) -> list[StabilityIssue]:
         bad, total = stats.nonfinite_rows, stats.rows + stats.nonfinite_rows
         for head in np.flatnonzero(bad):
             share = bad[head] / total[head]
-            where = "this layer is" if layer == origin else f"layer {origin} was"
+            where = "this layer is" if layer == origin else f"layer {shown(origin)} was"
             evidence = (
                 f"{_head(layer, head)}: {bad[head]:.0f} of {total[head]:.0f} rows ({share:.1%}) are not "
                 f"finite at step {latest.step}; {where} the first to show it, at step {step}"
             )
             suggestion = (
                 "restore the last checkpoint with finite weights, then lower the learning rate; "
-                f"look for the overflow in {origin} and what feeds it"
+                f"look for the overflow in {shown(origin)} and what feeds it"
             )
             issues.append(
                 _issue("non_finite", "error", layer, head, share, "nonfinite_rows", evidence, suggestion)
@@ -205,7 +206,8 @@ def vanishing_gradient(history: Sequence[Snapshot]) -> list[StabilityIssue]:
                 f"(trace of its Jacobian, mean of rows) at step {latest.step}"
             )
             suggestion = (
-                "its query and key weights have stopped learning: raise the head's attention temperature"
+                "little gradient reaches its query and key weights on such rows; a trained head may be meant "
+                "to be this sharp, else raise its attention temperature"
             )
             issues.append(
                 _issue("vanishing_gradient", severity, layer, head, share[head], name, evidence, suggestion)
@@ -234,7 +236,7 @@ def _issue(
 
 
 def _head(layer: str, head: int) -> str:
-    return f"head {head} of {layer}"
+    return f"head {head} of {shown(layer)}"
 
 
 def _peak(stats: HeadStats, number: float) -> str:

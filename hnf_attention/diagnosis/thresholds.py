@@ -8,7 +8,8 @@ from ..stats import DEAD_ENTROPY_RATIO
 
 _RUNS = "own calibration on 158 small training runs (calibrated on one seed, judged on held-out seeds)"
 _MINILM = (
-    "own calibration: 71 of the 72 heads of a healthy model (all-MiniLM-L6-v2) are above 0.2, one is at 0.05"
+    "own calibration on a healthy model (all-MiniLM-L6-v2; three texts in windows of 64 to 512 tokens): 71 of its "
+    "72 heads are above 0.16, one, the previous-token kind, lies between 0.0008 and 0.033"
 )
 
 

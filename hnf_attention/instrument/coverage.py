@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..names import shown
+
 _ATTENTION = re.compile("attention|attn", re.IGNORECASE)
 _MEASURED_IMPLEMENTATIONS = ("sdpa", "eager", None)
 
@@ -23,20 +25,16 @@ class Coverage:
     not_measured: Mapping[str, str]
 
     def __str__(self) -> str:
-        width = max((len(_shown(name)) for name in (*self.measured, *self.not_measured)), default=0)
+        width = max((len(shown(name)) for name in (*self.measured, *self.not_measured)), default=0)
         lines = []
         parts = (("attention measured", self.measured), ("attention NOT measured", self.not_measured))
         for title, layers in parts:
             if layers:
                 lines.append(f"{title} ({len(layers)}):")
-                lines += [f"  {_shown(name):<{width}}  {text}" for name, text in layers.items()]
+                lines += [f"  {shown(name):<{width}}  {text}" for name, text in layers.items()]
         if not self.measured:
             lines.insert(0, "nothing measured yet: no forward has run, or none of its attention was reached")
         return "\n".join(lines)
-
-
-def _shown(name: str) -> str:
-    return name or "(the model itself)"
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -78,5 +76,5 @@ def _reason(module: nn.Module) -> str:
         )
     return (
         "no call reached scaled_dot_product_attention or the Hugging Face attention interface "
-        "(compiled graphs are not measured yet)"
+        "(attention written out by hand and compiled graphs are not measured yet)"
     )

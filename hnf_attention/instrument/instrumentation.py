@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..names import shown
 from ..sampling import effective_period
 from ..stats import RowStats
 from . import owners, sdpa
@@ -219,7 +220,7 @@ class Instrumentation:
                 return
         else:
             self._problems[name] = f"measuring failed: {type(failure).__name__}: {failure}"
-            _log.warning("hnf-attention stopped measuring %s: %s", name, self._problems[name])
+            _log.warning("hnf-attention stopped measuring %s: %s", shown(name), self._problems[name])
         layer.measuring_failed = True
         layer.fused_failed |= isinstance(failure, Unmeasurable)
         self._measured.pop(name, None)
@@ -236,7 +237,7 @@ def _strict_hook(model: nn.Module, reference: weakref.ref) -> Any:
             return
         handle.remove()
         coverage = instrumentation.coverage
-        if coverage.not_measured:
+        if coverage.not_measured or not coverage.measured:
             raise RuntimeError(str(coverage))
 
     handle = model.register_forward_hook(judge)
@@ -270,7 +271,8 @@ def instrument(
         weights are asked for (those calls are probed, and `.coverage` says so). A row whose keys are
         all hidden by a finite mask gets output 0, where an eager softmax averages all values: such
         rows are padding. "auto" takes fused for SDPA calls that the GPU kernels cover, else probe.
-    strict: after the first complete forward, raise RuntimeError if any attention was not measured.
+    strict: after the first complete forward, raise RuntimeError if any attention was not measured, or
+        none at all.
     sample: probe one block of 64 query rows of every `sample` (of all of them, in a sequence with fewer);
         each call of a layer takes the next blocks, so that `sample` calls cover every row. Maxima are
         lower bounds then. Fused calls have the statistics of all rows at hand and keep them all.

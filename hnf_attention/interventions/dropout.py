@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from ..names import shown
+
 # Names of the probability of *attention* dropout (residual and output dropouts have other names).
 NAMES = ("attn_dropout", "attention_dropout", "attn_drop", "attn_pdrop", "dropout_p", "dropout")
 MAXIMUM = 0.5  # more than this hides the layer rather than regularising it
@@ -39,7 +41,7 @@ def increase(model: nn.Module, layer: str, amount: float) -> tuple[str, Callable
             setattr(holder, name, value)
 
     put(after)
-    return f"attention dropout of {layer}: {before[0]:g} -> {after[0]:g}", lambda: put(before)
+    return f"attention dropout of {shown(layer)}: {before[0]:g} -> {after[0]:g}", lambda: put(before)
 
 
 def _places(module: nn.Module) -> list[tuple[nn.Module, str]]:

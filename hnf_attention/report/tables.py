@@ -13,6 +13,7 @@ from rich.text import Text
 from .. import theory
 from ..diagnosis import StabilityIssue
 from ..diagnosis.findings import grouped, heads_text
+from ..names import shown
 from ..stats import HeadStats
 from .labels import layer_labels
 
@@ -77,7 +78,7 @@ def indented(text: str, style: str = "") -> Padding:
 def headline(group: Sequence[StabilityIssue]) -> str:
     """'error: entropy_collapse in blocks.0.attention heads 0-3' of a group of findings."""
     worst = group[0]
-    return f"{worst.severity}: {worst.issue_type} in {worst.layer or 'the model'}{heads_text(group)}"
+    return f"{worst.severity}: {worst.issue_type} in {shown(worst.layer)}{heads_text(group)}"
 
 
 def _state(issues: Sequence[StabilityIssue]) -> Text:
