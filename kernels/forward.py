@@ -16,6 +16,7 @@ from .primitives import (
     key_range,
     load_tile,
     mask_arguments,
+    new_rows,
     softmax_finish,
     softmax_update,
     start_more,
@@ -326,19 +327,6 @@ def _forward_kernel(
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=inside_out)
 
 
-def new_rows(shape, device, extended, blank):
-    """[lse, entropy, max_logit, min_logit, more] to write to, fp32 of `shape` (B, H, M), as empty rows if `blank`.
-
-    `more` is (4, B, H, M): logit_var, collision, score_std, sink_mass; or without elements.
-    """
-    rows = [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(4)]
-    rows.append(torch.empty((4, *shape) if extended else (0,), dtype=torch.float32, device=device))
-    if blank:
-        for row_stat, number in zip(rows, (-torch.inf, 0.0, -torch.inf, torch.inf, 0.0)):
-            row_stat.fill_(number)
-    return rows
-
-
 def launch_arguments(query, key, options, extended, tiles):
     """(positional arguments, constants) that a kernel around `attend` takes after its outputs."""
     batch, heads, num_queries, head_dim = query.shape
@@ -379,7 +367,7 @@ def launch_arguments(query, key, options, extended, tiles):
 
 
 def forward(query, key, value, options, tiles=None, extended=False):
-    """(out, lse, entropy, max_logit, min_logit, more), the last as `new_rows` says.
+    """(out, lse, entropy, max_logit, min_logit, more), the last as `primitives.new_rows` says.
 
     query (B, H, M, D), key (B, H_kv, N, D), value (B, H_kv, N, D_v); D, D_v <= 256; fp16, bf16 or
     fp32; any strides. Statistics are fp32 (B, H, M). `options` are validated `Options`.

@@ -54,6 +54,19 @@ def mask_arguments(attn_mask: torch.Tensor | None, shape: tuple[int, int, int, i
     return attn_mask, strides, ADDITIVE_MASK.value
 
 
+def new_rows(shape, device, extended, blank):
+    """[lse, entropy, max_logit, min_logit, more] to write to, fp32 of `shape` (B, H, M), as empty rows if `blank`.
+
+    `more` is (4, B, H, M): logit_var, collision, score_std, sink_mass; or without elements.
+    """
+    rows = [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(4)]
+    rows.append(torch.empty((4, *shape) if extended else (0,), dtype=torch.float32, device=device))
+    if blank:
+        for row_stat, number in zip(rows, (-torch.inf, 0.0, -torch.inf, torch.inf, 0.0)):
+            row_stat.fill_(number)
+    return rows
+
+
 @triton.jit
 def load_tile(desc, batch, head, row, ROWS: tl.constexpr, COLS: tl.constexpr):
     return desc.load([batch, head, row, 0]).reshape(ROWS, COLS)

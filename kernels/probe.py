@@ -6,8 +6,8 @@ import triton.language as tl
 
 from ..sampling import BATCH_STEP, BLOCK_ROWS, HEAD_STEP, STRATUM_STEP, num_rows, row_index
 from .configs import grid_1d, probe_tiles
-from .forward import attend, launch_arguments, new_rows, program_block, store_rows
-from .primitives import describe
+from .forward import attend, launch_arguments, program_block, store_rows
+from .primitives import describe, new_rows
 
 _BATCH_STEP = tl.constexpr(BATCH_STEP)
 _HEAD_STEP = tl.constexpr(HEAD_STEP)
@@ -144,7 +144,7 @@ def _probe_kernel(
 
 
 def probe(query, key, options, tiles=None, extended=False, sample=None):
-    """(lse, entropy, max_logit, min_logit, more, row_index); `more` as `forward.new_rows` says.
+    """(lse, entropy, max_logit, min_logit, more, row_index); `more` as `primitives.new_rows` says.
 
     query (B, H, M, D), key (B, H_kv, N, D); D <= 256; fp16, bf16 or fp32; any strides. Statistics are fp32
     (B, H, M). sample: (effective period, phase) of `sampling.py`, whose M_s then stands for M, and whose
