@@ -116,8 +116,8 @@ def test_a_non_finite_key_makes_the_rows_nan_that_see_it_and_no_others(number, s
     case, tensors, broken = break_a_key(number, softcap)
     tensors = [x if x is None else x.to(device) for x in tensors]
     options = case.options(*tensors)
-    out, *row_stats = forward.forward(*tensors[:3], options, TILES)
-    for row_stat in row_stats:
+    out, *row_stats, more = forward.forward(*tensors[:3], options, TILES, extended=True)
+    for row_stat in (*row_stats, *more):
         assert torch.equal(row_stat.isnan().cpu(), broken)
     if softcap is not None and number == number:  # tanh(inf) = 1: eager attention goes on, and so does ours
         close(out, oracle(case, *tensors)[0], TOLERANCE[torch.float32], "out")
