@@ -59,16 +59,17 @@ def backward(
     d_out: Tensor,
 ) -> Gradients:
     """`reference.backward` for a cotangent of the output alone; `kind` is what `choose` returned."""
+    # An expanded cotangent (of a sum, say) has strides that they do not take.
+    d_out = d_out if d_out.is_contiguous() or d_out.stride() == out.stride() else d_out.contiguous()
     num_queries, num_keys = query.shape[2], key.shape[2]
     lengths = num_queries, num_keys, 0.0, options.is_causal
+    nothing = _nothing(query.device)
     if kind == CUDNN:
-        nothing = _nothing(query.device)
         gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             d_out, query, key, value, out, lse[..., None], nothing, nothing, None, None, None, *lengths,
             scale=options.scale,
         )  # fmt: skip
     else:
-        nothing = _nothing(query.device)
         gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
             d_out, query, key, value, out, lse, None, None, *lengths, nothing, nothing, scale=options.scale
         )

@@ -11,12 +11,9 @@ from typing import Optional, Tuple  # noqa: UP035 (torch 2.8 infers operator sch
 import torch
 from torch import Tensor
 
-from . import masks, reference, sampling, stats, validation
+from . import dispatch, masks, reference, sampling, stats, validation
 from .stats import RowStats
 from .validation import Options
-
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-KERNEL_MAX_HEAD_DIM = 256
 
 
 def attention(
@@ -123,17 +120,12 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in wanted else t for t in tensors)
 
 
-def _no_autocast(query: Tensor) -> torch.autocast:
-    """The reference chooses its own precision: autocast must not round its products again."""
-    return torch.autocast(query.device.type, enabled=False)
-
-
 def _dispatch(
     query: Tensor, key: Tensor, value: Tensor | None, options: Options, extended: bool
 ) -> tuple[Tensor | None, RowStats]:
     mask = options.attn_mask
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
-        with _no_autocast(query):
+        with dispatch.no_autocast(query):
             return reference.attention(query, key, value, options, extended=extended)
     out, *core, more = _forward_op(query, key, value, *_flat(options), extended)
     return out, _rows(core, more)
@@ -147,18 +139,6 @@ def _flat(options: Options) -> tuple:
 
 def _rows(core: list[Tensor], more: Tensor, index: Tensor | None = None) -> RowStats:
     return RowStats(*core, *(more.unbind(0) if more.dim() > 1 else (None,) * 4), index)
-
-
-def _packed(rows: RowStats, extended: bool) -> tuple[Tensor, ...]:
-    """Row statistics as the operators return them: four tensors, and the extended ones as a fifth."""
-    extra = (rows.logit_var, rows.collision, rows.score_std, rows.sink_mass)
-    more = torch.stack(extra) if extended else rows.lse.new_empty(0)
-    return rows.lse, rows.entropy, rows.max_logit, rows.min_logit, more
-
-
-def _kernels_cover(query: Tensor, value: Tensor | None) -> bool:
-    largest = max(query.shape[3], 0 if value is None else value.shape[3])
-    return query.is_cuda and query.dtype in KERNEL_DTYPES and largest <= KERNEL_MAX_HEAD_DIM
 
 
 @torch.library.custom_op("hnf_attention::forward", mutates_args=())
@@ -175,17 +155,7 @@ def _forward_op(
     extended: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
     options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks)
-    # An operator returns tensors only: without a value the output is a placeholder without elements.
-    if _kernels_cover(query, value):
-        from .kernels import forward, probe
-
-        with torch.cuda.device(query.device):  # Triton launches on the current device
-            if value is None:
-                return query.new_empty(0), *probe.probe(query, key, options, extended=extended)[:-1]
-            return forward.forward(query, key, value, options, extended=extended)
-    with _no_autocast(query):
-        out, rows = reference.attention(query, key, value, options, extended=extended)
-    return query.new_empty(0) if out is None else out, *_packed(rows, extended)
+    return dispatch.forward(query, key, value, options, extended)
 
 
 @_forward_op.register_fake
@@ -216,15 +186,15 @@ def _sample_op(
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
     """`attention_stats` of a sample of rows, and their index; `period` is an effective one."""
     options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks)
-    if _kernels_cover(query, None):
+    if dispatch.kernels_cover(query, None):
         from .kernels import probe
 
         with torch.cuda.device(query.device):
             return probe.probe(query, key, options, extended=extended, sample=(period, phase))
     index = sampling.row_index(*query.shape[:3], period, phase, query.device)
-    with _no_autocast(query):
+    with dispatch.no_autocast(query):
         rows = reference.attention(query, key, None, options, extended=extended, index=index)[1]
-    return *_packed(rows, extended), index
+    return *dispatch.packed(rows, extended), index
 
 
 @_sample_op.register_fake
@@ -253,16 +223,9 @@ def _backward_op(
     d_entropy: Optional[Tensor],  # noqa: UP045
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
     options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks)
-    cotangents = (out, lse, entropy, None if value is None else d_out, d_lse, d_entropy)
-    if _kernels_cover(query, value):
-        from .kernels import backward
-
-        with torch.cuda.device(query.device):
-            gradients = backward.backward(query, key, value, options, *cotangents)
-    else:
-        with _no_autocast(query):
-            gradients = reference.backward(query, key, value, options, *cotangents)
-    return tuple(query.new_empty(0) if g is None else g for g in gradients)
+    gradients = dispatch.backward(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entropy)
+    # Contiguous, as the fake kernel says; an operator returns tensors only.
+    return tuple(query.new_empty(0) if g is None else g.contiguous() for g in gradients)
 
 
 @_backward_op.register_fake

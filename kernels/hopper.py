@@ -17,11 +17,10 @@ _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 _TUNED = {(64, True): (4, True), (64, False): (2, True), (128, True): (2, False), (128, False): (2, False)}
 
 
-def covers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None, options) -> bool:
-    """Whether this kernel computes the call; on which cards and Triton versions, `paths.py` says."""
+def covers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options) -> bool:
+    """Whether this kernel computes the call; on which cards and Triton versions, `dispatch.py` says."""
     return (
-        value is not None
-        and query.dtype in _DTYPES
+        query.dtype in _DTYPES
         and max(query.shape[3], value.shape[3]) <= 128
         and query.shape[2] > HALF_M  # fewer queries leave a consumer without work
         and key.shape[2] > 0
@@ -110,4 +109,4 @@ def forward(query, key, value, options, chosen=None):
         PLAN=chosen or plan(head_dim, value_dim, options.is_causal, num_keys % BLOCK_N > 0, True),
         num_warps=4,
     )
-    return out, *rows
+    return out, *rows, query.new_empty(0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import Case, oracle
 
-from hnf_attention import attention, library_backward, reference
+from hnf_attention import attention, dispatch, library_backward, reference
 from hnf_attention.validation import Options
 
 pytestmark = pytest.mark.gpu
@@ -29,9 +29,7 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def hopper():
-    from hnf_attention import paths
-
-    if not paths.hopper_is_tested(torch.device("cuda", 0)):
+    if not dispatch.hopper_is_tested(torch.device("cuda", 0)):
         pytest.skip("not a card and Triton version that the Hopper forward is used on")
     from hnf_attention.kernels import hopper
 
@@ -45,7 +43,7 @@ def test_forward_matches_the_oracle(hopper, case, dtype, is_causal):
     case = Case(**{**case.__dict__, "is_causal": is_causal})
     tensors = case.tensors(dtype, "cuda")
     options = case.options(*tensors)
-    assert hopper.covers(*tensors[:3], options)
+    assert dispatch.forward_path(*tensors[:3], options, False) == dispatch.HOPPER
     got = hopper.forward(*tensors[:3], options)[:5]
     for name, actual, wanted in zip(
         ("out", "lse", "entropy", "max_logit", "min_logit"), got, oracle(case, *tensors)

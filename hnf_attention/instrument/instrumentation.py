@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import dispatch, ops
 from ..names import shown
 from ..sampling import effective_period
 from ..stats import RowStats
@@ -181,7 +181,7 @@ class Instrumentation:
         return call.from_output(ops.attention(call.query, call.key, call.value, **call.options())[0])
 
     def _wants_fused(self, call: AttentionCall) -> bool:
-        covered = call.prefer_fused and ops._kernels_cover(call.query, call.value)
+        covered = call.prefer_fused and dispatch.kernels_cover(call.query, call.value)
         return self.mode == "fused" or (self.mode == "auto" and covered)
 
     def _takes(self, call: AttentionCall) -> bool:

@@ -1,0 +1,119 @@
+"""Which implementation computes a call, and the call: the one place that knows cards, versions and coverage."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from . import library_backward, reference
+from .stats import RowStats
+from .validation import Options
+
+HOPPER, TRITON, REFERENCE = "Hopper kernel", "Triton kernel", "PyTorch reference"
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+KERNEL_MAX_HEAD_DIM = 256
+# The Hopper forward is written in Gluon, whose interface changes between versions of Triton: it is used
+# with those that the GPU tests were run on.
+HOPPER_TRITON = ("3.6.",)
+_log = logging.getLogger("hnf_attention")
+
+
+def kernels_cover(query: Tensor, value: Tensor | None) -> bool:
+    """Whether the portable Triton kernels take these tensors."""
+    largest = max(query.shape[3], 0 if value is None else value.shape[3])
+    return query.is_cuda and query.dtype in KERNEL_DTYPES and largest <= KERNEL_MAX_HEAD_DIM
+
+
+@functools.cache
+def hopper_is_tested(device: torch.device) -> bool:
+    """Whether this is a card and a Triton version that the Hopper forward was tested on."""
+    import triton
+
+    tested = triton.__version__.startswith(HOPPER_TRITON)
+    return tested and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def forward_path(query: Tensor, key: Tensor, value: Tensor | None, options: Options, extended: bool) -> str:
+    """HOPPER, TRITON or REFERENCE: what computes the output and the statistics of a validated call."""
+    if not kernels_cover(query, value):
+        return REFERENCE
+    if not extended and value is not None and hopper_is_tested(query.device):
+        from .kernels import hopper
+
+        if hopper.covers(query, key, value, options):
+            return HOPPER
+    return TRITON
+
+
+@functools.cache
+def _say_once(path: str, dtype: torch.dtype, head_dim: int, device: str) -> None:
+    _log.debug("attention of head dimension %d in %s on %s is computed by: %s", head_dim, dtype, device, path)
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor | None, options: Options, extended: bool
+) -> tuple[Tensor, ...]:
+    """(out, lse, entropy, max_logit, min_logit, more) of a validated call.
+
+    Without a value the output is a placeholder without elements. `more` is (4, B, H, M): logit_var,
+    collision, score_std and sink_mass, or a placeholder.
+    """
+    path = forward_path(query, key, value, options, extended)
+    _say_once(path, query.dtype, query.shape[3], query.device.type)
+    if path == REFERENCE:
+        with no_autocast(query):
+            out, rows = reference.attention(query, key, value, options, extended=extended)
+        return query.new_empty(0) if out is None else out, *packed(rows, extended)
+    with torch.cuda.device(query.device):  # Triton launches on the current device
+        if path == HOPPER:
+            from .kernels import hopper
+
+            return hopper.forward(query, key, value, options)
+        from .kernels import forward, probe
+
+        if value is None:
+            return query.new_empty(0), *probe.probe(query, key, options, extended=extended)[:-1]
+        return forward.forward(query, key, value, options, extended=extended)
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    options: Options,
+    out: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    d_out: Tensor | None,
+    d_lse: Tensor | None,
+    d_entropy: Tensor | None,
+) -> reference.Gradients:
+    """`reference.backward` by the fastest kernel that computes it."""
+    d_out = None if value is None else d_out
+    cotangents = (out, lse, entropy, d_out, d_lse, d_entropy)
+    if not kernels_cover(query, value):
+        with no_autocast(query):
+            return reference.backward(query, key, value, options, *cotangents)
+    with torch.cuda.device(query.device):
+        if d_out is not None and d_lse is None and d_entropy is None:
+            kind = library_backward.choose(query, key, value, options)
+            if kind is not None:
+                return library_backward.backward(kind, query, key, value, options, out, lse, d_out)
+        from .kernels import backward
+
+        return backward.backward(query, key, value, options, *cotangents)
+
+
+def packed(rows: RowStats, extended: bool) -> tuple[Tensor, ...]:
+    """Row statistics as the operators return them: four tensors, and the extended ones as a fifth."""
+    extra = (rows.logit_var, rows.collision, rows.score_std, rows.sink_mass)
+    more = torch.stack(extra) if extended else rows.lse.new_empty(0)
+    return rows.lse, rows.entropy, rows.max_logit, rows.min_logit, more
+
+
+def no_autocast(query: Tensor) -> torch.autocast:
+    """The reference chooses its own precision: autocast must not round its products again."""
+    return torch.autocast(query.device.type, enabled=False)
