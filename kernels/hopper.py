@@ -88,7 +88,9 @@ def forward(query, key, value, options, chosen=None):
     """`forward.forward` for the calls that `covers` accepts; `chosen` takes the place of the tuned plan."""
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, num_keys, value_dim = *key.shape[1:3], value.shape[3]
-    rows = torch.empty((4, batch, heads, num_queries), dtype=torch.float32, device=query.device)
+    shape = (batch, heads, num_queries)
+    # Four tensors and not one in four parts: an operator's results may not share their storage.
+    rows = [torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(4)]
     out = query.new_empty((batch, heads, num_queries, value_dim))
     schedule, programs = _schedule(batch * heads, num_queries, num_keys, options.is_causal, query.device)
     hopper_kernel[(programs,)](
@@ -97,13 +99,12 @@ def forward(query, key, value, options, chosen=None):
         _describe(value, BLOCK_N),
         _describe(out, HALF_M),
         schedule,
-        rows,
+        *rows,
         heads,
         heads // kv_heads,
         num_queries,
         num_keys,
         triton.cdiv(num_queries, BLOCK_M),
-        batch * heads * num_queries,
         options.scale * primitives.LOG2_E.value,
         options.scale,
         PLAN=chosen or plan(head_dim, value_dim, options.is_causal, num_keys % BLOCK_N > 0, True),

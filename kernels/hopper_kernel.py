@@ -191,7 +191,7 @@ def _consumer(
     q_s, _k_s, _v_s, out_s = buffers
     full, empty = barriers
     heads, group, num_queries, num_keys, num_blocks = sizes
-    rows_ptr, num_rows, unit, to_natural = rows
+    lse_ptr, entropy_ptr, max_ptr, min_ptr, unit, to_natural = rows
     STAGES: gl.constexpr = PLAN.stages
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PLAN.block_dv, 16])
@@ -274,13 +274,13 @@ def _consumer(
                 m_i, total, weighted, least, (), unit, to_natural, 0.0, False, False
             )
             lse, entropy, max_logit, min_logit = core
-            gl.store(rows_ptr + num_rows + row, entropy, mask=inside)
-            gl.store(rows_ptr + 2 * num_rows + row, max_logit, mask=inside)
-            gl.store(rows_ptr + 3 * num_rows + row, min_logit, mask=inside)
+            gl.store(entropy_ptr + row, entropy, mask=inside)
+            gl.store(max_ptr + row, max_logit, mask=inside)
+            gl.store(min_ptr + row, min_logit, mask=inside)
         else:
             lse = m_i * to_natural + gl.log2(total) * 0.6931471805599453
             normalise = 1.0 / total
-        gl.store(rows_ptr + row, lse, mask=inside)
+        gl.store(lse_ptr + row, lse, mask=inside)
         acc = warpgroup_mma_wait(1, [product])
         tma.store_wait(pendings=0)
         staged.reshape([_HALF_M, PLAN.block_dv]).store(_rescale(acc, normalise).to(dtype))
@@ -299,20 +299,22 @@ def _ring(STAGES: gl.constexpr, COUNT: gl.constexpr):
     return barriers
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "num_queries", "num_keys", "num_blocks", "num_rows"])
+@gluon.jit(do_not_specialize=["heads", "group", "num_queries", "num_keys", "num_blocks"])
 def hopper_kernel(
     q_desc,
     k_desc,
     v_desc,
     out_desc,
     schedule_ptr,
-    rows_ptr,
+    lse_ptr,
+    entropy_ptr,
+    max_ptr,
+    min_ptr,
     heads,
     group,
     num_queries,
     num_keys,
     num_blocks,
-    num_rows,
     unit,
     to_natural,
     PLAN: gl.constexpr,
@@ -327,7 +329,7 @@ def hopper_kernel(
     barriers = (_ring(PLAN.stages, 1), _ring(PLAN.stages, 2))
     descriptors = (q_desc, k_desc, v_desc, out_desc)
     sizes = (heads, group, num_queries, num_keys, num_blocks)
-    rows = (rows_ptr, num_rows, unit, to_natural)
+    rows = (lse_ptr, entropy_ptr, max_ptr, min_ptr, unit, to_natural)
     fence_async_shared()
     gl.warp_specialize(
         [
