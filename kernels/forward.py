@@ -15,6 +15,7 @@ from .primitives import (
     key_range,
     load_tile,
     mask_arguments,
+    scheduled_block,
     softmax_finish,
     softmax_update,
 )
@@ -123,16 +124,9 @@ def _forward_kernel(
     EXACT: tl.constexpr,
     HAS_VALUE: tl.constexpr,
 ):
-    # Late query blocks first (under a causal mask they are the long ones), HEAD_GROUP heads abreast.
-    num_blocks = tl.cdiv(num_queries, BLOCK_M)
-    group, inside = (
-        tl.program_id(0) // (HEAD_GROUP * num_blocks),
-        tl.program_id(0) % (HEAD_GROUP * num_blocks),
-    )
-    bh = group * HEAD_GROUP + inside % HEAD_GROUP
+    start_m, bh = scheduled_block(num_queries, BLOCK_M, HEAD_GROUP, True)
     if bh >= num_bh:
         return
-    start_m = (num_blocks - 1 - inside // HEAD_GROUP) * BLOCK_M
     batch, head = bh // heads, bh % heads
     kv_head = head // GROUP
     offs_m = start_m + tl.arange(0, BLOCK_M)

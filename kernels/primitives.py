@@ -23,18 +23,27 @@ def block_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """A descriptor that loads (rows, block_dim(D)) tiles of one (batch, head) of x (B, H, L, D).
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """x (B, H, L, D) as the bulk-copy engine wants it, or a copy padded with zeros along D.
 
-    Reads beyond L and D give zeros. The bulk-copy engine wants unit inner stride and 16-byte aligned
-    outer strides and base; a tensor that has not is copied once, padded.
+    It wants unit inner stride and 16-byte aligned outer strides and base.
     """
     align = 16 // x.element_size()
     strides_fit = all(x.shape[i] == 1 or (x.stride(i) > 0 and x.stride(i) % align == 0) for i in range(3))
-    if x.stride(3) != 1 or not strides_fit or x.data_ptr() % 16:
-        padded = x.new_zeros(*x.shape[:3], triton.cdiv(x.shape[3], align) * align)
-        padded[..., : x.shape[3]] = x
-        x = padded
+    if x.stride(3) == 1 and strides_fit and x.data_ptr() % 16 == 0:
+        return x
+    padded = x.new_zeros(*x.shape[:3], triton.cdiv(x.shape[3], align) * align)
+    padded[..., : x.shape[3]] = x
+    return padded
+
+
+def describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """A descriptor that loads (rows, block_dim(D)) tiles of one (batch, head) of x (B, H, L, D).
+
+    Reads beyond L and D give zeros. A tensor that is not `aligned` is copied.
+    """
+    x = aligned(x)
+    align = 16 // x.element_size()
     # The stride of a dimension of size 1 is arbitrary; give it one that the engine accepts.
     strides = [x.stride(i) if x.shape[i] > 1 else align for i in range(3)] + [1]
     return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, block_dim(x.shape[3])])
@@ -48,6 +57,22 @@ def mask_arguments(attn_mask: torch.Tensor | None, shape: tuple[int, int, int, i
     if attn_mask.dtype == torch.bool:
         return attn_mask.view(torch.uint8), strides, BOOL_MASK.value
     return attn_mask, strides, ADDITIVE_MASK.value
+
+
+@triton.jit
+def scheduled_block(length, BLOCK: tl.constexpr, HEAD_GROUP: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """(first position, batch * head) of this program: HEAD_GROUP heads abreast, the long blocks first.
+
+    Under a causal mask the long ones are the last query blocks and the first key blocks. In a last
+    group that is not full, some programs get a batch * head that does not exist.
+    """
+    num_blocks = tl.cdiv(length, BLOCK)
+    group = tl.program_id(0) // (HEAD_GROUP * num_blocks)
+    inside = tl.program_id(0) % (HEAD_GROUP * num_blocks)
+    block = inside // HEAD_GROUP
+    if LAST_FIRST:
+        block = num_blocks - 1 - block
+    return block * BLOCK, group * HEAD_GROUP + inside % HEAD_GROUP
 
 
 @triton.jit
@@ -143,6 +168,31 @@ def key_range(
 
 
 @triton.jit
+def query_range(
+    start_n,
+    num_queries,
+    window,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """Query tiles that see some key of a block: [lo, full_lo) and [full_hi, hi) need masking."""
+    # A window is symmetric in queries and keys; a causal mask bounds the other side.
+    lo, full_lo, full_hi, hi = key_range(
+        start_n, num_queries, window, BLOCK_N, BLOCK_M, False, WINDOWED, MASK
+    )
+    if CAUSAL:
+        lo = tl.maximum(lo, start_n // BLOCK_M * BLOCK_M)
+        full_lo = tl.maximum(full_lo, (start_n + BLOCK_N + BLOCK_M - 2) // BLOCK_M * BLOCK_M)
+        # Keys past the last query have no tile at all.
+        full_lo = tl.minimum(full_lo, hi)
+        full_hi = tl.maximum(tl.minimum(full_hi, hi), full_lo)
+    return lo, full_lo, full_hi, hi
+
+
+@triton.jit
 def softmax_update(m_i, l_i, w_i, s, seen, unit, MASKED: tl.constexpr, EXACT: tl.constexpr):
     """Take one tile of scores into the running state; returns the state, exp2(t), and the rescaling.
 
@@ -202,3 +252,71 @@ def softmax_finish(m_i, l_i, w_i, low, unit, to_natural, sink, SINKS: tl.constex
         min_logit,
         factor / l_safe,
     )
+
+
+@triton.jit
+def softmax_gradient(
+    qk,
+    dp,
+    rows,
+    columns,
+    scaled_lse,
+    offset,
+    scaled_d_entropy,
+    num_queries,
+    num_keys,
+    scale,
+    softcap,
+    window,
+    mask_ptr,
+    stride_mask_m,
+    stride_mask_n,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_D_ENTROPY: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """p and d loss / d (scale * q.k) of one tile, in either orientation.
+
+    With t = log2 p, scaled_lse = lse * log2 e and scaled_d_entropy = d_entropy * ln 2, so that nothing
+    is multiplied per element but what must be: ds = p * (dp - offset - scaled_d_entropy * t).
+    """
+    unit = scale * LOG2_E
+    if SOFTCAP or MASK == ADDITIVE_MASK:
+        qk = qk * scale
+        unit = LOG2_E
+    s, seen, slope = bend_and_mask(
+        qk,
+        rows,
+        columns,
+        num_queries,
+        num_keys,
+        window,
+        softcap,
+        mask_ptr,
+        stride_mask_m,
+        stride_mask_n,
+        CAUSAL,
+        WINDOWED,
+        SOFTCAP,
+        MASK,
+        MASKED,
+    )
+    t = s * unit - scaled_lse
+    p = tl.exp2(t)
+    if MASKED:
+        # Hidden scores are infinite, and so is the lse of an empty row.
+        t = tl.where(seen, t, 0.0)
+        p = tl.where(seen, p, 0.0)
+    inner = dp - offset
+    if HAS_D_ENTROPY:
+        inner -= scaled_d_entropy * t
+    ds = p * inner
+    if SOFTCAP:
+        ds = ds * slope
+    if MASKED:
+        # dp of a hidden key may be NaN.
+        ds = tl.where(seen, ds, 0.0)
+    return p, ds

@@ -1,0 +1,208 @@
+"""dk and dv: every key block walks the queries that see it, of all the heads that share its key head.
+
+Tiles are transposed (keys x queries), so that P^T and dS^T come out of one product in the registers
+that the next one reads them from.
+"""
+
+import triton
+import triton.language as tl
+
+from .primitives import NO_MASK, load_tile, query_range, scheduled_block, softmax_gradient
+
+
+@triton.jit
+def _load_rows(ptr, offs_m, num_queries, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(ptr + offs_m, mask=offs_m < num_queries, other=0.0)[None, :]
+    return tl.load(ptr + offs_m)[None, :]
+
+
+@triton.jit
+def _walk_queries(
+    dk,
+    dv,
+    k,
+    v,
+    q_desc,
+    do_desc,
+    lo,
+    hi,
+    batch,
+    head,
+    offs_n,
+    scaled_lse_ptr,
+    offset_ptr,
+    scaled_d_entropy_ptr,
+    num_queries,
+    num_keys,
+    scale,
+    softcap,
+    window,
+    mask_ptr,
+    stride_mask_m,
+    stride_mask_n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_D_OUT: tl.constexpr,
+    HAS_D_ENTROPY: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    for start_m in tl.range(lo, hi, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        q = load_tile(q_desc, batch, head, start_m, BLOCK_M, BLOCK_D)
+        qk = tl.dot(k, q.T, input_precision="ieee")
+        dp = 0.0
+        if HAS_D_OUT:
+            do = load_tile(do_desc, batch, head, start_m, BLOCK_M, BLOCK_DV)
+            dp = tl.dot(v, do.T, input_precision="ieee")
+        scaled_d_entropy = 0.0
+        if HAS_D_ENTROPY:
+            scaled_d_entropy = _load_rows(scaled_d_entropy_ptr, offs_m, num_queries, MASKED)
+        p, ds = softmax_gradient(
+            qk,
+            dp,
+            offs_m[None, :],
+            offs_n[:, None],
+            _load_rows(scaled_lse_ptr, offs_m, num_queries, MASKED),
+            _load_rows(offset_ptr, offs_m, num_queries, MASKED),
+            scaled_d_entropy,
+            num_queries,
+            num_keys,
+            scale,
+            softcap,
+            window,
+            mask_ptr,
+            stride_mask_m,
+            stride_mask_n,
+            CAUSAL,
+            WINDOWED,
+            SOFTCAP,
+            MASK,
+            HAS_D_ENTROPY,
+            MASKED,
+        )
+        if HAS_D_OUT:
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["window"])
+def dkv_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    do_desc,
+    dk_ptr,
+    dv_ptr,
+    scaled_lse_ptr,
+    offset_ptr,
+    scaled_d_entropy_ptr,
+    mask_ptr,
+    stride_mask_b,
+    stride_mask_h,
+    stride_mask_m,
+    stride_mask_n,
+    num_bh,
+    kv_heads,
+    num_queries,
+    num_keys,
+    scale,
+    softcap,
+    window,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    HEAD_GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_D_OUT: tl.constexpr,
+    HAS_D_ENTROPY: tl.constexpr,
+):
+    """dk and dv of one block of keys; `num_bh` and `kv_heads` count key heads."""
+    start_n, bh = scheduled_block(num_keys, BLOCK_N, HEAD_GROUP, False)
+    if bh >= num_bh:
+        return
+    batch, kv_head = bh // kv_heads, bh % kv_heads
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    k = load_tile(k_desc, batch, kv_head, start_n, BLOCK_N, BLOCK_D)
+    v = k
+    if HAS_D_OUT:
+        v = load_tile(v_desc, batch, kv_head, start_n, BLOCK_N, BLOCK_DV)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    lo, full_lo, full_hi, hi = query_range(
+        start_n, num_queries, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASK
+    )
+    for member in tl.range(0, GROUP):
+        head = kv_head * GROUP + member
+        first_row = (batch * (kv_heads * GROUP) + head).to(tl.int64) * num_queries
+        head_mask_ptr = mask_ptr
+        if MASK != NO_MASK:
+            head_mask_ptr += batch.to(tl.int64) * stride_mask_b + head.to(tl.int64) * stride_mask_h
+        head_d_entropy_ptr = scaled_d_entropy_ptr
+        if HAS_D_ENTROPY:
+            head_d_entropy_ptr += first_row
+        for part in tl.static_range(3):
+            if part == 0:
+                begin, end = lo, full_lo
+            elif part == 1:
+                begin, end = full_lo, full_hi
+            else:
+                begin, end = full_hi, hi
+            # Causal and windowed tiles are partly visible on the left; a user mask leaves no full ones.
+            if (part == 2) or (part == 1 and MASK == NO_MASK) or (part == 0 and (CAUSAL or WINDOWED)):
+                dk, dv = _walk_queries(
+                    dk,
+                    dv,
+                    k,
+                    v,
+                    q_desc,
+                    do_desc,
+                    begin,
+                    end,
+                    batch,
+                    head,
+                    offs_n,
+                    scaled_lse_ptr + first_row,
+                    offset_ptr + first_row,
+                    head_d_entropy_ptr,
+                    num_queries,
+                    num_keys,
+                    scale,
+                    softcap,
+                    window,
+                    head_mask_ptr,
+                    stride_mask_m,
+                    stride_mask_n,
+                    BLOCK_M,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    CAUSAL,
+                    WINDOWED,
+                    SOFTCAP,
+                    MASK,
+                    HAS_D_OUT,
+                    HAS_D_ENTROPY,
+                    part != 1,
+                )
+    inside_keys = (offs_n < num_keys)[:, None]
+    row = (bh.to(tl.int64) * num_keys + offs_n)[:, None]
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    dk = (dk * scale).to(dk_ptr.dtype.element_ty)
+    tl.store(dk_ptr + row * HEAD_DIM + offs_d, dk, mask=inside_keys & (offs_d < HEAD_DIM))
+    if HAS_D_OUT:
+        offs_dv = tl.arange(0, BLOCK_DV)[None, :]
+        dv = dv.to(dv_ptr.dtype.element_ty)
+        tl.store(dv_ptr + row * VALUE_DIM + offs_dv, dv, mask=inside_keys & (offs_dv < VALUE_DIM))

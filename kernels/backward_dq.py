@@ -1,0 +1,181 @@
+"""dq: every query block walks the keys it sees once more."""
+
+import triton
+import triton.language as tl
+
+from .primitives import NO_MASK, key_range, load_tile, scheduled_block, softmax_gradient
+
+
+@triton.jit
+def _walk_keys(
+    dq,
+    q,
+    do,
+    k_desc,
+    v_desc,
+    lo,
+    hi,
+    batch,
+    kv_head,
+    offs_m,
+    scaled_lse,
+    offset,
+    scaled_d_entropy,
+    num_queries,
+    num_keys,
+    scale,
+    softcap,
+    window,
+    mask_ptr,
+    stride_mask_m,
+    stride_mask_n,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_D_OUT: tl.constexpr,
+    HAS_D_ENTROPY: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    for start_n in tl.range(lo, hi, BLOCK_N):
+        k = load_tile(k_desc, batch, kv_head, start_n, BLOCK_N, BLOCK_D)
+        qk = tl.dot(q, k.T, input_precision="ieee")
+        dp = 0.0
+        if HAS_D_OUT:
+            v = load_tile(v_desc, batch, kv_head, start_n, BLOCK_N, BLOCK_DV)
+            dp = tl.dot(do, v.T, input_precision="ieee")
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        _p, ds = softmax_gradient(
+            qk,
+            dp,
+            offs_m[:, None],
+            offs_n[None, :],
+            scaled_lse,
+            offset,
+            scaled_d_entropy,
+            num_queries,
+            num_keys,
+            scale,
+            softcap,
+            window,
+            mask_ptr,
+            stride_mask_m,
+            stride_mask_n,
+            CAUSAL,
+            WINDOWED,
+            SOFTCAP,
+            MASK,
+            HAS_D_ENTROPY,
+            MASKED,
+        )
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit(do_not_specialize=["window"])
+def dq_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    do_desc,
+    dq_ptr,
+    scaled_lse_ptr,
+    offset_ptr,
+    scaled_d_entropy_ptr,
+    mask_ptr,
+    stride_mask_b,
+    stride_mask_h,
+    stride_mask_m,
+    stride_mask_n,
+    num_bh,
+    heads,
+    num_queries,
+    num_keys,
+    scale,
+    softcap,
+    window,
+    HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    HEAD_GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASK: tl.constexpr,
+    HAS_D_OUT: tl.constexpr,
+    HAS_D_ENTROPY: tl.constexpr,
+):
+    """dq of one block of queries; `num_bh` and `heads` count query heads."""
+    start_m, bh = scheduled_block(num_queries, BLOCK_M, HEAD_GROUP, True)
+    if bh >= num_bh:
+        return
+    batch, head = bh // heads, bh % heads
+    kv_head = head // GROUP
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    inside = offs_m < num_queries
+    row = bh.to(tl.int64) * num_queries + offs_m
+    if MASK != NO_MASK:
+        mask_ptr += batch.to(tl.int64) * stride_mask_b + head.to(tl.int64) * stride_mask_h
+    q = load_tile(q_desc, batch, head, start_m, BLOCK_M, BLOCK_D)
+    do = q
+    if HAS_D_OUT:
+        do = load_tile(do_desc, batch, head, start_m, BLOCK_M, BLOCK_DV)
+    scaled_lse = tl.load(scaled_lse_ptr + row, mask=inside, other=0.0)[:, None]
+    offset = tl.load(offset_ptr + row, mask=inside, other=0.0)[:, None]
+    scaled_d_entropy = 0.0
+    if HAS_D_ENTROPY:
+        scaled_d_entropy = tl.load(scaled_d_entropy_ptr + row, mask=inside, other=0.0)[:, None]
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    lo, full_lo, full_hi, hi = key_range(start_m, num_keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASK)
+    for part in tl.static_range(3):
+        if part == 0:
+            begin, end = lo, full_lo
+        elif part == 1:
+            begin, end = full_lo, full_hi
+        else:
+            begin, end = full_hi, hi
+        # Only a window leaves partly visible tiles on the left, and a user mask leaves no others.
+        if (part == 2) or (part == 1 and MASK == NO_MASK) or (part == 0 and WINDOWED):
+            dq = _walk_keys(
+                dq,
+                q,
+                do,
+                k_desc,
+                v_desc,
+                begin,
+                end,
+                batch,
+                kv_head,
+                offs_m,
+                scaled_lse,
+                offset,
+                scaled_d_entropy,
+                num_queries,
+                num_keys,
+                scale,
+                softcap,
+                window,
+                mask_ptr,
+                stride_mask_m,
+                stride_mask_n,
+                BLOCK_N,
+                BLOCK_D,
+                BLOCK_DV,
+                CAUSAL,
+                WINDOWED,
+                SOFTCAP,
+                MASK,
+                HAS_D_OUT,
+                HAS_D_ENTROPY,
+                part != 1,
+            )
+    offs_d = tl.arange(0, BLOCK_D)
+    pointers = dq_ptr + row[:, None] * HEAD_DIM + offs_d[None, :]
+    dq = (dq * scale).to(dq_ptr.dtype.element_ty)
+    tl.store(pointers, dq, mask=inside[:, None] & (offs_d[None, :] < HEAD_DIM))
