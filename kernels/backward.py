@@ -14,7 +14,7 @@ from .. import reference
 from .backward_dkv import dkv_kernel
 from .backward_dq import dq_kernel
 from .configs import HEAD_GROUP, backward_tiles, grid_1d
-from .primitives import LN_2, LOG2_E, aligned, block_dim, describe, mask_arguments
+from .primitives import LN_2, LOG2_E, aligned, block_dim, describe, describe_rows, mask_arguments
 
 
 @triton.jit
@@ -34,6 +34,7 @@ def _prepare_rows_kernel(
     stride_d,
     heads,
     num_queries,
+    stride_rows,
     VALUE_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -46,8 +47,9 @@ def _prepare_rows_kernel(
     offs_m = tl.program_id(0) % num_blocks * ROWS + tl.arange(0, ROWS)
     inside = offs_m < num_queries
     row = bh.to(tl.int64) * num_queries + offs_m
+    result = bh.to(tl.int64) * stride_rows + offs_m
     lse = tl.load(lse_ptr + row, mask=inside, other=0.0)
-    tl.store(scaled_lse_ptr + row, lse * LOG2_E, mask=inside)
+    tl.store(scaled_lse_ptr + result, lse * LOG2_E, mask=inside)
     offset = tl.zeros([ROWS], tl.float32)
     if HAS_D_OUT:
         offs_d = tl.arange(0, COLS)[None, :]
@@ -63,38 +65,41 @@ def _prepare_rows_kernel(
     if HAS_D_ENTROPY:
         d_entropy = tl.load(d_entropy_ptr + row, mask=inside, other=0.0)
         offset += d_entropy * tl.load(entropy_ptr + row, mask=inside, other=0.0)
-        tl.store(scaled_d_entropy_ptr + row, d_entropy * LN_2, mask=inside)
-    tl.store(offset_ptr + row, offset, mask=inside)
+        tl.store(scaled_d_entropy_ptr + result, d_entropy * LN_2, mask=inside)
+    tl.store(offset_ptr + result, offset, mask=inside)
 
 
 def _prepare_rows(out, lse, entropy, d_out, d_lse, d_entropy):
-    """(lse * log2 e, delta'', d_entropy * ln 2 or None), fp32 (B, H, M), in one launch."""
+    """[lse * log2 e, delta'', d_entropy * ln 2 or None], fp32 (B, H, M), in one launch."""
     batch, heads, num_queries = lse.shape
-    scaled_lse, offset = torch.empty_like(lse), torch.empty_like(lse)
-    scaled_d_entropy = None if d_entropy is None else torch.empty_like(lse)
+    # The bulk-copy engine wants heads that start at multiples of 16 bytes.
+    stride = triton.cdiv(num_queries, 4) * 4
+    count = 2 if d_entropy is None else 3
+    rows = list(lse.new_empty(count, batch, heads, stride)[..., :num_queries].unbind())
+    if d_entropy is None:
+        rows.append(None)
     value_dim = 16 if d_out is None else d_out.shape[3]
-    rows = 32
-    _prepare_rows_kernel[(triton.cdiv(num_queries, rows) * batch * heads,)](
+    block = 32
+    _prepare_rows_kernel[(triton.cdiv(num_queries, block) * batch * heads,)](
         d_out,
         None if d_out is None else out.contiguous(),
         lse,
         entropy,
         None if d_lse is None else d_lse.contiguous(),
         None if d_entropy is None else d_entropy.contiguous(),
-        scaled_lse,
-        offset,
-        scaled_d_entropy,
+        *rows,
         *((0, 0, 0, 0) if d_out is None else d_out.stride()),
         heads,
         num_queries,
+        stride,
         VALUE_DIM=value_dim,
-        ROWS=rows,
+        ROWS=block,
         COLS=block_dim(value_dim),
         HAS_D_OUT=d_out is not None,
         HAS_D_LSE=d_lse is not None,
         HAS_D_ENTROPY=d_entropy is not None,
     )
-    return scaled_lse, offset, scaled_d_entropy
+    return rows
 
 
 def backward(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entropy, tiles=None):
@@ -128,7 +133,7 @@ def backward(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entr
         kernel[(grid_1d(triton.cdiv(length, block), batch * num_heads),)](
             *(describe(x, size) for x, size in zip(tensors, sizes, strict=True)),
             *gradients,
-            *rows,
+            *(None if x is None else describe_rows(x, tiles.block_m) for x in rows),
             mask,
             *mask_strides,
             batch * num_heads,

@@ -7,14 +7,7 @@ that the next one reads them from.
 import triton
 import triton.language as tl
 
-from .primitives import NO_MASK, load_tile, query_range, scheduled_block, softmax_gradient
-
-
-@triton.jit
-def _load_rows(ptr, offs_m, num_queries, MASKED: tl.constexpr):
-    if MASKED:
-        return tl.load(ptr + offs_m, mask=offs_m < num_queries, other=0.0)[None, :]
-    return tl.load(ptr + offs_m)[None, :]
+from .primitives import NO_MASK, load_rows, load_tile, query_range, scheduled_block, softmax_gradient
 
 
 @triton.jit
@@ -29,10 +22,11 @@ def _walk_queries(
     hi,
     batch,
     head,
+    bh,
     offs_n,
-    scaled_lse_ptr,
-    offset_ptr,
-    scaled_d_entropy_ptr,
+    scaled_lse_desc,
+    offset_desc,
+    scaled_d_entropy_desc,
     num_queries,
     num_keys,
     scale,
@@ -62,14 +56,14 @@ def _walk_queries(
             dp = tl.dot(v, do.T, input_precision="ieee")
         scaled_d_entropy = 0.0
         if HAS_D_ENTROPY:
-            scaled_d_entropy = _load_rows(scaled_d_entropy_ptr, offs_m, num_queries, MASKED)
+            scaled_d_entropy = load_rows(scaled_d_entropy_desc, bh, start_m, BLOCK_M)[None, :]
         p, ds = softmax_gradient(
             qk,
             dp,
             offs_m[None, :],
             offs_n[:, None],
-            _load_rows(scaled_lse_ptr, offs_m, num_queries, MASKED),
-            _load_rows(offset_ptr, offs_m, num_queries, MASKED),
+            load_rows(scaled_lse_desc, bh, start_m, BLOCK_M)[None, :],
+            load_rows(offset_desc, bh, start_m, BLOCK_M)[None, :],
             scaled_d_entropy,
             num_queries,
             num_keys,
@@ -100,9 +94,9 @@ def dkv_kernel(
     do_desc,
     dk_ptr,
     dv_ptr,
-    scaled_lse_ptr,
-    offset_ptr,
-    scaled_d_entropy_ptr,
+    scaled_lse_desc,
+    offset_desc,
+    scaled_d_entropy_desc,
     mask_ptr,
     stride_mask_b,
     stride_mask_h,
@@ -147,13 +141,9 @@ def dkv_kernel(
     )
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
-        first_row = (batch * (kv_heads * GROUP) + head).to(tl.int64) * num_queries
         head_mask_ptr = mask_ptr
         if MASK != NO_MASK:
             head_mask_ptr += batch.to(tl.int64) * stride_mask_b + head.to(tl.int64) * stride_mask_h
-        head_d_entropy_ptr = scaled_d_entropy_ptr
-        if HAS_D_ENTROPY:
-            head_d_entropy_ptr += first_row
         for part in tl.static_range(3):
             if part == 0:
                 begin, end = lo, full_lo
@@ -174,10 +164,11 @@ def dkv_kernel(
                     end,
                     batch,
                     head,
+                    batch * (kv_heads * GROUP) + head,
                     offs_n,
-                    scaled_lse_ptr + first_row,
-                    offset_ptr + first_row,
-                    head_d_entropy_ptr,
+                    scaled_lse_desc,
+                    offset_desc,
+                    scaled_d_entropy_desc,
                     num_queries,
                     num_keys,
                     scale,

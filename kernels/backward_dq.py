@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .primitives import NO_MASK, key_range, load_tile, scheduled_block, softmax_gradient
+from .primitives import NO_MASK, key_range, load_rows, load_tile, scheduled_block, softmax_gradient
 
 
 @triton.jit
@@ -82,9 +82,9 @@ def dq_kernel(
     v_desc,
     do_desc,
     dq_ptr,
-    scaled_lse_ptr,
-    offset_ptr,
-    scaled_d_entropy_ptr,
+    scaled_lse_desc,
+    offset_desc,
+    scaled_d_entropy_desc,
     mask_ptr,
     stride_mask_b,
     stride_mask_h,
@@ -126,11 +126,11 @@ def dq_kernel(
     do = q
     if HAS_D_OUT:
         do = load_tile(do_desc, batch, head, start_m, BLOCK_M, BLOCK_DV)
-    scaled_lse = tl.load(scaled_lse_ptr + row, mask=inside, other=0.0)[:, None]
-    offset = tl.load(offset_ptr + row, mask=inside, other=0.0)[:, None]
+    scaled_lse = load_rows(scaled_lse_desc, bh, start_m, BLOCK_M)[:, None]
+    offset = load_rows(offset_desc, bh, start_m, BLOCK_M)[:, None]
     scaled_d_entropy = 0.0
     if HAS_D_ENTROPY:
-        scaled_d_entropy = tl.load(scaled_d_entropy_ptr + row, mask=inside, other=0.0)[:, None]
+        scaled_d_entropy = load_rows(scaled_d_entropy_desc, bh, start_m, BLOCK_M)[:, None]
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     lo, full_lo, full_hi, hi = key_range(start_m, num_keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASK)
     for part in tl.static_range(3):

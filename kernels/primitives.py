@@ -49,6 +49,14 @@ def describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, block_dim(x.shape[3])])
 
 
+def describe_rows(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """A descriptor that loads `rows` numbers of one (batch, head) of x (B, H, M), stored one after another.
+
+    Reads beyond M give zeros. The stride of a head must be a multiple of 16 bytes.
+    """
+    return TensorDescriptor(x, [x.shape[0] * x.shape[1], x.shape[2]], [x.stride(1), 1], [1, rows])
+
+
 def mask_arguments(attn_mask: torch.Tensor | None, shape: tuple[int, int, int, int]) -> tuple:
     """(pointer, strides (b, h, m, n), kind) of a mask that broadcasts to `shape`."""
     if attn_mask is None:
@@ -78,6 +86,11 @@ def scheduled_block(length, BLOCK: tl.constexpr, HEAD_GROUP: tl.constexpr, LAST_
 @triton.jit
 def load_tile(desc, batch, head, row, ROWS: tl.constexpr, COLS: tl.constexpr):
     return desc.load([batch, head, row, 0]).reshape(ROWS, COLS)
+
+
+@triton.jit
+def load_rows(desc, batch_head, row, ROWS: tl.constexpr):
+    return desc.load([batch_head, row]).reshape(ROWS)
 
 
 @triton.jit
