@@ -7,7 +7,15 @@ that the next one reads them from.
 import triton
 import triton.language as tl
 
-from .primitives import NO_MASK, load_rows, load_tile, query_range, scheduled_block, softmax_gradient
+from .primitives import (
+    NO_MASK,
+    load_rows,
+    load_tile,
+    query_range,
+    scheduled_block,
+    softmax_gradient,
+    softmax_weights,
+)
 
 
 @triton.jit
@@ -48,23 +56,25 @@ def _walk_queries(
 ):
     for start_m in tl.range(lo, hi, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
+        # Loads that follow each other share one barrier.
         q = load_tile(q_desc, batch, head, start_m, BLOCK_M, BLOCK_D)
+        do = q
+        if HAS_D_OUT:
+            do = load_tile(do_desc, batch, head, start_m, BLOCK_M, BLOCK_DV)
         qk = tl.dot(k, q.T, input_precision="ieee")
         dp = 0.0
         if HAS_D_OUT:
-            do = load_tile(do_desc, batch, head, start_m, BLOCK_M, BLOCK_DV)
             dp = tl.dot(v, do.T, input_precision="ieee")
+        scaled_lse = load_rows(scaled_lse_desc, bh, start_m, BLOCK_M)
+        offset = load_rows(offset_desc, bh, start_m, BLOCK_M)
         scaled_d_entropy = 0.0
         if HAS_D_ENTROPY:
             scaled_d_entropy = load_rows(scaled_d_entropy_desc, bh, start_m, BLOCK_M)[None, :]
-        p, ds = softmax_gradient(
+        p, t, seen, slope = softmax_weights(
             qk,
-            dp,
             offs_m[None, :],
             offs_n[:, None],
-            load_rows(scaled_lse_desc, bh, start_m, BLOCK_M)[None, :],
-            load_rows(offset_desc, bh, start_m, BLOCK_M)[None, :],
-            scaled_d_entropy,
+            scaled_lse[None, :],
             num_queries,
             num_keys,
             scale,
@@ -77,11 +87,14 @@ def _walk_queries(
             WINDOWED,
             SOFTCAP,
             MASK,
-            HAS_D_ENTROPY,
             MASKED,
         )
+        # Issued before ds is computed, so that the product and the arithmetic overlap.
         if HAS_D_OUT:
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        ds = softmax_gradient(
+            p, t, seen, slope, dp, offset[None, :], scaled_d_entropy, SOFTCAP, HAS_D_ENTROPY, MASKED
+        )
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 

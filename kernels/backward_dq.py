@@ -3,7 +3,15 @@
 import triton
 import triton.language as tl
 
-from .primitives import NO_MASK, key_range, load_rows, load_tile, scheduled_block, softmax_gradient
+from .primitives import (
+    NO_MASK,
+    key_range,
+    load_rows,
+    load_tile,
+    scheduled_block,
+    softmax_gradient,
+    softmax_weights,
+)
 
 
 @triton.jit
@@ -41,21 +49,21 @@ def _walk_keys(
     MASKED: tl.constexpr,
 ):
     for start_n in tl.range(lo, hi, BLOCK_N):
+        # Loads that follow each other share one barrier.
         k = load_tile(k_desc, batch, kv_head, start_n, BLOCK_N, BLOCK_D)
+        v = k
+        if HAS_D_OUT:
+            v = load_tile(v_desc, batch, kv_head, start_n, BLOCK_N, BLOCK_DV)
         qk = tl.dot(q, k.T, input_precision="ieee")
         dp = 0.0
         if HAS_D_OUT:
-            v = load_tile(v_desc, batch, kv_head, start_n, BLOCK_N, BLOCK_DV)
             dp = tl.dot(do, v.T, input_precision="ieee")
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        _p, ds = softmax_gradient(
+        p, t, seen, slope = softmax_weights(
             qk,
-            dp,
             offs_m[:, None],
             offs_n[None, :],
             scaled_lse,
-            offset,
-            scaled_d_entropy,
             num_queries,
             num_keys,
             scale,
@@ -68,9 +76,9 @@ def _walk_keys(
             WINDOWED,
             SOFTCAP,
             MASK,
-            HAS_D_ENTROPY,
             MASKED,
         )
+        ds = softmax_gradient(p, t, seen, slope, dp, offset, scaled_d_entropy, SOFTCAP, HAS_D_ENTROPY, MASKED)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 

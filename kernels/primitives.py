@@ -268,14 +268,11 @@ def softmax_finish(m_i, l_i, w_i, low, unit, to_natural, sink, SINKS: tl.constex
 
 
 @triton.jit
-def softmax_gradient(
+def softmax_weights(
     qk,
-    dp,
     rows,
     columns,
     scaled_lse,
-    offset,
-    scaled_d_entropy,
     num_queries,
     num_keys,
     scale,
@@ -288,13 +285,11 @@ def softmax_gradient(
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
-    HAS_D_ENTROPY: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """p and d loss / d (scale * q.k) of one tile, in either orientation.
+    """(p, log2 p, visible, soft-cap's slope) of one tile of q.k, in either orientation.
 
-    With t = log2 p, scaled_lse = lse * log2 e and scaled_d_entropy = d_entropy * ln 2, so that nothing
-    is multiplied per element but what must be: ds = p * (dp - offset - scaled_d_entropy * t).
+    scaled_lse = lse * log2 e, so that one fused multiply-add makes the exponent.
     """
     unit = scale * LOG2_E
     if SOFTCAP or MASK == ADDITIVE_MASK:
@@ -323,6 +318,26 @@ def softmax_gradient(
         # Hidden scores are infinite, and so is the lse of an empty row.
         t = tl.where(seen, t, 0.0)
         p = tl.where(seen, p, 0.0)
+    return p, t, seen, slope
+
+
+@triton.jit
+def softmax_gradient(
+    p,
+    t,
+    seen,
+    slope,
+    dp,
+    offset,
+    scaled_d_entropy,
+    SOFTCAP: tl.constexpr,
+    HAS_D_ENTROPY: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """d loss / d (scale * q.k): p * (dp - delta'' - d_entropy * log p) * slope.
+
+    `p`, `t`, `seen`, `slope` are of `softmax_weights`; offset = delta'', scaled_d_entropy = d_entropy * ln 2.
+    """
     inner = dp - offset
     if HAS_D_ENTROPY:
         inner -= scaled_d_entropy * t
@@ -332,4 +347,4 @@ def softmax_gradient(
     if MASKED:
         # dp of a hidden key may be NaN.
         ds = tl.where(seen, ds, 0.0)
-    return p, ds
+    return ds
