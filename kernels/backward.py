@@ -14,7 +14,16 @@ from .. import reference
 from .backward_dkv import dkv_kernel
 from .backward_dq import dq_kernel
 from .configs import HEAD_GROUP, backward_tiles, grid_1d
-from .primitives import LN_2, LOG2_E, aligned, block_dim, describe, describe_rows, mask_arguments
+from .primitives import (
+    ADDITIVE_MASK,
+    LN_2,
+    LOG2_E,
+    aligned,
+    block_dim,
+    describe,
+    describe_rows,
+    mask_arguments,
+)
 
 
 @triton.jit
@@ -49,7 +58,9 @@ def _prepare_rows_kernel(
     row = bh.to(tl.int64) * num_queries + offs_m
     result = bh.to(tl.int64) * stride_rows + offs_m
     lse = tl.load(lse_ptr + row, mask=inside, other=0.0)
-    tl.store(scaled_lse_ptr + result, lse * LOG2_E, mask=inside)
+    # Infinite the other way in an empty row: see softmax_weights.
+    scaled_lse = tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)
+    tl.store(scaled_lse_ptr + result, scaled_lse, mask=inside)
     offset = tl.zeros([ROWS], tl.float32)
     if HAS_D_OUT:
         offs_d = tl.arange(0, COLS)[None, :]
@@ -70,7 +81,7 @@ def _prepare_rows_kernel(
 
 
 def _prepare_rows(out, lse, entropy, d_out, d_lse, d_entropy):
-    """[lse * log2 e, delta'', d_entropy * ln 2 or None], fp32 (B, H, M), in one launch."""
+    """[scaled_lse of `softmax_weights`, delta'', d_entropy * ln 2 or None], fp32 (B, H, M), in one launch."""
     batch, heads, num_queries = lse.shape
     # The bulk-copy engine wants heads that start at multiples of 16 bytes.
     stride = triton.cdiv(num_queries, 4) * 4
@@ -124,6 +135,7 @@ def backward(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entr
     value_dim = value.shape[3] if has_d_out else 16
     dq_tiles, dkv_tiles = tiles or backward_tiles(head_dim, value_dim, query.dtype, options.is_causal)
     mask, mask_strides, mask_kind = mask_arguments(options.attn_mask, (batch, heads, num_queries, num_keys))
+    natural = options.scale <= 0 or options.softcap is not None or mask_kind == ADDITIVE_MASK.value
     tensors = [aligned(query), aligned(key)]
     tensors += [aligned(value), aligned(d_out)] if has_d_out else [tensors[1], tensors[0]]
     numbers = [num_queries, num_keys, options.scale, options.softcap or 0.0, options.window_size or 0]
@@ -150,6 +162,7 @@ def backward(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entr
             WINDOWED=options.window_size is not None,
             SOFTCAP=options.softcap is not None,
             MASK=mask_kind,
+            NATURAL=natural,
             HAS_D_OUT=has_d_out,
             HAS_D_ENTROPY=d_entropy is not None,
             num_warps=tiles.num_warps,

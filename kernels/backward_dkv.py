@@ -50,6 +50,7 @@ def _walk_queries(
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
+    NATURAL: tl.constexpr,
     HAS_D_OUT: tl.constexpr,
     HAS_D_ENTROPY: tl.constexpr,
     MASKED: tl.constexpr,
@@ -70,7 +71,7 @@ def _walk_queries(
         scaled_d_entropy = 0.0
         if HAS_D_ENTROPY:
             scaled_d_entropy = load_rows(scaled_d_entropy_desc, bh, start_m, BLOCK_M)[None, :]
-        p, t, seen, slope = softmax_weights(
+        p, t, slope = softmax_weights(
             qk,
             offs_m[None, :],
             offs_n[:, None],
@@ -87,13 +88,14 @@ def _walk_queries(
             WINDOWED,
             SOFTCAP,
             MASK,
+            NATURAL,
             MASKED,
         )
         # Issued before ds is computed, so that the product and the arithmetic overlap.
         if HAS_D_OUT:
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         ds = softmax_gradient(
-            p, t, seen, slope, dp, offset[None, :], scaled_d_entropy, SOFTCAP, HAS_D_ENTROPY, MASKED
+            p, t, slope, dp, offset[None, :], scaled_d_entropy, SOFTCAP, HAS_D_ENTROPY, MASKED
         )
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
@@ -134,6 +136,7 @@ def dkv_kernel(
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
+    NATURAL: tl.constexpr,
     HAS_D_OUT: tl.constexpr,
     HAS_D_ENTROPY: tl.constexpr,
 ):
@@ -197,6 +200,7 @@ def dkv_kernel(
                     WINDOWED,
                     SOFTCAP,
                     MASK,
+                    NATURAL,
                     HAS_D_OUT,
                     HAS_D_ENTROPY,
                     part != 1,

@@ -44,6 +44,7 @@ def _walk_keys(
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
+    NATURAL: tl.constexpr,
     HAS_D_OUT: tl.constexpr,
     HAS_D_ENTROPY: tl.constexpr,
     MASKED: tl.constexpr,
@@ -59,7 +60,7 @@ def _walk_keys(
         if HAS_D_OUT:
             dp = tl.dot(do, v.T, input_precision="ieee")
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        p, t, seen, slope = softmax_weights(
+        p, t, slope = softmax_weights(
             qk,
             offs_m[:, None],
             offs_n[None, :],
@@ -76,9 +77,10 @@ def _walk_keys(
             WINDOWED,
             SOFTCAP,
             MASK,
+            NATURAL,
             MASKED,
         )
-        ds = softmax_gradient(p, t, seen, slope, dp, offset, scaled_d_entropy, SOFTCAP, HAS_D_ENTROPY, MASKED)
+        ds = softmax_gradient(p, t, slope, dp, offset, scaled_d_entropy, SOFTCAP, HAS_D_ENTROPY, MASKED)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 
@@ -116,6 +118,7 @@ def dq_kernel(
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
+    NATURAL: tl.constexpr,
     HAS_D_OUT: tl.constexpr,
     HAS_D_ENTROPY: tl.constexpr,
 ):
@@ -179,6 +182,7 @@ def dq_kernel(
                 WINDOWED,
                 SOFTCAP,
                 MASK,
+                NATURAL,
                 HAS_D_OUT,
                 HAS_D_ENTROPY,
                 part != 1,

@@ -285,18 +285,17 @@ def softmax_weights(
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
+    NATURAL: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """(p, log2 p, visible, soft-cap's slope) of one tile of q.k, in either orientation.
+    """(p, t = log2 p, soft-cap's slope) of one tile of q.k, in either orientation.
 
-    scaled_lse = lse * log2 e, so that one fused multiply-add makes the exponent.
+    scaled_lse = lse * log2 e, and +inf in an empty row, so that one fused multiply-add makes the exponent
+    and hidden keys come out as t = -inf, p = 0. NATURAL is for scores that are bent, or scale <= 0.
     """
-    unit = scale * LOG2_E
-    if SOFTCAP or MASK == ADDITIVE_MASK:
-        qk = qk * scale
-        unit = LOG2_E
-    s, seen, slope = bend_and_mask(
-        qk,
+    unit = LOG2_E if NATURAL else scale * LOG2_E
+    s, _seen, slope = bend_and_mask(
+        qk * scale if NATURAL else qk,
         rows,
         columns,
         num_queries,
@@ -313,19 +312,13 @@ def softmax_weights(
         MASKED,
     )
     t = s * unit - scaled_lse
-    p = tl.exp2(t)
-    if MASKED:
-        # Hidden scores are infinite, and so is the lse of an empty row.
-        t = tl.where(seen, t, 0.0)
-        p = tl.where(seen, p, 0.0)
-    return p, t, seen, slope
+    return tl.exp2(t), t, slope
 
 
 @triton.jit
 def softmax_gradient(
     p,
     t,
-    seen,
     slope,
     dp,
     offset,
@@ -336,7 +329,7 @@ def softmax_gradient(
 ):
     """d loss / d (scale * q.k): p * (dp - delta'' - d_entropy * log p) * slope.
 
-    `p`, `t`, `seen`, `slope` are of `softmax_weights`; offset = delta'', scaled_d_entropy = d_entropy * ln 2.
+    `p`, `t`, `slope` are of `softmax_weights`; offset = delta'', scaled_d_entropy = d_entropy * ln 2.
     """
     inner = dp - offset
     if HAS_D_ENTROPY:
@@ -345,6 +338,6 @@ def softmax_gradient(
     if SOFTCAP:
         ds = ds * slope
     if MASKED:
-        # dp of a hidden key may be NaN.
-        ds = tl.where(seen, ds, 0.0)
+        # Of a hidden key t is infinite and dp may be NaN; the mask itself need not be kept until here.
+        ds = tl.where(p == 0.0, 0.0, ds)
     return ds
