@@ -6,6 +6,8 @@ One kernel prepares what belongs to a row; one walks the keys of a query block f
 queries (of every head that shares the key head) of a key block for dk and dv.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -113,17 +115,11 @@ def _prepare_rows(out, lse, entropy, d_out, d_lse, d_entropy):
     return rows
 
 
-def backward(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entropy, tiles=None):
-    """`reference.backward` on the device: same arguments and result, D and D_v up to 256, not fp64.
-
-    `tiles`: (dq's, dkv's) `Tiles`.
-    """
+def plan(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entropy, tiles=None):
+    """The gradients of `backward`, still to be filled, and the two launches (dq's, dkv's) that fill them."""
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, num_keys = key.shape[1:3]
     has_d_out = value is not None and d_out is not None
-    if lse.numel() == 0 or num_keys == 0:
-        inputs = (query, key, value, options.sinks)
-        return reference.Gradients(*(None if x is None else torch.zeros_like(x) for x in inputs))
     rows = _prepare_rows(out, lse, entropy, d_out if has_d_out else None, d_lse, d_entropy)
     d_sinks = None
     if options.sinks is not None:
@@ -138,11 +134,11 @@ def backward(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entr
     natural = options.scale <= 0 or options.softcap is not None or mask_kind == ADDITIVE_MASK.value
     tensors = [aligned(query), aligned(key)]
     tensors += [aligned(value), aligned(d_out)] if has_d_out else [tensors[1], tensors[0]]
-    numbers = [num_queries, num_keys, options.scale, options.softcap or 0.0, options.window_size or 0]
 
     def launch(kernel, gradients, length, block, num_heads, tiles, **constants):
         sizes = (tiles.block_m, tiles.block_n, tiles.block_n, tiles.block_m)
-        kernel[(grid_1d(triton.cdiv(length, block), batch * num_heads),)](
+        return partial(
+            kernel[(grid_1d(triton.cdiv(length, block), batch * num_heads),)],
             *(describe(x, size) for x, size in zip(tensors, sizes, strict=True)),
             *gradients,
             *(None if x is None else describe_rows(x, tiles.block_m) for x in rows),
@@ -150,7 +146,11 @@ def backward(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entr
             *mask_strides,
             batch * num_heads,
             num_heads,
-            *numbers,
+            num_queries,
+            num_keys,
+            options.scale,
+            options.softcap or 0.0,
+            options.window_size or 0,
             HEAD_DIM=head_dim,
             GROUP=heads // kv_heads,
             BLOCK_M=tiles.block_m,
@@ -167,11 +167,34 @@ def backward(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entr
             HAS_D_ENTROPY=d_entropy is not None,
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
+            maxnreg=tiles.max_registers,
             **constants,
         )
 
-    launch(dq_kernel, [d_query], num_queries, dq_tiles.block_m, heads, dq_tiles)
-    launch(
-        dkv_kernel, [d_key, d_value], num_keys, dkv_tiles.block_n, kv_heads, dkv_tiles, VALUE_DIM=value_dim
+    launches = (
+        launch(dq_kernel, [d_query], num_queries, dq_tiles.block_m, heads, dq_tiles),
+        launch(
+            dkv_kernel,
+            [d_key, d_value],
+            num_keys,
+            dkv_tiles.block_n,
+            kv_heads,
+            dkv_tiles,
+            VALUE_DIM=value_dim,
+        ),
     )
-    return reference.Gradients(d_query, d_key, d_value, d_sinks)
+    return reference.Gradients(d_query, d_key, d_value, d_sinks), launches
+
+
+def backward(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entropy, tiles=None):
+    """`reference.backward` on the device: same arguments and result, D and D_v up to 256, not fp64.
+
+    `tiles`: (dq's, dkv's) `Tiles`.
+    """
+    if lse.numel() == 0 or key.shape[2] == 0:
+        inputs = (query, key, value, options.sinks)
+        return reference.Gradients(*(None if x is None else torch.zeros_like(x) for x in inputs))
+    gradients, launches = plan(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entropy, tiles)
+    for launch in launches:
+        launch()
+    return gradients

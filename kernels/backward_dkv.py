@@ -15,6 +15,8 @@ from .primitives import (
     scheduled_block,
     softmax_gradient,
     softmax_weights,
+    walk_bounds,
+    walk_position,
 )
 
 
@@ -26,8 +28,7 @@ def _walk_queries(
     v,
     q_desc,
     do_desc,
-    lo,
-    hi,
+    tiles,
     batch,
     head,
     bh,
@@ -55,7 +56,10 @@ def _walk_queries(
     HAS_D_ENTROPY: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    for start_m in tl.range(lo, hi, BLOCK_M):
+    BOTH_ENDS: tl.constexpr = CAUSAL or WINDOWED
+    begin, end = walk_bounds(tiles, BOTH_ENDS, MASKED)
+    for start in tl.range(begin, end, BLOCK_M):
+        start_m = walk_position(start, tiles, BOTH_ENDS, MASKED)
         offs_m = start_m + tl.arange(0, BLOCK_M)
         # Loads that follow each other share one barrier.
         q = load_tile(q_desc, batch, head, start_m, BLOCK_M, BLOCK_D)
@@ -152,23 +156,15 @@ def dkv_kernel(
         v = load_tile(v_desc, batch, kv_head, start_n, BLOCK_N, BLOCK_DV)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    lo, full_lo, full_hi, hi = query_range(
-        start_n, num_queries, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASK
-    )
+    tiles = query_range(start_n, num_queries, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASK)
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
         head_mask_ptr = mask_ptr
         if MASK != NO_MASK:
             head_mask_ptr += batch.to(tl.int64) * stride_mask_b + head.to(tl.int64) * stride_mask_h
-        for part in tl.static_range(3):
-            if part == 0:
-                begin, end = lo, full_lo
-            elif part == 1:
-                begin, end = full_lo, full_hi
-            else:
-                begin, end = full_hi, hi
-            # Causal and windowed tiles are partly visible on the left; a user mask leaves no full ones.
-            if (part == 2) or (part == 1 and MASK == NO_MASK) or (part == 0 and (CAUSAL or WINDOWED)):
+        for masked in tl.static_range(2):
+            # A user mask leaves no tile that needs no masking.
+            if masked or MASK == NO_MASK:
                 dk, dv = _walk_queries(
                     dk,
                     dv,
@@ -176,8 +172,7 @@ def dkv_kernel(
                     v,
                     q_desc,
                     do_desc,
-                    begin,
-                    end,
+                    tiles,
                     batch,
                     head,
                     batch * (kv_heads * GROUP) + head,
@@ -203,7 +198,7 @@ def dkv_kernel(
                     NATURAL,
                     HAS_D_OUT,
                     HAS_D_ENTROPY,
-                    part != 1,
+                    masked == 1,
                 )
     inside_keys = (offs_n < num_keys)[:, None]
     row = (bh.to(tl.int64) * num_keys + offs_n)[:, None]

@@ -11,6 +11,8 @@ from .primitives import (
     scheduled_block,
     softmax_gradient,
     softmax_weights,
+    walk_bounds,
+    walk_position,
 )
 
 
@@ -21,8 +23,7 @@ def _walk_keys(
     do,
     k_desc,
     v_desc,
-    lo,
-    hi,
+    tiles,
     batch,
     kv_head,
     offs_m,
@@ -49,7 +50,10 @@ def _walk_keys(
     HAS_D_ENTROPY: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    for start_n in tl.range(lo, hi, BLOCK_N):
+    BOTH_ENDS: tl.constexpr = WINDOWED
+    begin, end = walk_bounds(tiles, BOTH_ENDS, MASKED)
+    for start in tl.range(begin, end, BLOCK_N):
+        start_n = walk_position(start, tiles, BOTH_ENDS, MASKED)
         # Loads that follow each other share one barrier.
         k = load_tile(k_desc, batch, kv_head, start_n, BLOCK_N, BLOCK_D)
         v = k
@@ -143,24 +147,17 @@ def dq_kernel(
     if HAS_D_ENTROPY:
         scaled_d_entropy = load_rows(scaled_d_entropy_desc, bh, start_m, BLOCK_M)[:, None]
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    lo, full_lo, full_hi, hi = key_range(start_m, num_keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASK)
-    for part in tl.static_range(3):
-        if part == 0:
-            begin, end = lo, full_lo
-        elif part == 1:
-            begin, end = full_lo, full_hi
-        else:
-            begin, end = full_hi, hi
-        # Only a window leaves partly visible tiles on the left, and a user mask leaves no others.
-        if (part == 2) or (part == 1 and MASK == NO_MASK) or (part == 0 and WINDOWED):
+    tiles = key_range(start_m, num_keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASK)
+    for masked in tl.static_range(2):
+        # A user mask leaves no tile that needs no masking.
+        if masked or MASK == NO_MASK:
             dq = _walk_keys(
                 dq,
                 q,
                 do,
                 k_desc,
                 v_desc,
-                begin,
-                end,
+                tiles,
                 batch,
                 kv_head,
                 offs_m,
@@ -185,7 +182,7 @@ def dq_kernel(
                 NATURAL,
                 HAS_D_OUT,
                 HAS_D_ENTROPY,
-                part != 1,
+                masked == 1,
             )
     offs_d = tl.arange(0, BLOCK_D)
     pointers = dq_ptr + row[:, None] * HEAD_DIM + offs_d[None, :]

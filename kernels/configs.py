@@ -9,12 +9,13 @@ from .primitives import block_dim
 
 
 class Tiles(NamedTuple):
-    """Queries and keys per tile, warps per program, pipelining depth."""
+    """Queries and keys per tile, warps per program, pipelining depth, registers per thread at most."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # what lets one more program share the SM
 
 
 class BackwardTiles(NamedTuple):

@@ -96,11 +96,15 @@ def load_rows(desc, batch_head, row, ROWS: tl.constexpr):
 @triton.jit
 def visible_tile(rows, columns, num_queries, num_keys, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
     """Which keys the positions allow; rows and columns broadcast against each other, either way round."""
-    seen = (rows < num_queries) & (columns < num_keys)
+    # The last visible key is a number per row, so that an element costs one comparison.
+    last = num_keys - 1
     if CAUSAL:
-        seen = seen & (columns <= rows)
+        last = tl.minimum(rows, last)
     if WINDOWED:
-        seen = seen & (rows - columns < window) & (columns - rows < window)
+        last = tl.minimum(rows + (window - 1), last)
+    seen = columns <= tl.where(rows < num_queries, last, -1)
+    if WINDOWED:
+        seen = seen & (rows - columns < window)
     return seen
 
 
@@ -203,6 +207,28 @@ def query_range(
         full_lo = tl.minimum(full_lo, hi)
         full_hi = tl.maximum(tl.minimum(full_hi, hi), full_lo)
     return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def walk_bounds(tiles, BOTH_ENDS: tl.constexpr, MASKED: tl.constexpr):
+    """Bounds of a loop over the tiles of a range that need masking, or over those that do not.
+
+    Where both ends need masking, one loop walks them as if they touched, so that it is compiled once;
+    `walk_position` takes it across the gap.
+    """
+    lo, full_lo, full_hi, hi = tiles
+    if not MASKED:
+        return full_lo, full_hi
+    if BOTH_ENDS:
+        return lo, hi - (full_hi - full_lo)
+    return full_hi, hi
+
+
+@triton.jit
+def walk_position(start, tiles, BOTH_ENDS: tl.constexpr, MASKED: tl.constexpr):
+    if MASKED and BOTH_ENDS:
+        return start + tl.where(start < tiles[1], 0, tiles[2] - tiles[1])
+    return start
 
 
 @triton.jit
@@ -339,5 +365,5 @@ def softmax_gradient(
         ds = ds * slope
     if MASKED:
         # Of a hidden key t is infinite and dp may be NaN; the mask itself need not be kept until here.
-        ds = tl.where(p == 0.0, 0.0, ds)
+        ds = tl.where(p == 0.0, p, ds)
     return ds
