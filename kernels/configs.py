@@ -9,12 +9,20 @@ from .primitives import block_dim
 
 
 class Tiles(NamedTuple):
-    """Queries and keys per tile, warps per program, pipelining depth."""
+    """Queries and keys per tile, warps per program, pipelining depth, registers per thread at most."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # what lets one more program share the SM
+
+
+class BackwardTiles(NamedTuple):
+    """Tiles of the kernel that walks keys, for dq, and of the one that walks queries, for dk and dv."""
+
+    dq: Tiles
+    dkv: Tiles
 
 
 # Half precision, by (tile width, causal). The winners of bench/tune_forward.py on the H200: under a
@@ -35,8 +43,15 @@ _EXTENDED_HALF = {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 3), 256: Tiles(
 _PROBE_HALF = {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(64, 64, 4, 2)}
 # fp32 products run on the plain units; small tiles keep the accumulators in registers.
 _FORWARD_FLOAT = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(32, 32, 8, 1)}
-# The backward is correct first; these fit the registers.
-_BACKWARD_HALF = {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(32, 64, 8, 1)}
+# The backward, half precision, by (tile width, causal): see bench/tune_backward.py.
+_BACKWARD_HALF = {
+    (64, True): BackwardTiles(dq=Tiles(64, 64, 4, 2), dkv=Tiles(64, 64, 4, 2)),
+    (64, False): BackwardTiles(dq=Tiles(64, 64, 4, 2), dkv=Tiles(64, 64, 4, 2)),
+    (128, True): BackwardTiles(dq=Tiles(64, 64, 4, 2), dkv=Tiles(64, 64, 4, 2)),
+    (128, False): BackwardTiles(dq=Tiles(64, 64, 4, 2), dkv=Tiles(64, 64, 4, 2)),
+    (256, True): BackwardTiles(dq=Tiles(64, 64, 8, 1), dkv=Tiles(32, 64, 8, 1)),
+    (256, False): BackwardTiles(dq=Tiles(64, 64, 8, 1), dkv=Tiles(32, 64, 8, 1)),
+}
 _BACKWARD_FLOAT = {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 32, 8, 1)}
 
 # Query blocks of this many heads run side by side: their keys and values stay in the L2 cache.
@@ -62,9 +77,11 @@ def probe_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     return _FORWARD_FLOAT[width] if dtype == torch.float32 else _PROBE_HALF[width]
 
 
-def backward_tiles(head_dim: int, value_dim: int, dtype: torch.dtype) -> Tiles:
-    table = _BACKWARD_FLOAT if dtype == torch.float32 else _BACKWARD_HALF
-    return table[_width(head_dim, value_dim)]
+def backward_tiles(head_dim: int, value_dim: int, dtype: torch.dtype, is_causal: bool) -> BackwardTiles:
+    width = _width(head_dim, value_dim)
+    if dtype == torch.float32:
+        return BackwardTiles(dq=_BACKWARD_FLOAT[width], dkv=_BACKWARD_FLOAT[width])
+    return _BACKWARD_HALF[width, is_causal]
 
 
 def grid_1d(num_blocks: int, num_heads: int) -> int:

@@ -17,6 +17,7 @@ from .primitives import (
     load_tile,
     mask_arguments,
     new_rows,
+    scheduled_block,
     softmax_finish,
     softmax_update,
     start_more,
@@ -99,15 +100,6 @@ def _attend(
             v = load_tile(v_desc, batch, kv_head, start_n, BLOCK_N, BLOCK_DV)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return m_i, l_i, w_i, low, more, acc
-
-
-@triton.jit
-def program_block(num_bh, num_blocks, HEAD_GROUP: tl.constexpr):
-    """This program's (batch * head, block): late blocks first (under a causal mask they are the long
-    ones), HEAD_GROUP heads abreast. Heads from `num_bh` on are nobody's."""
-    group = tl.program_id(0) // (HEAD_GROUP * num_blocks)
-    inside = tl.program_id(0) % (HEAD_GROUP * num_blocks)
-    return group * HEAD_GROUP + inside % HEAD_GROUP, num_blocks - 1 - inside // HEAD_GROUP
 
 
 @triton.jit
@@ -278,10 +270,9 @@ def _forward_kernel(
     EXACT: tl.constexpr,
     EXTENDED: tl.constexpr,
 ):
-    bh, block = program_block(num_bh, tl.cdiv(num_queries, BLOCK_M), HEAD_GROUP)
+    start_m, bh = scheduled_block(num_queries, BLOCK_M, HEAD_GROUP, True)
     if bh >= num_bh:
         return
-    start_m = block * BLOCK_M
     core, more, out = attend(
         q_desc,
         k_desc,

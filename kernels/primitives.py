@@ -27,21 +27,39 @@ def block_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """x (B, H, L, D) as the bulk-copy engine wants it, or a copy padded with zeros along D.
+
+    It wants unit inner stride and 16-byte aligned outer strides and base.
+    """
+    align = 16 // x.element_size()
+    strides_fit = all(x.shape[i] == 1 or (x.stride(i) > 0 and x.stride(i) % align == 0) for i in range(3))
+    if x.stride(3) == 1 and strides_fit and x.data_ptr() % 16 == 0:
+        return x
+    padded = x.new_zeros(*x.shape[:3], triton.cdiv(x.shape[3], align) * align)
+    padded[..., : x.shape[3]] = x
+    return padded
+
+
 def describe(x: torch.Tensor, rows: int, width: int | None = None) -> TensorDescriptor:
     """A descriptor that loads (rows, width or block_dim(D)) tiles of one (batch, head) of x (B, H, L, D).
 
-    Reads beyond L and D give zeros. The bulk-copy engine wants unit inner stride and 16-byte aligned
-    outer strides and base; a tensor that has not is copied once, padded.
+    Reads beyond L and D give zeros. A tensor that is not `aligned` is copied.
     """
-    align, head_dim = 16 // x.element_size(), x.shape[3]
-    strides_fit = all(x.shape[i] == 1 or (x.stride(i) > 0 and x.stride(i) % align == 0) for i in range(3))
-    if x.stride(3) != 1 or not strides_fit or x.data_ptr() % 16:
-        padded = x.new_zeros(*x.shape[:3], triton.cdiv(x.shape[3], align) * align)
-        padded[..., : x.shape[3]] = x
-        x = padded
+    width = width or block_dim(x.shape[3])
+    x = aligned(x)
+    align = 16 // x.element_size()
     # The stride of a dimension of size 1 is arbitrary; give it one that the engine accepts.
     strides = [x.stride(i) if x.shape[i] > 1 else align for i in range(3)] + [1]
-    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, width or block_dim(head_dim)])
+    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, width])
+
+
+def describe_rows(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """A descriptor that loads `rows` numbers of one (batch, head) of x (B, H, M), stored one after another.
+
+    Reads beyond M give zeros. The stride of a head must be a multiple of 16 bytes.
+    """
+    return TensorDescriptor(x, [x.shape[0] * x.shape[1], x.shape[2]], [x.stride(1), 1], [1, rows])
 
 
 def mask_arguments(attn_mask: torch.Tensor | None, shape: tuple[int, int, int, int]) -> tuple:
@@ -68,18 +86,43 @@ def new_rows(shape, device, extended, blank):
 
 
 @triton.jit
+def scheduled_block(length, BLOCK: tl.constexpr, HEAD_GROUP: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """(first position, batch * head) of this program: HEAD_GROUP heads abreast, the long blocks first.
+
+    Under a causal mask the long ones are the last query blocks and the first key blocks. In a last
+    group that is not full, some programs get a batch * head that does not exist.
+    """
+    num_blocks = tl.cdiv(length, BLOCK)
+    group = tl.program_id(0) // (HEAD_GROUP * num_blocks)
+    inside = tl.program_id(0) % (HEAD_GROUP * num_blocks)
+    block = inside // HEAD_GROUP
+    if LAST_FIRST:
+        block = num_blocks - 1 - block
+    return block * BLOCK, group * HEAD_GROUP + inside % HEAD_GROUP
+
+
+@triton.jit
 def load_tile(desc, batch, head, row, ROWS: tl.constexpr, COLS: tl.constexpr):
     return desc.load([batch, head, row, 0]).reshape(ROWS, COLS)
 
 
 @triton.jit
+def load_rows(desc, batch_head, row, ROWS: tl.constexpr):
+    return desc.load([batch_head, row]).reshape(ROWS)
+
+
+@triton.jit
 def visible_tile(rows, columns, num_queries, num_keys, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
     """Which keys the positions allow; rows and columns broadcast against each other, either way round."""
-    seen = (rows < num_queries) & (columns < num_keys)
+    # The last visible key is a number per row, so that an element costs one comparison.
+    last = num_keys - 1
     if CAUSAL:
-        seen = seen & (columns <= rows)
+        last = tl.minimum(rows, last)
     if WINDOWED:
-        seen = seen & (rows - columns < window) & (columns - rows < window)
+        last = tl.minimum(rows + (window - 1), last)
+    seen = columns <= tl.where(rows < num_queries, last, -1)
+    if WINDOWED:
+        seen = seen & (rows - columns < window)
     return seen
 
 

@@ -6,8 +6,8 @@ import triton.language as tl
 
 from ..sampling import BATCH_STEP, BLOCK_ROWS, HEAD_STEP, STRATUM_STEP, num_rows, row_index
 from .configs import grid_1d, probe_tiles
-from .forward import attend, launch_arguments, program_block, store_rows
-from .primitives import describe, new_rows
+from .forward import attend, launch_arguments, store_rows
+from .primitives import describe, new_rows, scheduled_block
 
 _BATCH_STEP = tl.constexpr(BATCH_STEP)
 _HEAD_STEP = tl.constexpr(HEAD_STEP)
@@ -88,11 +88,11 @@ def _probe_kernel(
     SAMPLED: tl.constexpr,
     TILES: tl.constexpr,  # of one block of sampled rows
 ):
-    bh, tile = program_block(num_bh, tl.cdiv(row_length, BLOCK_M), HEAD_GROUP)
+    start_m, bh = scheduled_block(row_length, BLOCK_M, HEAD_GROUP, True)
     if bh >= num_bh:
         return
     batch, head = bh // heads, bh % heads
-    start_m = tile * BLOCK_M
+    tile = start_m // BLOCK_M
     keys = num_keys
     if SAMPLED:
         start_m = (sampled_block(batch, head, tile // TILES, period, phase) * TILES + tile % TILES) * BLOCK_M

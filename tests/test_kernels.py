@@ -28,6 +28,7 @@ ON_GPU = torch.cuda.is_available()
 # The interpreter has no bf16 products; its tiles are small so that short rows span several.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPU else [])
 TILES = None if ON_GPU else Tiles(16, 16, 4, 1)
+BACKWARD_TILES = None if ON_GPU else (TILES, TILES)
 # Relative to the largest entry: rounding of inputs' products in fp32, of P and the output otherwise.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -123,7 +124,7 @@ def test_a_non_finite_key_makes_the_rows_nan_that_see_it_and_no_others(number, s
         close(out, oracle(case, *tensors)[0], TOLERANCE[torch.float32], "out")
     lse, entropy = row_stats[:2]
     gradients = backward.backward(
-        *tensors[:3], options, out, lse, entropy, torch.ones_like(out), None, None, TILES
+        *tensors[:3], options, out, lse, entropy, torch.ones_like(out), None, None, BACKWARD_TILES
     )
     assert gradients.query.isnan().any(-1).cpu()[broken].all()
     for name in ("query", "key", "value"):
@@ -161,7 +162,7 @@ def _check_backward(tensors, options, tolerance, with_value=True, cotangents=(Tr
         torch.randn_like(lse) if use_lse else None,
         torch.randn_like(lse) if use_entropy else None,
     )
-    got = backward.backward(q, k, v, options, out, *arguments, TILES)
+    got = backward.backward(q, k, v, options, out, *arguments, BACKWARD_TILES)
     expected = reference.backward(q, k, v, options, out, *arguments)
     for name, actual, wanted in zip(got._fields, got, expected):
         assert (actual is None) == (wanted is None), name
@@ -192,9 +193,9 @@ def test_backward_is_deterministic(device):
     options = case.options(*tensors)
     out, lse, entropy, *_ = forward.forward(q, k, v, options, TILES)
     d_out, d_entropy = torch.randn_like(out), torch.randn_like(entropy)
-    first = backward.backward(q, k, v, options, out, lse, entropy, d_out, None, d_entropy, TILES)
+    first = backward.backward(q, k, v, options, out, lse, entropy, d_out, None, d_entropy, BACKWARD_TILES)
     for _ in range(100 if ON_GPU else 1):
-        again = backward.backward(q, k, v, options, out, lse, entropy, d_out, None, d_entropy, TILES)
+        again = backward.backward(q, k, v, options, out, lse, entropy, d_out, None, d_entropy, BACKWARD_TILES)
         assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3]))
 
 
@@ -208,7 +209,8 @@ def test_zero_lengths_give_empty_results(shape, device):
     out, rows = reference.attention(*tensors[:3], options)
     for actual, expected in zip(got, (out, rows.lse, rows.entropy, rows.max_logit, rows.min_logit)):
         assert torch.equal(actual, expected)
-    gradients = backward.backward(*tensors[:3], options, out, rows.lse, rows.entropy, out, None, None, TILES)
+    arguments = (out, rows.lse, rows.entropy, out, None, None)
+    gradients = backward.backward(*tensors[:3], options, *arguments, BACKWARD_TILES)
     assert all(g.shape == x.shape and not g.any() for g, x in zip(gradients, tensors[:3]))
 
 
