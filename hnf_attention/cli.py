@@ -1,4 +1,4 @@
-"""The command line: `hnf-attention demo` and `hnf-attention analyze`."""
+"""The command line: `hnf-attention demo`, `analyze` and `doctor`."""
 
 from __future__ import annotations
 
@@ -74,6 +74,14 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     analyze.add_argument("--json", metavar="PATH", help="write a JSON document there; - for standard output")
     analyze.set_defaults(command=_analyze)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this machine computes attention with, and whether it does so correctly",
+        description="Print versions, the card, which path each head dimension takes, and test small calls"
+        " against double precision. Exit code 0 if the self-test passes, else 1.",
+    )
+    doctor.set_defaults(command=_doctor)
     return parser
 
 
@@ -132,6 +140,34 @@ def _analyze(options: argparse.Namespace) -> int:
         document = json.dumps(analysis.to_dict(), indent=1, allow_nan=False) + "\n"
         _write(target, document)
     return FOUND if diagnosis.errors else HEALTHY
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from . import doctor
+
+    console = _console(sys.stdout)
+    for name, version in doctor.software().items():
+        console.print(f"{name} {version or 'not installed'}", highlight=False)
+    console.print(doctor.card(), highlight=False)
+    table = Table("forward / backward", "head dimensions", title="Paths of a plain causal training step")
+    for path, taken in doctor.paths().items():
+        dtypes = dict.fromkeys(dtype for dtype, _ in taken)
+        dims = {t: ", ".join(str(d) for dtype, d in taken if dtype == t) for t in dtypes}
+        table.add_row(path, "\n".join(f"{str(t).removeprefix('torch.')}: {d}" for t, d in dims.items()))
+    console.print(table)
+    columns = ("dtype", "head dim", "causal", "output", "statistics", "gradients", "")
+    table = Table(*columns, title=f"Errors against double precision, {doctor.LENGTH} tokens")
+    trials = list(doctor.self_test())
+    for trial in trials:
+        numbers = (f"{x:.1e}" for x in (trial.out, trial.statistics, trial.gradients))
+        name, causal = str(trial.dtype).removeprefix("torch."), "yes" if trial.is_causal else "no"
+        table.add_row(name, str(trial.head_dim), causal, *numbers, "ok" if trial.passed else "WRONG")
+    console.print(table)
+    failed = sum(not trial.passed for trial in trials)
+    console.print(f"{failed} of {len(trials)} self-tests failed" if failed else "self-test passed")
+    return FOUND if failed else HEALTHY
 
 
 def _check_target(target: Path) -> None:
