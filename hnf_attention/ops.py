@@ -1,4 +1,4 @@
-"""`attention()` and `attention_stats()`: validate, dispatch, differentiate; fold and measure.
+"""`attention()` and `attention_stats()`: validate, dispatch, differentiate.
 
 CUDA tensors take the Triton kernels where these cover the call, everything else the reference. Both
 stand behind `torch.library` operators with fake kernels and autograd, so that
@@ -6,12 +6,13 @@ stand behind `torch.library` operators with fake kernels and autograd, so that
 """
 # No `from __future__ import annotations` here: torch.library reads the annotations themselves.
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Optional, Tuple  # noqa: UP035 (torch 2.8 infers operator schemas from these only)
 
 import torch
 from torch import Tensor
 
-from . import masks, reference, stats, validation
+from . import reference, validation
 from .stats import RowStats
 from .validation import Options
 
@@ -66,7 +67,7 @@ def attention(
         softcap=softcap,
         sinks=sinks,
     )
-    return _dispatch(query, key, value, options, extended)
+    return dispatch(query, key, value, options, extended=extended)
 
 
 def attention_stats(
@@ -97,7 +98,7 @@ def attention_stats(
         softcap=softcap,
         sinks=sinks,
     )
-    return _dispatch(query, key, None, options, extended)[1]
+    return dispatch(query, key, None, options, extended=extended)[1]
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -115,25 +116,64 @@ def _no_autocast(query: Tensor) -> torch.autocast:
     return torch.autocast(query.device.type, enabled=False)
 
 
-def _dispatch(
-    query: Tensor, key: Tensor, value: Tensor | None, options: Options, extended: bool
+def dispatch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    options: Options,
+    *,
+    extended: bool = False,
+    detached: bool = False,
 ) -> tuple[Tensor | None, RowStats]:
-    mask = options.attn_mask
-    if extended or (mask is not None and mask.requires_grad and torch.is_grad_enabled()):
+    """`attention` for a call that `validation.check` has accepted, in the dtype it is to be computed in.
+
+    detached: the statistics are outside autograd. Without a value the output is None or has no elements.
+    """
+    mask, sinks = options.attn_mask, options.sinks
+    grad = torch.is_grad_enabled()
+    if extended or (grad and mask is not None and mask.requires_grad):
         with _no_autocast(query):
-            return reference.attention(query, key, value, options, extended=extended)
-    out, lse, entropy, max_logit, min_logit = _forward_op(
+            out, rows = reference.attention(query, key, value, options, extended=extended)
+        return out, rows.detach() if detached else rows
+    arguments = (
         query,
         key,
         value,
         mask,
-        options.sinks,
+        sinks,
         options.is_causal,
         options.scale,
         options.window_size,
         options.softcap,
     )
-    return out, RowStats(lse, entropy, max_logit, min_logit)
+    if not _eager(query, key, value):
+        out, *rows = _forward_op(*arguments)
+        return out, RowStats(*rows).detach() if detached else RowStats(*rows)
+    if grad and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
+        out, *rows = _EagerAttention.apply(detached, *arguments)
+    else:
+        out, *rows = _forward(*arguments)
+    return out, RowStats(*rows)
+
+
+def _eager(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd watches this call, so that it need not pass through torch.library.
+
+    The operators cost some 50 microseconds of the host's time a call; they are there for what traces,
+    transforms or intercepts the call.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    watched = (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+    return not watched and all(type(x) in _PLAIN_TYPES for x in tensors)
+
+
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)})
 
 
 def _kernels_cover(query: Tensor, value: Tensor | None) -> bool:
@@ -141,8 +181,16 @@ def _kernels_cover(query: Tensor, value: Tensor | None) -> bool:
     return query.is_cuda and query.dtype in KERNEL_DTYPES and largest <= KERNEL_MAX_HEAD_DIM
 
 
-@torch.library.custom_op("hnf_attention::forward", mutates_args=())
-def _forward_op(
+def _on_device(query: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device; entering the one that is current already is not free."""
+    index = query.device.index
+    return _HERE if index == torch.cuda.current_device() else torch.cuda.device(index)
+
+
+_HERE = nullcontext()
+
+
+def _forward(
     query: Tensor,
     key: Tensor,
     value: Optional[Tensor],  # noqa: UP045
@@ -157,13 +205,16 @@ def _forward_op(
     if _kernels_cover(query, value):
         from .kernels import forward
 
-        with torch.cuda.device(query.device):  # Triton launches on the current device
+        with _on_device(query):
             return forward.forward(query, key, value, options)
     with _no_autocast(query):
         out, rows = reference.attention(query, key, value, options)
     # An operator returns tensors only: without a value the output is a placeholder without elements.
     out = query.new_empty(0) if out is None else out
     return out, rows.lse, rows.entropy, rows.max_logit, rows.min_logit
+
+
+_forward_op = torch.library.custom_op("hnf_attention::forward", _forward, mutates_args=())
 
 
 @_forward_op.register_fake
@@ -173,8 +224,7 @@ def _(query, key, value, attn_mask, sinks, is_causal, scale, window_size, softca
     return query.new_empty(shape), *rows
 
 
-@torch.library.custom_op("hnf_attention::backward", mutates_args=())
-def _backward_op(
+def _gradients(
     query: Tensor,
     key: Tensor,
     value: Optional[Tensor],  # noqa: UP045
@@ -196,7 +246,7 @@ def _backward_op(
     if _kernels_cover(query, value):
         from .kernels import backward
 
-        with torch.cuda.device(query.device):
+        with _on_device(query):
             gradients = backward.backward(query, key, value, options, *cotangents)
     else:
         with _no_autocast(query):
@@ -204,7 +254,10 @@ def _backward_op(
     return tuple(query.new_empty(0) if g is None else g for g in gradients)
 
 
-@_backward_op.register_fake
+_gradients_op = torch.library.custom_op("hnf_attention::backward", _gradients, mutates_args=())
+
+
+@_gradients_op.register_fake
 def _(query, key, value, attn_mask, sinks, *_):
     def like(x):
         return query.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -212,27 +265,26 @@ def _(query, key, value, attn_mask, sinks, *_):
     return like(query), like(key), like(value), like(sinks)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx, inputs, output, detached=False):
     query, key, value, attn_mask, sinks, *ctx.options = inputs
-    out, lse, entropy, max_logit, min_logit = output
-    ctx.mark_non_differentiable(max_logit, min_logit)
+    out, lse, entropy, *extremes = output
+    ctx.mark_non_differentiable(*(output[1:] if detached else extremes))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, attn_mask, sinks, out, lse, entropy)
 
 
-def _backward(ctx, d_out, d_lse, d_entropy, *_):
+def _backward(ctx, d_out, d_lse, d_entropy, *_, gradients=_gradients_op):
     query, key, value, attn_mask, sinks, out, lse, entropy = ctx.saved_tensors
     if d_out is None and d_lse is None and d_entropy is None:
         return (None,) * 9
-    gradients = _backward_op(
+    d_query, d_key, d_value, d_sinks = gradients(
         query, key, value, attn_mask, sinks, *ctx.options, out, lse, entropy, d_out, d_lse, d_entropy
     )
-    d_query, d_key, d_value, d_sinks = gradients
     return (
         d_query,
         d_key,
         None if value is None else d_value,
-        None,  # a mask that requires a gradient never comes here: see _dispatch
+        None,  # a mask that requires a gradient never comes here: see dispatch
         None if sinks is None else d_sinks,
         *(None,) * 4,
     )
@@ -241,93 +293,16 @@ def _backward(ctx, d_out, d_lse, d_entropy, *_):
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def fold(
-    accumulator: Tensor,
-    rows: RowStats,
-    visible_keys: Tensor,
-    sink_mass: Tensor,
-    query_norm: Tensor,
-    key_norm: Tensor,
-) -> None:
-    """`stats.fold_rows`, by one kernel launch on CUDA. No host synchronisation."""
-    arguments = (accumulator, rows, visible_keys, sink_mass, query_norm, key_norm)
-    if accumulator.is_cuda:
-        from .kernels import fold as kernel
+class _EagerAttention(torch.autograd.Function):
+    """The operators' forward and backward without torch.library between them and autograd."""
 
-        with torch.cuda.device(accumulator.device):
-            kernel.fold_rows(*arguments)
-    else:
-        stats.fold_rows(*arguments)
+    @staticmethod
+    def forward(ctx, detached, *inputs):
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output, detached)
+        return output
 
-
-@torch.no_grad()
-def measure(
-    query: Tensor,
-    key: Tensor,
-    rows: RowStats,
-    *,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    window_size: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a fold needs beside `rows`: (visible_keys, sink_mass, query_norm, key_norm).
-
-    visible_keys: int64, broadcastable to (B, H, M). sink_mass: (B, H, M), weight on the first visible
-    key plus the learned sink's, from one dot product per row. query_norm, key_norm: (H,) fp32
-    Frobenius norms over the sequence, largest in the batch. No host synchronisation.
-    """
-    query, key, attn_mask = _autocast(query, key, attn_mask)
-    options = validation.check(
-        query,
-        key,
-        None,
-        attn_mask=attn_mask,
-        is_causal=is_causal,
-        scale=scale,
-        window_size=window_size,
-        softcap=softcap,
-        sinks=sinks,
-    )
-    (num_queries, _), num_keys, heads = query.shape[2:], key.shape[2], query.shape[1]
-    count, first = masks.visible_keys(
-        num_queries,
-        num_keys,
-        attn_mask=options.attn_mask,
-        is_causal=is_causal,
-        window_size=window_size,
-        device=query.device,
-    )
-    sink_mass = _sink_mass(query, key, rows, count, first, options)
-    group = max(1, heads // max(1, key.shape[1]))
-
-    def norm(x: Tensor) -> Tensor:
-        norms = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float32)
-        return norms.amax(0) if x.shape[0] else norms.new_zeros(x.shape[1])
-
-    return count, sink_mass, norm(query), norm(key).repeat_interleave(group)
-
-
-def _sink_mass(
-    query: Tensor, key: Tensor, rows: RowStats, count: Tensor, first: Tensor, options: Options
-) -> Tensor:
-    lse = rows.lse.detach()
-    if lse.numel() == 0 or key.shape[2] == 0:
-        return torch.zeros_like(lse)
-    batch, heads, num_queries, head_dim = query.shape
-    index = first.expand(batch, heads, num_queries)
-    grouped = index.reshape(batch, key.shape[1], -1, 1).expand(-1, -1, -1, head_dim)
-    first_key = key.gather(2, grouped).reshape(query.shape)
-    scores = (query.to(lse.dtype) * first_key.to(lse.dtype)).sum(-1) * options.scale
-    if options.softcap is not None:
-        scores = options.softcap * (scores / options.softcap).tanh()
-    mask = options.attn_mask
-    if mask is not None and mask.dtype != torch.bool:
-        full = mask.expand(batch, heads, num_queries, key.shape[2])
-        scores = scores + full.gather(-1, index[..., None]).squeeze(-1).to(lse.dtype)
-    weight = (scores - lse).exp()
-    if options.sinks is not None:
-        weight = weight + (options.sinks.to(lse.dtype)[:, None] - lse).exp()
-    return torch.where(count > 0, weight, 0.0)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *cotangents):
+        return None, *_backward(ctx, *cotangents, gradients=_gradients)

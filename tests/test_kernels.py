@@ -5,10 +5,10 @@ import torch
 from cases import CASES, HEAD_DIMS, Case, errors_beside_sdpa, oracle, random_cases
 from hypothesis import given, settings
 
-from hnf_attention import ops, reference, stats
+from hnf_attention import reference
 
 pytest.importorskip("triton", reason="Triton kernels need Linux")
-from hnf_attention.kernels import backward, fold, forward
+from hnf_attention.kernels import backward, forward
 from hnf_attention.kernels.configs import Tiles
 
 ON_GPU = torch.cuda.is_available()
@@ -171,23 +171,6 @@ def test_zero_lengths_give_empty_results(shape, device):
         assert torch.equal(actual, expected)
     gradients = backward.backward(*tensors[:3], options, out, rows.lse, rows.entropy, out, None, None, TILES)
     assert all(g.shape == x.shape and not g.any() for g, x in zip(gradients, tensors[:3]))
-
-
-@pytest.mark.parametrize("name", ["plain", "causal window", "empty rows", "bool mask by head"])
-def test_fold_matches_its_specification(name, device):
-    case = Case(**{**CASES[name].__dict__, "num_queries": 60, "num_keys": 50, "window_size": None})
-    q, k, v, mask, sinks = case.tensors(device=device)
-    q[0, 0, 5] = torch.nan
-    keywords = case.keywords(mask, sinks)
-    rows = ops.attention_stats(q, k, **keywords)
-    arguments = (rows, *ops.measure(q, k, rows, **keywords))
-    expected = stats.new_accumulator(q.shape[1], device)
-    got = expected.clone()
-    for _ in range(2):  # the second call adds to the first
-        stats.fold_rows(expected, *arguments)
-        fold.fold_rows(got, *arguments)
-    assert expected[stats.SUM_FIELDS.index("nonfinite_rows"), 0] == 2
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("stride", ["inner", "expanded", "offset"])

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..fold import Measured, measure
 from ..stats import RowStats
+from ..validation import Options
 from . import owners, sdpa
 from .call import AttentionCall, Unmeasurable
 from .coverage import Coverage, is_attention, unreached
@@ -23,26 +25,57 @@ MODES = ("auto", "fused", "probe")
 _log = logging.getLogger("hnf_attention")
 
 
-@dataclass(frozen=True)
 class Measurement:
     """One attention call, measured; B, H, M are its batch, query heads and queries.
 
     layer: name of the module in the instrumented model.
     rows: row statistics, (B, H, M) each, outside autograd.
-    visible_keys: int64, broadcastable to (B, H, M): how many keys each query may attend to.
-    sink_mass: (B, H, M), weight on the first visible key plus the learned sink's.
-    query_norm, key_norm: (H,) Frobenius norms per query head, largest in the batch.
     head_dim: D. dtype: the one that scores are computed from.
+    query (B, H, M, D), key (B, H_kv, N, D), options: the call itself, with the model's own tensors; None
+        in `Instrumentation.latest`, which keeps no tensor of the model alive.
+
+    The properties are computed when they are first read, from the call.
     """
 
-    layer: str
-    rows: RowStats
-    visible_keys: Tensor
-    sink_mass: Tensor
-    query_norm: Tensor
-    key_norm: Tensor
-    head_dim: int
-    dtype: torch.dtype
+    __slots__ = ("_measured", "dtype", "head_dim", "key", "layer", "options", "query", "rows")
+
+    def __init__(self, layer: str, rows: RowStats, query: Tensor, key: Tensor, options: Options):
+        self.layer, self.rows = layer, rows
+        self.query: Tensor | None = query
+        self.key: Tensor | None = key
+        self.options: Options | None = options
+        self.head_dim, self.dtype = query.shape[3], query.dtype
+        self._measured: Measured | None = None
+
+    @property
+    def visible_keys(self) -> Tensor:
+        """int64, broadcastable to (B, H, M): how many keys each query may attend to."""
+        return self._read().visible_keys
+
+    @property
+    def sink_mass(self) -> Tensor:
+        """(B, H, M), weight on the first visible key plus the learned sink's."""
+        return self._read().sink_mass
+
+    @property
+    def query_norm(self) -> Tensor:
+        """(B, H), Frobenius norm of a head's Q over a sequence."""
+        return self._read().query_square.sum(-1).sqrt()
+
+    @property
+    def key_norm(self) -> Tensor:
+        """(B, H), Frobenius norm of the K that a query head sees, over a sequence."""
+        return self._read().key_square.sum(-1).sqrt()
+
+    def release(self) -> None:
+        """Compute what is not yet computed, and let go of the model's tensors."""
+        self._read()
+        self.query = self.key = self.options = None
+
+    def _read(self) -> Measured:
+        if self._measured is None:
+            self._measured = measure(self.query, self.key, self.rows, self.options)
+        return self._measured
 
 
 @dataclass
@@ -68,7 +101,6 @@ class Instrumentation:
 
     def __init__(self, model: nn.Module, mode: str, strict: bool):
         self.mode = mode
-        self.measuring = True
         self.on_measure: Callable[[Measurement], None] | None = None
         self.latest: dict[str, Measurement] = {}
         self._layers: dict[str, _Layer] = {}
@@ -81,7 +113,7 @@ class Instrumentation:
         patches: list[Patch] = []
         references = [weakref.ref(module) for module in modules.values()]
         hook = _strict_hook(model, weakref.ref(self)) if strict else None
-        self._restore = weakref.finalize(self, _restore, references, patches, hook)
+        self._restore = weakref.finalize(self, _restore, references, patches, hook, id(self))
         self._restore.atexit = False
         patches.append(sdpa.install())
         if "transformers.modeling_utils" in sys.modules:  # a model of theirs is not there without
@@ -89,10 +121,22 @@ class Instrumentation:
 
             patches += huggingface.install(modules.values())
         owners.register(modules, self)
+        self.measuring = True
+
+    @property
+    def measuring(self) -> bool:
+        return self._measuring
+
+    @measuring.setter
+    def measuring(self, value: bool) -> None:
+        self._measuring = bool(value)
+        if value and self._restore.alive:
+            owners.measuring.add(id(self))
+        else:
+            owners.measuring.discard(id(self))
 
     def restore(self) -> None:
         """Put the model and every replaced function back exactly; safe to call twice."""
-        owners.discard(self)
         self._restore()
 
     def __enter__(self) -> Instrumentation:
@@ -121,27 +165,34 @@ class Instrumentation:
         Returns what `original` returns, or in its place our output in the same layout. Only errors of
         the model's own attention come out; any other fault ends the measuring of this layer.
         """
-        layer = self._layers.setdefault(name, _Layer())
-        with owners.suspended():
+        layer = self._layers.get(name)
+        if layer is None:
+            layer = self._layers[name] = _Layer()
+        thread = owners.thread
+        before, thread.suspended = thread.suspended, True
+        try:
             if torch._C._current_graph_task_id() != -1:  # inside backward: a checkpoint's second forward
                 return self._repeat(layer, build, original)
             if layer.measuring_failed and (layer.fused_failed or self.mode == "probe"):
                 return original()
             return self._run(name, layer, build, original)
+        finally:
+            thread.suspended = before
 
     def _run(
         self, name: str, layer: _Layer, build: Callable[[], AttentionCall], original: Callable[[], Any]
     ) -> Any:
-        result = call = rows = failure = None
+        result = call = options = rows = failure = None
         done = fused = False
         try:
             call = build()
             if call.check is not None and not layer.checked:
                 layer.checked = call.check(call)
-            call = call.autocast()
+            call.cast()
+            options = call.validated()
             fused = not layer.fused_failed and self._takes(call)
             if fused:
-                output, rows = ops.attention(call.query, call.key, call.value, **call.options())
+                output, rows = ops.dispatch(call.query, call.key, call.value, options, detached=True)
                 result, done = call.from_output(output), True
         except Exception as error:  # of whatever kind: the model's own attention still has to run
             failure = error.with_traceback(None)
@@ -150,7 +201,7 @@ class Instrumentation:
             layer.fused_failed |= failure is not None and not isinstance(failure, Unmeasurable)
         if failure is None and not layer.measuring_failed:
             try:
-                self._measure(name, call, rows)
+                self._measure(name, call, options, rows)
             except Exception as error:  # the monitor never ends a run
                 failure = error.with_traceback(None)
             else:
@@ -167,12 +218,14 @@ class Instrumentation:
         if self.mode == "probe" or layer.fused_failed:
             return original()
         try:
-            call = build().autocast()
+            call = build()
         except Unmeasurable:
             return original()
+        call.cast()
         if not self._takes(call):
             return original()
-        return call.from_output(ops.attention(call.query, call.key, call.value, **call.options())[0])
+        output, _ = ops.dispatch(call.query, call.key, call.value, call.validated(), detached=True)
+        return call.from_output(output)
 
     def _wants_fused(self, call: AttentionCall) -> bool:
         covered = call.prefer_fused and ops._kernels_cover(call.query, call.value)
@@ -188,14 +241,13 @@ class Instrumentation:
         held_back = call.not_fused is not None and self._wants_fused(call)
         return f"probe{f': {call.not_fused}' if held_back else ''} ({call.door})"
 
-    @torch.no_grad()
-    def _measure(self, name: str, call: AttentionCall, rows: RowStats | None) -> None:
+    def _measure(self, name: str, call: AttentionCall, options: Options, rows: RowStats | None) -> None:
         if rows is None:
-            rows = ops.attention_stats(call.query, call.key, **call.options())
-        rows = rows.detach()
-        numbers = ops.measure(call.query, call.key, rows, **call.options())
-        measurement = Measurement(name, rows, *numbers, call.query.shape[-1], call.query.dtype)
+            with torch.no_grad():
+                rows = ops.dispatch(call.query, call.key, None, options)[1]
+        measurement = Measurement(name, rows, call.query, call.key, options)
         if self.on_measure is None:
+            measurement.release()
             self.latest[name] = measurement
         else:
             self.on_measure(measurement)
@@ -231,7 +283,8 @@ def _strict_hook(model: nn.Module, reference: weakref.ref) -> Any:
     return handle
 
 
-def _restore(modules: list[weakref.ref], patches: list[Patch], hook: Any) -> None:
+def _restore(modules: list[weakref.ref], patches: list[Patch], hook: Any, identity: int) -> None:
+    owners.measuring.discard(identity)
     for reference in modules:
         module = reference()
         if module is not None:
