@@ -135,24 +135,15 @@ def dispatch(
         with _no_autocast(query):
             out, rows = reference.attention(query, key, value, options, extended=extended)
         return out, rows.detach() if detached else rows
-    arguments = (
-        query,
-        key,
-        value,
-        mask,
-        sinks,
-        options.is_causal,
-        options.scale,
-        options.window_size,
-        options.softcap,
-    )
+    tensors = (query, key, value, mask, sinks)
+    numbers = (options.is_causal, options.scale, options.window_size, options.softcap)
     if not _eager(query, key, value):
-        out, *rows = _forward_op(*arguments)
+        out, *rows = _forward_op(*tensors, *numbers)
         return out, RowStats(*rows).detach() if detached else RowStats(*rows)
     if grad and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
-        out, *rows = _EagerAttention.apply(detached, *arguments)
+        out, *rows = _EagerAttention.apply(*tensors, numbers, detached)
     else:
-        out, *rows = _forward(*arguments)
+        out, *rows = _forward(*tensors, *numbers)
     return out, RowStats(*rows)
 
 
@@ -297,7 +288,8 @@ class _EagerAttention(torch.autograd.Function):
     """The operators' forward and backward without torch.library between them and autograd."""
 
     @staticmethod
-    def forward(ctx, detached, *inputs):
+    def forward(ctx, query, key, value, attn_mask, sinks, numbers, detached):
+        inputs = (query, key, value, attn_mask, sinks, *numbers)
         output = _forward(*inputs)
         _setup_context(ctx, inputs, output, detached)
         return output
@@ -305,4 +297,4 @@ class _EagerAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *cotangents):
-        return None, *_backward(ctx, *cotangents, gradients=_gradients)
+        return *_backward(ctx, *cotangents, gradients=_gradients)[:5], None, None

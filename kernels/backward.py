@@ -17,6 +17,7 @@ from .primitives import (
     NO_MASK,
     bend_and_mask,
     block_dim,
+    ceil_div,
     describe,
     key_range,
     load_tile,
@@ -39,7 +40,7 @@ def _row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """(a * b).sum(-1) in fp32 without an fp32 copy of either."""
     a, b = a.contiguous(), b.contiguous()
     out = torch.empty(a.shape[:-1], dtype=torch.float32, device=a.device)
-    grid = (triton.cdiv(out.numel(), 32),)
+    grid = (ceil_div(out.numel(), 32),)
     _row_dot_kernel[grid](a, b, out, out.numel(), a.shape[-1], ROWS=32, COLS=block_dim(a.shape[-1]))
     return out
 
@@ -344,9 +345,9 @@ def backward(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entr
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
-    grid = (triton.cdiv(num_queries, tiles.block_m) * batch * heads,)
+    grid = (ceil_div(num_queries, tiles.block_m) * batch * heads,)
     _dq_kernel[grid](*descriptors, d_query, *rows, heads, *numbers, **constants)
-    grid = (triton.cdiv(num_keys, tiles.block_n) * batch * kv_heads,)
+    grid = (ceil_div(num_keys, tiles.block_n) * batch * kv_heads,)
     _dkv_kernel[grid](
         *descriptors, d_key, d_value, *rows, kv_heads, *numbers, VALUE_DIM=value_dim, **constants
     )

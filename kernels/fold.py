@@ -20,15 +20,19 @@ from ..stats import (
     NUM_SUMS,
     SUM_FIELDS,
 )
-from .primitives import ADDITIVE_MASK, LN_2, LOG2_E, block_dim, mask_arguments, visible_tile
+from .primitives import ADDITIVE_MASK, block_dim, mask_arguments, visible_tile
 
-_NUM_SUM_FIELDS = tl.constexpr(len(SUM_FIELDS))
-_NUM_SUMS = tl.constexpr(NUM_SUMS)
-_NUM_FIELDS = tl.constexpr(NUM_FIELDS)
-_WIDTH = tl.constexpr(triton.next_power_of_2(NUM_FIELDS + 1))
-_BINS = tl.constexpr(HISTOGRAM_BINS)
-_JUDGED_MIN_KEYS = tl.constexpr(JUDGED_MIN_KEYS)
-_DEAD = tl.constexpr(DEAD_ENTROPY_RATIO)
+# Constants of the kernel. As globals of this file they would be compared anew at every launch, at two
+# microseconds of the host's time each.
+_LAYOUT = {
+    "NUM_SUM_FIELDS": len(SUM_FIELDS),
+    "NUM_SUMS": NUM_SUMS,
+    "NUM_FIELDS": NUM_FIELDS,
+    "WIDTH": triton.next_power_of_2(NUM_FIELDS + 1),
+    "BINS": HISTOGRAM_BINS,
+    "JUDGED_MIN_KEYS": JUDGED_MIN_KEYS,
+    "DEAD": DEAD_ENTROPY_RATIO,
+}
 
 # One wave on the 132 multiprocessors of an H100 for 16 heads; the accumulator grows with it.
 SLOTS = 32
@@ -141,6 +145,13 @@ def _fold_kernel(
     SINKS: tl.constexpr,
     TABLE: tl.constexpr,
     BIAS: tl.constexpr,
+    NUM_SUM_FIELDS: tl.constexpr,
+    NUM_SUMS: tl.constexpr,
+    NUM_FIELDS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BINS: tl.constexpr,
+    JUDGED_MIN_KEYS: tl.constexpr,
+    DEAD: tl.constexpr,
 ):
     slot, head = tl.program_id(0), tl.program_id(1)
     slots = tl.num_programs(0)
@@ -156,7 +167,7 @@ def _fold_kernel(
     entropies, ranges, ratios, weights, sinks, traces = zeros, zeros, zeros, zeros, zeros, zeros
     query_squares, key_squares = zeros, zeros
     top_max, top_min, top_range, top_weight, top_ratio = lows, lows, lows, lows, lows
-    histogram = tl.zeros([_WIDTH], tl.int32)
+    histogram = tl.zeros([WIDTH], tl.int32)
     offs = tl.arange(0, BLOCK)
     offs_d = tl.arange(0, BLOCK_D)
     inside_d = offs_d < HEAD_DIM
@@ -205,25 +216,25 @@ def _fold_kernel(
             k = tl.load(k_first + offs_d, mask=offs_d < width, other=0.0).to(tl.float32)[None, :]
         score = tl.sum(q * k, 1) * scale
         if SOFTCAP:
-            # tanh by exp2, as in bend_and_mask
-            score = softcap * (1.0 - 2.0 / (tl.exp2(score * (2.0 * LOG2_E / softcap)) + 1.0))
+            # tanh by exp, as in bend_and_mask
+            score = softcap * (1.0 - 2.0 / (tl.exp(score * (2.0 / softcap)) + 1.0))
         if BIAS:
             score += tl.load(entry + 2 * stride_table_part, mask=inside, other=0).to(tl.float32, bitcast=True)
-        sink_mass = tl.exp2((score - lse) * LOG2_E)
+        sink_mass = tl.exp(score - lse)
         if SINKS:
-            sink_mass += tl.exp2((sink - lse) * LOG2_E)
+            sink_mass += tl.exp(sink - lse)
 
         # NaN and inf both fail "x - x == 0".
         spread = entropy + max_logit + min_logit
         finite = (visible > 0) & (spread - spread == 0.0)
-        judged = finite & (visible >= _JUDGED_MIN_KEYS)
-        ratio = entropy / (tl.log2(tl.maximum(visible, 2).to(tl.float32)) * LN_2)
-        weight = tl.exp2((max_logit - lse) * LOG2_E)
+        judged = finite & (visible >= JUDGED_MIN_KEYS)
+        ratio = entropy / tl.log(tl.maximum(visible, 2).to(tl.float32))
+        weight = tl.exp(max_logit - lse)
         logit_range = max_logit - min_logit
         rows += finite.to(tl.int32)
         judged_rows += judged.to(tl.int32)
         broken_rows += ((visible > 0) & (finite == 0)).to(tl.int32)
-        dead_rows += (judged & (ratio < _DEAD)).to(tl.int32)
+        dead_rows += (judged & (ratio < DEAD)).to(tl.int32)
         entropies += tl.where(finite, entropy, 0.0)
         ranges += tl.where(finite, logit_range, 0.0)
         ratios += tl.where(judged, ratio, 0.0)
@@ -237,8 +248,8 @@ def _fold_kernel(
         top_weight = tl.maximum(top_weight, tl.where(judged, weight, -infinity))
         top_ratio = tl.maximum(top_ratio, tl.where(judged, -ratio, -infinity))
         # Bins are counted at their place in the accumulator; rows that are not judged, after its end.
-        bins = tl.minimum(tl.maximum(tl.where(judged, ratio, 0.0) * _BINS, 0.0), _BINS - 1.0).to(tl.int32)
-        histogram += tl.histogram(tl.where(judged, bins + _NUM_SUM_FIELDS, _WIDTH - 1), _WIDTH)
+        bins = tl.minimum(tl.maximum(tl.where(judged, ratio, 0.0) * BINS, 0.0), BINS - 1.0).to(tl.int32)
+        histogram += tl.histogram(tl.where(judged, bins + NUM_SUM_FIELDS, WIDTH - 1), WIDTH)
 
     blocks = tl.cdiv(num_keys, BLOCK)
     for work in tl.range(slot, batch * blocks, slots):
@@ -248,7 +259,7 @@ def _fold_kernel(
         k = tl.load(k_rows[:, None] + offs_d[None, :], mask=inside, other=0.0)
         key_squares += _squares(k.to(tl.float32))
 
-    field = tl.arange(0, _WIDTH)
+    field = tl.arange(0, WIDTH)
     sums = histogram.to(tl.float64)
     sums = _put(sums, field, 0, tl.sum(rows, 0).to(tl.float64))
     sums = _put(sums, field, 1, tl.sum(judged_rows, 0).to(tl.float64))
@@ -263,16 +274,16 @@ def _fold_kernel(
     sums = _put(sums, field, 10, tl.where(slot == 0, batch, 0).to(tl.float64))
     sums = _put(sums, field, 11, tl.sum(query_squares, 0))
     sums = _put(sums, field, 12, tl.sum(key_squares, 0))
-    tops = tl.full([_WIDTH], -infinity, tl.float32)
-    tops = _put(tops, field, _NUM_SUMS + 0, tl.max(top_max, 0))
-    tops = _put(tops, field, _NUM_SUMS + 1, tl.max(top_min, 0))
-    tops = _put(tops, field, _NUM_SUMS + 2, tl.max(top_range, 0))
-    tops = _put(tops, field, _NUM_SUMS + 3, tl.max(top_weight, 0))
-    tops = _put(tops, field, _NUM_SUMS + 4, tl.max(top_ratio, 0))
-    pointers = accumulator_ptr + (slot * _NUM_FIELDS + field) * heads + head
-    before = tl.load(pointers, mask=field < _NUM_FIELDS, other=0.0)
-    after = tl.where(field < _NUM_SUMS, before + sums, tl.maximum(before, tops.to(tl.float64)))
-    tl.store(pointers, after, mask=field < _NUM_FIELDS)
+    tops = tl.full([WIDTH], -infinity, tl.float32)
+    tops = _put(tops, field, NUM_SUMS + 0, tl.max(top_max, 0))
+    tops = _put(tops, field, NUM_SUMS + 1, tl.max(top_min, 0))
+    tops = _put(tops, field, NUM_SUMS + 2, tl.max(top_range, 0))
+    tops = _put(tops, field, NUM_SUMS + 3, tl.max(top_weight, 0))
+    tops = _put(tops, field, NUM_SUMS + 4, tl.max(top_ratio, 0))
+    pointers = accumulator_ptr + (slot * NUM_FIELDS + field) * heads + head
+    before = tl.load(pointers, mask=field < NUM_FIELDS, other=0.0)
+    after = tl.where(field < NUM_SUMS, before + sums, tl.maximum(before, tops.to(tl.float64)))
+    tl.store(pointers, after, mask=field < NUM_FIELDS)
 
 
 # The lines above follow this order; a field added in one place only must not go unnoticed.
@@ -348,5 +359,6 @@ def fold(accumulator, query, key, rows, options):
         SINKS=options.sinks is not None,
         TABLE=table is not None,
         BIAS=has_bias,
+        **_LAYOUT,
         num_warps=4,
     )

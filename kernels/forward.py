@@ -11,6 +11,7 @@ from .primitives import (
     NO_MASK,
     bend_and_mask,
     block_dim,
+    ceil_div,
     describe,
     key_range,
     load_tile,
@@ -232,7 +233,7 @@ def forward(query, key, value, options, tiles=None):
     exact = query.dtype == torch.float32
     natural = exact or options.scale <= 0 or options.softcap is not None or mask_kind == ADDITIVE_MASK.value
     k_desc = describe(key, tiles.block_n)
-    _forward_kernel[(grid_1d(triton.cdiv(num_queries, tiles.block_m), batch * heads),)](
+    _forward_kernel[(grid_1d(ceil_div(num_queries, tiles.block_m), batch * heads),)](
         describe(query, tiles.block_m),
         k_desc,
         k_desc if value is None else describe(value, tiles.block_n),
