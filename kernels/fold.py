@@ -20,6 +20,7 @@ from ..stats import (
     NUM_SUMS,
     SUM_FIELDS,
 )
+from .launch import launch
 from .primitives import ADDITIVE_MASK, block_dim, mask_arguments, visible_tile
 
 # Constants of the kernel. As globals of this file they would be compared anew at every launch, at two
@@ -329,7 +330,7 @@ def fold(accumulator, query, key, rows, options):
         table, table_strides = _scan_mask(options, (batch, heads, num_queries, num_keys))
         has_bias = options.attn_mask.dtype != torch.bool
     width = block_dim(head_dim)
-    _fold_kernel[(accumulator.shape[0], heads)](
+    arguments = (
         accumulator,
         rows.lse.contiguous(),
         rows.entropy.contiguous(),
@@ -349,16 +350,20 @@ def fold(accumulator, query, key, rows, options):
         options.scale,
         options.softcap or 0.0,
         options.window_size or 0,
-        HEAD_DIM=head_dim,
-        GROUP=heads // kv_heads,
-        BLOCK=min(64, _TILE // width),
-        BLOCK_D=width,
-        CAUSAL=options.is_causal,
-        WINDOWED=options.window_size is not None,
-        SOFTCAP=options.softcap is not None,
-        SINKS=options.sinks is not None,
-        TABLE=table is not None,
-        BIAS=has_bias,
-        **_LAYOUT,
-        num_warps=4,
     )
+    constants = {
+        "HEAD_DIM": head_dim,
+        "GROUP": heads // kv_heads,
+        "BLOCK": min(64, _TILE // width),
+        "BLOCK_D": width,
+        "CAUSAL": options.is_causal,
+        "WINDOWED": options.window_size is not None,
+        "SOFTCAP": options.softcap is not None,
+        "SINKS": options.sinks is not None,
+        "TABLE": table is not None,
+        "BIAS": has_bias,
+        **_LAYOUT,
+    }
+    sinks_dtype = None if options.sinks is None else options.sinks.dtype
+    kind = (query.device, query.dtype, sinks_dtype, *arguments[9:22])
+    launch(_fold_kernel, (accumulator.shape[0], heads, 1), kind, arguments, constants, num_warps=4)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .configs import HEAD_GROUP, forward_tiles, grid_1d
+from .launch import launch
 from .primitives import (
     ADDITIVE_MASK,
     LOG2_E,
@@ -233,7 +234,7 @@ def forward(query, key, value, options, tiles=None):
     exact = query.dtype == torch.float32
     natural = exact or options.scale <= 0 or options.softcap is not None or mask_kind == ADDITIVE_MASK.value
     k_desc = describe(key, tiles.block_n)
-    _forward_kernel[(grid_1d(ceil_div(num_queries, tiles.block_m), batch * heads),)](
+    arguments = (
         describe(query, tiles.block_m),
         k_desc,
         k_desc if value is None else describe(value, tiles.block_n),
@@ -249,21 +250,31 @@ def forward(query, key, value, options, tiles=None):
         options.scale,
         options.softcap or 0.0,
         options.window_size or 0,
-        VALUE_DIM=value_dim,
-        GROUP=heads // kv_heads,
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
-        BLOCK_D=block_dim(head_dim),
-        BLOCK_DV=block_dim(value_dim),
-        HEAD_GROUP=HEAD_GROUP,
-        CAUSAL=options.is_causal,
-        WINDOWED=options.window_size is not None,
-        SOFTCAP=options.softcap is not None,
-        SINKS=options.sinks is not None,
-        MASK=mask_kind,
-        NATURAL=natural,
-        EXACT=exact,
-        HAS_VALUE=value is not None,
+    )
+    constants = {
+        "VALUE_DIM": value_dim,
+        "GROUP": heads // kv_heads,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_D": block_dim(head_dim),
+        "BLOCK_DV": block_dim(value_dim),
+        "HEAD_GROUP": HEAD_GROUP,
+        "CAUSAL": options.is_causal,
+        "WINDOWED": options.window_size is not None,
+        "SOFTCAP": options.softcap is not None,
+        "SINKS": options.sinks is not None,
+        "MASK": mask_kind,
+        "NATURAL": natural,
+        "EXACT": exact,
+        "HAS_VALUE": value is not None,
+    }
+    dtypes = (x if x is None else x.dtype for x in (query, mask, options.sinks))
+    launch(
+        _forward_kernel,
+        (grid_1d(ceil_div(num_queries, tiles.block_m), batch * heads), 1, 1),
+        (query.device, *dtypes, *arguments[10:18], tiles),
+        arguments,
+        constants,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
