@@ -141,7 +141,7 @@ def dispatch(
         out, *rows = _forward_op(*tensors, *numbers)
         return out, RowStats(*rows).detach() if detached else RowStats(*rows)
     if grad and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
-        out, *rows = _EagerAttention.apply(*tensors, numbers, detached)
+        out, *rows = _EagerAttention.attach(*tensors, numbers, detached)
     else:
         out, *rows = _forward(*tensors, *numbers)
     return out, RowStats(*rows)
@@ -286,6 +286,11 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 class _EagerAttention(torch.autograd.Function):
     """The operators' forward and backward without torch.library between them and autograd."""
+
+    @classmethod
+    def attach(cls, *inputs):
+        """`apply`, less its own search for the transforms that `_eager` has ruled out."""
+        return super(torch.autograd.Function, cls).apply(*inputs)
 
     @staticmethod
     def forward(ctx, query, key, value, attn_mask, sinks, numbers, detached):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from cases import CASES, Case
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import hnf_attention
 from hnf_attention import attention, attention_stats, fold, ops, reference
@@ -84,6 +86,44 @@ def test_compiles_to_a_full_graph(device):
     got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
     for actual, wanted in zip(got, expected):
         torch.testing.assert_close(actual, wanted)
+
+
+def _never(*_):
+    raise AssertionError("took the eager path")
+
+
+def test_what_traces_the_call_sees_the_operator(monkeypatch):
+    q, k, v, *_ = Case().tensors()
+    monkeypatch.setattr(ops._EagerAttention, "attach", _never)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (q, k, v)]
+        out, rows = attention(*fakes)
+        fakes[0].requires_grad_()
+        assert type(attention(*fakes)[0]) is FakeTensor
+    assert type(out) is type(rows.lse) is FakeTensor and out.shape == q.shape
+    graph = make_fx(lambda q, k, v: attention(q, k, v)[0])(q, k, v)
+    assert any("hnf_attention" in str(node.target) for node in graph.graph.nodes)
+
+
+def test_second_derivatives_are_refused():
+    q, k, v, *_ = Case().tensors()
+    out = attention(q.requires_grad_(), k, v)[0].square().sum()
+    (first,) = torch.autograd.grad(out, q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_detached_statistics_leave_the_output_differentiable():
+    case = Case(sinks=True)
+    tensors = case.tensors()
+    leaves = [tensors[i].requires_grad_() for i in (0, 1, 2, 4)]
+    results = []
+    for detached in (False, True):
+        out, rows = ops.dispatch(*tensors[:3], case.options(*tensors), detached=detached)
+        assert rows.lse.requires_grad is rows.entropy.requires_grad is not detached
+        results.append(torch.autograd.grad(out.square().sum(), leaves))
+    for got, expected in zip(*results):
+        assert torch.equal(got, expected)
 
 
 def test_autocast_casts_as_sdpa_does(device):

@@ -90,7 +90,7 @@ def _call(
         softcap=None,
         sinks=None,
         door=NAME if heads is None else "transformers sdpa",
-        from_output=lambda out: out.reshape(*shape, out.shape[-1]),
+        from_output=lambda out: out if len(shape) == 3 else out.reshape(*shape, out.shape[-1]),
         not_fused=not_fused,
         prefer_fused=True,
     )
