@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def forward(
         with no_autocast(query):
             out, rows = reference.attention(query, key, value, options, extended=extended)
         return query.new_empty(0) if out is None else out, *packed(rows, extended)
-    with torch.cuda.device(query.device):  # Triton launches on the current device
+    with on_device(query):
         if path == HOPPER:
             from .kernels import hopper
 
@@ -97,7 +98,7 @@ def backward(
     if not kernels_cover(query, value):
         with no_autocast(query):
             return reference.backward(query, key, value, options, *cotangents)
-    with torch.cuda.device(query.device):
+    with on_device(query):
         if d_out is not None and d_lse is None and d_entropy is None:
             kind = library_backward.choose(query, key, value, options)
             if kind is not None:
@@ -112,6 +113,15 @@ def packed(rows: RowStats, extended: bool) -> tuple[Tensor, ...]:
     extra = (rows.logit_var, rows.collision, rows.score_std, rows.sink_mass)
     more = torch.stack(extra) if extended else rows.lse.new_empty(0)
     return rows.lse, rows.entropy, rows.max_logit, rows.min_logit, more
+
+
+def on_device(query: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device; entering the one that is current already is not free."""
+    index = query.device.index
+    return _HERE if index == torch.cuda.current_device() else torch.cuda.device(index)
+
+
+_HERE = nullcontext()
 
 
 def no_autocast(query: Tensor) -> torch.autocast:

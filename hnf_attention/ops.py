@@ -1,4 +1,4 @@
-"""`attention()` and `attention_stats()`: validate, dispatch, differentiate; fold and measure.
+"""`attention()` and `attention_stats()`: validate, dispatch, differentiate.
 
 CUDA tensors take the Triton kernels where these cover the call, everything else the reference. Both
 stand behind `torch.library` operators with fake kernels and autograd, so that
@@ -11,7 +11,7 @@ from typing import Optional, Tuple  # noqa: UP035 (torch 2.8 infers operator sch
 import torch
 from torch import Tensor
 
-from . import dispatch, masks, reference, sampling, stats, validation
+from . import dispatch, reference, sampling, validation
 from .stats import RowStats
 from .validation import Options
 
@@ -63,7 +63,7 @@ def attention(
         softcap=softcap,
         sinks=sinks,
     )
-    return _dispatch(query, key, value, options, extended)
+    return attend(query, key, value, options, extended=extended)
 
 
 def attention_stats(
@@ -102,12 +102,8 @@ def attention_stats(
         sinks=sinks,
     )
     if sample is None:
-        return _dispatch(query, key, None, options, extended)[1]
-    period, phase = validation.check_sample(sample)
-    period = sampling.effective_period(period, query.shape[2])
-    with torch.no_grad():
-        *core, more, index = _sample_op(query, key, *_flat(options), extended, period, phase % period)
-    return _rows(core, more, index)
+        return attend(query, key, None, options, extended=extended)[1]
+    return attend_sample(query, key, options, validation.check_sample(sample), extended=extended)
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -120,15 +116,67 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in wanted else t for t in tensors)
 
 
-def _dispatch(
-    query: Tensor, key: Tensor, value: Tensor | None, options: Options, extended: bool
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    options: Options,
+    *,
+    extended: bool = False,
+    detached: bool = False,
 ) -> tuple[Tensor | None, RowStats]:
+    """`attention` for a call that `validation.check` has accepted, in the dtype it is to be computed in.
+
+    detached: the statistics are outside autograd. Without a value the output is None or has no elements.
+    """
     mask = options.attn_mask
-    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+    grad = torch.is_grad_enabled()
+    if grad and mask is not None and mask.requires_grad:
         with dispatch.no_autocast(query):
-            return reference.attention(query, key, value, options, extended=extended)
-    out, *core, more = _forward_op(query, key, value, *_flat(options), extended)
+            out, rows = reference.attention(query, key, value, options, extended=extended)
+        return out, rows.detach() if detached else rows
+    inputs = (query, key, value, *_flat(options), extended)
+    if not _eager(query, key, value):
+        out, *core, more = _forward_op(*inputs)
+        rows = _rows(core, more)
+        return out, rows.detach() if detached else rows
+    if grad and any(x is not None and x.requires_grad for x in (query, key, value, options.sinks)):
+        out, *core, more = _EagerAttention.attach(*inputs, detached)
+    else:
+        out, *core, more = _forward(*inputs)
     return out, _rows(core, more)
+
+
+@torch.no_grad()
+def attend_sample(
+    query: Tensor, key: Tensor, options: Options, sample: tuple[int, int], *, extended: bool = False
+) -> RowStats:
+    """`attention_stats` of a sample (period, phase) of the rows, for a call as `attend` takes it."""
+    period, phase = sample
+    period = sampling.effective_period(period, query.shape[2])
+    run = _sample if _eager(query, key) else _sample_op
+    *core, more, index = run(query, key, *_flat(options), extended, period, phase % period)
+    return _rows(core, more, index)
+
+
+def _eager(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd watches this call, so that it need not pass through torch.library.
+
+    The operators cost some 50 microseconds of the host's time a call; they are there for what traces,
+    transforms or intercepts the call.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    watched = (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+    return not watched and all(type(x) in _PLAIN_TYPES for x in tensors)
+
+
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)})
 
 
 def _flat(options: Options) -> tuple:
@@ -141,8 +189,7 @@ def _rows(core: list[Tensor], more: Tensor, index: Tensor | None = None) -> RowS
     return RowStats(*core, *(more.unbind(0) if more.dim() > 1 else (None,) * 4), index)
 
 
-@torch.library.custom_op("hnf_attention::forward", mutates_args=())
-def _forward_op(
+def _forward(
     query: Tensor,
     key: Tensor,
     value: Optional[Tensor],  # noqa: UP045
@@ -158,6 +205,9 @@ def _forward_op(
     return dispatch.forward(query, key, value, options, extended)
 
 
+_forward_op = torch.library.custom_op("hnf_attention::forward", _forward, mutates_args=())
+
+
 @_forward_op.register_fake
 def _(query, key, value, attn_mask, sinks, is_causal, scale, window_size, softcap, extended):
     shape = (0,) if value is None else (*query.shape[:3], value.shape[3])
@@ -170,8 +220,7 @@ def _fake_rows(query: Tensor, num_rows: int, extended: bool) -> list[Tensor]:
     return [query.new_empty(shape, dtype=dtype) for shape in shapes]
 
 
-@torch.library.custom_op("hnf_attention::sample", mutates_args=())
-def _sample_op(
+def _sample(
     query: Tensor,
     key: Tensor,
     attn_mask: Optional[Tensor],  # noqa: UP045
@@ -189,12 +238,15 @@ def _sample_op(
     if dispatch.kernels_cover(query, None):
         from .kernels import probe
 
-        with torch.cuda.device(query.device):
+        with dispatch.on_device(query):
             return probe.probe(query, key, options, extended=extended, sample=(period, phase))
     index = sampling.row_index(*query.shape[:3], period, phase, query.device)
     with dispatch.no_autocast(query):
         rows = reference.attention(query, key, None, options, extended=extended, index=index)[1]
     return *dispatch.packed(rows, extended), index
+
+
+_sample_op = torch.library.custom_op("hnf_attention::sample", _sample, mutates_args=())
 
 
 @_sample_op.register_fake
@@ -204,8 +256,15 @@ def _(query, key, attn_mask, sinks, is_causal, scale, window_size, softcap, exte
     return *_fake_rows(query, num_rows, extended), index
 
 
-@torch.library.custom_op("hnf_attention::backward", mutates_args=())
-def _backward_op(
+def _any_gradients(
+    query, key, value, attn_mask, sinks, is_causal, scale, window_size, softcap, *cotangents
+) -> reference.Gradients:
+    """Gradients of any strides, None where there is no such input; what eager calls take."""
+    options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks)
+    return dispatch.backward(query, key, value, options, *cotangents)
+
+
+def _gradients(
     query: Tensor,
     key: Tensor,
     value: Optional[Tensor],  # noqa: UP045
@@ -222,13 +281,17 @@ def _backward_op(
     d_lse: Optional[Tensor],  # noqa: UP045
     d_entropy: Optional[Tensor],  # noqa: UP045
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
-    options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks)
-    gradients = dispatch.backward(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entropy)
+    numbers = (is_causal, scale, window_size, softcap)
+    cotangents = (out, lse, entropy, d_out, d_lse, d_entropy)
+    gradients = _any_gradients(query, key, value, attn_mask, sinks, *numbers, *cotangents)
     # Contiguous, as the fake kernel says; an operator returns tensors only.
     return tuple(query.new_empty(0) if g is None else g.contiguous() for g in gradients)
 
 
-@_backward_op.register_fake
+_gradients_op = torch.library.custom_op("hnf_attention::backward", _gradients, mutates_args=())
+
+
+@_gradients_op.register_fake
 def _(query, key, value, attn_mask, sinks, *_):
     def like(x):
         return query.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -236,27 +299,26 @@ def _(query, key, value, attn_mask, sinks, *_):
     return like(query), like(key), like(value), like(sinks)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx, inputs, output, detached=False):
     query, key, value, attn_mask, sinks, *ctx.options, _extended = inputs
     out, lse, entropy, *others = output
-    ctx.mark_non_differentiable(*others)
+    ctx.mark_non_differentiable(*(output[1:] if detached else others))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, attn_mask, sinks, out, lse, entropy)
 
 
-def _backward(ctx, d_out, d_lse, d_entropy, *_):
+def _backward(ctx, d_out, d_lse, d_entropy, *_, gradients=_gradients_op):
     query, key, value, attn_mask, sinks, out, lse, entropy = ctx.saved_tensors
     if d_out is None and d_lse is None and d_entropy is None:
         return (None,) * 10
-    gradients = _backward_op(
+    d_query, d_key, d_value, d_sinks = gradients(
         query, key, value, attn_mask, sinks, *ctx.options, out, lse, entropy, d_out, d_lse, d_entropy
     )
-    d_query, d_key, d_value, d_sinks = gradients
     return (
         d_query,
         d_key,
         None if value is None else d_value,
-        None,  # a mask that requires a gradient never comes here: see _dispatch
+        None,  # a mask that requires a gradient never comes here: see `attend`
         None if sinks is None else d_sinks,
         *(None,) * 5,
     )
@@ -265,93 +327,22 @@ def _backward(ctx, d_out, d_lse, d_entropy, *_):
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def fold(
-    accumulator: Tensor,
-    rows: RowStats,
-    visible_keys: Tensor,
-    sink_mass: Tensor,
-    query_norm: Tensor,
-    key_norm: Tensor,
-) -> None:
-    """`stats.fold_rows`, by one kernel launch on CUDA. No host synchronisation."""
-    arguments = (accumulator, rows, visible_keys, sink_mass, query_norm, key_norm)
-    if accumulator.is_cuda:
-        from .kernels import fold as kernel
+class _EagerAttention(torch.autograd.Function):
+    """The operators' forward and backward without torch.library between them and autograd."""
 
-        with torch.cuda.device(accumulator.device):
-            kernel.fold_rows(*arguments)
-    else:
-        stats.fold_rows(*arguments)
+    @classmethod
+    def attach(cls, *inputs):
+        """`apply`, less its own search for the transforms that `_eager` has ruled out."""
+        return super(torch.autograd.Function, cls).apply(*inputs)
 
+    @staticmethod
+    def forward(ctx, *inputs_and_detached):
+        *inputs, detached = inputs_and_detached
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output, detached)
+        return output
 
-@torch.no_grad()
-def measure(
-    query: Tensor,
-    key: Tensor,
-    rows: RowStats,
-    *,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    window_size: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a fold needs beside `rows`: (visible_keys, sink_mass, query_norm, key_norm).
-
-    visible_keys: int64, broadcastable to (B, H, M). sink_mass: (B, H, M), weight on the first visible
-    key plus the learned sink's, from one dot product per row. query_norm, key_norm: (H,) fp32
-    Frobenius norms over the sequence, largest in the batch. M is M_s where `rows` are a sample.
-    No host synchronisation.
-    """
-    query, key, attn_mask = _autocast(query, key, attn_mask)
-    keywords = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "window_size": window_size}
-    options = validation.check(query, key, None, **keywords, softcap=softcap, sinks=sinks)
-    (num_queries, _), num_keys, heads = query.shape[2:], key.shape[2], query.shape[1]
-    count, first = masks.visible_keys(
-        num_queries,
-        num_keys,
-        attn_mask=options.attn_mask,
-        is_causal=is_causal,
-        window_size=window_size,
-        device=query.device,
-    )
-    index = rows.row_index
-    if index is not None:
-        count, first = (sampling.take_rows(x.expand(query.shape[:3]), index) for x in (count, first))
-        count = torch.where(index >= 0, count, 0)
-    sink_mass = _sink_mass(query, key, rows, count, first, options)
-    group = max(1, heads // max(1, key.shape[1]))
-
-    def norm(x: Tensor) -> Tensor:
-        norms = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float32)
-        return norms.amax(0) if x.shape[0] else norms.new_zeros(x.shape[1])
-
-    return count, sink_mass, norm(query), norm(key).repeat_interleave(group)
-
-
-def _sink_mass(
-    query: Tensor, key: Tensor, rows: RowStats, count: Tensor, first: Tensor, options: Options
-) -> Tensor:
-    lse = rows.lse.detach()
-    if lse.numel() == 0 or key.shape[2] == 0:
-        return torch.zeros_like(lse)
-    first = first.expand(lse.shape)
-    grouped = first.reshape(lse.shape[0], key.shape[1], -1, 1).expand(-1, -1, -1, key.shape[3])
-    first_key = key.gather(2, grouped).reshape(*lse.shape, key.shape[3])
-    mask, row = options.attn_mask, torch.arange(query.shape[2], device=query.device)
-    if rows.row_index is not None:
-        query, row = sampling.take_rows(query, rows.row_index), rows.row_index.clamp(min=0)
-    scores = (query.to(lse.dtype) * first_key.to(lse.dtype)).sum(-1) * options.scale
-    if options.softcap is not None:
-        scores = options.softcap * (scores / options.softcap).tanh()
-    if mask is not None and mask.dtype != torch.bool:
-        batch, heads = (torch.arange(n, device=lse.device) for n in lse.shape[:2])
-        # One element of each row; row 0 of a mask that broadcasts over them stands for all.
-        full = mask.expand(*lse.shape[:2], mask.shape[2], key.shape[2])
-        row = row if mask.shape[2] > 1 else torch.zeros_like(row)
-        scores = scores + full[batch[:, None, None], heads[:, None], row, first].to(lse.dtype)
-    weight = (scores - lse).exp()
-    if options.sinks is not None:
-        weight = weight + (options.sinks.to(lse.dtype)[:, None] - lse).exp()
-    return torch.where(count > 0, weight, 0.0)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *cotangents):
+        return *_backward(ctx, *cotangents, gradients=_any_gradients), None

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import ops
-from .stats import NUM_FIELDS, NUM_SUMS, SUM_FIELDS, HeadStats, Snapshot, new_accumulator
+from . import fold
+from .stats import NUM_SUMS, SUM_FIELDS, HeadStats, Snapshot
 
 if TYPE_CHECKING:
     from .instrument import Instrumentation, Measurement
 
 HISTORY_LENGTH = 10_000  # snapshots kept; older ones are dropped
+
+_Kind = tuple[str, int, int, torch.dtype]  # layer, heads, head dimension, dtype
 
 
 class NothingMeasured(RuntimeError):
@@ -50,8 +52,8 @@ class Recorder:
         #: The last HISTORY_LENGTH snapshots, oldest first.
         self.history: deque[Snapshot] = deque(maxlen=HISTORY_LENGTH)
         self._instrumentation = instrumentation
-        self._names: dict[tuple[str, int, int, str], str] = {}
-        self._accumulators: dict[tuple[str, torch.device], Tensor] = {}
+        self._names: dict[_Kind, str] = {}
+        self._accumulators: dict[tuple[_Kind, torch.device], Tensor] = {}
         self._periods: dict[str, int] = {}  # largest sample_period since the last reading, by name
         self._stopped = False
         instrumentation.on_measure = _weakly(self)
@@ -91,28 +93,21 @@ class Recorder:
         self._stopped = True
         self._instrumentation.measuring = False
 
-    @torch.no_grad()
     def record(self, measurement: Measurement) -> None:
         """Fold one attention call into its layer's accumulator, on the device, without waiting for it."""
-        rows = measurement.rows
-        device = rows.lse.device
-        name = self._name(measurement)
-        self._periods[name] = max(self._periods.get(name, 1), measurement.sample_period)
-        key = (name, device)
+        query = measurement.query
+        kind = (measurement.layer, query.shape[1], measurement.head_dim, measurement.dtype)
+        key = (kind, query.device)
         accumulator = self._accumulators.get(key)
         if accumulator is None:
+            self._names.setdefault(kind, self._name(*kind))
             # Made inside inference mode, it could not be added to outside of it.
             with torch.inference_mode(False):
-                accumulator = new_accumulator(rows.lse.shape[1], device)
+                accumulator = fold.new_accumulator(query.shape[1], query.device)
             self._accumulators[key] = accumulator
-        ops.fold(
-            accumulator,
-            rows,
-            measurement.visible_keys,
-            measurement.sink_mass,
-            measurement.query_norm,
-            measurement.key_norm,
-        )
+        fold.fold(accumulator, query, measurement.key, measurement.rows, measurement.options)
+        name = self._names[kind]
+        self._periods[name] = max(self._periods.get(name, 1), measurement.sample_period)
         self.pending = True
 
     def _measures(self, step: int) -> bool:
@@ -120,38 +115,30 @@ class Recorder:
             return False
         return step % self.log_every == 0 or (self.record_every is not None and step % self.record_every == 0)
 
-    def _name(self, measurement: Measurement) -> str:
+    def _name(self, layer: str, heads: int, head_dim: int, dtype: torch.dtype) -> str:
         """The layer's name; further head counts, head dimensions or dtypes under it get names of their own.
 
         Such calls (a module reused with other shapes, an evaluation in another dtype) are different
         heads: folding them together would mean nothing. The first kind seen keeps the plain name.
         """
-        heads, head_dim = measurement.rows.lse.shape[1], measurement.head_dim
-        dtype = str(measurement.dtype).removeprefix("torch.")
-        kind = (measurement.layer, heads, head_dim, dtype)
-        name = self._names.get(kind)
-        if name is None:
-            taken = measurement.layer in self._names.values()
-            name = (
-                f"{measurement.layer} [{heads} heads of {head_dim}, {dtype}]" if taken else measurement.layer
-            )
-            self._names[kind] = name
-        return name
+        taken = layer in self._names.values()
+        return f"{layer} [{heads} heads of {head_dim}, {_text(dtype)}]" if taken else layer
 
+    @torch.no_grad()
     def _copy_to_host(self):
         """Yield ((name, head_dim, dtype), values (NUM_FIELDS, H)) in the order layers first ran; reset."""
         packed: dict[torch.device, list[Tensor]] = {}
         for (_, device), accumulator in self._accumulators.items():
             packed.setdefault(device, []).append(accumulator)
-        copies = {device: torch.cat([a.flatten() for a in parts]).cpu() for device, parts in packed.items()}
-        kinds = {name: (name, head_dim, dtype) for (_, _, head_dim, dtype), name in self._names.items()}
+        copies = {device: fold.collect(parts).cpu() for device, parts in packed.items()}
         offsets = dict.fromkeys(copies, 0)
-        for (name, device), accumulator in self._accumulators.items():
+        for (kind, device), accumulator in self._accumulators.items():
             start = offsets[device]
-            offsets[device] += accumulator.numel()
-            yield kinds[name], copies[device][start : offsets[device]].view(NUM_FIELDS, -1).numpy()
-            accumulator[:NUM_SUMS].zero_()
-            accumulator[NUM_SUMS:].fill_(-torch.inf)
+            offsets[device] += accumulator.shape[2]
+            values = copies[device][:, start : offsets[device]].numpy()
+            yield (self._names[kind], kind[2], _text(kind[3])), values
+            accumulator[:, :NUM_SUMS].zero_()
+            accumulator[:, NUM_SUMS:].fill_(-torch.inf)
 
     def _why_nothing(self) -> str:
         try:
@@ -172,6 +159,10 @@ def _weakly(recorder: Recorder):
             alive.record(measurement)
 
     return on_measure
+
+
+def _text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_cadence(name: str, value: object, expected: str) -> None:

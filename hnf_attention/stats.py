@@ -36,8 +36,11 @@ SUM_FIELDS = (
     "sink_mass",
     "jacobian_trace_bound",  # 1 - max_weight^2 >= 1 - sum p^2 = trace of the softmax Jacobian
     "dead_rows",
-    "judged_blocks",  # blocks of BLOCK_ROWS places with a judged row
+    "judged_blocks",  # blocks of BLOCK_ROWS places of a sequence with a judged row
     *(f"{name}_blocks" for name in ERROR_FIELDS),
+    "sequences",  # batch elements, whatever their rows
+    "query_square",  # over all rows (not only finite or sampled ones), |q|^2; one that holds NaN is left out
+    "key_square",  # over the keys of the head, |k|^2; likewise
 )
 HISTOGRAM_BINS = 32  # of entropy_ratio over [0, 1], judged rows: for percentiles
 MAX_FIELDS = (
@@ -46,8 +49,6 @@ MAX_FIELDS = (
     "logit_range",
     "max_weight",
     "neg_entropy_ratio",
-    "query_norm",  # Frobenius norm of the head's Q over the sequence, largest in the batch
-    "key_norm",
 )
 NUM_SUMS = len(SUM_FIELDS) + HISTOGRAM_BINS
 NUM_FIELDS = NUM_SUMS + len(MAX_FIELDS)
@@ -111,15 +112,18 @@ def fold_rows(
     stats: RowStats,
     visible_keys: Tensor,
     sink_mass: Tensor,
-    query_norm: Tensor,
-    key_norm: Tensor,
+    query_square: Tensor,
+    key_square: Tensor,
 ) -> None:
     """Add one call's rows to `accumulator` in place: the specification of `kernels/fold.py`.
 
-    visible_keys: integers broadcastable to (B, H, M). sink_mass: (B, H, M).
-    query_norm, key_norm: (H,). Empty rows are left out of everything; non-finite rows are only
-    counted. No host synchronisation.
+    visible_keys: integers broadcastable to (B, H, M). sink_mass: (B, H, M). M is M_s in a sample.
+    query_square (B, H, M), key_square (B, H, N): squared lengths of all the head's queries and keys.
+    Empty rows are left out of everything but those, non-finite rows are only counted. A call without
+    rows changes nothing. No host synchronisation.
     """
+    if stats.lse.numel() == 0:
+        return
     entropy = stats.entropy.double()
     visible = visible_keys.to(entropy.device).expand(entropy.shape)
     occupied = visible > 0
@@ -133,16 +137,13 @@ def fold_rows(
         return torch.where(rows, values, 0.0).sum((0, 2), dtype=torch.float64)
 
     def largest(values: Tensor, rows: Tensor) -> Tensor:
-        masked = torch.where(rows, values.double(), -torch.inf).transpose(0, 1).flatten(1)
-        # amax has no identity: a call without rows (a zero-length sequence) gets one to reduce.
-        return torch.nn.functional.pad(masked, (0, 1), value=-torch.inf).amax(1)
+        return torch.where(rows, values.double(), -torch.inf).amax((0, 2))
 
     def of_blocks(values: Tensor) -> Tensor:
-        """Sums over judged rows of BLOCK_ROWS places, sequence after sequence: (H, blocks)."""
-        flat = torch.where(judged, values.double(), 0.0).transpose(0, 1).flatten(1)
-        blocks = -(-flat.shape[1] // BLOCK_ROWS)
-        padded = torch.nn.functional.pad(flat, (0, blocks * BLOCK_ROWS - flat.shape[1]))
-        return padded.view(flat.shape[0], blocks, BLOCK_ROWS).sum(2)
+        """Sums over judged rows of BLOCK_ROWS places; each sequence starts a new block: (H, blocks)."""
+        chosen = torch.where(judged, values.double(), 0.0)
+        padded = torch.nn.functional.pad(chosen, (0, -chosen.shape[2] % BLOCK_ROWS))
+        return padded.unflatten(2, (-1, BLOCK_ROWS)).sum(3).transpose(0, 1).flatten(1)
 
     one = torch.ones_like(entropy)
     judged_values = {
@@ -160,6 +161,9 @@ def fold_rows(
         "entropy": total(entropy, finite),
         "logit_range": total(logit_range, finite),
         "judged_blocks": (block_rows > 0).sum(1).double(),
+        "sequences": torch.full_like(accumulator[0], entropy.shape[0]),
+        "query_square": total(query_square.double(), ~query_square.isnan()),
+        "key_square": total(key_square.double(), ~key_square.isnan()),
     }
     for name, values in judged_values.items():
         sums[name] = total(values, judged)
@@ -170,8 +174,6 @@ def fold_rows(
         "logit_range": largest(logit_range, finite),
         "max_weight": largest(max_weight, judged),
         "neg_entropy_ratio": largest(-ratio, judged),
-        "query_norm": query_norm.double(),
-        "key_norm": key_norm.double(),
     }
     bins = (ratio * HISTOGRAM_BINS).nan_to_num().clamp(0, HISTOGRAM_BINS - 1).long()
     heads = torch.arange(entropy.shape[1], device=entropy.device)[:, None]
@@ -181,8 +183,6 @@ def fold_rows(
     accumulator[: len(SUM_FIELDS)] += torch.stack([sums[name] for name in SUM_FIELDS])
     accumulator[len(SUM_FIELDS) : NUM_SUMS] += histogram
     stacked = torch.stack([maxima[name] for name in MAX_FIELDS])
-    # A NaN norm must not hide the other maxima of later calls; the row count already tells of it.
-    stacked = stacked.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     torch.maximum(accumulator[NUM_SUMS:], stacked, out=accumulator[NUM_SUMS:])
 
 
@@ -337,12 +337,13 @@ class HeadStats:
 
     @property
     def query_norm(self) -> np.ndarray:
-        """Frobenius norm of Q per head, largest in the batch; at least its spectral norm."""
-        return self._max("query_norm")
+        """Frobenius norm of Q over a sequence, root mean square over the sequences."""
+        return np.sqrt(self._mean("query_square", "sequences"))
 
     @property
     def key_norm(self) -> np.ndarray:
-        return self._max("key_norm")
+        """Of K, as `query_norm`."""
+        return np.sqrt(self._mean("key_square", "sequences"))
 
     def merge(self, other: HeadStats) -> HeadStats:
         """Both folds as one: exact, associative, commutative."""

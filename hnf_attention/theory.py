@@ -16,8 +16,9 @@ def hnf_curvature_bound(
         log2 kappa = log2 |Q| + log2 |K| - log2 d + 2 log2(e) max|Q K^T| / sqrt(d).
 
     query_norm, key_norm: norms of a head's Q and K over the sequence, >= 0. The equation takes
-    spectral norms; `HeadStats` holds Frobenius norms, which are upper bounds of them (by at most
-    sqrt(d)), so with those the result is an upper bound as well, by at most log2(d).
+    spectral norms; a sequence's Frobenius norms are upper bounds of them (by at most sqrt(d)), so with
+    those the result is an upper bound as well, by at most log2(d). `HeadStats` holds the root mean
+    square of Frobenius norms over the sequences, which stands for a typical sequence of the batch.
     head_dim: d, an integer >= 1.
     max_abs_logit: largest |score| of the head, nats. With the usual scale that is max|Q K^T| / sqrt(d);
     a soft-cap or a bias is part of the score, as the softmax sees it.

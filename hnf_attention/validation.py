@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What changes the scores, validated and normalised: `attn_mask` is 4-D or None, `scale` a float."""
 
     attn_mask: Tensor | None
@@ -24,60 +23,60 @@ class Options:
     sinks: Tensor | None
 
 
-def _require(condition: bool, expected: str, got: object, error: type[Exception] = ValueError) -> None:
-    if not condition:
-        raise error(f"expected {expected}, got {got}")
+def _expected(expected: str, got: object, error: type[Exception] = ValueError) -> Exception:
+    return error(f"expected {expected}, got {got}")
 
 
 def _check_dense(name: str, tensor: object, or_none: str = "") -> None:
-    _require(
-        isinstance(tensor, Tensor), f"{name} to be a torch.Tensor{or_none}", type(tensor).__name__, TypeError
-    )
+    if not isinstance(tensor, Tensor):
+        raise _expected(f"{name} to be a torch.Tensor{or_none}", type(tensor).__name__, TypeError)
     # Asking a nested tensor for its shape, or a sparse one for its strides, raises errors of its own.
-    kind = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
-    dense = tensor.layout == torch.strided and not tensor.is_nested
-    _require(dense, f"{name} to be a dense tensor", kind, TypeError)
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested tensor" if tensor.is_nested else f"one of layout {tensor.layout}"
+        raise _expected(f"{name} to be a dense tensor", kind, TypeError)
 
 
 def _check_tensor(name: str, tensor: Tensor, query: Tensor) -> None:
     _check_dense(name, tensor)
-    _require(tensor.dim() == 4, f"{name} of shape (batch, heads, length, head_dim)", tuple(tensor.shape))
-    _require(tensor.dtype in FLOAT_DTYPES, f"{name} of a floating dtype", tensor.dtype, TypeError)
-    _require(
-        tensor.dtype == query.dtype, f"{name} of the query's dtype {query.dtype}", tensor.dtype, TypeError
-    )
-    _require(tensor.device == query.device, f"{name} on the query's device {query.device}", tensor.device)
+    if tensor.dim() != 4:
+        raise _expected(f"{name} of shape (batch, heads, length, head_dim)", tuple(tensor.shape))
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise _expected(f"{name} of a floating dtype", tensor.dtype, TypeError)
+    if tensor.dtype != query.dtype:
+        raise _expected(f"{name} of the query's dtype {query.dtype}", tensor.dtype, TypeError)
+    if tensor.device != query.device:
+        raise _expected(f"{name} on the query's device {query.device}", tensor.device)
 
 
 def _check_mask(attn_mask: Tensor, query: Tensor, num_keys: int) -> Tensor:
     _check_dense("attn_mask", attn_mask, " or None")
-    allowed = list(dict.fromkeys((torch.bool, torch.float32, query.dtype)))
-    _require(attn_mask.dtype in allowed, f"attn_mask of dtype in {allowed}", attn_mask.dtype, TypeError)
-    _require(
-        attn_mask.device == query.device, f"attn_mask on the query's device {query.device}", attn_mask.device
-    )
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        allowed = list(dict.fromkeys((torch.bool, torch.float32, query.dtype)))
+        raise _expected(f"attn_mask of dtype in {allowed}", attn_mask.dtype, TypeError)
+    if attn_mask.device != query.device:
+        raise _expected(f"attn_mask on the query's device {query.device}", attn_mask.device)
     target = (*query.shape[:3], num_keys)
     shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
-    fits = len(shape) == 4 and all(size in (1, full) for size, full in zip(shape, target, strict=True))
-    _require(fits, f"attn_mask that broadcasts to (B, H, M, N) = {target}", tuple(attn_mask.shape))
-    return attn_mask.reshape(shape)
+    if len(shape) != 4 or not all(size in (1, full) for size, full in zip(shape, target, strict=True)):
+        raise _expected(f"attn_mask that broadcasts to (B, H, M, N) = {target}", tuple(attn_mask.shape))
+    return attn_mask if attn_mask.dim() == 4 else attn_mask.reshape(shape)
 
 
 def _check_number(name: str, number: object, *, positive: bool) -> float:
-    _require(
-        isinstance(number, Real) and not isinstance(number, bool), f"{name} to be a number", number, TypeError
-    )
-    finite = math.isfinite(number)
-    _require(finite and (number > 0 or not positive), f"{name} {'> 0' if positive else 'finite'}", number)
+    if not isinstance(number, Real) or isinstance(number, bool):
+        raise _expected(f"{name} to be a number", number, TypeError)
+    if not math.isfinite(number) or (positive and number <= 0):
+        raise _expected(f"{name} {'> 0' if positive else 'finite'}", number)
     return float(number)
 
 
 def check_sample(sample: object) -> tuple[int, int]:
     """Raise TypeError or ValueError for what is no (period, phase); return it."""
     pair = isinstance(sample, tuple) and len(sample) == 2
-    whole = pair and all(isinstance(x, int) and not isinstance(x, bool) for x in sample)
-    _require(whole, "sample to be None or a tuple of two ints (period, phase)", sample, TypeError)
-    _require(sample[0] >= 1 and sample[1] >= 0, "a sample period >= 1 and phase >= 0", sample)
+    if not pair or any(not isinstance(x, int) or isinstance(x, bool) for x in sample):
+        raise _expected("sample to be None or a tuple of two ints (period, phase)", sample, TypeError)
+    if sample[0] < 1 or sample[1] < 0:
+        raise _expected("a sample period >= 1 and phase >= 0", sample)
     return sample
 
 
@@ -97,39 +96,51 @@ def check(
 
     query (B, H, M, D), key (B, H_kv, N, D), value (B, H_kv, N, D_v), H a multiple of H_kv.
     """
+    # Every measured call comes through here: no text is made, and no shape is read twice, before an error.
     _check_tensor("query", query, query)
     _check_tensor("key", key, query)
-    batch, heads, _, head_dim = query.shape
-    kv_heads, num_keys = key.shape[1:3]
-    _require(key.shape[0] == batch, f"key of the query's batch size {batch}", key.shape[0])
-    _require(head_dim > 0, "a head dimension of at least 1", head_dim)
-    _require(key.shape[3] == head_dim, f"key of the query's head dimension {head_dim}", key.shape[3])
-    divides = heads == kv_heads or (kv_heads > 0 and heads % kv_heads == 0)
-    _require(divides, f"query heads to be a multiple of the {kv_heads} key heads", f"{heads} query heads")
+    batch, heads, num_queries, head_dim = query.shape
+    key_batch, kv_heads, num_keys, key_dim = key.shape
+    if key_batch != batch:
+        raise _expected(f"key of the query's batch size {batch}", key_batch)
+    if head_dim == 0:
+        raise _expected("a head dimension of at least 1", head_dim)
+    if key_dim != head_dim:
+        raise _expected(f"key of the query's head dimension {head_dim}", key_dim)
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
+        raise _expected(f"query heads to be a multiple of the {kv_heads} key heads", f"{heads} query heads")
     if value is not None:
         _check_tensor("value", value, query)
-        expected = (batch, kv_heads, num_keys)
-        _require(value.shape[:3] == expected, f"value of shape {expected} + (D_v,)", tuple(value.shape))
-        _require(value.shape[3] > 0, "a value head dimension of at least 1", value.shape[3])
-    _require(isinstance(is_causal, bool), "is_causal to be a bool", is_causal, TypeError)
+        *leading, value_dim = value.shape
+        expected = [batch, kv_heads, num_keys]
+        if leading != expected:
+            raise _expected(f"value of shape {tuple(expected)} + (D_v,)", tuple(value.shape))
+        if value_dim == 0:
+            raise _expected("a value head dimension of at least 1", value_dim)
+    if not isinstance(is_causal, bool):
+        raise _expected("is_causal to be a bool", is_causal, TypeError)
     if window_size is not None:
-        whole = isinstance(window_size, (int, Integral)) and not isinstance(window_size, bool)
-        _require(whole, "window_size to be an int or None", window_size, TypeError)
-        _require(window_size >= 1, "window_size >= 1 (1 is the query's own position)", window_size)
+        if not isinstance(window_size, (int, Integral)) or isinstance(window_size, bool):
+            raise _expected("window_size to be an int or None", window_size, TypeError)
+        if window_size < 1:
+            raise _expected("window_size >= 1 (1 is the query's own position)", window_size)
         # Beyond this a window hides nothing; "no window" sentinels near 2**31 would overflow positions.
-        window_size = max(1, min(int(window_size), query.shape[2] + num_keys))
+        window_size = max(1, min(int(window_size), num_queries + num_keys))
     if softcap is not None:
         softcap = _check_number("softcap", softcap, positive=True)
     if sinks is not None:
         _check_dense("sinks", sinks, " or None")
-        _require(sinks.shape == (heads,), f"sinks of shape (heads,) = ({heads},)", tuple(sinks.shape))
-        _require(sinks.dtype in FLOAT_DTYPES, "sinks of a floating dtype", sinks.dtype, TypeError)
-        _require(sinks.device == query.device, f"sinks on the query's device {query.device}", sinks.device)
+        if sinks.shape != (heads,):
+            raise _expected(f"sinks of shape (heads,) = ({heads},)", tuple(sinks.shape))
+        if sinks.dtype not in FLOAT_DTYPES:
+            raise _expected("sinks of a floating dtype", sinks.dtype, TypeError)
+        if sinks.device != query.device:
+            raise _expected(f"sinks on the query's device {query.device}", sinks.device)
     return Options(
-        attn_mask=None if attn_mask is None else _check_mask(attn_mask, query, num_keys),
-        is_causal=is_causal,
-        scale=head_dim**-0.5 if scale is None else _check_number("scale", scale, positive=False),
-        window_size=window_size,
-        softcap=softcap,
-        sinks=sinks,
+        None if attn_mask is None else _check_mask(attn_mask, query, num_keys),
+        is_causal,
+        head_dim**-0.5 if scale is None else _check_number("scale", scale, positive=False),
+        window_size,
+        softcap,
+        sinks,
     )

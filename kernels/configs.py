@@ -3,9 +3,8 @@
 from typing import NamedTuple
 
 import torch
-import triton
 
-from .primitives import block_dim
+from .primitives import block_dim, ceil_div
 
 
 class Tiles(NamedTuple):
@@ -87,4 +86,4 @@ def backward_tiles(head_dim: int, value_dim: int, dtype: torch.dtype, is_causal:
 
 def grid_1d(num_blocks: int, num_heads: int) -> int:
     """Programs of a launch over (block, batch * head); the kernels order them by `HEAD_GROUP`."""
-    return num_blocks * triton.cdiv(num_heads, HEAD_GROUP) * HEAD_GROUP
+    return num_blocks * ceil_div(num_heads, HEAD_GROUP) * HEAD_GROUP

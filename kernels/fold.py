@@ -1,5 +1,14 @@
-"""Row statistics to head statistics on the device: `stats.fold_rows` in one launch, no atomics."""
+"""One attention call to head statistics on the device: `fold.fold` in one launch, no atomics.
 
+Each program owns one slot of the accumulator, (slot, head), and adds to it what it found in every
+SLOTS-th block of rows: nobody waits for anybody, no number depends on the order in which programs run,
+and a captured graph may replay the launch. Whoever reads an accumulator adds its slots up.
+
+Bytes: q and k once per query head (a group's k comes from the L2 cache), 16 a row for its statistics; of
+a sample, the sampled rows of q once more.
+"""
+
+import torch
 import triton
 import triton.language as tl
 
@@ -9,169 +18,356 @@ from ..stats import (
     HISTOGRAM_BINS,
     JUDGED_MIN_KEYS,
     MAX_FIELDS,
+    NUM_FIELDS,
     NUM_SUMS,
     SUM_FIELDS,
 )
+from .launch import launch
+from .mask_scan import scan_mask
+from .primitives import block_dim
 
-_NUM_SUM_FIELDS = tl.constexpr(len(SUM_FIELDS))
-_NUM_SUMS = tl.constexpr(NUM_SUMS)
-_BINS = tl.constexpr(HISTOGRAM_BINS)
-_JUDGED_MIN_KEYS = tl.constexpr(JUDGED_MIN_KEYS)
-_DEAD = tl.constexpr(DEAD_ENTROPY_RATIO)
-_ROWS = tl.constexpr(BLOCK_ROWS)
+# Constants of the kernel. As globals of this file they would be compared anew at every launch, at two
+# microseconds of the host's time each.
+_LAYOUT = {
+    "NUM_SUM_FIELDS": len(SUM_FIELDS),
+    "NUM_SUMS": NUM_SUMS,
+    "NUM_FIELDS": NUM_FIELDS,
+    "WIDTH": triton.next_power_of_2(NUM_FIELDS + 1),
+    "BINS": HISTOGRAM_BINS,
+    "JUDGED_MIN_KEYS": JUDGED_MIN_KEYS,
+    "DEAD": DEAD_ENTROPY_RATIO,
+}
 
-
-@triton.jit
-def _add(accumulator_ptr, field, heads, head, values):
-    pointer = accumulator_ptr + field * heads + head
-    tl.store(pointer, tl.load(pointer) + tl.sum(values, 0))
-
-
-@triton.jit
-def _of_blocks(values, judged, BLOCK: tl.constexpr):
-    """Sums over the judged rows of each block of a sample, fp64."""
-    return tl.sum(tl.reshape(tl.where(judged, values, 0.0).to(tl.float64), (BLOCK // _ROWS, _ROWS)), 1)
-
-
-@triton.jit
-def _raise(accumulator_ptr, field, heads, head, number):
-    pointer = accumulator_ptr + (_NUM_SUMS + field) * heads + head
-    tl.store(pointer, tl.maximum(tl.load(pointer), number.to(tl.float64)))
+# One wave on the 132 multiprocessors of an H100 for 16 heads; the accumulator grows with it.
+SLOTS = 32
+# Columns of q and k held at a time, so that 64 rows are 32 elements a thread: four programs fit a
+# multiprocessor, without spills.
+_COLUMNS = 64
 
 
 @triton.jit
+def _put(values, offs, field: tl.constexpr, number):
+    return tl.where(offs == field, number, values)
+
+
+@triton.jit
+def _load_columns(pointers, columns, inside, HEAD_DIM: tl.constexpr):
+    """Some columns of the rows at `pointers`, fp32; zeros of rows that are not inside."""
+    mask = inside[:, None] & (columns < HEAD_DIM)[None, :]
+    return tl.load(pointers[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _but_nan(squares):
+    return tl.where(squares == squares, squares, 0.0).to(tl.float64)
+
+
+@triton.jit
+def _squares(
+    x_ptr,
+    stride_b,
+    stride_row,
+    batch,
+    length,
+    slot,
+    slots,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Squared lengths of this slot's share of the rows of x, fp64; a row that holds NaN is left out."""
+    total = tl.zeros([BLOCK], tl.float64)
+    blocks = tl.cdiv(length, BLOCK)
+    for work in tl.range(slot, batch * blocks, slots):
+        row = work % blocks * BLOCK + tl.arange(0, BLOCK)
+        pointers = x_ptr + (work // blocks).to(tl.int64) * stride_b + row.to(tl.int64) * stride_row
+        squares = tl.zeros([BLOCK], tl.float32)
+        for start in tl.static_range(0, BLOCK_D, COLUMNS):
+            x = _load_columns(pointers, start + tl.arange(0, COLUMNS), row < length, HEAD_DIM)
+            squares += tl.sum(x * x, 1)
+        total += _but_nan(squares)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _of_block(values, judged):
+    """Sum over the judged rows of a block, fp64."""
+    return tl.sum(tl.where(judged, values, 0.0).to(tl.float64), 0)
+
+
+@triton.jit(do_not_specialize=["window"])
 def _fold_kernel(
     accumulator_ptr,
     lse_ptr,
     entropy_ptr,
     max_ptr,
     min_ptr,
-    visible_ptr,
+    q_ptr,
+    k_ptr,
     sink_ptr,
-    query_norm_ptr,
-    key_norm_ptr,
-    stride_visible_b,
-    stride_visible_h,
-    stride_visible_m,
+    table_ptr,
+    index_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_table_b,
+    stride_table_h,
+    stride_table_part,
     batch,
     heads,
     num_queries,
+    num_keys,
+    num_places,
+    scale,
+    softcap,
+    window,
+    HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    TABLE: tl.constexpr,
+    BIAS: tl.constexpr,
+    SAMPLED: tl.constexpr,
+    NUM_SUM_FIELDS: tl.constexpr,
+    NUM_SUMS: tl.constexpr,
+    NUM_FIELDS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BINS: tl.constexpr,
+    JUDGED_MIN_KEYS: tl.constexpr,
+    DEAD: tl.constexpr,
 ):
-    head = tl.program_id(0)
+    slot, head = tl.program_id(0), tl.program_id(1)
+    slots = tl.num_programs(0)
+    if slot >= batch * tl.cdiv(tl.maximum(num_queries, num_keys), BLOCK):
+        return
+    q_ptr += head.to(tl.int64) * stride_qh
+    k_ptr += (head // GROUP).to(tl.int64) * stride_kh
     infinity = float("inf")
     zeros = tl.zeros([BLOCK], tl.float64)
+    nothing = tl.sum(zeros, 0)
     lows = tl.full([BLOCK], -infinity, tl.float32)
-    rows, judged_rows, broken_rows, entropies, ranges = zeros, zeros, zeros, zeros, zeros
-    ratios, weights, sinks, traces, dead_rows = zeros, zeros, zeros, zeros, zeros
+    none = tl.zeros([BLOCK], tl.int32)
+    rows, broken_rows = none, none
+    entropies, ranges, query_squares = zeros, zeros, zeros
+    # Sums over judged rows, which are taken block by block for the spread between blocks.
+    judged_rows, ratios, weights, sinks, traces, dead_rows = (
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+    )
+    judged_blocks, ratio_blocks, weight_blocks = nothing, nothing, nothing
+    sink_blocks, trace_blocks, dead_blocks = nothing, nothing, nothing
     top_max, top_min, top_range, top_weight, top_ratio = lows, lows, lows, lows, lows
-    histogram = tl.zeros([2 * _BINS], tl.float64)
-    none = tl.zeros([BLOCK // _ROWS], tl.float64)
-    judged_blocks, ratio_blocks, weight_blocks, sink_blocks = none, none, none, none
-    trace_blocks, dead_blocks = none, none
-    for start in tl.range(0, batch * num_queries, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        b, m = index // num_queries, index % num_queries
-        inside = index < batch * num_queries
-        row = (b.to(tl.int64) * heads + head) * num_queries + m
-        place = b.to(tl.int64) * stride_visible_b + head * stride_visible_h + m * stride_visible_m
-        visible = tl.load(visible_ptr + place, mask=inside, other=0)
+    histogram = tl.zeros([WIDTH], tl.int32)
+    offs = tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, COLUMNS)
+    sink = 0.0
+    if SINKS:
+        sink = tl.load(sink_ptr + head).to(tl.float32)
+
+    blocks = tl.cdiv(num_places, BLOCK)
+    for work in tl.range(slot, batch * blocks, slots):
+        b = (work // blocks).to(tl.int64)
+        m = work % blocks * BLOCK + offs
+        inside = m < num_places
+        row = (b * heads + head) * num_places + m
         lse = tl.load(lse_ptr + row, mask=inside, other=0.0)
         entropy = tl.load(entropy_ptr + row, mask=inside, other=0.0)
         max_logit = tl.load(max_ptr + row, mask=inside, other=0.0)
         min_logit = tl.load(min_ptr + row, mask=inside, other=0.0)
-        sink_mass = tl.load(sink_ptr + row, mask=inside, other=0.0)
+        if SAMPLED:  # the place of a row is not its position; one that holds no row says -1
+            m = tl.load(index_ptr + row, mask=inside, other=-1).to(tl.int32)
+            inside = m >= 0
+        # How many keys the row sees and which is the first: from positions, or from the scanned mask.
+        if TABLE:
+            entry = table_ptr + b * stride_table_b + head.to(tl.int64) * stride_table_h + m
+            visible = tl.load(entry, mask=inside, other=0)
+            first = tl.load(entry + stride_table_part, mask=inside, other=0)
+        else:
+            first = tl.zeros([BLOCK], tl.int32)
+            last = tl.zeros([BLOCK], tl.int32) + (num_keys - 1)
+            if WINDOWED:
+                first = tl.maximum(m - window + 1, 0)
+                last = tl.minimum(last, m + window - 1)
+            if CAUSAL:
+                last = tl.minimum(last, m)
+            visible = tl.where(inside, tl.maximum(last - first + 1, 0), 0)
+        q_rows = q_ptr + b * stride_qb + m.to(tl.int64) * stride_qm
+        k_rows = k_ptr + b * stride_kb + first.to(tl.int64) * stride_kn
+        score = tl.zeros([BLOCK], tl.float32)
+        squares = tl.zeros([BLOCK], tl.float32)
+        for start in tl.static_range(0, BLOCK_D, COLUMNS):
+            columns = start + offs_d
+            q = _load_columns(q_rows, columns, inside, HEAD_DIM)
+            if TABLE or WINDOWED:
+                k = _load_columns(k_rows, columns, visible > 0, HEAD_DIM)
+            else:
+                width = tl.where(num_keys > 0, HEAD_DIM, 0)
+                k = tl.load(k_ptr + b * stride_kb + columns, mask=columns < width, other=0.0)
+                k = k.to(tl.float32)[None, :]
+            score += tl.sum(q * k, 1)
+            squares += tl.sum(q * q, 1)
+        if not SAMPLED:
+            query_squares += _but_nan(squares)
+        score *= scale
+        if SOFTCAP:
+            # tanh by exp, as in bend_and_mask
+            score = softcap * (1.0 - 2.0 / (tl.exp(score * (2.0 / softcap)) + 1.0))
+        if BIAS:
+            score += tl.load(entry + 2 * stride_table_part, mask=inside, other=0).to(tl.float32, bitcast=True)
+        sink_mass = tl.exp(score - lse)
+        if SINKS:
+            sink_mass += tl.exp(sink - lse)
+
         # NaN and inf both fail "x - x == 0".
         spread = entropy + max_logit + min_logit
         finite = (visible > 0) & (spread - spread == 0.0)
-        judged = finite & (visible >= _JUDGED_MIN_KEYS)
+        judged = finite & (visible >= JUDGED_MIN_KEYS)
         ratio = entropy / tl.log(tl.maximum(visible, 2).to(tl.float32))
         weight = tl.exp(max_logit - lse)
         logit_range = max_logit - min_logit
-        rows += tl.where(finite, 1.0, 0.0)
-        judged_rows += tl.where(judged, 1.0, 0.0)
-        broken_rows += tl.where((visible > 0) & (finite == 0), 1.0, 0.0)
+        rows += finite.to(tl.int32)
+        broken_rows += ((visible > 0) & (finite == 0)).to(tl.int32)
         entropies += tl.where(finite, entropy, 0.0)
         ranges += tl.where(finite, logit_range, 0.0)
-        ratios += tl.where(judged, ratio, 0.0)
-        weights += tl.where(judged, weight, 0.0)
-        sinks += tl.where(judged, sink_mass, 0.0)
-        traces += tl.where(judged, 1.0 - weight * weight, 0.0)
-        dead_rows += tl.where(judged & (ratio < _DEAD), 1.0, 0.0)
-        block_rows = _of_blocks(1.0, judged, BLOCK)
+        block_rows = _of_block(1.0, judged)
+        judged_rows += block_rows
         judged_blocks += tl.where(block_rows > 0.0, 1.0, 0.0)
         share = 1.0 / tl.maximum(block_rows, 1.0)
-        block = _of_blocks(ratio, judged, BLOCK)
+        block = _of_block(ratio, judged)
+        ratios += block
         ratio_blocks += block * block * share
-        block = _of_blocks(weight, judged, BLOCK)
+        block = _of_block(weight, judged)
+        weights += block
         weight_blocks += block * block * share
-        block = _of_blocks(sink_mass, judged, BLOCK)
+        block = _of_block(sink_mass, judged)
+        sinks += block
         sink_blocks += block * block * share
-        block = _of_blocks(1.0 - weight * weight, judged, BLOCK)
+        block = _of_block(1.0 - weight * weight, judged)
+        traces += block
         trace_blocks += block * block * share
-        block = _of_blocks(1.0, judged & (ratio < _DEAD), BLOCK)
+        block = _of_block(1.0, judged & (ratio < DEAD))
+        dead_rows += block
         dead_blocks += block * block * share
         top_max = tl.maximum(top_max, tl.where(finite, max_logit, -infinity))
         top_min = tl.maximum(top_min, tl.where(finite, -min_logit, -infinity))
         top_range = tl.maximum(top_range, tl.where(finite, logit_range, -infinity))
         top_weight = tl.maximum(top_weight, tl.where(judged, weight, -infinity))
         top_ratio = tl.maximum(top_ratio, tl.where(judged, -ratio, -infinity))
-        bins = tl.minimum(tl.maximum(tl.where(judged, ratio, 0.0) * _BINS, 0.0), _BINS - 1.0).to(tl.int32)
-        # Rows that are not judged go to the upper half, which nobody reads.
-        histogram += tl.histogram(tl.where(judged, bins, 2 * _BINS - 1), 2 * _BINS).to(tl.float64)
+        # Bins are counted at their place in the accumulator; rows that are not judged, after its end.
+        bins = tl.minimum(tl.maximum(tl.where(judged, ratio, 0.0) * BINS, 0.0), BINS - 1.0).to(tl.int32)
+        histogram += tl.histogram(tl.where(judged, bins + NUM_SUM_FIELDS, WIDTH - 1), WIDTH)
 
-    _add(accumulator_ptr, 0, heads, head, rows)
-    _add(accumulator_ptr, 1, heads, head, judged_rows)
-    _add(accumulator_ptr, 2, heads, head, broken_rows)
-    _add(accumulator_ptr, 3, heads, head, entropies)
-    _add(accumulator_ptr, 4, heads, head, ranges)
-    _add(accumulator_ptr, 5, heads, head, ratios)
-    _add(accumulator_ptr, 6, heads, head, weights)
-    _add(accumulator_ptr, 7, heads, head, sinks)
-    _add(accumulator_ptr, 8, heads, head, traces)
-    _add(accumulator_ptr, 9, heads, head, dead_rows)
-    _add(accumulator_ptr, 10, heads, head, judged_blocks)
-    _add(accumulator_ptr, 11, heads, head, ratio_blocks)
-    _add(accumulator_ptr, 12, heads, head, weight_blocks)
-    _add(accumulator_ptr, 13, heads, head, sink_blocks)
-    _add(accumulator_ptr, 14, heads, head, trace_blocks)
-    _add(accumulator_ptr, 15, heads, head, dead_blocks)
-    offs = tl.arange(0, 2 * _BINS)
-    pointers = accumulator_ptr + (_NUM_SUM_FIELDS + offs) * heads + head
-    tl.store(pointers, tl.load(pointers, mask=offs < _BINS, other=0.0) + histogram, mask=offs < _BINS)
-    _raise(accumulator_ptr, 0, heads, head, tl.max(top_max, 0))
-    _raise(accumulator_ptr, 1, heads, head, tl.max(top_min, 0))
-    _raise(accumulator_ptr, 2, heads, head, tl.max(top_range, 0))
-    _raise(accumulator_ptr, 3, heads, head, tl.max(top_weight, 0))
-    _raise(accumulator_ptr, 4, heads, head, tl.max(top_ratio, 0))
-    _raise(accumulator_ptr, 5, heads, head, tl.load(query_norm_ptr + head))
-    _raise(accumulator_ptr, 6, heads, head, tl.load(key_norm_ptr + head))
+    query_square = tl.sum(query_squares, 0)
+    if SAMPLED:
+        query_square = _squares(
+            q_ptr, stride_qb, stride_qm, batch, num_queries, slot, slots, BLOCK, BLOCK_D, COLUMNS, HEAD_DIM
+        )
+    key_square = _squares(
+        k_ptr, stride_kb, stride_kn, batch, num_keys, slot, slots, BLOCK, BLOCK_D, COLUMNS, HEAD_DIM
+    )
+
+    field = tl.arange(0, WIDTH)
+    sums = histogram.to(tl.float64)
+    sums = _put(sums, field, 0, tl.sum(rows, 0).to(tl.float64))
+    sums = _put(sums, field, 1, judged_rows)
+    sums = _put(sums, field, 2, tl.sum(broken_rows, 0).to(tl.float64))
+    sums = _put(sums, field, 3, tl.sum(entropies, 0))
+    sums = _put(sums, field, 4, tl.sum(ranges, 0))
+    sums = _put(sums, field, 5, ratios)
+    sums = _put(sums, field, 6, weights)
+    sums = _put(sums, field, 7, sinks)
+    sums = _put(sums, field, 8, traces)
+    sums = _put(sums, field, 9, dead_rows)
+    sums = _put(sums, field, 10, judged_blocks)
+    sums = _put(sums, field, 11, ratio_blocks)
+    sums = _put(sums, field, 12, weight_blocks)
+    sums = _put(sums, field, 13, sink_blocks)
+    sums = _put(sums, field, 14, trace_blocks)
+    sums = _put(sums, field, 15, dead_blocks)
+    sums = _put(sums, field, 16, tl.where(slot == 0, batch, 0).to(tl.float64))
+    sums = _put(sums, field, 17, query_square)
+    sums = _put(sums, field, 18, key_square)
+    tops = tl.full([WIDTH], -infinity, tl.float32)
+    tops = _put(tops, field, NUM_SUMS + 0, tl.max(top_max, 0))
+    tops = _put(tops, field, NUM_SUMS + 1, tl.max(top_min, 0))
+    tops = _put(tops, field, NUM_SUMS + 2, tl.max(top_range, 0))
+    tops = _put(tops, field, NUM_SUMS + 3, tl.max(top_weight, 0))
+    tops = _put(tops, field, NUM_SUMS + 4, tl.max(top_ratio, 0))
+    pointers = accumulator_ptr + (slot * NUM_FIELDS + field) * heads + head
+    before = tl.load(pointers, mask=field < NUM_FIELDS, other=0.0)
+    after = tl.where(field < NUM_SUMS, before + sums, tl.maximum(before, tops.to(tl.float64)))
+    tl.store(pointers, after, mask=field < NUM_FIELDS)
 
 
-# The stores above follow this order; a field added in one place only must not go unnoticed.
-assert (len(SUM_FIELDS), len(MAX_FIELDS)) == (16, 7), "kernels/fold.py does not cover every field of stats.py"
+# The lines above follow this order; a field added in one place only must not go unnoticed.
+assert (len(SUM_FIELDS), len(MAX_FIELDS)) == (19, 5), "kernels/fold.py does not cover every field of stats.py"
 
 
-def fold_rows(accumulator, rows, visible_keys, sink_mass, query_norm, key_norm):
-    """Add one call's rows to `accumulator` (NUM_FIELDS, H) fp64 in place; see `stats.fold_rows`."""
-    batch, heads, num_queries = rows.lse.shape
-    fields = (rows.lse, rows.entropy, rows.max_logit, rows.min_logit)
-    lse, entropy, max_logit, min_logit = (field.contiguous() for field in fields)
-    visible = visible_keys.to(lse.device).expand(lse.shape)
-    _fold_kernel[(heads,)](
+def fold(accumulator, query, key, rows, options):
+    """`fold.fold` on the device, for head dimensions up to 256 and not fp64.
+
+    accumulator (slots, NUM_FIELDS, H) fp64, query (B, H, M, D), key (B, H_kv, N, D), rows of (B, H, M)
+    or a sample of them, fp32; any strides (rows or an inner stride that are not contiguous are copied).
+    """
+    batch, heads, num_queries, head_dim = query.shape
+    kv_heads, num_keys = key.shape[1:3]
+    query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
+    table, table_strides, has_bias = None, (0, 0, 0), False
+    if options.attn_mask is not None:
+        table, table_strides = scan_mask(options, (batch, heads, num_queries, num_keys))
+        has_bias = options.attn_mask.dtype != torch.bool
+    width, index = block_dim(head_dim), rows.row_index
+    arguments = (
         accumulator,
-        lse,
-        entropy,
-        max_logit,
-        min_logit,
-        visible,
-        sink_mass.contiguous(),
-        query_norm.contiguous(),
-        key_norm.contiguous(),
-        *visible.stride(),
+        rows.lse.contiguous(),
+        rows.entropy.contiguous(),
+        rows.max_logit.contiguous(),
+        rows.min_logit.contiguous(),
+        query,
+        key,
+        options.sinks,
+        table,
+        None if index is None else index.contiguous(),
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *table_strides,
         batch,
         heads,
         num_queries,
-        BLOCK=512,
-        num_warps=8,
+        num_keys,
+        rows.lse.shape[2],
+        options.scale,
+        options.softcap or 0.0,
+        options.window_size or 0,
     )
+    constants = {
+        "HEAD_DIM": head_dim,
+        "GROUP": heads // kv_heads,
+        "BLOCK": BLOCK_ROWS,
+        "BLOCK_D": width,
+        "COLUMNS": min(width, _COLUMNS),
+        "CAUSAL": options.is_causal,
+        "WINDOWED": options.window_size is not None,
+        "SOFTCAP": options.softcap is not None,
+        "SINKS": options.sinks is not None,
+        "TABLE": table is not None,
+        "BIAS": has_bias,
+        "SAMPLED": index is not None,
+        **_LAYOUT,
+    }
+    sinks_dtype = None if options.sinks is None else options.sinks.dtype
+    kind = (query.device, query.dtype, sinks_dtype, *arguments[10:24])
+    launch(_fold_kernel, (accumulator.shape[0], heads, 1), kind, arguments, constants, num_warps=4)

@@ -5,12 +5,14 @@ import triton
 import triton.language as tl
 
 from .configs import HEAD_GROUP, forward_tiles, grid_1d
+from .launch import launch
 from .primitives import (
     ADDITIVE_MASK,
     LOG2_E,
     NO_MASK,
     bend_and_mask,
     block_dim,
+    ceil_div,
     describe,
     first_weight,
     key_range,
@@ -255,11 +257,11 @@ def _forward_kernel(
     softcap,
     window,
     VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
     HEAD_GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
@@ -318,21 +320,18 @@ def _forward_kernel(
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=inside_out)
 
 
-def launch_arguments(query, key, options, extended, tiles):
-    """(positional arguments, constants) that a kernel around `attend` takes after its outputs."""
+def call_arguments(query, key, options, extended, tiles):
+    """What a kernel around `attend` takes after its outputs: (arguments, constants, key of `launch`, options)."""
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, num_keys = key.shape[1:3]
     mask, mask_strides, mask_kind = mask_arguments(options.attn_mask, (batch, heads, num_queries, num_keys))
     exact = query.dtype == torch.float32
     natural = exact or options.scale <= 0 or options.softcap is not None or mask_kind == ADDITIVE_MASK.value
-    positional = (
+    integers = (*mask_strides, batch * heads, heads, num_queries, num_keys)
+    arguments = (
         mask,
         options.sinks,
-        *mask_strides,
-        batch * heads,
-        heads,
-        num_queries,
-        num_keys,
+        *integers,
         options.scale,
         options.softcap or 0.0,
         options.window_size or 0,
@@ -351,10 +350,10 @@ def launch_arguments(query, key, options, extended, tiles):
         "NATURAL": natural,
         "EXACT": exact,
         "EXTENDED": extended,
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
     }
-    return positional, constants
+    dtypes = (x if x is None else x.dtype for x in (query, mask, options.sinks))
+    launched = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    return arguments, constants, (query.device, *dtypes, *integers, tiles), launched
 
 
 def forward(query, key, value, options, tiles=None, extended=False):
@@ -371,17 +370,17 @@ def forward(query, key, value, options, tiles=None, extended=False):
     if idle:
         return out.zero_(), *rows
     tiles = tiles or forward_tiles(head_dim, value_dim, query.dtype, options.is_causal, extended)
-    arguments, constants = launch_arguments(query, key, options, extended, tiles)
-    _forward_kernel[(grid_1d(triton.cdiv(num_queries, tiles.block_m), batch * heads),)](
+    shared, constants, kind, launched = call_arguments(query, key, options, extended, tiles)
+    arguments = (
         describe(query, tiles.block_m),
         describe(key, tiles.block_n),
         describe(value, tiles.block_n),
         out,
         *rows,
         rows[0].numel(),
-        *arguments,
-        VALUE_DIM=value_dim,
-        BLOCK_DV=block_dim(value_dim),
-        **constants,
+        *shared,
     )
+    constants = {"VALUE_DIM": value_dim, "BLOCK_DV": block_dim(value_dim), **constants}
+    grid = (grid_1d(ceil_div(num_queries, tiles.block_m), batch * heads), 1, 1)
+    launch(_forward_kernel, grid, (*kind, rows[0].numel()), arguments, constants, **launched)
     return out, *rows

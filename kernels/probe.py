@@ -6,8 +6,9 @@ import triton.language as tl
 
 from ..sampling import BATCH_STEP, BLOCK_ROWS, HEAD_STEP, STRATUM_STEP, num_rows, row_index
 from .configs import grid_1d, probe_tiles
-from .forward import attend, launch_arguments, store_rows
-from .primitives import describe, new_rows, scheduled_block
+from .forward import attend, call_arguments, store_rows
+from .launch import launch
+from .primitives import ceil_div, describe, new_rows, scheduled_block
 
 _BATCH_STEP = tl.constexpr(BATCH_STEP)
 _HEAD_STEP = tl.constexpr(HEAD_STEP)
@@ -160,8 +161,8 @@ def probe(query, key, options, tiles=None, extended=False, sample=None):
         return *rows, row_index(batch, heads, num_queries, period, phase, device) if sample else None
     index = torch.empty(shape, dtype=torch.int64, device=device) if sample else None
     tiles = tiles or probe_tiles(head_dim, query.dtype)
-    arguments, constants = launch_arguments(query, key, options, extended, tiles)
-    _probe_kernel[(grid_1d(triton.cdiv(row_length, tiles.block_m), batch * heads),)](
+    shared, constants, kind, launched = call_arguments(query, key, options, extended, tiles)
+    arguments = (
         describe(query, tiles.block_m),
         describe(key, tiles.block_n),
         *rows,
@@ -170,9 +171,11 @@ def probe(query, key, options, tiles=None, extended=False, sample=None):
         row_length,
         period,
         phase,
-        *arguments,
-        SAMPLED=sample is not None,
-        TILES=BLOCK_ROWS // tiles.block_m,
-        **constants,
+        *shared,
     )
+    constants |= {"SAMPLED": sample is not None, "TILES": BLOCK_ROWS // tiles.block_m}
+    grid = (grid_1d(ceil_div(row_length, tiles.block_m), batch * heads), 1, 1)
+    # The period and the phase are no part of the key: nothing is compiled for them.
+    kind = (*kind, rows[0].numel(), row_length)
+    launch(_probe_kernel, grid, kind, arguments, constants, **launched)
     return *rows, index

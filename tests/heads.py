@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from hnf_attention import attention_stats, ops
+from hnf_attention import attention_stats, validation
 from hnf_attention.instrument import Coverage, Measurement
 from hnf_attention.stats import (
     ERROR_FIELDS,
@@ -44,15 +44,12 @@ def head_stats(heads=4, head_dim=64, dtype="float32", sample_period=1, **numbers
     columns["judged_blocks"] = np.full(heads, 10.0)
     for name in ERROR_FIELDS:
         columns[f"{name}_blocks"] = columns[name] ** 2 * (1 + 0.1**2 * 9 / 10)
+    columns["sequences"] = np.ones(heads)
+    columns |= {f"{name}_square": columns[f"{name}_norm"] ** 2 for name in ("query", "key")}
+    once = ("rows", "judged_rows", "judged_blocks", "nonfinite_rows")
+    once += ("sequences", "query_square", "key_square")
     for index, name in enumerate(SUM_FIELDS):
-        count = {
-            "rows": 1.0,
-            "judged_rows": 1.0,
-            "judged_blocks": 1.0,
-            "nonfinite_rows": 1.0,
-            "entropy": rows,
-            "logit_range": rows,
-        }
+        count = {**dict.fromkeys(once, 1.0), "entropy": rows, "logit_range": rows}
         values[index] = columns[name] * count.get(name, judged)
     bins = (columns["entropy_ratio"] * 32).clip(0, 31).astype(int)
     values[len(SUM_FIELDS) + bins, np.arange(heads)] = judged
@@ -75,6 +72,12 @@ def snapshot(step=1, **layers):
     return Snapshot(step, made)
 
 
+def checked(query, key, **options):
+    """Validated `Options` of a call without a value."""
+    default = dict(attn_mask=None, is_causal=False, scale=None, window_size=None, softcap=None, sinks=None)
+    return validation.check(query, key, None, **default | options)
+
+
 class FakeInstrumentation:
     """What a recorder needs of an instrumentation."""
 
@@ -92,9 +95,8 @@ class FakeInstrumentation:
         if not self.measuring:
             return
         rows = attention_stats(query, key, **options)
-        numbers = ops.measure(query, key, rows, **options)
         self.coverage.measured[layer] = "probe"
-        self.on_measure(Measurement(layer, rows.detach(), *numbers, query.shape[3], query.dtype))
+        self.on_measure(Measurement(layer, rows.detach(), query, key, checked(query, key, **options)))
 
 
 def queries_and_keys(heads=2, rows=20, head_dim=8, batch=1, seed=0, scale=1.0, dtype=torch.float32):

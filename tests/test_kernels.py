@@ -18,10 +18,10 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hnf_attention import ops, reference, stats
+from hnf_attention import reference
 
 pytest.importorskip("triton", reason="Triton kernels need Linux")
-from hnf_attention.kernels import backward, fold, forward, probe
+from hnf_attention.kernels import backward, forward, probe
 from hnf_attention.kernels.configs import Tiles
 
 ON_GPU = torch.cuda.is_available()
@@ -237,24 +237,6 @@ def test_zero_lengths_give_empty_results(shape, device):
     arguments = (out, rows.lse, rows.entropy, out, None, None)
     gradients = backward.backward(*tensors[:3], options, *arguments, BACKWARD_TILES)
     assert all(g.shape == x.shape and not g.any() for g, x in zip(gradients, tensors[:3]))
-
-
-@pytest.mark.parametrize(("num_queries", "sample"), [(60, None), (330, (3, 1))])
-@pytest.mark.parametrize("name", ["plain", "causal window", "empty rows", "bool mask by head"])
-def test_fold_matches_its_specification(name, num_queries, sample, device):
-    case = Case(**{**CASES[name].__dict__, "num_queries": num_queries, "num_keys": 50, "window_size": None})
-    q, k, v, mask, sinks = case.tensors(device=device)
-    q[0, 0, :65] = torch.nan
-    keywords = case.keywords(mask, sinks)
-    rows = ops.attention_stats(q, k, sample=sample, **keywords)
-    arguments = (rows, *ops.measure(q, k, rows, **keywords))
-    expected = stats.new_accumulator(q.shape[1], device)
-    got = expected.clone()
-    for _ in range(2):  # the second call adds to the first
-        stats.fold_rows(expected, *arguments)
-        fold.fold_rows(got, *arguments)
-    assert expected[stats.SUM_FIELDS.index("nonfinite_rows"), 0] > 0
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("stride", ["inner", "expanded", "offset"])

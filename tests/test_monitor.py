@@ -231,7 +231,7 @@ def test_a_fault_in_reading_ends_the_measuring(model, train_step, caplog, monkey
 
 def test_a_fault_in_folding_ends_neither_the_step_nor_the_run(model, train_step, caplog, monkeypatch):
     monitor = AttentionStabilityMonitor(model, log_every=1)
-    monkeypatch.setattr(hnf_attention.recorder.ops, "fold", fail)
+    monkeypatch.setattr(hnf_attention.recorder.fold, "fold", fail)
     for _ in range(3):
         train_step(model)
         assert monitor.on_step() is None

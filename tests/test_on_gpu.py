@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from cases import CASES
 from torch.nn.functional import cross_entropy
 
-from hnf_attention import AttentionStabilityMonitor, instrument
+from hnf_attention import AttentionStabilityMonitor, fold, instrument, ops
 from hnf_attention.demo.model import GPT
+from hnf_attention.recorder import Recorder
 
 pytestmark = pytest.mark.gpu
 
@@ -115,3 +117,53 @@ def test_the_last_reading_equals_the_same_run_on_the_cpu():
         torch.testing.assert_close(
             torch.from_numpy(ours.values), torch.from_numpy(theirs.values), rtol=1e-3, atol=1e-3
         )
+
+
+def _captured(run):
+    """A graph of `run()`, which has run before on the side stream, as capturing wants it, and its result."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph, result
+
+
+@pytest.mark.parametrize("name", ["causal", "everything"])
+def test_forward_and_fold_replay_in_a_captured_graph(name):
+    case = CASES[name]
+    tensors = case.tensors(torch.bfloat16, "cuda")
+    q, k, v = tensors[:3]
+    options = case.options(*tensors)
+    accumulator = fold.new_accumulator(q.shape[1], q.device)
+    blank = accumulator.clone()
+
+    def run(into=accumulator):
+        out, rows = ops.attend(q, k, v, options)
+        fold.fold(into, q, k, rows, options)
+        return out
+
+    graph, out = _captured(run)
+    accumulator.copy_(blank)
+    expected = blank.clone()
+    for _ in range(3):
+        q.normal_()
+        graph.replay()
+        assert torch.equal(out, run(expected))
+    assert torch.equal(accumulator, expected) and not torch.equal(accumulator, blank)
+
+
+def test_a_recorded_forward_of_a_model_replays_in_a_captured_graph():
+    model, tokens = _gpt().to(torch.bfloat16), _batch()
+    with instrument(model) as instrumentation, torch.no_grad():
+        recorder = Recorder(instrumentation, log_every=100, record_every=1)
+        graph, _ = _captured(lambda: model(tokens))
+        recorder.read()  # what ran outside of the graph
+        for _ in range(3):
+            graph.replay()
+        stats = recorder.read()
+    assert len(stats.layers) == 2
+    assert all(layer.rows.tolist() == [3 * 3 * 96] * 4 for layer in stats.layers.values())

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from cases import CASES, Case
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import hnf_attention
-from hnf_attention import attention, attention_stats, ops, reference
+from hnf_attention import attention, attention_stats, fold, ops, reference
 
 GRADCHECKED = ["causal", "softcap", "sinks", "bool mask", "empty rows"]
 GRADCHECKED += ["window", "causal window", "additive mask", "negative scale"]
@@ -90,6 +92,44 @@ def test_compiles_to_a_full_graph(device):
         torch.testing.assert_close(actual, wanted)
 
 
+def _never(*_):
+    raise AssertionError("took the eager path")
+
+
+def test_what_traces_the_call_sees_the_operator(monkeypatch):
+    q, k, v, *_ = Case().tensors()
+    monkeypatch.setattr(ops._EagerAttention, "attach", _never)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (q, k, v)]
+        out, rows = attention(*fakes)
+        fakes[0].requires_grad_()
+        assert type(attention(*fakes)[0]) is FakeTensor
+    assert type(out) is type(rows.lse) is FakeTensor and out.shape == q.shape
+    graph = make_fx(lambda q, k, v: attention(q, k, v)[0])(q, k, v)
+    assert any("hnf_attention" in str(node.target) for node in graph.graph.nodes)
+
+
+def test_second_derivatives_are_refused():
+    q, k, v, *_ = Case().tensors()
+    out = attention(q.requires_grad_(), k, v)[0].square().sum()
+    (first,) = torch.autograd.grad(out, q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_detached_statistics_leave_the_output_differentiable():
+    case = Case(sinks=True)
+    tensors = case.tensors()
+    leaves = [tensors[i].requires_grad_() for i in (0, 1, 2, 4)]
+    results = []
+    for detached in (False, True):
+        out, rows = ops.attend(*tensors[:3], case.options(*tensors), detached=detached)
+        assert rows.lse.requires_grad is rows.entropy.requires_grad is not detached
+        results.append(torch.autograd.grad(out.square().sum(), leaves))
+    for got, expected in zip(*results):
+        assert torch.equal(got, expected)
+
+
 def test_autocast_casts_as_sdpa_does(device):
     q, k, v, *_ = Case(group=1).tensors(device=device)
     with torch.autocast(device, dtype=torch.bfloat16):
@@ -106,11 +146,13 @@ def test_measure_agrees_with_the_extended_reference(name, device):
     q, k, v, mask, sinks = case.tensors(device=device)
     keywords = case.keywords(mask, sinks)
     rows = attention_stats(q, k, extended=True, **keywords)
-    visible, sink_mass, query_norm, key_norm = ops.measure(q, k, rows, **keywords)
+    visible, sink_mass, query_square, key_square = fold.measure(
+        q, k, rows, case.options(q, k, v, mask, sinks)
+    )
     torch.testing.assert_close(sink_mass, rows.sink_mass, rtol=1e-4, atol=1e-5)
     assert torch.equal((visible == 0).expand(rows.lse.shape), rows.lse == -torch.inf)
-    torch.testing.assert_close(query_norm, q.square().sum((2, 3)).sqrt().amax(0))
-    torch.testing.assert_close(key_norm, k.square().sum((2, 3)).sqrt().amax(0).repeat_interleave(case.group))
+    torch.testing.assert_close(query_square, q.square().sum(-1))
+    torch.testing.assert_close(key_square, k.square().sum(-1).repeat_interleave(case.group, 1))
 
 
 def test_head_dims_beyond_the_kernels_take_the_reference(device):

@@ -8,7 +8,7 @@ from cases import CASES, EXTENDED, Case, close, extended_oracle, oracle, random_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hnf_attention import attention, attention_stats, ops, reference, sampling
+from hnf_attention import attention, attention_stats, fold, reference, sampling
 
 pytest.importorskip("triton", reason="Triton kernels need Linux")
 from hnf_attention.kernels import probe
@@ -214,9 +214,10 @@ def test_measure_of_a_sample_agrees_with_the_extended_reference(name, device):
     q, k, _, mask, sinks = case.tensors(device=device)
     keywords = case.keywords(mask, sinks)
     rows = attention_stats(q, k, extended=True, sample=(3, 1), **keywords)
-    visible, sink_mass, *_ = ops.measure(q, k, replace(rows, sink_mass=None), **keywords)
+    options = case.options(q, k, None, mask, sinks)
+    visible, sink_mass, *_ = fold.measure(q, k, rows, options)
     close(sink_mass, rows.sink_mass, 1e-4, "sink_mass")
     assert torch.equal((visible == 0).expand(rows.lse.shape), rows.lse == -torch.inf)
-    every, *_ = ops.measure(q, k, attention_stats(q, k, **keywords), **keywords)
+    every, *_ = fold.measure(q, k, attention_stats(q, k, **keywords), options)
     at_index = sampling.take_rows(every.expand(q.shape[:3]), rows.row_index)
     assert torch.equal(visible, torch.where(rows.row_index >= 0, at_index, 0))

@@ -6,12 +6,12 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from heads import FakeInstrumentation, queries_and_keys
+from heads import FakeInstrumentation, checked, queries_and_keys
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hnf_attention import attention_stats, ops
+from hnf_attention import attention_stats, fold
 from hnf_attention.recorder import HISTORY_LENGTH, NothingMeasured, Recorder
-from hnf_attention.stats import HeadStats, new_accumulator
+from hnf_attention.stats import HeadStats
 
 
 @pytest.fixture
@@ -20,11 +20,10 @@ def fake():
 
 
 def expected(*calls):
-    accumulator = new_accumulator(calls[0][0].shape[1], "cpu")
+    accumulator = fold.new_accumulator(calls[0][0].shape[1], torch.device("cpu"))
     for query, key in calls:
-        rows = attention_stats(query, key)
-        ops.fold(accumulator, rows, *ops.measure(query, key, rows))
-    return accumulator.numpy()
+        fold.fold(accumulator, query, key, attention_stats(query, key), checked(query, key))
+    return fold.collect([accumulator]).numpy()
 
 
 @pytest.mark.parametrize(

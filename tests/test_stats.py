@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from heads import queries_and_keys
+from heads import checked, queries_and_keys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hnf_attention import attention_stats, ops
+from hnf_attention import attention_stats, fold
 from hnf_attention.stats import (
     DEAD_ENTROPY_RATIO,
     HISTOGRAM_BINS,
@@ -26,7 +26,7 @@ from hnf_attention.stats import (
 def folded(query, key, accumulator=None, **options):
     rows = attention_stats(query, key, **options)
     accumulator = new_accumulator(query.shape[1], "cpu") if accumulator is None else accumulator
-    fold_rows(accumulator, rows, *ops.measure(query, key, rows, **options))
+    fold_rows(accumulator, rows, *fold.measure(query, key, rows, checked(query, key, **options)))
     return accumulator
 
 
@@ -45,10 +45,10 @@ def rows_of(entropy, max_logit=None, min_logit=None, lse=None):
     return RowStats(row(lse), entropy, row(max_logit), row(min_logit))
 
 
-def fold_one(rows, visible, sink_mass=0.0, norms=(1.0, 1.0)):
+def fold_one(rows, visible):
     accumulator = new_accumulator(1, "cpu")
-    mass = torch.full_like(rows.entropy, sink_mass)
-    fold_rows(accumulator, rows, torch.tensor(visible), mass, *(torch.tensor([n]) for n in norms))
+    zeros = torch.zeros_like(rows.entropy)
+    fold_rows(accumulator, rows, torch.tensor(visible), zeros, zeros, zeros)
     return head_stats(accumulator)
 
 
@@ -94,7 +94,8 @@ def test_against_the_dense_definition():
     spread = (visible.amax(-1) - low.amin(-1)).double()
     np.testing.assert_allclose(stats.logit_range, mean(spread), rtol=1e-5)
     np.testing.assert_allclose(stats.logit_range_max, spread.amax((0, 2)).numpy(), rtol=1e-5)
-    np.testing.assert_allclose(stats.query_norm, query.norm(dim=(2, 3)).amax(0).numpy(), rtol=1e-5)
+    for norm, x in ((stats.query_norm, query), (stats.key_norm, key)):
+        np.testing.assert_allclose(norm, x.norm(dim=(2, 3)).square().mean(0).sqrt().numpy(), rtol=1e-5)
 
 
 def test_short_rows_are_counted_but_not_judged():
@@ -125,6 +126,11 @@ def test_nonfinite_queries_are_counted_in_their_head_only():
     np.testing.assert_array_equal(stats.nonfinite_rows, [0, 1, 20])
     np.testing.assert_array_equal(stats.rows, [20, 19, 0])
     assert np.isfinite(stats.entropy_ratio[:2]).all() and np.isnan(stats.entropy_ratio[2])
+    rest = query[
+        0, 1, torch.arange(20) != 4
+    ]  # a row that holds NaN is left out of the norm, one with inf is not
+    np.testing.assert_allclose(stats.query_norm[1], rest.norm().numpy(), rtol=1e-6)
+    assert np.isfinite(stats.query_norm).all() and stats.key_norm[2] == np.inf
 
 
 def test_nothing_folded_is_nan_everywhere():
@@ -135,9 +141,9 @@ def test_nothing_folded_is_nan_everywhere():
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 20, 8), (1, 2, 0, 8)])
-def test_calls_without_rows_change_nothing_but_norms(shape):
+def test_calls_without_rows_change_nothing(shape):
     accumulator = folded(torch.zeros(shape), torch.zeros(shape))
-    assert (head_stats(accumulator).rows == 0).all()
+    assert torch.equal(accumulator, new_accumulator(2, "cpu"))
 
 
 def test_dead_rows():
@@ -209,7 +215,8 @@ def test_standard_errors_are_the_spread_of_the_means():
     entropy = ratio[:, :10].reshape(1, 500, 640) * math.log(100)
     rows = RowStats(torch.zeros_like(entropy), entropy, torch.zeros_like(entropy), torch.zeros_like(entropy))
     accumulator = new_accumulator(500, "cpu")
-    fold_rows(accumulator, rows, visible, torch.zeros_like(entropy), torch.ones(500), torch.ones(500))
+    zeros = torch.zeros_like(entropy)
+    fold_rows(accumulator, rows, visible, zeros, zeros, zeros)
     stats = HeadStats(accumulator.numpy(), 8, "float32", sample_period=16)
     off = stats.entropy_ratio - ratio.mean((1, 2)).numpy()
     assert np.sqrt((off**2).mean() / (stats.entropy_ratio_stderr**2).mean()) == pytest.approx(1.0, abs=0.08)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import ops, validation
+from ..validation import Options
 
 
 class Unmeasurable(Exception):
@@ -23,7 +24,7 @@ class Unmeasurable(Exception):
         self.lasting = lasting
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)  # made for every measured call: frozen would cost four times as much
 class AttentionCall:
     """query (B, H, M, D), key (B, H_kv, N, D), value (B, H_kv, N, D_v), and what shapes the scores.
 
@@ -49,8 +50,8 @@ class AttentionCall:
     prefer_fused: bool
     check: Callable[[AttentionCall], bool] | None = None
 
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of `attention`, `attention_stats` and `measure`."""
+    def keywords(self) -> dict[str, Any]:
+        """Keyword arguments of `attention` and `attention_stats`."""
         return {
             "attn_mask": self.attn_mask,
             "is_causal": self.is_causal,
@@ -59,11 +60,25 @@ class AttentionCall:
             "sinks": self.sinks,
         }
 
-    def autocast(self) -> AttentionCall:
-        """The same call with its tensors in the dtype that the model's attention computes in."""
-        names = ("query", "key", "value", "attn_mask")
-        cast = ops._autocast(*(getattr(self, name) for name in names))
-        return replace(self, **dict(zip(names, cast)))
+    def cast(self) -> None:
+        """Bring the tensors to the dtype that the model's attention computes in."""
+        self.query, self.key, self.value, self.attn_mask = ops._autocast(
+            self.query, self.key, self.value, self.attn_mask
+        )
+
+    def validated(self) -> Options:
+        """What shapes the scores, checked; raises ValueError or TypeError as `attention` does."""
+        return validation.check(
+            self.query,
+            self.key,
+            self.value,
+            attn_mask=self.attn_mask,
+            is_causal=self.is_causal,
+            scale=self.scale,
+            window_size=None,
+            softcap=self.softcap,
+            sinks=self.sinks,
+        )
 
 
 def require_plain(**tensors: Tensor | None) -> None:
@@ -71,7 +86,7 @@ def require_plain(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if type(tensor) not in (Tensor, nn.Parameter):
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
             raise Unmeasurable(f"{name} is a {type(tensor).__name__}, not a plain tensor")
         if tensor.is_nested:
             raise Unmeasurable(f"{name} is a nested tensor")

@@ -91,14 +91,18 @@ def _module_owner(args: tuple, kwargs: dict[str, Any]) -> owners.Owner | None:
 def _sdpa_door(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def sdpa_attention_forward(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not owners.any_measuring():
+        if torch.compiler.is_compiling() or not owners.measuring:
             return original(*args, **kwargs)
         owner = _module_owner(args, kwargs)
         if owner is None:
             return original(*args, **kwargs)
         heads = (_argument(args, kwargs, index, name).shape[1] for index, name in ((1, "query"), (2, "key")))
-        with owners.announced(owners.Heads(owner, *heads)):
+        thread = owners.thread
+        before, thread.heads = thread.heads, owners.Heads(owner, *heads)
+        try:
             return original(*args, **kwargs)
+        finally:
+            thread.heads = before
 
     return sdpa_attention_forward
 
@@ -108,7 +112,7 @@ def _eager_door(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def eager_attention_forward(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not owners.any_measuring():
+        if torch.compiler.is_compiling() or not owners.measuring:
             return original(*args, **kwargs)
         owner = _module_owner(args, kwargs)
         if owner is None or torch.jit.is_tracing():
@@ -231,7 +235,9 @@ def _same_function(
         options["position_bias"] = part(options["position_bias"])
     with torch.autocast(query.device.type, enabled=False), _evaluating(module):
         theirs = original(module, query, key, value, part(mask), **options)[0].transpose(1, 2)
-        ours, stats = ops.attention(query, key, value, **call.options() | {"attn_mask": part(call.attn_mask)})
+        ours, stats = ops.attention(
+            query, key, value, **call.keywords() | {"attn_mask": part(call.attn_mask)}
+        )
     occupied = stats.lse != -torch.inf
     if not occupied.any():
         return False

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import dispatch, ops
+from ..fold import Measured, measure
 from ..names import shown
 from ..sampling import effective_period
 from ..stats import RowStats
+from ..validation import Options
 from . import owners, sdpa
 from .call import AttentionCall, Unmeasurable
 from .coverage import Coverage, is_attention, unreached
@@ -25,28 +27,76 @@ MODES = ("auto", "fused", "probe")
 _log = logging.getLogger("hnf_attention")
 
 
-@dataclass(frozen=True)
 class Measurement:
     """One attention call, measured; B, H, M are its batch, query heads and queries.
 
     layer: name of the module in the instrumented model.
     rows: row statistics, (B, H, M) each, outside autograd; of a sample, (B, H, M_s) with `row_index`.
-    visible_keys: int64, broadcastable to (B, H, M): how many keys each query may attend to.
-    sink_mass: (B, H, M), weight on the first visible key plus the learned sink's.
-    query_norm, key_norm: (H,) Frobenius norms per query head, largest in the batch.
-    head_dim: D. dtype: the one that scores are computed from.
     sample_period: 1 where all rows were measured, p where one block of rows of every p was.
+    head_dim: D. dtype: the one that scores are computed from.
+    query (B, H, M, D), key (B, H_kv, N, D), options: the call itself, with the model's own tensors; None
+        in `Instrumentation.latest`, which keeps no tensor of the model alive.
+
+    The properties are computed when they are first read, from the call.
     """
 
-    layer: str
-    rows: RowStats
-    visible_keys: Tensor
-    sink_mass: Tensor
-    query_norm: Tensor
-    key_norm: Tensor
-    head_dim: int
-    dtype: torch.dtype
-    sample_period: int = 1
+    __slots__ = (
+        "_measured",
+        "dtype",
+        "head_dim",
+        "key",
+        "layer",
+        "options",
+        "query",
+        "rows",
+        "sample_period",
+    )
+
+    def __init__(
+        self,
+        layer: str,
+        rows: RowStats,
+        query: Tensor,
+        key: Tensor,
+        options: Options,
+        sample_period: int = 1,
+    ):
+        self.layer, self.rows, self.sample_period = layer, rows, sample_period
+        self.query: Tensor | None = query
+        self.key: Tensor | None = key
+        self.options: Options | None = options
+        self.head_dim, self.dtype = query.shape[3], query.dtype
+        self._measured: Measured | None = None
+
+    @property
+    def visible_keys(self) -> Tensor:
+        """int64, broadcastable to the rows: how many keys each query may attend to."""
+        return self._read().visible_keys
+
+    @property
+    def sink_mass(self) -> Tensor:
+        """As the rows, weight on the first visible key plus the learned sink's."""
+        return self._read().sink_mass
+
+    @property
+    def query_norm(self) -> Tensor:
+        """(B, H), Frobenius norm of a head's Q over a sequence."""
+        return self._read().query_square.sum(-1).sqrt()
+
+    @property
+    def key_norm(self) -> Tensor:
+        """(B, H), Frobenius norm of the K that a query head sees, over a sequence."""
+        return self._read().key_square.sum(-1).sqrt()
+
+    def release(self) -> None:
+        """Compute what is not yet computed, and let go of the model's tensors."""
+        self._read()
+        self.query = self.key = self.options = None
+
+    def _read(self) -> Measured:
+        if self._measured is None:
+            self._measured = measure(self.query, self.key, self.rows, self.options)
+        return self._measured
 
 
 @dataclass
@@ -74,7 +124,6 @@ class Instrumentation:
     def __init__(self, model: nn.Module, mode: str, strict: bool, sample: int | None):
         self.mode = mode
         self.sample = sample
-        self.measuring = True
         self.on_measure: Callable[[Measurement], None] | None = None
         self.latest: dict[str, Measurement] = {}
         self._layers: dict[str, _Layer] = {}
@@ -87,7 +136,7 @@ class Instrumentation:
         patches: list[Patch] = []
         references = [weakref.ref(module) for module in modules.values()]
         hook = _strict_hook(model, weakref.ref(self)) if strict else None
-        self._restore = weakref.finalize(self, _restore, references, patches, hook)
+        self._restore = weakref.finalize(self, _restore, references, patches, hook, id(self))
         self._restore.atexit = False
         patches.append(sdpa.install())
         if "transformers.modeling_utils" in sys.modules:  # a model of theirs is not there without
@@ -95,10 +144,22 @@ class Instrumentation:
 
             patches += huggingface.install(modules.values())
         owners.register(modules, self)
+        self.measuring = True
+
+    @property
+    def measuring(self) -> bool:
+        return self._measuring
+
+    @measuring.setter
+    def measuring(self, value: bool) -> None:
+        self._measuring = bool(value)
+        if value and self._restore.alive:
+            owners.measuring.add(id(self))
+        else:
+            owners.measuring.discard(id(self))
 
     def restore(self) -> None:
         """Put the model and every replaced function back exactly; safe to call twice."""
-        owners.discard(self)
         self._restore()
 
     def __enter__(self) -> Instrumentation:
@@ -127,27 +188,34 @@ class Instrumentation:
         Returns what `original` returns, or in its place our output in the same layout. Only errors of
         the model's own attention come out; any other fault ends the measuring of this layer.
         """
-        layer = self._layers.setdefault(name, _Layer())
-        with owners.suspended():
+        layer = self._layers.get(name)
+        if layer is None:
+            layer = self._layers[name] = _Layer()
+        thread = owners.thread
+        before, thread.suspended = thread.suspended, True
+        try:
             if torch._C._current_graph_task_id() != -1:  # inside backward: a checkpoint's second forward
                 return self._repeat(layer, build, original)
             if layer.measuring_failed and (layer.fused_failed or self.mode == "probe"):
                 return original()
             return self._run(name, layer, build, original)
+        finally:
+            thread.suspended = before
 
     def _run(
         self, name: str, layer: _Layer, build: Callable[[], AttentionCall], original: Callable[[], Any]
     ) -> Any:
-        result = call = rows = failure = None
+        result = call = options = rows = failure = None
         done = fused = False
         try:
             call = build()
             if call.check is not None and not layer.checked:
                 layer.checked = call.check(call)
-            call = call.autocast()
+            call.cast()
+            options = call.validated()
             fused = not layer.fused_failed and self._takes(call)
             if fused:
-                output, rows = ops.attention(call.query, call.key, call.value, **call.options())
+                output, rows = ops.attend(call.query, call.key, call.value, options, detached=True)
                 result, done = call.from_output(output), True
         except Exception as error:  # of whatever kind: the model's own attention still has to run
             failure = error.with_traceback(None)
@@ -156,7 +224,7 @@ class Instrumentation:
             layer.fused_failed |= failure is not None and not isinstance(failure, Unmeasurable)
         if failure is None and not layer.measuring_failed:
             try:
-                self._measure(name, call, rows)
+                self._measure(name, call, options, rows)
             except Exception as error:  # the monitor never ends a run
                 failure = error.with_traceback(None)
             else:
@@ -173,12 +241,14 @@ class Instrumentation:
         if self.mode == "probe" or layer.fused_failed:
             return original()
         try:
-            call = build().autocast()
+            call = build()
         except Unmeasurable:
             return original()
+        call.cast()
         if not self._takes(call):
             return original()
-        return call.from_output(ops.attention(call.query, call.key, call.value, **call.options())[0])
+        output, _ = ops.attend(call.query, call.key, call.value, call.validated(), detached=True)
+        return call.from_output(output)
 
     def _wants_fused(self, call: AttentionCall) -> bool:
         covered = call.prefer_fused and dispatch.kernels_cover(call.query, call.value)
@@ -195,23 +265,25 @@ class Instrumentation:
         share = "" if self.sample in (None, 1) else f" of 1/{self.sample} of the rows"
         return f"probe{share}{f': {call.not_fused}' if held_back else ''} ({call.door})"
 
-    @torch.no_grad()
-    def _measure(self, name: str, call: AttentionCall, rows: RowStats | None) -> None:
+    def _measure(self, name: str, call: AttentionCall, options: Options, rows: RowStats | None) -> None:
         period = 1
         if rows is None:
-            layer = self._layers[name]
-            if self.sample is not None:
-                period = effective_period(self.sample, call.query.shape[2])
-            sample = (period, layer.probed) if period > 1 else None
-            rows = ops.attention_stats(call.query, call.key, **call.options(), sample=sample)
-            layer.probed += 1
-        rows = rows.detach()
-        numbers = ops.measure(call.query, call.key, rows, **call.options())
-        measurement = Measurement(name, rows, *numbers, call.query.shape[-1], call.query.dtype, period)
+            rows, period = self._probe(self._layers[name], call, options)
+        measurement = Measurement(name, rows, call.query, call.key, options, period)
         if self.on_measure is None:
+            measurement.release()
             self.latest[name] = measurement
         else:
             self.on_measure(measurement)
+
+    @torch.no_grad()
+    def _probe(self, layer: _Layer, call: AttentionCall, options: Options) -> tuple[RowStats, int]:
+        """Statistics of all rows or of the next sample of them, and the period of the sample."""
+        phase, layer.probed = layer.probed, layer.probed + 1
+        period = 1 if self.sample is None else effective_period(self.sample, call.query.shape[2])
+        if period == 1:
+            return ops.attend(call.query, call.key, None, options)[1], period
+        return ops.attend_sample(call.query, call.key, options, (period, phase)), period
 
     def _give_up(self, name: str, layer: _Layer, failure: Exception) -> None:
         if isinstance(failure, Unmeasurable):
@@ -244,7 +316,8 @@ def _strict_hook(model: nn.Module, reference: weakref.ref) -> Any:
     return handle
 
 
-def _restore(modules: list[weakref.ref], patches: list[Patch], hook: Any) -> None:
+def _restore(modules: list[weakref.ref], patches: list[Patch], hook: Any, identity: int) -> None:
+    owners.measuring.discard(identity)
     for reference in modules:
         module = reference()
         if module is not None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
@@ -20,7 +18,8 @@ if TYPE_CHECKING:
 _MODULE_CALL = nn.Module._call_impl.__code__
 
 _owners: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref, str]] = weakref.WeakKeyDictionary()
-_live: weakref.WeakSet[Instrumentation] = weakref.WeakSet()
+#: ids of the instrumentations that measure now: empty, and every door leads to the original.
+measuring: set[int] = set()
 
 
 class Owner(NamedTuple):
@@ -37,8 +36,10 @@ class Heads(NamedTuple):
 
 
 class _Thread(threading.local):
-    suspended = False  # inside a call that is already being measured
-    heads: Heads | None = None
+    """What the call that is running on this thread has said of itself; whoever sets it puts it back."""
+
+    suspended = False  # attention inside is part of a call that is being measured already
+    heads: Heads | None = None  # of the scaled_dot_product_attention inside
 
 
 thread = _Thread()
@@ -49,12 +50,6 @@ def register(modules: dict[str, nn.Module], instrumentation: Instrumentation) ->
     reference = weakref.ref(instrumentation)
     for name, module in modules.items():
         _owners[module] = (reference, name)
-    _live.add(instrumentation)
-
-
-def discard(instrumentation: Instrumentation) -> None:
-    """It measures nothing any more, though it may live on for its coverage and its latest numbers."""
-    _live.discard(instrumentation)
 
 
 def forget(module: nn.Module) -> None:
@@ -82,27 +77,3 @@ def running_owner() -> Owner | None:
                 return found
         frame = frame.f_back
     return None
-
-
-def any_measuring() -> bool:
-    return any(instrumentation.measuring for instrumentation in _live)
-
-
-@contextmanager
-def suspended() -> Iterator[None]:
-    """Attention that runs inside is part of a call that is being measured: it is not measured again."""
-    before, thread.suspended = thread.suspended, True
-    try:
-        yield
-    finally:
-        thread.suspended = before
-
-
-@contextmanager
-def announced(heads: Heads) -> Iterator[None]:
-    """Tell the scaled_dot_product_attention that runs inside whose heads it gets."""
-    before, thread.heads = thread.heads, heads
-    try:
-        yield
-    finally:
-        thread.heads = before

@@ -1,0 +1,176 @@
+"""The fold kernel against `stats.fold_rows`: interpreter on the CPU, for real on a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import CASES, Case, random_cases
+from hypothesis import given, settings
+
+from hnf_attention import attention_stats, fold, reference, stats
+
+pytest.importorskip("triton", reason="Triton kernels need Linux")
+from hnf_attention.kernels import fold as kernel
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+SLOTS = 3  # fewer than there are blocks of rows, so that programs walk several
+COUNTS = ("rows", "judged_rows", "nonfinite_rows", "dead_rows", "judged_blocks", "sequences")
+
+
+def _rows(q, k, options):
+    return reference.attention(q.float(), k.float(), None, options)[1]
+
+
+def _check(q, k, options, slots=SLOTS, rows=None):
+    """Two calls folded by the kernel and by the specification; returns the kernel's accumulator."""
+    rows = _rows(q, k, options) if rows is None else rows
+    expected = stats.new_accumulator(q.shape[1], q.device)
+    got = expected.repeat(slots, 1, 1)
+    for _ in range(2):  # the second call adds to the first
+        stats.fold_rows(expected, rows, *fold.measure(q, k, rows, options))
+        kernel.fold(got, q, k, rows, options)
+    together = fold.collect([got])
+    for name in COUNTS:
+        index = stats.SUM_FIELDS.index(name)
+        assert torch.equal(together[index], expected[index]), name
+    # A ratio on the edge of two bins may fall to either side; nothing else may move.
+    bins = slice(len(stats.SUM_FIELDS), stats.NUM_SUMS)
+    assert (together[bins] - expected[bins]).abs().sum() <= 4
+    together[bins] = expected[bins]
+    torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-6)
+    return got
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_every_option(name, dtype, device):
+    case = CASES[name]
+    tensors = case.tensors(dtype, device)
+    _check(*tensors[:2], case.options(*tensors))
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(case=random_cases())
+def test_anywhere(case):
+    tensors = case.tensors(device=DEVICE)
+    _check(*tensors[:2], case.options(*tensors))
+
+
+@pytest.mark.parametrize("name", ["causal", "causal window", "bool mask", "additive mask"])
+def test_more_rows_than_a_block_and_more_keys_than_a_scan(name, device):
+    case = replace(CASES[name], batch=2, num_queries=100, num_keys=1100, window_size=None)
+    if name == "causal window":
+        case = replace(case, window_size=70)
+    tensors = case.tensors(device=device)
+    _check(*tensors[:2], case.options(*tensors))
+
+
+@pytest.mark.parametrize("phase", [0, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_a_sample_of_rows(name, phase, device):
+    case = replace(CASES[name], num_queries=330, num_keys=70, window_size=None)
+    if CASES[name].window_size is not None:
+        case = replace(case, window_size=40)
+    tensors = case.tensors(device=device)
+    q, k = tensors[:2]
+    q[0, 0, :65] = torch.nan  # two blocks at least, so that a sample has something of it
+    rows = attention_stats(q, k, sample=(3, phase), **case.keywords(*tensors[3:]))
+    assert (rows.row_index < 0).any() or phase == 0
+    _check(q, k, case.options(*tensors), rows=rows)
+
+
+@pytest.mark.parametrize("head_dim", [70, 128, 200])
+@pytest.mark.parametrize("sample", [None, (2, 1)])
+def test_wide_heads(head_dim, sample, device):
+    case = Case(num_queries=150, num_keys=90, head_dim=head_dim, is_causal=True)
+    tensors = case.tensors(device=device)
+    rows = attention_stats(*tensors[:2], sample=sample, **case.keywords(*tensors[3:]))
+    _check(*tensors[:2], case.options(*tensors), rows=rows)
+
+
+@pytest.mark.parametrize("name", ["causal", "empty rows", "causal window"])
+def test_rows_that_nan_or_inf_reached_are_counted_only(name, device):
+    case = replace(CASES[name], num_queries=60, num_keys=50)
+    tensors = case.tensors(device=device)
+    q, k = tensors[:2]
+    q[0, 0, 5] = torch.nan
+    q[1, 1, 40, 2] = torch.inf
+    k[1, 0, 30] = torch.nan
+    got = fold.collect([_check(q, k, case.options(*tensors))])
+    assert got[stats.SUM_FIELDS.index("nonfinite_rows")].sum() > 2
+    assert not got.isnan().any()
+
+
+@pytest.mark.parametrize("mask_shape", [(1, 1, 1, 23), (2, 1, 1, 23), (1, 4, 1, 23), (1, 1, 19, 1)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_masks_that_broadcast(mask_shape, is_causal, device):
+    case = Case(is_causal=is_causal)
+    q, k, v, _, _ = case.tensors(device=device)
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.rand(mask_shape, generator=generator).to(device)
+    for kind in (mask > 0.3, torch.where(mask > 0.3, mask, -torch.inf)):
+        _check(q, k, case.options(q, k, v, kind, None))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (2, 5, 0)])
+def test_zero_lengths(shape, device):
+    batch, num_queries, num_keys = shape
+    case = Case(batch=batch, num_queries=num_queries, num_keys=num_keys)
+    tensors = case.tensors(device=device)
+    q, k, options = *tensors[:2], case.options(*tensors)
+    accumulator = fold.new_accumulator(q.shape[1], q.device)
+    blank = accumulator.clone()
+    fold.fold(accumulator, q, k, _rows(q, k, options), options)
+    if num_keys == 0:  # five empty rows in each of two sequences
+        blank[0, stats.SUM_FIELDS.index("sequences")] = 2
+        blank[0, stats.SUM_FIELDS.index("query_square")] = q.double().square().sum((0, 2, 3))
+    together = fold.collect([accumulator])
+    torch.testing.assert_close(together, fold.collect([blank]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("stride", ["inner", "expanded", "offset", "sliced"])
+def test_any_strides(stride, device):
+    tensors = Case(group=1).tensors(device=device)
+    q, k = tensors[:2]
+    options = Case(group=1).options(*tensors)
+    views = {
+        "inner": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+        "expanded": lambda x: x[:1].expand(x.shape),
+        "offset": lambda x: torch.cat([x[..., :1], x], -1)[..., 1:],
+        "sliced": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    }
+    q, k = (views[stride](x) for x in (q, k))
+    rows = _rows(q, k, options)
+    got, expected = (stats.new_accumulator(q.shape[1], device).repeat(SLOTS, 1, 1) for _ in range(2))
+    kernel.fold(got, q, k, rows, options)
+    dense = (x.clone(memory_format=torch.contiguous_format) for x in (q, k))
+    kernel.fold(expected, *dense, rows, options)
+    assert torch.equal(got, expected)
+
+
+def test_the_same_bits_every_time(device):
+    case = Case(batch=2, num_queries=700, num_keys=700, head_dim=64, is_causal=True)
+    tensors = case.tensors(device=device)
+    q, k, options = *tensors[:2], case.options(*tensors)
+    rows = _rows(q, k, options)
+    blank = stats.new_accumulator(q.shape[1], device).repeat(kernel.SLOTS, 1, 1)
+    first = blank.clone()
+    kernel.fold(first, q, k, rows, options)
+    for _ in range(50 if ON_GPU else 1):
+        again = blank.clone()
+        kernel.fold(again, q, k, rows, options)
+        assert torch.equal(again, first)
+
+
+def test_collect_joins_layers_of_different_width(device):
+    parts = [stats.new_accumulator(heads, device).repeat(3, 1, 1) for heads in (2, 5)]
+    for number, part in enumerate(parts):
+        part[0, 0] = 1 + number
+        part[2, 0] = 10
+        part[1, stats.NUM_SUMS] = -3.0
+    together = fold.collect(parts)
+    assert together.shape == (stats.NUM_FIELDS, 7)
+    assert together[0].tolist() == [11, 11, 12, 12, 12, 12, 12]
+    assert together[stats.NUM_SUMS].tolist() == [-3.0] * 7
+    assert (together[stats.NUM_SUMS + 1] == -torch.inf).all()
