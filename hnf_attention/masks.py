@@ -1,4 +1,6 @@
-"""Which keys a query may see: the one place in PyTorch code that knows causal, window and user masks."""
+"""Which keys a query may see: the one place in PyTorch code that knows packed sequences, causal, window
+and user masks.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,19 @@ def mask_rows(attn_mask: Tensor, rows: slice) -> Tensor:
     return attn_mask if attn_mask.shape[-2] == 1 else attn_mask[..., rows, :]
 
 
+def sequence_bounds(seqlens: Tensor, rows: slice, num_keys: int) -> Tensor:
+    """First key and one past the last key that each row's sequence holds, (rows, 2) int32.
+
+    Rows past the last sequence get an empty range at its end. The bounds stay within 0..num_keys
+    whatever `seqlens` holds: on a GPU its values are never read back to be checked.
+    """
+    edges = seqlens.clamp(0, num_keys).to(torch.int32)
+    positions = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=seqlens.device)
+    # The number of sequences that end at or before a position is the index of the one that holds it.
+    sequence = torch.searchsorted(edges[1:], positions, right=True)
+    return torch.cat([edges, edges[-1:]]).unfold(0, 2, 1)[sequence]
+
+
 def visible(
     rows: slice,
     num_keys: int,
@@ -28,13 +43,14 @@ def visible(
     attn_mask: Tensor | None,
     is_causal: bool,
     window_size: int | None,
+    seqlens: Tensor | None,
     device: torch.device,
 ) -> Tensor:
     """Boolean, broadcastable to (B, H, rows, N): True where the query may attend to the key.
 
     Causal masks are aligned to the top left (query i sees keys 0..i), as in PyTorch's SDPA; a window
-    W leaves keys with |i - j| < W. A boolean mask is True where attention is allowed; an additive
-    mask hides a key with -inf.
+    W leaves keys with |i - j| < W; packed sequences leave each query the keys of its own. A boolean
+    mask is True where attention is allowed; an additive mask hides a key with -inf.
     """
     i = torch.arange(rows.start, rows.stop, device=device)[:, None]
     j = torch.arange(num_keys, device=device)[None, :]
@@ -43,6 +59,9 @@ def visible(
         seen &= j <= i
     if window_size is not None:
         seen &= (i - j).abs() < window_size
+    if seqlens is not None:
+        first, end = sequence_bounds(seqlens, rows, num_keys)[..., None].unbind(1)
+        seen &= (j >= first) & (j < end)
     if attn_mask is not None:
         part = mask_rows(attn_mask, rows)
         seen = seen & (part if part.dtype == torch.bool else part != -torch.inf)
@@ -56,6 +75,7 @@ def visible_keys(
     attn_mask: Tensor | None,
     is_causal: bool,
     window_size: int | None,
+    seqlens: Tensor | None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Number of visible keys, and the index of the first one (0 where there is none), per query.
@@ -65,15 +85,24 @@ def visible_keys(
     if attn_mask is None:
         i = torch.arange(num_queries, device=device)
         width = num_queries + num_keys if window_size is None else window_size
-        first = (i - width + 1).clamp(min=0)
+        first_key, end_key = 0, num_keys
+        if seqlens is not None:
+            first_key, end_key = sequence_bounds(seqlens, slice(0, num_queries), num_keys).long().unbind(1)
+        first = (i - width + 1).clamp(min=first_key)
         last = i if is_causal else i + width - 1
-        count = (last.clamp(max=num_keys - 1) - first + 1).clamp(min=0)
+        count = (last.clamp(max=end_key - 1) - first + 1).clamp(min=0)
         return count, torch.where(count > 0, first, 0)
     leading = attn_mask.shape[:-2].numel()
     counts, firsts = [], []
     for rows in row_chunks(num_queries, num_keys, leading):
         seen = visible(
-            rows, num_keys, attn_mask=attn_mask, is_causal=is_causal, window_size=window_size, device=device
+            rows,
+            num_keys,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            window_size=window_size,
+            seqlens=seqlens,
+            device=device,
         )
         counts.append(seen.sum(-1))
         firsts.append(seen.to(torch.uint8).argmax(-1) if num_keys else torch.zeros_like(counts[-1]))

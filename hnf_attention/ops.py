@@ -30,6 +30,7 @@ def attention(
     window_size: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    seqlens: Tensor | None = None,
     extended: bool = False,
 ) -> tuple[Tensor, RowStats]:
     """Scaled dot-product attention that also returns the exact softmax statistics of every row.
@@ -46,6 +47,11 @@ def attention(
     window_size: only keys with |i - j| < window_size are visible.
     softcap: logit soft-cap (Gemma 2, arXiv 2408.00118, section 2).
     sinks: (H,) learned sink logits, one more softmax element without a value (gpt-oss).
+    seqlens: cumulative lengths of packed sequences, (S + 1,) int32 or int64, 0 first and never
+        decreasing: FlashAttention's `cu_seqlens`. Sequences lie end to end in a batch of 1 with M = N;
+        a query sees the keys of its own sequence only, and `is_causal` and `window_size` apply inside
+        it. Tokens past the last entry are empty rows. Values are checked where the tensor is on the
+        CPU; on a GPU they are never read back, and wrong ones give wrong masks, no invalid access.
     extended: also `logit_var`, `collision`, `score_std` and `sink_mass`; not differentiable.
 
     Returns the output (B, H, M, D_v) in the query's dtype and `RowStats` of (B, H, M) tensors.
@@ -65,6 +71,7 @@ def attention(
         window_size=window_size,
         softcap=softcap,
         sinks=sinks,
+        seqlens=seqlens,
     )
     return _dispatch(query, key, value, options, extended)
 
@@ -79,6 +86,7 @@ def attention_stats(
     window_size: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    seqlens: Tensor | None = None,
     extended: bool = False,
 ) -> RowStats:
     """The row statistics of `attention()` without its output; no value is needed.
@@ -96,6 +104,7 @@ def attention_stats(
         window_size=window_size,
         softcap=softcap,
         sinks=sinks,
+        seqlens=seqlens,
     )
     return _dispatch(query, key, None, options, extended)[1]
 
@@ -128,6 +137,7 @@ def _dispatch(
         value,
         mask,
         options.sinks,
+        options.seqlens,
         options.is_causal,
         options.scale,
         options.window_size,
@@ -148,12 +158,13 @@ def _forward_op(
     value: Optional[Tensor],  # noqa: UP045
     attn_mask: Optional[Tensor],  # noqa: UP045
     sinks: Optional[Tensor],  # noqa: UP045
+    seqlens: Optional[Tensor],  # noqa: UP045
     is_causal: bool,
     scale: float,
     window_size: Optional[int],  # noqa: UP045
     softcap: Optional[float],  # noqa: UP045
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
-    options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks)
+    options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks, seqlens)
     if _kernels_cover(query, value):
         from .kernels import forward
 
@@ -167,7 +178,7 @@ def _forward_op(
 
 
 @_forward_op.register_fake
-def _(query, key, value, attn_mask, sinks, is_causal, scale, window_size, softcap):
+def _(query, key, value, attn_mask, sinks, seqlens, is_causal, scale, window_size, softcap):
     rows = [query.new_empty(query.shape[:3], dtype=reference.compute_dtype(query)) for _ in range(4)]
     shape = (0,) if value is None else (*query.shape[:3], value.shape[3])
     return query.new_empty(shape), *rows
@@ -180,6 +191,7 @@ def _backward_op(
     value: Optional[Tensor],  # noqa: UP045
     attn_mask: Optional[Tensor],  # noqa: UP045
     sinks: Optional[Tensor],  # noqa: UP045
+    seqlens: Optional[Tensor],  # noqa: UP045
     is_causal: bool,
     scale: float,
     window_size: Optional[int],  # noqa: UP045
@@ -191,7 +203,7 @@ def _backward_op(
     d_lse: Optional[Tensor],  # noqa: UP045
     d_entropy: Optional[Tensor],  # noqa: UP045
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
-    options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks)
+    options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks, seqlens)
     cotangents = (out, lse, entropy, None if value is None else d_out, d_lse, d_entropy)
     if _kernels_cover(query, value):
         from .kernels import backward
@@ -213,20 +225,19 @@ def _(query, key, value, attn_mask, sinks, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, attn_mask, sinks, *ctx.options = inputs
+    query, key, value, attn_mask, sinks, seqlens, *ctx.options = inputs
     out, lse, entropy, max_logit, min_logit = output
     ctx.mark_non_differentiable(max_logit, min_logit)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, attn_mask, sinks, out, lse, entropy)
+    ctx.save_for_backward(query, key, value, attn_mask, sinks, seqlens, out, lse, entropy)
 
 
 def _backward(ctx, d_out, d_lse, d_entropy, *_):
-    query, key, value, attn_mask, sinks, out, lse, entropy = ctx.saved_tensors
+    query, key, value, attn_mask, sinks, seqlens, out, lse, entropy = ctx.saved_tensors
     if d_out is None and d_lse is None and d_entropy is None:
-        return (None,) * 9
-    gradients = _backward_op(
-        query, key, value, attn_mask, sinks, *ctx.options, out, lse, entropy, d_out, d_lse, d_entropy
-    )
+        return (None,) * 10
+    inputs = (query, key, value, attn_mask, sinks, seqlens)
+    gradients = _backward_op(*inputs, *ctx.options, out, lse, entropy, d_out, d_lse, d_entropy)
     d_query, d_key, d_value, d_sinks = gradients
     return (
         d_query,
@@ -234,7 +245,7 @@ def _backward(ctx, d_out, d_lse, d_entropy, *_):
         None if value is None else d_value,
         None,  # a mask that requires a gradient never comes here: see _dispatch
         None if sinks is None else d_sinks,
-        *(None,) * 4,
+        *(None,) * 5,
     )
 
 
@@ -272,6 +283,7 @@ def measure(
     window_size: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a fold needs beside `rows`: (visible_keys, sink_mass, query_norm, key_norm).
 
@@ -290,6 +302,7 @@ def measure(
         window_size=window_size,
         softcap=softcap,
         sinks=sinks,
+        seqlens=seqlens,
     )
     (num_queries, _), num_keys, heads = query.shape[2:], key.shape[2], query.shape[1]
     count, first = masks.visible_keys(
@@ -298,6 +311,7 @@ def measure(
         attn_mask=options.attn_mask,
         is_causal=is_causal,
         window_size=window_size,
+        seqlens=options.seqlens,
         device=query.device,
     )
     sink_mass = _sink_mass(query, key, rows, count, first, options)

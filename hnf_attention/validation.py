@@ -14,7 +14,9 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Options:
-    """What changes the scores, validated and normalised: `attn_mask` is 4-D or None, `scale` a float."""
+    """What changes the scores, validated and normalised: `attn_mask` is 4-D or None, `scale` a float,
+    `seqlens` on the query's device.
+    """
 
     attn_mask: Tensor | None
     is_causal: bool
@@ -22,6 +24,7 @@ class Options:
     window_size: int | None
     softcap: float | None
     sinks: Tensor | None
+    seqlens: Tensor | None = None
 
 
 def _require(condition: bool, expected: str, got: object, error: type[Exception] = ValueError) -> None:
@@ -55,6 +58,31 @@ def _check_mask(attn_mask: Tensor, query: Tensor, num_keys: int) -> Tensor:
     return attn_mask.reshape(shape)
 
 
+def _check_seqlens(seqlens: Tensor, query: Tensor, num_keys: int) -> Tensor:
+    _require(isinstance(seqlens, Tensor), "seqlens to be a torch.Tensor or None", type(seqlens), TypeError)
+    integers = (torch.int32, torch.int64)
+    _require(seqlens.dtype in integers, f"seqlens of dtype in {integers}", seqlens.dtype, TypeError)
+    shaped = seqlens.dim() == 1 and seqlens.shape[0] > 0
+    _require(shaped, "seqlens of shape (sequences + 1,)", tuple(seqlens.shape))
+    near = seqlens.device.type == "cpu" or seqlens.device == query.device
+    _require(near, f"seqlens on the CPU or the query's device {query.device}", seqlens.device)
+    batch, _, num_queries, _ = query.shape
+    _require(batch == 1, "a batch of 1 with seqlens (sequences end to end in one row)", f"a batch of {batch}")
+    _require(
+        num_queries == num_keys,
+        "as many keys as queries with seqlens",
+        f"{num_keys} keys and {num_queries} queries",
+    )
+    # Elsewhere the values are not read: that would wait for the device, or break a compiled graph.
+    if seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        first, last = int(seqlens[0]), int(seqlens[-1])
+        _require(first == 0, "seqlens to start at 0", first)
+        lengths = seqlens.diff()
+        _require(bool((lengths >= 0).all()), "seqlens that never decrease", f"lengths {lengths.tolist()}")
+        _require(last <= num_keys, f"seqlens to end within the {num_keys} keys", last)
+    return seqlens.to(query.device, non_blocking=True)
+
+
 def _check_number(name: str, number: object, *, positive: bool) -> float:
     _require(
         isinstance(number, Real) and not isinstance(number, bool), f"{name} to be a number", number, TypeError
@@ -75,6 +103,7 @@ def check(
     window_size: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    seqlens: Tensor | None,
 ) -> Options:
     """Raise ValueError or TypeError for input the attention functions do not take; return `Options`.
 
@@ -115,4 +144,5 @@ def check(
         window_size=window_size,
         softcap=softcap,
         sinks=sinks,
+        seqlens=None if seqlens is None else _check_seqlens(seqlens, query, num_keys),
     )

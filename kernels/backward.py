@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .. import reference
+from ..masks import sequence_bounds
 from .configs import backward_tiles
 from .primitives import (
     LOG2_E,
@@ -19,6 +20,7 @@ from .primitives import (
     block_dim,
     describe,
     key_range,
+    load_bounds,
     load_tile,
     mask_arguments,
 )
@@ -50,11 +52,12 @@ def _weights_and_ds(
     dp,
     rows,
     columns,
+    first_key,
+    end_key,
     lse,
     offset,
     d_entropy,
     num_queries,
-    num_keys,
     scale,
     softcap,
     window,
@@ -63,6 +66,7 @@ def _weights_and_ds(
     stride_mask_n,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
     HAS_D_ENTROPY: tl.constexpr,
@@ -72,8 +76,9 @@ def _weights_and_ds(
         qk * scale,
         rows,
         columns,
+        first_key,
+        end_key,
         num_queries,
-        num_keys,
         window,
         softcap,
         mask_ptr,
@@ -81,6 +86,7 @@ def _weights_and_ds(
         stride_mask_n,
         CAUSAL,
         WINDOWED,
+        PACKED,
         SOFTCAP,
         MASK,
         True,
@@ -103,6 +109,7 @@ def _dq_kernel(
     lse_ptr,
     offset_ptr,
     d_entropy_ptr,
+    bounds_ptr,
     mask_ptr,
     stride_mask_b,
     stride_mask_h,
@@ -122,6 +129,7 @@ def _dq_kernel(
     BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
     HAS_D_ENTROPY: tl.constexpr,
@@ -146,8 +154,11 @@ def _dq_kernel(
     if HAS_D_OUT:
         do = load_tile(do_desc, batch, head, start_m, BLOCK_M, BLOCK_DV)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    first_key, end_key = 0, num_keys
+    if PACKED:
+        first_key, end_key = load_bounds(bounds_ptr, offs_m, num_queries)
     lo, _full_lo, _full_hi, hi = key_range(
-        start_m, num_keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASK
+        start_m, first_key, end_key, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, PACKED, MASK
     )
     for start_n in tl.range(lo, hi, BLOCK_N):
         k = load_tile(k_desc, batch, kv_head, start_n, BLOCK_N, BLOCK_D)
@@ -163,11 +174,12 @@ def _dq_kernel(
             dp,
             offs_m[:, None],
             offs_n[None, :],
+            first_key[:, None] if PACKED else first_key,
+            end_key[:, None] if PACKED else end_key,
             lse,
             offset,
             d_entropy,
             num_queries,
-            num_keys,
             scale,
             softcap,
             window,
@@ -176,6 +188,7 @@ def _dq_kernel(
             stride_mask_n,
             CAUSAL,
             WINDOWED,
+            PACKED,
             SOFTCAP,
             MASK,
             HAS_D_ENTROPY,
@@ -198,6 +211,7 @@ def _dkv_kernel(
     lse_ptr,
     offset_ptr,
     d_entropy_ptr,
+    bounds_ptr,
     mask_ptr,
     stride_mask_b,
     stride_mask_h,
@@ -218,6 +232,7 @@ def _dkv_kernel(
     BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
     HAS_D_ENTROPY: tl.constexpr,
@@ -242,6 +257,11 @@ def _dkv_kernel(
         hi = tl.minimum(hi, start_n + BLOCK_N - 1 + window)
         if not CAUSAL:
             lo = tl.maximum(start_n - window + 1, 0) // BLOCK_M * BLOCK_M
+    if PACKED:
+        # Queries and keys share positions: the queries of a key's sequence are its own bounds.
+        first_query, end_query = load_bounds(bounds_ptr, offs_n, num_keys)
+        lo = tl.maximum(tl.min(first_query, 0) // BLOCK_M * BLOCK_M, lo)
+        hi = tl.minimum(tl.max(end_query, 0), hi)
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
         first_row = (batch * (kv_heads * GROUP) + head).to(tl.int64) * num_queries
@@ -251,6 +271,9 @@ def _dkv_kernel(
         for start_m in tl.range(lo, hi, BLOCK_M):
             offs_m = start_m + tl.arange(0, BLOCK_M)
             inside = offs_m < num_queries
+            first_key, end_key = 0, num_keys
+            if PACKED:
+                first_key, end_key = load_bounds(bounds_ptr, offs_m[None, :], num_queries)
             q = load_tile(q_desc, batch, head, start_m, BLOCK_M, BLOCK_D)
             qk = tl.dot(k, q.T, input_precision="ieee")
             lse = tl.load(lse_ptr + first_row + offs_m, mask=inside, other=0.0)[None, :]
@@ -268,11 +291,12 @@ def _dkv_kernel(
                 dp,
                 offs_m[None, :],
                 offs_n[:, None],
+                first_key,
+                end_key,
                 lse,
                 offset,
                 d_entropy,
                 num_queries,
-                num_keys,
                 scale,
                 softcap,
                 window,
@@ -281,6 +305,7 @@ def _dkv_kernel(
                 stride_mask_n,
                 CAUSAL,
                 WINDOWED,
+                PACKED,
                 SOFTCAP,
                 MASK,
                 HAS_D_ENTROPY,
@@ -324,6 +349,7 @@ def backward(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entr
         lse,
         offset.contiguous(),
         None if d_entropy is None else d_entropy.contiguous(),
+        None if options.seqlens is None else sequence_bounds(options.seqlens, slice(0, num_keys), num_keys),
         mask,
         *mask_strides,
     ]
@@ -337,6 +363,7 @@ def backward(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entr
         "BLOCK_DV": block_dim(value_dim),
         "CAUSAL": options.is_causal,
         "WINDOWED": options.window_size is not None,
+        "PACKED": options.seqlens is not None,
         "SOFTCAP": options.softcap is not None,
         "MASK": mask_kind,
         "HAS_D_ENTROPY": d_entropy is not None,

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..masks import sequence_bounds
 from .configs import HEAD_GROUP, forward_tiles, grid_1d
 from .primitives import (
     ADDITIVE_MASK,
@@ -13,6 +14,7 @@ from .primitives import (
     block_dim,
     describe,
     key_range,
+    load_bounds,
     load_tile,
     mask_arguments,
     softmax_finish,
@@ -31,8 +33,9 @@ def _attend(
     batch,
     kv_head,
     offs_m,
+    first_key,
+    end_key,
     num_queries,
-    num_keys,
     scale,
     unit,
     window,
@@ -45,6 +48,7 @@ def _attend(
     BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
     NATURAL: tl.constexpr,
@@ -63,8 +67,9 @@ def _attend(
             s,
             offs_m[:, None],
             offs_n[None, :],
+            first_key[:, None] if PACKED else first_key,
+            end_key[:, None] if PACKED else end_key,
             num_queries,
-            num_keys,
             window,
             softcap,
             mask_ptr,
@@ -72,6 +77,7 @@ def _attend(
             stride_mask_n,
             CAUSAL,
             WINDOWED,
+            PACKED,
             SOFTCAP,
             MASK,
             MASKED,
@@ -96,6 +102,7 @@ def _forward_kernel(
     min_ptr,
     mask_ptr,
     sink_ptr,
+    bounds_ptr,
     stride_mask_b,
     stride_mask_h,
     stride_mask_m,
@@ -116,6 +123,7 @@ def _forward_kernel(
     HEAD_GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     MASK: tl.constexpr,
@@ -149,7 +157,12 @@ def _forward_kernel(
         tl.full([BLOCK_M], float("inf"), tl.float32),
         tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
     )
-    lo, full_lo, full_hi, hi = key_range(start_m, num_keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASK)
+    first_key, end_key = 0, num_keys
+    if PACKED:
+        first_key, end_key = load_bounds(bounds_ptr, offs_m, num_queries)
+    lo, full_lo, full_hi, hi = key_range(
+        start_m, first_key, end_key, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, PACKED, MASK
+    )
     for part in tl.static_range(3):
         if part == 0:
             begin, end = lo, full_lo
@@ -157,8 +170,9 @@ def _forward_kernel(
             begin, end = full_lo, full_hi
         else:
             begin, end = full_hi, hi
-        # Only a window leaves partly visible tiles on the left, and a user mask leaves no others.
-        if (part == 2) or (part == 1 and MASK == NO_MASK) or (part == 0 and WINDOWED):
+        # Only a window or the start of a sequence leaves partly visible tiles on the left, and a user
+        # mask leaves no others.
+        if (part == 2) or (part == 1 and MASK == NO_MASK) or (part == 0 and (WINDOWED or PACKED)):
             state = _attend(
                 state,
                 q,
@@ -169,8 +183,9 @@ def _forward_kernel(
                 batch,
                 kv_head,
                 offs_m,
+                first_key,
+                end_key,
                 num_queries,
-                num_keys,
                 scale,
                 unit,
                 window,
@@ -183,6 +198,7 @@ def _forward_kernel(
                 BLOCK_DV,
                 CAUSAL,
                 WINDOWED,
+                PACKED,
                 SOFTCAP,
                 MASK,
                 NATURAL,
@@ -227,7 +243,9 @@ def forward(query, key, value, options, tiles=None):
         for row_stat, number in zip(stats, (-torch.inf, 0.0, -torch.inf, torch.inf), strict=True):
             row_stat.fill_(number)
         return out.zero_(), *stats
-    tiles = tiles or forward_tiles(head_dim, value_dim, query.dtype, options.is_causal)
+    # Edges of packed sequences are like the diagonal: small query blocks waste less of them.
+    ragged = options.is_causal or options.seqlens is not None
+    tiles = tiles or forward_tiles(head_dim, value_dim, query.dtype, ragged)
     mask, mask_strides, mask_kind = mask_arguments(options.attn_mask, (batch, heads, num_queries, num_keys))
     exact = query.dtype == torch.float32
     natural = exact or options.scale <= 0 or options.softcap is not None or mask_kind == ADDITIVE_MASK.value
@@ -240,6 +258,7 @@ def forward(query, key, value, options, tiles=None):
         *stats,
         mask,
         options.sinks,
+        None if options.seqlens is None else sequence_bounds(options.seqlens, slice(0, num_keys), num_keys),
         *mask_strides,
         batch * heads,
         heads,
@@ -257,6 +276,7 @@ def forward(query, key, value, options, tiles=None):
         HEAD_GROUP=HEAD_GROUP,
         CAUSAL=options.is_causal,
         WINDOWED=options.window_size is not None,
+        PACKED=options.seqlens is not None,
         SOFTCAP=options.softcap is not None,
         SINKS=options.sinks is not None,
         MASK=mask_kind,

@@ -56,9 +56,35 @@ def load_tile(desc, batch, head, row, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def visible_tile(rows, columns, num_queries, num_keys, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
-    """Which keys the positions allow; rows and columns broadcast against each other, either way round."""
-    seen = (rows < num_queries) & (columns < num_keys)
+def load_bounds(bounds_ptr, rows, num_rows):
+    """First key and one past the last key of each row's sequence (`masks.sequence_bounds`).
+
+    Rows past the last one repeat its bounds, so that a ragged tile still has unmasked key tiles.
+    """
+    pointers = bounds_ptr + 2 * tl.minimum(rows, num_rows - 1)
+    return tl.load(pointers), tl.load(pointers + 1)
+
+
+@triton.jit
+def visible_tile(
+    rows,
+    columns,
+    first_key,
+    end_key,
+    num_queries,
+    window,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Which keys the positions allow; rows and columns broadcast against each other, either way round.
+
+    A row's sequence holds the keys [first_key, end_key): PACKED, `load_bounds` of the rows, in their
+    shape; otherwise 0 and the number of keys.
+    """
+    seen = (rows < num_queries) & (columns < end_key)
+    if PACKED:
+        seen = seen & (columns >= first_key)
     if CAUSAL:
         seen = seen & (columns <= rows)
     if WINDOWED:
@@ -71,8 +97,9 @@ def bend_and_mask(
     s,
     rows,
     columns,
+    first_key,
+    end_key,
     num_queries,
-    num_keys,
     window,
     softcap,
     mask_ptr,
@@ -80,6 +107,7 @@ def bend_and_mask(
     stride_mask_n,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
     MASKED: tl.constexpr,
@@ -97,7 +125,7 @@ def bend_and_mask(
         slope = 1.0 - bent * bent
     seen = True
     if MASKED:
-        seen = visible_tile(rows, columns, num_queries, num_keys, window, CAUSAL, WINDOWED)
+        seen = visible_tile(rows, columns, first_key, end_key, num_queries, window, CAUSAL, WINDOWED, PACKED)
         if MASK != NO_MASK:
             offsets = rows.to(tl.int64) * stride_mask_m + columns.to(tl.int64) * stride_mask_n
             tile = tl.load(mask_ptr + offsets, mask=seen, other=0)
@@ -114,19 +142,24 @@ def bend_and_mask(
 @triton.jit
 def key_range(
     start_m,
-    num_keys,
+    first_key,
+    end_key,
     window,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """Key tiles that some query of a block sees: [lo, full_lo) and [full_hi, hi) need masking."""
+    """Key tiles that some query of a block sees: [lo, full_lo) and [full_hi, hi) need masking.
+
+    The keys [first_key, end_key) are those of `visible_tile`, one number a query where PACKED.
+    """
     lo = 0
-    hi = num_keys
+    hi = tl.max(end_key, 0) if PACKED else end_key
     full_lo = 0
-    full_hi = num_keys // BLOCK_N * BLOCK_N
+    full_hi = (tl.min(end_key, 0) if PACKED else end_key) // BLOCK_N * BLOCK_N
     if CAUSAL:
         hi = tl.minimum(hi, start_m + BLOCK_M)
         full_hi = tl.minimum(full_hi, (start_m + 1) // BLOCK_N * BLOCK_N)
@@ -135,6 +168,9 @@ def key_range(
         hi = tl.minimum(hi, start_m + BLOCK_M - 1 + window)
         full_lo = tl.maximum(start_m + BLOCK_M - window + BLOCK_N - 1, 0) // BLOCK_N * BLOCK_N
         full_hi = tl.minimum(full_hi, (start_m + window) // BLOCK_N * BLOCK_N)
+    if PACKED:
+        lo = tl.maximum(lo, tl.min(first_key, 0) // BLOCK_N * BLOCK_N)
+        full_lo = tl.maximum(full_lo, (tl.max(first_key, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N)
     if MASK != NO_MASK:
         full_hi = 0
     full_lo = tl.maximum(full_lo, lo)

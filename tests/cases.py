@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from hypothesis import strategies as st
@@ -31,6 +31,7 @@ class Case:
     transposed: bool = False  # (B, L, H, D) storage, as models make it
     seed: int = 0
     spread: float = field(default=1.0)  # standard deviation of q
+    seqlens: tuple[int, ...] | None = None  # needs batch 1 and as many queries as keys
 
     def tensors(self, dtype=torch.float32, device="cpu"):
         generator = torch.Generator().manual_seed(self.seed)
@@ -74,6 +75,7 @@ class Case:
             "window_size": self.window_size,
             "softcap": self.softcap,
             "sinks": sinks,
+            "seqlens": None if self.seqlens is None else torch.tensor(self.seqlens, dtype=torch.int32),
         }
 
     def options(self, q, k, v, mask, sinks) -> Options:
@@ -95,6 +97,24 @@ CASES = {
     "additive mask": Case(mask="additive", softcap=2.0),
     "everything": Case(
         mask="additive", softcap=2.0, sinks=True, is_causal=True, window_size=9, num_queries=40, num_keys=40
+    ),
+    "packed": Case(1, num_queries=60, num_keys=60, seqlens=(0, 1, 1, 18, 60)),
+    "packed causal": Case(
+        1, num_queries=50, num_keys=50, seqlens=(0, 20, 39, 39, 45), is_causal=True, sinks=True
+    ),
+    "packed window": Case(
+        1, num_queries=90, num_keys=90, seqlens=(0, 0, 33, 90), window_size=6, transposed=True
+    ),
+    "packed everything": Case(
+        1,
+        num_queries=70,
+        num_keys=70,
+        seqlens=(0, 3, 40, 66),
+        mask="additive",
+        softcap=2.0,
+        sinks=True,
+        is_causal=True,
+        window_size=9,
     ),
     "negative scale": Case(scale=-0.3),
     "odd head dims": Case(head_dim=20, value_dim=24, group=1),
@@ -126,6 +146,15 @@ def random_cases():
     )
 
 
+@st.composite
+def packed_cases(draw):
+    """`random_cases`, packed: any split of a few tokens, zero lengths and unused tokens included."""
+    length = draw(st.integers(1, 60))
+    cuts = draw(st.lists(st.integers(0, length), max_size=6))
+    case = draw(random_cases())
+    return replace(case, batch=1, num_queries=length, num_keys=length, seqlens=(0, *sorted(cuts)))
+
+
 def oracle(case: Case, q, k, v, mask, sinks):
     """(out, lse, entropy, max_logit, min_logit) in fp64 from the full score matrix, written independently."""
     q, k, v = q.double(), k.double(), v.double()
@@ -140,6 +169,11 @@ def oracle(case: Case, q, k, v, mask, sinks):
         hidden |= j > i
     if case.window_size is not None:
         hidden |= (i - j).abs() >= case.window_size
+    if case.seqlens is not None:
+        outside = torch.ones_like(hidden)
+        for start, end in zip(case.seqlens, case.seqlens[1:]):
+            outside[..., start:end, start:end] = False
+        hidden |= outside
     if mask is not None and mask.dtype == torch.bool:
         hidden |= ~mask
     elif mask is not None:

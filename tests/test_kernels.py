@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, HEAD_DIMS, Case, errors_beside_sdpa, oracle, random_cases
+from cases import CASES, HEAD_DIMS, Case, errors_beside_sdpa, oracle, packed_cases, random_cases
 from hypothesis import given, settings
 
 from hnf_attention import ops, reference, stats
@@ -48,6 +48,36 @@ def test_forward_matches_the_oracle(case, dtype, device):
 @given(case=random_cases())
 def test_forward_matches_the_oracle_anywhere(case):
     _check_forward(case, torch.float32, "cuda" if ON_GPU else "cpu")
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(case=packed_cases())
+def test_packed_sequences_match_the_oracle_anywhere(case):
+    device = "cuda" if ON_GPU else "cpu"
+    _check_forward(case, torch.float32, device)
+    tensors = case.tensors(device=device)
+    # The reference is fp32 here too, and a score of 100 rounds to 4e-6 of its weight.
+    _check_backward(tensors, case.options(*tensors), 1e-5)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_tiles_of_other_sequences_are_never_loaded(is_causal, device):
+    """What is not finite there would reach the products of any tile that is loaded, hidden or not."""
+    case = Case(1, 1, 1, 384, 384, is_causal=is_causal, seqlens=(0, 128, 256, 384))
+    q, k, v, *_ = case.tensors(device=device)
+    options = case.options(q, k, v, None, None)
+    d_out = torch.randn_like(q)
+    results = []
+    for other in (1.0, torch.nan):
+        for x in (q, k, v, d_out):
+            x[:, :, 128:256] = other
+        out, lse, entropy, *_ = forward.forward(q, k, v, options, TILES)
+        results.append(
+            (out, *backward.backward(q, k, v, options, out, lse, entropy, d_out, None, lse, TILES)[:3])
+        )
+    for clean, beside_nan in zip(*results):
+        for part in (slice(0, 128), slice(256, 384)):
+            assert torch.equal(clean[:, :, part], beside_nan[:, :, part])
 
 
 @pytest.mark.parametrize("window_size", [None, 20])

@@ -1,5 +1,7 @@
 """The public functions: dispatch, autograd, torch.library, torch.compile, autocast, measure."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import CASES, Case
@@ -7,12 +9,23 @@ from cases import CASES, Case
 import hnf_attention
 from hnf_attention import attention, attention_stats, ops, reference
 
+MEASURED = [
+    "causal",
+    "causal window",
+    "everything",
+    "empty rows",
+    "bool mask by head",
+    "packed causal",
+    "packed window",
+    "packed everything",
+]
 
-@pytest.mark.parametrize("name", ["causal", "softcap", "sinks", "bool mask", "empty rows"])
+
+@pytest.mark.parametrize("name", ["causal", "softcap", "sinks", "bool mask", "empty rows", "packed causal"])
 def test_gradcheck_of_out_lse_and_entropy(name):
-    case = Case(
-        **{**CASES[name].__dict__, "batch": 1, "num_queries": 6, "num_keys": 7, "head_dim": 3, "value_dim": 2}
-    )
+    case = replace(CASES[name], batch=1, num_queries=6, num_keys=7, head_dim=3, value_dim=2)
+    if case.seqlens is not None:
+        case = replace(case, num_keys=6, seqlens=(0, 3, 3, 5))
     q, k, v, mask, sinks = case.tensors(torch.float64)
     leaves = [x.requires_grad_() for x in (q, k, v)] + (
         [] if sinks is None else [sinks.double().requires_grad_()]
@@ -61,22 +74,26 @@ def test_max_and_min_are_not_differentiable():
     assert not rows.max_logit.requires_grad and not rows.min_logit.requires_grad
 
 
-@pytest.mark.parametrize("name", ["causal", "everything"])
+@pytest.mark.parametrize("name", ["causal", "everything", "packed causal"])
 def test_opcheck(name, device):
     case = CASES[name]
     q, k, v, mask, sinks = case.tensors(device=device)
     o = case.options(q, k, v, mask, sinks)
     q.requires_grad_()
-    arguments = (q, k, v, o.attn_mask, o.sinks, o.is_causal, o.scale, o.window_size, o.softcap)
+    tensors = (q, k, v, o.attn_mask, o.sinks, o.seqlens)
+    arguments = (*tensors, o.is_causal, o.scale, o.window_size, o.softcap)
     torch.library.opcheck(ops._forward_op, arguments)
 
 
-def test_compiles_to_a_full_graph(device):
-    q, k, v, *_ = Case().tensors(device=device)
+@pytest.mark.parametrize("name", ["causal", "packed"])
+def test_compiles_to_a_full_graph(name, device):
+    case = CASES[name]
+    q, k, v, mask, sinks = case.tensors(device=device)
     leaves = [x.requires_grad_() for x in (q, k, v)]
+    keywords = case.keywords(mask, sinks)
 
     def loss(q, k, v):
-        out, rows = attention(q, k, v, is_causal=True)
+        out, rows = attention(q, k, v, **keywords)
         return out.square().sum() + rows.entropy.sum()
 
     expected = torch.autograd.grad(loss(*leaves), leaves)
@@ -96,7 +113,7 @@ def test_autocast_casts_as_sdpa_does(device):
     torch.testing.assert_close(out, theirs, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("name", ["causal", "causal window", "everything", "empty rows", "bool mask by head"])
+@pytest.mark.parametrize("name", MEASURED)
 def test_measure_agrees_with_the_extended_reference(name, device):
     case = CASES[name]
     q, k, v, mask, sinks = case.tensors(device=device)
@@ -107,6 +124,57 @@ def test_measure_agrees_with_the_extended_reference(name, device):
     assert torch.equal((visible == 0).expand(rows.lse.shape), rows.lse == -torch.inf)
     torch.testing.assert_close(query_norm, q.square().sum((2, 3)).sqrt().amax(0))
     torch.testing.assert_close(key_norm, k.square().sum((2, 3)).sqrt().amax(0).repeat_interleave(case.group))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_packed_sequences_equal_one_call_a_sequence(dtype, device):
+    seqlens = torch.tensor([0, 7, 7, 40, 41, 55], dtype=dtype, device=device)
+    q, k, v, *_ = Case(1, num_queries=60, num_keys=60).tensors(device=device)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, rows = attention(q, k, v, is_causal=True, window_size=12, seqlens=seqlens)
+    (out.square().sum() + rows.entropy.sum()).backward()
+    grads = [x.grad for x in leaves]
+    for start, end in zip(seqlens[:-1], seqlens[1:]):
+        parts = [x.detach()[:, :, start:end].requires_grad_() for x in leaves]
+        alone, alone_rows = attention(*parts, is_causal=True, window_size=12)
+        (alone.square().sum() + alone_rows.entropy.sum()).backward()
+        torch.testing.assert_close(out[:, :, start:end], alone)
+        for name in ("lse", "entropy", "max_logit", "min_logit"):
+            torch.testing.assert_close(getattr(rows, name)[..., start:end], getattr(alone_rows, name))
+        for grad, part in zip(grads, parts):
+            torch.testing.assert_close(grad[:, :, start:end], part.grad)
+    assert not out[:, :, 55:].any() and (rows.lse[..., 55:] == -torch.inf).all()
+    assert not any(grad[:, :, 55:].any() for grad in grads)
+
+
+@pytest.mark.gpu
+def test_packed_sequences_never_wait_for_the_device():
+    q, k, v, *_ = Case(1, num_queries=60, num_keys=60).tensors(torch.bfloat16, "cuda")
+    q.requires_grad_()
+    cpu = torch.tensor([0, 20, 60])
+    on_device = cpu.cuda()
+
+    def run(seqlens):
+        out, rows = attention(q, k, v, is_causal=True, seqlens=seqlens)
+        ops.measure(q, k, rows, is_causal=True, seqlens=seqlens)
+        out.sum().backward()
+        return out
+
+    expected = run(on_device)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got, moved = run(on_device), run(cpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got, expected) and torch.equal(moved, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("numbers", [[5, 3, 90], [-7, 20, 10, -3], [0, 2**31 - 1]])
+def test_wrong_sequence_lengths_on_the_device_stay_inside_the_tensors(numbers):
+    q, k, v, mask, _ = Case(1, num_queries=60, num_keys=60, mask="bool").tensors(device="cuda")
+    out, rows = attention(q, k, v, attn_mask=mask, seqlens=torch.tensor(numbers, device="cuda"))
+    assert out.isfinite().all() and rows.entropy.isfinite().all()
 
 
 def test_head_dims_beyond_the_kernels_take_the_reference(device):
