@@ -52,7 +52,7 @@ def attention(
         a query sees the keys of its own sequence only, and `is_causal` and `window_size` apply inside
         it. Tokens past the last entry are empty rows. Values are checked where the tensor is on the
         CPU; on a GPU they are never read back, and wrong ones give wrong masks, no invalid access.
-    extended: also `logit_var`, `collision`, `score_std` and `sink_mass`; not differentiable.
+    extended: also the other fields of `RowStats`; not differentiable.
 
     Returns the output (B, H, M, D_v) in the query's dtype and `RowStats` of (B, H, M) tensors.
     `out`, `lse` and `entropy` are differentiable in query, key, value, sinks, and in an additive mask

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 
 import torch
 from torch import Tensor
+
+from .stats import RowStats
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -83,6 +86,15 @@ def _check_seqlens(seqlens: Tensor, query: Tensor, num_keys: int) -> Tensor:
     return seqlens.to(query.device, non_blocking=True)
 
 
+def _check_sinks(sinks: Tensor, rows: Tensor) -> None:
+    """`rows` is any (batch, heads, ...) tensor that the sinks belong to."""
+    heads = rows.shape[1]
+    _require(isinstance(sinks, Tensor), "sinks to be a torch.Tensor or None", type(sinks), TypeError)
+    _require(sinks.shape == (heads,), f"sinks of shape (heads,) = ({heads},)", tuple(sinks.shape))
+    _require(sinks.dtype in FLOAT_DTYPES, "sinks of a floating dtype", sinks.dtype, TypeError)
+    _require(sinks.device == rows.device, f"sinks on the query's device {rows.device}", sinks.device)
+
+
 def _check_number(name: str, number: object, *, positive: bool) -> float:
     _require(
         isinstance(number, Real) and not isinstance(number, bool), f"{name} to be a number", number, TypeError
@@ -133,10 +145,7 @@ def check(
     if softcap is not None:
         softcap = _check_number("softcap", softcap, positive=True)
     if sinks is not None:
-        _require(isinstance(sinks, Tensor), "sinks to be a torch.Tensor or None", type(sinks), TypeError)
-        _require(sinks.shape == (heads,), f"sinks of shape (heads,) = ({heads},)", tuple(sinks.shape))
-        _require(sinks.dtype in FLOAT_DTYPES, "sinks of a floating dtype", sinks.dtype, TypeError)
-        _require(sinks.device == query.device, f"sinks on the query's device {query.device}", sinks.device)
+        _check_sinks(sinks, query)
     return Options(
         attn_mask=None if attn_mask is None else _check_mask(attn_mask, query, num_keys),
         is_causal=is_causal,
@@ -146,3 +155,27 @@ def check(
         sinks=sinks,
         seqlens=None if seqlens is None else _check_seqlens(seqlens, query, num_keys),
     )
+
+
+def check_merge(blocks: Sequence[RowStats], outs: Sequence[Tensor], sinks: Tensor | None) -> None:
+    """Raise ValueError or TypeError for row statistics (and partial outputs) that cannot be merged.
+
+    `outs` has one output per block, or none at all.
+    """
+    _require(len(blocks) > 0, "at least one key block to merge", "none")
+    for block in blocks:
+        _require(isinstance(block, RowStats), "blocks to be RowStats", type(block).__name__, TypeError)
+    first = blocks[0].lse
+    for block in blocks:
+        for tensor in (block.lse, block.entropy, block.max_logit, block.min_logit):
+            _require(
+                tensor.shape == first.shape, f"blocks of shape {tuple(first.shape)}", tuple(tensor.shape)
+            )
+            _require(tensor.dtype == first.dtype, f"blocks of dtype {first.dtype}", tensor.dtype, TypeError)
+            _require(tensor.device == first.device, f"blocks on {first.device}", tensor.device)
+    for out in outs:
+        expected = (*first.shape, outs[0].shape[-1])
+        _require(out.shape == expected, f"outputs of shape {tuple(expected)}", tuple(out.shape))
+        _require(out.device == first.device, f"outputs on {first.device}", out.device)
+    if sinks is not None:
+        _check_sinks(sinks, first)
