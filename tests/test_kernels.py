@@ -111,7 +111,9 @@ def test_backward_matches_the_reference(case, dtype, device):
     _check_backward(tensors, case.options(*tensors), TOLERANCE[dtype])
 
 
-def _check_backward(tensors, options, tolerance, with_value=True, cotangents=(True, True, True)):
+def _check_backward(
+    tensors, options, tolerance, with_value=True, cotangents=(True, True, True), tiles=BACKWARD_TILES
+):
     q, k, v = tensors[:3]
     v = v if with_value else None
     out, lse, entropy, *_ = forward.forward(q, k, v, options, TILES)
@@ -123,7 +125,7 @@ def _check_backward(tensors, options, tolerance, with_value=True, cotangents=(Tr
         torch.randn_like(lse) if use_lse else None,
         torch.randn_like(lse) if use_entropy else None,
     )
-    got = backward.backward(q, k, v, options, out, *arguments, BACKWARD_TILES)
+    got = backward.backward(q, k, v, options, out, *arguments, tiles)
     expected = reference.backward(q, k, v, options, out, *arguments)
     for name, actual, wanted in zip(got._fields, got, expected):
         assert (actual is None) == (wanted is None), name
@@ -145,6 +147,29 @@ def test_backward_of_each_cotangent_alone(with_value, cotangents, device):
     case = CASES["sinks"]
     tensors = case.tensors(device=device)
     _check_backward(tensors, case.options(*tensors), 2e-6, with_value, cotangents)
+
+
+@pytest.mark.parametrize("lengths", [(70, 90), (90, 70)])
+@pytest.mark.parametrize("window_size", [None, 20])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_backward_walks_masked_and_unmasked_tiles(is_causal, window_size, lengths, device):
+    case = Case(1, 1, 2, *lengths, is_causal=is_causal, window_size=window_size)
+    tensors = case.tensors(device=device)
+    tiles = None if ON_GPU else (Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1))
+    _check_backward(tensors, case.options(*tensors), 2e-6, tiles=tiles)
+
+
+def test_backward_takes_cotangents_of_any_strides(device):
+    case = Case(is_causal=True)
+    q, k, v, mask, sinks = case.tensors(device=device)
+    options = case.options(q, k, v, mask, sinks)
+    out, lse, entropy, *_ = forward.forward(q, k, v, options, TILES)
+    one = torch.ones((), device=device)
+    broadcast = [one.expand(x.shape) for x in (out, lse, entropy)]
+    got = backward.backward(q, k, v, options, out, lse, entropy, *broadcast, BACKWARD_TILES)
+    copied = [x.contiguous() for x in broadcast]
+    expected = backward.backward(q, k, v, options, out, lse, entropy, *copied, BACKWARD_TILES)
+    assert all(torch.equal(a, b) for a, b in zip(got[:3], expected[:3]))
 
 
 def test_backward_is_deterministic(device):
