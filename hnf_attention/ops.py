@@ -50,8 +50,8 @@ def attention(
 
     Returns the output (B, H, M, D_v) in the query's dtype and `RowStats` of (B, H, M) tensors.
     `out`, `lse` and `entropy` are differentiable in query, key, value, sinks, and in an additive mask
-    that requires a gradient (that, `extended`, fp64 and head dimensions above 256 use the chunked
-    PyTorch path on every device). Under autocast, inputs are cast as SDPA casts them.
+    that requires a gradient. `extended`, fp64 and head dimensions above 256 use the chunked PyTorch path
+    on every device. Under autocast, inputs are cast as SDPA casts them.
     Raises ValueError or TypeError (expected, got) before anything runs.
     """
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
@@ -119,7 +119,8 @@ def _dispatch(
     query: Tensor, key: Tensor, value: Tensor | None, options: Options, extended: bool
 ) -> tuple[Tensor | None, RowStats]:
     mask = options.attn_mask
-    if extended or (mask is not None and mask.requires_grad and torch.is_grad_enabled()):
+    learns_mask = mask is not None and mask.requires_grad and torch.is_grad_enabled()
+    if extended or (learns_mask and not _kernels_cover(query, value)):
         with _no_autocast(query):
             return reference.attention(query, key, value, options, extended=extended)
     out, lse, entropy, max_logit, min_logit = _forward_op(
@@ -190,26 +191,29 @@ def _backward_op(
     d_out: Optional[Tensor],  # noqa: UP045
     d_lse: Optional[Tensor],  # noqa: UP045
     d_entropy: Optional[Tensor],  # noqa: UP045
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
+    mask_gradient: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
     options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks)
     cotangents = (out, lse, entropy, None if value is None else d_out, d_lse, d_entropy)
     if _kernels_cover(query, value):
         from .kernels import backward
 
         with torch.cuda.device(query.device):
-            gradients = backward.backward(query, key, value, options, *cotangents)
-    else:
+            gradients = backward.backward(
+                query, key, value, options, *cotangents, mask_gradient=mask_gradient
+            )
+    else:  # without the mask's gradient: see _dispatch
         with _no_autocast(query):
             gradients = reference.backward(query, key, value, options, *cotangents)
     return tuple(query.new_empty(0) if g is None else g for g in gradients)
 
 
 @_backward_op.register_fake
-def _(query, key, value, attn_mask, sinks, *_):
+def _(query, key, value, attn_mask, sinks, *more):
     def like(x):
         return query.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
 
-    return like(query), like(key), like(value), like(sinks)
+    return like(query), like(key), like(value), like(sinks), like(attn_mask if more[-1] else None)
 
 
 def _setup_context(ctx, inputs, output):
@@ -224,15 +228,28 @@ def _backward(ctx, d_out, d_lse, d_entropy, *_):
     query, key, value, attn_mask, sinks, out, lse, entropy = ctx.saved_tensors
     if d_out is None and d_lse is None and d_entropy is None:
         return (None,) * 9
+    mask_gradient = ctx.needs_input_grad[3]
     gradients = _backward_op(
-        query, key, value, attn_mask, sinks, *ctx.options, out, lse, entropy, d_out, d_lse, d_entropy
+        query,
+        key,
+        value,
+        attn_mask,
+        sinks,
+        *ctx.options,
+        out,
+        lse,
+        entropy,
+        d_out,
+        d_lse,
+        d_entropy,
+        mask_gradient,
     )
-    d_query, d_key, d_value, d_sinks = gradients
+    d_query, d_key, d_value, d_sinks, d_mask = gradients
     return (
         d_query,
         d_key,
         None if value is None else d_value,
-        None,  # a mask that requires a gradient never comes here: see _dispatch
+        d_mask if mask_gradient else None,
         None if sinks is None else d_sinks,
         *(None,) * 4,
     )

@@ -154,6 +154,7 @@ class Gradients(NamedTuple):
     key: Tensor
     value: Tensor | None
     sinks: Tensor | None
+    mask: Tensor | None = None  # the additive mask's; by the kernels, on request
 
 
 def softmax_offset(

@@ -38,6 +38,7 @@ def _walk_keys(
     mask_ptr,
     stride_mask_m,
     stride_mask_n,
+    d_mask_ptr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -48,6 +49,7 @@ def _walk_keys(
     NATURAL: tl.constexpr,
     HAS_D_OUT: tl.constexpr,
     HAS_D_ENTROPY: tl.constexpr,
+    HAS_D_MASK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     BOTH_ENDS: tl.constexpr = WINDOWED
@@ -84,7 +86,13 @@ def _walk_keys(
             NATURAL,
             MASKED,
         )
-        ds = softmax_gradient(p, t, slope, dp, offset, scaled_d_entropy, SOFTCAP, HAS_D_ENTROPY, MASKED)
+        ds = softmax_gradient(p, t, dp, offset, scaled_d_entropy, HAS_D_ENTROPY, MASKED)
+        if HAS_D_MASK:
+            pointers = d_mask_ptr + offs_m[:, None].to(tl.int64) * num_keys + offs_n[None, :]
+            inside = (offs_m[:, None] < num_queries) & (offs_n[None, :] < num_keys)
+            tl.store(pointers, ds.to(d_mask_ptr.dtype.element_ty), mask=inside)
+        if SOFTCAP:
+            ds = ds * slope
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 
@@ -96,6 +104,7 @@ def dq_kernel(
     v_desc,
     do_desc,
     dq_ptr,
+    d_mask_ptr,
     scaled_lse_desc,
     offset_desc,
     scaled_d_entropy_desc,
@@ -125,8 +134,9 @@ def dq_kernel(
     NATURAL: tl.constexpr,
     HAS_D_OUT: tl.constexpr,
     HAS_D_ENTROPY: tl.constexpr,
+    HAS_D_MASK: tl.constexpr,
 ):
-    """dq of one block of queries; `num_bh` and `heads` count query heads."""
+    """dq, and d_mask (B, H, M, N) if wanted, of one block of queries; `num_bh` and `heads` count query heads."""
     start_m, bh = scheduled_block(num_queries, BLOCK_M, HEAD_GROUP, True)
     if bh >= num_bh:
         return
@@ -137,6 +147,8 @@ def dq_kernel(
     row = bh.to(tl.int64) * num_queries + offs_m
     if MASK != NO_MASK:
         mask_ptr += batch.to(tl.int64) * stride_mask_b + head.to(tl.int64) * stride_mask_h
+    if HAS_D_MASK:
+        d_mask_ptr += bh.to(tl.int64) * num_queries * num_keys
     q = load_tile(q_desc, batch, head, start_m, BLOCK_M, BLOCK_D)
     do = q
     if HAS_D_OUT:
@@ -172,6 +184,7 @@ def dq_kernel(
                 mask_ptr,
                 stride_mask_m,
                 stride_mask_n,
+                d_mask_ptr,
                 BLOCK_N,
                 BLOCK_D,
                 BLOCK_DV,
@@ -182,6 +195,7 @@ def dq_kernel(
                 NATURAL,
                 HAS_D_OUT,
                 HAS_D_ENTROPY,
+                HAS_D_MASK,
                 masked == 1,
             )
     offs_d = tl.arange(0, BLOCK_D)

@@ -342,28 +342,16 @@ def softmax_weights(
 
 
 @triton.jit
-def softmax_gradient(
-    p,
-    t,
-    slope,
-    dp,
-    offset,
-    scaled_d_entropy,
-    SOFTCAP: tl.constexpr,
-    HAS_D_ENTROPY: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """d loss / d (scale * q.k): p * (dp - delta'' - d_entropy * log p) * slope.
+def softmax_gradient(p, t, dp, offset, scaled_d_entropy, HAS_D_ENTROPY: tl.constexpr, MASKED: tl.constexpr):
+    """d loss / d score, of scores after soft-cap and bias: p * (dp - delta'' - d_entropy * log p).
 
-    `p`, `t`, `slope` are of `softmax_weights`; offset = delta'', scaled_d_entropy = d_entropy * ln 2.
+    `p` and `t` are of `softmax_weights`; offset = delta'', scaled_d_entropy = d_entropy * ln 2.
     """
     inner = dp - offset
     if HAS_D_ENTROPY:
         inner -= scaled_d_entropy * t
-    ds = p * inner
-    if SOFTCAP:
-        ds = ds * slope
+    d_scores = p * inner
     if MASKED:
         # Of a hidden key t is infinite and dp may be NaN; the mask itself need not be kept until here.
-        ds = tl.where(p == 0.0, p, ds)
-    return ds
+        d_scores = tl.where(p == 0.0, p, d_scores)
+    return d_scores

@@ -159,6 +159,24 @@ def test_backward_walks_masked_and_unmasked_tiles(is_causal, window_size, length
     _check_backward(tensors, case.options(*tensors), 2e-6, tiles=tiles)
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 19, 23), (1, 4, 19, 23), (2, 1, 1, 23), (2, 4, 19, 1)])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_backward_of_the_mask(shape, softcap, device):
+    case = Case(is_causal=True, window_size=9, softcap=softcap, sinks=True)
+    q, k, v, _, sinks = case.tensors(device=device)
+    mask = torch.randn(shape, device=device).masked_fill(torch.rand(shape, device=device) < 0.1, -torch.inf)
+    mask.requires_grad_()
+    options = case.options(q, k, v, mask, sinks)
+    out, rows = reference.attention(q, k, v, options)
+    cotangents = [torch.randn_like(x) for x in (out, rows.lse, rows.entropy)]
+    (expected,) = torch.autograd.grad((out, rows.lse, rows.entropy), mask, cotangents)
+    with torch.no_grad():
+        results = (out, rows.lse, rows.entropy)
+        got = backward.backward(q, k, v, options, *results, *cotangents, BACKWARD_TILES, mask_gradient=True)
+    assert got.mask.shape == mask.shape and got.mask.dtype == mask.dtype
+    _close(got.mask, expected, 1e-5, "mask")
+
+
 def test_backward_takes_cotangents_of_any_strides(device):
     case = Case(is_causal=True)
     q, k, v, mask, sinks = case.tensors(device=device)
@@ -243,3 +261,15 @@ def test_error_is_at_most_twice_that_of_sdpa(head_dim, dtype, is_causal):
     """Against fp64, per the accuracy rule: 2x PyTorch's own kernel in the same dtype, plus one rounding."""
     for name, (ours, theirs) in errors_beside_sdpa(head_dim, dtype, is_causal).items():
         assert ours <= 2 * theirs + torch.finfo(dtype).eps / 2, name
+
+
+@pytest.mark.gpu
+def test_a_mask_that_learns_takes_the_kernels():
+    q, k, v, mask, _ = Case(mask="additive", batch=2).tensors(device="cuda")
+    gradients = []
+    for inputs in ((q, k, v, mask), [x.cpu().double() for x in (q, k, v, mask)]):
+        leaf = inputs[3].requires_grad_()
+        out, rows = ops.attention(*inputs[:3], attn_mask=leaf)
+        (out.square().sum() + rows.entropy.sum()).backward()
+        gradients.append(leaf.grad)
+    _close(gradients[0].cpu(), gradients[1], 1e-5, "mask")
