@@ -66,8 +66,7 @@ def test_more_rows_than_a_block_and_more_keys_than_a_scan(name, device):
     _check(*tensors[:2], case.options(*tensors))
 
 
-@pytest.mark.parametrize("phase", [0, 2])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "phase"), [(name, 2 * (i % 2)) for i, name in enumerate(CASES)])
 def test_a_sample_of_rows(name, phase, device):
     case = replace(CASES[name], num_queries=330, num_keys=70, window_size=None)
     if CASES[name].window_size is not None:
