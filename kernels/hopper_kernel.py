@@ -33,6 +33,7 @@ _HALF_M = gl.constexpr(HALF_M)
 _BLOCK_N = gl.constexpr(BLOCK_N)
 _FIRST = gl.constexpr(0)
 _SECOND = gl.constexpr(1)
+_LN_2 = primitives.LN_2
 softmax_finish = gluon.jit(primitives.softmax_finish.fn)
 
 
@@ -278,7 +279,7 @@ def _consumer(
             gl.store(max_ptr + row, max_logit, mask=inside)
             gl.store(min_ptr + row, min_logit, mask=inside)
         else:
-            lse = m_i * to_natural + gl.log2(total) * 0.6931471805599453
+            lse = m_i * to_natural + gl.log2(total) * _LN_2
             normalise = 1.0 / total
         gl.store(lse_ptr + row, lse, mask=inside)
         acc = warpgroup_mma_wait(1, [product])
