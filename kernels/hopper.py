@@ -4,14 +4,15 @@ import functools
 import heapq
 
 import torch
-import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import primitives
 from .configs import HEAD_GROUP
 from .hopper_kernel import BLOCK_M, BLOCK_N, HALF_M, Plan, hopper_kernel
+from .launch import launch
 
+_LOG2_E = primitives.LOG2_E.value
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 # (chains, settle) by (width, causal): the winners of bench/tune_hopper.py
 _TUNED = {(64, True): (4, True), (64, False): (2, True), (128, True): (2, False), (128, False): (2, False)}
@@ -22,6 +23,7 @@ def covers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options)
     return (
         query.dtype in _DTYPES
         and max(query.shape[3], value.shape[3]) <= 128
+        and value.shape[3] % 8 == 0  # rows of the output are written 16 bytes at a time
         and query.shape[2] > HALF_M  # fewer queries leave a consumer without work
         and key.shape[2] > 0
         and query.numel() > 0
@@ -39,11 +41,11 @@ def _schedule(
     int32: the programs' offsets into this tensor (one more than programs), then `bh * num_blocks + block`.
     """
     programs = torch.cuda.get_device_properties(device).multi_processor_count
-    num_blocks = triton.cdiv(num_queries, BLOCK_M)
+    num_blocks = primitives.ceil_div(num_queries, BLOCK_M)
 
     def cost(block: int) -> int:
         keys = min(num_keys, (block + 1) * BLOCK_M) if is_causal else num_keys
-        return triton.cdiv(keys, BLOCK_N) + 1  # a block's beginning and end cost about one step
+        return primitives.ceil_div(keys, BLOCK_N) + 1  # a block's beginning and end cost about one step
 
     loads = [(0, program) for program in range(programs)]
     tiles: list[list[int]] = [[] for _ in range(programs)]
@@ -74,14 +76,14 @@ def plan(head_dim: int, value_dim: int, is_causal: bool, ragged: bool, stats: bo
 
 
 @functools.cache
-def _layout(block_shape: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(list(block_shape), _DTYPES[dtype])
+def _layout(rows: int, width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], _DTYPES[dtype])
 
 
 def _describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    described = primitives.describe(x, rows, _width(x.shape[3]))
-    layout = _layout(tuple(described.block_shape), x.dtype)
-    return TensorDescriptor(described.base, described.shape, described.strides, described.block_shape, layout)
+    x, shape, strides = primitives.bulk_copy_view(x)
+    width = _width(shape[3])
+    return TensorDescriptor(x, shape, strides, [1, 1, rows, width], _layout(rows, width, x.dtype))
 
 
 def forward(query, key, value, options, chosen=None):
@@ -93,7 +95,7 @@ def forward(query, key, value, options, chosen=None):
     rows = [torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(4)]
     out = query.new_empty((batch, heads, num_queries, value_dim))
     schedule, programs = _schedule(batch * heads, num_queries, num_keys, options.is_causal, query.device)
-    hopper_kernel[(programs,)](
+    arguments = (
         _describe(query, HALF_M),
         _describe(key, BLOCK_N),
         _describe(value, BLOCK_N),
@@ -104,10 +106,12 @@ def forward(query, key, value, options, chosen=None):
         heads // kv_heads,
         num_queries,
         num_keys,
-        triton.cdiv(num_queries, BLOCK_M),
-        options.scale * primitives.LOG2_E.value,
+        primitives.ceil_div(num_queries, BLOCK_M),
+        options.scale * _LOG2_E,
         options.scale,
-        PLAN=chosen or plan(head_dim, value_dim, options.is_causal, num_keys % BLOCK_N > 0, True),
-        num_warps=4,
+    )
+    chosen = chosen or plan(head_dim, value_dim, options.is_causal, num_keys % BLOCK_N > 0, True)
+    launch(
+        hopper_kernel, (programs, 1, 1), (query.device, query.dtype), arguments, {"PLAN": chosen}, num_warps=4
     )
     return out, *rows, query.new_empty(0)

@@ -47,18 +47,23 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     return padded
 
 
-def describe(x: torch.Tensor, rows: int, width: int | None = None) -> TensorDescriptor:
-    """A descriptor that loads (rows, width or block_dim(D)) tiles of one (batch, head) of x (B, H, L, D).
+def describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """A descriptor that loads (rows, block_dim(D)) tiles of one (batch, head) of x (B, H, L, D).
 
     Reads beyond L and D give zeros. A tensor that is not `aligned` is copied.
     """
-    width = width or block_dim(x.shape[3])
+    x, shape, strides = bulk_copy_view(x)
+    return TensorDescriptor(x, shape, strides, [1, 1, rows, block_dim(shape[3])])
+
+
+def bulk_copy_view(x: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
+    """x (B, H, L, D), or a copy that is `aligned`, with shape and strides as the bulk-copy engine takes them."""
     x = aligned(x)
     shape = list(x.shape)
     align = 16 // x.element_size()
     # The stride of a dimension of size 1 is arbitrary; give it one that the engine accepts.
     strides = [align if size == 1 else stride for size, stride in zip(shape[:3], x.stride())]
-    return TensorDescriptor(x, shape, [*strides, 1], [1, 1, rows, width])
+    return x, shape, [*strides, 1]
 
 
 def describe_rows(x: torch.Tensor, rows: int) -> TensorDescriptor:

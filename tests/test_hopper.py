@@ -57,6 +57,15 @@ def test_forward_matches_the_oracle(hopper, case, dtype, is_causal):
         assert difference <= allowed, f"{name}: off by {difference:.2e}, allowed {allowed:.2e}"
 
 
+def test_output_rows_that_are_no_multiple_of_16_bytes_take_another_path(hopper):
+    case = Case(1, 2, 1, 200, 200, 64, 20)
+    q, k, v, *_ = case.tensors(torch.bfloat16, "cuda")
+    assert dispatch.forward_path(q, k, v, case.options(q, k, v, None, None), False) == dispatch.TRITON
+    out = attention(q, k, v)[0]
+    wanted = attention(q.double(), k.double(), v.double())[0]
+    assert (out.double() - wanted).abs().max() <= TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["query", "key"])
 def test_rows_that_non_finite_input_reached_are_nan_and_no_others(hopper, number, where):
