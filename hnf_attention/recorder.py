@@ -54,7 +54,10 @@ class Recorder:
         self._instrumentation = instrumentation
         self._names: dict[_Kind, str] = {}
         self._accumulators: dict[tuple[_Kind, torch.device], Tensor] = {}
-        self._periods: dict[str, int] = {}  # largest sample_period since the last reading, by name
+        # The largest sample_period since the last reading, by name; of the reading before, where no Python
+        # has run since: the replays of a captured graph are folded all the same.
+        self._periods: dict[str, int] = {}
+        self._recorded: set[str] = set()  # the names recorded since the last reading
         self._stopped = False
         instrumentation.on_measure = _weakly(self)
         instrumentation.measuring = self._measures(1)
@@ -83,7 +86,7 @@ class Recorder:
         if not layers:
             raise NothingMeasured(self._why_nothing())
         self.pending = False
-        self._periods.clear()
+        self._recorded.clear()
         snapshot = Snapshot(self.step, layers)
         self.history.append(snapshot)
         return snapshot
@@ -107,7 +110,9 @@ class Recorder:
             self._accumulators[key] = accumulator
         fold.fold(accumulator, query, measurement.key, measurement.rows, measurement.options)
         name = self._names[kind]
-        self._periods[name] = max(self._periods.get(name, 1), measurement.sample_period)
+        earlier = self._periods[name] if name in self._recorded else 1
+        self._periods[name] = max(earlier, measurement.sample_period)
+        self._recorded.add(name)
         self.pending = True
 
     def _measures(self, step: int) -> bool:

@@ -182,6 +182,16 @@ def test_no_forward_since_the_last_reading(fake):
         recorder.advance()
 
 
+def test_what_a_captured_graph_folds_when_it_replays_is_read(fake):
+    recorder = Recorder(fake, 1)
+    call = queries_and_keys()
+    fake.run("a", *call)
+    recorder.advance()
+    for accumulator in recorder._accumulators.values():  # a replay runs no Python
+        fold.fold(accumulator, *call, attention_stats(*call), checked(*call))
+    np.testing.assert_array_equal(recorder.advance().layers["a"].values, expected(call))
+
+
 def test_stopped_it_counts_on_and_measures_no_more(fake):
     recorder = Recorder(fake, 10, 1)
     recorder.stop()
