@@ -11,7 +11,7 @@ the rate, to be held against the card's memory bandwidth (4.3 TB/s measured on t
 
 import pytest
 import torch
-from test_forward import cuda_clock
+from timing import cuda_clock
 
 from hnf_attention import fold, ops
 from hnf_attention.validation import check
