@@ -1,0 +1,78 @@
+"""The README's tables and the charts, from bench/results/.
+
+    python bench/report.py               # rewrites the README's tables, draws the charts
+    python bench/report.py FILE.json     # prints the tables of one file
+
+A table in the README stands between two comments, the first of which says where it comes from:
+
+    <!-- core table of bench/results/forward_h100.json -->
+    <!-- end -->
+
+The names of a file's tables are printed above them, and are told in bench/tables.py. The charts are drawn
+beside their file: bench/results/whole_step_NAME.json gives overhead_NAME.svg and memory_NAME.svg.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from charts import draw
+from tables import machine_line, tables
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKED = re.compile(r"(<!-- (\S+) table of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(text: str, root: Path) -> str:
+    """The text with every marked table made anew; one whose file is not there is left as it is.
+
+    Raises ValueError for a marked table that its file does not have.
+    """
+
+    def made(match: re.Match) -> str:
+        begin, name, source, end = match.groups()
+        path = root / source
+        if not path.is_file():
+            return match[0]
+        found = tables(json.loads(path.read_text(encoding="utf-8")))
+        if name not in found:
+            raise ValueError(f"expected one of the tables {list(found)} of {source}, got {name!r}")
+        return f"{begin}{found[name]}\n{end}"
+
+    return MARKED.sub(made, text)
+
+
+def show(path: Path) -> None:
+    document = json.loads(path.read_text(encoding="utf-8"))
+    found = tables(document)
+    if not found:
+        raise SystemExit(
+            f"expected results of the forward or training suite, of whole steps or of long "
+            f"sequences, got {path}, of which no table is made"
+        )
+    print(machine_line(document))
+    for name, text in found.items():
+        print(f"\n{name}:\n\n{text}")
+
+
+def main(paths: list[str]) -> None:
+    for path in paths:
+        show(Path(path))
+    if paths:
+        return
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = fill(before, ROOT)
+    readme.write_text(after, encoding="utf-8")
+    print(
+        f"README.md: {len(MARKED.findall(after))} tables, {'changed' if after != before else 'as they were'}"
+    )
+    for path in sorted((ROOT / "bench" / "results").glob("whole_step_*.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        for chart in draw(document, path.parent, path.stem.removeprefix("whole_step_")):
+            print(chart.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

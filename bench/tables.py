@@ -1,0 +1,175 @@
+"""Markdown tables of result files; what a file holds decides which there are.
+
+forward and training suites: "core", our attention beside SDPA's at every case; "others", what ran at some.
+bench/whole_step.py: "overhead" and "memory". bench/long_sequences.py: "long" and "errors".
+"""
+
+DASH = "–"  # not run, or not recorded by an older file
+
+
+def tables(document: dict) -> dict[str, str]:
+    """Name -> Markdown, in the order to print them; empty for a file of another kind."""
+    if "benchmarks" in document and any("peer" in (b["params"] or {}) for b in document["benchmarks"]):
+        ceiling = document["machine_info"].get("matmul_tflops")
+        return _attention(_groups(document["benchmarks"]), ceiling)
+    if "steps" in document:
+        return {"overhead": _overhead(document["steps"]), "memory": _memory(document["steps"])}
+    if "long" in document:
+        return {"long": _long(document), "errors": _errors(document["long"])}
+    return {}
+
+
+def machine_line(document: dict) -> str:
+    info = document.get("machine_info") or document["machine"]
+    ceiling = info.get("matmul_tflops")
+    measured = f"; matrix products at {ceiling:.0f} TFLOP/s" if ceiling else ""
+    versions = f"torch {info['torch']}, Triton {info['triton']}, cuDNN {info['cudnn']}"
+    return f"{info['device']}, bf16, {versions}{measured} ({info['date']})"
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    """Without the columns that no row has anything in."""
+    kept = [i for i in range(len(header)) if any(row[i] != DASH for row in rows)]
+    lines = [header, ["---"] * len(header), *rows]
+    joined = ["|".join(f" {line[i]} " for i in kept) for line in lines]
+    joined[1] = joined[1].replace(" ", "")
+    return "\n".join(f"|{line}|" for line in joined)
+
+
+def _groups(benchmarks: list[dict]) -> dict[str, dict[str, dict]]:
+    groups: dict[str, dict[str, dict]] = {}
+    for benchmark in benchmarks:
+        groups.setdefault(benchmark["group"], {})[benchmark["params"]["peer"]] = benchmark
+    return groups
+
+
+def _median(peers: dict[str, dict], name: str) -> float | None:
+    return peers[name]["stats"]["median"] if name in peers else None
+
+
+def _ms(seconds: float | None) -> str:
+    return DASH if seconds is None else f"{seconds * 1e3:.3f} ms"
+
+
+def _ratio(a: float | None, b: float | None) -> str:
+    return DASH if None in (a, b) else f"{a / b:.2f}x"
+
+
+def _size(count: float | None) -> str:
+    return DASH if count is None else f"{count / 2**20:.0f} MiB"
+
+
+CORE_NAMES = {"sdpa default": "SDPA default", "sdpa cudnn": "cuDNN", "sdpa flash": "FA2"}
+
+
+def _attention(groups: dict[str, dict[str, dict]], ceiling: float | None) -> dict[str, str]:
+    header = ["case", *CORE_NAMES.values(), "ours", "of SDPA default", "of FA2", "ours, TFLOP/s"]
+    header += ["of the ceiling", "lse only, of SDPA default", "SDPA, peak memory", "ours, peak memory"]
+    rows = []
+    for group, peers in groups.items():
+        default, ours = _median(peers, "sdpa default"), _median(peers, "ours")
+        if default is None or ours is None:
+            continue
+        rate = peers["ours"]["extra_info"]["flop"] / ours / 1e12
+        peaks = (peers[name]["extra_info"].get("peak_bytes") for name in ("sdpa default", "ours"))
+        row = [group, *(_ms(_median(peers, name)) for name in CORE_NAMES), _ms(ours), _ratio(ours, default)]
+        row += [_ratio(ours, _median(peers, "sdpa flash")), f"{rate:.0f}"]
+        row += [f"{rate / ceiling:.0%}" if ceiling else DASH]
+        rows.append([*row, _ratio(_median(peers, "ours, lse only"), default), *map(_size, peaks)])
+    found = {"core": _markdown(header, rows)} if rows else {}
+    named = {*CORE_NAMES, "ours", "ours, lse only"}
+    others = list(dict.fromkeys(name for peers in groups.values() for name in peers if name not in named))
+    rows = [
+        _others(group, peers, others) for group, peers in groups.items() if any(o in peers for o in others)
+    ]
+    if rows:
+        header = ["case", "SDPA default", "ours", *others]
+        found["others"] = _markdown(header, rows)
+    return found
+
+
+def _others(group: str, peers: dict[str, dict], others: list[str]) -> list[str]:
+    """Times of SDPA and ours; of the others over SDPA's, with the memory of the call where it is known."""
+    default = _median(peers, "sdpa default")
+    row = [group, _ms(default), _ms(_median(peers, "ours"))]
+    for name in others:
+        cell = _ratio(_median(peers, name), default)
+        peak = peers[name]["extra_info"].get("peak_bytes") if name in peers else None
+        row.append(cell if peak is None else f"{cell}, {_size(peak)}")
+    return row
+
+
+MODELS = {"gpt2": "GPT-2 124M", "llama": "LLaMA 1B"}
+VARIANTS = {  # in the README's order and words
+    "log_every=100": "monitored every 100 steps",
+    "idle": "of which: not measured",
+    "record_every=1": "measured every step",
+    "log_every=1": "measured, read and judged every step",
+    "eager": "eager, output_attentions=True",
+}
+
+
+def label(row: dict) -> str:
+    return f"{MODELS.get(row['model'], row['model'])}, {row['tokens']} tokens"
+
+
+def _overhead(rows: list[dict]) -> str:
+    def cell(found) -> str:
+        if found is None:
+            return DASH
+        return found if isinstance(found, str) else f"{100 * found['overhead']:+.1f}%"
+
+    lines = []
+    for row in rows:
+        variants = row["variants"]
+        plain = variants["plain"]
+        run = row.get("long_run")
+        really = DASH if not isinstance(run, dict) else cell(run["monitored"])
+        first = plain if isinstance(plain, str) else f"{plain['ms']:.1f} ms"
+        lines.append([label(row), first, *(cell(variants.get(name)) for name in VARIANTS), really])
+    return _markdown(["step", "plain", *VARIANTS.values(), "every 100 steps, really run"], lines)
+
+
+def _memory(rows: list[dict]) -> str:
+    names = {"plain": "plain"} | {name: text for name, text in VARIANTS.items() if name != "idle"}
+
+    def cell(found) -> str:
+        if isinstance(found, str):
+            return found
+        peak = None if found is None else found["peak_bytes"]
+        return DASH if peak is None else f"{peak / 2**30:.2f} GiB"
+
+    lines = [[label(row), *(cell(row["variants"].get(name)) for name in names)] for row in rows]
+    return _markdown(["peak memory of a step", *names.values()], lines)
+
+
+def _long(document: dict) -> str:
+    ceiling = document["machine"].get("matmul_tflops")
+    header = ["tokens", "call", "time", "TFLOP/s", "of the ceiling", "peak memory", "extra bytes a row"]
+    lines = []
+    for row in document["long"]:
+        for name, found in row.items():
+            if not isinstance(found, dict) or "ms" not in found:
+                continue
+            peak, extra = found.get("peak_bytes"), found.get("extra_bytes_a_row")
+            lines.append(
+                [
+                    f"{row['length']} x {row['heads']} heads",
+                    name,
+                    f"{found['ms']:.1f} ms",
+                    f"{found['tflops']:.0f}",
+                    f"{found['tflops'] / ceiling:.0%}" if ceiling else DASH,
+                    DASH if peak is None else f"{peak / 2**30:.2f} GiB",
+                    DASH if extra is None else f"{extra:.1f}",
+                ]
+            )
+    return _markdown(header, lines)
+
+
+def _errors(rows: list[dict]) -> str:
+    names = list(rows[0]["errors"])
+    lines = [
+        [str(row["length"]), str(row["checked_rows"]), *(f"{row['errors'][name]:.1e}" for name in names)]
+        for row in rows
+    ]
+    return _markdown(["tokens", "rows", *names], lines)
