@@ -56,18 +56,20 @@ def _say_once(path: str, dtype: torch.dtype, head_dim: int, device: str) -> None
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor | None, options: Options, extended: bool
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """(out, lse, entropy, max_logit, min_logit, more) of a validated call.
 
-    Without a value the output is a placeholder without elements. `more` is (4, B, H, M): logit_var,
-    collision, score_std and sink_mass, or a placeholder.
+    out: None without a value; else `reference.empty_output` filled. more: None, or (4, B, H, M): logit_var,
+    collision, score_std and sink_mass.
     """
     path = forward_path(query, key, value, options, extended)
     _say_once(path, query.dtype, query.shape[3], query.device.type)
     if path == REFERENCE:
         with no_autocast(query):
             out, rows = reference.attention(query, key, value, options, extended=extended)
-        return query.new_empty(0) if out is None else out, *packed(rows, extended)
+        if out is not None:
+            out = reference.empty_output(query, value.shape[3]).copy_(out)
+        return out, *packed(rows, extended)
     with on_device(query):
         if path == HOPPER:
             from .kernels import hopper
@@ -76,7 +78,7 @@ def forward(
         from .kernels import forward, probe
 
         if value is None:
-            return query.new_empty(0), *probe.probe(query, key, options, extended=extended)[:-1]
+            return None, *probe.probe(query, key, options, extended=extended)[:-1]
         return forward.forward(query, key, value, options, extended=extended)
 
 
@@ -108,10 +110,10 @@ def backward(
         return backward.backward(query, key, value, options, *cotangents)
 
 
-def packed(rows: RowStats, extended: bool) -> tuple[Tensor, ...]:
-    """Row statistics as the operators return them: four tensors, and the extended ones as a fifth."""
+def packed(rows: RowStats, extended: bool) -> tuple[Tensor | None, ...]:
+    """Row statistics as the kernels return them: four tensors, and the extended ones as a fifth, or None."""
     extra = (rows.logit_var, rows.collision, rows.score_std, rows.sink_mass)
-    more = torch.stack(extra) if extended else rows.lse.new_empty(0)
+    more = torch.stack(extra) if extended else None
     return rows.lse, rows.entropy, rows.max_logit, rows.min_logit, more
 
 

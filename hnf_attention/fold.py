@@ -42,7 +42,6 @@ def new_accumulator(num_heads: int, device: torch.device) -> Tensor:
     return stats.new_accumulator(num_heads, device).repeat(slots, 1, 1)
 
 
-@torch.no_grad()
 def fold(accumulator: Tensor, query: Tensor, key: Tensor, rows: RowStats, options: Options) -> None:
     """Add one call to its layer's accumulator: by one kernel launch on CUDA (a second one scans a user mask).
 
@@ -57,7 +56,8 @@ def fold(accumulator: Tensor, query: Tensor, key: Tensor, rows: RowStats, option
         with dispatch.on_device(query):
             kernel.fold(accumulator, query, key, rows, options)
     else:
-        stats.fold_rows(accumulator[0], rows, *measure(query, key, rows, options))
+        with torch.no_grad():
+            stats.fold_rows(accumulator[0], rows, *measure(query, key, rows, options))
 
 
 def collect(accumulators: Sequence[Tensor]) -> Tensor:

@@ -135,16 +135,15 @@ def attend(
         with dispatch.no_autocast(query):
             out, rows = reference.attention(query, key, value, options, extended=extended)
         return out, rows.detach() if detached else rows
-    inputs = (query, key, value, *_flat(options), extended)
     if not _eager(query, key, value):
-        out, *core, more = _forward_op(*inputs)
-        rows = _rows(core, more)
+        out, *rows = _forward_op(query, key, value, *_flat(options), extended)
+        rows = _rows(*rows)
         return out, rows.detach() if detached else rows
-    if grad and any(x is not None and x.requires_grad for x in (query, key, value, options.sinks)):
-        out, *core, more = _EagerAttention.attach(*inputs, detached)
-    else:
-        out, *core, more = _forward(*inputs)
-    return out, _rows(core, more)
+    differentiable = (query, key, value, options.sinks)
+    if grad and any(x is not None and x.requires_grad for x in differentiable):
+        return _EagerAttention.attach(*differentiable, options, extended, detached)
+    out, *rows = dispatch.forward(query, key, value, options, extended)
+    return out, _rows(*rows)
 
 
 @torch.no_grad()
@@ -154,9 +153,9 @@ def attend_sample(
     """`attention_stats` of a sample (period, phase) of the rows, for a call as `attend` takes it."""
     period, phase = sample
     period = sampling.effective_period(period, query.shape[2])
-    run = _sample if _eager(query, key) else _sample_op
-    *core, more, index = run(query, key, *_flat(options), extended, period, phase % period)
-    return _rows(core, more, index)
+    if _eager(query, key):
+        return _rows(*_sample_rows(query, key, options, extended, period, phase % period))
+    return _rows(*_sample_op(query, key, *_flat(options), extended, period, phase % period))
 
 
 def _eager(*tensors: Tensor | None) -> bool:
@@ -185,8 +184,9 @@ def _flat(options: Options) -> tuple:
     return o.attn_mask, o.sinks, o.is_causal, o.scale, o.window_size, o.softcap
 
 
-def _rows(core: list[Tensor], more: Tensor, index: Tensor | None = None) -> RowStats:
-    return RowStats(*core, *(more.unbind(0) if more.dim() > 1 else (None,) * 4), index)
+def _rows(lse, entropy, max_logit, min_logit, more: Tensor | None, index: Tensor | None = None) -> RowStats:
+    extra = (None,) * 4 if more is None or more.dim() == 1 else more.unbind(0)
+    return RowStats(lse, entropy, max_logit, min_logit, *extra, index)
 
 
 def _forward(
@@ -202,7 +202,13 @@ def _forward(
     extended: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
     options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks)
-    return dispatch.forward(query, key, value, options, extended)
+    out, *core, more = dispatch.forward(query, key, value, options, extended)
+    return _placeholder(out, query), *core, _placeholder(more, query)
+
+
+def _placeholder(x: Tensor | None, query: Tensor) -> Tensor:
+    """An operator returns tensors only: what is not there has no elements."""
+    return query.new_empty(0) if x is None else x
 
 
 _forward_op = torch.library.custom_op("hnf_attention::forward", _forward, mutates_args=())
@@ -210,8 +216,8 @@ _forward_op = torch.library.custom_op("hnf_attention::forward", _forward, mutate
 
 @_forward_op.register_fake
 def _(query, key, value, attn_mask, sinks, is_causal, scale, window_size, softcap, extended):
-    shape = (0,) if value is None else (*query.shape[:3], value.shape[3])
-    return query.new_empty(shape), *_fake_rows(query, query.shape[2], extended)
+    out = None if value is None else reference.empty_output(query, value.shape[3])
+    return _placeholder(out, query), *_fake_rows(query, query.shape[2], extended)
 
 
 def _fake_rows(query: Tensor, num_rows: int, extended: bool) -> list[Tensor]:
@@ -233,8 +239,15 @@ def _sample(
     period: int,
     phase: int,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
-    """`attention_stats` of a sample of rows, and their index; `period` is an effective one."""
     options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks)
+    *core, more, index = _sample_rows(query, key, options, extended, period, phase)
+    return *core, _placeholder(more, query), index
+
+
+def _sample_rows(
+    query: Tensor, key: Tensor, options: Options, extended: bool, period: int, phase: int
+) -> tuple[Tensor | None, ...]:
+    """(lse, entropy, max_logit, min_logit, more, row_index) of a sample; `period` is an effective one."""
     if dispatch.kernels_cover(query, None):
         from .kernels import probe
 
@@ -256,14 +269,6 @@ def _(query, key, attn_mask, sinks, is_causal, scale, window_size, softcap, exte
     return *_fake_rows(query, num_rows, extended), index
 
 
-def _any_gradients(
-    query, key, value, attn_mask, sinks, is_causal, scale, window_size, softcap, *cotangents
-) -> reference.Gradients:
-    """Gradients of any strides, None where there is no such input; what eager calls take."""
-    options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks)
-    return dispatch.backward(query, key, value, options, *cotangents)
-
-
 def _gradients(
     query: Tensor,
     key: Tensor,
@@ -281,11 +286,11 @@ def _gradients(
     d_lse: Optional[Tensor],  # noqa: UP045
     d_entropy: Optional[Tensor],  # noqa: UP045
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
-    numbers = (is_causal, scale, window_size, softcap)
+    options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks)
     cotangents = (out, lse, entropy, d_out, d_lse, d_entropy)
-    gradients = _any_gradients(query, key, value, attn_mask, sinks, *numbers, *cotangents)
-    # Contiguous, as the fake kernel says; an operator returns tensors only.
-    return tuple(query.new_empty(0) if g is None else g.contiguous() for g in gradients)
+    gradients = dispatch.backward(query, key, value, options, *cotangents)
+    # Contiguous, as the fake kernel says.
+    return tuple(_placeholder(None if g is None else g.contiguous(), query) for g in gradients)
 
 
 _gradients_op = torch.library.custom_op("hnf_attention::backward", _gradients, mutates_args=())
@@ -294,24 +299,25 @@ _gradients_op = torch.library.custom_op("hnf_attention::backward", _gradients, m
 @_gradients_op.register_fake
 def _(query, key, value, attn_mask, sinks, *_):
     def like(x):
-        return query.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        contiguous = None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        return _placeholder(contiguous, query)
 
     return like(query), like(key), like(value), like(sinks)
 
 
-def _setup_context(ctx, inputs, output, detached=False):
+def _setup_context(ctx, inputs, output):
     query, key, value, attn_mask, sinks, *ctx.options, _extended = inputs
     out, lse, entropy, *others = output
-    ctx.mark_non_differentiable(*(output[1:] if detached else others))
+    ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, attn_mask, sinks, out, lse, entropy)
 
 
-def _backward(ctx, d_out, d_lse, d_entropy, *_, gradients=_gradients_op):
+def _backward(ctx, d_out, d_lse, d_entropy, *_):
     query, key, value, attn_mask, sinks, out, lse, entropy = ctx.saved_tensors
     if d_out is None and d_lse is None and d_entropy is None:
         return (None,) * 10
-    d_query, d_key, d_value, d_sinks = gradients(
+    d_query, d_key, d_value, d_sinks = _gradients_op(
         query, key, value, attn_mask, sinks, *ctx.options, out, lse, entropy, d_out, d_lse, d_entropy
     )
     return (
@@ -328,21 +334,39 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _EagerAttention(torch.autograd.Function):
-    """The operators' forward and backward without torch.library between them and autograd."""
+    """The operators' forward and backward without torch.library between them and autograd.
+
+    Every tensor that passes through autograd costs the host a few microseconds, so only what is
+    differentiable does.
+    """
 
     @classmethod
-    def attach(cls, *inputs):
-        """`apply`, less its own search for the transforms that `_eager` has ruled out."""
-        return super(torch.autograd.Function, cls).apply(*inputs)
+    def attach(cls, query, key, value, sinks, options, extended, detached):
+        """(out, rows) of a call of which something requires a gradient."""
+        rest = []
+        # `apply`, less its own search for the transforms that `_eager` has ruled out.
+        apply = super(torch.autograd.Function, cls).apply
+        results = apply(query, key, value, sinks, options, extended, detached, rest)
+        if detached:
+            return results, _rows(*rest)
+        out, lse, entropy = results
+        return out, _rows(lse, entropy, *rest)
 
     @staticmethod
-    def forward(ctx, *inputs_and_detached):
-        *inputs, detached = inputs_and_detached
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output, detached)
-        return output
+    def forward(ctx, query, key, value, sinks, options, extended, detached, rest):
+        out, *rows = dispatch.forward(query, key, value, options, extended)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, options.attn_mask, sinks, out, *rows[:2])
+        ctx.options = options._replace(attn_mask=None, sinks=None)
+        rest += rows if detached else rows[2:]
+        return out if detached else (out, *rows[:2])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *cotangents):
-        return *_backward(ctx, *cotangents, gradients=_any_gradients), None
+    def backward(ctx, d_out, d_lse=None, d_entropy=None):
+        query, key, value, attn_mask, sinks, out, lse, entropy = ctx.saved_tensors
+        if d_out is None and d_lse is None and d_entropy is None:
+            return (None,) * 8
+        options = ctx.options._replace(attn_mask=attn_mask, sinks=sinks)
+        cotangents = (out, lse, entropy, d_out, d_lse, d_entropy)
+        return *dispatch.backward(query, key, value, options, *cotangents), *(None,) * 4

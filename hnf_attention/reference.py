@@ -37,6 +37,20 @@ def compute_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
+def empty_output(query: Tensor, value_dim: int) -> Tensor:
+    """Memory for an output (B, H, M, D_v): laid out as the query is, like SDPA's.
+
+    Where the heads lie within a position (a projection's transposed output), so they do in the result,
+    and a model's own transposition back costs no copy.
+    """
+    batch, heads, num_queries, _ = shape = query.shape
+    shape = (*shape[:3], value_dim)
+    if query.stride(1) < query.stride(2):
+        strides = (num_queries * heads * value_dim, value_dim, heads * value_dim, 1)
+        return torch.empty_strided(shape, strides, dtype=query.dtype, device=query.device)
+    return query.new_empty(shape)
+
+
 def _group(x: Tensor, kv_heads: int) -> Tensor:
     """(B, H, rows, C) to (B, H_kv, G * rows, C): grouped-query heads beside each other."""
     batch, heads, rows, width = x.shape

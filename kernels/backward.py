@@ -16,16 +16,8 @@ from .. import reference
 from .backward_dkv import dkv_kernel
 from .backward_dq import dq_kernel
 from .configs import HEAD_GROUP, backward_tiles, grid_1d
-from .primitives import (
-    ADDITIVE_MASK,
-    LN_2,
-    LOG2_E,
-    aligned,
-    block_dim,
-    describe,
-    describe_rows,
-    mask_arguments,
-)
+from .descriptors import aligned, describe, describe_rows
+from .primitives import ADDITIVE_MASK, LN_2, LOG2_E, block_dim, mask_arguments
 
 
 @triton.jit
@@ -43,6 +35,10 @@ def _prepare_rows_kernel(
     stride_h,
     stride_m,
     stride_d,
+    stride_out_b,
+    stride_out_h,
+    stride_out_m,
+    stride_out_d,
     heads,
     num_queries,
     stride_rows,
@@ -71,7 +67,9 @@ def _prepare_rows_kernel(
         d_out_ptr += batch * stride_b + head * stride_h
         d_out_offsets = offs_m[:, None].to(tl.int64) * stride_m + offs_d * stride_d
         d_out = tl.load(d_out_ptr + d_out_offsets, mask=inside_out, other=0.0)
-        out = tl.load(out_ptr + row[:, None] * VALUE_DIM + offs_d, mask=inside_out, other=0.0)
+        out_ptr += batch * stride_out_b + head * stride_out_h
+        out_offsets = offs_m[:, None].to(tl.int64) * stride_out_m + offs_d * stride_out_d
+        out = tl.load(out_ptr + out_offsets, mask=inside_out, other=0.0)
         offset += tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1)
     if HAS_D_LSE:
         offset -= tl.load(d_lse_ptr + row, mask=inside, other=0.0)
@@ -95,13 +93,14 @@ def _prepare_rows(out, lse, entropy, d_out, d_lse, d_entropy):
     block = 32
     _prepare_rows_kernel[(triton.cdiv(num_queries, block) * batch * heads,)](
         d_out,
-        None if d_out is None else out.contiguous(),
+        out,
         lse,
         entropy,
         None if d_lse is None else d_lse.contiguous(),
         None if d_entropy is None else d_entropy.contiguous(),
         *rows,
         *((0, 0, 0, 0) if d_out is None else d_out.stride()),
+        *((0, 0, 0, 0) if d_out is None else out.stride()),
         heads,
         num_queries,
         stride,

@@ -4,7 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..reference import empty_output
 from .configs import HEAD_GROUP, forward_tiles, grid_1d
+from .descriptors import describe
 from .launch import launch
 from .primitives import (
     ADDITIVE_MASK,
@@ -13,7 +15,6 @@ from .primitives import (
     bend_and_mask,
     block_dim,
     ceil_div,
-    describe,
     first_weight,
     key_range,
     load_tile,
@@ -243,6 +244,9 @@ def _forward_kernel(
     min_ptr,
     more_ptr,
     stride_more,
+    stride_out_b,
+    stride_out_h,
+    stride_out_m,
     mask_ptr,
     sink_ptr,
     stride_mask_b,
@@ -315,7 +319,8 @@ def _forward_kernel(
         core, more, lse_ptr, entropy_ptr, max_ptr, min_ptr, more_ptr, stride_more, row, inside, EXTENDED
     )
     offs_d = tl.arange(0, BLOCK_DV)
-    pointers = out_ptr + row[:, None] * VALUE_DIM + offs_d[None, :]
+    out_ptr += (bh // heads).to(tl.int64) * stride_out_b + (bh % heads).to(tl.int64) * stride_out_h
+    pointers = out_ptr + offs_m[:, None].to(tl.int64) * stride_out_m + offs_d[None, :]
     inside_out = inside[:, None] & (offs_d[None, :] < VALUE_DIM)
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=inside_out)
 
@@ -364,7 +369,7 @@ def forward(query, key, value, options, tiles=None, extended=False):
     """
     batch, heads, num_queries, head_dim = query.shape
     num_keys, value_dim = value.shape[2:]
-    out = query.new_empty(batch, heads, num_queries, value_dim)
+    out = empty_output(query, value_dim)
     idle = batch * heads * num_queries * num_keys == 0
     rows = new_rows((batch, heads, num_queries), query.device, extended, blank=idle)
     if idle:
@@ -378,9 +383,11 @@ def forward(query, key, value, options, tiles=None, extended=False):
         out,
         *rows,
         rows[0].numel(),
+        *out.stride()[:3],
         *shared,
     )
     constants = {"VALUE_DIM": value_dim, "BLOCK_DV": block_dim(value_dim), **constants}
     grid = (grid_1d(ceil_div(num_queries, tiles.block_m), batch * heads), 1, 1)
-    launch(_forward_kernel, grid, (*kind, rows[0].numel()), arguments, constants, **launched)
+    kind = (*kind, rows[0].numel(), out.stride())
+    launch(_forward_kernel, grid, kind, arguments, constants, **launched)
     return out, *rows

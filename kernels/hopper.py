@@ -7,7 +7,8 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import primitives
+from ..reference import empty_output
+from . import descriptors, primitives
 from .configs import HEAD_GROUP
 from .hopper_kernel import BLOCK_M, BLOCK_N, HALF_M, Plan, hopper_kernel
 from .launch import launch
@@ -80,28 +81,27 @@ def _layout(rows: int, width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], _DTYPES[dtype])
 
 
-def _describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    x, shape, strides = primitives.bulk_copy_view(x)
-    width = _width(shape[3])
-    return TensorDescriptor(x, shape, strides, [1, 1, rows, width], _layout(rows, width, x.dtype))
+def _describe(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
+    described = descriptors.describe(x, rows, width, TensorDescriptor)
+    described.layout = _layout(rows, width, x.dtype)
+    return described
 
 
 def forward(query, key, value, options, chosen=None):
     """`forward.forward` for the calls that `covers` accepts; `chosen` takes the place of the tuned plan."""
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, num_keys, value_dim = *key.shape[1:3], value.shape[3]
-    shape = (batch, heads, num_queries)
-    # Four tensors and not one in four parts: an operator's results may not share their storage.
-    rows = [torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(4)]
-    out = query.new_empty((batch, heads, num_queries, value_dim))
+    rows = primitives.new_rows((batch, heads, num_queries), query.device, extended=False, blank=False)
+    out = empty_output(query, value_dim)
     schedule, programs = _schedule(batch * heads, num_queries, num_keys, options.is_causal, query.device)
+    chosen = chosen or plan(head_dim, value_dim, options.is_causal, num_keys % BLOCK_N > 0, True)
     arguments = (
-        _describe(query, HALF_M),
-        _describe(key, BLOCK_N),
-        _describe(value, BLOCK_N),
-        _describe(out, HALF_M),
+        _describe(query, HALF_M, chosen.block_d),
+        _describe(key, BLOCK_N, chosen.block_d),
+        _describe(value, BLOCK_N, chosen.block_dv),
+        _describe(out, HALF_M, chosen.block_dv),
         schedule,
-        *rows,
+        *rows[:4],
         heads,
         heads // kv_heads,
         num_queries,
@@ -110,8 +110,7 @@ def forward(query, key, value, options, chosen=None):
         options.scale * _LOG2_E,
         options.scale,
     )
-    chosen = chosen or plan(head_dim, value_dim, options.is_causal, num_keys % BLOCK_N > 0, True)
     launch(
         hopper_kernel, (programs, 1, 1), (query.device, query.dtype), arguments, {"PLAN": chosen}, num_warps=4
     )
-    return out, *rows, query.new_empty(0)
+    return out, *rows

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+_NUMBERS = {int, float, type(None)}
 # Shapes vary in few ways in training; where they do not (every length its own), start anew now and then.
 _LIMIT = 4096
 _compiled: dict[Hashable, Any] = {}
@@ -27,7 +28,7 @@ def launch(
     """
     addresses = 0
     for argument in arguments:
-        if isinstance(argument, torch.Tensor):
+        if type(argument) not in _NUMBERS and isinstance(argument, torch.Tensor):
             addresses |= argument.data_ptr()
     key = (kernel.fn, *key, *constants.values())
     compiled = None if addresses % 16 else _compiled.get(key)

@@ -1,4 +1,4 @@
-"""What all kernels share: tile descriptors, masks, key ranges, and the running softmax state.
+"""What all kernels share: masks, key ranges, and the running softmax state.
 
 The state of a row is (m, l, w): running maximum, sum of exp2(t) and sum of exp2(t) * t, where
 t = (s - m) * unit <= 0 is the shifted score in log2 units and `unit` turns scores into them. Scores
@@ -12,7 +12,6 @@ its first visible key.
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -31,49 +30,6 @@ def block_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())  # Triton's own helper costs the host 4 microseconds
 
 
-def aligned(x: torch.Tensor) -> torch.Tensor:
-    """x (B, H, L, D) as the bulk-copy engine wants it, or a copy padded with zeros along D.
-
-    It wants unit inner stride and 16-byte aligned outer strides and base.
-    """
-    align = 16 // x.element_size()
-    shape = list(x.shape)
-    *outer, inner = x.stride()
-    fits = all(size == 1 or (stride > 0 and stride % align == 0) for size, stride in zip(shape, outer))
-    if inner == 1 and fits and x.data_ptr() % 16 == 0:
-        return x
-    padded = x.new_zeros(*shape[:3], ceil_div(shape[3], align) * align)
-    padded[..., : shape[3]] = x
-    return padded
-
-
-def describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """A descriptor that loads (rows, block_dim(D)) tiles of one (batch, head) of x (B, H, L, D).
-
-    Reads beyond L and D give zeros. A tensor that is not `aligned` is copied.
-    """
-    x, shape, strides = bulk_copy_view(x)
-    return TensorDescriptor(x, shape, strides, [1, 1, rows, block_dim(shape[3])])
-
-
-def bulk_copy_view(x: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
-    """x (B, H, L, D), or a copy that is `aligned`, with shape and strides as the bulk-copy engine takes them."""
-    x = aligned(x)
-    shape = list(x.shape)
-    align = 16 // x.element_size()
-    # The stride of a dimension of size 1 is arbitrary; give it one that the engine accepts.
-    strides = [align if size == 1 else stride for size, stride in zip(shape[:3], x.stride())]
-    return x, shape, [*strides, 1]
-
-
-def describe_rows(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """A descriptor that loads `rows` numbers of one (batch, head) of x (B, H, M), stored one after another.
-
-    Reads beyond M give zeros. The stride of a head must be a multiple of 16 bytes.
-    """
-    return TensorDescriptor(x, [x.shape[0] * x.shape[1], x.shape[2]], [x.stride(1), 1], [1, rows])
-
-
 def mask_arguments(attn_mask: torch.Tensor | None, shape: tuple[int, int, int, int]) -> tuple:
     """(pointer, strides (b, h, m, n), kind) of a mask that broadcasts to `shape`."""
     if attn_mask is None:
@@ -87,13 +43,16 @@ def mask_arguments(attn_mask: torch.Tensor | None, shape: tuple[int, int, int, i
 def new_rows(shape, device, extended, blank):
     """[lse, entropy, max_logit, min_logit, more] to write to, fp32 of `shape` (B, H, M), as empty rows if `blank`.
 
-    `more` is (4, B, H, M): logit_var, collision, score_std, sink_mass; or without elements.
+    `more` is (4, B, H, M): logit_var, collision, score_std, sink_mass; or None.
     """
-    rows = [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(4)]
-    rows.append(torch.empty((4, *shape) if extended else (0,), dtype=torch.float32, device=device))
+    # Four tensors and not one in four parts: an operator's results may not share their storage.
+    lse = torch.empty(shape, dtype=torch.float32, device=device)
+    rows = [lse, torch.empty_like(lse), torch.empty_like(lse), torch.empty_like(lse)]
+    rows.append(torch.empty((4, *shape), dtype=torch.float32, device=device) if extended else None)
     if blank:
         for row_stat, number in zip(rows, (-torch.inf, 0.0, -torch.inf, torch.inf, 0.0)):
-            row_stat.fill_(number)
+            if row_stat is not None:
+                row_stat.fill_(number)
     return rows
 
 

@@ -6,9 +6,10 @@ import triton.language as tl
 
 from ..sampling import BATCH_STEP, BLOCK_ROWS, HEAD_STEP, STRATUM_STEP, num_rows, row_index
 from .configs import grid_1d, probe_tiles
+from .descriptors import describe
 from .forward import attend, call_arguments, store_rows
 from .launch import launch
-from .primitives import ceil_div, describe, new_rows, scheduled_block
+from .primitives import ceil_div, new_rows, scheduled_block
 
 _BATCH_STEP = tl.constexpr(BATCH_STEP)
 _HEAD_STEP = tl.constexpr(HEAD_STEP)
