@@ -34,7 +34,7 @@ def choose(query: Tensor, key: Tensor, value: Tensor | None, options: Options) -
     if not all(x.stride(3) == 1 for x in (query, key, value)):
         return None
     kind = _available(query.device)
-    if kind == CUDNN and max(head_dim, value_dim) <= 128 and query.shape[1] == key.shape[1]:
+    if kind == CUDNN and max(head_dim, value_dim) <= 128:
         return CUDNN
     return FLASH if kind and head_dim == value_dim <= 256 else None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -10,7 +10,9 @@ from ..names import shown
 from ..stats import HeadStats, Snapshot
 from .findings import StabilityIssue
 from .thresholds import THRESHOLDS, threshold
-from .trends import Trend, readings_above, score_size, trend
+from .trends import Trend, readings_above, score_size
+
+Trends = Mapping[str, Trend]  # of every layer of the latest snapshot
 
 CLIP = "apply QK-clip at 30 after the optimizer step"
 CLIP_AND_SLOW = (
@@ -18,7 +20,7 @@ CLIP_AND_SLOW = (
 )
 
 
-def non_finite(history: Sequence[Snapshot]) -> list[StabilityIssue]:
+def non_finite(history: Sequence[Snapshot], trends: Trends) -> list[StabilityIssue]:
     """Rows that NaN or inf reached. The first layer to show them, in execution order, is the origin."""
     latest = history[-1]
     step, origin = _origin(history)
@@ -42,13 +44,13 @@ def non_finite(history: Sequence[Snapshot]) -> list[StabilityIssue]:
     return issues
 
 
-def overflow_risk(history: Sequence[Snapshot]) -> list[StabilityIssue]:
+def overflow_risk(history: Sequence[Snapshot], trends: Trends) -> list[StabilityIssue]:
     """Scores that are, or soon will be, too large: published growth limits, fp16 range, own alarm."""
     latest = history[-1]
     issues = []
     for layer, stats in latest.layers.items():
         size = score_size(stats)
-        lines = trend(history, layer)
+        lines = trends[layer]
         sustained = readings_above(history, layer, threshold("watch_logit"))
         projected = lines.score_ahead(threshold("alarm_horizon"))
         suspicious = (size > threshold("watch_logit")) | (projected > threshold("alarm_logit"))
@@ -91,7 +93,7 @@ def _overflow_tier(
     return None
 
 
-def entropy_collapse(history: Sequence[Snapshot]) -> list[StabilityIssue]:
+def entropy_collapse(history: Sequence[Snapshot], trends: Trends) -> list[StabilityIssue]:
     """Heads whose rows attend to next to nothing, and heads on their way there.
 
     Sink heads are sharp by design and left out, unless their scores are large too. One sharp head
@@ -101,7 +103,7 @@ def entropy_collapse(history: Sequence[Snapshot]) -> list[StabilityIssue]:
     issues = []
     for layer, stats in latest.layers.items():
         ratio, dead, size = stats.entropy_ratio, stats.dead_share, score_size(stats)
-        lines = trend(history, layer)
+        lines = trends[layer]
         judged = ~_sink_by_design(stats, lines)
         collapsed = judged & ((ratio < threshold("collapse_ratio")) | (dead > threshold("dead_rows")))
         low = judged & ((ratio < threshold("low_ratio")) | (dead > threshold("many_dead_rows")))
@@ -162,12 +164,12 @@ def _forecasts(
         )
 
 
-def attention_spike(history: Sequence[Snapshot]) -> list[StabilityIssue]:
+def attention_spike(history: Sequence[Snapshot], trends: Trends) -> list[StabilityIssue]:
     """Heads that put nearly all weight on one key in the mean row, sinks aside."""
     latest = history[-1]
     issues = []
     for layer, stats in latest.layers.items():
-        sinks = _sink_by_design(stats, trend(history, layer))
+        sinks = _sink_by_design(stats, trends[layer])
         spiked = ~sinks & (stats.max_weight > threshold("spike_weight"))
         for head in np.flatnonzero(spiked):
             value = stats.max_weight[head]
@@ -185,13 +187,13 @@ def attention_spike(history: Sequence[Snapshot]) -> list[StabilityIssue]:
     return issues
 
 
-def vanishing_gradient(history: Sequence[Snapshot]) -> list[StabilityIssue]:
+def vanishing_gradient(history: Sequence[Snapshot], trends: Trends) -> list[StabilityIssue]:
     """Heads whose softmax lets almost no gradient through to queries and keys."""
     latest = history[-1]
     issues = []
     for layer, stats in latest.layers.items():
         share = stats.jacobian_trace_bound
-        lines = trend(history, layer)
+        lines = trends[layer]
         judged = ~_sink_by_design(stats, lines)
         weak, lost = (
             judged & (share < threshold("gradient_share")),

@@ -65,6 +65,14 @@ class Line:
         return np.where(steps >= 0, steps, np.nan)
 
 
+def _median(values: np.ndarray) -> np.ndarray:
+    """`np.nanmedian` along the first axis, a tenth of its time where there are few values."""
+    ordered = np.sort(values, axis=0)  # NaN comes last
+    count = (~np.isnan(values)).sum(0)
+    middle = np.stack([(count - 1) // 2, count // 2])
+    return np.take_along_axis(ordered, middle, 0).mean(0)
+
+
 def theil_sen(steps: np.ndarray, values: np.ndarray) -> Line:
     """Theil-Sen lines (median of pairwise slopes) through (T,), (T, H); NaN values are left out.
 
@@ -80,8 +88,8 @@ def theil_sen(steps: np.ndarray, values: np.ndarray) -> Line:
     if fitted.any() and len(first):
         chosen = values[:, fitted]
         slopes = (chosen[second] - chosen[first]) / (steps[second] - steps[first])[:, None]
-        slope[fitted] = np.nanmedian(slopes, axis=0)
-        level[fitted] = np.nanmedian(chosen - slope[fitted] * (steps - steps[-1])[:, None], axis=0)
+        slope[fitted] = _median(slopes)
+        level[fitted] = _median(chosen - slope[fitted] * (steps - steps[-1])[:, None])
         span[fitted] = steps[-1] - steps[known[:, fitted].argmax(0)]
     return Line(level, slope, span)
 
