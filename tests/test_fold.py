@@ -68,9 +68,9 @@ def test_more_rows_than_a_block_and_more_keys_than_a_scan(name, device):
 
 @pytest.mark.parametrize(("name", "phase"), [(name, 2 * (i % 2)) for i, name in enumerate(CASES)])
 def test_a_sample_of_rows(name, phase, device):
-    case = replace(CASES[name], num_queries=330, num_keys=70, window_size=None)
+    case = replace(CASES[name], num_queries=200, num_keys=40, window_size=None)
     if CASES[name].window_size is not None:
-        case = replace(case, window_size=40)
+        case = replace(case, window_size=25)
     tensors = case.tensors(device=device)
     q, k = tensors[:2]
     q[0, 0, :65] = torch.nan  # two blocks at least, so that a sample has something of it
@@ -149,7 +149,8 @@ def test_any_strides(stride, device):
 
 
 def test_the_same_bits_every_time(device):
-    case = Case(batch=2, num_queries=700, num_keys=700, head_dim=64, is_causal=True)
+    length = 700 if ON_GPU else 150
+    case = Case(batch=2, num_queries=length, num_keys=length, head_dim=64, is_causal=True)
     tensors = case.tensors(device=device)
     q, k, options = *tensors[:2], case.options(*tensors)
     rows = _rows(q, k, options)
