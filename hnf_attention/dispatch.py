@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import library_backward, reference
-from .stats import RowStats
+from .stats import EXTENDED_FIELDS, RowStats
 from .validation import Options
 
 HOPPER, TRITON, REFERENCE = "Hopper kernel", "Triton kernel", "PyTorch reference"
@@ -59,8 +59,8 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """(out, lse, entropy, max_logit, min_logit, more) of a validated call.
 
-    Without a value the output is a placeholder without elements. `more` is (4, B, H, M): logit_var,
-    collision, score_std and sink_mass, or a placeholder.
+    Without a value the output is a placeholder without elements. `more` is (6, B, H, M), the
+    EXTENDED_FIELDS, or a placeholder.
     """
     path = forward_path(query, key, value, options, extended)
     _say_once(path, query.dtype, query.shape[3], query.device.type)
@@ -109,9 +109,13 @@ def backward(
 
 
 def packed(rows: RowStats, extended: bool) -> tuple[Tensor, ...]:
-    """Row statistics as the operators return them: four tensors, and the extended ones as a fifth."""
-    extra = (rows.logit_var, rows.collision, rows.score_std, rows.sink_mass)
-    more = torch.stack(extra) if extended else rows.lse.new_empty(0)
+    """Row statistics as the operators return them: four tensors, and the extended ones as a fifth.
+
+    Numbers of keys are exact there up to 2^24 in fp32.
+    """
+    if not extended:
+        return rows.lse, rows.entropy, rows.max_logit, rows.min_logit, rows.lse.new_empty(0)
+    more = torch.stack([getattr(rows, name).to(rows.lse.dtype) for name in EXTENDED_FIELDS])
     return rows.lse, rows.entropy, rows.max_logit, rows.min_logit, more
 
 

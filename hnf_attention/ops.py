@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference, sampling, validation
-from .stats import RowStats
+from .stats import EXTENDED_FIELDS, RowStats
 from .validation import Options
 
 
@@ -43,7 +43,7 @@ def attention(
     window_size: only keys with |i - j| < window_size are visible.
     softcap: logit soft-cap (Gemma 2, arXiv 2408.00118, section 2).
     sinks: (H,) learned sink logits, one more softmax element without a value (gpt-oss).
-    extended: also `logit_var`, `collision`, `score_std` and `sink_mass`; these are not differentiable.
+    extended: also the other fields of `RowStats`; these are not differentiable.
 
     Returns the output (B, H, M, D_v) in the query's dtype and `RowStats` of (B, H, M) tensors.
     `out`, `lse` and `entropy` are differentiable in query, key, value, sinks, and in an additive mask
@@ -186,7 +186,10 @@ def _flat(options: Options) -> tuple:
 
 
 def _rows(core: list[Tensor], more: Tensor, index: Tensor | None = None) -> RowStats:
-    return RowStats(*core, *(more.unbind(0) if more.dim() > 1 else (None,) * 4), index)
+    if more.dim() == 1:
+        return RowStats(*core, row_index=index)
+    *numbers, visible_keys = more.unbind(0)
+    return RowStats(*core, *numbers, visible_keys.long(), index)
 
 
 def _forward(
@@ -216,7 +219,7 @@ def _(query, key, value, attn_mask, sinks, is_causal, scale, window_size, softca
 
 def _fake_rows(query: Tensor, num_rows: int, extended: bool) -> list[Tensor]:
     dtype, shape = reference.compute_dtype(query), (*query.shape[:2], num_rows)
-    shapes = [shape] * 4 + [(4, *shape) if extended else (0,)]
+    shapes = [shape] * 4 + [(len(EXTENDED_FIELDS), *shape) if extended else (0,)]
     return [query.new_empty(shape, dtype=dtype) for shape in shapes]
 
 

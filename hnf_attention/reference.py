@@ -93,8 +93,9 @@ def attention(
     ]
     if not parts:
         out = None if value is None else query.new_zeros(batch, heads, 0, value.shape[-1])
-        blanks = (query.new_zeros(batch, heads, 0, dtype=dtype) for _ in range(8 if extended else 4))
-        return out, RowStats(*blanks, row_index=index)
+        blanks = [query.new_zeros(batch, heads, 0, dtype=dtype) for _ in range(9 if extended else 4)]
+        visible_keys = blanks[0].long() if extended else None
+        return out, RowStats(*blanks, visible_keys=visible_keys, row_index=index)
     columns = [None if column[0] is None else torch.cat(column, 2) for column in zip(*parts, strict=True)]
     out = None if columns[0] is None else columns[0].to(query.dtype)
     return out, RowStats(*columns[1:], row_index=index)
@@ -158,11 +159,18 @@ def _attend_rows(
             variance = variance + e_sink * (z_sink - mean.squeeze(-1)).square()
             collision = collision + e_sink.square()
             sink_weight = sink_weight + e_sink
-        count = seen.expand(scores.shape).sum(-1).clamp(min=1)
+        visible_keys = seen.expand(scores.shape).sum(-1)
+        count = visible_keys.clamp(min=1)
         plain_mean = z.sum(-1) / count
         spread = torch.where(seen, (z - plain_mean[..., None]).square(), 0.0).sum(-1) / count
-        more = (variance / l_safe, collision / l_safe.square(), spread.sqrt(), sink_weight / l_safe)
-    return out, *core, *(finish(numbers, 0.0) for numbers in more)
+        more = (
+            variance / l_safe,
+            collision / l_safe.square(),
+            spread.sqrt(),
+            sink_weight / l_safe,
+            shift + plain_mean,
+        )
+    return out, *core, *(finish(numbers, 0.0) for numbers in more), visible_keys
 
 
 class Gradients(NamedTuple):

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..stats import EXTENDED_FIELDS
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -87,10 +89,11 @@ def mask_arguments(attn_mask: torch.Tensor | None, shape: tuple[int, int, int, i
 def new_rows(shape, device, extended, blank):
     """[lse, entropy, max_logit, min_logit, more] to write to, fp32 of `shape` (B, H, M), as empty rows if `blank`.
 
-    `more` is (4, B, H, M): logit_var, collision, score_std, sink_mass; or without elements.
+    `more` is (6, B, H, M), the EXTENDED_FIELDS of `stats.py`; or without elements.
     """
     rows = [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(4)]
-    rows.append(torch.empty((4, *shape) if extended else (0,), dtype=torch.float32, device=device))
+    shape = (len(EXTENDED_FIELDS), *shape) if extended else (0,)
+    rows.append(torch.empty(shape, dtype=torch.float32, device=device))
     if blank:
         for row_stat, number in zip(rows, (-torch.inf, 0.0, -torch.inf, torch.inf, 0.0)):
             row_stat.fill_(number)
@@ -295,11 +298,11 @@ def first_weight(more, unseen, p, seen, columns, start_n, SCATTERED: tl.constexp
 def softmax_finish(
     m_i, l_i, w_i, low, more, unit, to_natural, sink, SINKS: tl.constexpr, EXTENDED: tl.constexpr
 ):
-    """(lse, entropy, max_logit, min_logit) in nats; (logit_var, collision, score_std, sink_mass) or (); and
-    the factor that normalises the output.
+    """(lse, entropy, max_logit, min_logit) in nats; the EXTENDED_FIELDS or (); and the factor that
+    normalises the output.
 
     `sink` is in score units. Empty rows give lse = -inf, entropy = 0; rows that NaN or inf reached
-    give NaN everywhere.
+    give NaN everywhere but in visible_keys.
     """
     empty = m_i == -float("inf")
     shift = tl.where(empty, 0.0, m_i)
@@ -339,6 +342,8 @@ def softmax_finish(
             _unless(collision, empty, broken),
             _unless(score_std, empty, broken),
             _unless(first / l_safe, empty, broken),
+            _unless(mean * to_natural, empty, broken),
+            count,
         )
     core = tl.where(broken, nan, lse), tl.where(broken, nan, entropy), max_logit, min_logit
     return core, more, factor / l_safe
