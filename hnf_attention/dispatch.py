@@ -91,13 +91,15 @@ def backward(
     d_out: Tensor | None,
     d_lse: Tensor | None,
     d_entropy: Tensor | None,
+    *,
+    mask_gradient: bool = False,
 ) -> reference.Gradients:
     """`reference.backward` by the fastest kernel that computes it."""
     d_out = None if value is None else d_out
     cotangents = (out, lse, entropy, d_out, d_lse, d_entropy)
     if not kernels_cover(query, value):
         with no_autocast(query):
-            return reference.backward(query, key, value, options, *cotangents)
+            return reference.backward(query, key, value, options, *cotangents, mask_gradient=mask_gradient)
     with on_device(query):
         if d_out is not None and d_lse is None and d_entropy is None:
             kind = library_backward.choose(query, key, value, options)
@@ -105,7 +107,7 @@ def backward(
                 return library_backward.backward(kind, query, key, value, options, out, lse, d_out)
         from .kernels import backward
 
-        return backward.backward(query, key, value, options, *cotangents)
+        return backward.backward(query, key, value, options, *cotangents, mask_gradient=mask_gradient)
 
 
 def packed(rows: RowStats, extended: bool) -> tuple[Tensor, ...]:

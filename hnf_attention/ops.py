@@ -46,9 +46,10 @@ def attention(
     extended: also the other fields of `RowStats`; these are not differentiable.
 
     Returns the output (B, H, M, D_v) in the query's dtype and `RowStats` of (B, H, M) tensors.
-    `out`, `lse` and `entropy` are differentiable in query, key, value, sinks, and in an additive mask
-    that requires a gradient (that, fp64 and head dimensions above 256 use the chunked PyTorch path on
-    every device). Under autocast, inputs are cast as SDPA casts them.
+    `out`, `lse` and `entropy` are differentiable in query, key, value, sinks and an additive mask. The
+    mask's gradient is summed to its shape; on a GPU that takes memory for one number per score, (B, H, M, N),
+    of the mask's dtype, or of fp32 where the mask broadcasts. fp64 and head dimensions above 256 use the
+    chunked PyTorch path on every device. Under autocast, inputs are cast as SDPA casts them.
     Raises ValueError or TypeError (expected, got) before anything runs.
     """
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
@@ -129,18 +130,13 @@ def attend(
 
     detached: the statistics are outside autograd. Without a value the output is None or has no elements.
     """
-    mask = options.attn_mask
-    grad = torch.is_grad_enabled()
-    if grad and mask is not None and mask.requires_grad:
-        with dispatch.no_autocast(query):
-            out, rows = reference.attention(query, key, value, options, extended=extended)
-        return out, rows.detach() if detached else rows
     inputs = (query, key, value, *_flat(options), extended)
     if not _eager(query, key, value):
         out, *core, more = _forward_op(*inputs)
         rows = _rows(core, more)
         return out, rows.detach() if detached else rows
-    if grad and any(x is not None and x.requires_grad for x in (query, key, value, options.sinks)):
+    differentiable = (query, key, value, options.attn_mask, options.sinks)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
         out, *core, more = _EagerAttention.attach(*inputs, detached)
     else:
         out, *core, more = _forward(*inputs)
@@ -260,11 +256,11 @@ def _(query, key, attn_mask, sinks, is_causal, scale, window_size, softcap, exte
 
 
 def _any_gradients(
-    query, key, value, attn_mask, sinks, is_causal, scale, window_size, softcap, *cotangents
+    query, key, value, attn_mask, sinks, is_causal, scale, window_size, softcap, *cotangents, mask_gradient
 ) -> reference.Gradients:
     """Gradients of any strides, None where there is no such input; what eager calls take."""
     options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks)
-    return dispatch.backward(query, key, value, options, *cotangents)
+    return dispatch.backward(query, key, value, options, *cotangents, mask_gradient=mask_gradient)
 
 
 def _gradients(
@@ -283,10 +279,13 @@ def _gradients(
     d_out: Optional[Tensor],  # noqa: UP045
     d_lse: Optional[Tensor],  # noqa: UP045
     d_entropy: Optional[Tensor],  # noqa: UP045
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
+    *,
+    mask_gradient: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
     numbers = (is_causal, scale, window_size, softcap)
     cotangents = (out, lse, entropy, d_out, d_lse, d_entropy)
-    gradients = _any_gradients(query, key, value, attn_mask, sinks, *numbers, *cotangents)
+    inputs = (query, key, value, attn_mask, sinks)
+    gradients = _any_gradients(*inputs, *numbers, *cotangents, mask_gradient=mask_gradient)
     # Contiguous, as the fake kernel says; an operator returns tensors only.
     return tuple(query.new_empty(0) if g is None else g.contiguous() for g in gradients)
 
@@ -295,11 +294,11 @@ _gradients_op = torch.library.custom_op("hnf_attention::backward", _gradients, m
 
 
 @_gradients_op.register_fake
-def _(query, key, value, attn_mask, sinks, *_):
+def _(query, key, value, attn_mask, sinks, *_, mask_gradient):
     def like(x):
         return query.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
 
-    return like(query), like(key), like(value), like(sinks)
+    return like(query), like(key), like(value), like(sinks), like(attn_mask if mask_gradient else None)
 
 
 def _setup_context(ctx, inputs, output, detached=False):
@@ -314,14 +313,16 @@ def _backward(ctx, d_out, d_lse, d_entropy, *_, gradients=_gradients_op):
     query, key, value, attn_mask, sinks, out, lse, entropy = ctx.saved_tensors
     if d_out is None and d_lse is None and d_entropy is None:
         return (None,) * 10
-    d_query, d_key, d_value, d_sinks = gradients(
-        query, key, value, attn_mask, sinks, *ctx.options, out, lse, entropy, d_out, d_lse, d_entropy
+    inputs, cotangents = (query, key, value, attn_mask, sinks), (out, lse, entropy, d_out, d_lse, d_entropy)
+    learns_mask = ctx.needs_input_grad[3]
+    d_query, d_key, d_value, d_sinks, d_mask = gradients(
+        *inputs, *ctx.options, *cotangents, mask_gradient=learns_mask
     )
     return (
         d_query,
         d_key,
         None if value is None else d_value,
-        None,  # a mask that requires a gradient never comes here: see `attend`
+        d_mask if learns_mask else None,
         None if sinks is None else d_sinks,
         *(None,) * 5,
     )

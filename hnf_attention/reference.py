@@ -180,6 +180,7 @@ class Gradients(NamedTuple):
     key: Tensor
     value: Tensor | None
     sinks: Tensor | None
+    mask: Tensor | None = None  # the additive mask's, on request
 
 
 def softmax_offset(
@@ -216,8 +217,13 @@ def backward(
     d_out: Tensor | None,
     d_lse: Tensor | None,
     d_entropy: Tensor | None,
+    *,
+    mask_gradient: bool = False,
 ) -> Gradients:
-    """Gradients from the cotangents of out, lse and entropy; memory O(chunk x N)."""
+    """Gradients from the cotangents of out, lse and entropy; memory O(chunk x N).
+
+    mask_gradient: also that of the additive mask, summed where the mask broadcasts.
+    """
     dtype = compute_dtype(query)
     key_c = key.to(dtype)
     value_c = None if value is None or d_out is None else value.to(dtype)
@@ -226,6 +232,8 @@ def backward(
     d_query = torch.zeros_like(query, dtype=dtype)
     d_key = torch.zeros_like(key_c)
     d_value = None if value is None else torch.zeros_like(value, dtype=dtype)
+    mask = options.attn_mask if mask_gradient else None
+    d_mask = None if mask is None else torch.zeros_like(mask, dtype=dtype)
     kv_heads = key.shape[1]
     batch, heads, num_queries, _ = query.shape
     for rows in row_chunks(num_queries, key.shape[2], batch * heads):
@@ -239,7 +247,11 @@ def backward(
             inner = inner + (d_rows @ value_c.transpose(-1, -2)).reshape(p.shape)
         if d_entropy is not None:
             inner = inner - d_entropy[:, :, rows, None] * torch.where(seen, log_p, 0.0)
-        d_scores = torch.where(seen, p * inner, 0.0) * options.scale
+        d_scores = torch.where(seen, p * inner, 0.0)
+        if d_mask is not None:
+            part = mask_rows(d_mask, rows)  # a view
+            part += d_scores.sum_to_size(part.shape)
+        d_scores = d_scores * options.scale
         if slope is not None:
             d_scores = d_scores * slope
         grouped = _group(d_scores, kv_heads)
@@ -250,4 +262,5 @@ def backward(
         d_key.to(key.dtype),
         None if d_value is None else d_value.to(value.dtype),
         None if options.sinks is None else sink_gradient(options.sinks, lse, offset, d_entropy),
+        None if d_mask is None else d_mask.to(mask.dtype),
     )
