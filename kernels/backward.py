@@ -143,8 +143,9 @@ def plan(
     if value is not None:
         d_value = value.new_empty(value.shape) if has_d_out else value.new_zeros(value.shape)
     value_dim = value.shape[3] if has_d_out else 16
-    dq_tiles, dkv_tiles = tiles or backward_tiles(head_dim, value_dim, query.dtype, options.is_causal)
     shape = (batch, heads, num_queries, num_keys)
+    dims = (head_dim, value_dim)
+    dq_tiles, dkv_tiles = tiles or backward_tiles(*dims, query.dtype, options.is_causal, mask_gradient)
     mask, mask_strides, mask_kind = mask_arguments(options.attn_mask, shape)
     d_scores = _score_gradient(options, shape) if mask_gradient else None
     natural = options.scale <= 0 or options.softcap is not None or mask_kind == ADDITIVE_MASK.value
