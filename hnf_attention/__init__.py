@@ -9,6 +9,7 @@ from .analyzer import AttentionAnalyzer
 from .diagnosis import AttentionDiagnosis, StabilityIssue
 from .instrument import Instrumentation, instrument
 from .interventions import apply_intervention
+from .merge import merge_attention
 from .monitor import AttentionStabilityMonitor
 from .ops import attention, attention_stats
 from .stats import HeadStats, RowStats
@@ -25,4 +26,5 @@ __all__ = [
     "attention",
     "attention_stats",
     "instrument",
+    "merge_attention",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import library_backward, reference
-from .stats import RowStats
+from .stats import EXTENDED_FIELDS, RowStats
 from .validation import Options
 
 HOPPER, TRITON, REFERENCE = "Hopper kernel", "Triton kernel", "PyTorch reference"
@@ -59,8 +59,8 @@ def forward(
 ) -> tuple[Tensor | None, ...]:
     """(out, lse, entropy, max_logit, min_logit, more) of a validated call.
 
-    out: None without a value; else `reference.empty_output` filled. more: None, or (4, B, H, M): logit_var,
-    collision, score_std and sink_mass.
+    out: None without a value; else `reference.empty_output` filled. more: None, or (6, B, H, M), the
+    EXTENDED_FIELDS.
     """
     path = forward_path(query, key, value, options, extended)
     _say_once(path, query.dtype, query.shape[3], query.device.type)
@@ -93,13 +93,15 @@ def backward(
     d_out: Tensor | None,
     d_lse: Tensor | None,
     d_entropy: Tensor | None,
+    *,
+    mask_gradient: bool = False,
 ) -> reference.Gradients:
     """`reference.backward` by the fastest kernel that computes it."""
     d_out = None if value is None else d_out
     cotangents = (out, lse, entropy, d_out, d_lse, d_entropy)
     if not kernels_cover(query, value):
         with no_autocast(query):
-            return reference.backward(query, key, value, options, *cotangents)
+            return reference.backward(query, key, value, options, *cotangents, mask_gradient=mask_gradient)
     with on_device(query):
         if d_out is not None and d_lse is None and d_entropy is None:
             kind = library_backward.choose(query, key, value, options)
@@ -107,13 +109,17 @@ def backward(
                 return library_backward.backward(kind, query, key, value, options, out, lse, d_out)
         from .kernels import backward
 
-        return backward.backward(query, key, value, options, *cotangents)
+        return backward.backward(query, key, value, options, *cotangents, mask_gradient=mask_gradient)
 
 
 def packed(rows: RowStats, extended: bool) -> tuple[Tensor | None, ...]:
-    """Row statistics as the kernels return them: four tensors, and the extended ones as a fifth, or None."""
-    extra = (rows.logit_var, rows.collision, rows.score_std, rows.sink_mass)
-    more = torch.stack(extra) if extended else None
+    """Row statistics as the kernels return them: four tensors, and the extended ones as a fifth, or None.
+
+    Numbers of keys are exact there up to 2^24 in fp32.
+    """
+    more = None
+    if extended:
+        more = torch.stack([getattr(rows, name).to(rows.lse.dtype) for name in EXTENDED_FIELDS])
     return rows.lse, rows.entropy, rows.max_logit, rows.min_logit, more
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference, sampling, validation
-from .stats import RowStats
+from .stats import EXTENDED_FIELDS, RowStats
 from .validation import Options
 
 
@@ -43,12 +43,13 @@ def attention(
     window_size: only keys with |i - j| < window_size are visible.
     softcap: logit soft-cap (Gemma 2, arXiv 2408.00118, section 2).
     sinks: (H,) learned sink logits, one more softmax element without a value (gpt-oss).
-    extended: also `logit_var`, `collision`, `score_std` and `sink_mass`; these are not differentiable.
+    extended: also the other fields of `RowStats`; these are not differentiable.
 
     Returns the output (B, H, M, D_v) in the query's dtype and `RowStats` of (B, H, M) tensors.
-    `out`, `lse` and `entropy` are differentiable in query, key, value, sinks, and in an additive mask
-    that requires a gradient (that, fp64 and head dimensions above 256 use the chunked PyTorch path on
-    every device). Under autocast, inputs are cast as SDPA casts them.
+    `out`, `lse` and `entropy` are differentiable in query, key, value, sinks and an additive mask. The
+    mask's gradient is summed to its shape; on a GPU that takes memory for one number per score, (B, H, M, N),
+    of the mask's dtype, or of fp32 where the mask broadcasts. fp64 and head dimensions above 256 use the
+    chunked PyTorch path on every device. Under autocast, inputs are cast as SDPA casts them.
     Raises ValueError or TypeError (expected, got) before anything runs.
     """
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
@@ -129,18 +130,12 @@ def attend(
 
     detached: the statistics are outside autograd. Without a value the output is None or has no elements.
     """
-    mask = options.attn_mask
-    grad = torch.is_grad_enabled()
-    if grad and mask is not None and mask.requires_grad:
-        with dispatch.no_autocast(query):
-            out, rows = reference.attention(query, key, value, options, extended=extended)
-        return out, rows.detach() if detached else rows
     if not _eager(query, key, value):
         out, *rows = _forward_op(query, key, value, *_flat(options), extended)
         rows = _rows(*rows)
         return out, rows.detach() if detached else rows
-    differentiable = (query, key, value, options.sinks)
-    if grad and any(x is not None and x.requires_grad for x in differentiable):
+    differentiable = (query, key, value, options.attn_mask, options.sinks)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
         return _EagerAttention.attach(*differentiable, options, extended, detached)
     out, *rows = dispatch.forward(query, key, value, options, extended)
     return out, _rows(*rows)
@@ -185,8 +180,11 @@ def _flat(options: Options) -> tuple:
 
 
 def _rows(lse, entropy, max_logit, min_logit, more: Tensor | None, index: Tensor | None = None) -> RowStats:
-    extra = (None,) * 4 if more is None or more.dim() == 1 else more.unbind(0)
-    return RowStats(lse, entropy, max_logit, min_logit, *extra, index)
+    core = (lse, entropy, max_logit, min_logit)
+    if more is None or more.dim() == 1:
+        return RowStats(*core, row_index=index)
+    *numbers, visible_keys = more.unbind(0)
+    return RowStats(*core, *numbers, visible_keys.long(), index)
 
 
 def _forward(
@@ -222,7 +220,7 @@ def _(query, key, value, attn_mask, sinks, is_causal, scale, window_size, softca
 
 def _fake_rows(query: Tensor, num_rows: int, extended: bool) -> list[Tensor]:
     dtype, shape = reference.compute_dtype(query), (*query.shape[:2], num_rows)
-    shapes = [shape] * 4 + [(4, *shape) if extended else (0,)]
+    shapes = [shape] * 4 + [(len(EXTENDED_FIELDS), *shape) if extended else (0,)]
     return [query.new_empty(shape, dtype=dtype) for shape in shapes]
 
 
@@ -285,10 +283,12 @@ def _gradients(
     d_out: Optional[Tensor],  # noqa: UP045
     d_lse: Optional[Tensor],  # noqa: UP045
     d_entropy: Optional[Tensor],  # noqa: UP045
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
+    *,
+    mask_gradient: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
     options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks)
     cotangents = (out, lse, entropy, d_out, d_lse, d_entropy)
-    gradients = dispatch.backward(query, key, value, options, *cotangents)
+    gradients = dispatch.backward(query, key, value, options, *cotangents, mask_gradient=mask_gradient)
     # Contiguous, as the fake kernel says.
     return tuple(_placeholder(None if g is None else g.contiguous(), query) for g in gradients)
 
@@ -297,12 +297,12 @@ _gradients_op = torch.library.custom_op("hnf_attention::backward", _gradients, m
 
 
 @_gradients_op.register_fake
-def _(query, key, value, attn_mask, sinks, *_):
+def _(query, key, value, attn_mask, sinks, *_, mask_gradient):
     def like(x):
         contiguous = None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         return _placeholder(contiguous, query)
 
-    return like(query), like(key), like(value), like(sinks)
+    return like(query), like(key), like(value), like(sinks), like(attn_mask if mask_gradient else None)
 
 
 def _setup_context(ctx, inputs, output):
@@ -317,14 +317,16 @@ def _backward(ctx, d_out, d_lse, d_entropy, *_):
     query, key, value, attn_mask, sinks, out, lse, entropy = ctx.saved_tensors
     if d_out is None and d_lse is None and d_entropy is None:
         return (None,) * 10
-    d_query, d_key, d_value, d_sinks = _gradients_op(
-        query, key, value, attn_mask, sinks, *ctx.options, out, lse, entropy, d_out, d_lse, d_entropy
+    inputs, cotangents = (query, key, value, attn_mask, sinks), (out, lse, entropy, d_out, d_lse, d_entropy)
+    learns_mask = ctx.needs_input_grad[3]
+    d_query, d_key, d_value, d_sinks, d_mask = _gradients_op(
+        *inputs, *ctx.options, *cotangents, mask_gradient=learns_mask
     )
     return (
         d_query,
         d_key,
         None if value is None else d_value,
-        None,  # a mask that requires a gradient never comes here: see `attend`
+        d_mask if learns_mask else None,
         None if sinks is None else d_sinks,
         *(None,) * 5,
     )
@@ -341,22 +343,22 @@ class _EagerAttention(torch.autograd.Function):
     """
 
     @classmethod
-    def attach(cls, query, key, value, sinks, options, extended, detached):
+    def attach(cls, query, key, value, attn_mask, sinks, options, extended, detached):
         """(out, rows) of a call of which something requires a gradient."""
         rest = []
         # `apply`, less its own search for the transforms that `_eager` has ruled out.
         apply = super(torch.autograd.Function, cls).apply
-        results = apply(query, key, value, sinks, options, extended, detached, rest)
+        results = apply(query, key, value, attn_mask, sinks, options, extended, detached, rest)
         if detached:
             return results, _rows(*rest)
         out, lse, entropy = results
         return out, _rows(lse, entropy, *rest)
 
     @staticmethod
-    def forward(ctx, query, key, value, sinks, options, extended, detached, rest):
+    def forward(ctx, query, key, value, attn_mask, sinks, options, extended, detached, rest):
         out, *rows = dispatch.forward(query, key, value, options, extended)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, options.attn_mask, sinks, out, *rows[:2])
+        ctx.save_for_backward(query, key, value, attn_mask, sinks, out, *rows[:2])
         ctx.options = options._replace(attn_mask=None, sinks=None)
         rest += rows if detached else rows[2:]
         return out if detached else (out, *rows[:2])
@@ -366,7 +368,11 @@ class _EagerAttention(torch.autograd.Function):
     def backward(ctx, d_out, d_lse=None, d_entropy=None):
         query, key, value, attn_mask, sinks, out, lse, entropy = ctx.saved_tensors
         if d_out is None and d_lse is None and d_entropy is None:
-            return (None,) * 8
+            return (None,) * 9
         options = ctx.options._replace(attn_mask=attn_mask, sinks=sinks)
         cotangents = (out, lse, entropy, d_out, d_lse, d_entropy)
-        return *dispatch.backward(query, key, value, options, *cotangents), *(None,) * 4
+        gradients = dispatch.backward(
+            query, key, value, options, *cotangents, mask_gradient=ctx.needs_input_grad[3]
+        )
+        d_query, d_key, d_value, d_sinks, d_mask = gradients
+        return d_query, d_key, d_value, d_mask, d_sinks, *(None,) * 4

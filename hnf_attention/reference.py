@@ -107,8 +107,9 @@ def attention(
     ]
     if not parts:
         out = None if value is None else query.new_zeros(batch, heads, 0, value.shape[-1])
-        blanks = (query.new_zeros(batch, heads, 0, dtype=dtype) for _ in range(8 if extended else 4))
-        return out, RowStats(*blanks, row_index=index)
+        blanks = [query.new_zeros(batch, heads, 0, dtype=dtype) for _ in range(9 if extended else 4)]
+        visible_keys = blanks[0].long() if extended else None
+        return out, RowStats(*blanks, visible_keys=visible_keys, row_index=index)
     columns = [None if column[0] is None else torch.cat(column, 2) for column in zip(*parts, strict=True)]
     out = None if columns[0] is None else columns[0].to(query.dtype)
     return out, RowStats(*columns[1:], row_index=index)
@@ -172,11 +173,18 @@ def _attend_rows(
             variance = variance + e_sink * (z_sink - mean.squeeze(-1)).square()
             collision = collision + e_sink.square()
             sink_weight = sink_weight + e_sink
-        count = seen.expand(scores.shape).sum(-1).clamp(min=1)
+        visible_keys = seen.expand(scores.shape).sum(-1)
+        count = visible_keys.clamp(min=1)
         plain_mean = z.sum(-1) / count
         spread = torch.where(seen, (z - plain_mean[..., None]).square(), 0.0).sum(-1) / count
-        more = (variance / l_safe, collision / l_safe.square(), spread.sqrt(), sink_weight / l_safe)
-    return out, *core, *(finish(numbers, 0.0) for numbers in more)
+        more = (
+            variance / l_safe,
+            collision / l_safe.square(),
+            spread.sqrt(),
+            sink_weight / l_safe,
+            shift + plain_mean,
+        )
+    return out, *core, *(finish(numbers, 0.0) for numbers in more), visible_keys
 
 
 class Gradients(NamedTuple):
@@ -186,6 +194,7 @@ class Gradients(NamedTuple):
     key: Tensor
     value: Tensor | None
     sinks: Tensor | None
+    mask: Tensor | None = None  # the additive mask's, on request
 
 
 def softmax_offset(
@@ -222,8 +231,13 @@ def backward(
     d_out: Tensor | None,
     d_lse: Tensor | None,
     d_entropy: Tensor | None,
+    *,
+    mask_gradient: bool = False,
 ) -> Gradients:
-    """Gradients from the cotangents of out, lse and entropy; memory O(chunk x N)."""
+    """Gradients from the cotangents of out, lse and entropy; memory O(chunk x N).
+
+    mask_gradient: also that of the additive mask, summed where the mask broadcasts.
+    """
     dtype = compute_dtype(query)
     key_c = key.to(dtype)
     value_c = None if value is None or d_out is None else value.to(dtype)
@@ -232,6 +246,8 @@ def backward(
     d_query = torch.zeros_like(query, dtype=dtype)
     d_key = torch.zeros_like(key_c)
     d_value = None if value is None else torch.zeros_like(value, dtype=dtype)
+    mask = options.attn_mask if mask_gradient else None
+    d_mask = None if mask is None else torch.zeros_like(mask, dtype=dtype)
     kv_heads = key.shape[1]
     batch, heads, num_queries, _ = query.shape
     for rows in row_chunks(num_queries, key.shape[2], batch * heads):
@@ -245,7 +261,11 @@ def backward(
             inner = inner + (d_rows @ value_c.transpose(-1, -2)).reshape(p.shape)
         if d_entropy is not None:
             inner = inner - d_entropy[:, :, rows, None] * torch.where(seen, log_p, 0.0)
-        d_scores = torch.where(seen, p * inner, 0.0) * options.scale
+        d_scores = torch.where(seen, p * inner, 0.0)
+        if d_mask is not None:
+            part = mask_rows(d_mask, rows)  # a view
+            part += d_scores.sum_to_size(part.shape)
+        d_scores = d_scores * options.scale
         if slope is not None:
             d_scores = d_scores * slope
         grouped = _group(d_scores, kv_heads)
@@ -256,4 +276,5 @@ def backward(
         d_key.to(key.dtype),
         None if d_value is None else d_value.to(value.dtype),
         None if options.sinks is None else sink_gradient(options.sinks, lse, offset, d_entropy),
+        None if d_mask is None else d_mask.to(mask.dtype),
     )

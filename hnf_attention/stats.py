@@ -52,16 +52,19 @@ MAX_FIELDS = (
 )
 NUM_SUMS = len(SUM_FIELDS) + HISTOGRAM_BINS
 NUM_FIELDS = NUM_SUMS + len(MAX_FIELDS)
+# What `extended=True` adds to a RowStats, in the order that the kernels write them.
+EXTENDED_FIELDS = ("logit_var", "collision", "score_std", "sink_mass", "score_mean", "visible_keys")
 
 
 @dataclass(frozen=True)
 class RowStats:
     """Softmax statistics of every query row; each tensor is (B, H, M), fp32 (fp64 for fp64 inputs).
 
-    `lse`, `entropy`, `max_logit` and `min_logit` are always there. `logit_var`, `collision`,
-    `score_std` and `sink_mass` are None unless asked for with `extended=True`. An empty row (no
-    visible key) has lse = max_logit = -inf, min_logit = +inf, entropy = max_weight = 0. A row that
-    NaN or inf reached is NaN in every field.
+    `lse`, `entropy`, `max_logit` and `min_logit` are always there; the others are None unless asked
+    for with `extended=True`. `score_mean` (plain mean over visible keys, nats) and `visible_keys`
+    (their number, int64) are what merging `score_std` takes. An empty row (no visible key) has
+    lse = max_logit = -inf, min_logit = +inf and 0 elsewhere. A row that NaN or inf reached is NaN in
+    every field but `visible_keys`.
 
     A sample of rows is compact: row i of (b, h) is query `row_index[b, h, i]`, int64 (B, H, M_s). Where
     that is -1 there is no query, and the statistics are those of an empty row.
@@ -75,6 +78,8 @@ class RowStats:
     collision: Tensor | None = None
     score_std: Tensor | None = None
     sink_mass: Tensor | None = None
+    score_mean: Tensor | None = None
+    visible_keys: Tensor | None = None
     row_index: Tensor | None = None
 
     @property
@@ -93,6 +98,24 @@ class RowStats:
         if self.collision is None:
             raise ValueError("tie_mass needs the extended statistics; call with extended=True")
         return torch.where(self.max_logit == -torch.inf, 0.0, self.collision / self.max_weight)
+
+    def merge(self, *others: RowStats, sinks: Tensor | None = None) -> RowStats:
+        """The statistics of the same rows over all the keys of these disjoint key blocks, in any order.
+
+        For ring or context-parallel attention and split-KV decoding; `merge_attention` merges the
+        outputs too. Exact up to the rounding of its inputs (in fp32 at |lse| = 1e4, `lse` itself is
+        good to 5e-4 nats), associative and commutative; a block in which a row sees no key is that
+        row's identity. Differentiable in `lse`, `entropy` and `sinks`.
+
+        sinks: (H,) learned sinks. Give them here, once, and to none of the blocks: a sink is one
+            element of the whole row's softmax, and a block whose keys are all hidden would lose it.
+        Where some block lacks a field, so does the result. `sink_mass` is None: which block holds the
+        first visible key is not known here. Samples merge where all blocks took the same (period, phase).
+        Raises ValueError or TypeError when blocks differ in shape, dtype, device or rows.
+        """
+        from .merge import merge_rows  # which makes RowStats
+
+        return merge_rows((self, *others), sinks)[0]
 
     def detach(self) -> RowStats:
         """The same numbers, outside the autograd graph."""

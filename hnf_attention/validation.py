@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .stats import RowStats
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -70,6 +73,18 @@ def _check_number(name: str, number: object, *, positive: bool) -> float:
     return float(number)
 
 
+def _check_sinks(sinks: Tensor, rows: Tensor) -> None:
+    """`rows` is any (batch, heads, ...) tensor that the sinks belong to."""
+    _check_dense("sinks", sinks, " or None")
+    heads = rows.shape[1]
+    if sinks.shape != (heads,):
+        raise _expected(f"sinks of shape (heads,) = ({heads},)", tuple(sinks.shape))
+    if sinks.dtype not in FLOAT_DTYPES:
+        raise _expected("sinks of a floating dtype", sinks.dtype, TypeError)
+    if sinks.device != rows.device:
+        raise _expected(f"sinks on the query's device {rows.device}", sinks.device)
+
+
 def check_sample(sample: object) -> tuple[int, int]:
     """Raise TypeError or ValueError for what is no (period, phase); return it."""
     pair = isinstance(sample, tuple) and len(sample) == 2
@@ -129,13 +144,7 @@ def check(
     if softcap is not None:
         softcap = _check_number("softcap", softcap, positive=True)
     if sinks is not None:
-        _check_dense("sinks", sinks, " or None")
-        if sinks.shape != (heads,):
-            raise _expected(f"sinks of shape (heads,) = ({heads},)", tuple(sinks.shape))
-        if sinks.dtype not in FLOAT_DTYPES:
-            raise _expected("sinks of a floating dtype", sinks.dtype, TypeError)
-        if sinks.device != query.device:
-            raise _expected(f"sinks on the query's device {query.device}", sinks.device)
+        _check_sinks(sinks, query)
     return Options(
         None if attn_mask is None else _check_mask(attn_mask, query, num_keys),
         is_causal,
@@ -144,3 +153,45 @@ def check(
         softcap,
         sinks,
     )
+
+
+def check_merge(blocks: Sequence[RowStats], outs: Sequence[Tensor], sinks: Tensor | None) -> None:
+    """Raise ValueError or TypeError for row statistics (and partial outputs) that cannot be merged.
+
+    `outs` has one output per block, or none at all. Which rows a sample took is compared on the CPU only:
+    on a GPU that would wait for the device.
+    """
+    if not blocks:
+        raise _expected("at least one key block to merge", "none")
+    for block in blocks:
+        if not isinstance(block, RowStats):
+            raise _expected("blocks to be RowStats", type(block).__name__, TypeError)
+    first, index = blocks[0].lse, blocks[0].row_index
+    if first.dim() != 3:
+        raise _expected("blocks of shape (batch, heads, length)", tuple(first.shape))
+    for block in blocks:
+        for tensor in (block.lse, block.entropy, block.max_logit, block.min_logit):
+            if tensor.shape != first.shape:
+                raise _expected(f"blocks of shape {tuple(first.shape)}", tuple(tensor.shape))
+            if tensor.dtype != first.dtype:
+                raise _expected(f"blocks of dtype {first.dtype}", tensor.dtype, TypeError)
+            if tensor.device != first.device:
+                raise _expected(f"blocks on {first.device}", tensor.device)
+        if not _same_rows(block.row_index, index):
+            raise _expected("blocks of the same rows", "different samples")
+    for out in outs:
+        _check_dense("outputs", out)
+        expected = (*first.shape, *outs[0].shape[-1:])
+        if out.shape != expected:
+            raise _expected(f"outputs of shape {expected}", tuple(out.shape))
+        if out.device != first.device:
+            raise _expected(f"outputs on {first.device}", out.device)
+    if sinks is not None:
+        _check_sinks(sinks, first)
+
+
+def _same_rows(index: Tensor | None, other: Tensor | None) -> bool:
+    if index is None or other is None:
+        return index is other
+    readable = index.device.type == "cpu" and not torch.compiler.is_compiling()
+    return not readable or torch.equal(index, other)

@@ -114,8 +114,22 @@ def _prepare_rows(out, lse, entropy, d_out, d_lse, d_entropy):
     return rows
 
 
-def plan(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entropy, tiles=None):
-    """The gradients of `backward`, still to be filled, and the two launches (dq's, dkv's) that fill them."""
+def _score_gradient(options, shape):
+    """Where dq's launch puts the gradient of every score (B, H, M, N), for a mask that needs its own."""
+    mask = options.attn_mask
+    dtype = mask.dtype if mask.shape == shape else torch.float32  # a sum is to follow
+    # Under a causal mask or a window, what no query of a block sees is not walked.
+    walks_all = not options.is_causal and options.window_size is None
+    return (torch.empty if walks_all else torch.zeros)(shape, dtype=dtype, device=mask.device)
+
+
+def plan(
+    query, key, value, options, out, lse, entropy, d_out, d_lse, d_entropy, tiles=None, mask_gradient=False
+):
+    """The gradients of `backward`, still to be filled, and the two launches (dq's, dkv's) that fill them.
+
+    The mask's is that of every score, still to be summed where the mask broadcasts.
+    """
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, num_keys = key.shape[1:3]
     has_d_out = value is not None and d_out is not None
@@ -128,8 +142,11 @@ def plan(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entropy,
     if value is not None:
         d_value = value.new_empty(value.shape) if has_d_out else value.new_zeros(value.shape)
     value_dim = value.shape[3] if has_d_out else 16
-    dq_tiles, dkv_tiles = tiles or backward_tiles(head_dim, value_dim, query.dtype, options.is_causal)
-    mask, mask_strides, mask_kind = mask_arguments(options.attn_mask, (batch, heads, num_queries, num_keys))
+    shape = (batch, heads, num_queries, num_keys)
+    dims = (head_dim, value_dim)
+    dq_tiles, dkv_tiles = tiles or backward_tiles(*dims, query.dtype, options.is_causal, mask_gradient)
+    mask, mask_strides, mask_kind = mask_arguments(options.attn_mask, shape)
+    d_scores = _score_gradient(options, shape) if mask_gradient else None
     natural = options.scale <= 0 or options.softcap is not None or mask_kind == ADDITIVE_MASK.value
     tensors = [aligned(query), aligned(key)]
     tensors += [aligned(value), aligned(d_out)] if has_d_out else [tensors[1], tensors[0]]
@@ -171,7 +188,15 @@ def plan(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entropy,
         )
 
     launches = (
-        launch(dq_kernel, [d_query], num_queries, dq_tiles.block_m, heads, dq_tiles),
+        launch(
+            dq_kernel,
+            [d_query, d_scores],
+            num_queries,
+            dq_tiles.block_m,
+            heads,
+            dq_tiles,
+            HAS_D_SCORES=mask_gradient,
+        ),
         launch(
             dkv_kernel,
             [d_key, d_value],
@@ -182,18 +207,26 @@ def plan(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entropy,
             VALUE_DIM=value_dim,
         ),
     )
-    return reference.Gradients(d_query, d_key, d_value, d_sinks), launches
+    return reference.Gradients(d_query, d_key, d_value, d_sinks, d_scores), launches
 
 
-def backward(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entropy, tiles=None):
+def backward(
+    query, key, value, options, out, lse, entropy, d_out, d_lse, d_entropy, tiles=None, mask_gradient=False
+):
     """`reference.backward` on the device: same arguments and result, D and D_v up to 256, not fp64.
 
-    `tiles`: (dq's, dkv's) `Tiles`.
+    `tiles`: (dq's, dkv's) `Tiles`. The mask's gradient takes memory for one number per score, of the mask's
+    dtype where it has that shape, else fp32.
     """
+    mask = options.attn_mask if mask_gradient else None
     if lse.numel() == 0 or key.shape[2] == 0:
-        inputs = (query, key, value, options.sinks)
+        inputs = (query, key, value, options.sinks, mask)
         return reference.Gradients(*(None if x is None else torch.zeros_like(x) for x in inputs))
-    gradients, launches = plan(query, key, value, options, out, lse, entropy, d_out, d_lse, d_entropy, tiles)
+    gradients, launches = plan(
+        query, key, value, options, out, lse, entropy, d_out, d_lse, d_entropy, tiles, mask_gradient
+    )
     for launch in launches:
         launch()
+    if mask is not None:
+        gradients = gradients._replace(mask=gradients.mask.sum_to_size(mask.shape).to(mask.dtype))
     return gradients

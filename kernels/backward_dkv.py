@@ -94,7 +94,7 @@ def _walk_queries(
         # Issued before ds is computed, so that the product and the arithmetic overlap.
         if HAS_D_OUT:
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        ds = softmax_gradient(
+        ds, _ = softmax_gradient(
             p, t, slope, dp, offset[None, :], scaled_d_entropy, SOFTCAP, HAS_D_ENTROPY, MASKED
         )
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")

@@ -1,4 +1,4 @@
-"""dq: every query block walks the keys it sees once more."""
+"""dq, and the additive mask's gradient: every query block walks the keys it sees once more."""
 
 import triton
 import triton.language as tl
@@ -35,6 +35,7 @@ def _walk_keys(
     mask_ptr,
     stride_mask_m,
     stride_mask_n,
+    d_scores_ptr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -45,6 +46,7 @@ def _walk_keys(
     NATURAL: tl.constexpr,
     HAS_D_OUT: tl.constexpr,
     HAS_D_ENTROPY: tl.constexpr,
+    HAS_D_SCORES: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     BOTH_ENDS: tl.constexpr = WINDOWED
@@ -81,7 +83,13 @@ def _walk_keys(
             NATURAL,
             MASKED,
         )
-        ds = softmax_gradient(p, t, slope, dp, offset, scaled_d_entropy, SOFTCAP, HAS_D_ENTROPY, MASKED)
+        ds, d_score = softmax_gradient(
+            p, t, slope, dp, offset, scaled_d_entropy, SOFTCAP, HAS_D_ENTROPY, MASKED
+        )
+        if HAS_D_SCORES:
+            inside = (offs_m[:, None] < num_queries) & (offs_n[None, :] < num_keys)
+            pointers = d_scores_ptr + offs_m[:, None].to(tl.int64) * num_keys + offs_n[None, :]
+            tl.store(pointers, d_score.to(d_scores_ptr.dtype.element_ty), mask=inside)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 
@@ -93,6 +101,7 @@ def dq_kernel(
     v_desc,
     do_desc,
     dq_ptr,
+    d_scores_ptr,
     scaled_lse_desc,
     offset_desc,
     scaled_d_entropy_desc,
@@ -122,8 +131,9 @@ def dq_kernel(
     NATURAL: tl.constexpr,
     HAS_D_OUT: tl.constexpr,
     HAS_D_ENTROPY: tl.constexpr,
+    HAS_D_SCORES: tl.constexpr,
 ):
-    """dq of one block of queries; `num_bh` and `heads` count query heads."""
+    """dq of one block of queries, and d_scores (B, H, M, N) if wanted; `num_bh`, `heads` count query heads."""
     start_m, bh = scheduled_block(num_queries, BLOCK_M, HEAD_GROUP, True)
     if bh >= num_bh:
         return
@@ -134,6 +144,8 @@ def dq_kernel(
     row = bh.to(tl.int64) * num_queries + offs_m
     if MASK != NO_MASK:
         mask_ptr += batch.to(tl.int64) * stride_mask_b + head.to(tl.int64) * stride_mask_h
+    if HAS_D_SCORES:
+        d_scores_ptr += bh.to(tl.int64) * num_queries * num_keys
     q = load_tile(q_desc, batch, head, start_m, BLOCK_M, BLOCK_D)
     do = q
     if HAS_D_OUT:
@@ -169,6 +181,7 @@ def dq_kernel(
                 mask_ptr,
                 stride_mask_m,
                 stride_mask_n,
+                d_scores_ptr,
                 BLOCK_N,
                 BLOCK_D,
                 BLOCK_DV,
@@ -179,6 +192,7 @@ def dq_kernel(
                 NATURAL,
                 HAS_D_OUT,
                 HAS_D_ENTROPY,
+                HAS_D_SCORES,
                 masked == 1,
             )
     offs_d = tl.arange(0, BLOCK_D)

@@ -52,6 +52,9 @@ _BACKWARD_HALF = {
     (256, True): BackwardTiles(dq=Tiles(128, 32, 8, 2), dkv=Tiles(32, 64, 8, 2)),
     (256, False): BackwardTiles(dq=Tiles(128, 32, 8, 2), dkv=Tiles(32, 64, 8, 2)),
 }
+# dq's where it writes every score's gradient out: it spills at 64 x 64 beside a mask whose rows do not
+# start at 16 bytes (read offline; not timed yet).
+_MASK_GRADIENT_HALF = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 8, 2)}
 _BACKWARD_FLOAT = {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 32, 8, 1)}
 
 # Query blocks of this many heads run side by side: their keys and values stay in the L2 cache.
@@ -77,11 +80,14 @@ def probe_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     return _FORWARD_FLOAT[width] if dtype == torch.float32 else _PROBE_HALF[width]
 
 
-def backward_tiles(head_dim: int, value_dim: int, dtype: torch.dtype, is_causal: bool) -> BackwardTiles:
+def backward_tiles(
+    head_dim: int, value_dim: int, dtype: torch.dtype, is_causal: bool, mask_gradient: bool = False
+) -> BackwardTiles:
     width = _width(head_dim, value_dim)
     if dtype == torch.float32:
         return BackwardTiles(dq=_BACKWARD_FLOAT[width], dkv=_BACKWARD_FLOAT[width])
-    return _BACKWARD_HALF[width, is_causal]
+    tiles = _BACKWARD_HALF[width, is_causal]
+    return tiles._replace(dq=_MASK_GRADIENT_HALF[width]) if mask_gradient else tiles
 
 
 def grid_1d(num_blocks: int, num_heads: int) -> int:

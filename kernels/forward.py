@@ -227,7 +227,7 @@ def store_rows(
     tl.store(max_ptr + row, max_logit, mask=inside)
     tl.store(min_ptr + row, min_logit, mask=inside)
     if EXTENDED:
-        for field in tl.static_range(4):
+        for field in tl.static_range(len(more)):
             tl.store(more_ptr + row, more[field], mask=inside)
             more_ptr += stride_more
 

@@ -113,17 +113,20 @@ def softmax_gradient(
     HAS_D_ENTROPY: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """d loss / d (scale * q.k): p * (dp - delta'' - d_entropy * log p) * slope.
+    """(d loss / d (scale * q.k), d loss / d score), the second p * (dp - delta'' - d_entropy * log p).
 
-    `p`, `t`, `slope` are of `softmax_weights`; offset = delta'', scaled_d_entropy = d_entropy * ln 2.
+    They differ by the soft-cap's slope: a bias is added after it. `p`, `t`, `slope` are of `softmax_weights`;
+    offset = delta'', scaled_d_entropy = d_entropy * ln 2.
     """
     inner = dp - offset
     if HAS_D_ENTROPY:
         inner -= scaled_d_entropy * t
-    ds = p * inner
+    d_score = p * inner
+    ds = d_score
     if SOFTCAP:
-        ds = ds * slope
+        ds = d_score * slope
     if MASKED:
         # Of a hidden key t is infinite and dp may be NaN; the mask itself need not be kept until here.
         ds = tl.where(p == 0.0, p, ds)
-    return ds
+        d_score = tl.where(p == 0.0, p, d_score)
+    return ds, d_score

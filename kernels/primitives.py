@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..stats import EXTENDED_FIELDS
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -43,12 +45,13 @@ def mask_arguments(attn_mask: torch.Tensor | None, shape: tuple[int, int, int, i
 def new_rows(shape, device, extended, blank):
     """[lse, entropy, max_logit, min_logit, more] to write to, fp32 of `shape` (B, H, M), as empty rows if `blank`.
 
-    `more` is (4, B, H, M): logit_var, collision, score_std, sink_mass; or None.
+    `more` is (6, B, H, M), the EXTENDED_FIELDS of `stats.py`; or None.
     """
     # Four tensors and not one in four parts: an operator's results may not share their storage.
     lse = torch.empty(shape, dtype=torch.float32, device=device)
     rows = [lse, torch.empty_like(lse), torch.empty_like(lse), torch.empty_like(lse)]
-    rows.append(torch.empty((4, *shape), dtype=torch.float32, device=device) if extended else None)
+    more = (len(EXTENDED_FIELDS), *shape)
+    rows.append(torch.empty(more, dtype=torch.float32, device=device) if extended else None)
     if blank:
         for row_stat, number in zip(rows, (-torch.inf, 0.0, -torch.inf, torch.inf, 0.0)):
             if row_stat is not None:
@@ -254,11 +257,11 @@ def first_weight(more, unseen, p, seen, columns, start_n, SCATTERED: tl.constexp
 def softmax_finish(
     m_i, l_i, w_i, low, more, unit, to_natural, sink, SINKS: tl.constexpr, EXTENDED: tl.constexpr
 ):
-    """(lse, entropy, max_logit, min_logit) in nats; (logit_var, collision, score_std, sink_mass) or (); and
-    the factor that normalises the output.
+    """(lse, entropy, max_logit, min_logit) in nats; the EXTENDED_FIELDS or (); and the factor that
+    normalises the output.
 
     `sink` is in score units. Empty rows give lse = -inf, entropy = 0; rows that NaN or inf reached
-    give NaN everywhere.
+    give NaN everywhere but in visible_keys.
     """
     empty = m_i == -float("inf")
     shift = tl.where(empty, 0.0, m_i)
@@ -298,6 +301,8 @@ def softmax_finish(
             _unless(collision, empty, broken),
             _unless(score_std, empty, broken),
             _unless(first / l_safe, empty, broken),
+            _unless(mean * to_natural, empty, broken),
+            count,
         )
     core = tl.where(broken, nan, lse), tl.where(broken, nan, entropy), max_logit, min_logit
     return core, more, factor / l_safe

@@ -37,12 +37,14 @@ def _blank_outside(core, more, inside, EXTENDED: tl.constexpr):
         tl.where(inside, min_logit, infinity),
     )
     if EXTENDED:
-        logit_var, collision, score_std, sink_mass = more
+        logit_var, collision, score_std, sink_mass, score_mean, visible_keys = more
         more = (
             tl.where(inside, logit_var, 0.0),
             tl.where(inside, collision, 0.0),
             tl.where(inside, score_std, 0.0),
             tl.where(inside, sink_mass, 0.0),
+            tl.where(inside, score_mean, 0.0),
+            tl.where(inside, visible_keys, 0.0),
         )
     return core, more
 

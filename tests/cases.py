@@ -153,7 +153,7 @@ def _with_sinks(scores, sinks):
     return torch.cat([scores, sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
 
 
-EXTENDED = ("logit_var", "collision", "score_std", "sink_mass")
+EXTENDED = ("logit_var", "collision", "score_std", "sink_mass", "score_mean", "visible_keys")
 
 
 def extended_oracle(case: Case, q, k, v, mask, sinks):
@@ -169,7 +169,14 @@ def extended_oracle(case: Case, q, k, v, mask, sinks):
     spread = (plain - plain_mean).square().masked_fill(hidden, 0.0).sum(-1) / count.clamp(min=1)
     first = (~hidden).int().argmax(-1, keepdim=True)
     weight_of_first = p.gather(-1, first).squeeze(-1) + p[..., k.shape[2] :].sum(-1)
-    statistics = ((p * (finite - mean).square()).sum(-1), p.square().sum(-1), spread.sqrt(), weight_of_first)
+    statistics = (
+        (p * (finite - mean).square()).sum(-1),
+        p.square().sum(-1),
+        spread.sqrt(),
+        weight_of_first,
+        plain_mean.squeeze(-1),
+        count.double(),
+    )
     return tuple(x.masked_fill(count == 0, 0.0) for x in statistics)
 
 

@@ -107,8 +107,10 @@ def test_forward_says_nan_for_rows_that_non_finite_input_reached(number, device)
     got = forward.forward(q, k, v, case.options(q, k, v, mask, sinks), TILES, extended=True)
     broken = torch.zeros(q.shape[:3], dtype=torch.bool, device=device)
     broken[0, 1, 4] = True
-    for row_stat in (*got[1:5], *got[5]):
+    *numbers, visible_keys = got[5]
+    for row_stat in (*got[1:5], *numbers):
         assert torch.equal(row_stat.isnan(), broken)
+    assert (visible_keys == case.num_keys).all()
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -118,7 +120,7 @@ def test_a_non_finite_key_makes_the_rows_nan_that_see_it_and_no_others(number, s
     tensors = [x if x is None else x.to(device) for x in tensors]
     options = case.options(*tensors)
     out, *row_stats, more = forward.forward(*tensors[:3], options, TILES, extended=True)
-    for row_stat in (*row_stats, *more):
+    for row_stat in (*row_stats, *more[:-1]):
         assert torch.equal(row_stat.isnan().cpu(), broken)
     if softcap is not None and number == number:  # tanh(inf) = 1: eager attention goes on, and so does ours
         close(out, oracle(case, *tensors)[0], TOLERANCE[torch.float32], "out")
@@ -196,6 +198,61 @@ def test_backward_walks_masked_and_unmasked_tiles(is_causal, window_size, length
     tensors = case.tensors(device=device)
     tiles = None if ON_GPU else (Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1))
     _check_backward(tensors, case.options(*tensors), 2e-6, tiles=tiles)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "change"),
+    [
+        ((2, 4, 19, 23), {}),
+        ((1, 1, 19, 23), {"softcap": 2.0, "spread": 3.0}),
+        ((1, 4, 19, 23), {"softcap": 2.0, "sinks": True, "is_causal": True, "window_size": 9}),
+        ((2, 1, 1, 23), {"is_causal": True}),
+        ((2, 4, 19, 1), {"window_size": 5}),
+    ],
+    ids=str,
+)
+def test_backward_of_the_mask(shape, change, dtype, device):
+    """Its gradient has its shape and dtype, and is that of autograd through the reference's forward."""
+    case = Case(**change)
+    q, k, v, _, sinks = case.tensors(dtype, device)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.rand(shape, generator=generator) < 0.1
+    mask = torch.randn(shape, generator=generator).masked_fill(hidden, -torch.inf).to(device, dtype)
+    mask.requires_grad_()
+    options = case.options(q, k, v, mask, sinks)
+    out, rows = reference.attention(q, k, v, options)
+    results = (out, rows.lse, rows.entropy)
+    cotangents = [torch.randn(x.shape, generator=generator).to(x) for x in results]
+    (expected,) = torch.autograd.grad(results, mask, cotangents)
+    arguments = (q, k, v, options, *(x.detach() for x in results), *cotangents)
+    with torch.no_grad():
+        got = backward.backward(*arguments, BACKWARD_TILES, mask_gradient=True)
+        assert backward.backward(*arguments, BACKWARD_TILES).mask is None
+        written_out = reference.backward(*arguments, mask_gradient=True)
+        for _ in range(20 if ON_GPU else 0):
+            again = backward.backward(*arguments, BACKWARD_TILES, mask_gradient=True)
+            assert torch.equal(again.mask, got.mask)
+    for actual in (got.mask, written_out.mask):
+        assert actual.shape == shape and actual.dtype == dtype
+        close(actual, expected, 2 * TOLERANCE[dtype], "mask")
+        assert not actual[mask == -torch.inf].any()
+
+
+def test_a_hidden_key_that_holds_nan_gets_no_gradient(device):
+    """Its soft-cap's slope is NaN, which a weight of 0 does not take away."""
+    case = Case(softcap=2.0)
+    q, k, v, *_ = case.tensors(device=device)
+    mask = torch.zeros(1, 1, 1, case.num_keys, device=device)
+    k[:, :, 5], mask[..., 5] = torch.nan, -torch.inf
+    options = case.options(q, k, v, mask, None)
+    out, lse, entropy, *_ = forward.forward(q, k, v, options, TILES)
+    cotangents = (torch.ones_like(out), None, torch.ones_like(entropy))
+    got = backward.backward(
+        q, k, v, options, out, lse, entropy, *cotangents, BACKWARD_TILES, mask_gradient=True
+    )
+    assert got.mask.isfinite().all() and got.key.isfinite().all()
+    assert not got.mask[..., 5].any() and not got.key[:, :, 5].any()
 
 
 def test_backward_takes_cotangents_of_any_strides(device):

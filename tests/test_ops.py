@@ -40,14 +40,43 @@ def test_gradcheck_of_the_statistics_alone():
     assert torch.autograd.gradcheck(run, (q.requires_grad_(), k.requires_grad_()))
 
 
-def test_an_additive_mask_that_requires_a_gradient_gets_it():
-    q, k, v, mask, _ = Case(mask="additive").tensors(torch.float64)
-    mask = mask.double().masked_fill(mask.isinf(), -5.0).requires_grad_()
+@pytest.mark.parametrize("shape", [(2, 4, 19, 23), (1, 4, 19, 23), (2, 1, 1, 23), (19, 23)])
+def test_an_additive_mask_gets_the_gradient_that_sdpa_gives_it(shape, device):
+    q, k, v, *_ = Case().tensors(torch.float32 if device == "cuda" else torch.float64, device)
+    hidden = torch.arange(23, device=device) % 7 == 3
+    mask = torch.randn(shape).to(q).masked_fill(hidden, -torch.inf).requires_grad_()
     attention(q, k, v, attn_mask=mask)[0].square().sum().backward()
     got, mask.grad = mask.grad, None
     k, v = (x.repeat_interleave(2, 1) for x in (k, v))
     torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).square().sum().backward()
-    torch.testing.assert_close(got, mask.grad)
+    torch.testing.assert_close(got, mask.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6), (1, 5, 1), (6,)])
+def test_gradcheck_of_the_mask(shape):
+    q, k, v, *_ = Case(1, 1, 2, 5, 6, head_dim=3, value_dim=2).tensors(torch.float64)
+
+    def run(mask):
+        out, rows = attention(q, k, v, attn_mask=mask, softcap=1.5, is_causal=True)
+        return out, rows.lse, rows.entropy
+
+    assert torch.autograd.gradcheck(run, torch.randn(shape, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.gpu
+def test_the_kernels_compute_the_gradient_of_a_mask(monkeypatch):
+    """A bias that the batch shares, as T5's: beside fp64, and without the reference."""
+    q, k, v, mask, _ = Case(2, 2, 2, 300, 333, 64, 64, mask="additive").tensors(torch.bfloat16, "cuda")
+    gradients = []
+    for inputs in ([x.cpu().double() for x in (q, k, v, mask)], (q, k, v, mask)):
+        leaf = inputs[3].requires_grad_()
+        out, rows = attention(*inputs[:3], attn_mask=leaf)
+        (out.square().sum() + rows.entropy.sum()).backward()
+        gradients.append(leaf.grad.cpu().double())
+        for name in ("attention", "backward"):
+            monkeypatch.setattr(reference, name, _never)
+    exact, got = gradients
+    assert (got - exact).norm() <= 1e-2 * exact.norm()
 
 
 def test_matches_sdpa_with_its_own_arguments(device):
@@ -79,10 +108,11 @@ def test_opcheck(name, device):
 
 def test_compiles_to_a_full_graph(device):
     q, k, v, *_ = Case().tensors(device=device)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
+    bias = torch.randn(4, 1, 23, device=device)
+    leaves = [x.requires_grad_() for x in (q, k, v, bias)]
 
-    def loss(q, k, v):
-        out, rows = attention(q, k, v, is_causal=True)
+    def loss(q, k, v, bias):
+        out, rows = attention(q, k, v, attn_mask=bias, is_causal=True)
         return out.square().sum() + rows.entropy.sum()
 
     expected = torch.autograd.grad(loss(*leaves), leaves)
@@ -92,8 +122,8 @@ def test_compiles_to_a_full_graph(device):
         torch.testing.assert_close(actual, wanted)
 
 
-def _never(*_):
-    raise AssertionError("took the eager path")
+def _never(*_, **__):
+    raise AssertionError("took another path")
 
 
 def test_what_traces_the_call_sees_the_operator(monkeypatch):

@@ -1,6 +1,7 @@
 """The specification against an independent full-matrix fp64 oracle, analytic cases, and gradcheck."""
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -39,8 +40,8 @@ def test_chunks_do_not_change_the_result(monkeypatch):
     monkeypatch.setattr(masks, "CHUNK_ELEMENTS", 3 * case.num_keys * case.batch * case.kv_heads * case.group)
     _, chunked_out, chunked = _run(case, extended=True)
     torch.testing.assert_close(chunked_out, out)
-    for name in ("lse", "entropy", "min_logit", "logit_var", "collision", "score_std", "sink_mass"):
-        torch.testing.assert_close(getattr(chunked, name), getattr(rows, name))
+    for field in fields(rows):
+        torch.testing.assert_close(getattr(chunked, field.name), getattr(rows, field.name))
 
 
 def test_uniform_scores_have_entropy_log_n():
@@ -63,6 +64,8 @@ def test_extended_statistics_match_their_definitions():
     torch.testing.assert_close(rows.logit_var, (p * (scores - mean) ** 2).sum(-1))
     torch.testing.assert_close(rows.collision, (p**2).sum(-1))
     torch.testing.assert_close(rows.score_std, scores.std(-1, correction=0))
+    torch.testing.assert_close(rows.score_mean, scores.mean(-1))
+    assert rows.visible_keys.dtype == torch.int64 and (rows.visible_keys == case.num_keys).all()
     torch.testing.assert_close(rows.sink_mass, p[..., 0])
 
 
