@@ -11,6 +11,7 @@ from .instrument import Instrumentation, instrument
 from .interventions import apply_intervention
 from .merge import merge_attention
 from .monitor import AttentionStabilityMonitor
+from .multihead import MultiheadAttention
 from .ops import attention, attention_stats
 from .stats import HeadStats, RowStats
 
@@ -20,6 +21,7 @@ __all__ = [
     "AttentionStabilityMonitor",
     "HeadStats",
     "Instrumentation",
+    "MultiheadAttention",
     "RowStats",
     "StabilityIssue",
     "apply_intervention",

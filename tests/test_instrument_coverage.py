@@ -9,12 +9,13 @@ from torch import nn
 from hnf_attention.instrument import instrument
 
 
-def test_multihead_attention_is_measured_where_it_reaches_sdpa_and_listed_where_not():
+def test_multihead_attention_is_measured_with_and_without_its_weights():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
             self.quiet = nn.MultiheadAttention(16, 4, batch_first=True)
             self.talkative = nn.MultiheadAttention(16, 4, batch_first=True)
+            self.idle_attention = HandWrittenAttention()
 
         def forward(self, inputs):
             out, _ = self.quiet(inputs, inputs, inputs, need_weights=False)
@@ -27,11 +28,10 @@ def test_multihead_attention_is_measured_where_it_reaches_sdpa_and_listed_where_
             handle.require_measured()
         model(x())
     handle.require_measured()
-    assert list(handle.coverage.measured) == ["quiet"]
-    assert list(handle.coverage.not_measured) == ["talkative"]
-    assert "need_weights=False" in handle.coverage.not_measured["talkative"]
+    assert list(handle.coverage.measured) == ["quiet", "talkative"]
+    assert list(handle.coverage.not_measured) == ["idle_attention"]
     text = str(handle.coverage)
-    assert "measured (1)" in text and "NOT measured (1)" in text and "talkative" in text
+    assert "measured (2)" in text and "NOT measured (1)" in text and "talkative" in text
 
 
 def test_hand_written_attention_is_listed_even_beside_a_measured_container():

@@ -18,7 +18,7 @@ from ..names import shown
 from ..sampling import effective_period
 from ..stats import RowStats
 from ..validation import Options
-from . import owners, sdpa
+from . import multihead, owners, sdpa
 from .call import AttentionCall, Unmeasurable
 from .coverage import Coverage, is_attention, unreached
 from .patches import Patch
@@ -129,6 +129,7 @@ class Instrumentation:
         self._layers: dict[str, _Layer] = {}
         self._measured: dict[str, str] = {}
         self._problems: dict[str, str] = {}
+        self.slowed: set[str] = set()  # modules that were told that their inference fast path is off
         modules = dict(model.named_modules())
         self._attention = weakref.WeakValueDictionary(
             {name: module for name, module in modules.items() if is_attention(module)}
@@ -138,7 +139,7 @@ class Instrumentation:
         hook = _strict_hook(model, weakref.ref(self)) if strict else None
         self._restore = weakref.finalize(self, _restore, references, patches, hook, id(self))
         self._restore.atexit = False
-        patches.append(sdpa.install())
+        patches += [sdpa.install(), *multihead.install()]
         if "transformers.modeling_utils" in sys.modules:  # a model of theirs is not there without
             from . import huggingface
 
@@ -173,7 +174,12 @@ class Instrumentation:
         """What is measured so far, what is not, and why. Judge it after a forward pass."""
         attention = dict(self._attention)
         problems = {name: why for name, why in self._problems.items()}
-        return Coverage(dict(self._measured), unreached(attention, self._measured) | problems)
+        measured = {name: how + self._note(name) for name, how in self._measured.items()}
+        return Coverage(measured, unreached(attention, self._measured) | problems)
+
+    def _note(self, name: str) -> str:
+        slowed = any(name == outer or name.startswith(f"{outer}.") or not outer for outer in self.slowed)
+        return ", inference fast path off" if slowed else ""
 
     def require_measured(self) -> None:
         """Raise RuntimeError, with the coverage report, where nothing at all has been measured."""

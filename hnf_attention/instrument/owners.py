@@ -8,11 +8,13 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 if TYPE_CHECKING:
+    from .call import AttentionCall
     from .instrumentation import Instrumentation
 
 _MODULE_CALL = nn.Module._call_impl.__code__
@@ -40,6 +42,10 @@ class _Thread(threading.local):
 
     suspended = False  # attention inside is part of a call that is being measured already
     heads: Heads | None = None  # of the scaled_dot_product_attention inside
+    # Where attention inside is not an instrumentation's: what takes (original, *arguments) of a call of
+    # scaled_dot_product_attention, and what takes the description of one that computes its own weights.
+    receiver: Callable[..., Any] | None = None
+    probe: Callable[[AttentionCall], None] | None = None
 
 
 thread = _Thread()

@@ -34,9 +34,11 @@ def install() -> Patch:
 def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
+        thread = owners.thread
+        if thread.receiver is not None:
+            return thread.receiver(original, *args, **kwargs)
         if torch.compiler.is_compiling() or not owners.measuring:
             return original(*args, **kwargs)
-        thread = owners.thread
         if thread.suspended or torch.jit.is_tracing():
             return original(*args, **kwargs)
         heads = thread.heads
@@ -45,14 +47,14 @@ def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return original(*args, **kwargs)
         return owner.instrumentation.attend(
             owner.layer,
-            functools.partial(_call, heads, *args, **kwargs),
+            functools.partial(call_of, heads, *args, **kwargs),
             functools.partial(original, *args, **kwargs),
         )
 
     return scaled_dot_product_attention
 
 
-def _call(
+def call_of(
     heads: owners.Heads | None,
     query: Tensor,
     key: Tensor,
