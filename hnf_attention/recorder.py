@@ -98,17 +98,18 @@ class Recorder:
 
     def record(self, measurement: Measurement) -> None:
         """Fold one attention call into its layer's accumulator, on the device, without waiting for it."""
-        query = measurement.query
-        kind = (measurement.layer, query.shape[1], measurement.head_dim, measurement.dtype)
-        key = (kind, query.device)
+        rows = measurement.rows.lse
+        num_heads, device = rows.shape[1], rows.device
+        kind = (measurement.layer, num_heads, measurement.head_dim, measurement.dtype)
+        key = (kind, device)
         accumulator = self._accumulators.get(key)
         if accumulator is None:
             self._names.setdefault(kind, self._name(*kind))
             # Made inside inference mode, it could not be added to outside of it.
             with torch.inference_mode(False):
-                accumulator = fold.new_accumulator(query.shape[1], query.device)
+                accumulator = fold.new_accumulator(num_heads, device)
             self._accumulators[key] = accumulator
-        fold.fold(accumulator, query, measurement.key, measurement.rows, measurement.options)
+        measurement.fold_into(accumulator)
         name = self._names[kind]
         earlier = self._periods[name] if name in self._recorded else 1
         self._periods[name] = max(earlier, measurement.sample_period)

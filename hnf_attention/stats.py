@@ -360,13 +360,20 @@ class HeadStats:
 
     @property
     def query_norm(self) -> np.ndarray:
-        """Frobenius norm of Q over a sequence, root mean square over the sequences."""
-        return np.sqrt(self._mean("query_square", "sequences"))
+        """Frobenius norm of Q over a sequence, root mean square over the sequences.
+
+        NaN where it is not known: attention caught at its softmax shows no queries and keys.
+        """
+        return self._norm("query_square")
 
     @property
     def key_norm(self) -> np.ndarray:
         """Of K, as `query_norm`."""
-        return np.sqrt(self._mean("key_square", "sequences"))
+        return self._norm("key_square")
+
+    def _norm(self, name: str) -> np.ndarray:
+        square = self._mean(name, "sequences")
+        return np.sqrt(np.where(square == 0, np.nan, square))
 
     def merge(self, other: HeadStats) -> HeadStats:
         """Both folds as one: exact, associative, commutative."""
