@@ -35,7 +35,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         self.row_stats = None
         if torch.compiler.is_compiling() or owners.owner(self) is not None:
             return super().forward(*args, **kwargs)
-        patches = [sdpa.install(), *multihead.install()]
+        patches = [*sdpa.install(), *multihead.install()]
         try:
             with multihead.receiving(self._attend, self._probe):
                 return super().forward(*args, **kwargs)

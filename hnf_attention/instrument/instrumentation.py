@@ -67,11 +67,12 @@ class Instrumentation:
         hook = _strict_hook(model, weakref.ref(self)) if strict else None
         self._restore = weakref.finalize(self, _restore, references, patches, hook, id(self))
         self._restore.atexit = False
-        patches += [sdpa.install(), *multihead.install(), *softmax.install()]
+        every = modules.values()
+        patches += [*sdpa.install(every), *multihead.install(), *softmax.install(every)]
         if "transformers.modeling_utils" in sys.modules:  # a model of theirs is not there without
             from . import huggingface
 
-            patches += huggingface.install(modules.values())
+            patches += huggingface.install(every)
         owners.register(modules, self)
         self.measuring = True
 

@@ -11,7 +11,6 @@ told that this fast path is off.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -31,17 +30,9 @@ _NEED_WEIGHTS, _IS_CAUSAL = 15, 24  # places among the arguments of multi_head_a
 
 def install() -> list[Patch]:
     """Put both doors in place until the patches are released."""
-    places = (
-        (vars(functional), FORWARD, _forward_door),
-        (vars(torch.backends.mha), FAST_PATH, _fast_path_door),
-    )
     return [
-        Patch.acquire(
-            functools.partial(operator.getitem, place, name),
-            functools.partial(operator.setitem, place, name),
-            door,
-        )
-        for place, name, door in places
+        *Patch.everywhere(functional, FORWARD, _forward_door, ()),
+        *Patch.everywhere(torch.backends.mha, FAST_PATH, _fast_path_door, ()),
     ]
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -34,14 +33,10 @@ _HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "d_k", "d_head", "d
 _WIDTH = ("embed_dim", "hidden_size", "d_model", "n_embd", "all_head_size", "inner_dim", "dim")
 
 
-def install() -> list[Patch]:
-    """Put the door in place at the three names of softmax until the patches are released."""
-    patches = []
-    for place, name in ((functional, "softmax"), (torch, "softmax"), (torch.Tensor, "softmax")):
-        read = functools.partial(operator.attrgetter(name), place)
-        write = functools.partial(setattr, place, name)
-        patches.append(Patch.acquire(read, write, _door))
-    return patches
+def install(modules: Iterable[nn.Module]) -> list[Patch]:
+    """Put the door in place at the three names of softmax, and where files of these modules imported one."""
+    places = (functional, torch, torch.Tensor)
+    return [patch for place in places for patch in Patch.everywhere(place, "softmax", _door, modules)]
 
 
 def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
