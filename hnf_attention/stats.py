@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import theory
 from .sampling import BLOCK_ROWS
 
 # Entropy verdicts need a row long enough to have a spread: entropy of a 3-key row says little.
@@ -367,6 +368,11 @@ class HeadStats:
     def key_norm(self) -> np.ndarray:
         """Of K, as `query_norm`."""
         return np.sqrt(self._mean("key_square", "sequences"))
+
+    @property
+    def log2_curvature(self) -> np.ndarray:
+        """log2 of the HNF curvature bound, bits."""
+        return theory.hnf_curvature_bound(self.query_norm, self.key_norm, self.head_dim, self.max_abs_logit)
 
     def merge(self, other: HeadStats) -> HeadStats:
         """Both folds as one: exact, associative, commutative."""
