@@ -198,6 +198,40 @@ def test_writers_get_every_diagnosis_and_a_failing_one_is_dropped(model, train_s
     messages = ours(caplog)
     assert len(messages) == 2 and "writer 0 (Failing)" in messages[0] and "writer 3" in messages[1]
     assert "disk full" in caplog.text
+    assert {r.levelno for r in caplog.records if r.name.startswith("hnf_attention")} == {logging.WARNING}
+
+
+def test_writers_are_closed_at_the_end_but_not_those_dropped(model, train_step, caplog):
+    class Writer:
+        def __init__(self, *faults):
+            self.faults, self.closed = faults, 0
+
+        def write(self, diagnosis):
+            if "write" in self.faults:
+                raise OSError("disk full")
+
+        def close(self):
+            self.closed += 1
+            if "close" in self.faults:
+                raise OSError("disk full")
+
+    good, dropped, stuck = Writer(), Writer("write"), Writer("close")
+    with AttentionStabilityMonitor(model, log_every=1, writers=[stuck, dropped, good]) as monitor:
+        train_step(model)
+        monitor.on_step()
+    monitor.restore()  # a second time
+    assert (good.closed, dropped.closed, stuck.closed) == (1, 0, 1)
+    assert len(ours(caplog)) == 2 and "closing of writer 0" in ours(caplog)[1]
+
+
+def test_a_resumed_run_counts_on(model, train_step):
+    monitor = AttentionStabilityMonitor(model, log_every=3, step=4)
+    steps = []
+    for _ in range(5):
+        train_step(model)
+        diagnosis = monitor.on_step()
+        steps += [] if diagnosis is None else [(diagnosis.step, diagnosis.stats[LAYERS[0]].rows[0])]
+    assert steps == [(6, 4 * 24), (9, 4 * 24)] and monitor.step == 9
 
 
 def ours(caplog):
@@ -349,6 +383,7 @@ def test_dropping_it_ends_it(model):
         ({"log_every": 0}, ValueError),
         ({"log_every": 2.5}, ValueError),
         ({"record_every": 0}, ValueError),
+        ({"step": -1}, ValueError),
         ({"writers": [3]}, TypeError),
     ],
 )
