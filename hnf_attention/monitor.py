@@ -78,7 +78,7 @@ class AttentionStabilityMonitor:
             raise
         #: What auto_intervene did, newest last.
         self.applied: deque[Applied] = deque(maxlen=1_000)
-        self._model = model
+        self.model = model
         self._adviser = Adviser(model)
         self._auto_intervene = auto_intervene
         self._left_over: tuple[AttentionDiagnosis, Intervention | None] | None = None
@@ -180,7 +180,7 @@ class AttentionStabilityMonitor:
         if proposed is None or proposed["action"] not in WEIGHT_ACTIONS:
             return
         on_weights = Intervention({k: v for k, v in proposed.items() if k != "lr_factor"})
-        done = apply_intervention(None, on_weights, self._model)
+        done = apply_intervention(None, on_weights, self.model)
         self.applied.append(done)
         _log.warning("intervened at step %d: %s (%s)", diagnosis.step, done.description, proposed["reason"])
         slower = proposed.get("lr_factor")

@@ -4,22 +4,20 @@ import logging
 
 import pytest
 import torch
-import transformers
 from attention_models import Attention
+from tiny_gpt2 import LAYERS, heat, tiny_gpt2
 from torch import nn
 
 import hnf_attention.monitor
 from hnf_attention import AttentionStabilityMonitor, apply_intervention
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.randint(0, 40, (4, 24), generator=torch.Generator().manual_seed(0))
-LAYERS = ["transformer.h.0.attn", "transformer.h.1.attn"]
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=40, n_layer=2, n_embd=32, n_head=4, n_positions=32)
-    return transformers.GPT2LMHeadModel(config)
+    return tiny_gpt2()
 
 
 @pytest.fixture
@@ -37,13 +35,6 @@ def train_step(optimizer):
         return loss
 
     return step
-
-
-def heat(model, factor=200.0):
-    """Multiply the query and key weights: scores are below 0.1 before, between 1,400 and 2,300 after."""
-    with torch.no_grad():
-        for block in model.transformer.h:
-            block.attn.c_attn.weight[:, :64] *= factor
 
 
 def test_the_proposal_as_written(model, optimizer, train_step):
@@ -121,7 +112,7 @@ def test_an_evaluation_counts_unless_it_is_left_out(model, train_step):
 def test_it_does_not_change_the_training(model, train_step):
     def losses(monitored):
         torch.manual_seed(1)
-        fresh = transformers.GPT2LMHeadModel(model.config)
+        fresh = type(model)(model.config)
         optimizer = torch.optim.AdamW(fresh.parameters(), lr=1e-3)
         monitor = AttentionStabilityMonitor(fresh, log_every=2, record_every=1) if monitored else None
         out = []
