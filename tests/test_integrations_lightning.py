@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import sys
 
 import pytest
 import torch
@@ -193,8 +194,13 @@ def test_several_optimizers_are_one_step_and_all_slowed_down(make):
     assert [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers] == [5e-4, 5e-4]
 
 
-def test_lightnings_older_name(make):
+def test_lightnings_older_name_beside_the_new_one_and_alone(make, monkeypatch):
     older = pytest.importorskip("pytorch_lightning")
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    monkeypatch.delitem(sys.modules, "hnf_attention.integrations.lightning")
+    alone = importlib.import_module("hnf_attention.integrations.lightning")
+    assert issubclass(alone.AttentionStabilityCallback, older.Callback)
+    monkeypatch.undo()
 
     class Older(older.LightningModule):
         def __init__(self):
@@ -207,6 +213,7 @@ def test_lightnings_older_name(make):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=1e-3)
 
-    callback = AttentionStabilityCallback()
-    make([callback], package="pytorch_lightning").fit(Older(), loader())
-    assert callback.last_diagnosis.step == 6
+    for Callback in (AttentionStabilityCallback, alone.AttentionStabilityCallback):
+        callback = Callback()
+        make([callback], package="pytorch_lightning", logger=False).fit(Older(), loader())
+        assert callback.last_diagnosis.step == 6

@@ -1,5 +1,6 @@
 """Names and numbers that all writers share, what is imported when, and the JSONL writer."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -10,8 +11,7 @@ from heads import head_stats, snapshot
 
 import hnf_attention.integrations
 from hnf_attention.diagnosis import diagnose
-from hnf_attention.integrations import JSONLWriter, read_jsonl
-from hnf_attention.integrations.extras import require
+from hnf_attention.integrations import JSONLWriter, TensorBoardWriter, WandbWriter, read_jsonl
 from hnf_attention.integrations.series import LayerKeys, heatmaps, histograms, kinds, overall, scalars
 
 RATIOS = [0.5, 0.6, 0.7, 0.9]
@@ -128,9 +128,26 @@ def test_the_names_of_the_package():
         hnf_attention.integrations.Nothing  # noqa: B018
 
 
-def test_a_missing_package_is_named_with_its_extra():
-    with pytest.raises(ImportError, match=r"no_such_module.*pip install 'hnf-attention\[wandb\]'"):
-        require("no_such_module", "wandb")
+@pytest.mark.parametrize(
+    "missing, use, extra",
+    [
+        (["wandb"], lambda: WandbWriter(), "wandb"),
+        (["tensorboard", "torch.utils.tensorboard"], lambda: TensorBoardWriter("runs"), "tensorboard"),
+        (["transformers"], lambda: fresh("huggingface"), "trainer"),
+        (["lightning", "lightning.pytorch", "pytorch_lightning"], lambda: fresh("lightning"), "lightning"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(missing, use, extra, monkeypatch):
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("huggingface", "lightning"):
+        monkeypatch.delitem(sys.modules, f"hnf_attention.integrations.{name}", raising=False)
+    with pytest.raises(ImportError, match=rf"expected .*pip install 'hnf-attention\[{extra}\]'"):
+        use()
+
+
+def fresh(module):
+    return importlib.import_module(f"hnf_attention.integrations.{module}")
 
 
 # JSONL

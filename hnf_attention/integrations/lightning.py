@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
+from importlib.util import find_spec
 from typing import Any
 
 from .extras import require
 from .series import overall
 from .training import TrainingCallback
 
-# Lightning's older name is a package of its own; a program that uses only that one need not have both.
-_OLDER = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
+# Lightning's older name is a package of its own. Where both are there, callbacks of the one work in the other.
+_OLDER = find_spec("lightning") is None and find_spec("pytorch_lightning") is not None
 Callback = require("pytorch_lightning" if _OLDER else "lightning.pytorch", "lightning").Callback
 
 
