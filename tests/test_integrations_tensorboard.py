@@ -4,22 +4,13 @@ import io
 
 import numpy as np
 import pytest
-from heads import snapshot
+from heads import readings
 from PIL import Image
 
-from hnf_attention.diagnosis import diagnose
 from hnf_attention.integrations import TensorBoardWriter
 from hnf_attention.integrations.series import LayerKeys, heatmaps, histograms, scalars
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-
-SPREAD, SHARP = dict(entropy_ratio=[0.5, 0.6, 0.7, 0.9]), dict(max_logit=2e3)
-
-
-def readings():
-    """The second step finds what the first did, the third nothing."""
-    layers = [{"h.0.attn": SPREAD, "h.1.attn": SHARP}] * 2 + [{"h.0.attn": SPREAD, "h.1.attn": {}}]
-    return [diagnose([snapshot(10 * (i + 1), **each)]) for i, each in enumerate(layers)]
 
 
 def read(folder):

@@ -5,16 +5,13 @@ import struct
 
 import numpy as np
 import pytest
-from heads import snapshot
+from heads import readings
 from PIL import Image
 
-from hnf_attention.diagnosis import diagnose
 from hnf_attention.integrations import WandbWriter
 from hnf_attention.integrations.series import LayerKeys, heatmaps, histograms, scalars
 
 wandb = pytest.importorskip("wandb")
-
-SPREAD, SHARP = dict(entropy_ratio=[0.5, 0.6, 0.7, 0.9]), dict(max_logit=2e3)
 
 
 @pytest.fixture
@@ -25,12 +22,6 @@ def options(tmp_path, monkeypatch):
     settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, x_disable_meta=True)
     yield {"project": "tests", "mode": "offline", "dir": str(tmp_path), "settings": settings}
     wandb.teardown()
-
-
-def readings():
-    """The second step finds what the first did, the third nothing."""
-    layers = [{"h.0.attn": SPREAD, "h.1.attn": SHARP}] * 2 + [{"h.0.attn": SPREAD, "h.1.attn": {}}]
-    return [diagnose([snapshot(10 * (i + 1), **each)]) for i, each in enumerate(layers)]
 
 
 def records(folder):
