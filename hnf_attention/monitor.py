@@ -38,10 +38,12 @@ class AttentionStabilityMonitor:
 
     log_every: read out and judge every that many steps.
     record_every: which steps in between are measured as well: None for none, 1 for all, k for every k-th.
-    writers: objects with a `write(diagnosis)` method, or callables; each gets every diagnosis.
+    writers: objects with a `write(diagnosis)` method, or callables; each gets every diagnosis. `restore()`
+        calls the `close()` of those that have one. `hnf_attention.integrations` has some.
     auto_intervene: at a log step, carry out what the monitor proposes on weights (QK-clip, temperature);
         learning rates and dropout are left to `get_intervention`. What was done is in `applied`.
     sample: as for `instrument`: where attention is probed, measure 1 of that many blocks of rows.
+    step: how many steps were done before, where a run resumes: their numbers go on from there.
 
     A reading is made of every forward since the `on_step()` before it that was measured: evaluation counts
     like training, whatever `model.training` says (a fine-tune may well train in eval mode). To leave an
@@ -60,6 +62,7 @@ class AttentionStabilityMonitor:
         writers: Iterable[Any] = (),
         auto_intervene: bool = False,
         sample: int | None = None,
+        step: int = 0,
     ):
         self._writers = [_writer(number, writer) for number, writer in enumerate(writers)]
         if auto_intervene and _world_size() > 1:
@@ -69,13 +72,13 @@ class AttentionStabilityMonitor:
             )
         self.instrumentation: Instrumentation = instrument(model, sample=sample)
         try:
-            self._recorder = Recorder(self.instrumentation, log_every, record_every)
+            self._recorder = Recorder(self.instrumentation, log_every, record_every, step)
         except ValueError:
             self.instrumentation.restore()
             raise
         #: What auto_intervene did, newest last.
         self.applied: deque[Applied] = deque(maxlen=1_000)
-        self._model = model
+        self.model = model
         self._adviser = Adviser(model)
         self._auto_intervene = auto_intervene
         self._left_over: tuple[AttentionDiagnosis, Intervention | None] | None = None
@@ -90,7 +93,7 @@ class AttentionStabilityMonitor:
 
     @property
     def step(self) -> int:
-        """How many steps `on_step` has ended."""
+        """How many steps `on_step` has ended, and those done before."""
         return self._recorder.step
 
     def on_step(self) -> AttentionDiagnosis | None:
@@ -102,8 +105,8 @@ class AttentionStabilityMonitor:
         if diagnosis is None:
             return None
         self._guarded("logging", self._announce, diagnosis.issues)
-        for name, write in self._writers:
-            self._guarded(f"writer {name}", write, diagnosis)
+        for name, write, _ in self._writers:
+            self._guarded(name, write, diagnosis)
         if self._auto_intervene:
             self._guarded("auto_intervene", self._intervene, diagnosis)
         return diagnosis
@@ -122,6 +125,10 @@ class AttentionStabilityMonitor:
         self._recorder.stop()
         self.instrumentation.restore()
         self._off.add("recording")
+        for name, _, close in self._writers:
+            if name not in self._off:  # one that failed has had its line in the log
+                self._guarded(f"closing of {name}", close)
+        self._writers = []
 
     def __enter__(self) -> AttentionStabilityMonitor:
         return self
@@ -137,7 +144,9 @@ class AttentionStabilityMonitor:
             return action(*arguments)
         except Exception:  # of whatever kind: training goes on without this part
             self._off.add(part)
-            _log.exception("the attention monitor goes on without its part %r, which failed", part)
+            _log.warning(
+                "the attention monitor goes on without its part %r, which failed", part, exc_info=True
+            )
             return None
 
     def _advance(self) -> Snapshot | None:
@@ -171,7 +180,7 @@ class AttentionStabilityMonitor:
         if proposed is None or proposed["action"] not in WEIGHT_ACTIONS:
             return
         on_weights = Intervention({k: v for k, v in proposed.items() if k != "lr_factor"})
-        done = apply_intervention(None, on_weights, self._model)
+        done = apply_intervention(None, on_weights, self.model)
         self.applied.append(done)
         _log.warning("intervened at step %d: %s (%s)", diagnosis.step, done.description, proposed["reason"])
         slower = proposed.get("lr_factor")
@@ -187,8 +196,9 @@ def _world_size() -> int:
     return torch.distributed.get_world_size() if ready else 1
 
 
-def _writer(number: int, writer: Any) -> tuple[str, Callable[[AttentionDiagnosis], Any]]:
+def _writer(number: int, writer: Any) -> tuple[str, Callable[[AttentionDiagnosis], Any], Callable[[], Any]]:
+    """Its name, and what writes and closes it."""
     write = getattr(writer, "write", writer)
     if not callable(write):
         raise TypeError(f"expected writers with a write(diagnosis) method, or callables, got {writer!r}")
-    return f"{number} ({type(writer).__name__})", write
+    return f"writer {number} ({type(writer).__name__})", write, getattr(writer, "close", lambda: None)

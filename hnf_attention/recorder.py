@@ -34,20 +34,26 @@ class Recorder:
     Steps are counted by `advance()`, from 1: the forward passes before the s-th call belong to step s.
     Step s is a log step when `s % log_every == 0`: it is measured and read out. `record_every` says
     which others are measured: None for none, 1 for all (running extremes over every step), k for
-    every k-th. On any other step the model runs its own attention.
+    every k-th. On any other step the model runs its own attention. step: how many were done before, where
+    a run resumes.
 
-    Raises ValueError unless log_every is an int >= 1 and record_every is None or an int >= 1.
+    Raises ValueError unless log_every is an int >= 1, record_every None or an int >= 1, step an int >= 0.
     """
 
     def __init__(
-        self, instrumentation: Instrumentation, log_every: int = 100, record_every: int | None = None
+        self,
+        instrumentation: Instrumentation,
+        log_every: int = 100,
+        record_every: int | None = None,
+        step: int = 0,
     ):
-        _check_cadence("log_every", log_every, "an int >= 1")
+        _check_count("log_every", log_every, 1, "an int >= 1")
         if record_every is not None:
-            _check_cadence("record_every", record_every, "None or an int >= 1")
+            _check_count("record_every", record_every, 1, "None or an int >= 1")
+        _check_count("step", step, 0, "an int >= 0")
         self.log_every = log_every
         self.record_every = record_every
-        self.step = 0
+        self.step = step
         self.pending = False  # whether anything was recorded since the last reading
         #: The last HISTORY_LENGTH snapshots, oldest first.
         self.history: deque[Snapshot] = deque(maxlen=HISTORY_LENGTH)
@@ -60,7 +66,7 @@ class Recorder:
         self._recorded: set[str] = set()  # the names recorded since the last reading
         self._stopped = False
         instrumentation.on_measure = _weakly(self)
-        instrumentation.measuring = self._measures(1)
+        instrumentation.measuring = self._measures(step + 1)
 
     def advance(self) -> Snapshot | None:
         """End the current step. Returns its snapshot if it was a log step, else None.
@@ -171,6 +177,6 @@ def _text(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_cadence(name: str, value: object, expected: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def _check_count(name: str, value: object, least: int, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"expected {name} to be {expected}, got {value!r}")
