@@ -13,6 +13,7 @@ from .merge import merge_attention
 from .monitor import AttentionStabilityMonitor
 from .multihead import MultiheadAttention
 from .ops import attention, attention_stats
+from .ranks import Ranks
 from .stats import HeadStats, RowStats
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "HeadStats",
     "Instrumentation",
     "MultiheadAttention",
+    "Ranks",
     "RowStats",
     "StabilityIssue",
     "apply_intervention",

@@ -16,6 +16,7 @@ from .instrument import Instrumentation, instrument
 from .interventions import Adviser, Applied, Intervention, apply_intervention
 from .interventions.intervention import reduce_lr
 from .names import shown
+from .ranks import Ranks
 from .recorder import NothingMeasured, Recorder
 from .stats import Snapshot
 
@@ -49,7 +50,9 @@ class AttentionStabilityMonitor:
     like training, whatever `model.training` says (a fine-tune may well train in eval mode). To leave an
     evaluation out, set `monitor.instrumentation.measuring = False` for it and put its old value back.
 
-    Each process of a process group judges its own part of the batch.
+    ranks: the processes whose measurements are put together at each log step; without them each process of a
+        process group judges its own part of the batch. All of them must call `on_step()` equally often.
+
     Raises ValueError or TypeError for bad arguments; `on_step` and `get_intervention` raise nothing.
     New findings are logged once per (layer, head, kind), and again when a warning becomes an error.
     """
@@ -63,16 +66,14 @@ class AttentionStabilityMonitor:
         auto_intervene: bool = False,
         sample: int | None = None,
         step: int = 0,
+        ranks: Ranks | None = None,
     ):
         self._writers = [_writer(number, writer) for number, writer in enumerate(writers)]
-        if auto_intervene and _world_size() > 1:
-            raise ValueError(
-                "expected auto_intervene=False in a process group: each process would change its own copy of "
-                f"the weights by its own statistics, got a group of {_world_size()}"
-            )
+        if auto_intervene:
+            _check_auto_intervene(model, ranks)
         self.instrumentation: Instrumentation = instrument(model, sample=sample)
         try:
-            self._recorder = Recorder(self.instrumentation, log_every, record_every, step)
+            self._recorder = Recorder(self.instrumentation, log_every, record_every, step, ranks)
         except ValueError:
             self.instrumentation.restore()
             raise
@@ -81,6 +82,7 @@ class AttentionStabilityMonitor:
         self.model = model
         self._adviser = Adviser(model)
         self._auto_intervene = auto_intervene
+        self._heads_are_split = ranks is not None and ranks.heads is not None
         self._left_over: tuple[AttentionDiagnosis, Intervention | None] | None = None
         self._announced: set[tuple[str, int | None, str, str]] = set()
         self._off: set[str] = set()  # parts that failed, or were ended
@@ -114,8 +116,10 @@ class AttentionStabilityMonitor:
     def get_intervention(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
         """The fix for a diagnosis of this monitor, as a dict that `apply_intervention` takes; None for none.
 
-        With auto_intervene, what is left of it to do by hand.
+        With auto_intervene, what is left of it to do by hand. None where `ranks.heads` splits layers.
         """
+        if self._heads_are_split:
+            return None  # the diagnosis numbers heads over all processes; the weights here are of some
         if self._left_over is not None and self._left_over[0] is diagnosis:
             return self._left_over[1]
         return self._guarded("advice", self._adviser.propose, diagnosis)
@@ -189,6 +193,20 @@ class AttentionStabilityMonitor:
 
 def _key(issue: StabilityIssue) -> tuple[str, int | None, str, str]:
     return issue.layer, issue.head, issue.issue_type, issue.severity
+
+
+def _check_auto_intervene(model: nn.Module, ranks: Ranks | None) -> None:
+    """Raise ValueError where the processes of a group would not all make the same change."""
+    if _world_size() == 1:
+        return
+    whole = ranks is not None and ranks.heads is None
+    if not whole or torch.distributed.get_world_size(ranks.batch) != _world_size():
+        raise ValueError(
+            "expected auto_intervene=False, or ranks=Ranks(batch=<the group of all processes>): each process "
+            f"would change its weights by its own statistics, got ranks={ranks}"
+        )
+    if any(type(p) is not nn.Parameter and hasattr(p, "device_mesh") for p in model.parameters()):
+        raise ValueError("expected auto_intervene=False for a model whose weights are sharded, got True")
 
 
 def _world_size() -> int:

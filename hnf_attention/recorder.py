@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import fold
+from .ranks import Part, Ranks
 from .stats import NUM_SUMS, SUM_FIELDS, HeadStats, Snapshot
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ class Recorder:
     Step s is a log step when `s % log_every == 0`: it is measured and read out. `record_every` says
     which others are measured: None for none, 1 for all (running extremes over every step), k for
     every k-th. On any other step the model runs its own attention. step: how many were done before, where
-    a run resumes.
+    a run resumes. ranks: processes whose statistics a reading puts together.
 
     Raises ValueError unless log_every is an int >= 1, record_every None or an int >= 1, step an int >= 0.
     """
@@ -46,6 +48,7 @@ class Recorder:
         log_every: int = 100,
         record_every: int | None = None,
         step: int = 0,
+        ranks: Ranks | None = None,
     ):
         _check_count("log_every", log_every, 1, "an int >= 1")
         if record_every is not None:
@@ -58,6 +61,7 @@ class Recorder:
         #: The last HISTORY_LENGTH snapshots, oldest first.
         self.history: deque[Snapshot] = deque(maxlen=HISTORY_LENGTH)
         self._instrumentation = instrumentation
+        self._ranks = ranks
         self._names: dict[_Kind, str] = {}
         self._accumulators: dict[tuple[_Kind, torch.device], Tensor] = {}
         # The largest sample_period since the last reading, by name; of the reading before, where no Python
@@ -83,12 +87,10 @@ class Recorder:
 
         Raises NothingMeasured, with the instrumentation's coverage if it never measured anything.
         """
-        layers: dict[str, HeadStats] = {}
-        for (name, head_dim, dtype), values in self._copy_to_host():
-            if not values[[SUM_FIELDS.index("rows"), SUM_FIELDS.index("nonfinite_rows")]].any():
-                continue  # known from an earlier reading, not run since
-            part = HeadStats(values, head_dim, dtype, self._periods[name])
-            layers[name] = layers[name].merge(part) if name in layers else part
+        parts = list(self._parts())
+        if self._ranks is not None:
+            parts = self._ranks.combine(parts)
+        layers = {name: HeadStats(values, *kind, period) for name, *kind, period, values in parts}
         if not layers:
             raise NothingMeasured(self._why_nothing())
         self.pending = False
@@ -96,6 +98,17 @@ class Recorder:
         snapshot = Snapshot(self.step, layers)
         self.history.append(snapshot)
         return snapshot
+
+    def _parts(self) -> Iterator[Part]:
+        """What was measured since the last reading, by layer; a layer on several devices is merged."""
+        found: dict[str, HeadStats] = {}
+        for (name, head_dim, dtype), values in self._copy_to_host():
+            if not values[[SUM_FIELDS.index("rows"), SUM_FIELDS.index("nonfinite_rows")]].any():
+                continue  # known from an earlier reading, not run since
+            stats = HeadStats(values, head_dim, dtype, self._periods[name])
+            found[name] = found[name].merge(stats) if name in found else stats
+        for name, stats in found.items():
+            yield Part(name, stats.head_dim, stats.dtype, stats.sample_period, stats.values)
 
     def stop(self) -> None:
         """Measure no further step: `advance()` goes on counting, the model runs its own attention."""

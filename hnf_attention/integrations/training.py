@@ -13,6 +13,7 @@ from torch import nn
 from ..diagnosis import AttentionDiagnosis
 from ..interventions import apply_intervention
 from ..monitor import AttentionStabilityMonitor
+from ..ranks import Ranks
 
 _log = logging.getLogger("hnf_attention")
 
@@ -28,11 +29,12 @@ class TrainingCallback:
     log_every: read out and judge every that many optimizer steps, whatever the gradient accumulation;
         None for as often as the trainer itself logs.
     record_every, sample: as for `AttentionStabilityMonitor`.
-    writers: likewise; in a process group only the main process writes, about its own part of the batch.
+    writers: likewise; in a process group only the main process writes.
+    ranks: as for `AttentionStabilityMonitor`; without them all processes of the run hold parts of the batch.
     auto_intervene: at a log step, after the optimizer's step, carry out what the monitor proposes: QK-clip or
         a temperature on weights, and, since a trainer's optimizers and schedulers are at hand here, a lower
         learning rate (in the parameter groups, and in the base rates that schedulers compute from: the whole
-        rest of the schedule is scaled) or more attention dropout. Refused in a process group.
+        rest of the schedule is scaled) or more attention dropout. Refused for sharded weights.
 
     monitor: the `AttentionStabilityMonitor` of the latest training, None before the first; what was done is in
         its `applied`. last_diagnosis: the latest reading, or None.
@@ -50,12 +52,14 @@ class TrainingCallback:
         writers: Iterable[Any] = (),
         auto_intervene: bool = False,
         sample: int | None = None,
+        ranks: Ranks | None = None,
     ):
         self.monitor: AttentionStabilityMonitor | None = None
         self.last_diagnosis: AttentionDiagnosis | None = None
         self._log_every = log_every
         self._writers = list(writers)
         self._auto_intervene = auto_intervene
+        self._ranks = ranks
         self._options = {"record_every": record_every, "auto_intervene": auto_intervene, "sample": sample}
         self._measures_next = False  # whether the step to come is to be measured
 
@@ -77,6 +81,7 @@ class TrainingCallback:
             log_every=log_every if self._log_every is None else self._log_every,
             writers=self._writers if main else (),
             step=step,
+            ranks=self._ranks or Ranks.of_world(),
             **self._options,
         )
         _running[model] = weakref.ref(self.monitor)
