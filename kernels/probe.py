@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 
 from ..sampling import BATCH_STEP, BLOCK_ROWS, HEAD_STEP, STRATUM_STEP, num_rows, row_index
+from .attend import attend, call_arguments, store_rows
 from .configs import grid_1d, probe_tiles
 from .descriptors import describe
-from .forward import attend, call_arguments, store_rows
 from .launch import launch
 from .primitives import ceil_div, new_rows, scheduled_block
 
