@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import dispatch, reference, sampling, validation
 from .stats import EXTENDED_FIELDS, RowStats
+from .tracing import untraced
 from .validation import Options
 
 
@@ -130,7 +131,7 @@ def attend(
 
     detached: the statistics are outside autograd. Without a value the output is None or has no elements.
     """
-    if not _eager(query, key, value):
+    if not untraced(query, key, value):
         out, *rows = _forward_op(query, key, value, *_flat(options), extended)
         rows = _rows(*rows)
         return out, rows.detach() if detached else rows
@@ -148,29 +149,9 @@ def attend_sample(
     """`attention_stats` of a sample (period, phase) of the rows, for a call as `attend` takes it."""
     period, phase = sample
     period = sampling.effective_period(period, query.shape[2])
-    if _eager(query, key):
+    if untraced(query, key):
         return _rows(*_sample_rows(query, key, options, extended, period, phase % period))
     return _rows(*_sample_op(query, key, *_flat(options), extended, period, phase % period))
-
-
-def _eager(*tensors: Tensor | None) -> bool:
-    """Whether nothing but autograd watches this call, so that it need not pass through torch.library.
-
-    The operators cost some 50 microseconds of the host's time a call; they are there for what traces,
-    transforms or intercepts the call.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    watched = (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-    return not watched and all(type(x) in _PLAIN_TYPES for x in tensors)
-
-
-_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)})
 
 
 def _flat(options: Options) -> tuple:
@@ -346,7 +327,7 @@ class _EagerAttention(torch.autograd.Function):
     def attach(cls, query, key, value, attn_mask, sinks, options, extended, detached):
         """(out, rows) of a call of which something requires a gradient."""
         rest = []
-        # `apply`, less its own search for the transforms that `_eager` has ruled out.
+        # `apply`, less its own search for the transforms that `untraced` has ruled out.
         apply = super(torch.autograd.Function, cls).apply
         results = apply(query, key, value, attn_mask, sinks, options, extended, detached, rest)
         if detached:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .stats import RowStats
+from .tracing import readable
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -24,6 +25,11 @@ class Options(NamedTuple):
     window_size: int | None
     softcap: float | None
     sinks: Tensor | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but `is_causal` and `scale` shapes the scores."""
+        return self.attn_mask is self.window_size is self.softcap is self.sinks is None
 
 
 def _expected(expected: str, got: object, error: type[Exception] = ValueError) -> Exception:
@@ -193,5 +199,4 @@ def check_merge(blocks: Sequence[RowStats], outs: Sequence[Tensor], sinks: Tenso
 def _same_rows(index: Tensor | None, other: Tensor | None) -> bool:
     if index is None or other is None:
         return index is other
-    readable = index.device.type == "cpu" and not torch.compiler.is_compiling()
-    return not readable or torch.equal(index, other)
+    return not readable(index) or torch.equal(index, other)
