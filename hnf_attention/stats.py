@@ -38,8 +38,9 @@ SUM_FIELDS = (
     "dead_rows",
     "judged_blocks",  # blocks of BLOCK_ROWS places of a sequence with a judged row
     *(f"{name}_blocks" for name in ERROR_FIELDS),
-    "sequences",  # batch elements, whatever their rows
-    "query_square",  # over all rows (not only finite or sampled ones), |q|^2; one that holds NaN is left out
+    "sequences",  # batch elements, whatever their rows; of a pack, its sequences that hold a token
+    # Over all rows of those sequences (not only finite or sampled ones), |q|^2; one that holds NaN is left out.
+    "query_square",
     "key_square",  # over the keys of the head, |k|^2; likewise
 )
 HISTOGRAM_BINS = 32  # of entropy_ratio over [0, 1], judged rows: for percentiles
@@ -137,11 +138,13 @@ def fold_rows(
     sink_mass: Tensor,
     query_square: Tensor,
     key_square: Tensor,
+    sequences: Tensor | None = None,
 ) -> None:
     """Add one call's rows to `accumulator` in place: the specification of `kernels/fold.py`.
 
     visible_keys: integers broadcastable to (B, H, M). sink_mass: (B, H, M). M is M_s in a sample.
     query_square (B, H, M), key_square (B, H, N): squared lengths of all the head's queries and keys.
+    sequences: number of packed sequences, without dimensions; None for one a batch element.
     Empty rows are left out of everything but those, non-finite rows are only counted. A call without
     rows changes nothing. No host synchronisation.
     """
@@ -163,7 +166,7 @@ def fold_rows(
         return torch.where(rows, values.double(), -torch.inf).amax((0, 2))
 
     def of_blocks(values: Tensor) -> Tensor:
-        """Sums over judged rows of BLOCK_ROWS places; each sequence starts a new block: (H, blocks)."""
+        """Sums over judged rows of BLOCK_ROWS places; each batch element starts a new block: (H, blocks)."""
         chosen = torch.where(judged, values.double(), 0.0)
         padded = torch.nn.functional.pad(chosen, (0, -chosen.shape[2] % BLOCK_ROWS))
         return padded.unflatten(2, (-1, BLOCK_ROWS)).sum(3).transpose(0, 1).flatten(1)
@@ -184,7 +187,7 @@ def fold_rows(
         "entropy": total(entropy, finite),
         "logit_range": total(logit_range, finite),
         "judged_blocks": (block_rows > 0).sum(1).double(),
-        "sequences": torch.full_like(accumulator[0], entropy.shape[0]),
+        "sequences": torch.ones_like(accumulator[0]) * (entropy.shape[0] if sequences is None else sequences),
         "query_square": total(query_square.double(), ~query_square.isnan()),
         "key_square": total(key_square.double(), ~key_square.isnan()),
     }

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .configs import HEAD_GROUP
+from .packing import sequence_bounds
 from .primitives import (
     ADDITIVE_MASK,
     LOG2_E,
@@ -38,6 +39,7 @@ def _attend(
     unit,
     window,
     softcap,
+    bounds_ptr,
     mask_ptr,
     stride_mask_m,
     stride_mask_n,
@@ -46,6 +48,7 @@ def _attend(
     BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
     NATURAL: tl.constexpr,
@@ -56,7 +59,7 @@ def _attend(
 ):
     m_i, l_i, w_i, low, more, acc = state
     # Elsewhere a row that has seen no key yet meets one at the first place of a part.
-    SCATTERED: tl.constexpr = MASKED and (WINDOWED or MASK != NO_MASK)
+    SCATTERED: tl.constexpr = MASKED and (WINDOWED or PACKED or MASK != NO_MASK)
     for start_n in tl.range(lo, hi, BLOCK_N):
         k = load_tile(k_desc, batch, kv_head, start_n, BLOCK_N, BLOCK_D)
         s = tl.dot(q, k.T, input_precision="ieee")
@@ -72,11 +75,13 @@ def _attend(
             num_keys,
             window,
             softcap,
+            bounds_ptr,
             mask_ptr,
             stride_mask_m,
             stride_mask_n,
             CAUSAL,
             WINDOWED,
+            PACKED,
             SOFTCAP,
             MASK,
             MASKED,
@@ -106,6 +111,7 @@ def attend(
     v_desc,
     mask_ptr,
     sink_ptr,
+    bounds_ptr,
     stride_mask_b,
     stride_mask_h,
     stride_mask_m,
@@ -125,6 +131,7 @@ def attend(
     BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     MASK: tl.constexpr,
@@ -150,7 +157,19 @@ def attend(
         start_more(BLOCK_M, EXTENDED),
         tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
     )
-    lo, full_lo, full_hi, hi = key_range(start_m, num_keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASK)
+    lo, full_lo, full_hi, hi = key_range(
+        start_m,
+        num_queries,
+        num_keys,
+        window,
+        bounds_ptr,
+        BLOCK_M,
+        BLOCK_N,
+        CAUSAL,
+        WINDOWED,
+        PACKED,
+        MASK,
+    )
     for part in tl.static_range(3):
         if part == 0:
             begin, end = lo, full_lo
@@ -158,8 +177,8 @@ def attend(
             begin, end = full_lo, full_hi
         else:
             begin, end = full_hi, hi
-        # Only a window leaves partly visible tiles on the left, and a user mask leaves no others.
-        if (part == 2) or (part == 1 and MASK == NO_MASK) or (part == 0 and WINDOWED):
+        # Only windows and packed sequences leave partly visible tiles on the left, and a user mask no others.
+        if (part == 2) or (part == 1 and MASK == NO_MASK) or (part == 0 and (WINDOWED or PACKED)):
             state = _attend(
                 state,
                 q,
@@ -176,6 +195,7 @@ def attend(
                 unit,
                 window,
                 softcap,
+                bounds_ptr,
                 mask_ptr,
                 stride_mask_m,
                 stride_mask_n,
@@ -184,6 +204,7 @@ def attend(
                 BLOCK_DV,
                 CAUSAL,
                 WINDOWED,
+                PACKED,
                 SOFTCAP,
                 MASK,
                 NATURAL,
@@ -237,6 +258,7 @@ def call_arguments(query, key, options, extended, tiles):
     arguments = (
         mask,
         options.sinks,
+        sequence_bounds(options.seqlens, num_keys),
         *integers,
         options.scale,
         options.softcap or 0.0,
@@ -250,6 +272,7 @@ def call_arguments(query, key, options, extended, tiles):
         "HEAD_GROUP": HEAD_GROUP,
         "CAUSAL": options.is_causal,
         "WINDOWED": options.window_size is not None,
+        "PACKED": options.seqlens is not None,
         "SOFTCAP": options.softcap is not None,
         "SINKS": options.sinks is not None,
         "MASK": mask_kind,

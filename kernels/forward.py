@@ -28,6 +28,7 @@ def _forward_kernel(
     stride_out_m,
     mask_ptr,
     sink_ptr,
+    bounds_ptr,
     stride_mask_b,
     stride_mask_h,
     stride_mask_m,
@@ -48,6 +49,7 @@ def _forward_kernel(
     HEAD_GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     MASK: tl.constexpr,
@@ -64,6 +66,7 @@ def _forward_kernel(
         v_desc,
         mask_ptr,
         sink_ptr,
+        bounds_ptr,
         stride_mask_b,
         stride_mask_h,
         stride_mask_m,
@@ -83,6 +86,7 @@ def _forward_kernel(
         BLOCK_DV,
         CAUSAL,
         WINDOWED,
+        PACKED,
         SOFTCAP,
         SINKS,
         MASK,
@@ -117,7 +121,7 @@ def forward(query, key, value, options, tiles=None, extended=False):
     rows = new_rows((batch, heads, num_queries), query.device, extended, blank=idle)
     if idle:
         return out.zero_(), *rows
-    tiles = tiles or forward_tiles(head_dim, value_dim, query.dtype, options.is_causal, extended)
+    tiles = tiles or forward_tiles(head_dim, value_dim, query.dtype, options, extended)
     shared, constants, kind, launched = call_arguments(query, key, options, extended, tiles)
     arguments = (
         describe(query, tiles.block_m),
