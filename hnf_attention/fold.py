@@ -23,13 +23,15 @@ class Measured(NamedTuple):
     visible_keys: int64, broadcastable to (B, H, M). sink_mass: (B, H, M), weight on the first visible
     key plus the learned sink's. M is M_s in both where the rows are a sample.
     query_square (B, H, M), key_square (B, H, N): squared lengths, fp32 (fp64 for fp64 inputs), of all
-    queries, and of the keys once per query head.
+    queries, and of the keys once per query head. sequences: of a pack, how many hold a token, int64 without
+    dimensions; tokens past the last one have squared lengths of 0.
     """
 
     visible_keys: Tensor
     sink_mass: Tensor
     query_square: Tensor
     key_square: Tensor
+    sequences: Tensor | None = None
 
 
 def new_accumulator(num_heads: int, device: torch.device) -> Tensor:
@@ -81,6 +83,7 @@ def measure(query: Tensor, key: Tensor, rows: RowStats, options: Options) -> Mea
         attn_mask=options.attn_mask,
         is_causal=options.is_causal,
         window_size=options.window_size,
+        seqlens=options.seqlens,
         device=query.device,
     )
     index = rows.row_index
@@ -89,14 +92,23 @@ def measure(query: Tensor, key: Tensor, rows: RowStats, options: Options) -> Mea
         count = torch.where(index >= 0, count, 0)
     group = max(1, query.shape[1] // max(1, key.shape[1]))
 
+    sequences = end = None
+    if options.seqlens is not None:
+        sequences = masks.num_sequences(options.seqlens, num_keys)
+        end = masks.sequence_edges(options.seqlens, num_keys)[-1]
+
     def square(x: Tensor) -> Tensor:
-        return x.to(rows.lse.dtype).square().sum(-1)
+        squares = x.to(rows.lse.dtype).square().sum(-1)
+        if sequences is None:
+            return squares
+        return torch.where(torch.arange(x.shape[2], device=x.device) < end, squares, 0.0)
 
     return Measured(
         count,
         _sink_mass(query, key, rows, count, first, options),
         square(query),
         square(key).repeat_interleave(group, 1),
+        sequences,
     )
 
 

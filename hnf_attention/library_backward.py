@@ -23,8 +23,7 @@ def choose(query: Tensor, key: Tensor, value: Tensor | None, options: Options) -
 
     None under `torch.use_deterministic_algorithms(True)`: neither promises the same bits every time.
     """
-    plain = options.attn_mask is options.window_size is options.softcap is options.sinks is None
-    if value is None or not plain or query.dtype not in _HALF or not query.is_cuda:
+    if value is None or not options.plain or query.dtype not in _HALF or not query.is_cuda:
         return None
     if torch.are_deterministic_algorithms_enabled() or min(query.numel(), key.numel(), value.numel()) == 0:
         return None

@@ -1,4 +1,6 @@
-"""Which keys a query may see: the one place in PyTorch code that knows causal, window and user masks."""
+"""Which keys a query may see: the one place in PyTorch code that knows packed sequences, causal, window and
+user masks.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +29,29 @@ def mask_rows(attn_mask: Tensor, rows: slice | Tensor) -> Tensor:
     return take_rows(attn_mask.expand(*rows.shape[:2], *attn_mask.shape[2:]), rows)
 
 
+def sequence_edges(seqlens: Tensor, num_keys: int) -> Tensor:
+    """Where packed sequences begin and the last one ends, int64 within 0..num_keys whatever `seqlens` holds:
+    on a GPU its numbers are never read back to be checked.
+    """
+    return seqlens.clamp(0, num_keys).long()
+
+
+def sequence_bounds(seqlens: Tensor, positions: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+    """First key, and one past the last key, of the sequence that holds each position; int64, of their shape.
+
+    Positions past the last sequence get an empty range at its end.
+    """
+    edges = sequence_edges(seqlens, num_keys)
+    # The number of sequences that end at or before a position is the index of the one that holds it.
+    sequence = torch.searchsorted(edges[1:], positions.contiguous(), right=True)
+    return edges[sequence], torch.cat([edges[1:], edges[-1:]])[sequence]
+
+
+def num_sequences(seqlens: Tensor, num_keys: int) -> Tensor:
+    """How many packed sequences hold a token; int64 without dimensions."""
+    return (sequence_edges(seqlens, num_keys).diff() > 0).sum()
+
+
 def visible(
     rows: slice | Tensor,
     num_keys: int,
@@ -34,14 +59,15 @@ def visible(
     attn_mask: Tensor | None,
     is_causal: bool,
     window_size: int | None,
+    seqlens: Tensor | None = None,
     device: torch.device,
 ) -> Tensor:
     """Boolean, broadcastable to (B, H, rows, N): True where the query may attend to the key.
 
     rows: a slice, or the row numbers of a sample, (B, H, rows), of which -1 sees nothing.
     Causal masks are aligned to the top left (query i sees keys 0..i), as in PyTorch's SDPA; a window
-    W leaves keys with |i - j| < W. A boolean mask is True where attention is allowed; an additive
-    mask hides a key with -inf.
+    W leaves keys with |i - j| < W; packed sequences leave each query the keys of its own. A boolean
+    mask is True where attention is allowed; an additive mask hides a key with -inf.
     """
     i = (torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows)[..., None]
     j = torch.arange(num_keys, device=device)
@@ -50,6 +76,9 @@ def visible(
         seen &= j <= i
     if window_size is not None:
         seen &= (i - j).abs() < window_size
+    if seqlens is not None:
+        first, end = sequence_bounds(seqlens, i, num_keys)
+        seen &= (j >= first) & (j < end)
     if attn_mask is not None:
         part = mask_rows(attn_mask, rows)
         seen = seen & (part if part.dtype == torch.bool else part != -torch.inf)
@@ -63,6 +92,7 @@ def visible_keys(
     attn_mask: Tensor | None,
     is_causal: bool,
     window_size: int | None,
+    seqlens: Tensor | None = None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Number of visible keys, and the index of the first one (0 where there is none), per query.
@@ -72,15 +102,24 @@ def visible_keys(
     if attn_mask is None:
         i = torch.arange(num_queries, device=device)
         width = num_queries + num_keys if window_size is None else window_size
-        first = (i - width + 1).clamp(min=0)
+        first_key, end_key = 0, num_keys
+        if seqlens is not None:
+            first_key, end_key = sequence_bounds(seqlens, i, num_keys)
+        first = (i - width + 1).clamp(min=first_key)
         last = i if is_causal else i + width - 1
-        count = (last.clamp(max=num_keys - 1) - first + 1).clamp(min=0)
+        count = (last.clamp(max=end_key - 1) - first + 1).clamp(min=0)
         return count, torch.where(count > 0, first, 0)
     leading = attn_mask.shape[:-2].numel()
     counts, firsts = [], []
     for rows in row_chunks(num_queries, num_keys, leading):
         seen = visible(
-            rows, num_keys, attn_mask=attn_mask, is_causal=is_causal, window_size=window_size, device=device
+            rows,
+            num_keys,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            window_size=window_size,
+            seqlens=seqlens,
+            device=device,
         )
         counts.append(seen.sum(-1))
         firsts.append(seen.to(torch.uint8).argmax(-1) if num_keys else torch.zeros_like(counts[-1]))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import dispatch, reference, sampling, validation
 from .stats import EXTENDED_FIELDS, RowStats
+from .tracing import untraced
 from .validation import Options
 
 
@@ -27,6 +28,7 @@ def attention(
     window_size: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    seqlens: Tensor | None = None,
     extended: bool = False,
 ) -> tuple[Tensor, RowStats]:
     """Scaled dot-product attention that also returns the exact softmax statistics of every row.
@@ -43,6 +45,12 @@ def attention(
     window_size: only keys with |i - j| < window_size are visible.
     softcap: logit soft-cap (Gemma 2, arXiv 2408.00118, section 2).
     sinks: (H,) learned sink logits, one more softmax element without a value (gpt-oss).
+    seqlens: cumulative lengths of packed sequences, (S + 1,) int32 or int64, 0 first and never
+        decreasing: FlashAttention's `cu_seqlens`. Sequences lie end to end in a batch of 1 with M = N; a
+        query sees keys of its own sequence only, and `is_causal`, `window_size` and `attn_mask` apply
+        within it. Sequences may be empty; tokens past the last entry are empty rows. The numbers are
+        checked where the tensor is on the CPU and nothing traces the call. On a GPU they are never read
+        back: wrong ones give wrong results there, but no access outside the tensors.
     extended: also the other fields of `RowStats`; these are not differentiable.
 
     Returns the output (B, H, M, D_v) in the query's dtype and `RowStats` of (B, H, M) tensors.
@@ -63,6 +71,7 @@ def attention(
         window_size=window_size,
         softcap=softcap,
         sinks=sinks,
+        seqlens=seqlens,
     )
     return attend(query, key, value, options, extended=extended)
 
@@ -77,6 +86,7 @@ def attention_stats(
     window_size: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    seqlens: Tensor | None = None,
     extended: bool = False,
     sample: tuple[int, int] | None = None,
 ) -> RowStats:
@@ -87,7 +97,8 @@ def attention_stats(
     sample: (period, phase), ints >= 1 and >= 0: measure blocks of 64 query rows, one of every `period`
         consecutive ones; a sequence with fewer blocks gives one of all of them. Phases that follow each
         other take other blocks, and `period` of them every row (just once, where there are as many
-        blocks). Each (batch, head) takes blocks of its own.
+        blocks). Each (batch, head) takes blocks of its own. Of packed sequences, blocks are cut from the
+        pack as a whole, across their borders.
         The result is compact, (B, H, M_s) with `row_index` saying which rows, and not differentiable.
     """
     query, key, attn_mask = _autocast(query, key, attn_mask)
@@ -101,6 +112,7 @@ def attention_stats(
         window_size=window_size,
         softcap=softcap,
         sinks=sinks,
+        seqlens=seqlens,
     )
     if sample is None:
         return attend(query, key, None, options, extended=extended)[1]
@@ -130,7 +142,7 @@ def attend(
 
     detached: the statistics are outside autograd. Without a value the output is None or has no elements.
     """
-    if not _eager(query, key, value):
+    if not untraced(query, key, value):
         out, *rows = _forward_op(query, key, value, *_flat(options), extended)
         rows = _rows(*rows)
         return out, rows.detach() if detached else rows
@@ -148,35 +160,15 @@ def attend_sample(
     """`attention_stats` of a sample (period, phase) of the rows, for a call as `attend` takes it."""
     period, phase = sample
     period = sampling.effective_period(period, query.shape[2])
-    if _eager(query, key):
+    if untraced(query, key):
         return _rows(*_sample_rows(query, key, options, extended, period, phase % period))
     return _rows(*_sample_op(query, key, *_flat(options), extended, period, phase % period))
-
-
-def _eager(*tensors: Tensor | None) -> bool:
-    """Whether nothing but autograd watches this call, so that it need not pass through torch.library.
-
-    The operators cost some 50 microseconds of the host's time a call; they are there for what traces,
-    transforms or intercepts the call.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    watched = (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-    return not watched and all(type(x) in _PLAIN_TYPES for x in tensors)
-
-
-_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)})
 
 
 def _flat(options: Options) -> tuple:
     """As the operators take them, which know no dataclass."""
     o = options
-    return o.attn_mask, o.sinks, o.is_causal, o.scale, o.window_size, o.softcap
+    return o.attn_mask, o.sinks, o.seqlens, o.is_causal, o.scale, o.window_size, o.softcap
 
 
 def _rows(lse, entropy, max_logit, min_logit, more: Tensor | None, index: Tensor | None = None) -> RowStats:
@@ -193,13 +185,14 @@ def _forward(
     value: Optional[Tensor],  # noqa: UP045
     attn_mask: Optional[Tensor],  # noqa: UP045
     sinks: Optional[Tensor],  # noqa: UP045
+    seqlens: Optional[Tensor],  # noqa: UP045
     is_causal: bool,
     scale: float,
     window_size: Optional[int],  # noqa: UP045
     softcap: Optional[float],  # noqa: UP045
     extended: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
-    options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks)
+    options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks, seqlens)
     out, *core, more = dispatch.forward(query, key, value, options, extended)
     return _placeholder(out, query), *core, _placeholder(more, query)
 
@@ -213,7 +206,7 @@ _forward_op = torch.library.custom_op("hnf_attention::forward", _forward, mutate
 
 
 @_forward_op.register_fake
-def _(query, key, value, attn_mask, sinks, is_causal, scale, window_size, softcap, extended):
+def _(query, key, value, attn_mask, sinks, seqlens, is_causal, scale, window_size, softcap, extended):
     out = None if value is None else reference.empty_output(query, value.shape[3])
     return _placeholder(out, query), *_fake_rows(query, query.shape[2], extended)
 
@@ -229,6 +222,7 @@ def _sample(
     key: Tensor,
     attn_mask: Optional[Tensor],  # noqa: UP045
     sinks: Optional[Tensor],  # noqa: UP045
+    seqlens: Optional[Tensor],  # noqa: UP045
     is_causal: bool,
     scale: float,
     window_size: Optional[int],  # noqa: UP045
@@ -237,7 +231,7 @@ def _sample(
     period: int,
     phase: int,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
-    options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks)
+    options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks, seqlens)
     *core, more, index = _sample_rows(query, key, options, extended, period, phase)
     return *core, _placeholder(more, query), index
 
@@ -261,7 +255,7 @@ _sample_op = torch.library.custom_op("hnf_attention::sample", _sample, mutates_a
 
 
 @_sample_op.register_fake
-def _(query, key, attn_mask, sinks, is_causal, scale, window_size, softcap, extended, period, phase):
+def _(query, key, attn_mask, sinks, seqlens, is_causal, scale, window_size, softcap, extended, period, phase):
     num_rows = sampling.num_rows(query.shape[2], period)
     index = query.new_empty((*query.shape[:2], num_rows), dtype=torch.int64)
     return *_fake_rows(query, num_rows, extended), index
@@ -273,6 +267,7 @@ def _gradients(
     value: Optional[Tensor],  # noqa: UP045
     attn_mask: Optional[Tensor],  # noqa: UP045
     sinks: Optional[Tensor],  # noqa: UP045
+    seqlens: Optional[Tensor],  # noqa: UP045
     is_causal: bool,
     scale: float,
     window_size: Optional[int],  # noqa: UP045
@@ -286,7 +281,7 @@ def _gradients(
     *,
     mask_gradient: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
-    options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks)
+    options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks, seqlens)
     cotangents = (out, lse, entropy, d_out, d_lse, d_entropy)
     gradients = dispatch.backward(query, key, value, options, *cotangents, mask_gradient=mask_gradient)
     # Contiguous, as the fake kernel says.
@@ -306,18 +301,19 @@ def _(query, key, value, attn_mask, sinks, *_, mask_gradient):
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, attn_mask, sinks, *ctx.options, _extended = inputs
+    query, key, value, attn_mask, sinks, seqlens, *ctx.options, _extended = inputs
     out, lse, entropy, *others = output
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, attn_mask, sinks, out, lse, entropy)
+    ctx.save_for_backward(query, key, value, attn_mask, sinks, seqlens, out, lse, entropy)
 
 
 def _backward(ctx, d_out, d_lse, d_entropy, *_):
-    query, key, value, attn_mask, sinks, out, lse, entropy = ctx.saved_tensors
+    *inputs, out, lse, entropy = ctx.saved_tensors
+    _query, _key, value, _mask, sinks, _seqlens = inputs
     if d_out is None and d_lse is None and d_entropy is None:
-        return (None,) * 10
-    inputs, cotangents = (query, key, value, attn_mask, sinks), (out, lse, entropy, d_out, d_lse, d_entropy)
+        return (None,) * 11
+    cotangents = (out, lse, entropy, d_out, d_lse, d_entropy)
     learns_mask = ctx.needs_input_grad[3]
     d_query, d_key, d_value, d_sinks, d_mask = _gradients_op(
         *inputs, *ctx.options, *cotangents, mask_gradient=learns_mask
@@ -328,7 +324,7 @@ def _backward(ctx, d_out, d_lse, d_entropy, *_):
         None if value is None else d_value,
         d_mask if learns_mask else None,
         None if sinks is None else d_sinks,
-        *(None,) * 5,
+        *(None,) * 6,
     )
 
 
@@ -346,7 +342,7 @@ class _EagerAttention(torch.autograd.Function):
     def attach(cls, query, key, value, attn_mask, sinks, options, extended, detached):
         """(out, rows) of a call of which something requires a gradient."""
         rest = []
-        # `apply`, less its own search for the transforms that `_eager` has ruled out.
+        # `apply`, less its own search for the transforms that `untraced` has ruled out.
         apply = super(torch.autograd.Function, cls).apply
         results = apply(query, key, value, attn_mask, sinks, options, extended, detached, rest)
         if detached:
@@ -358,18 +354,18 @@ class _EagerAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, attn_mask, sinks, options, extended, detached, rest):
         out, *rows = dispatch.forward(query, key, value, options, extended)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, attn_mask, sinks, out, *rows[:2])
-        ctx.options = options._replace(attn_mask=None, sinks=None)
+        ctx.save_for_backward(query, key, value, attn_mask, sinks, options.seqlens, out, *rows[:2])
+        ctx.options = options._replace(attn_mask=None, sinks=None, seqlens=None)
         rest += rows if detached else rows[2:]
         return out if detached else (out, *rows[:2])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, d_lse=None, d_entropy=None):
-        query, key, value, attn_mask, sinks, out, lse, entropy = ctx.saved_tensors
+        query, key, value, attn_mask, sinks, seqlens, out, lse, entropy = ctx.saved_tensors
         if d_out is None and d_lse is None and d_entropy is None:
             return (None,) * 9
-        options = ctx.options._replace(attn_mask=attn_mask, sinks=sinks)
+        options = ctx.options._replace(attn_mask=attn_mask, sinks=sinks, seqlens=seqlens)
         cotangents = (out, lse, entropy, d_out, d_lse, d_entropy)
         gradients = dispatch.backward(
             query, key, value, options, *cotangents, mask_gradient=ctx.needs_input_grad[3]

@@ -73,6 +73,7 @@ def _score_rows(query: Tensor, key: Tensor, rows: slice | Tensor, options: Optio
         attn_mask=options.attn_mask,
         is_causal=options.is_causal,
         window_size=options.window_size,
+        seqlens=options.seqlens,
         device=query.device,
     )
     if options.attn_mask is not None and options.attn_mask.dtype != torch.bool:

@@ -39,8 +39,9 @@ SUM_FIELDS = (
     "dead_rows",
     "judged_blocks",  # blocks of BLOCK_ROWS places of a sequence with a judged row
     *(f"{name}_blocks" for name in ERROR_FIELDS),
-    "sequences",  # batch elements, whatever their rows
-    "query_square",  # over all rows (not only finite or sampled ones), |q|^2; one that holds NaN is left out
+    "sequences",  # batch elements, whatever their rows; of a pack, its sequences that hold a token
+    # Over all rows of those sequences (not only finite or sampled ones), |q|^2; one that holds NaN is left out.
+    "query_square",
     "key_square",  # over the keys of the head, |k|^2; likewise
 )
 HISTOGRAM_BINS = 32  # of entropy_ratio over [0, 1], judged rows: for percentiles
@@ -138,11 +139,13 @@ def fold_rows(
     sink_mass: Tensor,
     query_square: Tensor,
     key_square: Tensor,
+    sequences: Tensor | None = None,
 ) -> None:
     """Add one call's rows to `accumulator` in place: the specification of `kernels/fold.py`.
 
     visible_keys: integers broadcastable to (B, H, M). sink_mass: (B, H, M). M is M_s in a sample.
     query_square (B, H, M), key_square (B, H, N): squared lengths of all the head's queries and keys.
+    sequences: number of packed sequences, without dimensions; None for one a batch element.
     Empty rows are left out of everything but those, non-finite rows are only counted. A call without
     rows changes nothing. No host synchronisation.
     """
@@ -164,7 +167,7 @@ def fold_rows(
         return torch.where(rows, values.double(), -torch.inf).amax((0, 2))
 
     def of_blocks(values: Tensor) -> Tensor:
-        """Sums over judged rows of BLOCK_ROWS places; each sequence starts a new block: (H, blocks)."""
+        """Sums over judged rows of BLOCK_ROWS places; each batch element starts a new block: (H, blocks)."""
         chosen = torch.where(judged, values.double(), 0.0)
         padded = torch.nn.functional.pad(chosen, (0, -chosen.shape[2] % BLOCK_ROWS))
         return padded.unflatten(2, (-1, BLOCK_ROWS)).sum(3).transpose(0, 1).flatten(1)
@@ -185,7 +188,7 @@ def fold_rows(
         "entropy": total(entropy, finite),
         "logit_range": total(logit_range, finite),
         "judged_blocks": (block_rows > 0).sum(1).double(),
-        "sequences": torch.full_like(accumulator[0], entropy.shape[0]),
+        "sequences": torch.ones_like(accumulator[0]) * (entropy.shape[0] if sequences is None else sequences),
         "query_square": total(query_square.double(), ~query_square.isnan()),
         "key_square": total(key_square.double(), ~key_square.isnan()),
     }
@@ -361,10 +364,7 @@ class HeadStats:
 
     @property
     def query_norm(self) -> np.ndarray:
-        """Frobenius norm of Q over a sequence, root mean square over the sequences.
-
-        NaN where it is not known: attention caught at its softmax shows no queries and keys.
-        """
+        """Frobenius norm of Q over a sequence, root mean square over sequences; NaN where Q was not seen."""
         return self._norm("query_square")
 
     @property
@@ -383,10 +383,9 @@ class HeadStats:
 
     def merge(self, other: HeadStats) -> HeadStats:
         """Both folds as one: exact, associative, commutative."""
-        if self.values.shape != other.values.shape:
-            raise ValueError(
-                f"expected head statistics of shape {self.values.shape}, got {other.values.shape}"
-            )
+        shape = self.values.shape
+        if shape != other.values.shape:
+            raise ValueError(f"expected head statistics of shape {shape}, got {other.values.shape}")
         merged = self.values + other.values
         merged[NUM_SUMS:] = np.maximum(self.values[NUM_SUMS:], other.values[NUM_SUMS:])
         return HeadStats(merged, self.head_dim, self.dtype, max(self.sample_period, other.sample_period))

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from .stats import RowStats
+from .tracing import readable
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Options(NamedTuple):
-    """What changes the scores, validated and normalised: `attn_mask` is 4-D or None, `scale` a float."""
+    """What changes the scores, validated and normalised: `attn_mask` is 4-D or None, `scale` a float,
+    `seqlens` on the query's device.
+    """
 
     attn_mask: Tensor | None
     is_causal: bool
@@ -24,6 +27,13 @@ class Options(NamedTuple):
     window_size: int | None
     softcap: float | None
     sinks: Tensor | None
+    seqlens: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but `is_causal` and `scale` shapes the scores."""
+        others = self.attn_mask is self.window_size is self.softcap is self.sinks is None
+        return others and self.seqlens is None
 
 
 def _expected(expected: str, got: object, error: type[Exception] = ValueError) -> Exception:
@@ -85,6 +95,32 @@ def _check_sinks(sinks: Tensor, rows: Tensor) -> None:
         raise _expected(f"sinks on the query's device {rows.device}", sinks.device)
 
 
+def _check_seqlens(seqlens: Tensor, query: Tensor, num_keys: int) -> Tensor:
+    _check_dense("seqlens", seqlens, " or None")
+    if seqlens.dtype not in (torch.int32, torch.int64):
+        raise _expected("seqlens of dtype torch.int32 or torch.int64", seqlens.dtype, TypeError)
+    if seqlens.dim() != 1 or len(seqlens) == 0:
+        raise _expected("seqlens of shape (sequences + 1,)", tuple(seqlens.shape))
+    if seqlens.device != query.device and seqlens.device.type != "cpu":
+        raise _expected(f"seqlens on the query's device {query.device} or the CPU", seqlens.device)
+    batch, _, num_queries, _ = query.shape
+    if batch != 1:
+        raise _expected("a batch of 1 with seqlens (sequences end to end in one row)", f"a batch of {batch}")
+    if num_queries != num_keys:
+        got = f"{num_keys} keys and {num_queries} queries"
+        raise _expected("as many keys as queries with seqlens", got)
+    if readable(seqlens):
+        edges = seqlens.tolist()
+        if edges[0] != 0:
+            raise _expected("seqlens to start at 0", edges[0])
+        for edge, following in zip(edges, edges[1:]):
+            if following < edge:
+                raise _expected("seqlens that never decrease", f"{following} after {edge}")
+        if edges[-1] > num_keys:
+            raise _expected(f"seqlens to end within the {num_keys} keys", edges[-1])
+    return seqlens if seqlens.device == query.device else seqlens.to(query.device, non_blocking=True)
+
+
 def check_sample(sample: object) -> tuple[int, int]:
     """Raise TypeError or ValueError for what is no (period, phase); return it."""
     pair = isinstance(sample, tuple) and len(sample) == 2
@@ -106,6 +142,7 @@ def check(
     window_size: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    seqlens: Tensor | None = None,
 ) -> Options:
     """Raise ValueError or TypeError for input the attention functions do not take; return `Options`.
 
@@ -152,6 +189,7 @@ def check(
         window_size,
         softcap,
         sinks,
+        None if seqlens is None else _check_seqlens(seqlens, query, num_keys),
     )
 
 
@@ -193,5 +231,4 @@ def check_merge(blocks: Sequence[RowStats], outs: Sequence[Tensor], sinks: Tenso
 def _same_rows(index: Tensor | None, other: Tensor | None) -> bool:
     if index is None or other is None:
         return index is other
-    readable = index.device.type == "cpu" and not torch.compiler.is_compiling()
-    return not readable or torch.equal(index, other)
+    return not readable(index) or torch.equal(index, other)

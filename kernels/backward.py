@@ -15,8 +15,9 @@ import triton.language as tl
 from .. import reference
 from .backward_dkv import dkv_kernel
 from .backward_dq import dq_kernel
-from .configs import HEAD_GROUP, backward_tiles, grid_1d
+from .configs import HEAD_GROUP, backward_tiles, grid_1d, has_edges
 from .descriptors import aligned, describe, describe_rows
+from .packing import sequence_bounds
 from .primitives import ADDITIVE_MASK, LN_2, LOG2_E, block_dim, mask_arguments
 
 
@@ -118,8 +119,8 @@ def _score_gradient(options, shape):
     """Where dq's launch puts the gradient of every score (B, H, M, N), for a mask that needs its own."""
     mask = options.attn_mask
     dtype = mask.dtype if mask.shape == shape else torch.float32  # a sum is to follow
-    # Under a causal mask or a window, what no query of a block sees is not walked.
-    walks_all = not options.is_causal and options.window_size is None
+    # Under a causal mask or a window, or in a pack, what no query of a block sees is not walked.
+    walks_all = not has_edges(options) and options.window_size is None
     return (torch.empty if walks_all else torch.zeros)(shape, dtype=dtype, device=mask.device)
 
 
@@ -144,7 +145,8 @@ def plan(
     value_dim = value.shape[3] if has_d_out else 16
     shape = (batch, heads, num_queries, num_keys)
     dims = (head_dim, value_dim)
-    dq_tiles, dkv_tiles = tiles or backward_tiles(*dims, query.dtype, options.is_causal, mask_gradient)
+    dq_tiles, dkv_tiles = tiles or backward_tiles(*dims, query.dtype, options, mask_gradient)
+    bounds = sequence_bounds(options.seqlens, num_keys)
     mask, mask_strides, mask_kind = mask_arguments(options.attn_mask, shape)
     d_scores = _score_gradient(options, shape) if mask_gradient else None
     natural = options.scale <= 0 or options.softcap is not None or mask_kind == ADDITIVE_MASK.value
@@ -158,6 +160,7 @@ def plan(
             *(describe(x, size) for x, size in zip(tensors, sizes, strict=True)),
             *gradients,
             *(None if x is None else describe_rows(x, tiles.block_m) for x in rows),
+            bounds,
             mask,
             *mask_strides,
             batch * num_heads,
@@ -176,6 +179,7 @@ def plan(
             HEAD_GROUP=HEAD_GROUP,
             CAUSAL=options.is_causal,
             WINDOWED=options.window_size is not None,
+            PACKED=options.seqlens is not None,
             SOFTCAP=options.softcap is not None,
             MASK=mask_kind,
             NATURAL=natural,

@@ -37,6 +37,7 @@ def _walk_queries(
     scale,
     softcap,
     window,
+    bounds_ptr,
     mask_ptr,
     stride_mask_m,
     stride_mask_n,
@@ -45,6 +46,7 @@ def _walk_queries(
     BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
     NATURAL: tl.constexpr,
@@ -52,7 +54,7 @@ def _walk_queries(
     HAS_D_ENTROPY: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    BOTH_ENDS: tl.constexpr = CAUSAL or WINDOWED
+    BOTH_ENDS: tl.constexpr = CAUSAL or WINDOWED or PACKED
     begin, end = walk_bounds(tiles, BOTH_ENDS, MASKED)
     for start in tl.range(begin, end, BLOCK_M):
         start_m = walk_position(start, tiles, BOTH_ENDS, MASKED)
@@ -81,11 +83,13 @@ def _walk_queries(
             scale,
             softcap,
             window,
+            bounds_ptr,
             mask_ptr,
             stride_mask_m,
             stride_mask_n,
             CAUSAL,
             WINDOWED,
+            PACKED,
             SOFTCAP,
             MASK,
             NATURAL,
@@ -112,6 +116,7 @@ def dkv_kernel(
     scaled_lse_desc,
     offset_desc,
     scaled_d_entropy_desc,
+    bounds_ptr,
     mask_ptr,
     stride_mask_b,
     stride_mask_h,
@@ -134,6 +139,7 @@ def dkv_kernel(
     HEAD_GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
     NATURAL: tl.constexpr,
@@ -152,7 +158,9 @@ def dkv_kernel(
         v = load_tile(v_desc, batch, kv_head, start_n, BLOCK_N, BLOCK_DV)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    tiles = query_range(start_n, num_queries, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASK)
+    tiles = query_range(
+        start_n, num_queries, window, bounds_ptr, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, PACKED, MASK
+    )
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
         head_mask_ptr = mask_ptr
@@ -181,6 +189,7 @@ def dkv_kernel(
                     scale,
                     softcap,
                     window,
+                    bounds_ptr,
                     head_mask_ptr,
                     stride_mask_m,
                     stride_mask_n,
@@ -189,6 +198,7 @@ def dkv_kernel(
                     BLOCK_DV,
                     CAUSAL,
                     WINDOWED,
+                    PACKED,
                     SOFTCAP,
                     MASK,
                     NATURAL,

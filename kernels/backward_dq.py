@@ -32,6 +32,7 @@ def _walk_keys(
     scale,
     softcap,
     window,
+    bounds_ptr,
     mask_ptr,
     stride_mask_m,
     stride_mask_n,
@@ -41,6 +42,7 @@ def _walk_keys(
     BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
     NATURAL: tl.constexpr,
@@ -49,7 +51,7 @@ def _walk_keys(
     HAS_D_SCORES: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    BOTH_ENDS: tl.constexpr = WINDOWED
+    BOTH_ENDS: tl.constexpr = WINDOWED or PACKED
     begin, end = walk_bounds(tiles, BOTH_ENDS, MASKED)
     for start in tl.range(begin, end, BLOCK_N):
         start_n = walk_position(start, tiles, BOTH_ENDS, MASKED)
@@ -73,11 +75,13 @@ def _walk_keys(
             scale,
             softcap,
             window,
+            bounds_ptr,
             mask_ptr,
             stride_mask_m,
             stride_mask_n,
             CAUSAL,
             WINDOWED,
+            PACKED,
             SOFTCAP,
             MASK,
             NATURAL,
@@ -105,6 +109,7 @@ def dq_kernel(
     scaled_lse_desc,
     offset_desc,
     scaled_d_entropy_desc,
+    bounds_ptr,
     mask_ptr,
     stride_mask_b,
     stride_mask_h,
@@ -126,6 +131,7 @@ def dq_kernel(
     HEAD_GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
     NATURAL: tl.constexpr,
@@ -156,7 +162,19 @@ def dq_kernel(
     if HAS_D_ENTROPY:
         scaled_d_entropy = load_rows(scaled_d_entropy_desc, bh, start_m, BLOCK_M)[:, None]
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    tiles = key_range(start_m, num_keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, MASK)
+    tiles = key_range(
+        start_m,
+        num_queries,
+        num_keys,
+        window,
+        bounds_ptr,
+        BLOCK_M,
+        BLOCK_N,
+        CAUSAL,
+        WINDOWED,
+        PACKED,
+        MASK,
+    )
     for masked in tl.static_range(2):
         # A user mask leaves no tile that needs no masking.
         if masked or MASK == NO_MASK:
@@ -178,6 +196,7 @@ def dq_kernel(
                 scale,
                 softcap,
                 window,
+                bounds_ptr,
                 mask_ptr,
                 stride_mask_m,
                 stride_mask_n,
@@ -187,6 +206,7 @@ def dq_kernel(
                 BLOCK_DV,
                 CAUSAL,
                 WINDOWED,
+                PACKED,
                 SOFTCAP,
                 MASK,
                 NATURAL,

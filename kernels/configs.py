@@ -37,6 +37,9 @@ _FORWARD_HALF = {
 }
 # The extended state spills beside anything but small tiles (read offline; not timed yet).
 _EXTENDED_HALF = {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 3), 256: Tiles(64, 32, 8, 2)}
+# Of packed sequences it spills 0.5 to 1.5 KB there, and next to nothing in these, with an output or without one
+# (read offline; not timed yet).
+_EXTENDED_PACKED_HALF = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 8, 2)}
 # A probe has no output to hold, so small tiles leave room for many programs (read offline; not timed yet).
 # A sample's blocks have 64 rows.
 _PROBE_HALF = {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(64, 64, 4, 2)}
@@ -61,32 +64,41 @@ _BACKWARD_FLOAT = {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles
 HEAD_GROUP = 8
 
 
+def has_edges(options) -> bool:
+    """What the tables call causal. Borders of packed sequences are like the diagonal: small blocks waste less."""
+    return options.is_causal or options.seqlens is not None
+
+
 def _width(head_dim: int, value_dim: int) -> int:
     return max(block_dim(head_dim), block_dim(value_dim), 64)
 
 
 def forward_tiles(
-    head_dim: int, value_dim: int, dtype: torch.dtype, is_causal: bool, extended: bool = False
+    head_dim: int, value_dim: int, dtype: torch.dtype, options, extended: bool = False
 ) -> Tiles:
     width = _width(head_dim, value_dim)
     if dtype == torch.float32:
         return _FORWARD_FLOAT[width]
-    return _EXTENDED_HALF[width] if extended else _FORWARD_HALF[width, is_causal]
+    if extended:
+        return (_EXTENDED_HALF if options.seqlens is None else _EXTENDED_PACKED_HALF)[width]
+    return _FORWARD_HALF[width, has_edges(options)]
 
 
-def probe_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
+def probe_tiles(head_dim: int, dtype: torch.dtype, options, extended: bool = False) -> Tiles:
     """Tiles of the probe; its query blocks divide a sample's."""
     width = _width(head_dim, 16)
-    return _FORWARD_FLOAT[width] if dtype == torch.float32 else _PROBE_HALF[width]
+    if dtype == torch.float32:
+        return _FORWARD_FLOAT[width]
+    return (_EXTENDED_PACKED_HALF if extended and options.seqlens is not None else _PROBE_HALF)[width]
 
 
 def backward_tiles(
-    head_dim: int, value_dim: int, dtype: torch.dtype, is_causal: bool, mask_gradient: bool = False
+    head_dim: int, value_dim: int, dtype: torch.dtype, options, mask_gradient: bool = False
 ) -> BackwardTiles:
     width = _width(head_dim, value_dim)
     if dtype == torch.float32:
         return BackwardTiles(dq=_BACKWARD_FLOAT[width], dkv=_BACKWARD_FLOAT[width])
-    tiles = _BACKWARD_HALF[width, is_causal]
+    tiles = _BACKWARD_HALF[width, has_edges(options)]
     return tiles._replace(dq=_MASK_GRADIENT_HALF[width]) if mask_gradient else tiles
 
 

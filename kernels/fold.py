@@ -24,7 +24,8 @@ from ..stats import (
 )
 from .launch import launch
 from .mask_scan import scan_mask
-from .primitives import block_dim
+from .packing import sequence_bounds
+from .primitives import block_dim, load_bounds, load_num_sequences
 
 # Constants of the kernel. As globals of this file they would be compared anew at every launch, at two
 # microseconds of the host's time each.
@@ -108,6 +109,7 @@ def _fold_kernel(
     sink_ptr,
     table_ptr,
     index_ptr,
+    bounds_ptr,
     stride_qb,
     stride_qh,
     stride_qm,
@@ -132,6 +134,7 @@ def _fold_kernel(
     COLUMNS: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     TABLE: tl.constexpr,
@@ -177,6 +180,11 @@ def _fold_kernel(
     if SINKS:
         sink = tl.load(sink_ptr + head).to(tl.float32)
 
+    # Tokens of no sequence have no part in the norms.
+    query_end, key_end, sequences = num_queries, num_keys, batch
+    if PACKED:
+        _, key_end = load_bounds(bounds_ptr, num_keys - 1, num_keys)
+        query_end, sequences = key_end, load_num_sequences(bounds_ptr, num_keys)
     blocks = tl.cdiv(num_places, BLOCK)
     for work in tl.range(slot, batch * blocks, slots):
         b = (work // blocks).to(tl.int64)
@@ -198,8 +206,11 @@ def _fold_kernel(
         else:
             first = tl.zeros([BLOCK], tl.int32)
             last = tl.zeros([BLOCK], tl.int32) + (num_keys - 1)
+            if PACKED:
+                first, last = load_bounds(bounds_ptr, tl.maximum(m, 0), num_queries)
+                last -= 1
             if WINDOWED:
-                first = tl.maximum(m - window + 1, 0)
+                first = tl.maximum(m - window + 1, first)
                 last = tl.minimum(last, m + window - 1)
             if CAUSAL:
                 last = tl.minimum(last, m)
@@ -211,7 +222,7 @@ def _fold_kernel(
         for start in tl.static_range(0, BLOCK_D, COLUMNS):
             columns = start + offs_d
             q = _load_columns(q_rows, columns, inside, HEAD_DIM)
-            if TABLE or WINDOWED:
+            if TABLE or WINDOWED or PACKED:
                 k = _load_columns(k_rows, columns, visible > 0, HEAD_DIM)
             else:
                 width = tl.where(num_keys > 0, HEAD_DIM, 0)
@@ -220,7 +231,7 @@ def _fold_kernel(
             score += tl.sum(q * k, 1)
             squares += tl.sum(q * q, 1)
         if not SAMPLED:
-            query_squares += _but_nan(squares)
+            query_squares += _but_nan(tl.where(m < query_end, squares, 0.0) if PACKED else squares)
         score *= scale
         if SOFTCAP:
             # tanh by exp, as in bend_and_mask
@@ -273,10 +284,10 @@ def _fold_kernel(
     query_square = tl.sum(query_squares, 0)
     if SAMPLED:
         query_square = _squares(
-            q_ptr, stride_qb, stride_qm, batch, num_queries, slot, slots, BLOCK, BLOCK_D, COLUMNS, HEAD_DIM
+            q_ptr, stride_qb, stride_qm, batch, query_end, slot, slots, BLOCK, BLOCK_D, COLUMNS, HEAD_DIM
         )
     key_square = _squares(
-        k_ptr, stride_kb, stride_kn, batch, num_keys, slot, slots, BLOCK, BLOCK_D, COLUMNS, HEAD_DIM
+        k_ptr, stride_kb, stride_kn, batch, key_end, slot, slots, BLOCK, BLOCK_D, COLUMNS, HEAD_DIM
     )
 
     field = tl.arange(0, WIDTH)
@@ -297,7 +308,7 @@ def _fold_kernel(
     sums = _put(sums, field, 13, sink_blocks)
     sums = _put(sums, field, 14, trace_blocks)
     sums = _put(sums, field, 15, dead_blocks)
-    sums = _put(sums, field, 16, tl.where(slot == 0, batch, 0).to(tl.float64))
+    sums = _put(sums, field, 16, tl.where(slot == 0, sequences, 0).to(tl.float64))
     sums = _put(sums, field, 17, query_square)
     sums = _put(sums, field, 18, key_square)
     tops = tl.full([WIDTH], -infinity, tl.float32)
@@ -326,8 +337,9 @@ def fold(accumulator, query, key, rows, options):
     kv_heads, num_keys = key.shape[1:3]
     query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
     table, table_strides, has_bias = None, (0, 0, 0), False
+    bounds = sequence_bounds(options.seqlens, num_keys)
     if options.attn_mask is not None:
-        table, table_strides = scan_mask(options, (batch, heads, num_queries, num_keys))
+        table, table_strides = scan_mask(options, (batch, heads, num_queries, num_keys), bounds)
         has_bias = options.attn_mask.dtype != torch.bool
     width, index = block_dim(head_dim), rows.row_index
     arguments = (
@@ -341,6 +353,7 @@ def fold(accumulator, query, key, rows, options):
         options.sinks,
         table,
         None if index is None else index.contiguous(),
+        bounds,
         *query.stride()[:3],
         *key.stride()[:3],
         *table_strides,
@@ -361,6 +374,7 @@ def fold(accumulator, query, key, rows, options):
         "COLUMNS": min(width, _COLUMNS),
         "CAUSAL": options.is_causal,
         "WINDOWED": options.window_size is not None,
+        "PACKED": bounds is not None,
         "SOFTCAP": options.softcap is not None,
         "SINKS": options.sinks is not None,
         "TABLE": table is not None,
@@ -369,5 +383,5 @@ def fold(accumulator, query, key, rows, options):
         **_LAYOUT,
     }
     sinks_dtype = None if options.sinks is None else options.sinks.dtype
-    kind = (query.device, query.dtype, sinks_dtype, *arguments[10:24])
+    kind = (query.device, query.dtype, sinks_dtype, *arguments[11:25])
     launch(_fold_kernel, (accumulator.shape[0], heads, 1), kind, arguments, constants, num_warps=4)

@@ -11,16 +11,29 @@ def query_range(
     start_n,
     num_queries,
     window,
+    bounds_ptr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
     MASK: tl.constexpr,
 ):
     """Query tiles that see some key of a block: [lo, full_lo) and [full_hi, hi) need masking."""
-    # A window is symmetric in queries and keys; a causal mask bounds the other side.
+    # Windows and packed sequences (as many keys as queries) are symmetric in both; a causal mask bounds the
+    # other side.
     lo, full_lo, full_hi, hi = key_range(
-        start_n, num_queries, window, BLOCK_N, BLOCK_M, False, WINDOWED, MASK
+        start_n,
+        num_queries,
+        num_queries,
+        window,
+        bounds_ptr,
+        BLOCK_N,
+        BLOCK_M,
+        False,
+        WINDOWED,
+        PACKED,
+        MASK,
     )
     if CAUSAL:
         lo = tl.maximum(lo, start_n // BLOCK_M * BLOCK_M)
@@ -64,11 +77,13 @@ def softmax_weights(
     scale,
     softcap,
     window,
+    bounds_ptr,
     mask_ptr,
     stride_mask_m,
     stride_mask_n,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
     NATURAL: tl.constexpr,
@@ -88,11 +103,13 @@ def softmax_weights(
         num_keys,
         window,
         softcap,
+        bounds_ptr,
         mask_ptr,
         stride_mask_m,
         stride_mask_n,
         CAUSAL,
         WINDOWED,
+        PACKED,
         SOFTCAP,
         MASK,
         MASKED,

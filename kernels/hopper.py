@@ -29,7 +29,7 @@ def covers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options)
         and key.shape[2] > 0
         and query.numel() > 0
         and options.scale > 0
-        and options.attn_mask is options.window_size is options.softcap is options.sinks is None
+        and options.plain
     )
 
 

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .primitives import ADDITIVE_MASK, mask_arguments, visible_tile
+from .primitives import ADDITIVE_MASK, load_bounds, mask_arguments, visible_tile
 
 # Keys that are scanned at a time.
 _SCAN = 1024
@@ -22,9 +22,11 @@ def _scan_mask_kernel(
     num_queries,
     num_keys,
     window,
+    bounds_ptr,
     BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
     MASK: tl.constexpr,
 ):
     """A row of a user mask: how many keys are visible, which is the first, and its bias (as fp32 bits)."""
@@ -42,9 +44,15 @@ def _scan_mask_kernel(
         hi = tl.minimum(hi, row + window)
     if CAUSAL:
         hi = tl.minimum(hi, row + 1)
+    if PACKED:
+        first_key, end_key = load_bounds(bounds_ptr, row, num_queries)
+        lo = tl.maximum(lo, first_key)
+        hi = tl.minimum(hi, end_key)
     for start in tl.range(lo, hi, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        seen = visible_tile(rows, columns, num_queries, num_keys, window, CAUSAL, WINDOWED)
+        # A sequence begins with its first tile; it ends where the keys do.
+        end = end_key if PACKED else num_keys
+        seen = visible_tile(rows, columns, num_queries, end, window, bounds_ptr, CAUSAL, WINDOWED, False)
         tile = tl.load(mask_ptr + columns.to(tl.int64) * stride_mask_n, mask=seen, other=0)
         hidden = tile.to(tl.float32) == (-float("inf") if MASK == ADDITIVE_MASK else 0.0)
         seen = seen & (hidden == 0)
@@ -64,7 +72,9 @@ def _scan_mask_kernel(
         tl.store(table_ptr + 2 * size + place, bias.to(tl.int32, bitcast=True))
 
 
-def scan_mask(options, shape: tuple[int, int, int, int]) -> tuple[torch.Tensor, tuple[int, int, int]]:
+def scan_mask(
+    options, shape: tuple[int, int, int, int], bounds: torch.Tensor | None
+) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """Table (3, mask batch, mask heads, M) int32 of visible keys, first key and its bias; strides (b, h, part)."""
     _, _, num_queries, num_keys = shape
     attn_mask = options.attn_mask
@@ -80,9 +90,11 @@ def scan_mask(options, shape: tuple[int, int, int, int]) -> tuple[torch.Tensor, 
         num_queries,
         num_keys,
         options.window_size or 0,
+        bounds,
         BLOCK=_SCAN,
         CAUSAL=options.is_causal,
         WINDOWED=options.window_size is not None,
+        PACKED=bounds is not None,
         MASK=kind,
     )
     per_batch = mask_heads * num_queries if mask_batch > 1 else 0

@@ -86,15 +86,50 @@ def load_rows(desc, batch_head, row, ROWS: tl.constexpr):
 
 
 @triton.jit
-def visible_tile(rows, columns, num_queries, num_keys, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
+def load_bounds(bounds_ptr, rows, length):
+    """First key, and one past the last key, of each row's sequence, from the table of `packing.sequence_bounds`.
+
+    Rows past the last one repeat its bounds, so that a ragged tile still has unmasked key tiles.
+    """
+    pointers = bounds_ptr + tl.minimum(rows, length - 1)
+    return tl.load(pointers), tl.load(pointers + length)
+
+
+@triton.jit
+def load_num_sequences(bounds_ptr, length):
+    """How many sequences hold a token, from the same table."""
+    return tl.load(bounds_ptr + 2 * length)
+
+
+@triton.jit
+def visible_tile(
+    rows,
+    columns,
+    num_queries,
+    num_keys,
+    window,
+    bounds_ptr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
+):
     """Which keys the positions allow; rows and columns broadcast against each other, either way round."""
     # The last visible key is a number per row, so that an element costs one comparison.
     last = num_keys - 1
+    # Two positions see each other's sequence or neither does: bounds are loaded for what lies down the tile, of
+    # which a thread holds few, and for every masked tile anew, so that no other loop has to keep them.
+    ROWS_DOWN: tl.constexpr = columns.shape[0] == 1
+    if PACKED:
+        first, end = load_bounds(bounds_ptr, rows if ROWS_DOWN else columns, num_queries)
+        if ROWS_DOWN:
+            last = end - 1
     if CAUSAL:
         last = tl.minimum(rows, last)
     if WINDOWED:
         last = tl.minimum(rows + (window - 1), last)
     seen = columns <= tl.where(rows < num_queries, last, -1)
+    if PACKED:
+        seen = seen & ((columns >= first) if ROWS_DOWN else ((rows >= first) & (rows < end)))
     if WINDOWED:
         seen = seen & (rows - columns < window)
     return seen
@@ -109,11 +144,13 @@ def bend_and_mask(
     num_keys,
     window,
     softcap,
+    bounds_ptr,
     mask_ptr,
     stride_mask_m,
     stride_mask_n,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASK: tl.constexpr,
     MASKED: tl.constexpr,
@@ -131,7 +168,9 @@ def bend_and_mask(
         slope = 1.0 - bent * bent
     seen = True
     if MASKED:
-        seen = visible_tile(rows, columns, num_queries, num_keys, window, CAUSAL, WINDOWED)
+        seen = visible_tile(
+            rows, columns, num_queries, num_keys, window, bounds_ptr, CAUSAL, WINDOWED, PACKED
+        )
         if MASK != NO_MASK:
             offsets = rows.to(tl.int64) * stride_mask_m + columns.to(tl.int64) * stride_mask_n
             tile = tl.load(mask_ptr + offsets, mask=seen, other=0)
@@ -148,12 +187,15 @@ def bend_and_mask(
 @triton.jit
 def key_range(
     start_m,
+    num_queries,
     num_keys,
     window,
+    bounds_ptr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
     MASK: tl.constexpr,
 ):
     """Key tiles that some query of a block sees: [lo, full_lo) and [full_hi, hi) need masking."""
@@ -169,6 +211,14 @@ def key_range(
         hi = tl.minimum(hi, start_m + BLOCK_M - 1 + window)
         full_lo = tl.maximum(start_m + BLOCK_M - window + BLOCK_N - 1, 0) // BLOCK_N * BLOCK_N
         full_hi = tl.minimum(full_hi, (start_m + window) // BLOCK_N * BLOCK_N)
+    if PACKED:
+        # Bounds never decrease from row to row: those of the first and the last one hold for the block.
+        first, end = load_bounds(bounds_ptr, start_m, num_queries)
+        last_first, last_end = load_bounds(bounds_ptr, start_m + BLOCK_M - 1, num_queries)
+        lo = tl.maximum(lo, first // BLOCK_N * BLOCK_N)
+        hi = tl.minimum(hi, last_end)
+        full_lo = tl.maximum(full_lo, (last_first + BLOCK_N - 1) // BLOCK_N * BLOCK_N)
+        full_hi = tl.minimum(full_hi, end // BLOCK_N * BLOCK_N)
     if MASK != NO_MASK:
         full_hi = 0
     full_lo = tl.maximum(full_lo, lo)

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 
 from ..sampling import BATCH_STEP, BLOCK_ROWS, HEAD_STEP, STRATUM_STEP, num_rows, row_index
+from .attend import attend, call_arguments, store_rows
 from .configs import grid_1d, probe_tiles
 from .descriptors import describe
-from .forward import attend, call_arguments, store_rows
 from .launch import launch
 from .primitives import ceil_div, new_rows, scheduled_block
 
@@ -65,6 +65,7 @@ def _probe_kernel(
     phase,
     mask_ptr,
     sink_ptr,
+    bounds_ptr,
     stride_mask_b,
     stride_mask_h,
     stride_mask_m,
@@ -83,6 +84,7 @@ def _probe_kernel(
     HEAD_GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     MASK: tl.constexpr,
@@ -107,6 +109,7 @@ def _probe_kernel(
         k_desc,
         mask_ptr,
         sink_ptr,
+        bounds_ptr,
         stride_mask_b,
         stride_mask_h,
         stride_mask_m,
@@ -126,6 +129,7 @@ def _probe_kernel(
         16,
         CAUSAL,
         WINDOWED,
+        PACKED,
         SOFTCAP,
         SINKS,
         MASK,
@@ -163,7 +167,7 @@ def probe(query, key, options, tiles=None, extended=False, sample=None):
     if idle:
         return *rows, row_index(batch, heads, num_queries, period, phase, device) if sample else None
     index = torch.empty(shape, dtype=torch.int64, device=device) if sample else None
-    tiles = tiles or probe_tiles(head_dim, query.dtype)
+    tiles = tiles or probe_tiles(head_dim, query.dtype, options, extended)
     shared, constants, kind, launched = call_arguments(query, key, options, extended, tiles)
     arguments = (
         describe(query, tiles.block_m),

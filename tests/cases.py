@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from hypothesis import strategies as st
@@ -31,6 +32,7 @@ class Case:
     transposed: bool = False  # (B, L, H, D) storage, as models make it
     seed: int = 0
     spread: float = field(default=1.0)  # standard deviation of q
+    seqlens: tuple[int, ...] | None = None  # needs batch 1 and as many queries as keys
 
     def tensors(self, dtype=torch.float32, device="cpu"):
         generator = torch.Generator().manual_seed(self.seed)
@@ -74,6 +76,7 @@ class Case:
             "window_size": self.window_size,
             "softcap": self.softcap,
             "sinks": sinks,
+            "seqlens": None if self.seqlens is None else torch.tensor(self.seqlens, dtype=torch.int32),
         }
 
     def options(self, q, k, v, mask, sinks) -> Options:
@@ -95,6 +98,21 @@ CASES = {
     "additive mask": Case(mask="additive", softcap=2.0),
     "everything": Case(
         mask="additive", softcap=2.0, sinks=True, is_causal=True, window_size=9, num_queries=40, num_keys=40
+    ),
+    "packed causal": Case(1, 2, 1, 50, 50, seqlens=(0, 20, 39, 39, 45), is_causal=True, sinks=True),
+    "packed window": Case(1, 1, 2, 50, 50, seqlens=(0, 0, 1, 23, 50), window_size=6, transposed=True),
+    "packed everything": Case(
+        1,
+        1,
+        2,
+        40,
+        40,
+        seqlens=(0, 3, 30, 36),
+        mask="additive",
+        softcap=2.0,
+        sinks=True,
+        is_causal=True,
+        window_size=9,
     ),
     "negative scale": Case(scale=-0.3),
     "odd head dims": Case(head_dim=20, value_dim=24, group=1),
@@ -126,6 +144,15 @@ def random_cases():
     )
 
 
+@st.composite
+def packed_cases(draw):
+    """`random_cases`, packed: any split of a few tokens, zero lengths and unused tokens included."""
+    length = draw(st.integers(1, 60))
+    cuts = draw(st.lists(st.integers(0, length), max_size=6))
+    case = draw(random_cases())
+    return replace(case, batch=1, num_queries=length, num_keys=length, seqlens=(0, *sorted(cuts)))
+
+
 def _oracle_scores(case: Case, q, k, mask):
     """Scores (B, H, M, N) in fp64, -inf where hidden, and where that is."""
     q, k = q.double(), k.double().repeat_interleave(case.group, 1)
@@ -139,6 +166,11 @@ def _oracle_scores(case: Case, q, k, mask):
         hidden |= j > i
     if case.window_size is not None:
         hidden |= (i - j).abs() >= case.window_size
+    if case.seqlens is not None:
+        outside = torch.ones_like(hidden)
+        for start, end in zip(case.seqlens, case.seqlens[1:]):
+            outside[..., start:end, start:end] = False
+        hidden |= outside
     if mask is not None and mask.dtype == torch.bool:
         hidden |= ~mask
     elif mask is not None:
@@ -228,20 +260,19 @@ def break_a_key(number, softcap):
 HEAD_DIMS = [16, 32, 64, 80, 96, 112, 128, (192, 128), 256]  # (D, D_v) for MLA
 
 
-def errors_beside_sdpa(head_dim, dtype, is_causal, length=333) -> dict[str, tuple[float, float]]:
-    """Relative L2 error against fp64 of out, dq, dk, dv: (ours, PyTorch's SDPA in the same dtype)."""
-    width, value_dim = head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim)
-    case = Case(2, 2, 2, length, length, width, value_dim, is_causal=is_causal, spread=2.0)
+def sdpa(q, k, v, is_causal):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
+
+
+def errors_beside(library, case: Case, dtype) -> dict[str, tuple[float, float]]:
+    """Relative L2 error against fp64 of out, dq, dk, dv: (ours, that of `library(q, k, v)` in the same dtype)."""
     leaves = [x.detach().requires_grad_() for x in case.tensors(dtype, "cuda")[:3]]
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    generator = torch.Generator("cuda").manual_seed(1)
-    d_out = torch.randn(2, 4, length, value_dim, device="cuda", generator=generator).to(dtype)
-
-    def library(q, k, v):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
+    shape = (*leaves[0].shape[:3], case.value_dim)
+    d_out = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).to(dtype)
 
     def ours(q, k, v):
-        return attention(q, k, v, is_causal=is_causal)[0]
+        return attention(q, k, v, **case.keywords(None, None))[0]
 
     def results(fn, inputs):
         out = fn(*inputs)
@@ -253,3 +284,10 @@ def errors_beside_sdpa(head_dim, dtype, is_causal, length=333) -> dict[str, tupl
         for fn in (ours, library)
     ]
     return dict(zip(("out", "dq", "dk", "dv"), zip(*errors)))
+
+
+def errors_beside_sdpa(head_dim, dtype, is_causal, length=333) -> dict[str, tuple[float, float]]:
+    """`errors_beside` PyTorch's SDPA."""
+    width, value_dim = head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim)
+    case = Case(2, 2, 2, length, length, width, value_dim, is_causal=is_causal, spread=2.0)
+    return errors_beside(partial(sdpa, is_causal=is_causal), case, dtype)

@@ -98,7 +98,7 @@ def test_a_single_block_has_no_standard_error(x):
 
 def test_the_monitor_passes_it_on(x):
     monitor = AttentionStabilityMonitor(OneLayer(), log_every=1, sample=2)
-    monitor._model(x)
+    monitor.model(x)
     diagnosis = monitor.on_step()
     monitor.restore()
     assert diagnosis.to_dict()["layers"][""]["sample_period"] == 2

@@ -209,6 +209,7 @@ def test_backward_walks_masked_and_unmasked_tiles(is_causal, window_size, length
         ((1, 4, 19, 23), {"softcap": 2.0, "sinks": True, "is_causal": True, "window_size": 9}),
         ((2, 1, 1, 23), {"is_causal": True}),
         ((2, 4, 19, 1), {"window_size": 5}),
+        ((1, 1, 30, 30), {"batch": 1, "num_queries": 30, "num_keys": 30, "seqlens": (0, 17, 17, 28)}),
     ],
     ids=str,
 )

@@ -1,5 +1,7 @@
 """The public functions: dispatch, autograd, torch.library, torch.compile, autocast, measure."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import CASES, Case
@@ -10,15 +12,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hnf_attention
 from hnf_attention import attention, attention_stats, fold, ops, reference
 
+MEASURED = ["causal", "causal window", "everything", "empty rows", "bool mask by head"]
+MEASURED += ["packed window", "packed everything"]
 GRADCHECKED = ["causal", "softcap", "sinks", "bool mask", "empty rows"]
-GRADCHECKED += ["window", "causal window", "additive mask", "negative scale"]
+GRADCHECKED += ["window", "causal window", "additive mask", "negative scale", "packed causal"]
 
 
 @pytest.mark.parametrize("name", GRADCHECKED)
 def test_gradcheck_of_out_lse_and_entropy(name):
-    case = Case(
-        **{**CASES[name].__dict__, "batch": 1, "num_queries": 6, "num_keys": 7, "head_dim": 3, "value_dim": 2}
-    )
+    case = replace(CASES[name], batch=1, num_queries=6, num_keys=7, head_dim=3, value_dim=2)
+    if case.seqlens is not None:
+        case = replace(case, num_keys=6, seqlens=(0, 3, 3, 5))
     q, k, v, mask, sinks = case.tensors(torch.float64)
     leaves = [x.requires_grad_() for x in (q, k, v)] + (
         [] if sinks is None else [sinks.double().requires_grad_()]
@@ -97,7 +101,7 @@ def test_max_and_min_are_not_differentiable():
     assert not rows.max_logit.requires_grad and not rows.min_logit.requires_grad
 
 
-@pytest.mark.parametrize("name", ["causal", "everything"])
+@pytest.mark.parametrize("name", ["causal", "packed everything"])
 def test_opcheck(name, device):
     case = CASES[name]
     q, k, v, mask, sinks = case.tensors(device=device)
@@ -124,6 +128,26 @@ def test_compiles_to_a_full_graph(device):
         torch.testing.assert_close(actual, wanted)
 
 
+def test_a_pack_compiles_to_a_full_graph(device):
+    case = CASES["packed causal"]
+    q, k, v, mask, sinks = case.tensors(device=device)
+    keywords = case.keywords(mask, sinks)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def loss(q, k, v, seqlens):
+        out, rows = attention(q, k, v, **keywords | {"seqlens": seqlens})
+        some = attention_stats(q, k, **keywords | {"seqlens": seqlens}, sample=(2, 1))
+        return out.square().sum() + rows.entropy.sum() + some.entropy.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for seqlens in (case.seqlens, (0, 7, 33, 50)):  # of another length, and not a constant of the graph
+        seqlens = torch.tensor(seqlens, dtype=torch.int32, device=device)
+        expected = torch.autograd.grad(loss(*leaves, seqlens), leaves)
+        got = torch.autograd.grad(compiled(*leaves, seqlens), leaves)
+        for actual, wanted in zip(got, expected):
+            torch.testing.assert_close(actual, wanted)
+
+
 def _never(*_, **__):
     raise AssertionError("took another path")
 
@@ -134,6 +158,8 @@ def test_what_traces_the_call_sees_the_operator(monkeypatch):
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(x) for x in (q, k, v)]
         out, rows = attention(*fakes)
+        seqlens = torch.tensor([0, 2], dtype=torch.int32)  # fake, too: its numbers are not looked at
+        attention_stats(*(x[:1, :, :19] for x in fakes[:2]), seqlens=seqlens, sample=(2, 0))
         fakes[0].requires_grad_()
         assert type(attention(*fakes)[0]) is FakeTensor
     assert type(out) is type(rows.lse) is FakeTensor and out.shape == q.shape
@@ -172,19 +198,22 @@ def test_autocast_casts_as_sdpa_does(device):
     torch.testing.assert_close(out, theirs, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("name", ["causal", "causal window", "everything", "empty rows", "bool mask by head"])
+@pytest.mark.parametrize("name", MEASURED)
 def test_measure_agrees_with_the_extended_reference(name, device):
     case = CASES[name]
     q, k, v, mask, sinks = case.tensors(device=device)
     keywords = case.keywords(mask, sinks)
     rows = attention_stats(q, k, extended=True, **keywords)
-    visible, sink_mass, query_square, key_square = fold.measure(
+    visible, sink_mass, query_square, key_square, sequences = fold.measure(
         q, k, rows, case.options(q, k, v, mask, sinks)
     )
     torch.testing.assert_close(sink_mass, rows.sink_mass, rtol=1e-4, atol=1e-5)
     assert torch.equal((visible == 0).expand(rows.lse.shape), rows.lse == -torch.inf)
-    torch.testing.assert_close(query_square, q.square().sum(-1))
-    torch.testing.assert_close(key_square, k.square().sum(-1).repeat_interleave(case.group, 1))
+    end = None if case.seqlens is None else case.seqlens[-1]
+    for got, x in ((query_square, q), (key_square, k.repeat_interleave(case.group, 1))):
+        torch.testing.assert_close(got[..., :end], x.square().sum(-1)[..., :end])
+        assert end is None or not got[..., end:].any()
+    assert sequences is None if end is None else sequences == len(set(case.seqlens)) - 1
 
 
 def test_head_dims_beyond_the_kernels_take_the_reference(device):

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from cases import CASES, NON_FINITE, Case, break_a_key, oracle, random_cases
+from cases import CASES, NON_FINITE, Case, break_a_key, oracle, packed_cases, random_cases
 from hypothesis import given, settings
 
 from hnf_attention import masks, reference
@@ -29,7 +29,7 @@ def test_matches_the_oracle(case):
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(case=random_cases())
+@given(case=random_cases() | packed_cases())
 def test_matches_the_oracle_anywhere(case):
     test_matches_the_oracle(case)
 
@@ -153,7 +153,9 @@ def test_explicit_backward_equals_autograd(case):
         torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["plain", "everything", "empty rows", "bool mask by head"])
+@pytest.mark.parametrize(
+    "name", ["plain", "everything", "empty rows", "bool mask by head", "packed everything"]
+)
 def test_visible_keys_counts_and_finds_the_first(name):
     case = CASES[name]
     tensors = case.tensors()
@@ -162,6 +164,7 @@ def test_visible_keys_counts_and_finds_the_first(name):
         "attn_mask": case.options(*tensors).attn_mask,
         "is_causal": case.is_causal,
         "window_size": case.window_size,
+        "seqlens": case.options(*tensors).seqlens,
     }
     count, first = masks.visible_keys(q.shape[2], k.shape[2], device=q.device, **settings)
     seen = masks.visible(slice(0, q.shape[2]), k.shape[2], device=q.device, **settings)
@@ -172,10 +175,13 @@ def test_visible_keys_counts_and_finds_the_first(name):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("window_size", [None, 1, 4, 100])
-def test_visible_keys_by_position_equals_the_mask(is_causal, window_size):
+@pytest.mark.parametrize("seqlens", [None, [0], [0, 0, 1, 9, 9, 25], [0, 30]])
+def test_visible_keys_by_position_equals_the_mask(is_causal, window_size, seqlens):
     settings = {"is_causal": is_causal, "window_size": window_size, "device": torch.device("cpu")}
-    count, first = masks.visible_keys(30, 12, attn_mask=None, **settings)
-    seen = masks.visible(slice(0, 30), 12, attn_mask=None, **settings)
+    num_keys = 12 if seqlens is None else 30
+    settings["seqlens"] = None if seqlens is None else torch.tensor(seqlens)
+    count, first = masks.visible_keys(30, num_keys, attn_mask=None, **settings)
+    seen = masks.visible(slice(0, 30), num_keys, attn_mask=None, **settings)
     assert torch.equal(count, seen.sum(-1))
     assert torch.equal(first, torch.where(seen.any(-1), seen.to(torch.uint8).argmax(-1), 0))
 

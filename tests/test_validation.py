@@ -67,6 +67,43 @@ def test_options(keywords, error, words):
 
 
 @pytest.mark.parametrize(
+    ("seqlens", "error", "words"),
+    [
+        ([0, 3, 6], TypeError, "seqlens to be a torch.Tensor or None"),
+        (torch.tensor([0.0, 6.0]), TypeError, "seqlens of dtype .* got torch.float32"),
+        (torch.tensor([[0, 6]]), ValueError, r"shape \(sequences \+ 1,\), got \(1, 2\)"),
+        (torch.tensor(0), ValueError, r"shape \(sequences \+ 1,\), got \(\)"),
+        (torch.zeros(0, dtype=torch.int32), ValueError, r"got \(0,\)"),
+        (torch.tensor([1, 6]), ValueError, "start at 0, got 1"),
+        (torch.tensor([0, 4, 2, 6]), ValueError, "never decrease, got 2 after 4"),
+        (torch.tensor([0, 7]), ValueError, "within the 6 keys, got 7"),
+        (torch.zeros(2, dtype=torch.int32, device="meta"), ValueError, "query's device cpu .* got meta"),
+    ],
+)
+def test_sequence_lengths(seqlens, error, words):
+    q, k, v = _qkv(q=(1, 4, 6, 8), k=(1, 2, 6, 8), v=(1, 2, 6, 8))
+    with pytest.raises(error, match=words):
+        attention(q, k, v, seqlens=seqlens)
+    with pytest.raises(error, match=words):
+        attention_stats(q, k, seqlens=seqlens)
+
+
+def test_sequence_lengths_need_one_row_of_as_many_keys_as_queries():
+    seqlens = torch.tensor([0, 3, 5])
+    with pytest.raises(ValueError, match="batch of 1 .* got a batch of 2"):
+        attention(*_qkv(k=(2, 2, 5, 8), v=(2, 2, 5, 8)), seqlens=seqlens)
+    with pytest.raises(ValueError, match="as many keys as queries .* got 6 keys and 5 queries"):
+        attention(*_qkv(q=(1, 4, 5, 8), k=(1, 2, 6, 8), v=(1, 2, 6, 8)), seqlens=seqlens)
+
+
+@pytest.mark.parametrize("length", [0, 6])
+def test_no_sequences_make_every_row_empty(length):
+    q, k, v = _qkv(q=(1, 4, length, 8), k=(1, 2, length, 8), v=(1, 2, length, 8))
+    out, rows = attention(q, k, v, seqlens=torch.tensor([0]))
+    assert out.shape == q.shape and not out.any() and (rows.lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize(
     ("sample", "error", "words"),
     [
         (16, TypeError, r"tuple of two ints \(period, phase\), got 16"),

@@ -1,0 +1,30 @@
+"""Whether something watches a call that must see operators, and may not see numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)})
+
+
+def untraced(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd watches this call, so that it need not pass through torch.library.
+
+    The operators cost some 50 microseconds of the host's time a call; they are there for what traces,
+    transforms or intercepts the call.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    watched = (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+    return not watched and all(type(x) in _PLAIN_TYPES for x in tensors)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether its numbers can be looked at: not those on another device, for which the host would wait."""
+    return tensor.device.type == "cpu" and untraced(tensor)
