@@ -14,11 +14,14 @@ from .initial import (
     score_std,
 )
 from .overflow import OverflowPath, overflow_paths
+from .weights import HeadWeights, Norm, fold_norm, weight_logit_bound, weight_score_std
 
 __all__ = [
     "FORMATS",
     "Arithmetic",
     "Format",
+    "HeadWeights",
+    "Norm",
     "OverflowPath",
     "critical_std",
     "critical_temperature",
@@ -28,6 +31,7 @@ __all__ = [
     "expected_error",
     "expected_max_logit",
     "flash",
+    "fold_norm",
     "forward_error_bound",
     "forward_error_bound_from_norms",
     "hnf_curvature",
@@ -40,4 +44,6 @@ __all__ = [
     "row_spread",
     "score_std",
     "typical_bits",
+    "weight_logit_bound",
+    "weight_score_std",
 ]
