@@ -12,6 +12,7 @@ from .interventions import apply_intervention
 from .merge import merge_attention
 from .monitor import AttentionStabilityMonitor
 from .ops import attention, attention_stats
+from .precheck import StabilityReport, check_attention_stability
 from .stats import HeadStats, RowStats
 
 __all__ = [
@@ -22,9 +23,11 @@ __all__ = [
     "Instrumentation",
     "RowStats",
     "StabilityIssue",
+    "StabilityReport",
     "apply_intervention",
     "attention",
     "attention_stats",
+    "check_attention_stability",
     "instrument",
     "merge_attention",
 ]
