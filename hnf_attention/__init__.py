@@ -12,7 +12,7 @@ from .interventions import apply_intervention
 from .merge import merge_attention
 from .monitor import AttentionStabilityMonitor
 from .ops import attention, attention_stats
-from .precheck import StabilityReport, check_attention_stability
+from .precheck import StabilityRegion, StabilityReport, check_attention_stability, stability_region
 from .stats import HeadStats, RowStats
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Instrumentation",
     "RowStats",
     "StabilityIssue",
+    "StabilityRegion",
     "StabilityReport",
     "apply_intervention",
     "attention",
@@ -30,4 +31,5 @@ __all__ = [
     "check_attention_stability",
     "instrument",
     "merge_attention",
+    "stability_region",
 ]
