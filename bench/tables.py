@@ -2,7 +2,7 @@
 
 forward and training suites: "core", our attention beside SDPA's at every case; "others", what ran at some.
 bench/whole_step.py: "overhead" and "memory". bench/long_sequences.py: "long" and "errors".
-bench/theory_soundness.py: "soundness" and "bits".
+bench/theory_soundness.py: "soundness" and "bits". bench/weight_bounds.py: "weights".
 """
 
 DASH = "–"  # not run, or not recorded by an older file
@@ -19,6 +19,8 @@ def tables(document: dict) -> dict[str, str]:
         return {"long": _long(document), "errors": _errors(document["long"])}
     if "soundness" in document:
         return {"soundness": _soundness(document["soundness"]), "bits": _bits(document["bits"])}
+    if "weight_bounds" in document:
+        return {"weights": _weights(document["weight_bounds"])}
     return {}
 
 
@@ -211,5 +213,22 @@ def _bits(stored: dict[str, dict]) -> str:
             " / ".join(f"{x:+.0f}" for x in found["typical"]),
         ]
         for name, found in stored.items()
+    ]
+    return _markdown(header, lines)
+
+
+def _weights(models: dict[str, dict]) -> str:
+    header = ["model", "heads", "above their bound", "bound / true maximum: least, median, largest"]
+    header += ["rank correlation of bound and maximum", "largest scores"]
+    lines = [
+        [
+            name,
+            str(found["heads"]),
+            str(found["violations"]),
+            " / ".join(f"{x:.1f}" for x in found["bound_over_true"]),
+            f"{found['spearman']:.2f}",
+            " to ".join(f"{x:.3g}" for x in found["true_range"]),
+        ]
+        for name, found in models.items()
     ]
     return _markdown(header, lines)
