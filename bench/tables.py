@@ -2,6 +2,7 @@
 
 forward and training suites: "core", our attention beside SDPA's at every case; "others", what ran at some.
 bench/whole_step.py: "overhead" and "memory". bench/long_sequences.py: "long" and "errors".
+bench/theory_soundness.py: "soundness" and "bits". bench/weight_bounds.py: "weights".
 """
 
 DASH = "–"  # not run, or not recorded by an older file
@@ -16,6 +17,10 @@ def tables(document: dict) -> dict[str, str]:
         return {"overhead": _overhead(document["steps"]), "memory": _memory(document["steps"])}
     if "long" in document:
         return {"long": _long(document), "errors": _errors(document["long"])}
+    if "soundness" in document:
+        return {"soundness": _soundness(document["soundness"]), "bits": _bits(document["bits"])}
+    if "weight_bounds" in document:
+        return {"weights": _weights(document["weight_bounds"])}
     return {}
 
 
@@ -173,3 +178,57 @@ def _errors(rows: list[dict]) -> str:
         for row in rows
     ]
     return _markdown(["tokens", "rows", *names], lines)
+
+
+def _soundness(modes: dict[str, dict]) -> str:
+    parts = ("random", "climbed", "trained")
+    header = ["arithmetic", "rows", "broken bounds", "bound / error, median: random rows", "hill-climbed"]
+    header += ["of a trained model", "largest error / bound", "from p_max and norms", "from norms"]
+    lines = []
+    for mode, found in modes.items():
+        rows, broken = (sum(found[part][name] for part in parts) for name in ("rows", "violations"))
+        medians = (f"{found[part]['median_row']:.1f}" for part in parts)
+        closest = max(found[part]["closest"] for part in parts)
+        cheap = (f"{found['random'][f'median_{level}']:.0f}" for level in ("p_max", "norms"))
+        lines.append([mode, f"{rows:,}", str(broken), *medians, f"{closest:.2f}", *cheap])
+    return _markdown(header, lines)
+
+
+def _bits(stored: dict[str, dict]) -> str:
+    header = [
+        "stored",
+        "cases",
+        "too few bits",
+        "median excess: from the whole row",
+        "from its largest numbers",
+    ]
+    header += ["typical minus needed, 5% / 50% / 95%"]
+    lines = [
+        [
+            name.replace("_", ", "),
+            f"{found['cases']:,}",
+            str(found["under_predictions"]),
+            f"{found['median_excess_of_row']:.0f}",
+            f"{found['median_excess']:.0f}",
+            " / ".join(f"{x:+.0f}" for x in found["typical"]),
+        ]
+        for name, found in stored.items()
+    ]
+    return _markdown(header, lines)
+
+
+def _weights(models: dict[str, dict]) -> str:
+    header = ["model", "heads", "above their bound", "bound / true maximum: least, median, largest"]
+    header += ["rank correlation of bound and maximum", "largest scores"]
+    lines = [
+        [
+            name,
+            str(found["heads"]),
+            str(found["violations"]),
+            " / ".join(f"{x:.1f}" for x in found["bound_over_true"]),
+            f"{found['spearman']:.2f}",
+            " to ".join(f"{x:.3g}" for x in found["true_range"]),
+        ]
+        for name, found in models.items()
+    ]
+    return _markdown(header, lines)

@@ -13,6 +13,7 @@ from .merge import merge_attention
 from .monitor import AttentionStabilityMonitor
 from .multihead import MultiheadAttention
 from .ops import attention, attention_stats
+from .precheck import StabilityRegion, StabilityReport, check_attention_stability, stability_region
 from .ranks import Ranks
 from .stats import HeadStats, RowStats
 
@@ -26,9 +27,13 @@ __all__ = [
     "Ranks",
     "RowStats",
     "StabilityIssue",
+    "StabilityRegion",
+    "StabilityReport",
     "apply_intervention",
     "attention",
     "attention_stats",
+    "check_attention_stability",
     "instrument",
     "merge_attention",
+    "stability_region",
 ]

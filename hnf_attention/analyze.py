@@ -299,7 +299,7 @@ def _quiet_transformers() -> Iterator[None]:
         from transformers.utils import logging
     except ImportError as error:
         raise InputError(
-            "analyze needs transformers, which is not installed: pip install 'hnf-attention[huggingface]'"
+            "this needs transformers, which is not installed: pip install 'hnf-attention[huggingface]'"
         ) from error
     bar = logging.is_progress_bar_enabled()
     levels = [(library, library.get_verbosity()) for library in (logging, hub)]

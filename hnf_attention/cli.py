@@ -1,4 +1,4 @@
-"""The command line: `hnf-attention demo`, `analyze` and `doctor`."""
+"""The command line: `hnf-attention demo`, `check`, `analyze` and `doctor`."""
 
 from __future__ import annotations
 
@@ -75,6 +75,27 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("--json", metavar="PATH", help="write a JSON document there; - for standard output")
     analyze.set_defaults(command=_analyze)
 
+    check = commands.add_parser(
+        "check",
+        help="will this design's attention be stable? before training, from a configuration",
+        description="Predict the attention of a design at initialisation from its configuration, without building "
+        "the model, and say what would make it stable. "
+        "Exit code 0 stable or marginal, 1 unstable, 2 bad usage or a configuration that lacks something.",
+    )
+    check.add_argument(
+        "config",
+        metavar="CONFIG_OR_MODEL",
+        help="JSON file with a configuration or plain numbers, a model's folder, or a name on the hub",
+    )
+    check.add_argument(
+        "--seq-len", type=_positive, metavar="N", help="visible keys (default: the model's own)"
+    )
+    check.add_argument("--dtype", metavar="NAME", help="of q, k and v: bf16, fp16, fp8, ...")
+    check.add_argument("--weights", action="store_true", help="load the checkpoint too: what its heads allow")
+    check.add_argument("--region", metavar="PATH", help="draw the region of stable temperatures there")
+    check.add_argument("--json", metavar="PATH", help="write a JSON document there; - for standard output")
+    check.set_defaults(command=_check)
+
     doctor = commands.add_parser(
         "doctor",
         help="what this machine computes attention with, and whether it does so correctly",
@@ -142,6 +163,25 @@ def _analyze(options: argparse.Namespace) -> int:
     return FOUND if diagnosis.errors else HEALTHY
 
 
+def _check(options: argparse.Namespace) -> int:
+    from .precheck.shell import check, region_of
+    from .report.check import verdict
+
+    target = None if options.json in (None, "-") else Path(options.json)
+    figure = None if options.region is None else Path(options.region)
+    for path, option in ((target, "--json"), (figure, "--region")):
+        if path is not None:
+            _check_target(path, option)
+    console = _console(sys.stderr if options.json == "-" else sys.stdout)
+    report, config = check(options.config, options.seq_len, options.dtype, options.weights)
+    console.print(verdict(report, options.config))
+    if figure is not None:
+        region_of(config, options.seq_len, options.dtype).plot(figure)
+    if options.json is not None:
+        _write(target, json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
+    return HEALTHY if report.healthy else FOUND
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from rich.table import Table
 
@@ -170,13 +210,13 @@ def _doctor(options: argparse.Namespace) -> int:
     return FOUND if failed else HEALTHY
 
 
-def _check_target(target: Path) -> None:
+def _check_target(target: Path, option: str = "--json") -> None:
     """A document that cannot be written is known before the model runs rather than after it."""
     if not target.parent.is_dir():
-        raise InputError(f"expected --json in an existing folder, got {target}")
+        raise InputError(f"expected {option} in an existing folder, got {target}")
     place = target if os.path.exists(target) else target.parent
     if os.path.isdir(target) or not os.access(place, os.W_OK):
-        raise InputError(f"expected --json to be a file that can be written, got {target}")
+        raise InputError(f"expected {option} to be a file that can be written, got {target}")
 
 
 def _write(target: Path | None, document: str) -> None:

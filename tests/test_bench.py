@@ -157,3 +157,15 @@ def test_rows_that_are_checked_include_the_ends_and_tile_borders():
         rows = sampled_rows(length)
         assert {0, 63, 64, 127, 128, length // 2, length - 1} <= set(rows)
         assert rows == sorted(set(rows)) and 60 <= len(rows) <= 64 and rows[-1] == length - 1
+
+
+def test_tables_of_the_theorys_results():
+    from tables import tables
+
+    results = BENCH / "results"
+    found = tables(json.loads((results / "theory_cpu.json").read_text()))
+    assert list(found) == ["soundness", "bits"]
+    assert [line.split("|")[3].strip() for line in found["soundness"].splitlines()[2:]] == ["0"] * 4
+    assert "| query, key | 2,000 | 0 |" in found["bits"]
+    weights = tables(json.loads((results / "weight_bounds.json").read_text()))["weights"]
+    assert [line.split("|")[3].strip() for line in weights.splitlines()[2:]] == ["0"] * 4

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,10 +121,82 @@ def test_analyze_without_transformers_says_what_to_install(monkeypatch, capsys):
     assert "pip install 'hnf-attention[huggingface]'" in said
 
 
+def plain(tmp_path, **numbers):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"d_model": 128, "n_heads": 8, "seq_len": 256} | numbers))
+    return str(path)
+
+
+def test_check_prints_verdict_margins_and_formats(tmp_path, capsys):
+    assert main(["check", plain(tmp_path, n_layers=3)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for said in (
+        "layer 0 and 2 like it",
+        "bfloat16",
+        "assumed: n_kv_heads",
+        "temperature down to",
+        " stable: sigma",
+    ):
+        assert said in printed, said
+
+
+def test_check_of_an_unstable_design_advises_and_exits_with_one(tmp_path, capsys):
+    path = plain(tmp_path, init_std=0.3, dtype="bf16")
+    assert main(["check", path, "--json", str(tmp_path / "a.json")]) == 1
+    printed = capsys.readouterr().out
+    assert "\nunstable: " in printed and "-> " in printed and "QK-norm" in printed
+    document = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert document["verdict"] == "unstable" and document["design"]["dtype"] == "bfloat16"
+    assert main(["check", path, "--json", "-", "--dtype", "fp16", "--seq-len", "64"]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["design"]["seq_len"] == 64 and "unstable" in captured.err
+
+
+def test_check_of_a_local_folder_needs_no_weights(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    transformers.GPT2Config(n_embd=1280, n_head=20, n_layer=36).save_pretrained(tmp_path)
+    region = tmp_path / "region.png"
+    assert main(["check", str(tmp_path), "--region", str(region)]) == 0
+    assert "layer 0 and 35 like it" in capsys.readouterr().out and region.read_bytes().startswith(b"\x89PNG")
+    assert main(["check", str(tmp_path / "config.json")]) == 0
+
+
+def test_check_reads_weights_when_asked_to(minilm, capsys):
+    assert main(["check", minilm, "--weights"]) == 0
+    printed = capsys.readouterr().out
+    assert "any input" in printed and "predicted: weights" in printed
+
+
+def test_check_refuses_bad_input_in_one_line(tmp_path, capsys):
+    path = tmp_path / "x.json"
+    for content, said in (
+        ("{", "expected a JSON configuration"),
+        ("[1]", "expected a JSON object in .* got a list"),
+        ('{"n_heads": 4}', "expected d_model in the configuration, got none of d_model, hidden_size"),
+        (
+            '{"d_model": 10, "n_heads": 4, "seq_len": 8}',
+            "n_heads to divide d_model, got 4 heads and d_model 10",
+        ),
+        ('{"model_type": "no-such-type"}', "cannot load the configuration"),
+    ):
+        path.write_text(content)
+        assert re.search(said, one_line(capsys, main(["check", str(path)])))
+    good = plain(tmp_path)
+    assert "expected a dtype among" in one_line(capsys, main(["check", good, "--dtype", "int3"]))
+    assert "no such folder" in one_line(capsys, main(["check", "./nowhere"]))
+    assert "for --weights" in one_line(capsys, main(["check", good, "--weights"]))
+    lost = str(tmp_path / "no" / "a.png")
+    assert "expected --region in an existing folder" in one_line(
+        capsys, main(["check", good, "--region", lost])
+    )
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         [],
+        ["check"],
+        ["check", "model", "--seq-len", "0"],
         ["dance"],
         ["analyze", "model"],
         ["analyze", "model", "--text", "f", "--window", "0"],

@@ -5,8 +5,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 
-from hnf_attention.theory import hnf_curvature_bound
+from hnf_attention.theory import hnf_curvature, hnf_curvature_bound
 
 
 def test_is_the_formula_where_the_formula_fits_a_float():
@@ -51,3 +52,35 @@ def test_zero_norm_and_nan():
 def test_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         hnf_curvature_bound(*arguments)
+
+
+def second_derivative_norm(q, k, seeds=30):
+    """Largest |D2 f[h, h]| / |h|^2 over random directions, f = softmax(QK^T / sqrt d), by central differences."""
+    g = torch.Generator().manual_seed(0)
+    best = 0.0
+    for _ in range(seeds):
+        hq, hk = (torch.randn(x.shape, generator=g, dtype=torch.float64) for x in (q, k))
+        norm = (hq.square().sum() + hk.square().sum()).sqrt()
+        hq, hk, e = hq / norm, hk / norm, 1e-3
+
+        def f(t, hq=hq, hk=hk):
+            return ((q + t * hq) @ (k + t * hk).T / q.shape[1] ** 0.5).softmax(-1)
+
+        best = max(best, float(((f(e) - 2 * f(0.0) + f(-e)) / e**2).norm()))
+    return best
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+def test_curvature_bounds_half_the_second_derivative(scale):
+    g = torch.Generator().manual_seed(1)
+    q, k = (scale * torch.randn(3, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    norms = [float(torch.linalg.matrix_norm(x, 2)) for x in (q, k)]
+    bound = hnf_curvature(*norms, 4)
+    assert second_derivative_norm(q, k) / 2 <= bound
+    assert bound == pytest.approx((norms[0] ** 2 + norms[1] ** 2) / 4 / (2 * 2**0.5) + 1 / 8)
+    assert hnf_curvature(*norms, 4, scale=0.5) == bound
+
+
+def test_curvature_is_quadratic_where_the_seeds_bound_is_exponential():
+    small, large = hnf_curvature(1.0, 1.0, 64), hnf_curvature(1e15, 1e15, 64)
+    assert np.isfinite(large) and large < 1.1e30 * small

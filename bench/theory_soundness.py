@@ -1,0 +1,255 @@
+"""Are the theory's bounds bounds, and how tight? Simulated roundings against fp64, on a CPU.
+
+    python bench/theory_soundness.py OUT.json [rows]
+
+Error bounds: `rows` (default 200,000) random rows a mode of 11 families, hill-climbed rows, and rows of a trained
+model, each in bf16 and fp16, flash and eager. Tightness is max bound / max |error| over the components of
+a row, rows whose
+output is exact (to fp32) left out. Bits: 2,000 rows, each with q and k, scores or weights stored in
+fewer and fewer bits; needed is the smallest number of bits from which on every larger one meets the
+tolerance. Exit code 1 if a bound is broken.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+root = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(root), str(root / "bench")]
+
+import torch
+from machine import machine
+from theory_rows import DTYPES, FAMILIES, Case, exact, make, simulate
+from theory_search import climb, minilm
+
+from hnf_attention import theory
+from hnf_attention.theory.bits import STORED
+
+ROWS_A_CASE = 32
+MODES = [(name, kind) for kind in ("flash", "eager") for name in DTYPES]
+
+
+class Tally:
+    """Rows judged in one mode: how many, how many broken bounds, and the tightness of each level."""
+
+    def __init__(self):
+        self.rows = self.violations = 0
+        self.ratios = {"row": [], "p_max": [], "norms": []}
+        self.closest = 0.0  # largest error over bound, both before the output's rounding
+        self.expected: list[np.ndarray] = []
+
+    def to_dict(self) -> dict:
+        found = {"rows": self.rows, "violations": self.violations, "closest": self.closest}
+        for level, ratios in self.ratios.items():
+            found[f"median_{level}"] = float(np.median(np.concatenate(ratios))) if ratios else None
+        if self.expected:
+            found["expected_over_actual"] = np.percentile(np.concatenate(self.expected), [5, 50, 95]).tolist()
+        return found
+
+
+def bounds(case: Case, arithmetic: theory.Arithmetic) -> dict[str, np.ndarray]:
+    """The three levels' bounds, row (..., D_v) and the others (..., 1) for every component."""
+    d, n = case.q.shape[-1], case.k.shape[-2]
+    scores, size = (x.numpy() for x in case.scores())
+    value = case.v.numpy()[..., None, :, :]
+    p_max = np.exp(scores.max(-1) - np.logaddexp.reduce(scores, -1))
+    norms = case.scale * case.q.norm(dim=-1).numpy() * case.k.norm(dim=-1).amax(-1).numpy()[..., None]
+    top = np.abs(value).max((-1, -2))
+    extent = np.ptp(value, axis=-2).max(-1)
+    levels = {"row": theory.forward_error_bound(scores, size, value, d, arithmetic)}
+    for name, weight in (("p_max", p_max), ("norms", None)):
+        bound = theory.forward_error_bound_from_norms(norms, top, extent, d, n, arithmetic, max_weight=weight)
+        levels[name] = bound[..., None]
+    return levels
+
+
+def judge(case: Case, name: str, kind: str, tally: Tally) -> None:
+    dtype = DTYPES[name]
+    case = case.rounded(dtype)
+    arithmetic = getattr(theory, kind)(dtype)
+    true = exact(case)
+    rounded, before = simulate(case, dtype, kind)
+    error = (rounded - true).abs().numpy()
+    levels = bounds(case, arithmetic)
+    tally.rows += int(np.prod(error.shape[:-1]))
+    broken = ~(error <= levels["row"])
+    for level in ("p_max", "norms"):
+        broken |= ~(error <= levels[level])
+    reached = ratio_before_rounding(case, true, before, arithmetic)
+    broken |= ~(reached <= 1.0)
+    tally.violations += int(broken.any(-1).sum())
+    tally.closest = max(tally.closest, float(reached.max()))
+    worst = error.max(-1)
+    # Rows that come out exact, but for the last bit of an fp32 sum, say nothing about how tight a bound is.
+    moved = worst > 2.0**-22 * np.abs(true.numpy()).max(-1)
+    for level, bound in levels.items():
+        tally.ratios[level].append((bound.max(-1)[moved] / worst[moved]).ravel())
+    scores, size = (x.numpy() for x in case.scores())
+    value = case.v.numpy()[..., None, :, :]
+    rms = theory.expected_error(scores, size, value, arithmetic, scale=case.scale)
+    actual = np.sqrt((error**2).mean(-1))
+    tally.expected.append((np.sqrt((rms**2).mean(-1))[moved] / actual[moved]).ravel())
+
+
+def ratio_before_rounding(
+    case: Case, true: torch.Tensor, before: torch.Tensor, arithmetic: theory.Arithmetic
+) -> np.ndarray:
+    """Error over bound of each component, (..., D_v), of the fp32 output: nothing hides behind its rounding."""
+    scores, size = (x.numpy() for x in case.scores())
+    arithmetic = replace(arithmetic, output=theory.FORMATS["float32"])
+    value = case.v.numpy()[..., None, :, :]
+    bound = theory.forward_error_bound(scores, size, value, case.q.shape[-1], arithmetic)
+    error = (before - true).abs().numpy()
+    return np.divide(error, bound, out=np.where(error > 0, np.inf, 0.0), where=bound > 0)
+
+
+def random_rows(rows: int, seed: int = 0) -> dict[str, dict[str, Tally]]:
+    """Mode -> family -> tally, of `rows` rows in each mode, the same ones."""
+    found = {f"{kind} {name}": {f: Tally() for f in FAMILIES} for name, kind in MODES}
+    cases = max(1, rows // (len(FAMILIES) * ROWS_A_CASE))
+    for number, family in enumerate(FAMILIES):
+        for i in range(cases):
+            case = make(family, seed + 1_000_003 * number + i, ROWS_A_CASE)
+            for name, kind in MODES:
+                judge(case, name, kind, found[f"{kind} {name}"][family])
+    return found
+
+
+def climbed_rows(rows: int, steps: int, starts: int) -> dict[str, Tally]:
+    found = {}
+    for name, kind in MODES:
+        tally, dtype = Tally(), DTYPES[name]
+        arithmetic = getattr(theory, kind)(dtype)
+
+        def reached(case: Case, dtype=dtype, kind=kind, arithmetic=arithmetic) -> torch.Tensor:
+            _, before = simulate(case, dtype, kind)
+            return torch.from_numpy(ratio_before_rounding(case, exact(case), before, arithmetic)).amax((1, 2))
+
+        for start in range(starts):
+            for case in climb(start, rows, steps, dtype, reached):
+                judge(case, name, kind, tally)
+        found[f"{kind} {name}"] = tally
+    return found
+
+
+def trained_rows(windows: int, length: int) -> dict[str, Tally]:
+    found = {f"{kind} {name}": Tally() for name, kind in MODES}
+    for case in minilm(windows, length):
+        for name, kind in MODES:
+            judge(case, name, kind, found[f"{kind} {name}"])
+    return found
+
+
+MOST_BITS = 45
+
+
+def to_bits(x: torch.Tensor, bits: int) -> torch.Tensor:
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2.0**bits).round() / 2.0**bits, exponent)
+
+
+def needed_bits(stored: str, case: Case, tolerance: float) -> int:
+    """Bits from which on every number of bits up to MOST_BITS meets the tolerance, one row."""
+    true, extent = exact(case), case.v.amax(-2) - case.v.amin(-2)
+    scores, _ = case.scores()
+    enough = MOST_BITS
+    for bits in range(MOST_BITS, 0, -1):
+        if stored == "query_key":
+            out = exact(Case(to_bits(case.q, bits), to_bits(case.k, bits), case.v))
+        elif stored == "scores":
+            out = to_bits(scores, bits).softmax(-1) @ case.v
+        else:
+            weights = (scores - scores.amax(-1, keepdim=True)).exp()
+            out = to_bits(weights, bits) @ case.v / weights.sum(-1, keepdim=True)
+        if not bool(((out - true).abs() <= tolerance * extent).all()):
+            return enough
+        enough = bits
+    return enough
+
+
+def predicted_bits(stored: str, case: Case, tolerance: float) -> tuple[float, ...]:
+    """From the row's largest numbers, from the whole row, and the typical one."""
+    scores, magnitude = (x[0].numpy() for x in case.scores())
+    v, extent = case.v.numpy(), np.ptp(case.v.numpy(), axis=0)
+    squares = (case.q.numpy() ** 2) @ (case.k.numpy() ** 2).T
+    largest, each, single = {
+        "query_key": (magnitude.max(), magnitude, np.sqrt(2.0 * squares[0]) * case.scale),
+        "scores": (np.abs(scores).max(), np.abs(scores), np.abs(scores)),
+        "weights": ((np.abs(v).max(0) / extent).max(), 1.0, 1.0),
+    }[stored]
+    few = theory.required_bits(stored, largest, tolerance)
+    row = theory.required_bits_of_row(stored, scores, each, v, tolerance)
+    typical = theory.required_bits_of_row(stored, scores, single, v, tolerance, typical=True)
+    return float(few), float(row), float(typical)
+
+
+def bits_rows(cases: int, seed: int = 0) -> dict[str, dict]:
+    """For each stored thing: cases, under-predictions, percentiles of predicted minus needed bits."""
+    excess: dict[str, list[np.ndarray]] = {stored: [] for stored in STORED}
+    names = list(FAMILIES)
+    for i in range(cases):
+        case = make(names[i % len(names)], seed + 7_000_003 + i, 1)
+        tolerance = 10.0 ** -(1 + i % 3)
+        for stored, found in excess.items():
+            need = needed_bits(stored, case, tolerance)
+            found.append(np.array(predicted_bits(stored, case, tolerance)) - need)
+    result = {}
+    for stored, found in excess.items():
+        few, row, typical = np.array(found).T
+        result[stored] = {
+            "cases": len(found),
+            "under_predictions": int((few < 0).sum() + (row < 0).sum()),
+            "median_excess": float(np.median(few)),
+            "median_excess_of_row": float(np.median(row)),
+            "largest_excess": float(few.max()),
+            "typical": np.percentile(typical, [5, 50, 95]).tolist(),
+        }
+    return result
+
+
+def merged(tallies: list[Tally]) -> Tally:
+    total = Tally()
+    for tally in tallies:
+        total.rows += tally.rows
+        total.violations += tally.violations
+        total.closest = max(total.closest, tally.closest)
+        total.expected += tally.expected
+        for level, ratios in tally.ratios.items():
+            total.ratios[level] += ratios
+    return total
+
+
+def main(path: str, rows: int = 200_000) -> int:
+    start = perf_counter()
+    random = random_rows(rows)
+    print(f"random rows: {perf_counter() - start:.0f} s", flush=True)
+    climbed = climbed_rows(rows=64, steps=max(20, rows // 2_000), starts=4)
+    print(f"hill-climbed rows: {perf_counter() - start:.0f} s", flush=True)
+    trained = trained_rows(windows=2, length=128)
+    print(f"trained rows: {perf_counter() - start:.0f} s", flush=True)
+    modes = {}
+    for mode, families in random.items():
+        modes[mode] = {
+            "random": merged(list(families.values())).to_dict(),
+            "climbed": climbed[mode].to_dict(),
+            "trained": trained[mode].to_dict(),
+            "families": {name: tally.to_dict() for name, tally in families.items()},
+        }
+        print(mode, {k: v for k, v in modes[mode].items() if k != "families"}, flush=True)
+    bits = bits_rows(cases=max(20, rows // 100))
+    print(json.dumps(bits, indent=1))
+    document = {"machine": machine(), "seed": 0, "soundness": modes, "bits": bits}
+    document["seconds"] = round(perf_counter() - start)
+    Path(path).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    broken = sum(m[part]["violations"] for m in modes.values() for part in ("random", "climbed", "trained"))
+    short = sum(found["under_predictions"] for found in bits.values())
+    print(f"{broken} bounds broken, {short} under-predictions, {document['seconds']} s")
+    return int(broken + short > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1], *map(int, sys.argv[2:])))

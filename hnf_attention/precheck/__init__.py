@@ -1,0 +1,15 @@
+"""Stability before training: from a configuration, a checkpoint, or one sample."""
+
+from .check import check_attention_stability
+from .design import Design, read_design
+from .region import StabilityRegion, stability_region
+from .report import StabilityReport
+
+__all__ = [
+    "Design",
+    "StabilityRegion",
+    "StabilityReport",
+    "check_attention_stability",
+    "read_design",
+    "stability_region",
+]

@@ -1,0 +1,249 @@
+"""Will this attention be stable, in this precision, at this length? Before training, from what there is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import theory
+from ..diagnosis.thresholds import threshold
+from ..names import shown
+from . import predict
+from .advice import margins, neighbours, sentence
+from .checkpoint import LayerWeights, read_weights
+from .design import Design, read_design
+from .measured import MeasuredLayer, measure_sample
+from .predict import SAFE_RATIO, TOLERANCE, Scores
+from .report import VERDICTS, StabilityReport
+
+
+def check_attention_stability(
+    model: nn.Module | None = None,
+    sample_input: Any = None,
+    config: Any = None,
+    *,
+    seq_len: int | None = None,
+    dtype: object = None,
+    tolerance: float = TOLERANCE,
+) -> StabilityReport:
+    """Check attention before training; a `StabilityReport`, a dict with the keys its class tells.
+
+    config: a Hugging Face configuration, a mapping, or any object with such attributes (`read_design`); None
+        takes `model.config`. Alone it gives predictions for random weights.
+    model: its weights give each head's expected spread and the largest score that any input can give.
+    sample_input: token ids (B, N) or whatever the model takes, a mapping for keyword arguments: run once,
+        measured, compared with the prediction. Without a model, its second dimension is the length.
+    seq_len: visible keys; else the sample's, else the configuration's. dtype: of q, k, v; else the model's.
+    tolerance: error of an output, over the spread of its values, that rounding may cause.
+
+    Measured beats read from weights beats predicted beats assumed; `sources` says which each number is.
+    Raises ValueError for a configuration without a needed field, with the names tried, for sizes that make
+    no attention, an unknown dtype, a tolerance outside (0, 1), or a model without attention; TypeError for a model
+    that is no module.
+    """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"expected model to be a torch.nn.Module or None, got {type(model).__name__}")
+    if not 0 < tolerance < 1:
+        raise ValueError(f"expected tolerance between 0 and 1, got {tolerance!r}")
+    if config is None:
+        config = getattr(model, "config", None)
+    if dtype is None and model is not None:
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    design = read_design(config, seq_len=seq_len or _length(sample_input), dtype=dtype)
+    notes: list[str] = []
+    found = [predict.predict_layer(design, layer) for layer in range(design.n_layers)]
+    predicted = found
+    weights, measured, diagnosis = [], [], None
+    if model is not None:
+        weights, reasons = _weights(model, design, notes)
+        notes += [f"weights of {shown(name)} not read: {why}" for name, why in reasons.items()]
+        found = _from_weights(design, weights) or found
+        if sample_input is not None and _has_numbers(model):
+            try:
+                measured, diagnosis = measure_sample(model, sample_input)
+            except ValueError as error:
+                notes.append(f"not measured: {error}")
+            found = _from_measurement(design, measured) or found
+    return _report(design, predicted, found, weights, measured, diagnosis, tolerance, notes)
+
+
+def _length(sample: Any) -> int | None:
+    if isinstance(sample, Mapping):
+        sample = next((x for x in sample.values() if isinstance(x, Tensor) and x.dim() >= 2), None)
+    shape = getattr(sample, "shape", None)
+    if shape is None:
+        return None
+    if len(shape) < 2 or not shape[1]:
+        raise ValueError(f"expected sample_input of shape (batch, length, ...), got {tuple(shape)}")
+    return int(shape[1])
+
+
+def _has_numbers(model: nn.Module) -> bool:
+    return not any(p.is_meta for p in model.parameters())
+
+
+def _weights(model: nn.Module, design: Design, notes: list[str]) -> tuple[list[LayerWeights], dict[str, str]]:
+    if not _has_numbers(model):
+        notes.append("the model is on the meta device: its weights say nothing")
+        return [], {}
+    return read_weights(model, design)
+
+
+def _from_weights(design: Design, weights: list[LayerWeights]) -> list[Scores]:
+    """Scores of each layer, its median head for what it usually does, its largest for bounds."""
+    found = []
+    for index, layer in enumerate(weights):
+        place = min(index, design.n_layers - 1)
+        std = predict.capped_std(float(layer.std.median()), design.softcap)
+        factor = 1.0 if design.qk_norm else float(theory.row_spread(design.head_dim))
+        magnitude = float(layer.magnitude.max())
+        scores = predict.scores(
+            design, place, layer.layer, std, std * factor, magnitude, "predicted: weights"
+        )
+        worst = float(layer.std.max()) * factor
+        largest = float(theory.expected_max_logit(worst, 2.0 * scores.keys**2))
+        found.append(replace(scores, max_abs_logit=min(largest, float(layer.bound.max()))))
+    return found
+
+
+def _from_measurement(design: Design, measured: list[MeasuredLayer]) -> list[Scores]:
+    found = []
+    for index, layer in enumerate(measured):
+        place = min(index, design.n_layers - 1)
+        std, ratio = float(layer.score_std.median()), float(layer.sigma_ratio.median())
+        keys = min(layer.keys, design.keys(place))
+        row_std = ratio * float(theory.critical_std(keys)) if keys > 1 else 0.0
+        magnitude = float(layer.magnitude.max())
+        local = replace(design, seq_len=layer.keys)
+        scores = predict.scores(local, place, layer.layer, std, row_std, magnitude, "measured")
+        largest = float(layer.max_abs_logit.max())
+        exponent = 2.0 / math.log(2.0) * (largest - scores.max_abs_logit)
+        found.append(
+            replace(
+                scores,
+                sigma_ratio=ratio,
+                expected_logit_max=float(layer.row_max.max()),
+                max_abs_logit=largest,
+                entropy_ratio=float(layer.entropy_ratio.median()),
+                log2_curvature=scores.log2_curvature + exponent,
+            )
+        )
+    return found
+
+
+def _report(
+    design: Design,
+    predicted: list[Scores],
+    found: list[Scores],
+    weights: list[LayerWeights],
+    measured: list[MeasuredLayer],
+    diagnosis: Any,
+    tolerance: float,
+    notes: list[str],
+) -> StabilityReport:
+    worst = max(found, key=lambda scores: scores.sigma_ratio)
+    ratio, largest = worst.sigma_ratio, max(scores.max_abs_logit for scores in found)
+    log2_curvature = max(scores.log2_curvature for scores in found)
+    # Bits and bounds for the layer with the largest scores, which need not be the least stable one.
+    heaviest = max(found, key=lambda scores: scores.magnitude)
+    heaviest = replace(heaviest, row_std=max(s.row_std for s in found), max_abs_logit=largest)
+    dtypes = predict.dtype_verdicts(design, heaviest, tolerance)
+    verdict = predict.verdict(ratio, largest)
+    trained = bool(weights) and not _as_initialised(predicted, found)
+    if diagnosis is not None:
+        level = 2 if diagnosis.errors else 1 if diagnosis.warnings else 0
+        # Trained heads are sharp by design, beyond any spread that random ones should have.
+        by_spread = VERDICTS.index(verdict)
+        by_spread = min(by_spread, 1) if trained and largest < threshold("deteriorating_logit") else by_spread
+        verdict = VERDICTS[max(level, by_spread)]
+    near = neighbours(design, ratio, trained=trained)
+    half = dtypes["float16"]
+    report = StabilityReport(
+        expected_logit_max=max(scores.expected_logit_max for scores in found),
+        curvature_bound=2.0**log2_curvature if log2_curvature < 1024 else float("inf"),
+        log2_curvature_bound=log2_curvature,
+        precision_bits_needed=half["sound_bits"],
+        typical_bits_needed=half["typical_bits"],
+        float16_safe=half["status"] != "unsafe",
+        recommendations=[],
+        verdict=verdict,
+        sigma_ratio=ratio,
+        margin=SAFE_RATIO / ratio if ratio > 0 else float("inf"),
+        max_abs_logit=largest,
+        tolerance=tolerance,
+        layers=_table(predicted, found, weights, measured),
+        dtypes=dtypes,
+        margins=margins(design, ratio),
+        neighbours=[neighbour.to_dict() for neighbour in near],
+        findings=[] if diagnosis is None else [asdict(issue) for issue in diagnosis.issues],
+        design={key: value for key, value in asdict(design).items() if key != "sources"},
+        notes=notes,
+    )
+    if weights:
+        report["weight_logit_bound"] = max(float(layer.bound.max()) for layer in weights)
+    report["sources"] = _sources(design, worst, bool(weights))
+    report["recommendations"] = _recommendations(design, report, worst, diagnosis)
+    return report
+
+
+def _as_initialised(predicted: list[Scores], found: list[Scores]) -> bool:
+    """Whether most layers' scores spread as those of random weights do."""
+    pairs = list(zip(predicted, found, strict=False))
+    alike = [abs(was.score_std - now.score_std) <= 0.3 * was.score_std for was, now in pairs]
+    return 2 * sum(alike) >= len(alike)
+
+
+def _table(
+    predicted: list[Scores], found: list[Scores], weights: list[LayerWeights], measured: list[MeasuredLayer]
+) -> list[dict[str, Any]]:
+    bounds = {layer.layer: layer for layer in weights}
+    rows = []
+    for index, scores in enumerate(found):
+        row = scores.to_dict()
+        layer = bounds.get(scores.layer)
+        if layer is not None:
+            row["weight_logit_bound"] = float(layer.bound.max())
+            row["weight_logit_bounds"] = layer.bound.tolist()
+        if measured or weights:
+            row["predicted_score_std"] = predicted[min(index, len(predicted) - 1)].score_std
+        rows.append(row)
+    return rows
+
+
+def _sources(design: Design, worst: Scores, weights: bool) -> dict[str, str]:
+    names = ("sigma_ratio", "expected_logit_max", "max_abs_logit", "log2_curvature_bound", "curvature_bound")
+    sources = dict.fromkeys((*names, "precision_bits_needed", "dtypes"), worst.source)
+    if weights:
+        sources["weight_logit_bound"] = "proved: weights, any input"
+    return sources | {f"design.{name}": source for name, source in design.sources.items()}
+
+
+def _recommendations(design: Design, report: StabilityReport, worst: Scores, diagnosis: Any) -> list[str]:
+    texts = []
+    if worst.sigma_ratio > SAFE_RATIO:
+        texts.append(sentence(design, worst.sigma_ratio, worst.keys))
+        texts += [
+            f"{near['change']}: sigma / sigma_c {near['sigma_ratio']:.2f}, margin {near['margin']:.2f}"
+            for near in report["neighbours"]
+        ]
+    for issue in [] if diagnosis is None else diagnosis.errors[:3]:
+        texts.append(f"{issue.evidence} -> {issue.suggestion}")
+    stored = report["dtypes"][design.dtype]
+    for name in dict.fromkeys((design.dtype, "float16")):
+        found = report["dtypes"][name]
+        if found["status"] == "unsafe":
+            fit = [other for other, x in report["dtypes"].items() if x["status"] != "unsafe"]
+            texts.append(
+                f"{name} has {found['bits']} significand bits where {found['typical_bits']:.0f} are usual and "
+                f"{found['sound_bits']:.0f} certain for errors of {report['tolerance']:g}: store q, k and the weights "
+                f"in {' or '.join(fit[:3]) or 'no format known'}"
+                + (f"; overflows: {', '.join(found['overflows'])}" if found["overflows"] else "")
+            )
+    for path in stored["overflows"]:
+        if path.startswith("q.k"):
+            texts.append(f"{path} overflows: scale q before the product, or use a fused kernel")
+    return texts

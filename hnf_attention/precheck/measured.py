@@ -1,0 +1,98 @@
+"""One sample through a model: what its scores are, in place of what they were predicted to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops, theory
+from ..analyzer import AttentionAnalyzer
+from ..diagnosis import AttentionDiagnosis
+from ..instrument import Measurement
+from ..stats import JUDGED_MIN_KEYS
+
+_SHARE = 0.99  # of rows, as `theory.row_spread`
+
+
+@dataclass(frozen=True)
+class MeasuredLayer:
+    """One layer's numbers of one sample, per head (H,) fp64; nats, over rows with at least 16 visible keys.
+
+    score_std: root mean square spread within a row. sigma_ratio: of the row's spread over the critical one of
+    its visible keys, the 99th percentile of the rows. row_max: mean of a row's largest score over its mean.
+    max_abs_logit: largest |score| of any row. magnitude: scale max|q| max|k|. entropy_ratio: mean.
+    """
+
+    layer: str
+    keys: int
+    score_std: Tensor
+    sigma_ratio: Tensor
+    row_max: Tensor
+    max_abs_logit: Tensor
+    magnitude: Tensor
+    entropy_ratio: Tensor
+
+
+def measure_sample(model: nn.Module, sample: Any) -> tuple[list[MeasuredLayer], AttentionDiagnosis]:
+    """Run the sample once, in evaluation mode and without gradients, and measure all attention on the way.
+
+    Raises ValueError where the model cannot run the sample, or none of its attention can be measured.
+    """
+    layers: list[MeasuredLayer] = []
+    training = [module for module in model.modules() if module.training]
+    with AttentionAnalyzer(model, mode="probe") as analyzer:
+        instrumentation = analyzer.instrumentation
+        record = instrumentation.on_measure
+
+        def both(measurement: Measurement) -> None:
+            layers.append(_read(measurement))
+            record(measurement)
+
+        instrumentation.on_measure = both
+        model.eval()
+        try:
+            with torch.no_grad():
+                model(**sample) if isinstance(sample, Mapping) else model(sample)
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"the model cannot run the sample: {type(error).__name__}: {error}") from error
+        finally:
+            for module in training:
+                module.training = True
+        if not layers:
+            raise ValueError(f"none of its attention can be measured: {instrumentation.coverage}")
+        return layers, analyzer.diagnose()
+
+
+def _read(measurement: Measurement) -> MeasuredLayer:
+    query, key, options = measurement.query, measurement.key, measurement.options
+    rows = ops.attend(query, key, None, options, extended=True)[1].detach()
+    visible = measurement.visible_keys.expand(rows.lse.shape)
+    least = min(JUDGED_MIN_KEYS, int(visible.max())) if visible.numel() else 1
+    judged = (visible >= max(least, 2)) & rows.lse.isfinite()
+    critical = torch.from_numpy(theory.critical_std(visible.clamp(min=2).cpu().numpy()))
+    std = rows.score_std.double().cpu()
+    judged, visible = judged.cpu(), visible.cpu()
+
+    def mean(values: Tensor) -> Tensor:
+        count = judged.sum((0, 2)).clamp(min=1)
+        return torch.where(judged, values.double().cpu(), 0.0).sum((0, 2)) / count
+
+    ratios = torch.where(judged, std / critical, torch.nan).transpose(0, 1).flatten(1)
+    lengths = [x.float().norm(dim=-1).amax((0, 2)).double().cpu() for x in (query, key)]
+    group = lengths[0].numel() // lengths[1].numel()
+    largest = torch.maximum(rows.max_logit.abs(), rows.min_logit.abs()).double().cpu()
+    seen = rows.lse.isfinite().cpu()
+    return MeasuredLayer(
+        layer=measurement.layer,
+        keys=int(visible.max()),
+        score_std=mean(std.square()).sqrt(),
+        sigma_ratio=torch.nanquantile(ratios, _SHARE, dim=1),
+        row_max=mean(rows.max_logit - rows.score_mean),
+        max_abs_logit=torch.where(seen, largest, 0.0).amax((0, 2)),
+        magnitude=abs(options.scale) * lengths[0] * lengths[1].repeat_interleave(group),
+        entropy_ratio=mean(rows.entropy.double().cpu() / visible.clamp(min=2).double().log()),
+    )

@@ -1,0 +1,91 @@
+"""The pre-training check for a terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .tables import indented
+
+if TYPE_CHECKING:
+    from ..precheck.report import StabilityReport
+
+_STYLES = {"stable": "bold green", "marginal": "bold yellow", "unstable": "bold red"}
+_STATUS = {"safe": "green", "usually safe": "yellow", "unsafe": "red"}
+_LAYERS = 6  # layers with the same numbers are shown once, and no more than this many
+
+
+def verdict(report: StabilityReport, name: str) -> RenderableType:
+    """Layers, number formats, margins, advice, and the verdict last."""
+    parts: list[RenderableType] = [_layers(report, name), _formats(report), _margins(report)]
+    for text in report["recommendations"]:
+        parts.append(indented(f"-> {text}"))
+    assumed = [f"{key[7:]} ({why})" for key, why in report["sources"].items() if why.startswith("assumed")]
+    if assumed:
+        parts.append(Text(f"assumed: {', '.join(assumed)}", style="dim"))
+    parts += [Text(f"note: {note}", style="yellow") for note in report["notes"]]
+    ratio = f"sigma / sigma_c {report['sigma_ratio']:.2f}, margin {report['margin']:.2f}"
+    source = report["sources"]["sigma_ratio"]
+    parts.append(Text(f"\n{report['verdict']}: {ratio} ({source})", style=_STYLES[report["verdict"]]))
+    return Group(*parts)
+
+
+def _layers(report: StabilityReport, name: str) -> Table:
+    table = Table(title=Text(name), title_justify="left", header_style="bold", title_style="bold")
+    table.add_column("layer", overflow="fold")
+    columns = {
+        "keys": "keys",
+        "score_std": "score\nstd",
+        "sigma_ratio": "sigma /\nsigma_c",
+        "expected_logit_max": "row max",
+        "max_abs_logit": "max\n|score|",
+        "entropy_ratio": "entropy\nratio",
+        "log2_curvature": "log2\ncurvature",
+        "weight_logit_bound": "any input\n|score| <=",
+    }
+    rows = report["layers"]
+    shown = {key: title for key, title in columns.items() if key in rows[0]}
+    for title in shown.values():
+        table.add_column(title, justify="right")
+    told: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        told.setdefault(tuple(f"{row[key]:.4g}" for key in shown), []).append(row["layer"])
+    for numbers, layers in list(told.items())[:_LAYERS]:
+        label = layers[0] if len(layers) == 1 else f"{layers[0]} and {len(layers) - 1} like it"
+        table.add_row(Text(label), *numbers)
+    if len(told) > _LAYERS:
+        table.add_row(f"... {len(told) - _LAYERS} more", *[""] * len(shown))
+    return table
+
+
+def _formats(report: StabilityReport) -> Table:
+    title = f"q, k, v and weights stored in, for errors of {report['tolerance']:g} of the values' spread"
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column in ("format", "status", "bits", "usual need", "certain need", "error at most", "overflows"):
+        table.add_column(column, justify="left" if column in ("format", "status", "overflows") else "right")
+    for name, found in report["dtypes"].items():
+        table.add_row(
+            name,
+            Text(found["status"], style=_STATUS[found["status"]]),
+            str(found["bits"]),
+            f"{found['typical_bits']:.0f}",
+            f"{found['sound_bits']:.0f}",
+            f"{found['error_bound']:.2g}",
+            "\n".join(found["overflows"]),
+        )
+    return table
+
+
+def _margins(report: StabilityReport) -> Text:
+    words = {
+        "temperature": "temperature down to {:.3g} sqrt(head_dim)",
+        "init_std": "query and key weights up to std {:.3g}",
+        "d_model": "d_model up to {:.0f}",
+        "seq_len": "at least {:.0f} keys",
+    }
+    texts = [words[knob].format(x) for knob, x in report["margins"].items() if math.isfinite(x) and x < 1e9]
+    return Text(f"stable by the spread of scores, each alone: {', '.join(texts)}")

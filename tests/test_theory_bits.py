@@ -1,0 +1,115 @@
+"""Required bits and overflow paths: closed forms, limits, monotony."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hnf_attention import theory
+from hnf_attention.theory.bits import STORED
+
+
+def test_is_the_closed_form():
+    assert theory.required_bits("scores", 100.0, 1e-3) == math.ceil(math.log2(100.0 / (2 * math.atanh(1e-3))))
+    unit = math.sqrt(1 + 2 * math.atanh(1e-3) / 100.0) - 1
+    assert theory.required_bits("query_key", 100.0, 1e-3) == math.ceil(-math.log2(unit))
+    assert theory.required_bits("weights", 1.0, 2.0**-7) == 7
+    assert theory.required_bits("weights", 4.0, 2.0**-7) == 9  # values 4 spreads away from zero
+
+
+@given(st.sampled_from(STORED), st.floats(0.0, 1e300), st.floats(1e-12, 2.0))
+def test_finite_and_monotone(stored, size, tolerance):
+    bits = theory.required_bits(stored, size, tolerance)
+    assert 1 <= bits < 1100
+    assert bits <= theory.required_bits(stored, 2 * size, tolerance)
+    assert bits >= theory.required_bits(stored, size, min(2 * tolerance, 2.0))
+
+
+def test_grows_with_the_logarithm_of_the_scores_where_the_seeds_formula_explodes():
+    seed = 2 * math.log2(math.e) * 1e4 + math.log2(1024**2 / 1e-6)
+    assert seed > 28_000
+    assert theory.required_bits("scores", 1e4, 1e-2) == 19
+
+
+def test_the_row_needs_no_more_than_its_largest_numbers_say():
+    rng = np.random.default_rng(0)
+    s, v = rng.normal(size=(50, 20)) * np.logspace(-2, 3, 50)[:, None], rng.normal(size=(20, 3))
+    for eps in (0.1, 1e-3):
+        row = theory.required_bits_of_row("scores", s, np.abs(s), v, eps)
+        assert row.shape == (50,) and (row <= theory.required_bits("scores", np.abs(s).max(-1), eps)).all()
+        typical = theory.required_bits_of_row("scores", s, np.abs(s), v, eps, typical=True)
+        assert (typical <= row).mean() > 0.9
+
+
+def test_rows_that_cannot_err_need_one_bit():
+    v = np.array([[1.0, -1.0]])
+    assert theory.required_bits_of_row("query_key", [[1e30]], [[1e30]], v, 1e-6) == 1  # one key
+    equal = np.full((3, 2), 5.0)
+    assert theory.required_bits_of_row("scores", [[1.0, 2.0, 1e30]], [[1.0, 2.0, 1e30]], equal, 1e-6) == 1
+    hidden = theory.required_bits_of_row("scores", [[3.0, -np.inf]], [[3.0, 0.0]], np.eye(2), 1e-6)
+    assert hidden == 1
+
+
+def test_typical_bits_follow_the_spread():
+    flat, sharp = np.full(1024, 1 / 1024), np.array([0.5, 0.5] + [0.0] * 1022)
+    few, many = (
+        theory.typical_bits("scores", 10.0, theory.rounding_spread("scores", p), 1e-3) for p in (flat, sharp)
+    )
+    assert few < many
+    assert theory.rounding_spread("scores", [1.0, 0.0]) == 0.0  # one-hot: nothing to first order
+    assert theory.typical_bits("scores", 0.0, 0.1, 1e-3) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("logits", 1.0, 0.1), "stored in .* got 'logits'"),
+        (("scores", -1.0, 0.1), "size >= 0, got -1"),
+        (("scores", 1.0, 0.0), "tolerance > 0, got 0"),
+    ],
+)
+def test_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        theory.required_bits(*arguments)
+
+
+def paths(*arguments, **options):
+    return {path.name: path for path in theory.overflow_paths(*arguments, **options)}
+
+
+def test_names_the_path_of_a_logit_of_89():
+    found = paths("bf16", 89.3, 0.125, 1024)
+    naive = found["exp(score) in bfloat16"]
+    assert naive.overflows and naive.limit == pytest.approx(88.72, abs=0.01)
+    assert "library kernels subtract the maximum" in naive.where
+    assert not found["q.k in bfloat16 before scaling"].overflows
+
+
+def test_each_limit_is_where_torch_overflows():
+    half = torch.float16
+    limit = paths("fp16", 1.0, 0.125, 8)["exp(score) in float16"].limit
+    assert limit == pytest.approx(11.09, abs=0.01)
+    assert (
+        torch.tensor(limit - 0.01).to(half).exp().isfinite()
+        and torch.tensor(limit + 0.01).to(half).exp().isinf()
+    )
+    added = paths("fp16", 1.0, 0.125, 8)["score + finfo.min in float16"].limit
+    lowest = torch.tensor(torch.finfo(half).min, dtype=half)
+    assert added == 16.0
+    assert (lowest + torch.tensor(-15.9, dtype=half)).isfinite() and (
+        lowest + torch.tensor(-16.0, dtype=half)
+    ).isinf()
+    product = paths("fp16", 65504.0 / 8 + 1, 0.125, 8)["q.k in float16 before scaling"]
+    assert product.overflows and product.headroom < 0
+    assert paths("fp16", 1.0, 0.125, 70_000)["sum of 70000 exponentials in float16"].overflows
+
+
+def test_worst_path_first_and_a_score_of_nothing_is_safe():
+    found = theory.overflow_paths("fp16", 50.0, 0.125, 1024)
+    assert [p.headroom for p in found] == sorted(p.headroom for p in found)
+    assert not any(p.overflows for p in theory.overflow_paths("fp16", 0.0, 0.125, 1))
+    with pytest.raises(ValueError, match="scale > 0 and keys >= 1"):
+        theory.overflow_paths("fp16", 1.0, 0.0, 4)
