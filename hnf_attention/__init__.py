@@ -11,7 +11,9 @@ from .instrument import Instrumentation, instrument
 from .interventions import apply_intervention
 from .merge import merge_attention
 from .monitor import AttentionStabilityMonitor
+from .multihead import MultiheadAttention
 from .ops import attention, attention_stats
+from .ranks import Ranks
 from .stats import HeadStats, RowStats
 
 __all__ = [
@@ -20,6 +22,8 @@ __all__ = [
     "AttentionStabilityMonitor",
     "HeadStats",
     "Instrumentation",
+    "MultiheadAttention",
+    "Ranks",
     "RowStats",
     "StabilityIssue",
     "apply_intervention",

@@ -58,8 +58,13 @@ def fold(accumulator: Tensor, query: Tensor, key: Tensor, rows: RowStats, option
         with dispatch.on_device(query):
             kernel.fold(accumulator, query, key, rows, options)
     else:
-        with torch.no_grad():
-            stats.fold_rows(accumulator[0], rows, *measure(query, key, rows, options))
+        fold_measured(accumulator, rows, measure(query, key, rows, options))
+
+
+@torch.no_grad()
+def fold_measured(accumulator: Tensor, rows: RowStats, measured: Measured) -> None:
+    """`fold` of a call of which these are known already, on any device, in PyTorch's own operations."""
+    stats.fold_rows(accumulator[0], rows, *measured)
 
 
 def collect(accumulators: Sequence[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from .instrument import Instrumentation, instrument
 from .interventions import Adviser, Applied, Intervention, apply_intervention
 from .interventions.intervention import reduce_lr
 from .names import shown
+from .ranks import Ranks
 from .recorder import NothingMeasured, Recorder
 from .stats import Snapshot
 
@@ -38,16 +39,20 @@ class AttentionStabilityMonitor:
 
     log_every: read out and judge every that many steps.
     record_every: which steps in between are measured as well: None for none, 1 for all, k for every k-th.
-    writers: objects with a `write(diagnosis)` method, or callables; each gets every diagnosis.
+    writers: objects with a `write(diagnosis)` method, or callables; each gets every diagnosis. `restore()`
+        calls the `close()` of those that have one. `hnf_attention.integrations` has some.
     auto_intervene: at a log step, carry out what the monitor proposes on weights (QK-clip, temperature);
         learning rates and dropout are left to `get_intervention`. What was done is in `applied`.
     sample: as for `instrument`: where attention is probed, measure 1 of that many blocks of rows.
+    step: how many steps were done before, where a run resumes: their numbers go on from there.
 
     A reading is made of every forward since the `on_step()` before it that was measured: evaluation counts
     like training, whatever `model.training` says (a fine-tune may well train in eval mode). To leave an
     evaluation out, set `monitor.instrumentation.measuring = False` for it and put its old value back.
 
-    Each process of a process group judges its own part of the batch.
+    ranks: the processes whose measurements are put together at each log step; without them each process of a
+        process group judges its own part of the batch. All of them must call `on_step()` equally often.
+
     Raises ValueError or TypeError for bad arguments; `on_step` and `get_intervention` raise nothing.
     New findings are logged once per (layer, head, kind), and again when a warning becomes an error.
     """
@@ -60,24 +65,24 @@ class AttentionStabilityMonitor:
         writers: Iterable[Any] = (),
         auto_intervene: bool = False,
         sample: int | None = None,
+        step: int = 0,
+        ranks: Ranks | None = None,
     ):
         self._writers = [_writer(number, writer) for number, writer in enumerate(writers)]
-        if auto_intervene and _world_size() > 1:
-            raise ValueError(
-                "expected auto_intervene=False in a process group: each process would change its own copy of "
-                f"the weights by its own statistics, got a group of {_world_size()}"
-            )
+        if auto_intervene:
+            _check_auto_intervene(model, ranks)
         self.instrumentation: Instrumentation = instrument(model, sample=sample)
         try:
-            self._recorder = Recorder(self.instrumentation, log_every, record_every)
+            self._recorder = Recorder(self.instrumentation, log_every, record_every, step, ranks)
         except ValueError:
             self.instrumentation.restore()
             raise
         #: What auto_intervene did, newest last.
         self.applied: deque[Applied] = deque(maxlen=1_000)
-        self._model = model
+        self.model = model
         self._adviser = Adviser(model)
         self._auto_intervene = auto_intervene
+        self._heads_are_split = ranks is not None and ranks.heads is not None
         self._left_over: tuple[AttentionDiagnosis, Intervention | None] | None = None
         self._announced: set[tuple[str, int | None, str, str]] = set()
         self._off: set[str] = set()  # parts that failed, or were ended
@@ -90,7 +95,7 @@ class AttentionStabilityMonitor:
 
     @property
     def step(self) -> int:
-        """How many steps `on_step` has ended."""
+        """How many steps `on_step` has ended, and those done before."""
         return self._recorder.step
 
     def on_step(self) -> AttentionDiagnosis | None:
@@ -102,8 +107,8 @@ class AttentionStabilityMonitor:
         if diagnosis is None:
             return None
         self._guarded("logging", self._announce, diagnosis.issues)
-        for name, write in self._writers:
-            self._guarded(f"writer {name}", write, diagnosis)
+        for name, write, _ in self._writers:
+            self._guarded(name, write, diagnosis)
         if self._auto_intervene:
             self._guarded("auto_intervene", self._intervene, diagnosis)
         return diagnosis
@@ -111,8 +116,10 @@ class AttentionStabilityMonitor:
     def get_intervention(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
         """The fix for a diagnosis of this monitor, as a dict that `apply_intervention` takes; None for none.
 
-        With auto_intervene, what is left of it to do by hand.
+        With auto_intervene, what is left of it to do by hand. None where `ranks.heads` splits layers.
         """
+        if self._heads_are_split:
+            return None  # the diagnosis numbers heads over all processes; the weights here are of some
         if self._left_over is not None and self._left_over[0] is diagnosis:
             return self._left_over[1]
         return self._guarded("advice", self._adviser.propose, diagnosis)
@@ -122,6 +129,10 @@ class AttentionStabilityMonitor:
         self._recorder.stop()
         self.instrumentation.restore()
         self._off.add("recording")
+        for name, _, close in self._writers:
+            if name not in self._off:  # one that failed has had its line in the log
+                self._guarded(f"closing of {name}", close)
+        self._writers = []
 
     def __enter__(self) -> AttentionStabilityMonitor:
         return self
@@ -137,7 +148,9 @@ class AttentionStabilityMonitor:
             return action(*arguments)
         except Exception:  # of whatever kind: training goes on without this part
             self._off.add(part)
-            _log.exception("the attention monitor goes on without its part %r, which failed", part)
+            _log.warning(
+                "the attention monitor goes on without its part %r, which failed", part, exc_info=True
+            )
             return None
 
     def _advance(self) -> Snapshot | None:
@@ -171,7 +184,7 @@ class AttentionStabilityMonitor:
         if proposed is None or proposed["action"] not in WEIGHT_ACTIONS:
             return
         on_weights = Intervention({k: v for k, v in proposed.items() if k != "lr_factor"})
-        done = apply_intervention(None, on_weights, self._model)
+        done = apply_intervention(None, on_weights, self.model)
         self.applied.append(done)
         _log.warning("intervened at step %d: %s (%s)", diagnosis.step, done.description, proposed["reason"])
         slower = proposed.get("lr_factor")
@@ -182,13 +195,28 @@ def _key(issue: StabilityIssue) -> tuple[str, int | None, str, str]:
     return issue.layer, issue.head, issue.issue_type, issue.severity
 
 
+def _check_auto_intervene(model: nn.Module, ranks: Ranks | None) -> None:
+    """Raise ValueError where the processes of a group would not all make the same change."""
+    if _world_size() == 1:
+        return
+    whole = ranks is not None and ranks.heads is None
+    if not whole or torch.distributed.get_world_size(ranks.batch) != _world_size():
+        raise ValueError(
+            "expected auto_intervene=False, or ranks=Ranks(batch=<the group of all processes>): each process "
+            f"would change its weights by its own statistics, got ranks={ranks}"
+        )
+    if any(type(p) is not nn.Parameter and hasattr(p, "device_mesh") for p in model.parameters()):
+        raise ValueError("expected auto_intervene=False for a model whose weights are sharded, got True")
+
+
 def _world_size() -> int:
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if ready else 1
 
 
-def _writer(number: int, writer: Any) -> tuple[str, Callable[[AttentionDiagnosis], Any]]:
+def _writer(number: int, writer: Any) -> tuple[str, Callable[[AttentionDiagnosis], Any], Callable[[], Any]]:
+    """Its name, and what writes and closes it."""
     write = getattr(writer, "write", writer)
     if not callable(write):
         raise TypeError(f"expected writers with a write(diagnosis) method, or callables, got {writer!r}")
-    return f"{number} ({type(writer).__name__})", write
+    return f"writer {number} ({type(writer).__name__})", write, getattr(writer, "close", lambda: None)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import fold
+from .ranks import Part, Ranks
 from .stats import NUM_SUMS, SUM_FIELDS, HeadStats, Snapshot
 
 if TYPE_CHECKING:
@@ -34,24 +36,32 @@ class Recorder:
     Steps are counted by `advance()`, from 1: the forward passes before the s-th call belong to step s.
     Step s is a log step when `s % log_every == 0`: it is measured and read out. `record_every` says
     which others are measured: None for none, 1 for all (running extremes over every step), k for
-    every k-th. On any other step the model runs its own attention.
+    every k-th. On any other step the model runs its own attention. step: how many were done before, where
+    a run resumes. ranks: processes whose statistics a reading puts together.
 
-    Raises ValueError unless log_every is an int >= 1 and record_every is None or an int >= 1.
+    Raises ValueError unless log_every is an int >= 1, record_every None or an int >= 1, step an int >= 0.
     """
 
     def __init__(
-        self, instrumentation: Instrumentation, log_every: int = 100, record_every: int | None = None
+        self,
+        instrumentation: Instrumentation,
+        log_every: int = 100,
+        record_every: int | None = None,
+        step: int = 0,
+        ranks: Ranks | None = None,
     ):
-        _check_cadence("log_every", log_every, "an int >= 1")
+        _check_count("log_every", log_every, 1, "an int >= 1")
         if record_every is not None:
-            _check_cadence("record_every", record_every, "None or an int >= 1")
+            _check_count("record_every", record_every, 1, "None or an int >= 1")
+        _check_count("step", step, 0, "an int >= 0")
         self.log_every = log_every
         self.record_every = record_every
-        self.step = 0
+        self.step = step
         self.pending = False  # whether anything was recorded since the last reading
         #: The last HISTORY_LENGTH snapshots, oldest first.
         self.history: deque[Snapshot] = deque(maxlen=HISTORY_LENGTH)
         self._instrumentation = instrumentation
+        self._ranks = ranks
         self._names: dict[_Kind, str] = {}
         self._accumulators: dict[tuple[_Kind, torch.device], Tensor] = {}
         # The largest sample_period since the last reading, by name; of the reading before, where no Python
@@ -60,7 +70,7 @@ class Recorder:
         self._recorded: set[str] = set()  # the names recorded since the last reading
         self._stopped = False
         instrumentation.on_measure = _weakly(self)
-        instrumentation.measuring = self._measures(1)
+        instrumentation.measuring = self._measures(step + 1)
 
     def advance(self) -> Snapshot | None:
         """End the current step. Returns its snapshot if it was a log step, else None.
@@ -77,12 +87,10 @@ class Recorder:
 
         Raises NothingMeasured, with the instrumentation's coverage if it never measured anything.
         """
-        layers: dict[str, HeadStats] = {}
-        for (name, head_dim, dtype), values in self._copy_to_host():
-            if not values[[SUM_FIELDS.index("rows"), SUM_FIELDS.index("nonfinite_rows")]].any():
-                continue  # known from an earlier reading, not run since
-            part = HeadStats(values, head_dim, dtype, self._periods[name])
-            layers[name] = layers[name].merge(part) if name in layers else part
+        parts = list(self._parts())
+        if self._ranks is not None:
+            parts = self._ranks.combine(parts)
+        layers = {name: HeadStats(values, *kind, period) for name, *kind, period, values in parts}
         if not layers:
             raise NothingMeasured(self._why_nothing())
         self.pending = False
@@ -91,6 +99,17 @@ class Recorder:
         self.history.append(snapshot)
         return snapshot
 
+    def _parts(self) -> Iterator[Part]:
+        """What was measured since the last reading, by layer; a layer on several devices is merged."""
+        found: dict[str, HeadStats] = {}
+        for (name, head_dim, dtype), values in self._copy_to_host():
+            if not values[[SUM_FIELDS.index("rows"), SUM_FIELDS.index("nonfinite_rows")]].any():
+                continue  # known from an earlier reading, not run since
+            stats = HeadStats(values, head_dim, dtype, self._periods[name])
+            found[name] = found[name].merge(stats) if name in found else stats
+        for name, stats in found.items():
+            yield Part(name, stats.head_dim, stats.dtype, stats.sample_period, stats.values)
+
     def stop(self) -> None:
         """Measure no further step: `advance()` goes on counting, the model runs its own attention."""
         self._stopped = True
@@ -98,17 +117,18 @@ class Recorder:
 
     def record(self, measurement: Measurement) -> None:
         """Fold one attention call into its layer's accumulator, on the device, without waiting for it."""
-        query = measurement.query
-        kind = (measurement.layer, query.shape[1], measurement.head_dim, measurement.dtype)
-        key = (kind, query.device)
+        rows = measurement.rows.lse
+        num_heads, device = rows.shape[1], rows.device
+        kind = (measurement.layer, num_heads, measurement.head_dim, measurement.dtype)
+        key = (kind, device)
         accumulator = self._accumulators.get(key)
         if accumulator is None:
             self._names.setdefault(kind, self._name(*kind))
             # Made inside inference mode, it could not be added to outside of it.
             with torch.inference_mode(False):
-                accumulator = fold.new_accumulator(query.shape[1], query.device)
+                accumulator = fold.new_accumulator(num_heads, device)
             self._accumulators[key] = accumulator
-        fold.fold(accumulator, query, measurement.key, measurement.rows, measurement.options)
+        measurement.fold_into(accumulator)
         name = self._names[kind]
         earlier = self._periods[name] if name in self._recorded else 1
         self._periods[name] = max(earlier, measurement.sample_period)
@@ -170,6 +190,6 @@ def _text(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_cadence(name: str, value: object, expected: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def _check_count(name: str, value: object, least: int, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"expected {name} to be {expected}, got {value!r}")

@@ -116,6 +116,14 @@ def attention(
     return out, RowStats(*columns[1:], row_index=index)
 
 
+def of_scores(scores: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
+    """(lse, entropy, max_logit, min_logit) of scores (B, H, M, N) that are there already.
+
+    seen: boolean, which of them are visible; the others are 0 in `scores`.
+    """
+    return _attend_rows(_Scores(scores, seen, None, None), None, None, False)[1:]
+
+
 def _attend_rows(
     part: _Scores, value: Tensor | None, sinks: Tensor | None, extended: bool
 ) -> tuple[Tensor | None, ...]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import theory
 from .sampling import BLOCK_ROWS
 
 # Entropy verdicts need a row long enough to have a spread: entropy of a 3-key row says little.
@@ -360,13 +361,25 @@ class HeadStats:
 
     @property
     def query_norm(self) -> np.ndarray:
-        """Frobenius norm of Q over a sequence, root mean square over the sequences."""
-        return np.sqrt(self._mean("query_square", "sequences"))
+        """Frobenius norm of Q over a sequence, root mean square over the sequences.
+
+        NaN where it is not known: attention caught at its softmax shows no queries and keys.
+        """
+        return self._norm("query_square")
 
     @property
     def key_norm(self) -> np.ndarray:
         """Of K, as `query_norm`."""
-        return np.sqrt(self._mean("key_square", "sequences"))
+        return self._norm("key_square")
+
+    def _norm(self, name: str) -> np.ndarray:
+        square = self._mean(name, "sequences")
+        return np.sqrt(np.where(square == 0, np.nan, square))
+
+    @property
+    def log2_curvature(self) -> np.ndarray:
+        """log2 of the HNF curvature bound, bits."""
+        return theory.hnf_curvature_bound(self.query_norm, self.key_norm, self.head_dim, self.max_abs_logit)
 
     def merge(self, other: HeadStats) -> HeadStats:
         """Both folds as one: exact, associative, commutative."""

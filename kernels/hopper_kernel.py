@@ -88,7 +88,7 @@ def _softmax(s, m_i, l_i, w_i, low, unit, PLAN: gl.constexpr, P_L: gl.constexpr)
     m_new = gl.maximum(m_i, gl.max(s, 1))
     t = s * unit - gl.expand_dims(m_new * unit, 1)
     p = gl.exp2(t)
-    d = m_i * unit - m_new * unit
+    d = (m_i - m_new) * unit
     alpha = gl.exp2(d)
     a = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, P_L), assert_trivial=True), 1)
     if PLAN.stats:

@@ -248,13 +248,10 @@ def softmax_update(
     m_new = tl.maximum(m_i, tl.max(s, 1))
     # A row that has seen nothing yet has m = -inf, which is never subtracted.
     shift = tl.where(m_new == -float("inf"), 0.0, m_new) if MASKED else m_new
-    if EXACT:
-        t = (s - shift[:, None]) * unit
-        d = (m_i - shift) * unit
-    else:
-        t = s * unit - (shift * unit)[:, None]
-        d = m_i * unit - shift * unit
-    d = tl.where(m_i == -float("inf"), 0.0, d)
+    t = (s - shift[:, None]) * unit if EXACT else s * unit - (shift * unit)[:, None]
+    # Exactly 0 where the maximum stays: fused as above, a rounding error would come back with every tile,
+    # and make 1e-3 of a row of a million keys.
+    d = tl.where(m_i == -float("inf"), 0.0, (m_i - shift) * unit)
     alpha = tl.exp2(d)
     p = tl.exp2(t)
     # 0 * -inf is NaN: right for a visible score of -inf (an infinite input), wrong for a hidden one.

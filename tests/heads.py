@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from hnf_attention import attention_stats, validation
+from hnf_attention.diagnosis import diagnose
 from hnf_attention.instrument import Coverage, Measurement
 from hnf_attention.stats import (
     ERROR_FIELDS,
@@ -70,6 +71,13 @@ def snapshot(step=1, **layers):
         name: value if isinstance(value, HeadStats) else head_stats(**value) for name, value in layers.items()
     }
     return Snapshot(step, made)
+
+
+def readings():
+    """Diagnoses of steps 10, 20 and 30: the second finds what the first did, the third nothing."""
+    spread, sharp = dict(entropy_ratio=[0.5, 0.6, 0.7, 0.9]), dict(max_logit=2e3)
+    layers = [{"h.0.attn": spread, "h.1.attn": sharp}] * 2 + [{"h.0.attn": spread, "h.1.attn": {}}]
+    return [diagnose([snapshot(10 * (i + 1), **each)]) for i, each in enumerate(layers)]
 
 
 def checked(query, key, **options):

@@ -228,12 +228,16 @@ def test_an_encoder_decoder_is_refused(text_file, save):
 
 
 def test_models_without_attention_that_can_be_measured_are_refused(text_file, save):
-    bloom = transformers.BloomConfig(vocab_size=30522, hidden_size=32, n_layer=1, n_head=2)
-    with pytest.raises(InputError, match=r"h\.0\.self_attention: no call reached .*written out by hand"):
-        analyze(save(transformers.BloomForCausalLM(bloom)), text_file, window=32)
     mamba = transformers.MambaConfig(vocab_size=30522, hidden_size=32, num_hidden_layers=1, state_size=4)
     with pytest.raises(InputError, match="no module that is known as attention"):
         analyze(save(transformers.MambaForCausalLM(mamba)), text_file, window=32, max_windows=1)
+
+
+def test_attention_written_out_by_the_model_is_measured_at_its_softmax(text_file, save):
+    config = transformers.BloomConfig(vocab_size=30522, hidden_size=32, n_layer=1, n_head=2)
+    result = analyze(save(transformers.BloomForCausalLM(config)), text_file, window=32, max_windows=1)
+    (stats,) = result.diagnosis.stats.values()
+    assert stats.num_heads == 2 and np.isfinite(stats.entropy).all() and np.isnan(stats.query_norm).all()
 
 
 def test_a_model_that_names_no_length_needs_a_window(tokenizer, text_file, save):

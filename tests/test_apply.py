@@ -32,7 +32,7 @@ def test_reduce_lr_multiplies_every_group_and_reverts():
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.1, 0.02])
 
 
-@pytest.mark.parametrize("kind", ["lambda", "sequential", "cosine"])
+@pytest.mark.parametrize("kind", ["lambda", "sequential", "cosine", "wrapped", "listed"])
 def test_schedulers_keep_the_reduced_rate(kind, caplog):
     def rates(factor_at):
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -45,11 +45,14 @@ def test_schedulers_keep_the_reduced_rate(kind, caplog):
                 [3],
             ),
             "cosine": lambda: s.CosineAnnealingLR(optimizer, 20),
-        }[kind]()
+        }.get(kind, lambda: s.LambdaLR(optimizer, lambda step: 1 / (1 + step)))()
+        given = [scheduler] if kind == "listed" else scheduler
+        if kind == "wrapped":
+            given = pytest.importorskip("accelerate.scheduler").AcceleratedScheduler(scheduler, optimizer)
         seen = []
         for step in range(8):
             if step == factor_at:
-                apply_intervention(optimizer, make.reduce_lr(0.25, ""), scheduler=scheduler)
+                apply_intervention(optimizer, make.reduce_lr(0.25, ""), scheduler=given)
             optimizer.step()
             scheduler.step()
             seen.append(optimizer.param_groups[0]["lr"])

@@ -17,15 +17,6 @@ def _importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
 
 
-@pytest.fixture
-def one_thread():
-    """Tiny tensors: waiting for a second thread takes longer than the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def benchmark(group, peer, seconds, **extra):
     extra = {"flop": 4e12, **extra}
     return {"group": group, "params": {"peer": peer}, "extra_info": extra, "stats": {"median": seconds}}

@@ -148,7 +148,8 @@ def test_any_strides(stride, device):
     kernel.fold(got, q, k, rows, options)
     dense = (x.clone(memory_format=torch.contiguous_format) for x in (q, k))
     kernel.fold(expected, *dense, rows, options)
-    assert torch.equal(got, expected)
+    # On a card other strides and alignments compile to other loads, and sums of squares to another order.
+    torch.testing.assert_close(got, expected, rtol=1e-6 if ON_GPU else 0.0, atol=0.0)
 
 
 def test_the_same_bits_every_time(device):

@@ -7,6 +7,9 @@ from cases import Case, oracle
 from hnf_attention import attention, dispatch, library_backward, reference
 from hnf_attention.validation import Options
 
+pytest.importorskip("triton", reason="Triton kernels need Linux")
+from hnf_attention.kernels import probe
+
 pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # as in test_kernels.py
 
@@ -81,6 +84,26 @@ def test_rows_that_non_finite_input_reached_are_nan_and_no_others(hopper, number
     got = hopper.forward(q, k, v, case.options(q, k, v, None, None))[:5]
     for row_stat in got[1:]:
         assert torch.equal(row_stat.isnan(), broken)
+
+
+def test_a_row_of_a_million_keys(hopper):
+    """A rounding error of every tile would add up: the shift must not move where the maximum stays."""
+    case = Case(1, 1, 1, 130, 1 << 20, 64, 64)
+    q, k, v, *_ = case.tensors(torch.bfloat16, "cuda")
+    options = case.options(q, k, v, None, None)
+    _, *fused, _ = hopper.forward(q, k, v, options)
+    *probed, _, _ = probe.probe(q, k, options)
+    scores = q[0, 0].double() @ k[0, 0].double().T * options.scale
+    log_weights = scores.log_softmax(-1)
+    wanted = (
+        scores.logsumexp(-1),
+        -(log_weights.exp() * log_weights).sum(-1),
+        scores.amax(-1),
+        scores.amin(-1),
+    )
+    for rows in (fused, probed):
+        for actual, true in zip(rows, wanted):
+            assert (actual[0, 0].double() - true).abs().max() <= 2e-5 * true.abs().max()
 
 
 def test_forward_writes_the_same_bits_a_thousand_times(hopper):

@@ -3,18 +3,19 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_models import LAYERS, Attention, Direct, HandWrittenAttention, Mixer, Model, x
+from attention_models import LAYERS, Attention, Direct, LinearAttention, Mixer, Model, x
 from torch import nn
 
 from hnf_attention.instrument import instrument
 
 
-def test_multihead_attention_is_measured_where_it_reaches_sdpa_and_listed_where_not():
+def test_multihead_attention_is_measured_with_and_without_its_weights():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
             self.quiet = nn.MultiheadAttention(16, 4, batch_first=True)
             self.talkative = nn.MultiheadAttention(16, 4, batch_first=True)
+            self.idle_attention = LinearAttention()
 
         def forward(self, inputs):
             out, _ = self.quiet(inputs, inputs, inputs, need_weights=False)
@@ -27,18 +28,17 @@ def test_multihead_attention_is_measured_where_it_reaches_sdpa_and_listed_where_
             handle.require_measured()
         model(x())
     handle.require_measured()
-    assert list(handle.coverage.measured) == ["quiet"]
-    assert list(handle.coverage.not_measured) == ["talkative"]
-    assert "need_weights=False" in handle.coverage.not_measured["talkative"]
+    assert list(handle.coverage.measured) == ["quiet", "talkative"]
+    assert list(handle.coverage.not_measured) == ["idle_attention"]
     text = str(handle.coverage)
-    assert "measured (1)" in text and "NOT measured (1)" in text and "talkative" in text
+    assert "measured (2)" in text and "NOT measured (1)" in text and "talkative" in text
 
 
-def test_hand_written_attention_is_listed_even_beside_a_measured_container():
+def test_attention_without_a_softmax_is_listed_even_beside_a_measured_container():
     class Mixed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner = HandWrittenAttention()
+            self.inner = LinearAttention()
 
         def forward(self, inputs):
             out = self.inner(inputs)
@@ -51,16 +51,16 @@ def test_hand_written_attention_is_listed_even_beside_a_measured_container():
         model(x())
     assert list(handle.coverage.measured) == [""]
     assert list(handle.coverage.not_measured) == ["inner"]
-    assert "written out by hand" in handle.coverage.not_measured["inner"]
+    assert "or a softmax over scores" in handle.coverage.not_measured["inner"]
 
 
 def test_strict_raises_once_after_the_first_complete_forward():
-    model = nn.Sequential(Attention(), HandWrittenAttention())
+    model = nn.Sequential(Attention(), LinearAttention())
     with instrument(model, strict=True) as handle:
         handle.measuring = False
         model(x())  # says nothing about coverage
         handle.measuring = True
-        with pytest.raises(RuntimeError, match="HandWritten|scaled_dot_product_attention"):
+        with pytest.raises(RuntimeError, match="Linear|scaled_dot_product_attention"):
             model(x())
         model(x())
     with instrument(Model(), strict=True) as handle:

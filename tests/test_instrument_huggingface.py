@@ -294,15 +294,17 @@ def test_parts_with_implementations_of_their_own_and_a_change_in_between():
         assert set(instrumentation.coverage.measured.values()) == {"probe (transformers eager)"}
 
 
-def test_a_hand_written_path_inside_a_model_is_listed():
+def test_a_hand_written_path_inside_a_model_is_caught_at_its_softmax():
     family = FAMILIES["gpt2"]
     model = copy.deepcopy(family.build("eager"))
     for block in model.transformer.h[:1]:
         block.attn.reorder_and_upcast_attn = True
     with instrument(model) as instrumentation:
         model(**inputs(family, "none"))
-    assert list(instrumentation.coverage.measured) == ["transformer.h.1.attn"]
-    assert list(instrumentation.coverage.not_measured) == ["transformer.h.0.attn"]
+    assert instrumentation.coverage.measured == {
+        "transformer.h.0.attn": "probe (softmax)",
+        "transformer.h.1.attn": "probe (transformers eager)",
+    }
 
 
 @pytest.mark.gpu

@@ -4,8 +4,11 @@ import functools
 import gc
 import weakref
 
+import attention_models
+import pytest
+import torch
 import torch.nn.functional as F
-from attention_models import LAYERS, Model, x
+from attention_models import LAYERS, ByNameAttention, Model, x
 
 from hnf_attention.instrument import instrument
 
@@ -68,3 +71,19 @@ def test_nothing_is_kept_alive():
     gc.collect()
     assert dead() is None
     handle.restore()
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_functions_that_a_models_file_imported_by_name(by_hand):
+    names = ("sdpa_by_name", "softmax_by_name")
+    before = [getattr(attention_models, name) for name in names]
+    model, inputs = ByNameAttention(by_hand=by_hand), x()
+    with instrument(model) as one, instrument(ByNameAttention()) as other:
+        model(inputs)
+        assert [getattr(attention_models, name) for name in names] != before
+        other.restore()
+        one.latest.clear()
+        model(inputs)  # the first still holds its own
+    assert list(one.latest) == [""] and not other.latest
+    assert [getattr(attention_models, name) for name in names] == before
+    assert "softmax" not in vars(torch.Tensor)

@@ -4,22 +4,20 @@ import logging
 
 import pytest
 import torch
-import transformers
 from attention_models import Attention
+from tiny_gpt2 import LAYERS, heat, tiny_gpt2
 from torch import nn
 
 import hnf_attention.monitor
 from hnf_attention import AttentionStabilityMonitor, apply_intervention
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.randint(0, 40, (4, 24), generator=torch.Generator().manual_seed(0))
-LAYERS = ["transformer.h.0.attn", "transformer.h.1.attn"]
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=40, n_layer=2, n_embd=32, n_head=4, n_positions=32)
-    return transformers.GPT2LMHeadModel(config)
+    return tiny_gpt2()
 
 
 @pytest.fixture
@@ -37,13 +35,6 @@ def train_step(optimizer):
         return loss
 
     return step
-
-
-def heat(model, factor=200.0):
-    """Multiply the query and key weights: scores are below 0.1 before, between 1,400 and 2,300 after."""
-    with torch.no_grad():
-        for block in model.transformer.h:
-            block.attn.c_attn.weight[:, :64] *= factor
 
 
 def test_the_proposal_as_written(model, optimizer, train_step):
@@ -121,7 +112,7 @@ def test_an_evaluation_counts_unless_it_is_left_out(model, train_step):
 def test_it_does_not_change_the_training(model, train_step):
     def losses(monitored):
         torch.manual_seed(1)
-        fresh = transformers.GPT2LMHeadModel(model.config)
+        fresh = type(model)(model.config)
         optimizer = torch.optim.AdamW(fresh.parameters(), lr=1e-3)
         monitor = AttentionStabilityMonitor(fresh, log_every=2, record_every=1) if monitored else None
         out = []
@@ -198,6 +189,40 @@ def test_writers_get_every_diagnosis_and_a_failing_one_is_dropped(model, train_s
     messages = ours(caplog)
     assert len(messages) == 2 and "writer 0 (Failing)" in messages[0] and "writer 3" in messages[1]
     assert "disk full" in caplog.text
+    assert {r.levelno for r in caplog.records if r.name.startswith("hnf_attention")} == {logging.WARNING}
+
+
+def test_writers_are_closed_at_the_end_but_not_those_dropped(model, train_step, caplog):
+    class Writer:
+        def __init__(self, *faults):
+            self.faults, self.closed = faults, 0
+
+        def write(self, diagnosis):
+            if "write" in self.faults:
+                raise OSError("disk full")
+
+        def close(self):
+            self.closed += 1
+            if "close" in self.faults:
+                raise OSError("disk full")
+
+    good, dropped, stuck = Writer(), Writer("write"), Writer("close")
+    with AttentionStabilityMonitor(model, log_every=1, writers=[stuck, dropped, good]) as monitor:
+        train_step(model)
+        monitor.on_step()
+    monitor.restore()  # a second time
+    assert (good.closed, dropped.closed, stuck.closed) == (1, 0, 1)
+    assert len(ours(caplog)) == 2 and "closing of writer 0" in ours(caplog)[1]
+
+
+def test_a_resumed_run_counts_on(model, train_step):
+    monitor = AttentionStabilityMonitor(model, log_every=3, step=4)
+    steps = []
+    for _ in range(5):
+        train_step(model)
+        diagnosis = monitor.on_step()
+        steps += [] if diagnosis is None else [(diagnosis.step, diagnosis.stats[LAYERS[0]].rows[0])]
+    assert steps == [(6, 4 * 24), (9, 4 * 24)] and monitor.step == 9
 
 
 def ours(caplog):
@@ -321,7 +346,7 @@ def test_auto_intervene_that_fails_does_not_stop_the_run(model, train_step, capl
 def test_auto_intervene_is_refused_in_a_process_group(model, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(ValueError, match="auto_intervene=False in a process group"):
+    with pytest.raises(ValueError, match="expected auto_intervene=False, or ranks="):
         AttentionStabilityMonitor(model, auto_intervene=True)
     AttentionStabilityMonitor(model).restore()
 
@@ -349,6 +374,7 @@ def test_dropping_it_ends_it(model):
         ({"log_every": 0}, ValueError),
         ({"log_every": 2.5}, ValueError),
         ({"record_every": 0}, ValueError),
+        ({"step": -1}, ValueError),
         ({"writers": [3]}, TypeError),
     ],
 )

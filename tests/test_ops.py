@@ -7,6 +7,7 @@ import torch
 from cases import CASES, Case
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hnf_attention
 from hnf_attention import attention, attention_stats, fold, ops, reference
@@ -52,7 +53,8 @@ def test_an_additive_mask_gets_the_gradient_that_sdpa_gives_it(shape, device):
     attention(q, k, v, attn_mask=mask)[0].square().sum().backward()
     got, mask.grad = mask.grad, None
     k, v = (x.repeat_interleave(2, 1) for x in (k, v))
-    torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).square().sum().backward()
+    with sdpa_kernel(SDPBackend.MATH):  # on a card the others refuse some of these lengths
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).square().sum().backward()
     torch.testing.assert_close(got, mask.grad, rtol=1e-4, atol=1e-5)
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import theory
 from ..names import shown
 from ..stats import HeadStats, Snapshot
 
@@ -44,6 +43,7 @@ HEAD_FIELDS = (
     "min_logit",
     "query_norm",
     "key_norm",
+    "log2_curvature",
 )
 
 
@@ -171,9 +171,6 @@ def _excess(issue: StabilityIssue) -> float:
 
 def _layer_dict(stats: HeadStats) -> dict[str, Any]:
     numbers = {name: getattr(stats, name) for name in HEAD_FIELDS}
-    numbers["log2_curvature"] = theory.hnf_curvature_bound(
-        stats.query_norm, stats.key_norm, stats.head_dim, stats.max_abs_logit
-    )
     described = {name: getattr(stats, name) for name in ("num_heads", "head_dim", "dtype", "sample_period")}
     return described | numbers
 

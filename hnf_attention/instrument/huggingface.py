@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from .. import ops
 from . import owners
 from .call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
-from .patches import Patch
+from .patches import Patch, methods
 
 EAGER = "eager_attention_forward"  # or a name that ends so
 CHECKED_ROWS = 64
@@ -58,22 +58,11 @@ def install(modules: Iterable[nn.Module]) -> list[Patch]:
 def _eager_functions(classes: set[type]) -> list[tuple[dict[str, Any], str]]:
     """The globals that methods of these classes use as eager attention: (namespace, name), each once."""
     found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
-    for method in {method for cls in classes for method in _methods(cls)}:
+    for method in {method for cls in classes for method in methods(cls)}:
         for name in method.__code__.co_names:
             if name.endswith(EAGER) and isinstance(method.__globals__.get(name), FunctionType):
                 found[id(method.__globals__), name] = (method.__globals__, name)
     return list(found.values())
-
-
-def _methods(cls: type) -> Iterator[FunctionType]:
-    for base in cls.__mro__:
-        if base is nn.Module:
-            return
-        for attribute in vars(base).values():
-            if isinstance(attribute, FunctionType):
-                method = inspect.unwrap(attribute)
-                if isinstance(method, FunctionType):
-                    yield method
 
 
 def _argument(args: tuple, kwargs: dict[str, Any], index: int, name: str) -> Any:

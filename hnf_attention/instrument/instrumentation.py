@@ -10,93 +10,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import dispatch, ops
-from ..fold import Measured, measure
 from ..names import shown
 from ..sampling import effective_period
 from ..stats import RowStats
 from ..validation import Options
-from . import owners, sdpa
+from . import multihead, owners, sdpa, softmax
 from .call import AttentionCall, Unmeasurable
 from .coverage import Coverage, is_attention, unreached
+from .measurement import Measurement
 from .patches import Patch
 
 MODES = ("auto", "fused", "probe")
 _log = logging.getLogger("hnf_attention")
-
-
-class Measurement:
-    """One attention call, measured; B, H, M are its batch, query heads and queries.
-
-    layer: name of the module in the instrumented model.
-    rows: row statistics, (B, H, M) each, outside autograd; of a sample, (B, H, M_s) with `row_index`.
-    sample_period: 1 where all rows were measured, p where one block of rows of every p was.
-    head_dim: D. dtype: the one that scores are computed from.
-    query (B, H, M, D), key (B, H_kv, N, D), options: the call itself, with the model's own tensors; None
-        in `Instrumentation.latest`, which keeps no tensor of the model alive.
-
-    The properties are computed when they are first read, from the call.
-    """
-
-    __slots__ = (
-        "_measured",
-        "dtype",
-        "head_dim",
-        "key",
-        "layer",
-        "options",
-        "query",
-        "rows",
-        "sample_period",
-    )
-
-    def __init__(
-        self,
-        layer: str,
-        rows: RowStats,
-        query: Tensor,
-        key: Tensor,
-        options: Options,
-        sample_period: int = 1,
-    ):
-        self.layer, self.rows, self.sample_period = layer, rows, sample_period
-        self.query: Tensor | None = query
-        self.key: Tensor | None = key
-        self.options: Options | None = options
-        self.head_dim, self.dtype = query.shape[3], query.dtype
-        self._measured: Measured | None = None
-
-    @property
-    def visible_keys(self) -> Tensor:
-        """int64, broadcastable to the rows: how many keys each query may attend to."""
-        return self._read().visible_keys
-
-    @property
-    def sink_mass(self) -> Tensor:
-        """As the rows, weight on the first visible key plus the learned sink's."""
-        return self._read().sink_mass
-
-    @property
-    def query_norm(self) -> Tensor:
-        """(B, H), Frobenius norm of a head's Q over a sequence."""
-        return self._read().query_square.sum(-1).sqrt()
-
-    @property
-    def key_norm(self) -> Tensor:
-        """(B, H), Frobenius norm of the K that a query head sees, over a sequence."""
-        return self._read().key_square.sum(-1).sqrt()
-
-    def release(self) -> None:
-        """Compute what is not yet computed, and let go of the model's tensors."""
-        self._read()
-        self.query = self.key = self.options = None
-
-    def _read(self) -> Measured:
-        if self._measured is None:
-            self._measured = measure(self.query, self.key, self.rows, self.options)
-        return self._measured
 
 
 @dataclass
@@ -129,6 +57,7 @@ class Instrumentation:
         self._layers: dict[str, _Layer] = {}
         self._measured: dict[str, str] = {}
         self._problems: dict[str, str] = {}
+        self.slowed: set[str] = set()  # modules that were told that their inference fast path is off
         modules = dict(model.named_modules())
         self._attention = weakref.WeakValueDictionary(
             {name: module for name, module in modules.items() if is_attention(module)}
@@ -138,11 +67,12 @@ class Instrumentation:
         hook = _strict_hook(model, weakref.ref(self)) if strict else None
         self._restore = weakref.finalize(self, _restore, references, patches, hook, id(self))
         self._restore.atexit = False
-        patches.append(sdpa.install())
+        every = modules.values()
+        patches += [*sdpa.install(every), *multihead.install(), *softmax.install(every)]
         if "transformers.modeling_utils" in sys.modules:  # a model of theirs is not there without
             from . import huggingface
 
-            patches += huggingface.install(modules.values())
+            patches += huggingface.install(every)
         owners.register(modules, self)
         self.measuring = True
 
@@ -173,7 +103,12 @@ class Instrumentation:
         """What is measured so far, what is not, and why. Judge it after a forward pass."""
         attention = dict(self._attention)
         problems = {name: why for name, why in self._problems.items()}
-        return Coverage(dict(self._measured), unreached(attention, self._measured) | problems)
+        measured = {name: how + self._note(name) for name, how in self._measured.items()}
+        return Coverage(measured, unreached(attention, self._measured) | problems)
+
+    def _note(self, name: str) -> str:
+        slowed = any(name == outer or name.startswith(f"{outer}.") or not outer for outer in self.slowed)
+        return ", inference fast path off" if slowed else ""
 
     def require_measured(self) -> None:
         """Raise RuntimeError, with the coverage report, where nothing at all has been measured."""
@@ -269,10 +204,24 @@ class Instrumentation:
         period = 1
         if rows is None:
             rows, period = self._probe(self._layers[name], call, options)
-        measurement = Measurement(name, rows, call.query, call.key, options, period)
+        self._deliver(Measurement(name, rows, call.query, call.key, options, period))
+
+    def observe(self, name: str, door: str, build: Callable[[], Measurement]) -> None:
+        """Take in what `build` measured of an attention that ran by itself; no error comes out."""
+        layer = self._layers.setdefault(name, _Layer())
+        if layer.measuring_failed:
+            return
+        try:
+            self._deliver(build())
+        except Exception as error:  # the monitor never ends a run
+            self._give_up(name, layer, error.with_traceback(None))
+        else:
+            self._measured[name] = f"probe ({door})"
+
+    def _deliver(self, measurement: Measurement) -> None:
         if self.on_measure is None:
             measurement.release()
-            self.latest[name] = measurement
+            self.latest[measurement.layer] = measurement
         else:
             self.on_measure(measurement)
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 if TYPE_CHECKING:
+    from .call import AttentionCall
     from .instrumentation import Instrumentation
 
 _MODULE_CALL = nn.Module._call_impl.__code__
@@ -25,6 +27,7 @@ measuring: set[int] = set()
 class Owner(NamedTuple):
     instrumentation: Instrumentation
     layer: str  # the module's name in the instrumented model
+    module: nn.Module
 
 
 class Heads(NamedTuple):
@@ -40,6 +43,10 @@ class _Thread(threading.local):
 
     suspended = False  # attention inside is part of a call that is being measured already
     heads: Heads | None = None  # of the scaled_dot_product_attention inside
+    # Where attention inside is not an instrumentation's: what takes (original, *arguments) of a call of
+    # scaled_dot_product_attention, and what takes the description of one that computes its own weights.
+    receiver: Callable[..., Any] | None = None
+    probe: Callable[[AttentionCall], None] | None = None
 
 
 thread = _Thread()
@@ -60,20 +67,22 @@ def owner(module: nn.Module) -> Owner | None:
     """The instrumentation of this very module (a deep copy of it has none)."""
     entry = _owners.get(module)
     instrumentation = None if entry is None else entry[0]()
-    return None if instrumentation is None else Owner(instrumentation, entry[1])
+    return None if instrumentation is None else Owner(instrumentation, entry[1], module)
 
 
-def running_owner() -> Owner | None:
+def running_owner(which: Callable[[nn.Module], bool] | None = None) -> Owner | None:
     """The owner of the innermost instrumented module whose call is on this thread's Python stack.
 
+    which: of the innermost one of which this is true.
     The stack is right where a hook is not: in the recomputation of a checkpoint, in autograd's
     threads, and after an exception. Only frames of `nn.Module._call_impl` are opened.
     """
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _MODULE_CALL:
-            found = owner(frame.f_locals["self"])
-            if found is not None:
+            module = frame.f_locals["self"]
+            found = owner(module)
+            if found is not None and (which is None or which(module)):
                 return found
         frame = frame.f_back
     return None

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from types import FunctionType
+from typing import Any
+
+from torch import nn
 
 _lock = threading.RLock()  # re-entrant: a garbage collection inside it may release a patch
 _MARK = "_hnf_attention_patch"
@@ -40,9 +47,55 @@ class Patch:
             patch._users += 1
             return patch
 
+    @staticmethod
+    def everywhere(
+        place: Any, name: str, replacement: Callable[[Callable], Callable], modules: Iterable[nn.Module]
+    ) -> list[Patch]:
+        """Replace the attribute `name` of `place`, and every global that the files of these modules imported it as."""
+        inherited = None if name in vars(place) else getattr(place, name)
+        write = functools.partial(_write, place, name, inherited)
+        first = Patch.acquire(functools.partial(getattr, place, name), write, replacement)
+        patches = [first]
+        for space in _namespaces(modules):
+            if space is vars(place):
+                continue
+            for name, value in list(space.items()):
+                patch = getattr(value, _MARK, None) if isinstance(value, FunctionType) else None
+                if value is first._original or (patch is not None and patch._original is first._original):
+                    read = functools.partial(operator.getitem, space, name)
+                    write = functools.partial(operator.setitem, space, name)
+                    patches.append(Patch.acquire(read, write, replacement))
+        return patches
+
     def release(self) -> None:
         """Give up one use; the last one restores the original."""
         with _lock:
             self._users -= 1
             if self._users == 0 and self._read() is self._ours:
                 self._write(self._original)
+
+
+def _write(place: Any, name: str, inherited: Any, function: Callable) -> None:
+    if function is inherited:  # as a class has it from its base
+        delattr(place, name)
+    else:
+        setattr(place, name, function)
+
+
+def methods(cls: type) -> Iterator[FunctionType]:
+    """The methods of a module's class and of its bases below nn.Module."""
+    for base in cls.__mro__:
+        if base is nn.Module:
+            return
+        for attribute in vars(base).values():
+            if isinstance(attribute, FunctionType):
+                method = inspect.unwrap(attribute)
+                if isinstance(method, FunctionType):
+                    yield method
+
+
+def _namespaces(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
+    """The globals of the files that the classes of these modules come from, each once."""
+    classes = {type(module) for module in modules}
+    found = {id(m.__globals__): m.__globals__ for cls in classes for m in methods(cls)}
+    return list(found.values())

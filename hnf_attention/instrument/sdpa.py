@@ -8,12 +8,11 @@ instrumented, measuring model go to the original after one branch.
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from . import owners
@@ -23,20 +22,19 @@ from .patches import Patch
 NAME = "scaled_dot_product_attention"
 
 
-def install() -> Patch:
-    """Put the door in place until the patch is released."""
-    place = vars(functional)
-    read = functools.partial(operator.getitem, place, NAME)
-    write = functools.partial(operator.setitem, place, NAME)
-    return Patch.acquire(read, write, _door)
+def install(modules: Iterable[nn.Module] = ()) -> list[Patch]:
+    """Put the door in place, also where files of these modules imported the function, until it is released."""
+    return Patch.everywhere(functional, NAME, _door, modules)
 
 
 def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
+        thread = owners.thread
+        if thread.receiver is not None:
+            return thread.receiver(original, *args, **kwargs)
         if torch.compiler.is_compiling() or not owners.measuring:
             return original(*args, **kwargs)
-        thread = owners.thread
         if thread.suspended or torch.jit.is_tracing():
             return original(*args, **kwargs)
         heads = thread.heads
@@ -45,14 +43,14 @@ def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return original(*args, **kwargs)
         return owner.instrumentation.attend(
             owner.layer,
-            functools.partial(_call, heads, *args, **kwargs),
+            functools.partial(call_of, heads, *args, **kwargs),
             functools.partial(original, *args, **kwargs),
         )
 
     return scaled_dot_product_attention
 
 
-def _call(
+def call_of(
     heads: owners.Heads | None,
     query: Tensor,
     key: Tensor,

@@ -51,7 +51,8 @@ def apply_intervention(
     by it; hand over the model that holds the masters.
 
     optimizer: needed for learning rates. model: needed for everything else, unless the intervention
-    comes from a monitor, which knows its model. scheduler: its base rates are scaled along.
+    comes from a monitor, which knows its model. scheduler: one, or a list of them, whose base rates
+    are scaled along.
 
     Returns an `Applied`, whose `revert()` takes it back. Raises ValueError, and then has changed nothing,
     for an unknown action, missing or wrong items, an unknown layer, or one that cannot be treated.

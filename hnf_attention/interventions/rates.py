@@ -41,6 +41,15 @@ def _multiply(optimizer: torch.optim.Optimizer, factor: float, scheduler: Any) -
 
 
 def _with_base_rates(scheduler: Any) -> list[Any]:
-    """The scheduler, and those it is made of (SequentialLR, ChainedScheduler), where they keep base rates."""
-    inner = [part for each in getattr(scheduler, "_schedulers", ()) for part in _with_base_rates(each)]
+    """Of a scheduler, or a list of them, those that keep base rates.
+
+    Looked into are those made of others (SequentialLR, ChainedScheduler) and Accelerate's, which wraps one.
+    """
+    if isinstance(scheduler, (list, tuple)):
+        parts = scheduler
+    elif hasattr(scheduler, "_schedulers"):
+        parts = scheduler._schedulers
+    else:
+        parts = [scheduler.scheduler] if hasattr(scheduler, "scheduler") else []
+    inner = [part for each in parts for part in _with_base_rates(each)]
     return [*inner, scheduler] if hasattr(scheduler, "base_lrs") else inner

@@ -16,7 +16,6 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .. import theory
 from ..diagnosis.thresholds import threshold
 from ..stats import HeadStats, Snapshot
 from .labels import layer_labels
@@ -89,15 +88,13 @@ def curvature_evolution(history: Sequence[Snapshot]) -> Figure:
 
     Raises ValueError for an empty history.
     """
-    figure, axes = _evolution(history, _log2_curvature, "log2 HNF curvature bound, worst head (bits)")
+    figure, axes = _evolution(
+        history, lambda stats: stats.log2_curvature, "log2 HNF curvature bound, worst head (bits)"
+    )
     # Bits grow with the scores, over decades, and may start below zero.
     axes.set_yscale("symlog", linthresh=10.0)
     axes.set_title("HNF curvature of attention over training", loc="left", fontsize=10)
     return figure
-
-
-def _log2_curvature(stats: HeadStats) -> np.ndarray:
-    return theory.hnf_curvature_bound(stats.query_norm, stats.key_norm, stats.head_dim, stats.max_abs_logit)
 
 
 def _evolution(

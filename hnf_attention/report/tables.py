@@ -10,7 +10,6 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .. import theory
 from ..diagnosis import StabilityIssue
 from ..diagnosis.findings import grouped, heads_text
 from ..names import shown
@@ -36,9 +35,6 @@ def layer_table(stats: Mapping[str, HeadStats], issues: Sequence[StabilityIssue]
         table.add_column(name, justify="right")
     table.add_column("findings", overflow="fold")
     for (name, layer), label in zip(stats.items(), layer_labels(stats), strict=True):
-        curvature = theory.hnf_curvature_bound(
-            layer.query_norm, layer.key_norm, layer.head_dim, layer.max_abs_logit
-        )
         table.add_row(
             Text(label),  # a layer's name may hold brackets, which are no markup
             str(layer.num_heads),
@@ -47,7 +43,7 @@ def layer_table(stats: Mapping[str, HeadStats], issues: Sequence[StabilityIssue]
             _number(layer.max_weight, np.max, "{:.2f}"),
             _number(layer.sink_mass, np.max, "{:.2f}"),
             _number(layer.max_abs_logit, np.max, "{:.4g}"),
-            _number(curvature, np.max, "{:.4g}"),
+            _number(layer.log2_curvature, np.max, "{:.4g}"),
             _state([issue for issue in issues if issue.layer == name]),
         )
     return table

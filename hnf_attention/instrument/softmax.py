@@ -1,0 +1,118 @@
+"""The fourth door: attention written by hand, caught at its softmax.
+
+The scores are there already, so the statistics are taken from them: of a softmax over the last dimension of
+(B, H, M, N) or (B * H, M, N) scores inside a module whose class is named like attention. Its queries and
+keys are never seen, so norms and curvature stay unknown.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .. import masks, reference
+from ..fold import Measured
+from ..stats import RowStats
+from . import owners
+from .call import Unmeasurable
+from .coverage import is_attention
+from .measurement import Measurement
+from .patches import Patch
+
+DOOR = "softmax"
+# What models write for "hidden": -inf, -1e9, or the smallest number of a dtype, of which fp16's is -65504.
+HIDDEN_BELOW = -3e4
+_HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "nhead", "heads")
+_HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "d_k", "d_head", "dim_head")
+_WIDTH = ("embed_dim", "hidden_size", "d_model", "n_embd", "all_head_size", "inner_dim", "dim")
+
+
+def install(modules: Iterable[nn.Module]) -> list[Patch]:
+    """Put the door in place at the three names of softmax, and where files of these modules imported one."""
+    places = (functional, torch, torch.Tensor)
+    return [patch for place in places for patch in Patch.everywhere(place, "softmax", _door, modules)]
+
+
+def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(original)
+    def softmax(*args: Any, **kwargs: Any) -> Tensor:
+        if not owners.measuring or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return original(*args, **kwargs)
+        thread = owners.thread
+        if thread.suspended or thread.receiver is not None:
+            return original(*args, **kwargs)
+        thread.suspended = True  # one name calls the other
+        try:
+            result = original(*args, **kwargs)
+            # A checkpoint's second forward runs inside a backward, and is no new call.
+            if torch._C._current_graph_task_id() == -1:
+                _observe(*args, **kwargs)
+        finally:
+            thread.suspended = False
+        return result
+
+    return softmax
+
+
+def _observe(input: Any = None, dim: Any = None, *_: Any, **__: Any) -> None:
+    owner = owners.running_owner(is_attention)
+    if owner is None or not owner.instrumentation.measuring or not isinstance(input, Tensor):
+        return
+    if input.dim() not in (3, 4) or dim not in (-1, input.dim() - 1) or not input.is_floating_point():
+        return
+    measured = functools.partial(_measured, owner.layer, owner.module, input.detach())
+    owner.instrumentation.observe(owner.layer, DOOR, measured)
+
+
+@torch.no_grad()
+def _measured(layer: str, module: nn.Module, scores: Tensor) -> Measurement:
+    if type(scores) is not Tensor or scores.is_nested or scores.is_meta or scores.numel() == 0:
+        raise Unmeasurable(f"its softmax is over {tuple(scores.shape)} of a {type(scores).__name__}")
+    heads = _number(module, _HEADS)
+    if scores.dim() == 3:
+        if heads is None or scores.shape[0] % heads:
+            raise Unmeasurable(
+                f"its softmax is over {tuple(scores.shape)}, and its heads (one of {', '.join(_HEADS)}) "
+                f"are {heads}"
+            )
+        scores = scores.unflatten(0, (-1, heads))
+    elif heads is not None and scores.shape[1] != heads and scores.shape[2] == heads:
+        scores = scores.transpose(1, 2)  # (B, M, H, window), as Longformer has it
+    batch, heads, num_queries, num_keys = scores.shape
+    chunks = masks.row_chunks(num_queries, num_keys, batch * heads)
+    parts = zip(*(_of_rows(scores[:, :, rows]) for rows in chunks))
+    *core, visible, sink_mass = (torch.cat(column, 2) for column in parts)
+    unknown = torch.full((batch, heads, 1), math.nan, device=scores.device)
+    measured = Measured(visible, sink_mass, unknown, unknown)
+    return Measurement.of_scores(layer, RowStats(*core), measured, _head_dim(module, heads), scores.dtype)
+
+
+def _of_rows(scores: Tensor) -> tuple[Tensor, ...]:
+    """(lse, entropy, max_logit, min_logit, visible keys, weight on the first visible key) of some rows."""
+    scores = scores.to(reference.compute_dtype(scores))
+    seen = ~(scores < HIDDEN_BELOW)  # NaN is visible
+    lse, entropy, max_logit, min_logit = reference.of_scores(torch.where(seen, scores, 0.0), seen)
+    first = scores.gather(3, seen.to(torch.uint8).argmax(3, keepdim=True))[..., 0]
+    count = seen.sum(3)
+    return lse, entropy, max_logit, min_logit, count, torch.where(count > 0, (first - lse).exp(), 0.0)
+
+
+def _number(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    """The first of these attributes, of the module or of its config, that is a number."""
+    for place in (module, getattr(module, "config", None)):
+        for name in names:
+            number = getattr(place, name, None)
+            if isinstance(number, int) and not isinstance(number, bool) and number > 0:
+                return number
+    return None
+
+
+def _head_dim(module: nn.Module, heads: int) -> int:
+    width = _number(module, _WIDTH)
+    return _number(module, _HEAD_DIM) or (1 if width is None or width % heads else width // heads)

@@ -1,0 +1,44 @@
+"""What ties a monitor to other people's tools: writers of its diagnoses, and callbacks for trainers.
+
+Writers, for `AttentionStabilityMonitor(model, writers=[...])`: `JSONLWriter`, `TensorBoardWriter`, `WandbWriter`.
+`AttentionStabilityCallback` is for the Hugging Face `Trainer`; Lightning's has the same name in
+`hnf_attention.integrations.lightning`. A name's package is imported when the name is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .huggingface import AttentionStabilityCallback
+    from .jsonl import JSONLLog, JSONLWriter, read_jsonl
+    from .tensorboard import TensorBoardWriter
+    from .wandb import WandbWriter
+
+__all__ = [
+    "AttentionStabilityCallback",
+    "JSONLLog",
+    "JSONLWriter",
+    "TensorBoardWriter",
+    "WandbWriter",
+    "read_jsonl",
+]
+_HOMES = {
+    "AttentionStabilityCallback": "huggingface",
+    "JSONLLog": "jsonl",
+    "JSONLWriter": "jsonl",
+    "TensorBoardWriter": "tensorboard",
+    "WandbWriter": "wandb",
+    "read_jsonl": "jsonl",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,47 @@
+"""A monitor in transformers' `Trainer`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..diagnosis import AttentionDiagnosis
+from .extras import require
+from .series import overall
+from .training import TrainingCallback, unwrapped
+
+TrainerCallback = require("transformers", "trainer").TrainerCallback
+
+
+class AttentionStabilityCallback(TrainingCallback, TrainerCallback):
+    """For transformers: `Trainer(..., callbacks=[AttentionStabilityCallback(auto_intervene=True)])`.
+
+    Arguments and attributes are those of `TrainingCallback`; `log_every=None` takes the Trainer's `logging_steps`.
+    The whole model's numbers (`attn/entropy_ratio_min`, `attn/errors`, ...) join the loss in
+    `trainer.state.log_history` and in what is printed. `report_to` services have had their copy by then, so
+    give those a writer: `WandbWriter()` logs to the Trainer's own run.
+    """
+
+    _logged: AttentionDiagnosis | None = None  # the latest reading that is in the Trainer's logs
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        cadence = max(1, int(state.logging_steps))
+        self._begin(unwrapped(model), cadence, state.global_step, state.is_world_process_zero)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._resume()
+
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
+    ) -> None:
+        self._end_step([(optimizer, lr_scheduler)])
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        news = self.last_diagnosis is not None and self.last_diagnosis is not self._logged
+        if news and "loss" in logs:  # not those of an evaluation
+            self._logged = self.last_diagnosis
+            numbers = overall(self.last_diagnosis)
+            logs.update(numbers)
+            state.log_history[-1].update(numbers)  # a copy of `logs` that was made before
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.restore()

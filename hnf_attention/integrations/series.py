@@ -1,0 +1,132 @@
+"""A diagnosis as named numbers and pictures: every writer takes them from here, under the same names.
+
+A name ends in what was taken over the heads: `attn/layer_03/entropy_ratio_min` is the entropy ratio of the
+layer's lowest head, each head's being its mean over rows. `attn/entropy_ratio_min` is that of the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from ..diagnosis import AttentionDiagnosis
+
+PREFIX = "attn"
+
+_Reduce = Callable[[np.ndarray], np.floating]
+# Of every layer. Few: a model has up to a hundred layers, and a dashboard lists each of these series.
+SCALARS: dict[str, tuple[str, _Reduce]] = {
+    "entropy_ratio_min": ("entropy_ratio", np.min),
+    "entropy_ratio_mean": ("entropy_ratio", np.mean),
+    "max_abs_logit_max": ("max_abs_logit", np.max),
+    "dead_share_max": ("dead_share", np.max),
+    "log2_curvature_max": ("log2_curvature", np.max),
+}
+# One value per head, as one histogram per layer.
+HISTOGRAMS = ("entropy_ratio", "max_abs_logit")
+# One value per head, as one picture of all layers. Each is brought to [0, 1] by a fixed scale, so that
+# pictures of two steps compare; scores are shown in decades, from 1 nat to where published runs diverged.
+HEATMAPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "entropy_ratio": lambda values: values,
+    "sink_mass": lambda values: values,
+    "max_abs_logit": lambda values: np.log10(np.maximum(values, 1.0)) / 4.0,
+}
+_PICTURE_SIZE = 1024  # pixels, at most unless a model has more heads than fit
+_CELLS = 4, 16  # pixels, least and most
+
+
+class LayerKeys(Mapping[str, str]):
+    """Layer names to `layer_00`, `layer_01`, ...: numbered in the order they first ran, for a run's whole time."""
+
+    def __init__(self) -> None:
+        self._keys: dict[str, str] = {}
+        self._digits = 2
+
+    def add(self, layers: Iterable[str]) -> bool:
+        """Number the layers that are new; whether there were any."""
+        new = [layer for layer in layers if layer not in self._keys]
+        if not self._keys:  # later ones get what digits they need: a series keeps its name
+            self._digits = max(2, len(str(len(new) - 1)))
+        for layer in new:
+            self._keys[layer] = f"layer_{len(self._keys):0{self._digits}d}"
+        return bool(new)
+
+    def names(self) -> dict[str, str]:
+        """Keys to layer names."""
+        return {key: layer for layer, key in self._keys.items()}
+
+    def __getitem__(self, layer: str) -> str:
+        return self._keys[layer]
+
+    def __iter__(self):
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def overall(diagnosis: AttentionDiagnosis) -> dict[str, float]:
+    """The whole model in a few numbers: its worst heads, and how many findings there are."""
+    numbers = {}
+    for name, (field, reduce) in SCALARS.items():
+        values = _finite(np.concatenate([getattr(stats, field) for stats in diagnosis.stats.values()]))
+        if values.size:
+            numbers[f"{PREFIX}/{name}"] = float(reduce(values))
+    numbers[f"{PREFIX}/errors"] = float(len(diagnosis.errors))
+    numbers[f"{PREFIX}/warnings"] = float(len(diagnosis.warnings))
+    return numbers
+
+
+def scalars(diagnosis: AttentionDiagnosis, keys: Mapping[str, str]) -> dict[str, float]:
+    """`overall`, and the same of every layer. A number that no head could give is left out."""
+    numbers = overall(diagnosis)
+    for layer, stats in diagnosis.stats.items():
+        for name, (field, reduce) in SCALARS.items():
+            values = _finite(getattr(stats, field))
+            if values.size:
+                numbers[f"{PREFIX}/{keys[layer]}/{name}"] = float(reduce(values))
+    return numbers
+
+
+def histograms(diagnosis: AttentionDiagnosis, keys: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """`attn/layer_03/entropy_ratio` and the like: the finite values of a layer's heads, at least one."""
+    arrays = {
+        f"{PREFIX}/{keys[layer]}/{name}": _finite(getattr(stats, name))
+        for layer, stats in diagnosis.stats.items()
+        for name in HISTOGRAMS
+    }
+    return {name: values for name, values in arrays.items() if values.size}
+
+
+def heatmaps(diagnosis: AttentionDiagnosis, keys: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """`attn/entropy_ratio_heatmap` and the like: uint8 (height, width, 3), a square per head.
+
+    Layers from 0 downwards, heads to the right; dark is low, grey was not measured. Plain pixels, because
+    a labelled figure of a large model takes seconds to draw (`plot_entropy_heatmap` makes one).
+    """
+    return {f"{PREFIX}/{name}_heatmap": _heatmap(diagnosis, keys, name) for name in HEATMAPS}
+
+
+def _heatmap(diagnosis: AttentionDiagnosis, keys: Mapping[str, str], name: str) -> np.ndarray:
+    import matplotlib
+
+    heads = max(stats.num_heads for stats in diagnosis.stats.values())
+    table = np.full((len(keys), heads), np.nan)
+    for row, layer in zip(table, keys, strict=True):
+        if layer in diagnosis.stats:
+            values = HEATMAPS[name](getattr(diagnosis.stats[layer], name))
+            row[: len(values)] = values
+    colours = matplotlib.colormaps["viridis"].with_extremes(bad="#bbbbbb")
+    cell = int(np.clip(_PICTURE_SIZE // max(table.shape), *_CELLS))
+    pixels = colours(np.ma.masked_invalid(table), bytes=True)[:, :, :3]
+    return np.ascontiguousarray(pixels.repeat(cell, 0).repeat(cell, 1))
+
+
+def kinds(diagnosis: AttentionDiagnosis) -> frozenset[tuple[str, int | None, str, str]]:
+    """What was found where, without the numbers: the same from one reading to the next unless there is news."""
+    return frozenset((i.layer, i.head, i.issue_type, i.severity) for i in diagnosis.issues)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return values[np.isfinite(values)]

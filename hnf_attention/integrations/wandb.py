@@ -1,0 +1,104 @@
+"""Readings in Weights & Biases."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..diagnosis import AttentionDiagnosis
+from ..names import shown
+from .extras import require
+from .series import PREFIX, LayerKeys, heatmaps, histograms, kinds, scalars
+
+if TYPE_CHECKING:
+    import wandb
+
+_STEP = f"{PREFIX}/step"
+_COLUMNS = (
+    "step",
+    "severity",
+    "issue",
+    "layer",
+    "head",
+    "value",
+    "threshold",
+    "evidence",
+    "suggestion",
+    "source",
+)
+
+
+class WandbWriter:
+    """Logs each reading to a run: scalars, histograms over heads, heatmaps of all heads, a table of findings.
+
+    run: the run to log to. None: the one that is active at the first reading (the trainer's own, say); where
+        there is none, `wandb.init(**options)` starts one, which `close()` finishes: for instance
+        `WandbWriter(project="pretraining", mode="offline")`, which needs no network.
+
+    All series are drawn over `attn/step`, the training step, whatever the run's own step counter says. That
+    one goes on by one with every reading: a script that passes `step=` to `wandb.log` itself should not count
+    in units longer than the monitor's `log_every`. Layers are numbered in the order they ran,
+    `attn/layer_03/...`; `attn_layers` in the run's config says which is which. `attn/findings` is logged
+    whenever others were found than before.
+    Raises ImportError where wandb is not installed, TypeError for options beside a run.
+    """
+
+    def __init__(self, run: wandb.Run | None = None, **options: Any):
+        self._module = require("wandb", "wandb")
+        if run is not None and options:
+            raise TypeError(f"expected a run, or options to start one, got a run and {sorted(options)}")
+        self._run, self._options = run, options
+        self._prepared: wandb.Run | None = None  # the run whose metrics are defined
+        self._own: wandb.Run | None = None  # the run that was started here
+        self._keys = LayerKeys()
+        self._found: frozenset = frozenset()
+
+    def write(self, diagnosis: AttentionDiagnosis) -> None:
+        run = self._current()
+        if self._keys.add(diagnosis.stats):
+            names = {key: shown(layer) for key, layer in self._keys.names().items()}
+            run.config.update({f"{PREFIX}_layers": names}, allow_val_change=True)  # a resumed run has them
+        data: dict[str, Any] = {_STEP: diagnosis.step} | scalars(diagnosis, self._keys)
+        for name, values in histograms(diagnosis, self._keys).items():
+            data[name] = self._module.Histogram(values)
+        caption = "layers from 0 downwards, heads to the right; dark is low, grey not measured"
+        for name, pixels in heatmaps(diagnosis, self._keys).items():
+            data[name] = self._module.Image(pixels, caption=caption)
+        found = kinds(diagnosis)
+        if found != self._found:  # each table is a file of its own, and a version of an artifact
+            data[f"{PREFIX}/findings"] = self._module.Table(list(_COLUMNS), _rows(diagnosis))
+            self._found = found
+        run.log(data)
+
+    def close(self) -> None:
+        """Finish the run, if it was started here; a later reading starts another one."""
+        if self._own is not None:
+            self._own.finish()
+            self._own = None
+
+    def _current(self) -> wandb.Run:
+        run = next((run for run in (self._run, self._own, self._module.run) if run is not None), None)
+        if run is None:
+            run = self._own = self._module.init(**self._options)
+        if run is not self._prepared:
+            run.define_metric(_STEP)
+            run.define_metric(f"{PREFIX}/*", step_metric=_STEP)
+            self._prepared, self._keys, self._found = run, LayerKeys(), frozenset()
+        return run
+
+
+def _rows(diagnosis: AttentionDiagnosis) -> list[list[Any]]:
+    return [
+        [
+            diagnosis.step,
+            issue.severity,
+            issue.issue_type,
+            shown(issue.layer),
+            issue.head,
+            float(issue.value),
+            float(issue.threshold),
+            issue.evidence,
+            issue.suggestion,
+            issue.source,
+        ]
+        for issue in diagnosis.issues
+    ]

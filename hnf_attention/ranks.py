@@ -1,0 +1,131 @@
+"""Head statistics of several processes as one: two collectives at a reading, whatever the number of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from .stats import NUM_FIELDS, NUM_SUMS
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class Part(NamedTuple):
+    """One layer's reading in one process; values are (NUM_FIELDS, H) fp64, as `HeadStats` holds them."""
+
+    name: str
+    head_dim: int
+    dtype: str
+    sample_period: int
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which processes measure parts of one thing. Each of them has to read at the same steps.
+
+    batch: processes that run the same heads on other parts of the batch or of its queries (DDP, FSDP).
+    heads: processes that hold different heads of the same layers (tensor parallel); the heads of the
+        first member come first, and are numbered from there on.
+
+    A process without a batch, or without some layer (another pipeline stage), takes part with nothing.
+    Raises RuntimeError without torch.distributed, ValueError where both groups are None.
+    """
+
+    batch: ProcessGroup | None = None
+    heads: ProcessGroup | None = None
+
+    def __post_init__(self):
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("expected torch.distributed to be initialised, got no process group")
+        if self.batch is None and self.heads is None:
+            raise ValueError("expected a process group for batch or heads, got None for both")
+
+    @staticmethod
+    def of_world() -> Ranks | None:
+        """All processes of the run with parts of the batch; None where there is one process."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return None
+        return Ranks(batch=dist.group.WORLD)
+
+    @staticmethod
+    def of_mesh(mesh: DeviceMesh, heads: str | None = None) -> Ranks:
+        """`heads` is the mesh dimension of tensor parallelism; all others hold parts of the batch.
+
+        Raises ValueError for a name that the mesh does not have.
+        """
+        names = mesh.mesh_dim_names or ()
+        if heads is not None and heads not in names:
+            raise ValueError(f"expected heads to be one of the mesh's dimensions {names}, got {heads!r}")
+        others = tuple(name for name in names if name != heads)
+        if len(others) > 1:
+            batch = mesh[others]._flatten().get_group()
+        else:
+            batch = mesh[others[0]].get_group() if others else None if names else mesh.get_group()
+        return Ranks(batch, None if heads is None else mesh[heads].get_group())
+
+    def combine(self, parts: Sequence[Part]) -> list[Part]:
+        """The same parts in every process, in the order of the first process that has them.
+
+        Raises ValueError where processes of `batch` hold different numbers of heads of one layer.
+        """
+        for group, split in ((self.heads, True), (self.batch, False)):
+            if group is not None:
+                parts = _joined(parts, group, split)
+        return list(parts)
+
+
+_Key = tuple[str, int, str]
+
+
+def _joined(parts: Sequence[Part], group: ProcessGroup, split: bool) -> list[Part]:
+    mine = {(p.name, p.head_dim, p.dtype): p for p in parts}
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    everyone: list[dict[_Key, tuple[int, int]] | None] = [None] * size
+    described = {key: (p.values.shape[1], p.sample_period) for key, p in mine.items()}
+    dist.all_gather_object(everyone, described, group=group)
+    widths: dict[_Key, list[int]] = {}
+    periods: dict[_Key, int] = {}
+    for member, layers in enumerate(everyone):
+        for key, (heads, period) in layers.items():
+            widths.setdefault(key, [0] * size)[member] = heads
+            periods[key] = max(periods.get(key, 1), period)
+    total = {key: _width(key, heads, split) for key, heads in widths.items()}
+    if not total:
+        return []
+    packed = np.zeros((NUM_FIELDS, sum(total.values())))
+    packed[NUM_SUMS:] = -np.inf
+    start = 0
+    for key, width in total.items():
+        if key in mine:
+            first = start + (sum(widths[key][:rank]) if split else 0)
+            packed[:, first : first + widths[key][rank]] = mine[key].values
+        start += width
+    packed = _reduced(packed, group)
+    ends = np.cumsum(list(total.values()))[:-1]
+    columns = np.split(packed, ends, axis=1)
+    return [Part(*key, periods[key], values) for key, values in zip(total, columns)]
+
+
+def _width(key: _Key, heads: list[int], split: bool) -> int:
+    if split:
+        return sum(heads)
+    known = {number for number in heads if number}
+    if len(known) > 1:
+        raise ValueError(f"expected every process to hold as many heads of {key[0]}, got {heads}")
+    return known.pop()
+
+
+def _reduced(packed: np.ndarray, group: ProcessGroup) -> np.ndarray:
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    sums, maxima = (torch.from_numpy(x).to(device) for x in (packed[:NUM_SUMS], packed[NUM_SUMS:]))
+    dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+    dist.all_reduce(maxima, dist.ReduceOp.MAX, group)
+    return torch.cat([sums, maxima]).cpu().numpy()

@@ -1,0 +1,185 @@
+"""Attention written by hand: caught at its softmax, measured from its scores, and left as it is."""
+
+import pytest
+import torch
+import transformers
+from attention_models import Attention, HandWrittenAttention, x
+from torch import nn
+
+from hnf_attention import AttentionStabilityMonitor, instrument
+
+TOKENS = torch.randint(0, 40, (2, 20), generator=torch.Generator().manual_seed(0))
+PADDING = (torch.arange(20) < torch.tensor([[20], [13]])).long()
+SMALL = dict(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+TOKEN_IDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+FAMILIES = {
+    "bloom": lambda: transformers.BloomModel(
+        transformers.BloomConfig(vocab_size=40, hidden_size=32, n_layer=2, n_head=4, **TOKEN_IDS)
+    ),
+    "falcon": lambda: transformers.FalconModel(transformers.FalconConfig(**SMALL, **TOKEN_IDS)),
+    "mpt": lambda: transformers.MptModel(
+        transformers.MptConfig(vocab_size=40, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)
+    ),
+    "deberta-v2": lambda: transformers.DebertaV2Model(
+        transformers.DebertaV2Config(**SMALL, intermediate_size=64)
+    ),
+    "deberta": lambda: transformers.DebertaModel(transformers.DebertaConfig(**SMALL, intermediate_size=64)),
+    "gpt-neo": lambda: transformers.GPTNeoModel(
+        transformers.GPTNeoConfig(
+            vocab_size=40,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            window_size=5,
+            attention_types=[[["global", "local"], 1]],
+            **TOKEN_IDS,
+        )
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # DeBERTa's own
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hugging_face_models_that_the_interface_does_not_reach(family, padded):
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    keywords = {"input_ids": TOKENS, "attention_mask": PADDING if padded else torch.ones_like(TOKENS)}
+    keywords["output_attentions"] = True
+    plain = model(**keywords).last_hidden_state
+    expected = torch.autograd.grad(plain.square().sum(), list(model.parameters()), allow_unused=True)
+    with instrument(model, strict=True) as instrumentation:
+        got = model(**keywords)
+        gradients = torch.autograd.grad(
+            got.last_hidden_state.square().sum(), list(model.parameters()), allow_unused=True
+        )
+    assert torch.equal(got.last_hidden_state, plain)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(gradients, expected))
+    assert set(instrumentation.coverage.measured.values()) == {"probe (softmax)"}
+    assert len(instrumentation.latest) == len(got.attentions) == 2
+    real = keywords["attention_mask"].bool()[:, None].expand(2, 4, 20)  # padded rows hold anything
+    for measurement, weights in zip(instrumentation.latest.values(), got.attentions):
+        entropy = torch.special.entr(weights.double()).sum(-1)
+        torch.testing.assert_close(measurement.rows.entropy.double()[real], entropy[real], atol=2e-6, rtol=0)
+        torch.testing.assert_close(measurement.rows.max_weight[real], weights.amax(-1)[real])
+        assert torch.equal(measurement.visible_keys[real], (weights > 0).sum(-1)[real])
+        first = weights.gather(3, (weights > 0).to(torch.uint8).argmax(3, keepdim=True))[..., 0]
+        torch.testing.assert_close(measurement.sink_mass[real], first[real])
+        assert measurement.head_dim == 8 and measurement.query_norm.isnan().all()
+
+
+def test_longformer_has_its_heads_behind_its_positions():
+    config = transformers.LongformerConfig(**SMALL, intermediate_size=64, attention_window=8, pad_token_id=1)
+    model = transformers.LongformerModel(config).eval()
+    with torch.no_grad(), instrument(model) as instrumentation:
+        model(TOKENS[:, :16])
+    rows = instrumentation.latest["encoder.layer.0.attention.self"].rows
+    assert rows.entropy.shape == (2, 4, 16) and rows.entropy.isfinite().all()
+
+
+class BatchedAttention(HandWrittenAttention):
+    """Its softmax is a module of its own, its scores are (B * H, M, N), its mask is fp16's smallest number."""
+
+    def __init__(self, masked=False):
+        super().__init__()
+        self.softmax, self.masked = nn.Softmax(-1), masked
+        del self.heads
+
+    def forward(self, inputs):
+        parts = (y.unflatten(-1, (4, -1)).transpose(1, 2) for y in self.qkv(inputs).chunk(3, -1))
+        q, k, v = (y.flatten(0, 1) for y in parts)
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        if self.masked:
+            hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(hidden, torch.finfo(torch.float16).min)
+        return (self.softmax(scores) @ v).unflatten(0, (inputs.shape[0], -1)).transpose(1, 2).flatten(-2)
+
+
+def test_scores_of_three_dimensions_need_to_know_their_heads():
+    model, inputs = BatchedAttention(masked=True), x()
+    with instrument(model) as instrumentation:
+        model(inputs)
+    assert "its heads" in instrumentation.coverage.not_measured[""]
+    model.num_heads = 4
+    with instrument(model) as instrumentation:
+        model(inputs)
+    measurement = instrumentation.latest[""]
+    assert measurement.rows.lse.shape[:2] == (2, 4)
+    assert torch.equal(measurement.visible_keys[0, 0], torch.arange(1, 21))
+
+
+def test_statistics_are_those_of_the_same_attention_through_sdpa():
+    torch.manual_seed(0)
+    through_sdpa, by_hand, inputs = Attention(), HandWrittenAttention(), x()
+    by_hand.load_state_dict(through_sdpa.state_dict())
+    with instrument(through_sdpa) as one, instrument(by_hand) as other:
+        through_sdpa(inputs)
+        by_hand(inputs)
+    for name in ("lse", "entropy", "max_logit", "min_logit"):
+        ours, theirs = (getattr(handle.latest[""].rows, name) for handle in (one, other))
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_non_finite_scores_are_seen():
+    model, inputs = HandWrittenAttention(), x()
+    inputs[0, 3] = torch.nan
+    with instrument(model) as instrumentation:
+        model(inputs)
+    entropy = instrumentation.latest[""].rows.entropy
+    assert entropy[0].isnan().all() and entropy[1].isfinite().all()
+
+
+class Router(nn.Module):
+    """A softmax that is no attention: not named like it."""
+
+    def forward(self, inputs):
+        return inputs.softmax(-1)
+
+
+class PoolingAttention(nn.Module):
+    """A softmax over something else than scores."""
+
+    def forward(self, inputs):
+        return (inputs.mean(-1).softmax(-1)[..., None] * inputs).sum(1) + inputs.softmax(1).sum()
+
+
+def test_other_softmaxes_are_left_alone():
+    model, inputs = nn.Sequential(Router(), PoolingAttention()), x()
+    expected = model(inputs)
+    with instrument(model) as instrumentation:
+        assert torch.equal(model(inputs), expected)
+    assert not instrumentation.coverage.measured
+    assert list(instrumentation.coverage.not_measured) == ["1"]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_is_recorded_once(use_reentrant):
+    model, seen = HandWrittenAttention(), []
+    with instrument(model) as instrumentation:
+        instrumentation.on_measure = seen.append
+        inputs = x(requires_grad=True)
+        torch.utils.checkpoint.checkpoint(model, inputs, use_reentrant=use_reentrant).sum().backward()
+    assert len(seen) == 1
+
+
+def test_everything_is_put_back():
+    before = torch.softmax, torch.Tensor.softmax, nn.functional.softmax
+    with instrument(HandWrittenAttention()):
+        assert torch.softmax is not before[0]
+    assert (torch.softmax, torch.Tensor.softmax, nn.functional.softmax) == before
+
+
+def test_a_monitored_model_is_judged_and_drawn(tmp_path):
+    torch.manual_seed(0)
+    model = HandWrittenAttention()
+    monitor = AttentionStabilityMonitor(model, log_every=1)
+    with torch.no_grad():
+        next(model.parameters()).mul_(30.0)
+        for _ in range(2):
+            model(x())
+            diagnosis = monitor.on_step()
+    assert any(issue.issue_type == "entropy_collapse" for issue in diagnosis.issues)
+    assert diagnosis.to_dict()["layers"]
+    diagnosis.plot_curvature_evolution(tmp_path / "curvature.png")
+    diagnosis.plot_entropy_heatmap(tmp_path / "entropy.png")
+    assert "entropy_collapse" in diagnosis.summary()

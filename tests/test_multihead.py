@@ -1,0 +1,218 @@
+"""nn.MultiheadAttention under instrument(), and the drop-in: PyTorch's results, and the right statistics."""
+
+import copy
+import pickle
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+from hnf_attention import MultiheadAttention, instrument
+
+E, H, L, S = 16, 4, 6, 9
+OPTIONS = {
+    "plain": {},
+    "batch first": {"batch_first": True},
+    "no bias": {"bias": False},
+    "bias and zero keys": {"add_bias_kv": True, "add_zero_attn": True},
+    "other widths": {"kdim": 8, "vdim": 12, "batch_first": True},
+    "dropout": {"dropout": 0.3},
+    "fp64": {"dtype": torch.float64},
+}
+CALLS = {
+    "weights": {},
+    "weights by head": {"average_attn_weights": False},
+    "no weights": {"need_weights": False},
+    "boolean mask": {"attn_mask": torch.arange(S) > torch.arange(L)[:, None] + 2},
+    "additive mask": {"attn_mask": torch.linspace(-2, 2, L * S).view(L, S), "need_weights": False},
+    "mask by head": {"attn_mask": torch.rand(2 * H, L, S, generator=torch.Generator().manual_seed(0)) > 0.7},
+    "padding": {"key_padding_mask": torch.arange(S) >= torch.tensor([[7], [9]]), "need_weights": False},
+    "padding, weights": {"key_padding_mask": torch.arange(S) >= torch.tensor([[7], [9]])},
+}
+
+
+def inputs(options, unbatched=False):
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(L, 2, E), (S, 2, options.get("kdim", E)), (S, 2, options.get("vdim", E))]
+    if options.get("batch_first"):
+        shapes = [(shape[1], shape[0], shape[2]) for shape in shapes]
+    if unbatched:
+        shapes = [(L, E), *((S, shape[2]) for shape in shapes[1:])]
+    dtype = options.get("dtype", torch.float32)
+    return [torch.randn(s, generator=generator, dtype=dtype, requires_grad=True) for s in shapes]
+
+
+def typed(call, tensors):
+    mask = call.get("attn_mask")
+    if mask is None or not mask.is_floating_point():
+        return call
+    return call | {"attn_mask": mask.to(tensors[0])}
+
+
+def run(module, tensors, call):
+    """Output, weights, gradients of inputs and parameters; the same random numbers each time."""
+    torch.manual_seed(3)
+    out, weights = module(*tensors, **typed(call, tensors))
+    gradients = torch.autograd.grad(out.square().sum(), [*tensors, *module.parameters()], allow_unused=True)
+    return out, weights, gradients
+
+
+def entropies(module, tensors, call):
+    """Of each head, (B, H, L), from the weights of a copy without dropout."""
+    module = copy.deepcopy(module).eval()
+    call = typed(call, tensors) | {"need_weights": True, "average_attn_weights": False}
+    weights = module(*(x.detach() for x in tensors), **call)[1]
+    return torch.special.entr(weights.detach().double()).sum(-1).reshape(-1, H, L)
+
+
+def same(results, expected):
+    for got, wanted in zip(results, expected):
+        if wanted is None:
+            assert got is None
+        else:
+            torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_drop_in_gives_what_the_original_gives(options, call, training):
+    torch.manual_seed(0)
+    original = nn.MultiheadAttention(E, H, **options).train(training)
+    ours = MultiheadAttention(E, H, **options).train(training)
+    ours.load_state_dict(original.state_dict())
+    tensors = inputs(options)
+    out, weights, gradients = run(ours, tensors, call)
+    expected = run(original, tensors, call)
+    same((out, weights), expected[:2])
+    same(gradients, expected[2])
+    torch.testing.assert_close(
+        ours.row_stats.entropy.double(), entropies(original, tensors, call), atol=1e-5, rtol=0
+    )
+    assert not ours.row_stats.entropy.requires_grad
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_unbatched_input(need_weights):
+    original = nn.MultiheadAttention(E, H)
+    ours = MultiheadAttention(E, H)
+    ours.load_state_dict(original.state_dict())
+    tensors, call = inputs({}, unbatched=True), {"need_weights": need_weights}
+    same(run(ours, tensors, call)[:2], run(original, tensors, call)[:2])
+    assert ours.row_stats.entropy.shape == (1, H, L)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_a_causal_hint(need_weights):
+    original = nn.MultiheadAttention(E, H, batch_first=True)
+    ours = MultiheadAttention(E, H, batch_first=True)
+    ours.load_state_dict(original.state_dict())
+    x = torch.randn(2, L, E)
+    mask = nn.Transformer.generate_square_subsequent_mask(L)
+    call = {"attn_mask": mask, "is_causal": True, "need_weights": need_weights}
+    same(ours(x, x, x, **call), original(x, x, x, **call))
+    torch.testing.assert_close(
+        ours.row_stats.entropy.double(),
+        entropies(original, (x, x, x), {"attn_mask": mask}),
+        atol=1e-5,
+        rtol=0,
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_state_dicts_go_both_ways(options):
+    original, ours = nn.MultiheadAttention(E, H, **options), MultiheadAttention(E, H, **options)
+    assert list(original.state_dict()) == list(ours.state_dict())
+    original.load_state_dict(ours.state_dict())
+    ours.load_state_dict(original.state_dict())
+
+
+def test_statistics_are_neither_copied_nor_saved():
+    ours = MultiheadAttention(E, H)
+    x = torch.randn(L, 2, E)
+    ours(x, x, x)
+    assert ours.row_stats is not None
+    assert copy.deepcopy(ours).row_stats is None
+    assert pickle.loads(pickle.dumps(ours)).row_stats is None
+
+
+def test_errors_are_those_of_the_original_and_leave_nothing_behind():
+    original, x = torch.nn.functional.scaled_dot_product_attention, torch.randn(L, 2, E)
+    with pytest.raises(AssertionError, match="embedding dimension"):
+        MultiheadAttention(E, H)(x[..., :8], x, x)
+    with pytest.raises(RuntimeError, match="attn_mask"):
+        MultiheadAttention(E, H)(x, x, x, attn_mask=torch.zeros(3, 3))
+    assert torch.nn.functional.scaled_dot_product_attention is original
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("mode", ["probe", "fused"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_instrumented(options, call, training, mode):
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(E, H, **options).train(training)
+    tensors = inputs(options)
+    expected = run(module, tensors, call)
+    with instrument(module, mode) as instrumentation:
+        out, weights, gradients = run(module, tensors, call)
+    rows = instrumentation.latest[""].rows
+    torch.testing.assert_close(rows.entropy.double(), entropies(module, tensors, call), atol=1e-5, rtol=0)
+    if mode == "probe":
+        assert torch.equal(out, expected[0])
+        assert weights is None or torch.equal(weights, expected[1])
+    same((out, weights), expected[:2])
+    same(gradients, expected[2])
+    assert not instrumentation.coverage.not_measured
+
+
+def _stack(layer, stack, **options):
+    torch.manual_seed(0)
+    layer = layer(E, H, 32, batch_first=True, dropout=0.0, **options)
+    return stack(layer, 2).eval()
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_an_encoder_in_inference_is_measured_with_its_fast_path_off(norm_first):
+    with pytest.warns(UserWarning, match="enable_nested_tensor") if norm_first else nullcontext():
+        encoder = _stack(nn.TransformerEncoderLayer, nn.TransformerEncoder, norm_first=norm_first)
+    x, padding = torch.randn(2, L, E), torch.arange(L) >= torch.tensor([[4], [6]])
+    with torch.no_grad():
+        encoder.train()  # the plain path, without dropout the same function
+        expected = encoder(x, src_key_padding_mask=padding)
+        encoder.eval()
+        with instrument(encoder, strict=True) as instrumentation:
+            got = encoder(x, src_key_padding_mask=padding)
+            measured = instrumentation.coverage.measured
+            instrumentation.measuring = False
+            assert torch.backends.mha.get_fastpath_enabled()
+    torch.testing.assert_close(got[~padding], expected[~padding])
+    assert list(measured) == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert all("fast path off" in how for how in measured.values())
+
+
+def test_a_decoder_is_measured():
+    decoder = _stack(nn.TransformerDecoderLayer, nn.TransformerDecoder)
+    x, memory = torch.randn(2, L, E), torch.randn(2, S, E)
+    mask = nn.Transformer.generate_square_subsequent_mask(L)
+    expected = decoder(x, memory, tgt_mask=mask, tgt_is_causal=True)
+    with instrument(decoder, strict=True) as instrumentation:
+        got = decoder(x, memory, tgt_mask=mask, tgt_is_causal=True)
+    torch.testing.assert_close(got, expected)
+    names = [f"layers.{i}.{kind}" for i in (0, 1) for kind in ("self_attn", "multihead_attn")]
+    assert sorted(instrumentation.coverage.measured) == sorted(names)
+
+
+def test_the_drop_in_inside_an_instrumented_model_leaves_the_statistics_to_it():
+    ours, x = MultiheadAttention(E, H), torch.randn(L, 2, E)
+    with instrument(ours) as instrumentation:
+        ours(x, x, x)
+        assert ours.row_stats is None
+        assert instrumentation.latest[""].rows.entropy.shape == (2, H, L)
+        instrumentation.measuring = False
+        ours(x, x, x)
+        assert ours.row_stats is None
+    ours(x, x, x)
+    assert ours.row_stats is not None
