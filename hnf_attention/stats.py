@@ -37,11 +37,10 @@ SUM_FIELDS = (
     "sink_mass",
     "jacobian_trace_bound",  # 1 - max_weight^2 >= 1 - sum p^2 = trace of the softmax Jacobian
     "dead_rows",
-    "judged_blocks",  # blocks of BLOCK_ROWS places of a sequence with a judged row
+    "judged_blocks",  # blocks of BLOCK_ROWS places of a batch element with a judged row
     *(f"{name}_blocks" for name in ERROR_FIELDS),
     "sequences",  # batch elements, whatever their rows; of a pack, its sequences that hold a token
-    # Over all rows of those sequences (not only finite or sampled ones), |q|^2; one that holds NaN is left out.
-    "query_square",
+    "query_square",  # over all rows of those (not only finite or sampled), |q|^2; one that holds NaN is left out
     "key_square",  # over the keys of the head, |k|^2; likewise
 )
 HISTOGRAM_BINS = 32  # of entropy_ratio over [0, 1], judged rows: for percentiles
@@ -143,10 +142,8 @@ def fold_rows(
 ) -> None:
     """Add one call's rows to `accumulator` in place: the specification of `kernels/fold.py`.
 
-    visible_keys: integers broadcastable to (B, H, M). sink_mass: (B, H, M). M is M_s in a sample.
-    query_square (B, H, M), key_square (B, H, N): squared lengths of all the head's queries and keys.
-    sequences: number of packed sequences, without dimensions; None for one a batch element.
-    Empty rows are left out of everything but those, non-finite rows are only counted. A call without
+    What is measured beside the rows has the shapes that `fold.Measured` says. Empty rows are left out of
+    everything but the squared lengths and `sequences`, non-finite rows are only counted. A call without
     rows changes nothing. No host synchronisation.
     """
     if stats.lse.numel() == 0:
