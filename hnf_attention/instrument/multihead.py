@@ -39,9 +39,8 @@ def install() -> list[Patch]:
 def _fast_path_door(original: Callable[[], bool]) -> Callable[[], bool]:
     @functools.wraps(original)
     def get_fastpath_enabled() -> bool:
-        enabled = original()
-        if not enabled or torch.jit.is_scripting() or torch.compiler.is_compiling():
-            return enabled
+        if torch.compiler.is_compiling() or torch.jit.is_scripting() or not original():
+            return original()
         if owners.thread.receiver is not None:
             return False
         owner = owners.running_owner() if owners.measuring else None

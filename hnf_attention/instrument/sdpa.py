@@ -30,12 +30,12 @@ def install(modules: Iterable[nn.Module] = ()) -> list[Patch]:
 def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return original(*args, **kwargs)
         thread = owners.thread
         if thread.receiver is not None:
             return thread.receiver(original, *args, **kwargs)
-        if torch.compiler.is_compiling() or not owners.measuring:
-            return original(*args, **kwargs)
-        if thread.suspended or torch.jit.is_tracing():
+        if not owners.measuring or thread.suspended or torch.jit.is_tracing():
             return original(*args, **kwargs)
         heads = thread.heads
         owner = owners.running_owner() if heads is None else heads.owner

@@ -42,7 +42,7 @@ def install(modules: Iterable[nn.Module]) -> list[Patch]:
 def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def softmax(*args: Any, **kwargs: Any) -> Tensor:
-        if not owners.measuring or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or not owners.measuring or torch.jit.is_tracing():
             return original(*args, **kwargs)
         thread = owners.thread
         if thread.suspended or thread.receiver is not None:
