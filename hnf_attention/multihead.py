@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .instrument import multihead, owners, sdpa
-from .instrument.call import AttentionCall
+from .instrument.call import AttentionCall, Unmeasurable
 from .stats import RowStats
 
 
@@ -19,8 +19,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     row_stats: `RowStats` (B, H, L) of the last forward, outside autograd; B is 1 for unbatched input. They
         are of the softmax before dropout, over the keys that add_bias_kv and add_zero_attn append as well.
-        None before the first forward, under torch.compile, and inside an instrumented model, whose
-        instrumentation measures then, and only when it wants to.
+        None before the first forward, under torch.compile, for tensors without numbers, and inside an
+        instrumented model, whose instrumentation measures then, and only when it wants to. In inference
+        nn.TransformerEncoderLayer may pass this module by, which leaves what was there.
 
     Without need_weights and dropout the output comes from the same pass as the statistics; otherwise
     PyTorch computes the output and the statistics are taken beside it. Its inference fast path is not used.
@@ -33,7 +34,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As `torch.nn.MultiheadAttention.forward`."""
         self.row_stats = None
-        if torch.compiler.is_compiling() or owners.owner(self) is not None:
+        if owners.traced() or owners.owner(self) is not None:
             return super().forward(*args, **kwargs)
         patches = [*sdpa.install(), *multihead.install()]
         try:
@@ -44,7 +45,10 @@ class MultiheadAttention(nn.MultiheadAttention):
                 patch.release()
 
     def _attend(self, original: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        call = sdpa.call_of(None, *args, **kwargs)
+        try:
+            call = sdpa.call_of(None, *args, **kwargs)
+        except Unmeasurable:
+            return original(*args, **kwargs)
         if call.not_fused is not None:
             self._probe(call)
             return original(*args, **kwargs)

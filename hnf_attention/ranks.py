@@ -1,8 +1,8 @@
-"""Head statistics of several processes as one: two collectives at a reading, whatever the number of layers."""
+"""Head statistics of several processes as one: for each group an exchange of names and two collectives a reading."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -71,35 +71,49 @@ class Ranks:
             batch = mesh[others[0]].get_group() if others else None if names else mesh.get_group()
         return Ranks(batch, None if heads is None else mesh[heads].get_group())
 
-    def combine(self, parts: Sequence[Part]) -> list[Part]:
-        """The same parts in every process, in the order of the first process that has them.
+    def combine(self, read: Callable[[], Iterable[Part]]) -> list[Part]:
+        """What `read` gives in all processes, the same in each, in the order of the first one that has it.
 
-        Raises ValueError where processes of `batch` hold different numbers of heads of one layer.
+        Raises RuntimeError in every process where `read` fails in one of them, or where processes of `batch`
+        hold different numbers of heads of one layer: none is left waiting for another.
         """
+        parts, fault = [], None
+        try:
+            parts = list(read())
+        except Exception as error:
+            fault = f"process {dist.get_rank()}: {type(error).__name__}: {error}"
         for group, split in ((self.heads, True), (self.batch, False)):
             if group is not None:
-                parts = _joined(parts, group, split)
-        return list(parts)
+                parts, fault = _joined(parts, fault, group, split)
+        if fault is not None:
+            raise RuntimeError(fault)
+        return parts
 
 
 _Key = tuple[str, int, str]
 
 
-def _joined(parts: Sequence[Part], group: ProcessGroup, split: bool) -> list[Part]:
+def _joined(
+    parts: Sequence[Part], fault: str | None, group: ProcessGroup, split: bool
+) -> tuple[list[Part], str | None]:
     mine = {(p.name, p.head_dim, p.dtype): p for p in parts}
     size, rank = dist.get_world_size(group), dist.get_rank(group)
-    everyone: list[dict[_Key, tuple[int, int]] | None] = [None] * size
+    everyone: list[tuple[str | None, dict[_Key, tuple[int, int]]] | None] = [None] * size
     described = {key: (p.values.shape[1], p.sample_period) for key, p in mine.items()}
-    dist.all_gather_object(everyone, described, group=group)
+    dist.all_gather_object(everyone, (fault, described), group=group)
+    fault = next((theirs for theirs, _ in everyone if theirs is not None), None)
     widths: dict[_Key, list[int]] = {}
     periods: dict[_Key, int] = {}
-    for member, layers in enumerate(everyone):
+    for member, (_, layers) in enumerate(everyone):
         for key, (heads, period) in layers.items():
             widths.setdefault(key, [0] * size)[member] = heads
             periods[key] = max(periods.get(key, 1), period)
-    total = {key: _width(key, heads, split) for key, heads in widths.items()}
-    if not total:
-        return []
+    for key, heads in widths.items():
+        if not split and len({number for number in heads if number}) > 1:
+            fault = fault or f"expected every process to hold as many heads of {key[0]}, got {heads}"
+    if fault is not None or not widths:
+        return [], fault
+    total = {key: sum(heads) if split else max(heads) for key, heads in widths.items()}
     packed = np.zeros((NUM_FIELDS, sum(total.values())))
     packed[NUM_SUMS:] = -np.inf
     start = 0
@@ -111,20 +125,11 @@ def _joined(parts: Sequence[Part], group: ProcessGroup, split: bool) -> list[Par
     packed = _reduced(packed, group)
     ends = np.cumsum(list(total.values()))[:-1]
     columns = np.split(packed, ends, axis=1)
-    return [Part(*key, periods[key], values) for key, values in zip(total, columns)]
-
-
-def _width(key: _Key, heads: list[int], split: bool) -> int:
-    if split:
-        return sum(heads)
-    known = {number for number in heads if number}
-    if len(known) > 1:
-        raise ValueError(f"expected every process to hold as many heads of {key[0]}, got {heads}")
-    return known.pop()
+    return [Part(*key, periods[key], values) for key, values in zip(total, columns)], None
 
 
 def _reduced(packed: np.ndarray, group: ProcessGroup) -> np.ndarray:
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    device = "cuda" if "nccl" in dist.get_backend(group) else "cpu"
     sums, maxima = (torch.from_numpy(x).to(device) for x in (packed[:NUM_SUMS], packed[NUM_SUMS:]))
     dist.all_reduce(sums, dist.ReduceOp.SUM, group)
     dist.all_reduce(maxima, dist.ReduceOp.MAX, group)

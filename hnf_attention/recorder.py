@@ -87,9 +87,7 @@ class Recorder:
 
         Raises NothingMeasured, with the instrumentation's coverage if it never measured anything.
         """
-        parts = list(self._parts())
-        if self._ranks is not None:
-            parts = self._ranks.combine(parts)
+        parts = self._parts() if self._ranks is None else self._ranks.combine(self._parts)
         layers = {name: HeadStats(values, *kind, period) for name, *kind, period, values in parts}
         if not layers:
             raise NothingMeasured(self._why_nothing())

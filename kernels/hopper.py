@@ -33,8 +33,12 @@ def covers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options)
     )
 
 
-@functools.lru_cache(maxsize=256)
-def _schedule(
+# Never dropped: a captured graph goes on reading its schedule, or copying it from the host's memory.
+_schedules: dict[tuple, tuple[torch.Tensor, int]] = {}
+_copied_by_graphs: list[torch.Tensor] = []
+
+
+def _new_schedule(
     num_heads: int, num_queries: int, num_keys: int, is_causal: bool, device: torch.device
 ) -> tuple[torch.Tensor, int]:
     """Which query blocks each program takes: heavy ones first, each to the least loaded program.
@@ -61,7 +65,13 @@ def _schedule(
     for part in tiles:
         offsets.append(offsets[-1] + len(part))
     numbers = torch.tensor(offsets + [tile for part in tiles for tile in part], dtype=torch.int32)
-    return numbers.pin_memory().to(device, non_blocking=True), len(tiles)
+    if torch.cuda.is_current_stream_capturing():  # the copy runs when the graph does: nobody else may use it
+        pinned = numbers.pin_memory()
+        _copied_by_graphs.append(pinned)
+        return pinned.to(device, non_blocking=True), len(tiles)
+    kind = (num_heads, num_queries, num_keys, is_causal, device)
+    _schedules[kind] = numbers.to(device), len(tiles)  # waits, so that every stream may read it
+    return _schedules[kind]
 
 
 def _width(head_dim: int) -> int:
@@ -93,7 +103,8 @@ def forward(query, key, value, options, chosen=None):
     kv_heads, num_keys, value_dim = *key.shape[1:3], value.shape[3]
     rows = primitives.new_rows((batch, heads, num_queries), query.device, extended=False, blank=False)
     out = empty_output(query, value_dim)
-    schedule, programs = _schedule(batch * heads, num_queries, num_keys, options.is_causal, query.device)
+    numbers = (batch * heads, num_queries, num_keys, options.is_causal, query.device)
+    schedule, programs = _schedules.get(numbers) or _new_schedule(*numbers)
     chosen = chosen or plan(head_dim, value_dim, options.is_causal, num_keys % BLOCK_N > 0, True)
     arguments = (
         _describe(query, HALF_M, chosen.block_d),

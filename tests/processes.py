@@ -50,7 +50,20 @@ def other_heads(rank):
     fake.run("a", *(x[:, : 1 + rank % 2] for x in BATCH))
     try:
         return recorder.advance()
-    except ValueError as error:
+    except RuntimeError as error:
+        return str(error)
+
+
+def one_that_fails(rank):
+    """What the others learn of it, at once."""
+    fake = FakeInstrumentation()
+    recorder = Recorder(fake, 1, ranks=Ranks(batch=dist.group.WORLD))
+    fake.run("a", *BATCH)
+    if rank == 2:
+        recorder._accumulators = None
+    try:
+        return recorder.advance()
+    except RuntimeError as error:
         return str(error)
 
 
@@ -76,7 +89,15 @@ def data_parallel(rank):
     return diagnosis.history[-1], [(i.layer, i.head, i.issue_type) for i in diagnosis.issues], weight
 
 
-SCENARIOS = (batch_parts, mesh_parts, pipeline_stages, other_heads, nothing_anywhere, data_parallel)
+SCENARIOS = (
+    batch_parts,
+    mesh_parts,
+    pipeline_stages,
+    other_heads,
+    one_that_fails,
+    nothing_anywhere,
+    data_parallel,
+)
 
 
 def main(rank: int, folder: str) -> None:

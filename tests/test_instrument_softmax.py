@@ -129,6 +129,85 @@ def test_non_finite_scores_are_seen():
     assert entropy[0].isnan().all() and entropy[1].isfinite().all()
 
 
+class Given(nn.Module):
+    """Attention whose scores are given."""
+
+    def forward(self, scores):
+        return scores.softmax(-1)
+
+
+class GivenAttention(Given):
+    num_heads = 4
+
+
+def _measured_of(scores):
+    model = GivenAttention()
+    with instrument(model) as instrumentation:
+        model(scores)
+    return instrumentation.latest[""]
+
+
+@pytest.mark.parametrize("mask", [-torch.inf, -1e9, -1e4, torch.finfo(torch.float32).min, -65504.0])
+def test_what_models_write_for_hidden_keys(mask):
+    scores = torch.randn(2, 4, 6, 9).masked_fill(torch.arange(9) > 5, mask)
+    measurement = _measured_of(scores)
+    assert (measurement.visible_keys == 6).all()
+    assert (measurement.rows.min_logit > -10).all()
+
+
+def test_scores_that_ran_away_are_no_mask():
+    low = _measured_of(torch.randn(2, 4, 6, 9) - 5e4)
+    assert (low.visible_keys == 9).all() and (low.rows.max_logit < -4e4).all()
+    wide = _measured_of(6e4 * torch.randn(2, 4, 6, 9))
+    assert (wide.visible_keys == 9).all() and (wide.rows.min_logit < -5e4).any()
+
+
+class GatedAttention(Attention):
+    """A softmax beside its attention, over something else of four dimensions."""
+
+    def forward(self, inputs):
+        gate = torch.ones(2, 4, 20, 2).softmax(-1)
+        return super().forward(inputs) * gate.mean()
+
+
+class RoutedAttention(Attention):
+    def __init__(self):
+        super().__init__()
+        self.router = Router()
+
+    def forward(self, inputs):
+        return super().forward(inputs) * self.router(inputs).mean()
+
+
+@pytest.mark.parametrize("make", [GatedAttention, RoutedAttention])
+def test_a_softmax_beside_measured_attention_is_not_taken_for_it(make):
+    model = make()
+    with instrument(model, strict=True) as instrumentation:
+        model(x())
+        instrumentation.latest.clear()
+        model(x())
+    assert list(instrumentation.coverage.measured.values()) == ["probe (scaled_dot_product_attention)"]
+    assert not instrumentation.latest[""].query_norm.isnan().any()
+
+
+def test_a_forward_under_vmap_is_left_alone():
+    model, inputs = HandWrittenAttention(), x()
+    with instrument(model) as instrumentation:
+        torch.func.vmap(model)(inputs[None])
+        assert not instrumentation.latest and not instrumentation.coverage.measured
+        model(inputs)
+    assert list(instrumentation.latest) == [""]
+
+
+def test_a_compiled_softmax_still_compiles_after_all_is_put_back():
+    model, inputs = HandWrittenAttention(), x()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with instrument(model):
+        compiled(inputs)
+    torch.testing.assert_close(compiled(inputs), model(inputs))
+
+
 class Router(nn.Module):
     """A softmax that is no attention: not named like it."""
 

@@ -205,6 +205,22 @@ def test_a_decoder_is_measured():
     assert sorted(instrumentation.coverage.measured) == sorted(names)
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_tensors_without_numbers(need_weights):
+    ours, inputs = MultiheadAttention(E, H, device="meta"), torch.empty(L, 2, E, device="meta")
+    assert ours(inputs, inputs, inputs, need_weights=need_weights)[0].shape == (L, 2, E)
+    assert ours.row_stats is None
+
+
+def test_gradients_under_autocast():
+    ours, original, inputs = MultiheadAttention(E, H), nn.MultiheadAttention(E, H), torch.randn(L, 2, E)
+    original.load_state_dict(ours.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        for module in (ours, original):
+            module(inputs, inputs, inputs)[0].float().square().sum().backward()
+    torch.testing.assert_close(ours.in_proj_weight.grad, original.in_proj_weight.grad)
+
+
 def test_the_drop_in_inside_an_instrumented_model_leaves_the_statistics_to_it():
     ours, x = MultiheadAttention(E, H), torch.randn(L, 2, E)
     with instrument(ours) as instrumentation:

@@ -63,6 +63,10 @@ def test_other_numbers_of_heads_are_an_error_in_every_process(found):
         assert process["other_heads"] == "expected every process to hold as many heads of a, got [1, 2, 1, 2]"
 
 
+def test_a_process_that_fails_leaves_nobody_waiting(found):
+    assert all(process["one_that_fails"].startswith("process 2: AttributeError") for process in found)
+
+
 def test_nothing_anywhere_is_known_to_every_process(found):
     assert all("never ran" in process["nothing_anywhere"] for process in found)
 

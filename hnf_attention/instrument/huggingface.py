@@ -80,7 +80,7 @@ def _module_owner(args: tuple, kwargs: dict[str, Any]) -> owners.Owner | None:
 def _sdpa_door(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def sdpa_attention_forward(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not owners.measuring:
+        if owners.traced() or not owners.measuring:
             return original(*args, **kwargs)
         owner = _module_owner(args, kwargs)
         if owner is None:
@@ -101,7 +101,7 @@ def _eager_door(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def eager_attention_forward(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not owners.measuring:
+        if owners.traced() or not owners.measuring:
             return original(*args, **kwargs)
         owner = _module_owner(args, kwargs)
         if owner is None or torch.jit.is_tracing():

@@ -34,6 +34,7 @@ class _Layer:
     checked: bool = False  # its own attention function was compared with ours
     fused_failed: bool = False
     measuring_failed: bool = False
+    described: bool = False  # a call of it was measured, with its queries and keys
     probed: int = 0  # calls so far: the phase of the next sample
 
 
@@ -204,12 +205,15 @@ class Instrumentation:
         period = 1
         if rows is None:
             rows, period = self._probe(self._layers[name], call, options)
+        self._layers[name].described = True
         self._deliver(Measurement(name, rows, call.query, call.key, options, period))
 
     def observe(self, name: str, door: str, build: Callable[[], Measurement]) -> None:
         """Take in what `build` measured of an attention that ran by itself; no error comes out."""
         layer = self._layers.setdefault(name, _Layer())
-        if layer.measuring_failed:
+        inside = f"{name}." if name else ""
+        described = any(x.described and (n == name or n.startswith(inside)) for n, x in self._layers.items())
+        if layer.measuring_failed or described:  # what is beside a call of its attention is something else
             return
         try:
             self._deliver(build())

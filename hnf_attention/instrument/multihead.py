@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional
 
 from . import owners, sdpa
-from .call import AttentionCall
+from .call import AttentionCall, Unmeasurable
 from .patches import Patch
 
 FORWARD = "multi_head_attention_forward"
@@ -39,7 +39,7 @@ def install() -> list[Patch]:
 def _fast_path_door(original: Callable[[], bool]) -> Callable[[], bool]:
     @functools.wraps(original)
     def get_fastpath_enabled() -> bool:
-        if torch.compiler.is_compiling() or torch.jit.is_scripting() or not original():
+        if owners.traced() or torch.jit.is_scripting() or not original():
             return original()
         if owners.thread.receiver is not None:
             return False
@@ -56,10 +56,11 @@ def _fast_path_door(original: Callable[[], bool]) -> Callable[[], bool]:
 def _forward_door(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not _weights_wanted(args, kwargs):
+        if owners.traced() or not _weights_wanted(args, kwargs):
             return original(*args, **kwargs)
         if owners.thread.probe is not None:
-            owners.thread.probe(_described(original, args, kwargs))
+            with suppress(Unmeasurable):
+                owners.thread.probe(_described(original, args, kwargs))
             return original(*args, **kwargs)
         if not owners.measuring or owners.thread.suspended or torch.jit.is_tracing():
             return original(*args, **kwargs)
@@ -113,8 +114,14 @@ def _described(original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
         found.append(sdpa.call_of(None, *call, **options))
         raise _Reached
 
-    with receiving(receive), suppress(_Reached):
-        original(*args, **kwargs)
+    # A weight that is cast in here must not be handed, without its history, to the call itself.
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with receiving(receive), suppress(_Reached):
+            original(*args, **kwargs)
+    finally:
+        torch.set_autocast_cache_enabled(cached)
     (call,) = found
     call.door = DOOR
     call.not_fused = call.not_fused or "attention weights are asked for"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType
@@ -73,6 +74,10 @@ class Patch:
             self._users -= 1
             if self._users == 0 and self._read() is self._ours:
                 self._write(self._original)
+                # torch.compile keeps a table of torch's functions, in which ours may stand for the original.
+                rules = getattr(sys.modules.get("torch._dynamo.trace_rules"), "get_torch_obj_rule_map", None)
+                if hasattr(rules, "cache_clear"):
+                    rules.cache_clear()
 
 
 def _write(place: Any, name: str, inherited: Any, function: Callable) -> None:

@@ -30,7 +30,7 @@ def install(modules: Iterable[nn.Module] = ()) -> list[Patch]:
 def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
-        if torch.compiler.is_compiling():
+        if owners.traced():
             return original(*args, **kwargs)
         thread = owners.thread
         if thread.receiver is not None:

@@ -26,8 +26,9 @@ from .measurement import Measurement
 from .patches import Patch
 
 DOOR = "softmax"
-# What models write for "hidden": -inf, -1e9, or the smallest number of a dtype, of which fp16's is -65504.
-HIDDEN_BELOW = -3e4
+# What models write for "hidden": -inf, -1e9 or the smallest number of a dtype, which no score comes near; and
+# -1e4, or fp16's smallest number in wider scores, which are told from scores only where those are ordinary.
+NEVER_A_SCORE, LOW, ORDINARY = -5e8, -9e3, 3e3
 _HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "nhead", "heads")
 _HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "d_k", "d_head", "dim_head")
 _WIDTH = ("embed_dim", "hidden_size", "d_model", "n_embd", "all_head_size", "inner_dim", "dim")
@@ -42,7 +43,7 @@ def install(modules: Iterable[nn.Module]) -> list[Patch]:
 def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def softmax(*args: Any, **kwargs: Any) -> Tensor:
-        if torch.compiler.is_compiling() or not owners.measuring or torch.jit.is_tracing():
+        if owners.traced() or not owners.measuring or torch.jit.is_tracing():
             return original(*args, **kwargs)
         thread = owners.thread
         if thread.suspended or thread.receiver is not None:
@@ -61,8 +62,10 @@ def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _observe(input: Any = None, dim: Any = None, *_: Any, **__: Any) -> None:
-    owner = owners.running_owner(is_attention)
-    if owner is None or not owner.instrumentation.measuring or not isinstance(input, Tensor):
+    owner = owners.running_owner(lambda module: not isinstance(module, nn.Softmax))
+    if owner is None or not is_attention(owner.module) or not owner.instrumentation.measuring:
+        return
+    if not isinstance(input, Tensor):
         return
     if input.dim() not in (3, 4) or dim not in (-1, input.dim() - 1) or not input.is_floating_point():
         return
@@ -86,17 +89,24 @@ def _measured(layer: str, module: nn.Module, scores: Tensor) -> Measurement:
         scores = scores.transpose(1, 2)  # (B, M, H, window), as Longformer has it
     batch, heads, num_queries, num_keys = scores.shape
     chunks = masks.row_chunks(num_queries, num_keys, batch * heads)
-    parts = zip(*(_of_rows(scores[:, :, rows]) for rows in chunks))
+    ordinary = torch.where(scores > LOW, scores.abs(), 0.0).amax((2, 3), keepdim=True) < ORDINARY
+    parts = zip(*(_of_rows(scores[:, :, rows], ordinary) for rows in chunks))
     *core, visible, sink_mass = (torch.cat(column, 2) for column in parts)
     unknown = torch.full((batch, heads, 1), math.nan, device=scores.device)
     measured = Measured(visible, sink_mass, unknown, unknown)
     return Measurement.of_scores(layer, RowStats(*core), measured, _head_dim(module, heads), scores.dtype)
 
 
-def _of_rows(scores: Tensor) -> tuple[Tensor, ...]:
-    """(lse, entropy, max_logit, min_logit, visible keys, weight on the first visible key) of some rows."""
+def _of_rows(scores: Tensor, ordinary: Tensor) -> tuple[Tensor, ...]:
+    """(lse, entropy, max_logit, min_logit, visible keys, weight on the first visible key) of some rows.
+
+    ordinary: boolean (B, H, 1, 1), whether all scores of the head above LOW are small.
+    """
+    extreme = max(NEVER_A_SCORE, torch.finfo(scores.dtype).min / 2)
     scores = scores.to(reference.compute_dtype(scores))
-    seen = ~(scores < HIDDEN_BELOW)  # NaN is visible
+    # A row all of whose scores are low has run away, and so has a head with large ones beside them.
+    masked = (ordinary & (scores.amax(3, keepdim=True) > LOW)) & (scores < LOW)
+    seen = ~((scores < extreme) | masked)  # NaN is visible
     lse, entropy, max_logit, min_logit = reference.of_scores(torch.where(seen, scores, 0.0), seen)
     first = scores.gather(3, seen.to(torch.uint8).argmax(3, keepdim=True))[..., 0]
     count = seen.sum(3)
