@@ -12,6 +12,7 @@ from . import ops
 from .instrument import multihead, owners, sdpa
 from .instrument.call import AttentionCall, Unmeasurable
 from .stats import RowStats
+from .tracing import transformed
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -34,7 +35,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As `torch.nn.MultiheadAttention.forward`."""
         self.row_stats = None
-        if owners.traced() or owners.owner(self) is not None:
+        if transformed() or owners.owner(self) is not None:
             return super().forward(*args, **kwargs)
         patches = [*sdpa.install(), *multihead.install()]
         try:

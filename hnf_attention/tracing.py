@@ -8,17 +8,21 @@ from torch import Tensor
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)})
 
 
+def transformed() -> bool:
+    """Whether a compiler or a functorch transform runs the call: its tensors are none to measure."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def untraced(*tensors: Tensor | None) -> bool:
     """Whether nothing but autograd watches this call, so that it need not pass through torch.library.
 
     The operators cost some 50 microseconds of the host's time a call; they are there for what traces,
     transforms or intercepts the call.
     """
-    if torch.compiler.is_compiling():
+    if transformed():
         return False
     watched = (
         torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )

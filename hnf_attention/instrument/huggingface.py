@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..tracing import transformed
 from . import owners
 from .call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
 from .patches import Patch, methods
@@ -80,7 +81,7 @@ def _module_owner(args: tuple, kwargs: dict[str, Any]) -> owners.Owner | None:
 def _sdpa_door(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def sdpa_attention_forward(*args: Any, **kwargs: Any) -> Any:
-        if owners.traced() or not owners.measuring:
+        if transformed() or not owners.measuring:
             return original(*args, **kwargs)
         owner = _module_owner(args, kwargs)
         if owner is None:
@@ -101,7 +102,7 @@ def _eager_door(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def eager_attention_forward(*args: Any, **kwargs: Any) -> Any:
-        if owners.traced() or not owners.measuring:
+        if transformed() or not owners.measuring:
             return original(*args, **kwargs)
         owner = _module_owner(args, kwargs)
         if owner is None or torch.jit.is_tracing():

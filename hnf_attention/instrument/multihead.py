@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from ..tracing import transformed
 from . import owners, sdpa
 from .call import AttentionCall, Unmeasurable
 from .patches import Patch
@@ -39,7 +40,7 @@ def install() -> list[Patch]:
 def _fast_path_door(original: Callable[[], bool]) -> Callable[[], bool]:
     @functools.wraps(original)
     def get_fastpath_enabled() -> bool:
-        if owners.traced() or torch.jit.is_scripting() or not original():
+        if transformed() or torch.jit.is_scripting() or not original():
             return original()
         if owners.thread.receiver is not None:
             return False
@@ -56,7 +57,7 @@ def _fast_path_door(original: Callable[[], bool]) -> Callable[[], bool]:
 def _forward_door(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
-        if owners.traced() or not _weights_wanted(args, kwargs):
+        if transformed() or not _weights_wanted(args, kwargs):
             return original(*args, **kwargs)
         if owners.thread.probe is not None:
             with suppress(Unmeasurable):

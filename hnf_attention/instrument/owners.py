@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -51,11 +50,6 @@ class _Thread(threading.local):
 
 
 thread = _Thread()
-
-
-def traced() -> bool:
-    """Whether this call is seen by a compiler or a functorch transform, whose tensors are none to measure."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def register(modules: dict[str, nn.Module], instrumentation: Instrumentation) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..tracing import transformed
 from . import owners
 from .call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
 from .patches import Patch
@@ -30,7 +31,7 @@ def install(modules: Iterable[nn.Module] = ()) -> list[Patch]:
 def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
-        if owners.traced():
+        if transformed():
             return original(*args, **kwargs)
         thread = owners.thread
         if thread.receiver is not None:

@@ -19,6 +19,7 @@ from torch.nn import functional
 from .. import masks, reference
 from ..fold import Measured
 from ..stats import RowStats
+from ..tracing import transformed
 from . import owners
 from .call import Unmeasurable
 from .coverage import is_attention
@@ -43,7 +44,7 @@ def install(modules: Iterable[nn.Module]) -> list[Patch]:
 def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def softmax(*args: Any, **kwargs: Any) -> Tensor:
-        if owners.traced() or not owners.measuring or torch.jit.is_tracing():
+        if transformed() or not owners.measuring or torch.jit.is_tracing():
             return original(*args, **kwargs)
         thread = owners.thread
         if thread.suspended or thread.receiver is not None:
@@ -62,12 +63,12 @@ def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _observe(input: Any = None, dim: Any = None, *_: Any, **__: Any) -> None:
+    if not isinstance(input, Tensor) or input.dim() not in (3, 4) or not input.is_floating_point():
+        return
+    if dim not in (-1, input.dim() - 1):
+        return
     owner = owners.running_owner(lambda module: not isinstance(module, nn.Softmax))
     if owner is None or not is_attention(owner.module) or not owner.instrumentation.measuring:
-        return
-    if not isinstance(input, Tensor):
-        return
-    if input.dim() not in (3, 4) or dim not in (-1, input.dim() - 1) or not input.is_floating_point():
         return
     measured = functools.partial(_measured, owner.layer, owner.module, input.detach())
     owner.instrumentation.observe(owner.layer, DOOR, measured)
