@@ -9,7 +9,7 @@ from heads import head_stats, snapshot
 
 from hnf_attention.diagnosis import diagnose
 from hnf_attention.diagnosis.thresholds import THRESHOLDS, threshold
-from hnf_attention.diagnosis.trends import score_size, theil_sen, trend
+from hnf_attention.diagnosis.trends import score_size, theil_sen, trends
 
 
 def found(history, issue_type):
@@ -322,7 +322,7 @@ def test_too_few_values_give_no_line():
 def test_trend_skips_readings_without_the_layer_and_stops_where_heads_change():
     history = [snapshot(s, a={"heads": 2, "max_logit": 500.0}) for s in range(1, 6)]
     history += [snapshot(s, **({"a": {"max_logit": float(s)}} if s % 2 else {"b": {}})) for s in range(6, 20)]
-    line = trend(history, "a").root_score
+    line = trends(history, ["a"])["a"].root_score
     assert line.slope.shape == (4,)
     np.testing.assert_allclose(line.level, np.sqrt(19.0), rtol=0.02)
 
