@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -101,8 +102,9 @@ def theil_sen(steps: np.ndarray, values: np.ndarray) -> Line:
 
 @dataclass(frozen=True)
 class Trend:
-    """Where one layer's heads go: lines of sqrt(largest |score|) and of the entropy ratio."""
+    """Where one layer's heads are and go: lines of sqrt(largest |score|) and of the entropy ratio."""
 
+    score: np.ndarray  # `score_size` of the latest reading
     root_score: Line
     entropy_ratio: Line
 
@@ -113,7 +115,7 @@ class Trend:
     def steps_until_score(self, score: float) -> np.ndarray:
         return self.root_score.steps_until(score**0.5)
 
-    @property
+    @cached_property
     def rising(self) -> np.ndarray:
         """Heads whose scores clearly grew within the window: boolean, (H,)."""
         line = self.root_score
@@ -137,7 +139,7 @@ def trends(history: Sequence[Snapshot], layers: Iterable[str]) -> dict[str, Tren
         start = 0
         for layer, (own, _) in of.items():
             heads = slice(start, start + own.shape[1])
-            found[layer] = Trend(root_scores.of(heads), entropy_ratios.of(heads))
+            found[layer] = Trend(own[-1], root_scores.of(heads), entropy_ratios.of(heads))
             start = heads.stop
     return found
 
