@@ -41,6 +41,7 @@ def compile_all(case: Case) -> None:
     options = case.options(q, k, v, mask, sinks)
     out, *rows, _ = forward.forward(q, k, v, options, extended=False)
     probe.probe(q, k, options)
+    probe.probe(q, k, options, parts=2)
     gradients = (torch.empty_like(out), None, torch.zeros_like(rows[0]))
     backward.backward(q, k, v, options, out, *rows[:2], *gradients)
     fold_kernel.fold(fold.new_accumulator(q.shape[1], q.device), q, k, RowStats(*rows), options)
