@@ -23,7 +23,7 @@ sys.path[:0] = [str(root), str(root / "bench")]
 
 import torch
 from machine import machine
-from theory_rows import DTYPES, FAMILIES, Case, exact, make, simulate
+from theory_rows import DTYPES, FAMILIES, Case, exact, make, simulate, to_bits
 from theory_search import climb, minilm
 
 from hnf_attention import theory
@@ -145,11 +145,6 @@ def trained_rows(windows: int, length: int) -> dict[str, Tally]:
 
 
 MOST_BITS = 45
-
-
-def to_bits(x: torch.Tensor, bits: int) -> torch.Tensor:
-    mantissa, exponent = torch.frexp(x)
-    return torch.ldexp((mantissa * 2.0**bits).round() / 2.0**bits, exponent)
 
 
 def needed_bits(stored: str, case: Case, tolerance: float) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import theory
+from .precision import HeadPrecision
 from .sampling import BLOCK_ROWS
 
 # Entropy verdicts need a row long enough to have a spread: entropy of a 3-key row says little.
@@ -224,7 +224,7 @@ def fold_rows(
 
 
 @dataclass(frozen=True)
-class HeadStats:
+class HeadStats(HeadPrecision):
     """One layer's statistics, one number per head: every property is a float64 array of shape (H,).
 
     A number that no row could give (no judged rows, no rows at all) is NaN.
@@ -371,25 +371,6 @@ class HeadStats:
     @property
     def max_abs_logit(self) -> np.ndarray:
         return np.fmax(np.abs(self.max_logit), np.abs(self.min_logit))
-
-    @property
-    def query_norm(self) -> np.ndarray:
-        """Frobenius norm of Q over a sequence, root mean square over sequences; NaN where Q was not seen."""
-        return self._norm("query_square")
-
-    @property
-    def key_norm(self) -> np.ndarray:
-        """Of K, as `query_norm`."""
-        return self._norm("key_square")
-
-    def _norm(self, name: str) -> np.ndarray:
-        square = self._mean(name, "sequences")
-        return np.sqrt(np.where(square == 0, np.nan, square))
-
-    @property
-    def log2_curvature(self) -> np.ndarray:
-        """log2 of the HNF curvature bound, bits."""
-        return theory.hnf_curvature_bound(self.query_norm, self.key_norm, self.head_dim, self.max_abs_logit)
 
     def merge(self, other: HeadStats) -> HeadStats:
         """Both folds as one: exact, associative, commutative."""

@@ -17,7 +17,7 @@ from .advice import margins, neighbours, sentence
 from .checkpoint import LayerWeights, read_weights
 from .design import Design, read_design
 from .measured import MeasuredLayer, measure_sample
-from .predict import SAFE_RATIO, TOLERANCE, Scores
+from .predict import SAFE_RATIO, Scores
 from .report import VERDICTS, StabilityReport
 
 
@@ -28,7 +28,7 @@ def check_attention_stability(
     *,
     seq_len: int | None = None,
     dtype: object = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float = theory.TOLERANCE,
 ) -> StabilityReport:
     """Check attention before training; a `StabilityReport`, a dict with the keys its class tells.
 

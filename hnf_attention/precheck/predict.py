@@ -16,7 +16,6 @@ from .design import Design
 # Of sigma / sigma_c, of the sharpest row in a hundred. At n = 1024, 2%, 13%, 30% and 63% of the rows have an
 # entropy below half a nat at 1, 1.5, 2 and 4 sigma_c; up to half of it the entropy is above 3/4 of its maximum.
 SAFE_RATIO, UNSTABLE_RATIO = 0.5, 1.0
-TOLERANCE = 0.01  # error of the output that storing q and k may cause, over the spread of the values
 STATUSES = ("safe", "usually safe", "unsafe")
 
 
