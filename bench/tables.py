@@ -3,7 +3,7 @@
 forward and training suites: "core", our attention beside SDPA's at every case; "others", what ran at some.
 bench/whole_step.py: "overhead" and "memory". bench/long_sequences.py: "long" and "errors".
 bench/theory_soundness.py: "soundness" and "bits". bench/theory_kernels.py: "soundness".
-bench/weight_bounds.py: "weights".
+bench/weight_bounds.py: "weights". bench/initial_predictions.py: "initial".
 """
 
 DASH = "–"  # not run, or not recorded by an older file
@@ -23,6 +23,8 @@ def tables(document: dict) -> dict[str, str]:
         return found | ({"bits": _bits(document["bits"])} if "bits" in document else {})
     if "weight_bounds" in document:
         return {"weights": _weights(document["weight_bounds"])}
+    if "initial" in document:
+        return {"initial": _initial(document["initial"])}
     return {}
 
 
@@ -234,4 +236,19 @@ def _weights(models: dict[str, dict]) -> str:
         ]
         for name, found in models.items()
     ]
+    return _markdown(header, lines)
+
+
+def _initial(models: dict[str, dict]) -> str:
+    header = ["model", "keys", "predicted spread", "measured: first layer", "deeper"]
+    header += ["row maximum: first layer", "deeper", "entropy, nats: first layer", "deeper"]
+    lines = []
+    for name, found in models.items():
+        first, *deeper = found["layers"]
+        cells = [name, str(found["length"]), f"{first['predicted']['score_std']:.3g}"]
+        for what, form in (("score_std", "{:+.1%}"), ("row_max", "{:+.1%}"), ("entropy", "{:+.3f}")):
+            off = [layer[f"{what}_off"] for layer in deeper]
+            spread = f"{form} to {form}".format(min(off), max(off)) if off else DASH
+            cells += [form.format(first[f"{what}_off"]), spread]
+        lines.append(cells)
     return _markdown(header, lines)

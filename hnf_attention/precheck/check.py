@@ -98,7 +98,8 @@ def _from_weights(design: Design, weights: list[LayerWeights]) -> list[Scores]:
     found = []
     for index, layer in enumerate(weights):
         place = min(index, design.n_layers - 1)
-        std = predict.capped_std(float(layer.std.median()), design.softcap)
+        alone = math.sqrt(1.0 - design.correlation)  # the share that tokens do not have in common
+        std = predict.capped_std(float(layer.std.median()) * alone, design.softcap)
         factor = 1.0 if design.qk_norm else float(theory.row_spread(design.head_dim))
         magnitude = float(layer.magnitude.max())
         scores = predict.scores(

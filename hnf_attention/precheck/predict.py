@@ -55,10 +55,17 @@ def _spread(design: Design, layer: int) -> tuple[float, float]:
     """score_std and row_std, nats."""
     scale = design.scale_of(layer)
     if design.qk_norm:  # |q| = |k| = sqrt(head_dim) whatever the weights, in all rows alike
-        std, factor = scale * math.sqrt(design.head_dim), 1.0
+        std, factor = scale * math.sqrt(design.head_dim * (1.0 - design.correlation)), 1.0
     else:
         std = float(
-            theory.score_std(design.d_model, design.head_dim, design.query_std, design.key_std, scale=scale)
+            theory.score_std(
+                design.d_model,
+                design.head_dim,
+                design.query_std,
+                design.key_std,
+                scale=scale,
+                correlation=design.correlation,
+            )
         )
         factor = float(theory.row_spread(design.head_dim))
     return capped_std(std, design.softcap), capped_std(std * factor, design.softcap)
@@ -88,7 +95,9 @@ def scores(
 ) -> Scores:
     keys = design.keys(layer)
     top = float(theory.expected_max_logit(std, keys))
-    largest = min(float(theory.expected_max_logit(row_std, 2.0 * keys**2)), magnitude)
+    # What tokens have in common moves a row's scores alike: no spread within it, but larger scores.
+    over_rows = row_std / math.sqrt(1.0 - design.correlation)
+    largest = min(float(theory.expected_max_logit(over_rows, 2.0 * keys**2)), magnitude)
     if design.softcap is not None:
         largest = min(largest, design.softcap)
     sides = [
