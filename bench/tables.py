@@ -248,7 +248,7 @@ def _initial(models: dict[str, dict]) -> str:
         cells = [name, str(found["length"]), f"{first['predicted']['score_std']:.3g}"]
         for what, form in (("score_std", "{:+.1%}"), ("row_max", "{:+.1%}"), ("entropy", "{:+.3f}")):
             off = [layer[f"{what}_off"] for layer in deeper]
-            spread = f"{form} to {form}".format(min(off), max(off)) if off else DASH
-            cells += [form.format(first[f"{what}_off"]), spread]
+            ends = [form.format(x) for x in sorted({min(off), max(off)})] if off else [DASH]
+            cells += [form.format(first[f"{what}_off"]), " to ".join(ends)]
         lines.append(cells)
     return _markdown(header, lines)
