@@ -87,6 +87,16 @@ def test_three_readings_above_the_watch_level():
     assert "3 readings in a row" in issues[0].evidence
 
 
+def test_what_rounding_does_is_told_where_it_is_known():
+    large = {"max_logit": 200.0, "query_size": 40.0, "dtype": "bfloat16"}
+    layer = head_stats(**large)
+    told = found([snapshot(1, a=layer)], "overflow_risk")[0].evidence
+    assert f"off by at most {layer.error_bound[0]:.2g} of the largest |v|" in told
+    assert f"in {layer.required_bits[0]:.0f} bits (usually {layer.typical_bits[0]:.0f})" in told
+    unseen = found([snapshot(1, a=large | {"query_size": np.nan})], "overflow_risk")[0].evidence
+    assert "off by" not in unseen and "nan" not in unseen
+
+
 def test_fp16_range_depends_on_dtype_and_head_dimension():
     score = 65504 / 8 + 1  # q.k = 8 * score at head dimension 64
     half = found([snapshot(1, a={"max_logit": score, "dtype": "float16"})], "overflow_risk")[0]

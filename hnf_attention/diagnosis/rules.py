@@ -54,6 +54,7 @@ def overflow_risk(history: Sequence[Snapshot], trends: Trends) -> list[Stability
         sustained = readings_above(history, layer, threshold("watch_logit"))
         projected = lines.score_ahead(threshold("alarm_horizon"))
         suspicious = (size > threshold("watch_logit")) | (projected > threshold("alarm_logit"))
+        rounding = _rounding(stats) if suspicious.any() else []
         for head in np.flatnonzero(suspicious):
             tier = _overflow_tier(stats, head, size[head], sustained[head], projected[head], lines)
             if tier is None:
@@ -61,7 +62,7 @@ def overflow_risk(history: Sequence[Snapshot], trends: Trends) -> list[Stability
             severity, name, value, why = tier
             evidence = (
                 f"{_head(layer, head)}: largest |score| {_peak(stats, size[head])} at step {latest.step}, {why}"
-                f"{_pace(lines, head)}{_naive(stats, size[head])}"
+                f"{_pace(lines, head)}{_naive(stats, size[head])}{rounding[head]}"
             )
             suggestion = CLIP_AND_SLOW if severity == "error" else f"{CLIP} if it keeps rising"
             issues.append(_issue("overflow_risk", severity, layer, head, value, name, evidence, suggestion))
@@ -291,6 +292,18 @@ def _pace(lines: Trend, head: int) -> str:
     if not lines.rising[head]:
         return ""
     return f"; sqrt of it grows by {100 * slope:.2g} per 100 steps"
+
+
+def _rounding(stats: HeadStats) -> list[str]:
+    """What each head's scores cost in precision, where that is known."""
+    numbers = zip(stats.error_bound, stats.required_bits, stats.typical_bits, strict=True)
+    return [
+        f"; fused {stats.dtype} attention is off by at most {bound:.2g} of the largest |v|, and q and k in "
+        f"{bits:.0f} bits (usually {usual:.0f}) keep it within 1% of the values' spread"
+        if np.isfinite(bound + bits)
+        else ""
+        for bound, bits, usual in numbers
+    ]
 
 
 def _naive(stats: HeadStats, size: float) -> str:

@@ -93,8 +93,8 @@ def _measured(layer: str, module: nn.Module, scores: Tensor) -> Measurement:
     ordinary = torch.where(scores > LOW, scores.abs(), 0.0).amax((2, 3), keepdim=True) < ORDINARY
     parts = zip(*(_of_rows(scores[:, :, rows], ordinary) for rows in chunks))
     *core, visible, sink_mass = (torch.cat(column, 2) for column in parts)
-    unknown = torch.full((batch, heads, 1), math.nan, device=scores.device)
-    measured = Measured(visible, sink_mass, unknown, unknown)
+    unknown = torch.full((), math.nan, device=scores.device).expand(batch, heads, num_keys)
+    measured = Measured(visible, sink_mass, unknown[..., :1], unknown)
     return Measurement.of_scores(layer, RowStats(*core), measured, _head_dim(module, heads), scores.dtype)
 
 
