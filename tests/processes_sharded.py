@@ -129,7 +129,7 @@ def tensor_parallel(rank, size):
         fully_sharded(mesh["dp"], model)
     monitor = AttentionStabilityMonitor(model, log_every=1, ranks=Ranks.of_mesh(mesh, heads="tp"))
     x = share(INPUTS, rank // 2, size // 2)
-    out = model(x).detach()
+    out = model(x).detach().clone()  # which waits for the last sum over processes
     monitor.on_step()
     if size > 2:
         model.reshard()
