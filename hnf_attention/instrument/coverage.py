@@ -10,7 +10,8 @@ from torch import nn
 
 from ..names import shown
 
-_ATTENTION = re.compile("attention|attn", re.IGNORECASE)
+# An "AttentionOutput" is the projection after it.
+_ATTENTION = re.compile("(attention|attn)(?!output$)", re.IGNORECASE)
 _MEASURED_IMPLEMENTATIONS = ("sdpa", "eager", None)
 
 
