@@ -149,10 +149,11 @@ def test_gradient_checkpointing_counts_each_layer_once(implementation, mode, use
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("mode", ["probe", "fused"])
 @torch.no_grad()
-def test_generation_with_a_cache_measures_every_head_of_single_queries(implementation, mode):
+def test_generation_with_a_cache_measures_every_head_of_single_queries(implementation, mode, cache):
     """transformers packs a group of query heads into rows of SDPA here: heads must come out apart."""
     family = FAMILIES["llama"]
     model = family.build(implementation)
@@ -162,7 +163,7 @@ def test_generation_with_a_cache_measures_every_head_of_single_queries(implement
     with instrument(model, mode=mode) as instrumentation:
         measured = []
         instrumentation.on_measure = measured.append
-        generated = model.generate(**arguments, **options)
+        generated = model.generate(**arguments, **options, cache_implementation=cache)
     assert generated.sequences.tolist() == reference.sequences.tolist()
     assert len(measured) == 4 * 2
     for step in range(1, 4):
@@ -187,6 +188,40 @@ def test_static_cache_prefill_leaves_unwritten_keys_out():
     for measurement, layer_weights in zip(instrumentation.latest.values(), weights):
         seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(BATCH, -1, -1)
         assert_rows_equal_weights(measurement, layer_weights, seen)
+
+
+@pytest.mark.parametrize(("implementation", "additive"), [("eager", True), ("sdpa", True), ("sdpa", False)])
+@pytest.mark.parametrize("mode", ["probe", "fused"])
+@torch.no_grad()
+def test_a_users_own_mask_of_four_dimensions(implementation, mode, additive):
+    """Two texts in a sequence, of which neither sees the other."""
+    family = FAMILIES["llama"]
+    eager, model = family.build("eager"), family.build(implementation)
+    text = torch.arange(LENGTH) >= 11
+    seen = (torch.ones(LENGTH, LENGTH).tril().bool() & (text[:, None] == text)).expand(BATCH, -1, -1)
+    bias = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
+    ids = inputs(family, "none")["input_ids"]
+    weights = eager(ids, attention_mask=bias, output_attentions=True).attentions
+    arguments = {"input_ids": ids, "attention_mask": bias if additive else seen[:, None]}
+    plain = model(**arguments).logits
+    with instrument(model, mode=mode, strict=True) as instrumentation:
+        output = model(**arguments).logits
+    tolerance = {"rtol": 0, "atol": 0} if mode == "probe" else {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(output, plain, **tolerance)
+    for measurement, layer_weights in zip(instrumentation.latest.values(), weights, strict=True):
+        assert_rows_equal_weights(measurement, layer_weights, seen)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_layers_are_told_apart_without_a_layer_idx(implementation):
+    model = FAMILIES["bert"].build(implementation)
+    arguments = inputs(FAMILIES["bert"], "right")
+    for module in model.modules():
+        vars(module).pop("layer_idx", None)
+    with instrument(model, strict=True) as instrumentation:
+        model(**arguments)
+    assert list(instrumentation.latest) == [f"encoder.layer.{i}.attention.self" for i in range(2)]
 
 
 @torch.no_grad()
