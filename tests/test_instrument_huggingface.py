@@ -10,6 +10,7 @@ from families import (
     BATCH,
     FAMILIES,
     LENGTH,
+    MAJOR,
     assert_rows_equal_weights,
     in_order,
     inputs,
@@ -54,7 +55,7 @@ def test_equals_the_eager_model(name, implementation, mode):
 
         expected = in_order(family, reference)
         assert len(measured) == len(expected) and not coverage.not_measured, str(coverage)
-        assert all(how.startswith(f"{mode} (transformers") for how in coverage.measured.values())
+        assert set(coverage.measured.values()) == {family.measured(implementation, mode)}
         for (layer, measurement), (stack, index, weights) in zip(measured.items(), expected):
             assert layer == measurement.layer and "Attention" in type(model.get_submodule(layer)).__name__
             assert measurement.dtype == torch.float32 and measurement.head_dim * 4 <= 64
@@ -78,7 +79,8 @@ def test_fused_gradients_equal_the_plain_ones(name, implementation):
     plain = gradients()
     with instrument(model, mode="fused") as instrumentation:
         fused = gradients()
-        assert all(how.startswith("fused") for how in instrumentation.coverage.measured.values())
+        how = set(instrumentation.coverage.measured.values())
+        assert how == {FAMILIES[name].measured(implementation, "fused")}
     for parameter, gradient in plain.items():
         scale = gradient.abs().max()
         torch.testing.assert_close(fused[parameter], gradient, rtol=1e-3, atol=1e-5 * float(scale))
@@ -250,6 +252,10 @@ def test_dropout_is_the_models_own(implementation):
     assert how == {f"probe: dropout (transformers {implementation})"}
 
 
+T5_BY_HAND = pytest.mark.skipif(MAJOR == 4, reason="T5 of transformers 4 is caught at its softmax")
+
+
+@T5_BY_HAND
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_a_trained_position_bias_keeps_its_gradient(implementation):
     model = FAMILIES["t5"].build(implementation)
@@ -266,7 +272,7 @@ def test_a_trained_position_bias_keeps_its_gradient(implementation):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["t5", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("t5", marks=T5_BY_HAND), "gpt2"])
 @torch.no_grad()
 def test_autocast(name, implementation):
     """Position biases are in fp32 beside bf16 queries; statistics are those of the rounded queries."""
@@ -303,6 +309,7 @@ def test_another_implementation_is_left_alone_and_listed(caplog):
     assert all('attn_implementation="sdpa" or "eager"' in reason for reason in reasons.values())
 
 
+@pytest.mark.skipif(MAJOR == 4, reason="BERT of transformers 4 chooses its attention when it is built")
 @torch.no_grad()
 def test_parts_with_implementations_of_their_own_and_a_change_in_between():
     """A composite model: encoder and decoder each keep their own implementation."""
