@@ -230,7 +230,7 @@ def table() -> str:
     kinds = ", ".join(f"{sum(ARCHITECTURES[n].kind == kind for n in names)} {kind}" for kind in KINDS)
     return "\n".join(
         [
-            f"<summary>{len(names)} architectures of transformers {VERSION} ({kinds})</summary>",
+            f"<summary>{len(names)} models of transformers {VERSION} ({kinds})</summary>",
             "",
             "| architecture | kind | special | door | output | statistics | gradient |",
             "|---|---|---|---|---|---|---|",

@@ -51,7 +51,7 @@ def test_the_readme_has_the_table_of_these_results():
     if not README.is_file():
         pytest.skip("the README is in the checkout only")
     text = README.read_text(encoding="utf-8")
-    made_with = re.search(r"architectures of transformers (\d+)\.(\d+)", MARKED.search(text)[0])
+    made_with = re.search(r"models of transformers (\d+)\.(\d+)", MARKED.search(text)[0])
     if tuple(map(int, VERSION.split("."))) < tuple(map(int, made_with.groups())):
         pytest.skip(f"the table is that of transformers {'.'.join(made_with.groups())}, this is {VERSION}")
     assert filled(text) == text, "expected the table of `python tests/examined.py --write`"
