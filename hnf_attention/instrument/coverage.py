@@ -10,8 +10,7 @@ from torch import nn
 
 from ..names import shown
 
-# An "AttentionOutput" is the projection after it.
-_ATTENTION = re.compile("(attention|attn)(?!output$)", re.IGNORECASE)
+_ATTENTION = re.compile("attention|attn", re.IGNORECASE)
 _MEASURED_IMPLEMENTATIONS = ("sdpa", "eager", None)
 
 
@@ -39,8 +38,9 @@ class Coverage:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether the class name says attention."""
-    return _ATTENTION.search(type(module).__name__) is not None
+    """Whether the class name says attention, and not that it is the projection after it."""
+    name = type(module).__name__
+    return _ATTENTION.search(name) is not None and not name.endswith("AttentionOutput")
 
 
 def unreached(attention: Mapping[str, nn.Module], measured: Mapping[str, str]) -> dict[str, str]:

@@ -101,16 +101,6 @@ def _measured(layer: str, module: nn.Module, scores: Tensor) -> Measurement:
     return Measurement.of_scores(layer, RowStats(*core), measured, _head_dim(module, heads), scores.dtype)
 
 
-def _without_blocks(scores: Tensor, heads: int | None) -> Tensor:
-    """(B, H, all queries, N) of scores (B, H, blocks, M, N) or (B, blocks, H, M, N)."""
-    if scores.dim() != 5 or (scores.shape[1] == heads) == (scores.shape[2] == heads):
-        raise Unmeasurable(
-            f"which dimension of its softmax over {tuple(scores.shape)} is its {heads} heads (one of "
-            f"{', '.join(_HEADS)}) cannot be told"
-        )
-    return (scores if scores.shape[1] == heads else scores.transpose(1, 2)).flatten(2, 3)
-
-
 def _of_rows(scores: Tensor, ordinary: Tensor) -> tuple[Tensor, ...]:
     """(lse, entropy, max_logit, min_logit, visible keys, weight on the first visible key) of some rows.
 
@@ -140,3 +130,13 @@ def _number(module: nn.Module, names: tuple[str, ...]) -> int | None:
 def _head_dim(module: nn.Module, heads: int) -> int:
     width = _number(module, _WIDTH)
     return _number(module, _HEAD_DIM) or (1 if width is None or width % heads else width // heads)
+
+
+def _without_blocks(scores: Tensor, heads: int | None) -> Tensor:
+    """(B, H, all queries, N) of scores (B, H, blocks, M, N) or (B, blocks, H, M, N)."""
+    if scores.dim() != 5 or (scores.shape[1] == heads) == (scores.shape[2] == heads):
+        raise Unmeasurable(
+            f"which dimension of its softmax over {tuple(scores.shape)} is its {heads} heads (one of "
+            f"{', '.join(_HEADS)}) cannot be told"
+        )
+    return (scores if scores.shape[1] == heads else scores.transpose(1, 2)).flatten(2, 3)
