@@ -9,6 +9,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 
 BATCH, LENGTH, VOCAB = 2, 28, 61
+MAJOR = int(transformers.__version__.split(".")[0])
 SMALL = {"vocab_size": VOCAB, "initializer_range": 0.4}
 DECODER = {
     **SMALL,
@@ -38,6 +39,17 @@ class Family:
     stacks: tuple
     implementations: tuple = ("eager", "sdpa")
     padding: tuple = ("none", "left", "right")
+    interface: bool = True  # else its attention is written out in its own file
+
+    def measured(self, implementation: str, mode: str) -> str:
+        """What coverage says of it begins like this."""
+        if not self.interface:
+            return (
+                "probe (softmax)" if implementation == "eager" else f"{mode} (scaled_dot_product_attention)"
+            )
+        if (MAJOR, implementation, mode) == (4, "eager", "fused"):
+            return "probe: attention weights may be asked for (transformers eager)"
+        return f"{mode} (transformers {implementation})"
 
     def build(self, implementation: str) -> nn.Module:
         torch.manual_seed(0)
@@ -69,6 +81,7 @@ FAMILIES = {
             "intermediate_size": 64,
         },
         (Stack("attentions", False),),
+        interface=MAJOR > 4,
     ),
     "llama": Family("LlamaForCausalLM", "LlamaConfig", DECODER, (Stack("attentions", True),)),
     "mistral": Family(
@@ -126,7 +139,9 @@ FAMILIES = {
             Stack("decoder_attentions", True),
             Stack("cross_attentions", False),
         ),
+        ("eager", "sdpa") if MAJOR > 4 else ("eager",),
         padding=("none", "right", "left"),
+        interface=MAJOR > 4,
     ),
     "vit": Family(
         "ViTModel",

@@ -34,6 +34,16 @@ def test_multihead_attention_is_measured_with_and_without_its_weights():
     assert "measured (2)" in text and "NOT measured (1)" in text and "talkative" in text
 
 
+def test_the_projection_after_attention_is_not_listed():
+    class LayerAttentionOutput(nn.Linear):
+        """Named as in LXMERT."""
+
+    model = nn.Sequential(Attention(), LayerAttentionOutput(16, 16))
+    with instrument(model, strict=True) as handle:
+        model(x())
+    assert list(handle.coverage.measured) == ["0"] and not handle.coverage.not_measured
+
+
 def test_attention_without_a_softmax_is_listed_even_beside_a_measured_container():
     class Mixed(nn.Module):
         def __init__(self):

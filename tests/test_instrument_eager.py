@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, assert_rows_equal_weights, inputs
+from families import FAMILIES, MAJOR, assert_rows_equal_weights, inputs
 from torch import nn
 
 from hnf_attention.instrument import instrument
@@ -101,7 +101,8 @@ def test_a_model_file_of_somebodys_own():
     with instrument(module, mode="fused") as instrumentation:
         output, _ = module(query, attention_mask=mask)
         assert_rows_equal_weights(instrumentation.latest[""], weights, seen)
-        assert instrumentation.coverage.measured == {"": "fused (transformers eager)"}
+        how = "fused" if MAJOR > 4 else "probe: attention weights may be asked for"
+        assert instrumentation.coverage.measured == {"": f"{how} (transformers eager)"}
         module(query, attention_mask=mask, head_mask=torch.ones(3))
         assert instrumentation.coverage.not_measured == {"": "a head_mask was given"}
     torch.testing.assert_close(output, plain)

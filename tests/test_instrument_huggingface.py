@@ -10,6 +10,7 @@ from families import (
     BATCH,
     FAMILIES,
     LENGTH,
+    MAJOR,
     assert_rows_equal_weights,
     in_order,
     inputs,
@@ -54,7 +55,7 @@ def test_equals_the_eager_model(name, implementation, mode):
 
         expected = in_order(family, reference)
         assert len(measured) == len(expected) and not coverage.not_measured, str(coverage)
-        assert all(how.startswith(f"{mode} (transformers") for how in coverage.measured.values())
+        assert set(coverage.measured.values()) == {family.measured(implementation, mode)}
         for (layer, measurement), (stack, index, weights) in zip(measured.items(), expected):
             assert layer == measurement.layer and "Attention" in type(model.get_submodule(layer)).__name__
             assert measurement.dtype == torch.float32 and measurement.head_dim * 4 <= 64
@@ -78,7 +79,8 @@ def test_fused_gradients_equal_the_plain_ones(name, implementation):
     plain = gradients()
     with instrument(model, mode="fused") as instrumentation:
         fused = gradients()
-        assert all(how.startswith("fused") for how in instrumentation.coverage.measured.values())
+        how = set(instrumentation.coverage.measured.values())
+        assert how == {FAMILIES[name].measured(implementation, "fused")}
     for parameter, gradient in plain.items():
         scale = gradient.abs().max()
         torch.testing.assert_close(fused[parameter], gradient, rtol=1e-3, atol=1e-5 * float(scale))
@@ -149,10 +151,11 @@ def test_gradient_checkpointing_counts_each_layer_once(implementation, mode, use
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("mode", ["probe", "fused"])
 @torch.no_grad()
-def test_generation_with_a_cache_measures_every_head_of_single_queries(implementation, mode):
+def test_generation_with_a_cache_measures_every_head_of_single_queries(implementation, mode, cache):
     """transformers packs a group of query heads into rows of SDPA here: heads must come out apart."""
     family = FAMILIES["llama"]
     model = family.build(implementation)
@@ -162,7 +165,7 @@ def test_generation_with_a_cache_measures_every_head_of_single_queries(implement
     with instrument(model, mode=mode) as instrumentation:
         measured = []
         instrumentation.on_measure = measured.append
-        generated = model.generate(**arguments, **options)
+        generated = model.generate(**arguments, **options, cache_implementation=cache)
     assert generated.sequences.tolist() == reference.sequences.tolist()
     assert len(measured) == 4 * 2
     for step in range(1, 4):
@@ -187,6 +190,40 @@ def test_static_cache_prefill_leaves_unwritten_keys_out():
     for measurement, layer_weights in zip(instrumentation.latest.values(), weights):
         seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(BATCH, -1, -1)
         assert_rows_equal_weights(measurement, layer_weights, seen)
+
+
+@pytest.mark.parametrize(("implementation", "additive"), [("eager", True), ("sdpa", True), ("sdpa", False)])
+@pytest.mark.parametrize("mode", ["probe", "fused"])
+@torch.no_grad()
+def test_a_users_own_mask_of_four_dimensions(implementation, mode, additive):
+    """Two texts in a sequence, of which neither sees the other."""
+    family = FAMILIES["llama"]
+    eager, model = family.build("eager"), family.build(implementation)
+    text = torch.arange(LENGTH) >= 11
+    seen = (torch.ones(LENGTH, LENGTH).tril().bool() & (text[:, None] == text)).expand(BATCH, -1, -1)
+    bias = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
+    ids = inputs(family, "none")["input_ids"]
+    weights = eager(ids, attention_mask=bias, output_attentions=True).attentions
+    arguments = {"input_ids": ids, "attention_mask": bias if additive else seen[:, None]}
+    plain = model(**arguments).logits
+    with instrument(model, mode=mode, strict=True) as instrumentation:
+        output = model(**arguments).logits
+    tolerance = {"rtol": 0, "atol": 0} if mode == "probe" else {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(output, plain, **tolerance)
+    for measurement, layer_weights in zip(instrumentation.latest.values(), weights, strict=True):
+        assert_rows_equal_weights(measurement, layer_weights, seen)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_layers_are_told_apart_without_a_layer_idx(implementation):
+    model = FAMILIES["bert"].build(implementation)
+    arguments = inputs(FAMILIES["bert"], "right")
+    for module in model.modules():
+        vars(module).pop("layer_idx", None)
+    with instrument(model, strict=True) as instrumentation:
+        model(**arguments)
+    assert list(instrumentation.latest) == [f"encoder.layer.{i}.attention.self" for i in range(2)]
 
 
 @torch.no_grad()
@@ -215,6 +252,10 @@ def test_dropout_is_the_models_own(implementation):
     assert how == {f"probe: dropout (transformers {implementation})"}
 
 
+T5_BY_HAND = pytest.mark.skipif(MAJOR == 4, reason="T5 of transformers 4 is caught at its softmax")
+
+
+@T5_BY_HAND
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_a_trained_position_bias_keeps_its_gradient(implementation):
     model = FAMILIES["t5"].build(implementation)
@@ -231,7 +272,7 @@ def test_a_trained_position_bias_keeps_its_gradient(implementation):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["t5", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("t5", marks=T5_BY_HAND), "gpt2"])
 @torch.no_grad()
 def test_autocast(name, implementation):
     """Position biases are in fp32 beside bf16 queries; statistics are those of the rounded queries."""
@@ -268,6 +309,7 @@ def test_another_implementation_is_left_alone_and_listed(caplog):
     assert all('attn_implementation="sdpa" or "eager"' in reason for reason in reasons.values())
 
 
+@pytest.mark.skipif(MAJOR == 4, reason="BERT of transformers 4 chooses its attention when it is built")
 @torch.no_grad()
 def test_parts_with_implementations_of_their_own_and_a_change_in_between():
     """A composite model: encoder and decoder each keep their own implementation."""

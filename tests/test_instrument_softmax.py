@@ -147,6 +147,41 @@ def _measured_of(scores):
     return instrumentation.latest[""]
 
 
+def test_scores_in_blocks_of_queries_are_rows_of_their_heads():
+    scores = torch.randn(2, 4, 3, 5, 7)  # (B, H, blocks, M, N)
+    expected = _measured_of(scores.flatten(2, 3)).rows
+    for blocks in (scores, scores.transpose(1, 2)):
+        assert torch.equal(_measured_of(blocks).rows.entropy, expected.entropy)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4, 5, 7), (2, 3, 3, 5, 7), (2, 4, 1, 3, 5, 7)])
+def test_blocks_whose_heads_cannot_be_told_are_listed_beside_what_is_measured(shape):
+    model = GivenAttention()
+    with instrument(model) as instrumentation:
+        model(torch.randn(2, 4, 5, 7))
+        model(torch.randn(shape))
+    assert instrumentation.coverage.measured == {"": "probe (softmax)"}
+    assert f"its softmax over {shape} is its 4 heads" in instrumentation.coverage.not_measured[""]
+
+
+def test_block_sparse_attention_is_measured_in_all_its_rows():
+    """BigBird's takes five softmaxes, of the first, second, middle, second last and last blocks of queries."""
+    torch.manual_seed(0)
+    sparse = dict(attention_type="block_sparse", block_size=2, num_random_blocks=1)
+    sparse |= dict(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0, sep_token_id=3)
+    config = transformers.BigBirdConfig(**SMALL, intermediate_size=64, **TOKEN_IDS, **sparse)
+    # In eval mode every random block is the first one, which is then attended to twice.
+    model, parts = transformers.BigBirdModel(config).train(), []
+    with torch.no_grad(), instrument(model) as instrumentation:
+        instrumentation.on_measure = parts.append
+        weights = model(TOKENS, output_attentions=True).attentions
+    assert len(parts) == 10 and not instrumentation.coverage.not_measured
+    for layer, layer_weights in enumerate(weights):
+        rows = torch.cat([part.rows.entropy for part in parts[5 * layer : 5 * layer + 5]], 2)
+        expected = torch.special.entr(layer_weights.double()).sum(-1).float()
+        torch.testing.assert_close(rows, expected, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("mask", [-torch.inf, -1e9, -1e4, torch.finfo(torch.float32).min, -65504.0])
 def test_what_models_write_for_hidden_keys(mask):
     scores = torch.randn(2, 4, 6, 9).masked_fill(torch.arange(9) > 5, mask)

@@ -38,8 +38,9 @@ class Coverage:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether the class name says attention."""
-    return _ATTENTION.search(type(module).__name__) is not None
+    """Whether the class name says attention, and not that it is the projection after it."""
+    name = type(module).__name__
+    return _ATTENTION.search(name) is not None and not name.endswith("AttentionOutput")
 
 
 def unreached(attention: Mapping[str, nn.Module], measured: Mapping[str, str]) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """The fourth door: attention written by hand, caught at its softmax.
 
 The scores are there already, so the statistics are taken from them: of a softmax over the last dimension of
-(B, H, M, N) or (B * H, M, N) scores inside a module whose class is named like attention. Its queries and
-keys are never seen, so norms and curvature stay unknown.
+(B, H, M, N) or (B * H, M, N) scores inside a module whose class is named like attention, or of scores in
+blocks of queries, (B, H, blocks, M, N) or (B, blocks, H, M, N). Its queries and keys are never seen, so
+norms and curvature stay unknown.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ DOOR = "softmax"
 # What models write for "hidden": -inf, -1e9 or the smallest number of a dtype, which no score comes near; and
 # -1e4, or fp16's smallest number in wider scores, which are told from scores only where those are ordinary.
 NEVER_A_SCORE, LOW, ORDINARY = -5e8, -9e3, 3e3
-_HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "nhead", "heads")
+_HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "nhead", "heads", "num_attn_heads")
 _HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "d_k", "d_head", "dim_head")
 _WIDTH = ("embed_dim", "hidden_size", "d_model", "n_embd", "all_head_size", "inner_dim", "dim")
 
@@ -63,7 +64,7 @@ def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _observe(input: Any = None, dim: Any = None, *_: Any, **__: Any) -> None:
-    if not isinstance(input, Tensor) or input.dim() not in (3, 4) or not input.is_floating_point():
+    if not isinstance(input, Tensor) or input.dim() < 3 or not input.is_floating_point():
         return
     if dim not in (-1, input.dim() - 1):
         return
@@ -86,6 +87,8 @@ def _measured(layer: str, module: nn.Module, scores: Tensor) -> Measurement:
                 f"are {heads}"
             )
         scores = scores.unflatten(0, (-1, heads))
+    elif scores.dim() > 4:
+        scores = _without_blocks(scores, heads)
     elif heads is not None and scores.shape[1] != heads and scores.shape[2] == heads:
         scores = scores.transpose(1, 2)  # (B, M, H, window), as Longformer has it
     batch, heads, num_queries, num_keys = scores.shape
@@ -127,3 +130,13 @@ def _number(module: nn.Module, names: tuple[str, ...]) -> int | None:
 def _head_dim(module: nn.Module, heads: int) -> int:
     width = _number(module, _WIDTH)
     return _number(module, _HEAD_DIM) or (1 if width is None or width % heads else width // heads)
+
+
+def _without_blocks(scores: Tensor, heads: int | None) -> Tensor:
+    """(B, H, all queries, N) of scores (B, H, blocks, M, N) or (B, blocks, H, M, N)."""
+    if scores.dim() != 5 or (scores.shape[1] == heads) == (scores.shape[2] == heads):
+        raise Unmeasurable(
+            f"which dimension of its softmax over {tuple(scores.shape)} is its {heads} heads (one of "
+            f"{', '.join(_HEADS)}) cannot be told"
+        )
+    return (scores if scores.shape[1] == heads else scores.transpose(1, 2)).flatten(2, 3)

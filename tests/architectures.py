@@ -1,0 +1,385 @@
+"""Hugging Face architectures: what each entry leaves open, the sizes of `tiny_architecture.py` fill in."""
+
+import torch
+from tiny_architecture import BATCH, IMAGE, LENGTH, Architecture, ids, mask, random
+
+_WAVE = {
+    "conv_dim": (16, 16),
+    "conv_stride": (5, 8),
+    "conv_kernel": (10, 8),
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "apply_spec_augment": False,
+}
+_STAGES = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4, "patch_size": 4}
+_IMAGE_TEXT = {"input_ids": ids(), "attention_mask": mask(), "pixel_values": random(BATCH, 3, IMAGE, IMAGE)}
+_IMAGE_IN_TEXT = {
+    "input_ids": torch.cat([torch.full((BATCH, 16), 95), ids()], 1),
+    "attention_mask": mask(28),
+    "pixel_values": random(BATCH, 3, IMAGE, IMAGE),
+}
+_PYRAMID = {
+    "num_encoder_blocks": 2,
+    "depths": [1, 1],
+    "hidden_sizes": [16, 32],
+    "num_attention_heads": [2, 4],
+    "patch_sizes": [7, 3],
+    "strides": [4, 2],
+    "mlp_ratios": [2, 2],
+}
+_VIDEO = {"pixel_values": random(BATCH, 2, 3, IMAGE, IMAGE)}
+_DISENTANGLED = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+
+ARCHITECTURES = {
+    "GPT-2": Architecture("GPT2Model", "decoder"),
+    "GPT-J": Architecture("GPTJModel", "decoder", "rotary"),
+    "GPT-Neo": Architecture(
+        "GPTNeoModel",
+        "decoder",
+        "sliding window",
+        {"attention_types": [[["global", "local"], 1]], "window_size": 5},
+    ),
+    "GPT-NeoX": Architecture("GPTNeoXModel", "decoder", "rotary"),
+    "GPT-BigCode": Architecture("GPTBigCodeModel", "decoder", "multi-query"),
+    "CodeGen": Architecture("CodeGenModel", "decoder"),
+    "OPT": Architecture("OPTModel", "decoder", "", {"word_embed_proj_dim": 32}),
+    "BLOOM": Architecture("BloomModel", "decoder", "ALiBi"),
+    "MPT": Architecture("MptModel", "decoder", "ALiBi"),
+    "Falcon": Architecture("FalconModel", "decoder", "multi-query"),
+    "Falcon, ALiBi": Architecture(
+        "FalconModel",
+        "decoder",
+        "ALiBi (its sdpa computes something else)",
+        {"alibi": True, "multi_query": False},
+        implementations=("eager",),
+    ),
+    "LLaMA": Architecture("LlamaModel", "decoder", "grouped queries"),
+    "Llama 4 text": Architecture(
+        "Llama4TextModel",
+        "decoder",
+        "chunked window",
+        {"attention_chunk_size": 6, "intermediate_size_mlp": 64},
+    ),
+    "Mistral": Architecture("MistralModel", "decoder", "sliding window"),
+    "Mixtral": Architecture("MixtralModel", "decoder", "experts"),
+    "Qwen2": Architecture("Qwen2Model", "decoder", "grouped queries"),
+    "Qwen2-MoE": Architecture("Qwen2MoeModel", "decoder", "experts", {"shared_expert_intermediate_size": 32}),
+    "Qwen3": Architecture("Qwen3Model", "decoder", "QK-norm"),
+    "Qwen3-MoE": Architecture("Qwen3MoeModel", "decoder", "QK-norm, experts"),
+    "Qwen3-Next": Architecture(
+        "Qwen3NextModel", "decoder", "hybrid", {"layer_types": ["linear_attention", "full_attention"]}
+    ),
+    "Gemma": Architecture("GemmaModel", "decoder", "multi-query", {"num_key_value_heads": 1}),
+    "Gemma 2": Architecture(
+        "Gemma2Model",
+        "decoder",
+        "soft-cap, sliding window",
+        {"attn_logit_softcapping": 4.0},
+        implementations=("eager",),
+    ),
+    "Gemma 3": Architecture(
+        "Gemma3TextModel",
+        "decoder",
+        "QK-norm, sliding window",
+        {"layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "gpt-oss": Architecture("GptOssModel", "decoder", "sinks, sliding window"),
+    "Phi": Architecture("PhiModel", "decoder", "partial rotary"),
+    "Phi-3": Architecture("Phi3Model", "decoder", "sliding window"),
+    "OLMo": Architecture("OlmoModel", "decoder"),
+    "OLMo 2": Architecture("Olmo2Model", "decoder", "QK-norm"),
+    "OLMoE": Architecture("OlmoeModel", "decoder", "experts"),
+    "Cohere": Architecture("CohereModel", "decoder"),
+    "Cohere 2": Architecture("Cohere2Model", "decoder", "sliding window"),
+    "StableLM": Architecture("StableLmModel", "decoder"),
+    "StarCoder 2": Architecture("Starcoder2Model", "decoder", "sliding window"),
+    "Persimmon": Architecture("PersimmonModel", "decoder", "QK-norm"),
+    "Nemotron": Architecture("NemotronModel", "decoder"),
+    "Granite": Architecture("GraniteModel", "decoder", "own scale", {"attention_multiplier": 0.5}),
+    "DeepSeek-V2": Architecture(
+        "DeepseekV2Model", "decoder", "MLA", {"head_dim": 4, "num_key_value_heads": 4}
+    ),
+    "DeepSeek-V3": Architecture(
+        "DeepseekV3Model",
+        "decoder",
+        "MLA",
+        {"n_group": 2, "topk_group": 1, "num_key_value_heads": 4, "head_dim": 4},
+    ),
+    "MiniCPM 3": Architecture(
+        "MiniCPM3Model", "decoder", "MLA", {"head_dim": None, "num_key_value_heads": 4}
+    ),
+    "GLM-4": Architecture("Glm4Model", "decoder"),
+    "SmolLM 3": Architecture("SmolLM3Model", "decoder", "layers without rotary"),
+    "EXAONE 4": Architecture("Exaone4Model", "decoder", "sliding window"),
+    "CTRL": Architecture("CTRLModel", "decoder", "", {"dff": 64}),
+    "GPT": Architecture("OpenAIGPTModel", "decoder"),
+    "XGLM": Architecture("XGLMModel", "decoder", "", {"attention_heads": 4}),
+    "BioGPT": Architecture("BioGptModel", "decoder"),
+    "JetMoE": Architecture("JetMoeModel", "decoder", "mixture of attention heads", {"kv_channels": 8}),
+    "DiffLlama": Architecture(
+        "DiffLlamaModel", "decoder", "difference of two softmaxes", unreturned="self_attn"
+    ),
+    "BitNet": Architecture("BitNetModel", "decoder"),
+    "LFM2": Architecture("Lfm2Model", "decoder", "hybrid", {"layer_types": ["conv", "full_attention"]}),
+    "Jamba": Architecture(
+        "JambaModel",
+        "decoder",
+        "hybrid",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "mamba_d_state": 4},
+    ),
+    "RecurrentGemma": Architecture(
+        "RecurrentGemmaModel",
+        "decoder",
+        "hybrid, window",
+        {"block_types": ["recurrent", "attention"], "attention_window_size": 5, "lru_width": 32},
+        since=5,
+    ),
+    "XLNet": Architecture("XLNetModel", "decoder", "relative positions", {"d_inner": 64}),
+    "ImageGPT": Architecture("ImageGPTModel", "decoder", "pixels", {"use_cache": True}),
+    "Moonshine": Architecture("MoonshineModel", "audio", "encoder-decoder", {"num_key_value_heads": None}),
+    "BERT": Architecture("BertModel", "encoder"),
+    "RoBERTa": Architecture("RobertaModel", "encoder"),
+    "ALBERT": Architecture("AlbertModel", "encoder", "shared layers"),
+    "ELECTRA": Architecture("ElectraModel", "encoder"),
+    "DistilBERT": Architecture("DistilBertModel", "encoder", "", {"dim": 32, "hidden_dim": 64}),
+    "DeBERTa": Architecture("DebertaModel", "encoder", "disentangled positions", _DISENTANGLED),
+    "DeBERTa-v2": Architecture("DebertaV2Model", "encoder", "disentangled positions", _DISENTANGLED),
+    "MPNet": Architecture("MPNetModel", "encoder", "position bias"),
+    "Longformer": Architecture("LongformerModel", "encoder", "sliding window", {"attention_window": 6}),
+    "BigBird": Architecture("BigBirdModel", "encoder", "", {"attention_type": "original_full"}),
+    "ModernBERT": Architecture(
+        "ModernBertModel",
+        "encoder",
+        "local window",
+        {"local_attention": 6, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2},
+    ),
+    "NomicBERT": Architecture("NomicBertModel", "encoder", "rotary"),
+    "EuroBERT": Architecture("EuroBertModel", "encoder", "grouped queries"),
+    "XLM": Architecture("XLMModel", "encoder", "", {"emb_dim": 32}),
+    "Funnel": Architecture(
+        "FunnelModel",
+        "encoder",
+        "pooled queries",
+        {"block_sizes": [1, 1], "num_decoder_layers": 1, "d_head": 8, "d_inner": 64},
+    ),
+    "ConvBERT": Architecture("ConvBertModel", "encoder", "beside convolutions"),
+    "SqueezeBERT": Architecture("SqueezeBertModel", "encoder", "grouped convolutions"),
+    "RoFormer": Architecture("RoFormerModel", "encoder", "rotary"),
+    "RemBERT": Architecture("RemBertModel", "encoder", "", {"input_embedding_size": 32}),
+    "I-BERT": Architecture("IBertModel", "encoder", "a softmax of its own, in integers", listed="encoder"),
+    "MobileBERT": Architecture(
+        "MobileBertModel",
+        "encoder",
+        "bottlenecks",
+        {"normalization_type": "layer_norm", "true_hidden_size": 32, "intra_bottleneck_size": 32},
+    ),
+    "ESM": Architecture(
+        "EsmModel", "encoder", "rotary", {"position_embedding_type": "rotary", "mask_token_id": 3}
+    ),
+    "LayoutLM": Architecture("LayoutLMModel", "encoder"),
+    "CANINE": Architecture("CanineModel", "encoder", "local attention"),
+    "LUKE": Architecture("LukeModel", "encoder", "entities", {"entity_vocab_size": 10, "entity_emb_size": 8}),
+    "TAPAS": Architecture("TapasModel", "encoder", "tables"),
+    "T5": Architecture("T5Model", "encoder-decoder", "position bias"),
+    "UMT5": Architecture("UMT5Model", "encoder-decoder", "position bias in every layer"),
+    "LongT5": Architecture("LongT5Model", "encoder-decoder", "local blocks", {"local_radius": 3}),
+    "Switch": Architecture("SwitchTransformersModel", "encoder-decoder", "position bias, experts"),
+    "T5Gemma": Architecture(
+        "T5GemmaModel", "encoder-decoder", "soft-cap, sliding window", implementations=("eager",)
+    ),
+    "BART": Architecture("BartModel", "encoder-decoder"),
+    "mBART": Architecture("MBartModel", "encoder-decoder"),
+    "Pegasus": Architecture("PegasusModel", "encoder-decoder"),
+    "PEGASUS-X": Architecture(
+        "PegasusXModel",
+        "encoder-decoder",
+        "local blocks, global tokens",
+        {"block_size": 6, "num_global_tokens": 4},
+    ),
+    "Marian": Architecture("MarianModel", "encoder-decoder"),
+    "M2M-100": Architecture("M2M100Model", "encoder-decoder"),
+    "Blenderbot": Architecture("BlenderbotModel", "encoder-decoder"),
+    "ProphetNet": Architecture("ProphetNetModel", "encoder-decoder", "n-gram streams", {"ngram": 2}),
+    "LED": Architecture(
+        "LEDModel",
+        "encoder-decoder",
+        "sliding window",
+        {
+            "attention_window": [6, 6],
+            "max_encoder_position_embeddings": 64,
+            "max_decoder_position_embeddings": 64,
+        },
+    ),
+    "FSMT": Architecture("FSMTModel", "encoder-decoder", "", {"src_vocab_size": 99, "tgt_vocab_size": 99}),
+    "BigBird-Pegasus": Architecture(
+        "BigBirdPegasusModel", "encoder-decoder", "", {"attention_type": "original_full"}
+    ),
+    "NLLB-MoE": Architecture("NllbMoeModel", "encoder-decoder", "experts"),
+    "ViT": Architecture("ViTModel", "vision"),
+    "DeiT": Architecture("DeiTModel", "vision", "distillation token"),
+    "BEiT": Architecture("BeitModel", "vision", "position bias", {"use_relative_position_bias": True}),
+    "Data2Vec vision": Architecture(
+        "Data2VecVisionModel", "vision", "position bias", {"use_shared_relative_position_bias": True}
+    ),
+    "Swin": Architecture("SwinModel", "vision", "shifted windows", _STAGES),
+    "Swin v2": Architecture("Swinv2Model", "vision", "cosine scores", _STAGES),
+    "DINOv2": Architecture("Dinov2Model", "vision"),
+    "DINOv3": Architecture("DINOv3ViTModel", "vision", "rotary, register tokens", {"num_register_tokens": 2}),
+    "SegFormer": Architecture("SegformerModel", "vision", "reduced keys", _PYRAMID | {"sr_ratios": [2, 1]}),
+    "PVT": Architecture(
+        "PvtModel",
+        "vision",
+        "reduced keys",
+        _PYRAMID | {"sequence_reduction_ratios": [2, 1], "patch_sizes": [4, 2]},
+    ),
+    "ViT-MAE": Architecture("ViTMAEModel", "vision", "masked patches", {}, {"noise": random(BATCH, 16)}),
+    "YOLOS": Architecture(
+        "YolosModel", "vision", "detection tokens", {"image_size": [32, 32], "num_detection_tokens": 3}
+    ),
+    "Hiera": Architecture(
+        "HieraModel",
+        "vision",
+        "mask units",
+        {
+            "depths": [1, 1, 1],
+            "num_heads": [1, 2, 2],
+            "embed_dim": 16,
+            "image_size": [32, 32],
+            "num_query_pool": 2,
+            "masked_unit_size": [4, 4],
+            "masked_unit_attention": [True, True, False],
+        },
+    ),
+    "TimeSformer": Architecture(
+        "TimesformerModel",
+        "vision",
+        "divided space and time",
+        {"num_frames": 2},
+        _VIDEO,
+        "temporal_attention",
+    ),
+    "ViViT": Architecture(
+        "VivitModel", "vision", "video", {"num_frames": 2, "tubelet_size": [2, 8, 8]}, _VIDEO
+    ),
+    "VideoMAE": Architecture("VideoMAEModel", "vision", "video", {"num_frames": 2}, _VIDEO),
+    "SigLIP vision": Architecture(
+        "SiglipVisionModel", "vision", "pooling by attention", unreturned="head.attention"
+    ),
+    "CLIP vision": Architecture("CLIPVisionModel", "vision"),
+    "SAM vision": Architecture(
+        "SamVisionModel",
+        "vision",
+        "windows, relative positions",
+        {"global_attn_indexes": [1], "window_size": 2, "output_channels": 8, "mlp_dim": 64},
+    ),
+    "Whisper": Architecture("WhisperModel", "audio", "encoder-decoder", {"max_target_positions": 64}),
+    "wav2vec 2.0": Architecture("Wav2Vec2Model", "audio", "", _WAVE),
+    "HuBERT": Architecture("HubertModel", "audio", "", _WAVE),
+    "WavLM": Architecture(
+        "WavLMModel", "audio", "gated position bias", _WAVE, incomparable="means over heads"
+    ),
+    "UniSpeech": Architecture("UniSpeechModel", "audio", "", _WAVE),
+    "SEW": Architecture("SEWModel", "audio", "squeezed", _WAVE | {"squeeze_factor": 2}),
+    "SEW-D": Architecture("SEWDModel", "audio", "disentangled positions", _WAVE | {"squeeze_factor": 2}),
+    "Conformer": Architecture(
+        "Wav2Vec2ConformerModel",
+        "audio",
+        "relative positions",
+        _WAVE | {"position_embeddings_type": "relative", "conv_depthwise_kernel_size": 3},
+    ),
+    "w2v-BERT": Architecture(
+        "Wav2Vec2BertModel",
+        "audio",
+        "relative positions",
+        {"feature_projection_input_dim": 16, "conv_depthwise_kernel_size": 3},
+        {"input_features": random(BATCH, 20, 16), "attention_mask": mask(20, 8)},
+    ),
+    "AST": Architecture(
+        "ASTModel",
+        "audio",
+        "spectrogram patches",
+        {"max_length": 32},
+        {"input_values": random(BATCH, 32, 16), "attention_mask": None},
+    ),
+    "Speech2Text": Architecture(
+        "Speech2TextModel",
+        "audio",
+        "encoder-decoder",
+        {
+            "input_feat_per_channel": 16,
+            "max_target_positions": 64,
+            "max_source_positions": 64,
+            "conv_kernel_sizes": [3, 3],
+            "conv_channels": 16,
+        },
+        {"input_features": random(BATCH, 40, 16), "attention_mask": mask(40, 16)},
+    ),
+    "Data2Vec audio": Architecture("Data2VecAudioModel", "audio", "", _WAVE),
+    "CLIP": Architecture("CLIPModel", "multimodal", inputs=_IMAGE_TEXT),
+    "SigLIP": Architecture(
+        "SiglipModel",
+        "multimodal",
+        "pooling by attention",
+        inputs=_IMAGE_TEXT,
+        unreturned="head.attention",
+        since=5,
+    ),
+    "AltCLIP": Architecture("AltCLIPModel", "multimodal", inputs=_IMAGE_TEXT),
+    "Chinese CLIP": Architecture("ChineseCLIPModel", "multimodal", inputs=_IMAGE_TEXT),
+    "BLIP": Architecture("BlipModel", "multimodal", inputs=_IMAGE_TEXT),
+    "ViLT": Architecture("ViltModel", "multimodal", "one stream", {}, _IMAGE_TEXT),
+    "FLAVA": Architecture("FlavaModel", "multimodal", "", {}, _IMAGE_TEXT, "multimodal_model"),
+    "GIT": Architecture("GitModel", "multimodal", "", {}, _IMAGE_TEXT, "image_encoder"),
+    "LXMERT": Architecture(
+        "LxmertModel",
+        "multimodal",
+        "cross attention",
+        {"l_layers": 1, "r_layers": 1, "x_layers": 1, "visual_feat_dim": 8},
+        {"visual_feats": random(BATCH, 5, 8), "visual_pos": random(BATCH, 5, 4)},
+        "x_layers",
+    ),
+    "VisualBERT": Architecture(
+        "VisualBertModel",
+        "multimodal",
+        "",
+        {"visual_embedding_dim": 8},
+        {"visual_embeds": random(BATCH, 5, 8)},
+    ),
+    "LLaVA": Architecture(
+        "LlavaModel",
+        "multimodal",
+        "",
+        {"image_token_index": 95, "vision_config": {"model_type": "clip_vision_model"}},
+        _IMAGE_IN_TEXT,
+        "vision_tower",
+    ),
+    "PaliGemma": Architecture(
+        "PaliGemmaModel", "multimodal", "", {"image_token_index": 95}, _IMAGE_IN_TEXT, "vision_tower"
+    ),
+    "OWL-ViT": Architecture("OwlViTModel", "multimodal", inputs=_IMAGE_TEXT),
+    "Perceiver": Architecture(
+        "PerceiverModel",
+        "multimodal",
+        "latents",
+        {
+            "d_latents": 32,
+            "num_latents": 6,
+            "num_self_attends_per_block": 2,
+            "num_self_attention_heads": 4,
+            "num_cross_attention_heads": 4,
+        },
+        {"inputs": random(BATCH, LENGTH, 32)},
+    ),
+    "Mllama": Architecture(
+        "MllamaTextModel",
+        "multimodal",
+        "cross attention",
+        {"cross_attention_layers": [1]},
+        {
+            "cross_attention_states": random(BATCH, 5, 32),
+            "cross_attention_mask": torch.zeros(BATCH, 1, LENGTH, 5),
+            "full_text_row_masked_out_mask": torch.ones(BATCH, 1, LENGTH, 1),
+        },
+        since=5,
+    ),
+}
