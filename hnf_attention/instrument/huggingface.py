@@ -10,6 +10,7 @@ name is changed here: what lies *behind* the names is replaced.
 - "sdpa": the entry of AttentionInterface. It announces the module and its heads, and the call that
   it makes to scaled_dot_product_attention is measured there, with the very mask and options that the
   library of whatever version derives from its keywords.
+- "flex_attention": likewise the entry, described from its keywords, of which it makes its score_mod.
 - "eager": the function of the model's own file, a global of that file. It is described from its
   keywords, and the description is checked once per layer against what the function computes.
 """
@@ -27,10 +28,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from .. import ops
 from ..tracing import transformed
-from . import owners
+from . import flex, owners
 from .call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
 from .patches import Patch, methods
 
@@ -47,12 +49,17 @@ def install(modules: Iterable[nn.Module]) -> list[Patch]:
             lambda: AttentionInterface()["sdpa"],
             functools.partial(AttentionInterface.register, "sdpa"),
             _sdpa_door,
-        )
+        ),
+        Patch.acquire(
+            lambda: AttentionInterface()["flex_attention"],
+            functools.partial(AttentionInterface.register, "flex_attention"),
+            functools.partial(_keyword_door, _flex_call),
+        ),
     ]
     for place, name in _eager_functions({type(module) for module in modules}):
         read = functools.partial(operator.getitem, place, name)
         write = functools.partial(operator.setitem, place, name)
-        patches.append(Patch.acquire(read, write, _eager_door))
+        patches.append(Patch.acquire(read, write, functools.partial(_keyword_door, _eager_call)))
     return patches
 
 
@@ -97,11 +104,11 @@ def _sdpa_door(original: Callable[..., Any]) -> Callable[..., Any]:
     return sdpa_attention_forward
 
 
-def _eager_door(original: Callable[..., Any]) -> Callable[..., Any]:
+def _keyword_door(describe: Callable[..., AttentionCall], original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def eager_attention_forward(*args: Any, **kwargs: Any) -> Any:
+    def attention_forward(*args: Any, **kwargs: Any) -> Any:
         if transformed() or not owners.measuring:
             return original(*args, **kwargs)
         owner = _module_owner(args, kwargs)
@@ -109,11 +116,11 @@ def _eager_door(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
         return owner.instrumentation.attend(
             owner.layer,
-            lambda: _eager_call(original, signature, signature.bind(*args, **kwargs)),
+            lambda: describe(original, signature, signature.bind(*args, **kwargs)),
             functools.partial(original, *args, **kwargs),
         )
 
-    return eager_attention_forward
+    return attention_forward
 
 
 def _eager_call(
@@ -154,6 +161,25 @@ def _eager_call(
         prefer_fused=False,
         check=functools.partial(_same_function, original, module, mask, options),
     )
+
+
+@torch.no_grad()
+def _flex_call(
+    original: Callable[..., Any], signature: inspect.Signature, bound: inspect.BoundArguments
+) -> AttentionCall:
+    """What transformers' flex_attention computes: eager attention with, perhaps, a BlockMask for a mask."""
+    mask, block_mask = bound.arguments["attention_mask"], None
+    if isinstance(mask, BlockMask):
+        mask, block_mask = None, mask
+    elif mask is not None:
+        mask = mask[:, :1].to(
+            bound.arguments["query"].dtype
+        )  # one head's, and added even where it is boolean
+    bound.arguments["attention_mask"] = mask
+    call = _eager_call(original, signature, bound)
+    call.door, call.not_fused, call.check = "transformers flex_attention", flex.NOT_FUSED, None
+    flex.add_mods(call, None, block_mask, compiled=True)
+    return call
 
 
 def _dropout(module: nn.Module, options: dict[str, Any]) -> float:
