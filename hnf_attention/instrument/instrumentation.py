@@ -6,6 +6,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,7 @@ class Instrumentation:
         )
         patches: list[Patch] = []
         references = [weakref.ref(module) for module in modules.values()]
-        hook = _strict_hook(model, weakref.ref(self)) if strict else None
+        hook = _Judge(model, weakref.ref(self)).handle if strict else None
         self._restore = weakref.finalize(self, _restore, references, patches, hook, id(self))
         self._restore.atexit = False
         every = modules.values()
@@ -257,22 +258,28 @@ class Instrumentation:
         self._measured.pop(name, None)
 
 
-def _strict_hook(model: nn.Module, reference: weakref.ref) -> Any:
-    """Judge the coverage once, after the first complete forward that was measured."""
-    root = weakref.ref(model)
+class _Judge:
+    """A hook of the model's that judges the coverage once, after the first complete forward that was measured.
 
-    def judge(module: nn.Module, *_: object) -> None:
-        instrumentation = reference()
-        # A deep copy of the model carries this hook too; it is not the model that was instrumented.
-        if instrumentation is None or module is not root() or not instrumentation.measuring:
+    It is copied and pickled with the model: what comes of that does nothing, and needs nothing of ours.
+    """
+
+    def __init__(self, model: nn.Module, instrumentation: weakref.ref):
+        self._root, self._instrumentation = weakref.ref(model), instrumentation
+        self.handle = model.register_forward_hook(self)
+
+    def __call__(self, module: nn.Module, *_: object) -> None:
+        instrumentation = self._instrumentation()
+        # A shallow copy of the model shares this hook; it is not the model that was instrumented.
+        if instrumentation is None or module is not self._root() or not instrumentation.measuring:
             return
-        handle.remove()
+        self.handle.remove()
         coverage = instrumentation.coverage
         if coverage.not_measured or not coverage.measured:
             raise RuntimeError(str(coverage))
 
-    handle = model.register_forward_hook(judge)
-    return handle
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return getattr, (nullcontext(), "__exit__")
 
 
 def _restore(modules: list[weakref.ref], patches: list[Patch], hook: Any, identity: int) -> None:

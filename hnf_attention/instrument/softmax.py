@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .. import masks, reference
 from ..tracing import transformed
@@ -34,8 +33,11 @@ _WIDTH = ("embed_dim", "hidden_size", "d_model", "n_embd", "all_head_size", "inn
 
 
 def install(modules: Iterable[nn.Module]) -> list[Patch]:
-    """Put the door in place at the three names of softmax, and where files of these modules imported one."""
-    places = (functional, torch, torch.Tensor)
+    """Put the door in place at the names of softmax, and where files of these modules imported one.
+
+    `torch.nn.functional.softmax` calls the method: it stays itself, wherever a model may hold it.
+    """
+    places = (torch, torch.Tensor)
     return [patch for place in places for patch in Patch.everywhere(place, "softmax", _door, modules)]
 
 
