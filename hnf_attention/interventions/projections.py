@@ -49,8 +49,8 @@ def find(model: nn.Module, layer: str, num_heads: int, *, linear: bool = True) -
     """The query and key projections of the attention layer with that name.
 
     Looked for in the module and, where it has none, in the one around it. Raises ValueError where
-    there is no such module, where its layout is not known for certain, or, with `linear`, where the scores
-    are not linear in the weights (QK-norm).
+    there is no such module, where its layout is not known for certain, where the weights are not there (meta
+    device), or, with `linear`, where the scores are not linear in the weights (QK-norm).
     """
     try:
         module = model.get_submodule(layer)
@@ -65,6 +65,11 @@ def find(model: nn.Module, layer: str, num_heads: int, *, linear: bool = True) -
     for place in (module, around):
         found = _in_module(place, layer, num_heads)
         if found is not None:
+            if any(part.is_meta for part in (*found.query, *found.key)):
+                raise ValueError(
+                    f"expected layer {layer!r} to hold its query and key weights, got some on the meta device "
+                    "(an offloaded model has them elsewhere, and puts them there for a forward only)"
+                )
             if linear:
                 _refuse_qk_norm(place, layer)
             return found
@@ -191,7 +196,8 @@ def _rows(module: nn.Module, layer: str, name: str) -> list[Tensor]:
     if not plain or type(weight.data) is not Tensor or not weight.is_floating_point() or weight.dim() != 2:
         raise ValueError(
             f"expected {layer}.{name} to be a linear layer with its own floating-point weight, got "
-            f"{type(projection).__name__} (merge adapters, gather shards, remove parametrizations first)"
+            f"{type(projection).__module__}.{type(projection).__name__} "
+            "(merge adapters, gather shards, remove parametrizations first)"
         )
     rows = weight.detach().t() if conv1d else weight.detach()
     return [rows] if projection.bias is None else [rows, projection.bias.detach()]
