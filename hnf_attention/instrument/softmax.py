@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .. import masks, reference
 from ..tracing import transformed
@@ -33,11 +34,13 @@ _WIDTH = ("embed_dim", "hidden_size", "d_model", "n_embd", "all_head_size", "inn
 
 
 def install(modules: Iterable[nn.Module]) -> list[Patch]:
-    """Put the door in place at the names of softmax, and where files of these modules imported one.
-
-    `torch.nn.functional.softmax` calls the method: it stays itself, wherever a model may hold it.
-    """
-    places = (torch, torch.Tensor)
+    """Put the door in place at the three names of softmax, and where files of these modules imported one."""
+    modules = list(modules)
+    places = [functional, torch, torch.Tensor]
+    # A function is pickled by its name, which must lead to it. Where a module holds F.softmax, the name is left
+    # alone: the function calls the method, which is caught all the same.
+    if any(value is functional.softmax for module in modules for value in vars(module).values()):
+        places.remove(functional)
     return [patch for place in places for patch in Patch.everywhere(place, "softmax", _door, modules)]
 
 
