@@ -53,13 +53,13 @@ def install(modules: Iterable[nn.Module]) -> list[Patch]:
         Patch.acquire(
             lambda: AttentionInterface()["flex_attention"],
             functools.partial(AttentionInterface.register, "flex_attention"),
-            functools.partial(_keyword_door, _flex_call),
+            _flex_door,
         ),
     ]
     for place, name in _eager_functions({type(module) for module in modules}):
         read = functools.partial(operator.getitem, place, name)
         write = functools.partial(operator.setitem, place, name)
-        patches.append(Patch.acquire(read, write, functools.partial(_keyword_door, _eager_call)))
+        patches.append(Patch.acquire(read, write, _eager_door))
     return patches
 
 
@@ -104,11 +104,11 @@ def _sdpa_door(original: Callable[..., Any]) -> Callable[..., Any]:
     return sdpa_attention_forward
 
 
-def _keyword_door(describe: Callable[..., AttentionCall], original: Callable[..., Any]) -> Callable[..., Any]:
+def _eager_door(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def attention_forward(*args: Any, **kwargs: Any) -> Any:
+    def eager_attention_forward(*args: Any, **kwargs: Any) -> Any:
         if transformed() or not owners.measuring:
             return original(*args, **kwargs)
         owner = _module_owner(args, kwargs)
@@ -116,11 +116,11 @@ def _keyword_door(describe: Callable[..., AttentionCall], original: Callable[...
             return original(*args, **kwargs)
         return owner.instrumentation.attend(
             owner.layer,
-            lambda: describe(original, signature, signature.bind(*args, **kwargs)),
+            lambda: _eager_call(original, signature, signature.bind(*args, **kwargs)),
             functools.partial(original, *args, **kwargs),
         )
 
-    return attention_forward
+    return eager_attention_forward
 
 
 def _eager_call(
@@ -163,21 +163,57 @@ def _eager_call(
     )
 
 
+def _flex_door(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def flex_attention_forward(*args: Any, **kwargs: Any) -> Any:
+        if transformed() or not owners.measuring:
+            return original(*args, **kwargs)
+        owner = _module_owner(args, kwargs)
+        if owner is None:
+            return original(*args, **kwargs)
+        return owner.instrumentation.attend(
+            owner.layer,
+            functools.partial(_flex_call, *args, **kwargs),
+            functools.partial(original, *args, **kwargs),
+        )
+
+    return flex_attention_forward
+
+
 @torch.no_grad()
 def _flex_call(
-    original: Callable[..., Any], signature: inspect.Signature, bound: inspect.BoundArguments
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
 ) -> AttentionCall:
-    """What transformers' flex_attention computes: eager attention with, perhaps, a BlockMask for a mask."""
-    mask, block_mask = bound.arguments["attention_mask"], None
+    """What transformers' flex_attention computes: the soft-cap first, then the mask and the bias are added."""
+    mask, block_mask = attention_mask, None
     if isinstance(mask, BlockMask):
         mask, block_mask = None, mask
-    elif mask is not None:
-        mask = mask[:, :1].to(
-            bound.arguments["query"].dtype
-        )  # one head's, and added even where it is boolean
-    bound.arguments["attention_mask"] = mask
-    call = _eager_call(original, signature, bound)
-    call.door, call.not_fused, call.check = "transformers flex_attention", flex.NOT_FUSED, None
+    require_plain(query=query, key=key, value=value, attention_mask=mask, position_bias=position_bias)
+    if mask is not None:
+        mask = mask[:, :1].to(query.dtype)  # one head's, and added even where it is boolean
+    call = AttentionCall(
+        query=query,
+        key=key,
+        value=value,
+        attn_mask=_combined(mask, position_bias, query, key),
+        is_causal=False,
+        scale=scaling,
+        softcap=softcap,
+        sinks=s_aux,
+        door="transformers flex_attention",
+        from_output=lambda out: (out.transpose(1, 2).contiguous(), None),
+        not_fused=flex.NOT_FUSED,
+        prefer_fused=False,
+    )
     flex.add_mods(call, None, block_mask, compiled=True)
     return call
 
