@@ -134,13 +134,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("small_chunks", [False, True])
+@pytest.mark.parametrize("chunks", ["one", "of a mask that is written out", "without a mask that is"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_statistics_are_those_of_the_modified_scores(case, kv_heads, small_chunks, monkeypatch):
-    if small_chunks:
+def test_statistics_are_those_of_the_modified_scores(case, kv_heads, chunks, monkeypatch):
+    if chunks != "one":
         monkeypatch.setattr(masks, "CHUNK_ELEMENTS", 26 * 8 * 7)
-        monkeypatch.setattr(door, "MASK_ELEMENTS", 0)  # no mask is written out
+    if chunks == "without a mask that is":
+        monkeypatch.setattr(door, "MASK_ELEMENTS", 0)
     score_mod, mask_mod = CASES[case]
     query, key, value = tensors(kv_heads)
     options = dict(score_mod=score_mod, enable_gqa=kv_heads == 2, scale=0.5)
@@ -169,6 +170,7 @@ def test_a_sample_takes_its_rows(score_mod):
             assert measurement.sample_period == 3
             rows = measurement.rows.row_index
             check(measurement, expected, rows)
+            assert (measurement.visible_keys[rows < 0] == 0).all()
             seen |= set(rows[1, 2].tolist())
     assert seen == set(range(-1, 300)) and "1/3 of the rows" in handle.coverage.measured[""]
 
@@ -359,10 +361,9 @@ def test_hugging_face_models(family):
 @pytest.mark.usefixtures("uncompiled")
 def test_masks_and_biases_that_hugging_face_adds():
     query, key, value = tensors()
-    bias, mask = (
-        torch.randn(2, 4, 30, 26),
-        torch.zeros(2, 1, 30, 26).masked_fill(torch.rand(2, 1, 30, 26) < 0.2, -torch.inf),
-    )
+    hidden = torch.arange(26) % 5 == 2
+    mask = torch.zeros(2, 1, 30, 26).masked_fill(hidden, -torch.inf)
+    bias = torch.randn(2, 4, 30, 26).masked_fill(hidden, -torch.inf)
 
     class Caller(nn.Module):
         def forward(self, mask, **options):
