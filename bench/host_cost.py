@@ -118,15 +118,33 @@ def main() -> None:
             "validation": unchanged(partial(check, q, k, v, **options._asdict() | {"scale": None})),
         }
     )
+    cotangent = torch.ones(SHAPE, device=device, dtype=torch.bfloat16)
+
+    def trained(module: nn.Module):
+        return lambda *inputs: torch.autograd.grad(module(*inputs), inputs, cotangent)
+
+    trainings = {"SDPA, trained": unchanged(partial(trained(Plain()), q, k, v))}
+    for name, module in (("fused", fused), ("probed", probed)):
+        switch, _, off = measured(module)
+        trainings[f"{name}, trained"] = (switch, partial(trained(module), q, k, v), off)
+    trained_calls = per_call(trainings) if CUDA else {}
     base = calls["SDPA"]
     print(f"{'call':<20} {'us':>8} {'over SDPA':>10} {'target':>8}")
     for name, us in calls.items():
         print(f"{name:<20} {us:8.2f} {us - base:10.2f} {TARGETS.get(name, ''):>8}")
+    for name, us in trained_calls.items():
+        print(f"{name:<20} {us:8.2f} {us - trained_calls['SDPA, trained']:10.2f}")
     print(f"\n{'of which':<20}")
     for name, us in parts.items():
         print(f"{name:<20} {us:8.2f}")
     if len(sys.argv) > 1:
-        document = {"machine": machine(), "shape": SHAPE, "stubbed": not CUDA, "calls": calls, "parts": parts}
+        document = {
+            "machine": machine(),
+            "shape": SHAPE,
+            "stubbed": not CUDA,
+            "calls": calls | trained_calls,
+            "parts": parts,
+        }
         Path(sys.argv[1]).write_text(json.dumps(document, indent=1) + "\n")
 
 

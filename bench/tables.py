@@ -2,7 +2,8 @@
 
 forward and training suites: "core", our attention beside SDPA's at every case; "others", what ran at some.
 bench/whole_step.py: "overhead" and "memory". bench/long_sequences.py: "long" and "errors".
-bench/theory_soundness.py: "soundness" and "bits". bench/weight_bounds.py: "weights".
+bench/theory_soundness.py: "soundness" and "bits". bench/theory_kernels.py: "soundness".
+bench/weight_bounds.py: "weights". bench/initial_predictions.py: "initial".
 """
 
 DASH = "–"  # not run, or not recorded by an older file
@@ -18,9 +19,12 @@ def tables(document: dict) -> dict[str, str]:
     if "long" in document:
         return {"long": _long(document), "errors": _errors(document["long"])}
     if "soundness" in document:
-        return {"soundness": _soundness(document["soundness"]), "bits": _bits(document["bits"])}
+        found = {"soundness": _soundness(document["soundness"])}
+        return found | ({"bits": _bits(document["bits"])} if "bits" in document else {})
     if "weight_bounds" in document:
         return {"weights": _weights(document["weight_bounds"])}
+    if "initial" in document:
+        return {"initial": _initial(document["initial"])}
     return {}
 
 
@@ -187,7 +191,8 @@ def _soundness(modes: dict[str, dict]) -> str:
     lines = []
     for mode, found in modes.items():
         rows, broken = (sum(found[part][name] for part in parts) for name in ("rows", "violations"))
-        medians = (f"{found[part]['median_row']:.1f}" for part in parts)
+        medians = [found[part]["median_row"] for part in parts]
+        medians = [DASH if median is None else f"{median:.1f}" for median in medians]
         closest = max(found[part]["closest"] for part in parts)
         cheap = (f"{found['random'][f'median_{level}']:.0f}" for level in ("p_max", "norms"))
         lines.append([mode, f"{rows:,}", str(broken), *medians, f"{closest:.2f}", *cheap])
@@ -231,4 +236,19 @@ def _weights(models: dict[str, dict]) -> str:
         ]
         for name, found in models.items()
     ]
+    return _markdown(header, lines)
+
+
+def _initial(models: dict[str, dict]) -> str:
+    header = ["model", "keys", "predicted spread", "measured: first layer", "deeper"]
+    header += ["row maximum: first layer", "deeper", "entropy, nats: first layer", "deeper"]
+    lines = []
+    for name, found in models.items():
+        first, *deeper = found["layers"]
+        cells = [name, str(found["length"]), f"{first['predicted']['score_std']:.3g}"]
+        for what, form in (("score_std", "{:+.1%}"), ("row_max", "{:+.1%}"), ("entropy", "{:+.3f}")):
+            off = [layer[f"{what}_off"] for layer in deeper]
+            ends = [form.format(x) for x in sorted({min(off), max(off)})] if off else [DASH]
+            cells += [form.format(first[f"{what}_off"]), " to ".join(ends)]
+        lines.append(cells)
     return _markdown(header, lines)

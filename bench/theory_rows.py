@@ -57,6 +57,12 @@ def simulate(case: Case, dtype: torch.dtype, kind: str) -> tuple[Tensor, Tensor]
     return out.to(dtype).double(), out.double()
 
 
+def to_bits(x: Tensor, bits: int) -> Tensor:
+    """x rounded to that many significand bits."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2.0**bits).round() / 2.0**bits, exponent)
+
+
 def exact(case: Case) -> Tensor:
     scores, _ = case.scores()
     return scores.softmax(-1) @ case.v

@@ -1,4 +1,4 @@
-"""Rows that are worse than chance: hill climbing towards the error bound, and a trained model's own rows."""
+"""Rows that are worse than chance: hill climbing towards the error bound, and trained models' own rows."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,12 +9,17 @@ SHAPES = ((8, 16), (16, 64), (80, 16), (130, 32))  # keys, head dimension
 
 
 def climb(
-    seed: int, rows: int, steps: int, dtype: torch.dtype, measure: Callable[[Case], torch.Tensor]
+    seed: int,
+    rows: int,
+    steps: int,
+    dtype: torch.dtype,
+    measure: Callable[[Case], torch.Tensor],
+    value_dim: int | None = 4,
 ) -> Iterator[Case]:
     """Cases of `rows` independent rows (rows, 1, D), each step's better than the last where one was found.
 
     measure: error over bound of every row, (rows,). What is tried is yielded, accepted or not, so that
-    every row on the way is judged too.
+    every row on the way is judged too. value_dim: None means D.
     """
     generator = torch.Generator().manual_seed(seed)
     n, d = SHAPES[seed % len(SHAPES)]
@@ -23,7 +28,7 @@ def climb(
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     std = torch.logspace(-1.0, 2.3, rows, dtype=torch.float64)[:, None, None].sqrt()
-    best = Case(draw(rows, 1, d) * std, draw(rows, n, d) * std, draw(rows, n, 4)).rounded(dtype)
+    best = Case(draw(rows, 1, d) * std, draw(rows, n, d) * std, draw(rows, n, value_dim or d)).rounded(dtype)
     yield best
     record = measure(best)
     for _ in range(steps):
@@ -74,3 +79,39 @@ def minilm(windows: int, length: int) -> Iterator[Case]:
         for window in range(windows):
             for head in range(12):
                 yield Case(q[window, head], k[window, head], v[window, head])
+
+
+def train_gpt(
+    width: int, heads: int, length: int, sharpness: float, rate: float, steps: int, device: torch.device
+) -> tuple[torch.nn.Module, Iterator[tuple[torch.Tensor, torch.Tensor]]]:
+    """The demo's GPT of 4 layers after so many steps of 16 windows, and the windows that would come next."""
+    from hnf_attention.demo.model import GPT, batches, standard_library_text
+
+    torch.manual_seed(0)
+    model = GPT(4, width, heads, length, sharpness).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    data = batches(standard_library_text(), 16, length, 0)
+    for _ in range(steps):
+        inputs, targets = (x.to(device) for x in next(data))
+        loss = torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model, data
+
+
+def trained_gpt(device: torch.device, steps: int, length: int) -> Iterator[Case]:
+    """q, k, v of every head of the demo's byte-level GPT (4 layers, 4 heads of 64), trained for `steps` first.
+
+    At a quarter of the usual attention temperature, so that scores grow; it is part of q here. On the CPU.
+    """
+    heads, sharpness = 4, 4.0
+    model, data = train_gpt(64 * heads, heads, length, sharpness, 2e-3, steps, device)
+    caught: list[torch.Tensor] = []
+    for block in model.blocks:
+        block.attention.qkv.register_forward_hook(lambda _m, _i, out: caught.append(out))
+    with torch.no_grad():
+        model(next(data)[0].to(device))
+    for layer in caught:
+        q, k, v = layer.cpu().double().unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
+        yield from (Case(sharpness * a, b, c) for a, b, c in zip(q, k, v, strict=True))

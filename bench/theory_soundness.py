@@ -23,7 +23,7 @@ sys.path[:0] = [str(root), str(root / "bench")]
 
 import torch
 from machine import machine
-from theory_rows import DTYPES, FAMILIES, Case, exact, make, simulate
+from theory_rows import DTYPES, FAMILIES, Case, exact, make, simulate, to_bits
 from theory_search import climb, minilm
 
 from hnf_attention import theory
@@ -45,22 +45,23 @@ class Tally:
     def to_dict(self) -> dict:
         found = {"rows": self.rows, "violations": self.violations, "closest": self.closest}
         for level, ratios in self.ratios.items():
-            found[f"median_{level}"] = float(np.median(np.concatenate(ratios))) if ratios else None
+            known = np.concatenate([[], *ratios])
+            found[f"median_{level}"] = float(np.median(known)) if known.size else None
         if self.expected:
             found["expected_over_actual"] = np.percentile(np.concatenate(self.expected), [5, 50, 95]).tolist()
         return found
 
 
 def bounds(case: Case, arithmetic: theory.Arithmetic) -> dict[str, np.ndarray]:
-    """The three levels' bounds, row (..., D_v) and the others (..., 1) for every component."""
+    """The three levels' bounds, row (..., D_v) and the others (..., 1) for every component, and `before_rounding`."""
     d, n = case.q.shape[-1], case.k.shape[-2]
-    scores, size = (x.numpy() for x in case.scores())
+    scores = case.scores()[0].numpy()
     value = case.v.numpy()[..., None, :, :]
     p_max = np.exp(scores.max(-1) - np.logaddexp.reduce(scores, -1))
     norms = case.scale * case.q.norm(dim=-1).numpy() * case.k.norm(dim=-1).amax(-1).numpy()[..., None]
     top = np.abs(value).max((-1, -2))
     extent = np.ptp(value, axis=-2).max(-1)
-    levels = {"row": theory.forward_error_bound(scores, size, value, d, arithmetic)}
+    levels = {"row": _of_row(case, arithmetic), "before rounding": before_rounding(case, arithmetic)}
     for name, weight in (("p_max", p_max), ("norms", None)):
         bound = theory.forward_error_bound_from_norms(norms, top, extent, d, n, arithmetic, max_weight=weight)
         levels[name] = bound[..., None]
@@ -73,21 +74,8 @@ def judge(case: Case, name: str, kind: str, tally: Tally) -> None:
     arithmetic = getattr(theory, kind)(dtype)
     true = exact(case)
     rounded, before = simulate(case, dtype, kind)
-    error = (rounded - true).abs().numpy()
     levels = bounds(case, arithmetic)
-    tally.rows += int(np.prod(error.shape[:-1]))
-    broken = ~(error <= levels["row"])
-    for level in ("p_max", "norms"):
-        broken |= ~(error <= levels[level])
-    reached = ratio_before_rounding(case, true, before, arithmetic)
-    broken |= ~(reached <= 1.0)
-    tally.violations += int(broken.any(-1).sum())
-    tally.closest = max(tally.closest, float(reached.max()))
-    worst = error.max(-1)
-    # Rows that come out exact, but for the last bit of an fp32 sum, say nothing about how tight a bound is.
-    moved = worst > 2.0**-22 * np.abs(true.numpy()).max(-1)
-    for level, bound in levels.items():
-        tally.ratios[level].append((bound.max(-1)[moved] / worst[moved]).ravel())
+    error, moved = record(tally, true, rounded, before, levels)
     scores, size = (x.numpy() for x in case.scores())
     value = case.v.numpy()[..., None, :, :]
     rms = theory.expected_error(scores, size, value, arithmetic, scale=case.scale)
@@ -95,16 +83,46 @@ def judge(case: Case, name: str, kind: str, tally: Tally) -> None:
     tally.expected.append((np.sqrt((rms**2).mean(-1))[moved] / actual[moved]).ravel())
 
 
-def ratio_before_rounding(
-    case: Case, true: torch.Tensor, before: torch.Tensor, arithmetic: theory.Arithmetic
-) -> np.ndarray:
-    """Error over bound of each component, (..., D_v), of the fp32 output: nothing hides behind its rounding."""
+def record(
+    tally: Tally,
+    true: torch.Tensor,
+    rounded: torch.Tensor,
+    before: torch.Tensor,
+    levels: dict[str, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Add outputs (..., M, D_v), rounded and before that, to the tally; the error, and which rows have any."""
+    error = (rounded - true).abs().numpy()
+    tally.rows += int(np.prod(error.shape[:-1]))
+    broken = ~(error <= levels["row"])
+    for level in ("p_max", "norms"):
+        broken |= ~(error <= levels[level])
+    reached = ratio((before - true).abs().numpy(), levels["before rounding"])
+    broken |= ~(reached <= 1.0)
+    tally.violations += int(broken.any(-1).sum())
+    tally.closest = max(tally.closest, float(reached.max()))
+    worst = error.max(-1)
+    # Rows that come out exact, but for the last bit of an fp32 sum, say nothing about how tight a bound is.
+    moved = worst > 2.0**-22 * np.abs(true.numpy()).max(-1)
+    for level, ratios in tally.ratios.items():
+        ratios.append((levels[level].max(-1)[moved] / worst[moved]).ravel())
+    return error, moved
+
+
+def before_rounding(case: Case, arithmetic: theory.Arithmetic) -> np.ndarray:
+    """The bound of a row's fp32 output, (..., D_v): no error hides behind the last rounding."""
+    return _of_row(case, replace(arithmetic, output=theory.FORMATS["float32"]))
+
+
+def _of_row(case: Case, arithmetic: theory.Arithmetic) -> np.ndarray:
     scores, size = (x.numpy() for x in case.scores())
-    arithmetic = replace(arithmetic, output=theory.FORMATS["float32"])
     value = case.v.numpy()[..., None, :, :]
-    bound = theory.forward_error_bound(scores, size, value, case.q.shape[-1], arithmetic)
-    error = (before - true).abs().numpy()
-    return np.divide(error, bound, out=np.where(error > 0, np.inf, 0.0), where=bound > 0)
+    return theory.forward_error_bound(scores, size, value, case.q.shape[-1], arithmetic)
+
+
+def ratio(error: np.ndarray, bound: np.ndarray) -> np.ndarray:
+    """Error over bound of each component; 1e9 of an error that is not finite or has a bound of 0."""
+    found = np.divide(error, bound, out=np.where(error == 0, 0.0, np.inf), where=bound > 0)
+    return np.where(np.isfinite(found), found, 1e9)
 
 
 def random_rows(rows: int, seed: int = 0) -> dict[str, dict[str, Tally]]:
@@ -127,7 +145,8 @@ def climbed_rows(rows: int, steps: int, starts: int) -> dict[str, Tally]:
 
         def reached(case: Case, dtype=dtype, kind=kind, arithmetic=arithmetic) -> torch.Tensor:
             _, before = simulate(case, dtype, kind)
-            return torch.from_numpy(ratio_before_rounding(case, exact(case), before, arithmetic)).amax((1, 2))
+            error = (before - exact(case)).abs().numpy()
+            return torch.from_numpy(ratio(error, before_rounding(case, arithmetic))).amax((1, 2))
 
         for start in range(starts):
             for case in climb(start, rows, steps, dtype, reached):
@@ -145,11 +164,6 @@ def trained_rows(windows: int, length: int) -> dict[str, Tally]:
 
 
 MOST_BITS = 45
-
-
-def to_bits(x: torch.Tensor, bits: int) -> torch.Tensor:
-    mantissa, exponent = torch.frexp(x)
-    return torch.ldexp((mantissa * 2.0**bits).round() / 2.0**bits, exponent)
 
 
 def needed_bits(stored: str, case: Case, tolerance: float) -> int:

@@ -17,11 +17,10 @@ root = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(root), str(root / "bench")]
 
 import torch
-import torch.nn.functional as F
 from machine import machine
+from theory_search import train_gpt
 
 from hnf_attention import AttentionAnalyzer
-from hnf_attention.demo.model import GPT, batches, standard_library_text
 from hnf_attention.precheck import read_design
 from hnf_attention.precheck.checkpoint import read_weights
 
@@ -56,16 +55,7 @@ def judge(model: torch.nn.Module, config: object, inputs: list[torch.Tensor]) ->
 
 
 def gpt(sharpness: float, rate: float, steps: int) -> dict:
-    torch.manual_seed(0)
-    model = GPT(4, 64, 4, 64, sharpness)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-    data = batches(standard_library_text(), 16, 64, 0)
-    for _ in range(steps):
-        inputs, targets = next(data)
-        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    model, data = train_gpt(64, 4, 64, sharpness, rate, steps, torch.device("cpu"))
     config = {"d_model": 64, "n_heads": 4, "n_layers": 4, "seq_len": 64}
     return judge(model, config, [next(data)[0] for _ in range(16)])
 

@@ -10,6 +10,7 @@ of a variant over "plain" in the same round. The first round, which compiles, is
 - plain: attn_implementation="sdpa", nothing instrumented
 - log_every=1: every step is measured, read out and judged
 - record_every=1: every step is measured, none of the timed ones is a log step
+- probe: the same, measured beside the model's own attention wherever "auto" would fuse
 - idle: log_every=100, none of the timed steps is measured
 - eager: attn_implementation="eager" with output_attentions=True, entropy of each head from the weights;
   timed last and alone, because its memory would push the others' out of the allocator
@@ -48,6 +49,7 @@ VARIANTS = {  # what the monitor is made with
     "plain": None,
     "log_every=1": {"log_every": 1},
     "record_every=1": {"log_every": PERIOD, "record_every": 1},
+    "probe": {"log_every": PERIOD, "record_every": 1, "mode": "probe"},
     "idle": {"log_every": PERIOD},
 }
 
@@ -78,7 +80,10 @@ def turn(training: Training, options: dict | None, warmup: int, steps: int) -> d
     """Milliseconds a step of one variant, after `warmup` steps that are not timed."""
     coverage = None
     if options is not None:
+        mode = options.get("mode", "auto")
+        options = {name: value for name, value in options.items() if name != "mode"}
         training.monitor = AttentionStabilityMonitor(training.model, **options)
+        training.monitor.instrumentation.mode = mode
     try:
         repeat(training.step, warmup)
         time = spent(lambda: repeat(training.step, steps))

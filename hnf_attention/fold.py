@@ -24,7 +24,8 @@ class Measured(NamedTuple):
     key plus the learned sink's. M is M_s in both where the rows are a sample.
     query_square (B, H, M), key_square (B, H, N): squared lengths, fp32 (fp64 for fp64 inputs), of all
     queries, and of the keys once per query head. sequences: of a pack, how many hold a token, int64 without
-    dimensions; tokens past the last one have squared lengths of 0.
+    dimensions; tokens past the last one have squared lengths of 0. scale: of q.k, NaN where a function is over
+    it. bent: what else is in the scores, 0 for nothing, 1 for an additive mask, 2 for a soft-cap or a learned sink.
     """
 
     visible_keys: Tensor
@@ -32,6 +33,8 @@ class Measured(NamedTuple):
     query_square: Tensor
     key_square: Tensor
     sequences: Tensor | None = None
+    scale: float = 1.0
+    bent: int = 0
 
 
 def new_accumulator(num_heads: int, device: torch.device) -> Tensor:
@@ -109,7 +112,15 @@ def measure(query: Tensor, key: Tensor, rows: RowStats, options: Options) -> Mea
         square(query),
         square(key).repeat_interleave(group, 1),
         sequences,
+        options.scale,
+        _bent(options),
     )
+
+
+def _bent(options: Options) -> int:
+    if options.softcap is not None or options.sinks is not None:
+        return 2
+    return int(options.attn_mask is not None and options.attn_mask.dtype != torch.bool)
 
 
 def _sink_mass(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import theory
+from .precision import HeadPrecision
 from .sampling import BLOCK_ROWS
 
 # Entropy verdicts need a row long enough to have a spread: entropy of a 3-key row says little.
@@ -50,6 +50,11 @@ MAX_FIELDS = (
     "logit_range",
     "max_weight",
     "neg_entropy_ratio",
+    "neg_max_weight",  # over all finite rows, judged or not
+    "query_square",  # scale^2 |q|^2, over the rows of the sum of that name
+    "key_square",  # |k|^2, likewise
+    "num_keys",  # of a call, whichever its rows see; of a pack, all its tokens
+    "bent",  # as `fold.Measured` has it
 )
 NUM_SUMS = len(SUM_FIELDS) + HISTOGRAM_BINS
 NUM_FIELDS = NUM_SUMS + len(MAX_FIELDS)
@@ -139,6 +144,8 @@ def fold_rows(
     query_square: Tensor,
     key_square: Tensor,
     sequences: Tensor | None = None,
+    scale: float = 1.0,
+    bent: int = 0,
 ) -> None:
     """Add one call's rows to `accumulator` in place: the specification of `kernels/fold.py`.
 
@@ -148,7 +155,8 @@ def fold_rows(
     """
     if stats.lse.numel() == 0:
         return
-    entropy = stats.entropy.double()
+    entropy, num_keys = stats.entropy.double(), key_square.shape[2]
+    lowest = torch.full_like(accumulator[0], -torch.inf)
     visible = visible_keys.to(entropy.device).expand(entropy.shape)
     occupied = visible > 0
     finite = occupied & stats.entropy.isfinite() & stats.max_logit.isfinite() & stats.min_logit.isfinite()
@@ -198,6 +206,11 @@ def fold_rows(
         "logit_range": largest(logit_range, finite),
         "max_weight": largest(max_weight, judged),
         "neg_entropy_ratio": largest(-ratio, judged),
+        "neg_max_weight": largest(-max_weight, finite),
+        "query_square": scale**2 * largest(query_square, ~query_square.isnan()),
+        "key_square": largest(key_square, ~key_square.isnan()) if num_keys else lowest,
+        "num_keys": torch.full_like(accumulator[0], num_keys),
+        "bent": torch.full_like(accumulator[0], bent),
     }
     bins = (ratio * HISTOGRAM_BINS).nan_to_num().clamp(0, HISTOGRAM_BINS - 1).long()
     heads = torch.arange(entropy.shape[1], device=entropy.device)[:, None]
@@ -211,7 +224,7 @@ def fold_rows(
 
 
 @dataclass(frozen=True)
-class HeadStats:
+class HeadStats(HeadPrecision):
     """One layer's statistics, one number per head: every property is a float64 array of shape (H,).
 
     A number that no row could give (no judged rows, no rows at all) is NaN.
@@ -358,25 +371,6 @@ class HeadStats:
     @property
     def max_abs_logit(self) -> np.ndarray:
         return np.fmax(np.abs(self.max_logit), np.abs(self.min_logit))
-
-    @property
-    def query_norm(self) -> np.ndarray:
-        """Frobenius norm of Q over a sequence, root mean square over sequences; NaN where Q was not seen."""
-        return self._norm("query_square")
-
-    @property
-    def key_norm(self) -> np.ndarray:
-        """Of K, as `query_norm`."""
-        return self._norm("key_square")
-
-    def _norm(self, name: str) -> np.ndarray:
-        square = self._mean(name, "sequences")
-        return np.sqrt(np.where(square == 0, np.nan, square))
-
-    @property
-    def log2_curvature(self) -> np.ndarray:
-        """log2 of the HNF curvature bound, bits."""
-        return theory.hnf_curvature_bound(self.query_norm, self.key_norm, self.head_dim, self.max_abs_logit)
 
     def merge(self, other: HeadStats) -> HeadStats:
         """Both folds as one: exact, associative, commutative."""

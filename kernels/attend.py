@@ -110,7 +110,6 @@ def attend(
     k_desc,
     v_desc,
     mask_ptr,
-    sink_ptr,
     bounds_ptr,
     stride_mask_b,
     stride_mask_h,
@@ -133,14 +132,15 @@ def attend(
     WINDOWED: tl.constexpr,
     PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr,
     MASK: tl.constexpr,
     NATURAL: tl.constexpr,
     EXACT: tl.constexpr,
     EXTENDED: tl.constexpr,
     HAS_VALUE: tl.constexpr,
+    part=0,
+    PARTS: tl.constexpr = 1,
 ):
-    """One block of query rows against all its keys: (statistics as `softmax_finish` gives them, output)."""
+    """One block of query rows against part `part` of PARTS of its keys: the state (m, l, w, low, more, acc)."""
     kv_head = head // GROUP
     offs_m = start_m + tl.arange(0, BLOCK_M)
     if MASK != NO_MASK:
@@ -170,15 +170,22 @@ def attend(
         PACKED,
         MASK,
     )
-    for part in tl.static_range(3):
-        if part == 0:
+    if PARTS > 1:
+        size = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_N), PARTS) * BLOCK_N
+        first = lo + part * size
+        last = tl.maximum(tl.minimum(first + size, hi), first)
+        lo, hi = first, last
+        full_lo = tl.minimum(tl.maximum(full_lo, first), last)
+        full_hi = tl.minimum(tl.maximum(full_hi, first), last)
+    for side in tl.static_range(3):
+        if side == 0:
             begin, end = lo, full_lo
-        elif part == 1:
+        elif side == 1:
             begin, end = full_lo, full_hi
         else:
             begin, end = full_hi, hi
         # Only windows and packed sequences leave partly visible tiles on the left, and a user mask no others.
-        if (part == 2) or (part == 1 and MASK == NO_MASK) or (part == 0 and (WINDOWED or PACKED)):
+        if (side == 2) or (side == 1 and MASK == NO_MASK) or (side == 0 and (WINDOWED or PACKED)):
             state = _attend(
                 state,
                 q,
@@ -211,14 +218,31 @@ def attend(
                 EXACT,
                 EXTENDED,
                 HAS_VALUE,
-                part != 1,
+                side != 1,
             )
-    m_i, l_i, w_i, low, more, acc = state
+    return state
+
+
+@triton.jit
+def finish(
+    m_i,
+    l_i,
+    w_i,
+    low,
+    more,
+    sink_ptr,
+    head,
+    scale,
+    SINKS: tl.constexpr,
+    NATURAL: tl.constexpr,
+    EXTENDED: tl.constexpr,
+):
+    """What `softmax_finish` makes of the state of rows that have seen all their keys."""
+    to_natural = 1.0 if NATURAL else scale
     sink = 0.0
     if SINKS:
         sink = tl.load(sink_ptr + head).to(tl.float32) / to_natural
-    core, more, normalise = softmax_finish(m_i, l_i, w_i, low, more, unit, to_natural, sink, SINKS, EXTENDED)
-    return core, more, acc * normalise[:, None]
+    return softmax_finish(m_i, l_i, w_i, low, more, to_natural * LOG2_E, to_natural, sink, SINKS, EXTENDED)
 
 
 @triton.jit

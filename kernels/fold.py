@@ -64,6 +64,12 @@ def _but_nan(squares):
 
 
 @triton.jit
+def _largest(squares, inside):
+    """Of a block, as a number: kept as a vector until the end it costs registers that the fold does not have."""
+    return tl.max(tl.where(inside & (squares == squares), squares, -float("inf")), 0)
+
+
+@triton.jit
 def _squares(
     x_ptr,
     stride_b,
@@ -77,8 +83,9 @@ def _squares(
     COLUMNS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """Squared lengths of this slot's share of the rows of x, fp64; a row that holds NaN is left out."""
+    """Squared lengths of this slot's share of the rows of x, without those that hold NaN: their sum and maximum."""
     total = tl.zeros([BLOCK], tl.float64)
+    top = -float("inf")
     blocks = tl.cdiv(length, BLOCK)
     for work in tl.range(slot, batch * blocks, slots):
         row = work % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -88,7 +95,8 @@ def _squares(
             x = _load_columns(pointers, start + tl.arange(0, COLUMNS), row < length, HEAD_DIM)
             squares += tl.sum(x * x, 1)
         total += _but_nan(squares)
-    return tl.sum(total, 0)
+        top = tl.maximum(top, _largest(squares, row < length))
+    return tl.sum(total, 0), top
 
 
 @triton.jit
@@ -162,17 +170,12 @@ def _fold_kernel(
     rows, broken_rows = none, none
     entropies, ranges, query_squares = zeros, zeros, zeros
     # Sums over judged rows, which are taken block by block for the spread between blocks.
-    judged_rows, ratios, weights, sinks, traces, dead_rows = (
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-    )
+    judged_rows, ratios, weights = nothing, nothing, nothing
+    sinks, traces, dead_rows = nothing, nothing, nothing
     judged_blocks, ratio_blocks, weight_blocks = nothing, nothing, nothing
     sink_blocks, trace_blocks, dead_blocks = nothing, nothing, nothing
     top_max, top_min, top_range, top_weight, top_ratio = lows, lows, lows, lows, lows
+    top_low_weight, top_query = lows, -infinity
     histogram = tl.zeros([WIDTH], tl.int32)
     offs = tl.arange(0, BLOCK)
     offs_d = tl.arange(0, COLUMNS)
@@ -231,7 +234,9 @@ def _fold_kernel(
             score += tl.sum(q * k, 1)
             squares += tl.sum(q * q, 1)
         if not SAMPLED:
-            query_squares += _but_nan(tl.where(m < query_end, squares, 0.0) if PACKED else squares)
+            squares = tl.where(m < query_end, squares, 0.0) if PACKED else squares
+            query_squares += _but_nan(squares)
+            top_query = tl.maximum(top_query, _largest(squares, inside))
         score *= scale
         if SOFTCAP:
             # tanh by exp, as in bend_and_mask
@@ -277,16 +282,17 @@ def _fold_kernel(
         top_range = tl.maximum(top_range, tl.where(finite, logit_range, -infinity))
         top_weight = tl.maximum(top_weight, tl.where(judged, weight, -infinity))
         top_ratio = tl.maximum(top_ratio, tl.where(judged, -ratio, -infinity))
+        top_low_weight = tl.maximum(top_low_weight, tl.where(finite, -weight, -infinity))
         # Bins are counted at their place in the accumulator; rows that are not judged, after its end.
         bins = tl.minimum(tl.maximum(tl.where(judged, ratio, 0.0) * BINS, 0.0), BINS - 1.0).to(tl.int32)
         histogram += tl.histogram(tl.where(judged, bins + NUM_SUM_FIELDS, WIDTH - 1), WIDTH)
 
     query_square = tl.sum(query_squares, 0)
     if SAMPLED:
-        query_square = _squares(
+        query_square, top_query = _squares(
             q_ptr, stride_qb, stride_qm, batch, query_end, slot, slots, BLOCK, BLOCK_D, COLUMNS, HEAD_DIM
         )
-    key_square = _squares(
+    key_square, top_key = _squares(
         k_ptr, stride_kb, stride_kn, batch, key_end, slot, slots, BLOCK, BLOCK_D, COLUMNS, HEAD_DIM
     )
 
@@ -317,6 +323,11 @@ def _fold_kernel(
     tops = _put(tops, field, NUM_SUMS + 2, tl.max(top_range, 0))
     tops = _put(tops, field, NUM_SUMS + 3, tl.max(top_weight, 0))
     tops = _put(tops, field, NUM_SUMS + 4, tl.max(top_ratio, 0))
+    tops = _put(tops, field, NUM_SUMS + 5, tl.max(top_low_weight, 0))
+    tops = _put(tops, field, NUM_SUMS + 6, scale * scale * top_query)
+    tops = _put(tops, field, NUM_SUMS + 7, top_key)
+    tops = _put(tops, field, NUM_SUMS + 8, num_keys * 1.0)
+    tops = _put(tops, field, NUM_SUMS + 9, 2.0 if SOFTCAP or SINKS else 1.0 if BIAS else 0.0)
     pointers = accumulator_ptr + (slot * NUM_FIELDS + field) * heads + head
     before = tl.load(pointers, mask=field < NUM_FIELDS, other=0.0)
     after = tl.where(field < NUM_SUMS, before + sums, tl.maximum(before, tops.to(tl.float64)))
@@ -324,7 +335,7 @@ def _fold_kernel(
 
 
 # The lines above follow this order; a field added in one place only must not go unnoticed.
-assert (len(SUM_FIELDS), len(MAX_FIELDS)) == (19, 5), "kernels/fold.py does not cover every field of stats.py"
+assert (len(SUM_FIELDS), len(MAX_FIELDS)) == (19, 10), "kernels/fold.py does not cover all of stats.py"
 
 
 def fold(accumulator, query, key, rows, options):

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..reference import empty_output
-from .attend import attend, call_arguments, store_rows
+from .attend import attend, call_arguments, finish, store_rows
 from .configs import forward_tiles, grid_1d
 from .descriptors import describe
 from .launch import launch
@@ -60,12 +60,11 @@ def _forward_kernel(
     start_m, bh = scheduled_block(num_queries, BLOCK_M, HEAD_GROUP, True)
     if bh >= num_bh:
         return
-    core, more, out = attend(
+    m_i, l_i, w_i, low, more, acc = attend(
         q_desc,
         k_desc,
         v_desc,
         mask_ptr,
-        sink_ptr,
         bounds_ptr,
         stride_mask_b,
         stride_mask_h,
@@ -88,13 +87,16 @@ def _forward_kernel(
         WINDOWED,
         PACKED,
         SOFTCAP,
-        SINKS,
         MASK,
         NATURAL,
         EXACT,
         EXTENDED,
         True,
     )
+    core, more, normalise = finish(
+        m_i, l_i, w_i, low, more, sink_ptr, bh % heads, scale, SINKS, NATURAL, EXTENDED
+    )
+    out = acc * normalise[:, None]
     offs_m = start_m + tl.arange(0, BLOCK_M)
     row = bh.to(tl.int64) * num_queries + offs_m
     inside = offs_m < num_queries

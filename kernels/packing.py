@@ -37,9 +37,10 @@ def _bounds_kernel(bounds_ptr, seqlens_ptr, num_sequences, steps, length, BLOCK:
         held = tl.zeros([BLOCK], tl.int32)
         for start in tl.range(0, num_sequences, BLOCK):
             inside = start + offs < num_sequences
-            first = tl.load(seqlens_ptr + start + offs, mask=inside, other=0)
-            end = tl.load(seqlens_ptr + start + offs + 1, mask=inside, other=0)
-            held += (_clamp(end, length) > _clamp(first, length)).to(tl.int32)
+            # Names of their own: what a loop assigns keeps the type that it had before, here of other integers.
+            begins = tl.load(seqlens_ptr + start + offs, mask=inside, other=0)
+            ends = tl.load(seqlens_ptr + start + offs + 1, mask=inside, other=0)
+            held += (_clamp(ends, length) > _clamp(begins, length)).to(tl.int32)
         tl.store(bounds_ptr + 2 * length, tl.sum(held, 0))
 
 

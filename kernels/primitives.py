@@ -301,6 +301,18 @@ def first_weight(more, unseen, p, seen, columns, start_n, SCATTERED: tl.constexp
 
 
 @triton.jit
+def softmax_merge(m_a, l_a, w_a, low_a, m_b, l_b, w_b, low_b, unit):
+    """The running state (m, l, w, low) of the keys of both; of no key it is the identity."""
+    m_i = tl.maximum(m_a, m_b)
+    shift = tl.where(m_i == -float("inf"), 0.0, m_i)
+    d_a = tl.where(m_a == -float("inf"), 0.0, (m_a - shift) * unit)
+    d_b = tl.where(m_b == -float("inf"), 0.0, (m_b - shift) * unit)
+    alpha, beta = tl.exp2(d_a), tl.exp2(d_b)
+    w_i = alpha * (w_a + l_a * d_a) + beta * (w_b + l_b * d_b)
+    return m_i, alpha * l_a + beta * l_b, w_i, tl.minimum(low_a, low_b)
+
+
+@triton.jit
 def softmax_finish(
     m_i, l_i, w_i, low, more, unit, to_natural, sink, SINKS: tl.constexpr, EXTENDED: tl.constexpr
 ):

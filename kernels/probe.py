@@ -5,15 +5,19 @@ import triton
 import triton.language as tl
 
 from ..sampling import BATCH_STEP, BLOCK_ROWS, HEAD_STEP, STRATUM_STEP, num_rows, row_index
-from .attend import attend, call_arguments, store_rows
+from .attend import attend, call_arguments, finish, store_rows
 from .configs import grid_1d, probe_tiles
 from .descriptors import describe
 from .launch import launch
-from .primitives import ceil_div, new_rows, scheduled_block
+from .primitives import LOG2_E, ceil_div, new_rows, scheduled_block, softmax_merge
 
 _BATCH_STEP = tl.constexpr(BATCH_STEP)
 _HEAD_STEP = tl.constexpr(HEAD_STEP)
 _STRATUM_STEP = tl.constexpr(STRATUM_STEP)
+# Keys are split until there are as many programs as fill a large card several times, but not into less than
+# what is worth a program's start.
+_PROGRAMS, _LEAST_KEYS = 1024, 512
+_JOIN = 256  # rows of a program that puts parts together
 
 
 @triton.jit
@@ -60,6 +64,7 @@ def _probe_kernel(
     more_ptr,
     stride_more,
     index_ptr,
+    parts_ptr,
     row_length,
     period,
     phase,
@@ -93,6 +98,7 @@ def _probe_kernel(
     EXTENDED: tl.constexpr,
     SAMPLED: tl.constexpr,
     TILES: tl.constexpr,  # of one block of sampled rows
+    PARTS: tl.constexpr,  # programs that share the keys of a block of rows
 ):
     start_m, bh = scheduled_block(row_length, BLOCK_M, HEAD_GROUP, True)
     if bh >= num_bh:
@@ -103,12 +109,11 @@ def _probe_kernel(
     if SAMPLED:
         start_m = (sampled_block(batch, head, tile // TILES, period, phase) * TILES + tile % TILES) * BLOCK_M
         keys = tl.where(start_m < num_queries, num_keys, 0)
-    core, more, _ = attend(
+    m_i, l_i, w_i, low, more, _ = attend(
         q_desc,
         k_desc,
         k_desc,
         mask_ptr,
-        sink_ptr,
         bounds_ptr,
         stride_mask_b,
         stride_mask_h,
@@ -131,12 +136,13 @@ def _probe_kernel(
         WINDOWED,
         PACKED,
         SOFTCAP,
-        SINKS,
         MASK,
         NATURAL,
         EXACT,
         EXTENDED,
         False,
+        tl.program_id(1),
+        PARTS,
     )
     offs = tl.arange(0, BLOCK_M)
     offs_m = start_m + offs
@@ -144,19 +150,79 @@ def _probe_kernel(
     row = bh.to(tl.int64) * row_length + place
     inside = place < row_length
     if SAMPLED:
-        core, more = _blank_outside(core, more, offs_m < num_queries, EXTENDED)
         tl.store(index_ptr + row, tl.where(offs_m < num_queries, offs_m, -1).to(tl.int64))
+    if PARTS > 1:
+        parts_ptr += tl.program_id(1) * 4 * stride_more + row
+        tl.store(parts_ptr, m_i, mask=inside)
+        tl.store(parts_ptr + stride_more, l_i, mask=inside)
+        tl.store(parts_ptr + 2 * stride_more, w_i, mask=inside)
+        tl.store(parts_ptr + 3 * stride_more, low, mask=inside)
+        return
+    core, more, _ = finish(m_i, l_i, w_i, low, more, sink_ptr, head, scale, SINKS, NATURAL, EXTENDED)
+    if SAMPLED:
+        core, more = _blank_outside(core, more, offs_m < num_queries, EXTENDED)
     store_rows(
         core, more, lse_ptr, entropy_ptr, max_ptr, min_ptr, more_ptr, stride_more, row, inside, EXTENDED
     )
 
 
-def probe(query, key, options, tiles=None, extended=False, sample=None):
+@triton.jit(do_not_specialize=["row_length", "heads", "rows"])
+def _join_kernel(
+    parts_ptr,
+    lse_ptr,
+    entropy_ptr,
+    max_ptr,
+    min_ptr,
+    index_ptr,
+    sink_ptr,
+    rows,
+    row_length,
+    heads,
+    scale,
+    SINKS: tl.constexpr,
+    NATURAL: tl.constexpr,
+    SAMPLED: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Statistics of rows whose keys were split over PARTS programs."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # there are few, or their keys were not split
+    inside = row < rows
+    m_i = tl.load(parts_ptr + row, mask=inside, other=0.0)
+    l_i = tl.load(parts_ptr + rows + row, mask=inside, other=1.0)
+    w_i = tl.load(parts_ptr + 2 * rows + row, mask=inside, other=0.0)
+    low = tl.load(parts_ptr + 3 * rows + row, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        of_part = parts_ptr + part * 4 * rows + row
+        m_b = tl.load(of_part, mask=inside, other=0.0)
+        l_b = tl.load(of_part + rows, mask=inside, other=1.0)
+        w_b = tl.load(of_part + 2 * rows, mask=inside, other=0.0)
+        low_b = tl.load(of_part + 3 * rows, mask=inside, other=0.0)
+        unit = (1.0 if NATURAL else scale) * LOG2_E
+        m_i, l_i, w_i, low = softmax_merge(m_i, l_i, w_i, low, m_b, l_b, w_b, low_b, unit)
+    head = row // row_length % heads
+    core, more, _ = finish(m_i, l_i, w_i, low, (), sink_ptr, head, scale, SINKS, NATURAL, False)
+    if SAMPLED:
+        index = tl.load(index_ptr + row, mask=inside, other=-1)
+        core, more = _blank_outside(core, more, index >= 0, False)
+    store_rows(core, more, lse_ptr, entropy_ptr, max_ptr, min_ptr, lse_ptr, 0, row, inside, False)
+
+
+def _parts(programs: int, num_keys: int) -> int:
+    """Over how many programs the keys of a block are split, where its rows alone leave a card idle."""
+    parts = 1
+    while parts < 8 and 2 * parts * programs <= _PROGRAMS and num_keys >= 2 * parts * _LEAST_KEYS:
+        parts *= 2
+    return parts
+
+
+def probe(query, key, options, tiles=None, extended=False, sample=None, parts=None):
     """(lse, entropy, max_logit, min_logit, more, row_index); `more` as `primitives.new_rows` says.
 
     query (B, H, M, D), key (B, H_kv, N, D); D <= 256; fp16, bf16 or fp32; any strides. Statistics are fp32
     (B, H, M). sample: (effective period, phase) of `sampling.py`, whose M_s then stands for M, and whose
-    `row_index` is the last result; that is None without a sample. One launch, over sampled rows only.
+    `row_index` is the last result; that is None without a sample. One launch, over sampled rows only; two where
+    few rows see many keys, which are then split over several programs (`parts`; not of extended statistics).
     """
     batch, heads, num_queries, head_dim = query.shape
     period, phase = sample or (1, 0)
@@ -169,20 +235,31 @@ def probe(query, key, options, tiles=None, extended=False, sample=None):
     index = torch.empty(shape, dtype=torch.int64, device=device) if sample else None
     tiles = tiles or probe_tiles(head_dim, query.dtype, options, extended)
     shared, constants, kind, launched = call_arguments(query, key, options, extended, tiles)
+    blocks = ceil_div(row_length, tiles.block_m)
+    reach = key.shape[2] if options.window_size is None else min(key.shape[2], 2 * options.window_size)
+    parts = 1 if extended else parts or _parts(blocks * batch * heads, reach)
+    size = rows[0].numel()
+    partial = None if parts == 1 else torch.empty(parts * 4 * size, device=device)
     arguments = (
         describe(query, tiles.block_m),
         describe(key, tiles.block_n),
         *rows,
-        rows[0].numel(),
+        size,
         index,
+        partial,
         row_length,
         period,
         phase,
         *shared,
     )
-    constants |= {"SAMPLED": sample is not None, "TILES": BLOCK_ROWS // tiles.block_m}
-    grid = (grid_1d(ceil_div(row_length, tiles.block_m), batch * heads), 1, 1)
+    sampled = {"SAMPLED": sample is not None}
+    constants |= {**sampled, "TILES": BLOCK_ROWS // tiles.block_m, "PARTS": parts}
     # The period and the phase are no part of the key: nothing is compiled for them.
-    kind = (*kind, rows[0].numel(), row_length)
-    launch(_probe_kernel, grid, kind, arguments, constants, **launched)
+    kind = (*kind, size, row_length)
+    launch(_probe_kernel, (grid_1d(blocks, batch * heads), parts, 1), kind, arguments, constants, **launched)
+    if parts > 1:
+        arguments = (partial, *rows[:4], index, options.sinks, size, row_length, heads, options.scale)
+        constants = {"SINKS": options.sinks is not None, "NATURAL": constants["NATURAL"], **sampled}
+        constants |= {"PARTS": parts, "BLOCK": _JOIN}
+        launch(_join_kernel, (ceil_div(size, _JOIN), 1, 1), kind, arguments, constants, num_warps=4)
     return *rows, index

@@ -32,6 +32,10 @@ HEALTHY = dict(
     min_logit=-5.0,
     query_norm=10.0,
     key_norm=10.0,
+    query_size=1.0,  # scale * |q| of the longest
+    key_size=5.0,
+    num_keys=128.0,
+    bent=0.0,
 )
 
 
@@ -59,6 +63,9 @@ def head_stats(heads=4, head_dim=64, dtype="float32", sample_period=1, **numbers
         "neg_min_logit": -columns["min_logit"],
         "logit_range": columns["max_logit"] - columns["min_logit"],
         "neg_entropy_ratio": -columns["entropy_ratio"],
+        "neg_max_weight": -columns["max_weight"],
+        "query_square": columns["query_size"] ** 2,
+        "key_square": columns["key_size"] ** 2,
     }
     for index, name in enumerate(MAX_FIELDS):
         values[NUM_SUMS + index] = maxima[name]

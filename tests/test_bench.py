@@ -167,5 +167,7 @@ def test_tables_of_the_theorys_results():
     assert list(found) == ["soundness", "bits"]
     assert [line.split("|")[3].strip() for line in found["soundness"].splitlines()[2:]] == ["0"] * 4
     assert "| query, key | 2,000 | 0 |" in found["bits"]
+    initial = tables(json.loads((results / "initial_cpu.json").read_text()))["initial"].splitlines()
+    assert len(initial) == 2 + 8 and "| GPT-2 124M | 512 | 0.307 | -1.3% | -8.6% |" in initial[2]
     weights = tables(json.loads((results / "weight_bounds.json").read_text()))["weights"]
     assert [line.split("|")[3].strip() for line in weights.splitlines()[2:]] == ["0"] * 4

@@ -65,6 +65,54 @@ def test_no_head_exceeds_its_bound(family):
         assert (largest <= layer.magnitude * (1 + 1e-5)).all()
 
 
+IMAGES = dict(image_size=16, patch_size=4, num_channels=3)
+POSITIONED = {
+    "t5": ("T5EncoderModel", dict(vocab_size=50, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4)),
+    "umt5": ("UMT5EncoderModel", dict(vocab_size=50, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4)),
+    "swin": ("SwinModel", IMAGES | dict(embed_dim=32, depths=[1, 1], num_heads=[4, 4], window_size=2)),
+    "beit": ("BeitModel", IMAGES | SIZES | dict(use_relative_position_bias=True)),
+    "beit, shared": ("BeitModel", IMAGES | SIZES | dict(use_shared_relative_position_bias=True)),
+}
+
+
+@pytest.mark.parametrize("family", POSITIONED)
+def test_position_biases_are_in_the_bound(family):
+    name, options = POSITIONED[family]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family.partition(",")[0], **options)
+    model = getattr(transformers, name)(config).eval()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            table = "relative" in path
+            parameter.copy_(
+                (20.0 if table else 0.05) * torch.randn_like(parameter) + ("norm" in path.lower())
+            )
+    layers, reasons = read_weights(model, read_design(config, seq_len=16, n_heads=4, d_model=32))
+    pictures = torch.randn(4, 3, 16, 16)
+    stats = measured(model, [torch.randint(0, 50, (4, 40)) if "t5" in family else pictures])
+    assert not reasons and len(layers) == 2
+    for layer in layers:
+        largest = torch.from_numpy(stats[layer.layer].max_abs_logit)
+        assert (largest > 20.0).any(), "the bias"
+        assert (largest <= layer.bound).all() and (largest > layer.bound / 4).all()
+
+
+def test_positions_that_come_with_the_query_are_refused():
+    model = build("gpt2")
+    model.h[1].attn.rel_pos_h = nn.Parameter(torch.zeros(3, 8))
+    layers, reasons = read_weights(model, read_design(model.config))
+    assert [layer.layer for layer in layers] == ["h.0.attn"]
+    assert "rel_pos_h" in reasons["h.1.attn"]
+
+
+def test_alibi_is_refused():
+    bloom = transformers.BloomModel(
+        transformers.BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=4)
+    )
+    layers, reasons = read_weights(bloom, read_design(bloom.config, seq_len=16))
+    assert not layers and all("ALiBi" in why for why in reasons.values()) and reasons
+
+
 def test_trained_models_are_bounded_and_ranked():
     torch.manual_seed(0)
     model = GPT(4, 64, 4, 64, 1.0)

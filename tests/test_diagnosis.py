@@ -9,7 +9,7 @@ from heads import head_stats, snapshot
 
 from hnf_attention.diagnosis import diagnose
 from hnf_attention.diagnosis.thresholds import THRESHOLDS, threshold
-from hnf_attention.diagnosis.trends import score_size, theil_sen, trend
+from hnf_attention.diagnosis.trends import score_size, theil_sen, trends
 
 
 def found(history, issue_type):
@@ -85,6 +85,16 @@ def test_three_readings_above_the_watch_level():
     issues = found(growing([5, 61, 61, 61]), "overflow_risk")
     assert issues[0].severity == "warning" and issues[0].threshold == 60.0
     assert "3 readings in a row" in issues[0].evidence
+
+
+def test_what_rounding_does_is_told_where_it_is_known():
+    large = {"max_logit": 200.0, "query_size": 40.0, "dtype": "bfloat16"}
+    layer = head_stats(**large)
+    told = found([snapshot(1, a=layer)], "overflow_risk")[0].evidence
+    assert f"off by at most {layer.error_bound[0]:.2g} of the largest |v|" in told
+    assert f"in {layer.required_bits[0]:.0f} bits (usually {layer.typical_bits[0]:.0f})" in told
+    unseen = found([snapshot(1, a=large | {"query_size": np.nan})], "overflow_risk")[0].evidence
+    assert "off by" not in unseen and "nan" not in unseen
 
 
 def test_fp16_range_depends_on_dtype_and_head_dimension():
@@ -322,7 +332,7 @@ def test_too_few_values_give_no_line():
 def test_trend_skips_readings_without_the_layer_and_stops_where_heads_change():
     history = [snapshot(s, a={"heads": 2, "max_logit": 500.0}) for s in range(1, 6)]
     history += [snapshot(s, **({"a": {"max_logit": float(s)}} if s % 2 else {"b": {}})) for s in range(6, 20)]
-    line = trend(history, "a").root_score
+    line = trends(history, ["a"])["a"].root_score
     assert line.slope.shape == (4,)
     np.testing.assert_allclose(line.level, np.sqrt(19.0), rtol=0.02)
 

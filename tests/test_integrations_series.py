@@ -22,6 +22,7 @@ NAMES = (
     "dead_share_max",
     "log2_curvature_max",
 )
+MODEL_NAMES = (*NAMES, "error_bound_max", "required_bits_max")
 
 
 def reading(step=10, **layers):
@@ -52,7 +53,7 @@ def test_a_handful_of_scalars_per_layer():
     diagnosis = reading()
     numbers = scalars(diagnosis, keys_of(diagnosis))
     layers = {f"attn/layer_0{i}/{name}" for i in range(2) for name in NAMES}
-    model = {f"attn/{name}" for name in (*NAMES, "errors", "warnings")}
+    model = {f"attn/{name}" for name in (*MODEL_NAMES, "errors", "warnings")}
     assert set(numbers) == layers | model
     assert numbers["attn/layer_00/entropy_ratio_min"] == pytest.approx(0.5)
     assert numbers["attn/layer_00/entropy_ratio_mean"] == pytest.approx(0.675)

@@ -159,6 +159,9 @@ def test_the_fold_of_a_pack_adds_up_its_sequences(mask, device):
         index = stats.SUM_FIELDS.index(name)
         torch.testing.assert_close(got[index], expected[index], msg=name, rtol=1e-5, atol=1e-6)
     assert (got[stats.SUM_FIELDS.index("sequences")] == 4).all()
+    keys = stats.NUM_SUMS + stats.MAX_FIELDS.index("num_keys")
+    assert (got[keys] == q.shape[2]).all(), "a pack is one call"
+    got[keys] = expected[keys]
     rest = slice(len(stats.SUM_FIELDS), None)
     torch.testing.assert_close(got[rest], expected[rest], rtol=1e-5, atol=1e-6)
 

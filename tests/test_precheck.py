@@ -142,6 +142,22 @@ def test_predictions_at_initialisation_are_what_is_measured():
     assert report["weight_logit_bound"] == weights["weight_logit_bound"] > 0
 
 
+def test_a_segment_that_all_tokens_share_leaves_less_spread_within_a_row():
+    shape = dict(vocab_size=2000, hidden_size=256, num_attention_heads=4, num_hidden_layers=1)
+    config = transformers.BertConfig(**shape, intermediate_size=64, max_position_embeddings=128)
+    torch.manual_seed(0)
+    model = transformers.BertModel(config)
+    predicted = check_attention_stability(config=config)["layers"][0]
+    found = check_attention_stability(model, torch.randint(2000, (1, 128)))["layers"][0]
+    assert found["score_std"] == pytest.approx(predicted["score_std"], rel=0.08)
+    assert found["expected_logit_max"] == pytest.approx(predicted["expected_logit_max"], rel=0.08)
+    alone = check_attention_stability(config=transformers.BertConfig(**shape, type_vocab_size=0))["layers"][0]
+    assert predicted["score_std"] == pytest.approx(alone["score_std"] * (2 / 3) ** 0.5)
+    # Over rows the scores are as large as without.
+    short = check_attention_stability(config=transformers.BertConfig(**shape, type_vocab_size=0), seq_len=128)
+    assert predicted["max_abs_logit"] == pytest.approx(short["layers"][0]["max_abs_logit"])
+
+
 def test_a_sample_may_be_keyword_arguments_and_leaves_the_model_as_it_was():
     model = tiny().train()
     model.transformer.drop.eval()

@@ -49,6 +49,66 @@ def test_all_rows_match_the_oracle_anywhere(case):
     _check(case, torch.float32, DEVICE)
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_keys_split_over_programs_give_the_same(case, device):
+    """Into more parts than some rows see tiles: those have parts without a key."""
+    tensors = case.tensors(device=device)
+    options = case.options(*tensors)
+    core = probe.probe(*tensors[:2], options, TILES, parts=3)[:4]
+    for name, actual, wanted in zip(NAMES, core, oracle(case, *tensors)[1:]):
+        close(actual, wanted, 2e-5, name)
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"is_causal": True, "num_keys": 290}, {"mask": "rows", "sinks": True}], ids=str
+)
+def test_a_sample_whose_keys_are_split_gives_the_same(change, device):
+    case = replace(LONG, **change)
+    tensors = case.tensors(device=device)
+    options = case.options(*tensors)
+    whole = probe.probe(*tensors[:2], options, TILES, sample=(3, 1))
+    split = probe.probe(*tensors[:2], options, TILES, sample=(3, 1), parts=4)
+    assert torch.equal(split[-1], whole[-1])
+    for name, actual, wanted in zip(NAMES, split[:4], whole):
+        close(actual, wanted, 2e-6, name)
+
+
+def test_large_scores_and_broken_rows_survive_a_split(device):
+    case = replace(LONG, num_queries=40)
+    q, k, *_ = case.tensors(device=device)
+    q = q * 3000  # scores up to 1e4, where only differences of maxima are exact
+    q[0, 0, 3, 1], k[1, 0, 50, 2] = torch.nan, torch.inf
+    options = case.options(q, k, None, None, None)
+    whole, split = (probe.probe(q, k, options, TILES, parts=parts) for parts in (1, 3))
+    for name, actual, wanted in zip(NAMES, split[:4], whole):
+        assert torch.equal(actual.isnan(), wanted.isnan()) and wanted.isnan().any()
+        torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-5, equal_nan=True, msg=name)
+
+
+def test_keys_are_split_where_rows_alone_leave_a_card_idle(monkeypatch, device):
+    launched = []
+    launch = probe.launch
+    monkeypatch.setattr(
+        probe, "launch", lambda kernel, *rest, **kw: launched.append(kernel) or launch(kernel, *rest, **kw)
+    )
+
+    def run(rows, keys, extended=False, **change):
+        launched.clear()
+        case = Case(1, 1, 1, rows, keys, **change)
+        q, k, *_ = case.tensors(device=device)
+        options = case.options(q, k, None, None, None)
+        entropy = probe.probe(q, k, options, extended=extended)[1]
+        close(entropy, reference.attention(q, k, None, options)[1].entropy, 2e-5, "entropy")
+        return list(launched)
+
+    assert run(8, 1100) == [probe._probe_kernel, probe._join_kernel]
+    assert (
+        run(8, 1000) == run(8, 1100, extended=True) == run(8, 1100, window_size=200) == [probe._probe_kernel]
+    )
+    assert probe._parts(programs=256, num_keys=8192) == 4
+    assert probe._parts(programs=513, num_keys=8192) == 1
+
+
 def _check_sample(case, dtype, device, period, phase):
     tensors = case.tensors(dtype, device)
     q, k = tensors[:2]

@@ -46,6 +46,8 @@ def test_a_row_is_the_mean_ratio_and_the_worst_head():
         "0.05",
         "50",
         f"{curvature.max():.4g}",
+        f"{stats.error_bound.max():.2g}",
+        f"{stats.required_bits.max():.0f}",
         "ok",
     ]
     assert row(text, "1.attn")[5] == "0.50"

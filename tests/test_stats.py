@@ -14,7 +14,9 @@ from hnf_attention.stats import (
     DEAD_ENTROPY_RATIO,
     HISTOGRAM_BINS,
     JUDGED_MIN_KEYS,
+    MAX_FIELDS,
     NUM_FIELDS,
+    NUM_SUMS,
     SUM_FIELDS,
     HeadStats,
     RowStats,
@@ -94,6 +96,13 @@ def test_against_the_dense_definition():
     spread = (visible.amax(-1) - low.amin(-1)).double()
     np.testing.assert_allclose(stats.logit_range, mean(spread), rtol=1e-5)
     np.testing.assert_allclose(stats.logit_range_max, spread.amax((0, 2)).numpy(), rtol=1e-5)
+    largest = [x.square().sum(3).amax((0, 2)).numpy() for x in (8**-0.5 * query, key)]
+    np.testing.assert_allclose(
+        stats.values[MAX_FIELDS.index("query_square") + NUM_SUMS], largest[0], rtol=1e-5
+    )
+    np.testing.assert_allclose(stats.values[MAX_FIELDS.index("key_square") + NUM_SUMS], largest[1], rtol=1e-5)
+    least = p.amax(-1).amin((0, 2)).numpy()
+    np.testing.assert_allclose(-stats.values[MAX_FIELDS.index("neg_max_weight") + NUM_SUMS], least, rtol=1e-5)
     for norm, x in ((stats.query_norm, query), (stats.key_norm, key)):
         np.testing.assert_allclose(norm, x.norm(dim=(2, 3)).square().mean(0).sqrt().numpy(), rtol=1e-5)
 

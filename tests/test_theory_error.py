@@ -177,7 +177,7 @@ def campaign(monkeypatch):
     import theory_soundness
 
     yield theory_soundness
-    for name in ("theory_soundness", "theory_rows", "theory_search"):
+    for name in ("theory_soundness", "theory_rows", "theory_search", "theory_kernels", "tables", "machine"):
         sys.modules.pop(name, None)
 
 
@@ -204,3 +204,59 @@ def test_no_number_of_bits_is_too_small(campaign):
     for stored, found in campaign.bits_rows(22, seed=5).items():
         assert found["under_predictions"] == 0, stored
         assert found["median_excess_of_row"] <= 6
+
+
+class Inline:
+    """A pool that does its work at once."""
+
+    def submit(self, function, *arguments):
+        result = function(*arguments)
+        return type("Done", (), {"result": lambda self: result})()
+
+
+def test_kernels_are_judged_by_the_rows_they_give(campaign, monkeypatch):
+    import tables
+    import theory_kernels as bench
+
+    def wrong(q, k, v):
+        out = bench._simulated("flash")(q, k, v)
+        out[:, :, 3, 1] *= 1.25
+        return out
+
+    def refuses(q, k, v):
+        if k.shape[2] > 8:
+            raise RuntimeError("No available kernel")
+        return bench._simulated("flash")(q, k, v)
+
+    tried = {
+        "right": ("flash", bench._simulated("flash")),
+        "wrong": ("flash", wrong),
+        "picky": ("flash", refuses),
+    }
+    monkeypatch.setattr(bench, "kernels", lambda dry: tried)
+    monkeypatch.setattr(bench, "ROWS_A_CASE", 4)
+    ran = bench.Campaign(dry=True)
+    cases = bench.random_cases(88)
+    assert {case.q.shape[0] for _, case in cases} == {4} and len(cases) == 22
+    ran.cases(cases, Inline())
+    ran.climb(rows=4, steps=2, starts=2)
+    found = ran.to_dict()
+    for name in ("bf16", "fp16"):
+        right, bad, picky = (found[f"{kernel}, {name}"] for kernel in ("right", "wrong", "picky"))
+        assert right["random"]["rows"] == 88 and right["climbed"]["rows"] == 2 * 3 * 4
+        assert right["random"]["violations"] == right["climbed"]["violations"] == 0
+        assert bad["random"]["violations"] > 5 and bad["random"]["closest"] > 1
+        assert picky["random"]["rows"] + picky["refused"]["No available kernel"] == 88 + 4
+    assert "picky, fp16" in tables.tables({"soundness": found})["soundness"]
+
+
+def test_a_rounded_output_is_taken_as_near_to_the_true_one_as_it_may_be(campaign):
+    import theory_kernels as bench
+
+    before = torch.linspace(-3.0, 3.0, 501, dtype=torch.float64) * 1.0001
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = before.to(dtype).double()
+        torch.testing.assert_close(bench.nearest(rounded, before, dtype), before, rtol=0, atol=1e-15)
+        far = before + 1.0
+        assert ((bench.nearest(rounded, far, dtype) - far).abs() <= (rounded - far).abs()).all()
+        assert ((bench.nearest(rounded, far, dtype) - rounded).abs() <= 2.0**-8 * 2).all()

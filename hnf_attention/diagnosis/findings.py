@@ -44,6 +44,10 @@ HEAD_FIELDS = (
     "query_norm",
     "key_norm",
     "log2_curvature",
+    "score_magnitude",
+    "error_bound",
+    "required_bits",
+    "typical_bits",
 )
 
 

@@ -10,7 +10,7 @@ from ..names import shown
 from ..stats import HeadStats, Snapshot
 from .findings import StabilityIssue
 from .thresholds import THRESHOLDS, threshold
-from .trends import Trend, readings_above, score_size
+from .trends import Trend, readings_above
 
 Trends = Mapping[str, Trend]  # of every layer of the latest snapshot
 
@@ -49,11 +49,12 @@ def overflow_risk(history: Sequence[Snapshot], trends: Trends) -> list[Stability
     latest = history[-1]
     issues = []
     for layer, stats in latest.layers.items():
-        size = score_size(stats)
         lines = trends[layer]
+        size = lines.score
         sustained = readings_above(history, layer, threshold("watch_logit"))
         projected = lines.score_ahead(threshold("alarm_horizon"))
         suspicious = (size > threshold("watch_logit")) | (projected > threshold("alarm_logit"))
+        rounding = _rounding(stats) if suspicious.any() else []
         for head in np.flatnonzero(suspicious):
             tier = _overflow_tier(stats, head, size[head], sustained[head], projected[head], lines)
             if tier is None:
@@ -61,7 +62,7 @@ def overflow_risk(history: Sequence[Snapshot], trends: Trends) -> list[Stability
             severity, name, value, why = tier
             evidence = (
                 f"{_head(layer, head)}: largest |score| {_peak(stats, size[head])} at step {latest.step}, {why}"
-                f"{_pace(lines, head)}{_naive(stats, size[head])}"
+                f"{_pace(lines, head)}{_naive(stats, size[head])}{rounding[head]}"
             )
             suggestion = CLIP_AND_SLOW if severity == "error" else f"{CLIP} if it keeps rising"
             issues.append(_issue("overflow_risk", severity, layer, head, value, name, evidence, suggestion))
@@ -102,12 +103,12 @@ def entropy_collapse(history: Sequence[Snapshot], trends: Trends) -> list[Stabil
     latest = history[-1]
     issues = []
     for layer, stats in latest.layers.items():
-        ratio, dead, size = stats.entropy_ratio, stats.dead_share, score_size(stats)
         lines = trends[layer]
+        ratio, dead, size = stats.entropy_ratio, stats.dead_share, lines.score
         judged = ~_sink_by_design(stats, lines)
         collapsed = judged & ((ratio < threshold("collapse_ratio")) | (dead > threshold("dead_rows")))
         low = judged & ((ratio < threshold("low_ratio")) | (dead > threshold("many_dead_rows")))
-        real = collapsed & _corroborated(stats, lines, collapsed)
+        real = collapsed & _corroborated(lines, collapsed)
         for head in np.flatnonzero(low):
             name, value = _sharpness(ratio[head], dead[head], bool(collapsed[head]))
             alike = collapsed if collapsed[head] else low
@@ -156,7 +157,7 @@ def _forecasts(
             f"{_head(layer, head)}: will collapse in about {eta[head]:.0f} steps: entropy ratio "
             f"{stats.entropy_ratio[head]:.3f}{_error(stats.entropy_ratio_stderr[head])} at step {latest.step} falls by "
             f"{-100 * line.slope[head]:.2g} per 100 steps, while the largest |score| "
-            f"({_peak(stats, score_size(stats)[head])}) rises"
+            f"({_peak(stats, lines.score[head])}) rises"
         )
         value = stats.entropy_ratio[head]
         yield _issue(
@@ -199,7 +200,7 @@ def vanishing_gradient(history: Sequence[Snapshot], trends: Trends) -> list[Stab
             judged & (share < threshold("gradient_share")),
             judged & (share < threshold("gradient_lost")),
         )
-        real = lost & _corroborated(stats, lines, lost)
+        real = lost & _corroborated(lines, lost)
         for head in np.flatnonzero(weak):
             severity, name = ("error", "gradient_lost") if real[head] else ("warning", "gradient_share")
             evidence = (
@@ -264,7 +265,7 @@ def _origin(history: Sequence[Snapshot]) -> tuple[int, str]:
 
 def _sink_by_design(stats: HeadStats, lines: Trend) -> np.ndarray:
     """Heads that rest on the first key, with scores that say nothing else."""
-    return (stats.sink_mass > threshold("sink_mass")) & ~_grown(stats, lines)
+    return (stats.sink_mass > threshold("sink_mass")) & ~_grown(lines)
 
 
 def _sink_note(stats: HeadStats, head: int) -> str:
@@ -276,15 +277,14 @@ def _sink_note(stats: HeadStats, head: int) -> str:
     )
 
 
-def _grown(stats: HeadStats, lines: Trend) -> np.ndarray:
+def _grown(lines: Trend) -> np.ndarray:
     """Heads whose scores say instability rather than specialisation."""
-    size = score_size(stats)
-    return (size > threshold("clip_logit")) | (lines.rising & (size > threshold("watch_logit")))
+    return (lines.score > threshold("clip_logit")) | (lines.rising & (lines.score > threshold("watch_logit")))
 
 
-def _corroborated(stats: HeadStats, lines: Trend, suspects: np.ndarray) -> np.ndarray:
+def _corroborated(lines: Trend, suspects: np.ndarray) -> np.ndarray:
     """Which of the suspect heads are more than one trained sharp head in a healthy layer."""
-    return _grown(stats, lines) | (suspects.mean() >= threshold("layer_share"))
+    return _grown(lines) | (suspects.mean() >= threshold("layer_share"))
 
 
 def _pace(lines: Trend, head: int) -> str:
@@ -292,6 +292,18 @@ def _pace(lines: Trend, head: int) -> str:
     if not lines.rising[head]:
         return ""
     return f"; sqrt of it grows by {100 * slope:.2g} per 100 steps"
+
+
+def _rounding(stats: HeadStats) -> list[str]:
+    """What each head's scores cost in precision, where that is known."""
+    numbers = zip(stats.error_bound, stats.required_bits, stats.typical_bits, strict=True)
+    return [
+        f"; fused {stats.dtype} attention is off by at most {bound:.2g} of the largest |v|, and q and k in "
+        f"{bits:.0f} bits (usually {usual:.0f}) keep it within 1% of the values' spread"
+        if np.isfinite(bound + bits)
+        else ""
+        for bound, bits, usual in numbers
+    ]
 
 
 def _naive(stats: HeadStats, size: float) -> str:

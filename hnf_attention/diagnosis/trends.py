@@ -6,8 +6,9 @@ lines are fitted to the square root of the largest |score|, never to its logarit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -27,23 +28,25 @@ def score_size(stats: HeadStats) -> np.ndarray:
 
 
 def series(
-    history: Sequence[Snapshot], layer: str, read: Callable[[HeadStats], np.ndarray], readings: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(steps (T,), values (T, H)) of the layer's last `readings` appearances, oldest first.
+    history: Sequence[Snapshot], layer: str, readings: int
+) -> tuple[np.ndarray, HeadStats, tuple[int, int]]:
+    """The layer's last `readings` appearances, oldest first: their steps (T,), all their heads, (T, H).
 
+    The heads of all readings stand side by side as T * H of one, so that a number is computed once for all.
     Readings without the layer are skipped; a change of its head count ends the series.
     """
-    steps: list[int] = []
-    values: list[np.ndarray] = []
+    found: list[tuple[int, HeadStats]] = []
     for snapshot in reversed(history):
         stats = snapshot.layers.get(layer)
         if stats is None:
             continue
-        if len(steps) == readings or (values and stats.num_heads != len(values[0])):
+        if len(found) == readings or (found and stats.num_heads != found[0][1].num_heads):
             break
-        steps.append(snapshot.step)
-        values.append(read(stats))
-    return np.array(steps[::-1], dtype=np.float64), np.array(values[::-1], dtype=np.float64)
+        found.append((snapshot.step, stats))
+    steps = np.array([step for step, _ in found[::-1]], dtype=np.float64)
+    latest = found[0][1]
+    values = np.concatenate([stats.values for _, stats in found[::-1]], axis=1)
+    return steps, replace(latest, values=values), (len(found), latest.num_heads)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ class Line:
     level: np.ndarray
     slope: np.ndarray
     span: np.ndarray  # steps that the fitted readings cover
+
+    def of(self, heads: slice) -> Line:
+        return Line(self.level[heads], self.slope[heads], self.span[heads])
 
     def ahead(self, steps: float) -> np.ndarray:
         """Value of the line that many steps after the last reading."""
@@ -96,8 +102,9 @@ def theil_sen(steps: np.ndarray, values: np.ndarray) -> Line:
 
 @dataclass(frozen=True)
 class Trend:
-    """Where one layer's heads go: lines of sqrt(largest |score|) and of the entropy ratio."""
+    """Where one layer's heads are and go: lines of sqrt(largest |score|) and of the entropy ratio."""
 
+    score: np.ndarray  # `score_size` of the latest reading
     root_score: Line
     entropy_ratio: Line
 
@@ -108,27 +115,49 @@ class Trend:
     def steps_until_score(self, score: float) -> np.ndarray:
         return self.root_score.steps_until(score**0.5)
 
-    @property
+    @cached_property
     def rising(self) -> np.ndarray:
         """Heads whose scores clearly grew within the window: boolean, (H,)."""
         line = self.root_score
         return line.slope * line.span > threshold("rising_share") * np.abs(line.level)
 
 
-def trend(history: Sequence[Snapshot], layer: str) -> Trend:
-    """Both lines over the last readings, since the head's scores last fell at once (a fix, a restart)."""
-    readings = int(threshold("trend_readings"))
-    steps, scores = series(history, layer, score_size, readings)
-    _, ratios = series(history, layer, lambda stats: stats.entropy_ratio, readings)
+def trends(history: Sequence[Snapshot], layers: Iterable[str]) -> dict[str, Trend]:
+    """Both lines of each layer over the last readings, since the head's scores last fell at once (a fix, a restart).
+
+    Layers that were read at the same steps are fitted together: one call of many heads costs what one of few does.
+    """
+    together: dict[tuple[float, ...], dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    for layer in layers:
+        steps, values = _since_restart(history, layer)
+        together.setdefault(tuple(steps), {})[layer] = values
+    found = {}
+    for steps, of in together.items():
+        scores, ratios = (np.concatenate(x, axis=1) for x in zip(*of.values()))
+        steps = np.array(steps)
+        root_scores, entropy_ratios = theil_sen(steps, np.sqrt(scores)), theil_sen(steps, ratios)
+        start = 0
+        for layer, (own, _) in of.items():
+            heads = slice(start, start + own.shape[1])
+            found[layer] = Trend(own[-1], root_scores.of(heads), entropy_ratios.of(heads))
+            start = heads.stop
+    return found
+
+
+def _since_restart(
+    history: Sequence[Snapshot], layer: str
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Steps (T,), and (T, H) of the largest |score| and of the entropy ratio, NaN before a head's last fall."""
+    steps, stats, shape = series(history, layer, int(threshold("trend_readings")))
+    scores, ratios = score_size(stats).reshape(shape), stats.entropy_ratio.reshape(shape)
     fell = scores[1:] < threshold("trend_restart") * scores[:-1]
     # Rows before the last fall are stale: True at t where some later reading fell against its predecessor.
     stale = np.zeros_like(scores, dtype=bool)
     stale[:-1] = np.logical_or.accumulate(fell[::-1], axis=0)[::-1]
-    scores, ratios = np.where(stale, np.nan, scores), np.where(stale, np.nan, ratios)
-    return Trend(theil_sen(steps, np.sqrt(scores)), theil_sen(steps, ratios))
+    return steps, (np.where(stale, np.nan, scores), np.where(stale, np.nan, ratios))
 
 
 def readings_above(history: Sequence[Snapshot], layer: str, limit: float) -> np.ndarray:
     """In how many of the last `watch_readings` readings the scores were above `limit`: (H,) ints."""
-    _, scores = series(history, layer, score_size, int(threshold("watch_readings")))
-    return (scores > limit).sum(0)
+    _, stats, shape = series(history, layer, int(threshold("watch_readings")))
+    return (score_size(stats).reshape(shape) > limit).sum(0)

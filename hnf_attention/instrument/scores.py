@@ -21,15 +21,15 @@ MOST_SCORES = 1 << 34  # of a call whose scores are modified: about a second of 
 
 
 def given(
-    layer: str, parts: Iterable[tuple[Tensor, Tensor]], head_dim: int, dtype: torch.dtype
+    layer: str, parts: Iterable[tuple[Tensor, Tensor]], num_keys: int, head_dim: int, dtype: torch.dtype
 ) -> Measurement:
     """The measurement of scores whose queries and keys nobody has seen.
 
     parts: (scores, seen) of chunks of rows, as for `_of_rows`. dtype: of the model's scores.
     """
     *core, visible, sink_mass = _together(parts)
-    unknown = torch.full((*visible.shape[:2], 1), math.nan, device=visible.device)
-    measured = Measured(visible, sink_mass, unknown, unknown)
+    unknown = torch.full((), math.nan, device=visible.device).expand(*visible.shape[:2], num_keys)
+    measured = Measured(visible, sink_mass, unknown[..., :1], unknown)
     return Measurement.of_scores(layer, RowStats(*core), measured, head_dim, dtype)
 
 
@@ -65,7 +65,8 @@ def modified(
     group = heads // key.shape[1]
     squares = (x.to(dtype).square().sum(-1) for x in (query, key.repeat_interleave(group, 1)))
     rows = RowStats(*core, row_index=None if period == 1 else index)
-    measured = Measured(visible, sink_mass, *squares)
+    # How large q and k make the scores is not known: no bound of their rounding may be told.
+    measured = Measured(visible, sink_mass, *squares, scale=math.nan, bent=2)
     return Measurement.of_scores(layer, rows, measured, head_dim, query.dtype, period)
 
 

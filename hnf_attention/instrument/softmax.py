@@ -95,7 +95,7 @@ def _measured(layer: str, module: nn.Module, scores: Tensor) -> Measurement:
     chunks = masks.row_chunks(num_queries, num_keys, batch * heads)
     ordinary = torch.where(scores > LOW, scores.abs(), 0.0).amax((2, 3), keepdim=True) < ORDINARY
     parts = (_with_visible(scores[:, :, rows], ordinary) for rows in chunks)
-    return given(layer, parts, _head_dim(module, heads), scores.dtype)
+    return given(layer, parts, num_keys, _head_dim(module, heads), scores.dtype)
 
 
 def _with_visible(scores: Tensor, ordinary: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,11 @@ SCALARS: dict[str, tuple[str, _Reduce]] = {
     "dead_share_max": ("dead_share", np.max),
     "log2_curvature_max": ("log2_curvature", np.max),
 }
+# Of the whole model, these too.
+MODEL_SCALARS = SCALARS | {
+    "error_bound_max": ("error_bound", np.max),
+    "required_bits_max": ("required_bits", np.max),
+}
 # One value per head, as one histogram per layer.
 HISTOGRAMS = ("entropy_ratio", "max_abs_logit")
 # One value per head, as one picture of all layers. Each is brought to [0, 1] by a fixed scale, so that
@@ -69,7 +74,7 @@ class LayerKeys(Mapping[str, str]):
 def overall(diagnosis: AttentionDiagnosis) -> dict[str, float]:
     """The whole model in a few numbers: its worst heads, and how many findings there are."""
     numbers = {}
-    for name, (field, reduce) in SCALARS.items():
+    for name, (field, reduce) in MODEL_SCALARS.items():
         values = _finite(np.concatenate([getattr(stats, field) for stats in diagnosis.stats.values()]))
         if values.size:
             numbers[f"{PREFIX}/{name}"] = float(reduce(values))

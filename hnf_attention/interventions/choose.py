@@ -7,7 +7,7 @@ from torch import nn
 
 from ..diagnosis import AttentionDiagnosis, StabilityIssue
 from ..diagnosis.thresholds import threshold
-from ..diagnosis.trends import score_size, trend
+from ..diagnosis.trends import score_size, trends
 from . import dropout, projections
 from .intervention import Intervention, increase_dropout, qk_clip, reduce_lr, temperature
 
@@ -131,5 +131,5 @@ class Adviser:
 def _acting(diagnosis: AttentionDiagnosis) -> list[StabilityIssue]:
     """Errors of growing or collapsing heads, and such warnings where the head's scores rise."""
     found = [issue for issue in diagnosis.issues if issue.issue_type in GROWTH]
-    rising = {issue.layer: trend(diagnosis.history, issue.layer).rising for issue in found}
-    return [issue for issue in found if issue.severity == "error" or rising[issue.layer][issue.head]]
+    lines = trends(diagnosis.history, dict.fromkeys(issue.layer for issue in found))
+    return [issue for issue in found if issue.severity == "error" or lines[issue.layer].rising[issue.head]]

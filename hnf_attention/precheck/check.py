@@ -17,7 +17,7 @@ from .advice import margins, neighbours, sentence
 from .checkpoint import LayerWeights, read_weights
 from .design import Design, read_design
 from .measured import MeasuredLayer, measure_sample
-from .predict import SAFE_RATIO, TOLERANCE, Scores
+from .predict import SAFE_RATIO, Scores
 from .report import VERDICTS, StabilityReport
 
 
@@ -28,7 +28,7 @@ def check_attention_stability(
     *,
     seq_len: int | None = None,
     dtype: object = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float = theory.TOLERANCE,
 ) -> StabilityReport:
     """Check attention before training; a `StabilityReport`, a dict with the keys its class tells.
 
@@ -98,7 +98,8 @@ def _from_weights(design: Design, weights: list[LayerWeights]) -> list[Scores]:
     found = []
     for index, layer in enumerate(weights):
         place = min(index, design.n_layers - 1)
-        std = predict.capped_std(float(layer.std.median()), design.softcap)
+        alone = math.sqrt(1.0 - design.correlation)  # the share that tokens do not have in common
+        std = predict.capped_std(float(layer.std.median()) * alone, design.softcap)
         factor = 1.0 if design.qk_norm else float(theory.row_spread(design.head_dim))
         magnitude = float(layer.magnitude.max())
         scores = predict.scores(

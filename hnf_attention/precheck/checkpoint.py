@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import theory
 from ..interventions import projections
 from .design import Design
+from .positions import position_bias
 
 # The norm layer in front of a block's attention, by its name beside the attention.
 BEFORE = (
@@ -68,8 +69,6 @@ def _layer(model: nn.Module, name: str, design: Design, index: int) -> LayerWeig
     weights = projections.find(model, name, _heads(module, design), linear=False)
     if getattr(module, "is_cross_attention", False):
         raise ValueError("keys come from another sequence, whose norm is not known")
-    if getattr(module, "has_relative_attention_bias", None) is not None:
-        raise ValueError("a learned relative position bias is added to its scores, which is not read")
     norm = _norm_before(model, name)
     query, key = weights.query[0].float(), weights.key[0].float()
     heads = theory.fold_norm(query, key, norm, *(x[1] if len(x) > 1 else None for x in _sides(weights)))
@@ -81,7 +80,10 @@ def _layer(model: nn.Module, name: str, design: Design, index: int) -> LayerWeig
     rope = {"rotary": min(design.rotary, dim), "interleaved": design.interleaved}
     options = {"query_limit": limits[0], "key_limit": limits[1]}
     dtype = weights.query[0].dtype
-    bound = theory.weight_logit_bound(heads, scale, **rope, **options, softcap=design.softcap, dtype=dtype)
+    bias = position_bias(model, name, query.shape[0])
+    bound = theory.weight_logit_bound(
+        heads, scale, **rope, **options, softcap=design.softcap, bias=bias, dtype=dtype
+    )
     lengths = theory.weight_logit_bound(heads, scale, rotary=dim, interleaved=None, **options)
     if limits[0] is None:
         std = theory.weight_score_std(heads, scale, **rope)
@@ -125,6 +127,8 @@ def _norm_before(model: nn.Module, name: str) -> theory.Norm:
         block = model.get_submodule(path)
         if type(block).__name__ in BERT_LAYERS:
             return _read(_bert_norm(model, path))
+        if type(block).__name__.endswith("T5LayerSelfAttention"):
+            return _read(block.layer_norm)
         for child in BEFORE:
             norm = block._modules.get(child)
             if isinstance(norm, nn.Module):

@@ -69,6 +69,7 @@ class Design:
 
     query_std, key_std: of the projections' weights at initialisation. qk_norm: unit gains. rotary: how many
     dimensions of a head RoPE turns. windows: visible keys of each layer. layer_scale: factor of `scale`.
+    correlation: mean cosine of the first layer's inputs of two tokens.
     sources: field -> where its number comes from, "config: NAME", "assumed: ...", "given", "derived".
     """
 
@@ -88,6 +89,7 @@ class Design:
     dtype: str = "float32"
     windows: tuple[int, ...] = ()
     layer_scale: tuple[float, ...] = ()
+    correlation: float = 0.0
     sources: dict[str, str] = field(default_factory=dict, compare=False)
 
     def keys(self, layer: int) -> int:
@@ -204,6 +206,7 @@ def read_design(config: Any, **given: Any) -> Design:
         dtype=dtype,
         windows=_windows(read, n_layers, seq_len),
         layer_scale=layer_scale,
+        correlation=_correlation(read),
         sources=read.sources,
     )
 
@@ -268,6 +271,14 @@ def _rotary(read: _Reader, head_dim: int) -> int:
     if share is None and isinstance(parameters, Mapping):
         share = parameters.get("partial_rotary_factor")
     return min(head_dim, max(2, int(head_dim * float(share or 1.0))))
+
+
+def _correlation(read: _Reader) -> float:
+    """A third of an input is the same for all tokens where it sums embeddings of word, position and segment."""
+    if not read.raw("type_vocab_size"):
+        return 0.0
+    read.sources["correlation"] = "config: type_vocab_size"
+    return 1.0 / 3.0
 
 
 def _windows(read: _Reader, n_layers: int, seq_len: int) -> tuple[int, ...]:

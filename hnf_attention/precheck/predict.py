@@ -16,7 +16,6 @@ from .design import Design
 # Of sigma / sigma_c, of the sharpest row in a hundred. At n = 1024, 2%, 13%, 30% and 63% of the rows have an
 # entropy below half a nat at 1, 1.5, 2 and 4 sigma_c; up to half of it the entropy is above 3/4 of its maximum.
 SAFE_RATIO, UNSTABLE_RATIO = 0.5, 1.0
-TOLERANCE = 0.01  # error of the output that storing q and k may cause, over the spread of the values
 STATUSES = ("safe", "usually safe", "unsafe")
 
 
@@ -56,10 +55,17 @@ def _spread(design: Design, layer: int) -> tuple[float, float]:
     """score_std and row_std, nats."""
     scale = design.scale_of(layer)
     if design.qk_norm:  # |q| = |k| = sqrt(head_dim) whatever the weights, in all rows alike
-        std, factor = scale * math.sqrt(design.head_dim), 1.0
+        std, factor = scale * math.sqrt(design.head_dim * (1.0 - design.correlation)), 1.0
     else:
         std = float(
-            theory.score_std(design.d_model, design.head_dim, design.query_std, design.key_std, scale=scale)
+            theory.score_std(
+                design.d_model,
+                design.head_dim,
+                design.query_std,
+                design.key_std,
+                scale=scale,
+                correlation=design.correlation,
+            )
         )
         factor = float(theory.row_spread(design.head_dim))
     return capped_std(std, design.softcap), capped_std(std * factor, design.softcap)
@@ -89,7 +95,9 @@ def scores(
 ) -> Scores:
     keys = design.keys(layer)
     top = float(theory.expected_max_logit(std, keys))
-    largest = min(float(theory.expected_max_logit(row_std, 2.0 * keys**2)), magnitude)
+    # What tokens have in common moves a row's scores alike: no spread within it, but larger scores.
+    over_rows = row_std / math.sqrt(1.0 - design.correlation)
+    largest = min(float(theory.expected_max_logit(over_rows, 2.0 * keys**2)), magnitude)
     if design.softcap is not None:
         largest = min(largest, design.softcap)
     sides = [

@@ -31,6 +31,8 @@ def layer_table(stats: Mapping[str, HeadStats], issues: Sequence[StabilityIssue]
         "sink\nmass",
         "max\n|score|",
         "log2\ncurvature",
+        "error\nbound",
+        "bits\nneeded",
     ):
         table.add_column(name, justify="right")
     table.add_column("findings", overflow="fold")
@@ -44,6 +46,8 @@ def layer_table(stats: Mapping[str, HeadStats], issues: Sequence[StabilityIssue]
             _number(layer.sink_mass, np.max, "{:.2f}"),
             _number(layer.max_abs_logit, np.max, "{:.4g}"),
             _number(layer.log2_curvature, np.max, "{:.4g}"),
+            _number(layer.error_bound, np.max, "{:.2g}"),
+            _number(layer.required_bits, np.max, "{:.0f}"),
             _state([issue for issue in issues if issue.layer == name]),
         )
     return table

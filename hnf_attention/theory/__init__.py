@@ -1,7 +1,7 @@
 """Theory: curvature, forward errors, required bits, and scores before training. fp64, no model in sight."""
 
-from .arithmetic import FORMATS, Arithmetic, Format, eager, flash, number_format
-from .bits import required_bits, required_bits_of_row, rounding_spread, typical_bits
+from .arithmetic import FORMATS, TENSOR_CORE_UNIT, Arithmetic, Format, eager, flash, number_format
+from .bits import TOLERANCE, required_bits, required_bits_of_row, rounding_spread, typical_bits
 from .curvature import hnf_curvature, hnf_curvature_bound
 from .error import expected_error, forward_error_bound, forward_error_bound_from_norms
 from .initial import (
@@ -18,6 +18,8 @@ from .weights import HeadWeights, Norm, fold_norm, weight_logit_bound, weight_sc
 
 __all__ = [
     "FORMATS",
+    "TENSOR_CORE_UNIT",
+    "TOLERANCE",
     "Arithmetic",
     "Format",
     "HeadWeights",

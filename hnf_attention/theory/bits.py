@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 STORED = ("query_key", "scores", "weights")
+TOLERANCE = 0.01  # the tolerance of required bits that are reported without one being asked for
 _RMS = 0.4246  # root mean square of a relative rounding error over its unit, mantissas log-uniform
 # Standard deviations of the rounding error that typical bits leave room for: the largest of a row's
 # components has to meet the tolerance, at this and at every larger number of bits. Calibrated in

@@ -113,15 +113,16 @@ def forward_error_bound_from_norms(
     keys: int,
     arithmetic: Arithmetic,
     *,
-    max_weight: ArrayLike | None = None,
+    max_weight: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
     max_abs_score: ArrayLike | None = None,
 ) -> np.ndarray:
     """`forward_error_bound` of any component of any row, from a few numbers of a head. Proved, less tight.
 
     magnitude: largest A_j, or scale * max|q| max|k|, nats. value_max: max|v|; value_range: max v - min v of
     a component, at most 2 max|v|. keys: N. max_abs_score: where known, else the magnitude. max_weight:
-    p_max where known. The mean distance of v from o is at most half its range, and with p_max >= 1/2 at
-    most 2 p_max (1 - p_max) of it: a collapsed row is a well conditioned one.
+    p_max where known; of many rows a pair, the smallest and the largest. The mean distance of v from o is
+    at most half its range, and with p_max >= 1/2 at most 2 p_max (1 - p_max) of it: a collapsed row is a
+    well conditioned one.
 
         E2 = min(tanh(eta / 2), e^eta expm1(eta) 2 p_max (1 - p_max)) range,    E1 with max|v|,
         |error| <= (E1 + E2)(1 + u_out) + u_out max|v| + tau
@@ -135,11 +136,12 @@ def forward_error_bound_from_norms(
     if arithmetic.score_roundings:
         eta = eta + (top + eta) * ((1.0 + storage.unit) ** 2 - 1.0) + storage.smallest
     share = np.tanh(eta / 2)
-    p_max = np.ones_like(eta) if max_weight is None else np.asarray(max_weight, np.float64)
+    pair = max_weight if isinstance(max_weight, tuple) else (max_weight, max_weight)
+    least, p_max = (np.asarray(1.0 if x is None else x, np.float64) for x in pair)
     if max_weight is not None:
         capped = np.minimum(eta, _LARGE)
-        sharp = np.exp(capped) * np.expm1(capped) * 2.0 * p_max * (1.0 - p_max)
-        share = np.where((p_max >= 0.5) & (eta < _LARGE), np.minimum(share, sharp), share)
+        sharp = np.exp(capped) * np.expm1(capped) * 2.0 * least * (1.0 - least)
+        share = np.where((least >= 0.5) & (eta < _LARGE), np.minimum(share, sharp), share)
     relative, g = _relative(np.float64(arithmetic.weight_unit), keys, arithmetic)
     before = share * spread + relative * largest + _floor(keys * largest, p_max, eta, g, arithmetic)
     output = arithmetic.output_format

@@ -90,7 +90,7 @@ def weight_logit_bound(
     query_limit: float | None = None,
     key_limit: float | None = None,
     softcap: float | None = None,
-    bias: float = 0.0,
+    bias: Tensor | float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Largest |score| that any input can give, per query head, (H,) fp64, nats. Proved.
@@ -108,7 +108,8 @@ def weight_logit_bound(
     holds, for any C that scales pairs: the better of C = 1 and of the one that makes a pair's share of A and B
     equal. Dimensions that are not turned are taken as turned, which only loosens the bound.
     query_limit, key_limit: of |q| and |k| after QK-norm (`Norm.limit`): |s| <= scale query_limit key_limit.
-    softcap: |s| <= softcap. bias: largest |bias| added to a score, after the soft-cap.
+    softcap: |s| <= softcap. bias: largest |bias| added to a score, (H,) or one for all, after the
+    soft-cap.
     dtype: in which the model computes; its roundings may exceed the exact bound by `ROUNDING`'s share.
     Source: own derivation; norm inequalities. Grouped heads share their key head's weights.
     """

@@ -1,0 +1,71 @@
+"""Compile the kernels for a card that is not there; run by tests/test_compile_kernels.py in a process of its own."""
+
+from unittest import mock
+
+import torch
+from cases import Case
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from hnf_attention import fold
+from hnf_attention.kernels import backward, forward, launch, packing, probe
+from hnf_attention.kernels import fold as fold_kernel
+from hnf_attention.stats import RowStats
+
+CASES = (
+    Case(2, 2, 2, 40, 40, 64, 64, is_causal=True, sinks=True),
+    Case(1, 2, 2, 40, 40, 64, 64, seqlens=(0, 10, 40), mask="bool", window_size=9),
+)
+
+
+class Card(mock.MagicMock):
+    """What Triton asks of a driver before it compiles."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+
+class Forgets(dict):
+    """What was compiled must not be launched."""
+
+    def __setitem__(self, key, value):
+        pass
+
+
+def compile_all(case: Case) -> None:
+    q, k, v, mask, sinks = case.tensors(torch.bfloat16)
+    options = case.options(q, k, v, mask, sinks)
+    out, *rows, _ = forward.forward(q, k, v, options, extended=False)
+    probe.probe(q, k, options)
+    probe.probe(q, k, options, parts=2)
+    gradients = (torch.empty_like(out), None, torch.zeros_like(rows[0]))
+    backward.backward(q, k, v, options, out, *rows[:2], *gradients)
+    fold_kernel.fold(fold.new_accumulator(q.shape[1], q.device), q, k, RowStats(*rows), options)
+
+
+def main() -> None:
+    compiled = set()
+    run = JITFunction.run
+
+    def compile_only(kernel, *arguments, grid, warmup, **keywords):
+        compiled.add(kernel.fn.__name__)
+        return run(kernel, *arguments, grid=grid, warmup=True, **keywords)
+
+    driver.set_active(Card())
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(launch, "_compiled", Forgets()),
+    ):
+        for case in CASES:
+            compile_all(case)
+        for integers in (torch.int32, torch.int64):
+            packing.sequence_bounds(torch.tensor([0, 10, 40], dtype=integers), 40)
+    print(*sorted(compiled))
+
+
+if __name__ == "__main__":
+    main()
