@@ -70,7 +70,7 @@ class AttentionStabilityMonitor:
     ):
         self._writers = [_writer(number, writer) for number, writer in enumerate(writers)]
         if auto_intervene:
-            _check_auto_intervene(model, ranks)
+            _check_auto_intervene(ranks)
         self.instrumentation: Instrumentation = instrument(model, sample=sample)
         try:
             self._recorder = Recorder(self.instrumentation, log_every, record_every, step, ranks)
@@ -195,18 +195,15 @@ def _key(issue: StabilityIssue) -> tuple[str, int | None, str, str]:
     return issue.layer, issue.head, issue.issue_type, issue.severity
 
 
-def _check_auto_intervene(model: nn.Module, ranks: Ranks | None) -> None:
+def _check_auto_intervene(ranks: Ranks | None) -> None:
     """Raise ValueError where the processes of a group would not all make the same change."""
     if _world_size() == 1:
         return
-    whole = ranks is not None and ranks.heads is None
-    if not whole or torch.distributed.get_world_size(ranks.batch) != _world_size():
+    if ranks is None or ranks.heads is not None or ranks.processes != _world_size():
         raise ValueError(
             "expected auto_intervene=False, or ranks=Ranks(batch=<the group of all processes>): each process "
             f"would change its weights by its own statistics, got ranks={ranks}"
         )
-    if any(type(p) is not nn.Parameter and hasattr(p, "device_mesh") for p in model.parameters()):
-        raise ValueError("expected auto_intervene=False for a model whose weights are sharded, got True")
 
 
 def _world_size() -> int:

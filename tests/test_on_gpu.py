@@ -5,7 +5,7 @@ import torch
 from cases import CASES
 from torch.nn.functional import cross_entropy
 
-from hnf_attention import AttentionStabilityMonitor, fold, instrument, ops
+from hnf_attention import AttentionStabilityMonitor, Ranks, fold, instrument, ops
 from hnf_attention.demo.model import GPT
 from hnf_attention.recorder import Recorder
 
@@ -167,3 +167,22 @@ def test_a_recorded_forward_of_a_model_replays_in_a_captured_graph():
         stats = recorder.read()
     assert len(stats.layers) == 2
     assert all(layer.rows.tolist() == [3 * 3 * 96] * 4 for layer in stats.layers.values())
+
+
+def test_readings_go_through_nccl(tmp_path):
+    store, device = f"file://{tmp_path}/store", torch.device("cuda", 0)
+    torch.distributed.init_process_group("nccl", init_method=store, rank=0, world_size=1, device_id=device)
+    try:
+        mesh = torch.distributed.init_device_mesh("cuda", (1, 1, 1), mesh_dim_names=("dp", "cp", "tp"))
+        model, tokens = _gpt(), _batch()
+        readings = []
+        for ranks in (None, Ranks.of_mesh(mesh, heads="tp", queries="cp")):
+            with AttentionStabilityMonitor(model, log_every=1, ranks=ranks) as monitor, torch.no_grad():
+                model(tokens)
+                readings.append(monitor.on_step().stats)
+    finally:
+        torch.distributed.destroy_process_group()
+    alone, together = readings
+    assert list(alone) == list(together)
+    for ours, theirs in zip(together.values(), alone.values()):
+        torch.testing.assert_close(torch.from_numpy(ours.values), torch.from_numpy(theirs.values))

@@ -100,12 +100,18 @@ def test_groups_and_mesh_dimensions_that_do_not_exist(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         with pytest.raises(
-            ValueError, match="expected a process group for batch or heads, got None for both"
+            ValueError, match="expected a process group for batch, heads or queries, got None"
         ):
             Ranks()
         mesh = torch.distributed.init_device_mesh("cpu", (1,), mesh_dim_names=("dp",))
         with pytest.raises(ValueError, match="expected heads to be one of the mesh's dimensions"):
             Ranks.of_mesh(mesh, heads="tp")
+        with pytest.raises(ValueError, match="expected queries to be one of the mesh's dimensions"):
+            Ranks.of_mesh(mesh, queries="cp")
+        with pytest.raises(
+            ValueError, match="heads and queries to be different dimensions, got 'dp' for both"
+        ):
+            Ranks.of_mesh(mesh, heads="dp", queries="dp")
         assert Ranks.of_mesh(mesh).heads is None
         assert Ranks.of_mesh(mesh, heads="dp").batch is None
     finally:

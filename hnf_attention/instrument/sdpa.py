@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..tracing import transformed
-from . import owners
+from . import owners, sharded
 from .call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
 from .patches import Patch
 
 NAME = "scaled_dot_product_attention"
+CONTEXT_PARALLEL = "torch.distributed.tensor.experimental."
 
 
 def install(modules: Iterable[nn.Module] = ()) -> list[Patch]:
@@ -29,6 +30,9 @@ def install(modules: Iterable[nn.Module] = ()) -> list[Patch]:
 
 
 def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    # PyTorch's context parallel puts a function of its own here, which exchanges keys with other processes.
+    describe = _of_a_ring if getattr(original, "__module__", "").startswith(CONTEXT_PARALLEL) else call_of
+
     @functools.wraps(original)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
         if transformed():
@@ -44,11 +48,17 @@ def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return original(*args, **kwargs)
         return owner.instrumentation.attend(
             owner.layer,
-            functools.partial(call_of, heads, *args, **kwargs),
+            functools.partial(describe, heads, *args, **kwargs),
             functools.partial(original, *args, **kwargs),
         )
 
     return scaled_dot_product_attention
+
+
+def _of_a_ring(*_: Any, **__: Any) -> AttentionCall:
+    raise Unmeasurable(
+        "context_parallel was entered before the model was instrumented: keys of others are not seen"
+    )
 
 
 def call_of(
@@ -63,8 +73,11 @@ def call_of(
     enable_gqa: bool = False,
 ) -> AttentionCall:
     """SDPA's arguments as one call; `heads` is what the Hugging Face door knows of them, if it was there."""
-    require_plain(query=query, key=key, value=value, attn_mask=attn_mask)
     not_fused = why_not_fused(dropout_p, attn_mask)
+    if heads is None and type(query) is not Tensor and sharded.is_sharded(query):
+        query, key, value, attn_mask = sharded.local(query, key, value, attn_mask)
+        not_fused = sharded.NOT_FUSED
+    require_plain(query=query, key=key, value=value, attn_mask=attn_mask)
     if attn_mask is not None and is_causal:
         not_fused = "both attn_mask and is_causal"  # some versions raise for it, and must come to do so
     if attn_mask is not None:

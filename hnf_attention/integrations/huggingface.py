@@ -25,7 +25,9 @@ class AttentionStabilityCallback(TrainingCallback, TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         cadence = max(1, int(state.logging_steps))
-        self._begin(unwrapped(model), cadence, state.global_step, state.is_world_process_zero)
+        model = unwrapped(model)
+        mesh = getattr(model, "_device_mesh", None)  # of a model that transformers itself distributed
+        self._begin(model, cadence, state.global_step, state.is_world_process_zero, mesh)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._resume()

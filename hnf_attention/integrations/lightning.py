@@ -26,7 +26,8 @@ class AttentionStabilityCallback(TrainingCallback, Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._optimizer_steps = trainer.global_step
         cadence = trainer.log_every_n_steps or 100  # 0: it logs nothing itself
-        self._begin(pl_module, cadence, _batches_that_stepped(trainer), trainer.is_global_zero)
+        mesh = getattr(pl_module, "device_mesh", None)  # of ModelParallelStrategy; older versions have none
+        self._begin(pl_module, cadence, _batches_that_stepped(trainer), trainer.is_global_zero, mesh)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._resume()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,7 +15,11 @@ from ..interventions import apply_intervention
 from ..monitor import AttentionStabilityMonitor
 from ..ranks import Ranks
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 _log = logging.getLogger("hnf_attention")
+TENSOR_PARALLEL = ("tp", "tensor_parallel")  # the mesh dimension's name in transformers, and in Lightning
 
 # Monitors at work, by model. A training that ends by an exception may not tell its callbacks.
 _running: weakref.WeakKeyDictionary[nn.Module, weakref.ref] = weakref.WeakKeyDictionary()
@@ -30,11 +34,12 @@ class TrainingCallback:
         None for as often as the trainer itself logs.
     record_every, sample: as for `AttentionStabilityMonitor`.
     writers: likewise; in a process group only the main process writes.
-    ranks: as for `AttentionStabilityMonitor`; without them all processes of the run hold parts of the batch.
+    ranks: as for `AttentionStabilityMonitor`; without them all processes of the run hold parts of the batch,
+        or of the heads along the dimension of the trainer's mesh that is named for tensor parallelism.
     auto_intervene: at a log step, after the optimizer's step, carry out what the monitor proposes: QK-clip or
         a temperature on weights, and, since a trainer's optimizers and schedulers are at hand here, a lower
         learning rate (in the parameter groups, and in the base rates that schedulers compute from: the whole
-        rest of the schedule is scaled) or more attention dropout. Refused for sharded weights.
+        rest of the schedule is scaled) or more attention dropout.
 
     monitor: the `AttentionStabilityMonitor` of the latest training, None before the first; what was done is in
         its `applied`. last_diagnosis: the latest reading, or None.
@@ -69,8 +74,10 @@ class TrainingCallback:
             _running.pop(self.monitor.model, None)
             self.monitor.restore()
 
-    def _begin(self, model: nn.Module, log_every: int, step: int, main: bool) -> None:
-        """Training begins at that step; `log_every` is the trainer's own."""
+    def _begin(
+        self, model: nn.Module, log_every: int, step: int, main: bool, mesh: DeviceMesh | None = None
+    ) -> None:
+        """Training begins at that step; `log_every` and the mesh of its processes are the trainer's own."""
         self.restore()
         left = _running.pop(model, lambda: None)()
         if left is not None:
@@ -81,7 +88,7 @@ class TrainingCallback:
             log_every=log_every if self._log_every is None else self._log_every,
             writers=self._writers if main else (),
             step=step,
-            ranks=self._ranks or Ranks.of_world(),
+            ranks=self._ranks or _ranks_of(mesh),
             **self._options,
         )
         _running[model] = weakref.ref(self.monitor)
@@ -127,6 +134,15 @@ class TrainingCallback:
         except Exception:  # of whatever kind: training goes on without
             self._auto_intervene = False
             _log.warning("the attention monitor intervenes no more: %s failed", rest["action"], exc_info=True)
+
+
+def _ranks_of(mesh: DeviceMesh | None) -> Ranks | None:
+    """The processes of the run; those that share a layer's heads are known from the trainer's mesh."""
+    names = mesh.mesh_dim_names or () if mesh is not None else ()
+    for name in TENSOR_PARALLEL:
+        if name in names and mesh[name].size() > 1:
+            return Ranks.of_mesh(mesh, heads=name)
+    return Ranks.of_world()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -66,7 +66,7 @@ def read_weights(model: nn.Module, design: Design) -> tuple[list[LayerWeights], 
 
 def _layer(model: nn.Module, name: str, design: Design, index: int) -> LayerWeights:
     module = model.get_submodule(name)
-    weights = projections.find(model, name, _heads(module, design), linear=False)
+    weights = projections.find(model, name, _heads(module, design), scaling=False)
     if getattr(module, "is_cross_attention", False):
         raise ValueError("keys come from another sequence, whose norm is not known")
     norm = _norm_before(model, name)

@@ -1,0 +1,120 @@
+"""Models that are split over processes, and what they are fed."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from attention_models import Model
+from torch import nn
+
+WIDTH, HEADS, LENGTH = 16, 4, 40
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "ring_attention.py"
+INPUTS = torch.randn(8, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
+LLAMA = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+)
+QKV = torch.randn(3, 4, HEADS, 16, 8, generator=torch.Generator().manual_seed(3)).unbind()
+MASK = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(4))
+TOKENS = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(2))
+
+
+def sharp_model(**options):
+    """Two blocks with fused projections; scores of the first are far too large."""
+    torch.manual_seed(0)
+    model = Model(**options)
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.weight.mul_(30.0)
+    return model
+
+
+class SeparateAttention(nn.Module):
+    """Causal, with a projection each, and as many heads as this process's projections give."""
+
+    def __init__(self):
+        super().__init__()
+        self.head_dim = WIDTH // HEADS
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, nn.Linear(WIDTH, WIDTH))
+            nn.init.normal_(getattr(self, name).weight, std=0.25)
+
+    def split(self, x):
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        return (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)
+
+    def forward(self, x):
+        out = F.scaled_dot_product_attention(*self.split(x), is_causal=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class GatheringAttention(SeparateAttention):
+    """Context parallel: this process's queries against the keys of all. rows: the positions of its tokens."""
+
+    rows = group = None
+
+    def forward(self, x):
+        q, k, v = self.split(x)
+        mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+        if self.group is not None:
+            order = _all(self.rows, self.group, 0).argsort()
+            k, v = (_all(y, self.group, 2)[:, :, order] for y in (k, v))
+            mask = mask[self.rows]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def _all(x, group, dim):
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(parts, x.detach().contiguous(), group=group)
+    return torch.cat(parts, dim)
+
+
+def zigzag(rank, size):
+    """Of 2 x size pieces of the sequence, one from its beginning and one from its end."""
+    pieces = torch.arange(LENGTH).chunk(2 * size)
+    return torch.cat([pieces[rank], pieces[-1 - rank]])
+
+
+def stack(attention=SeparateAttention):
+    """Two attention layers, one after the other."""
+    torch.manual_seed(0)
+    return nn.Sequential(attention(), attention())
+
+
+class GPTNeoXAttention(nn.Module):
+    """Its name says in which order its rows are."""
+
+    def __init__(self):
+        super().__init__()
+        self.query_key_value = nn.Linear(WIDTH, 3 * WIDTH)
+
+
+class Layouts(nn.Module):
+    """A layer for each way of keeping query and key weights that is found in shards."""
+
+    def __init__(self):
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+
+        torch.manual_seed(0)
+        self.separate = SeparateAttention()
+        self.fused = nn.ModuleDict({"qkv": nn.Linear(WIDTH, 3 * WIDTH)})
+        self.turned = nn.ModuleDict({"c_attn": Conv1D(3 * WIDTH, WIDTH)})
+        self.multihead = nn.MultiheadAttention(WIDTH, HEADS, add_bias_kv=True)
+        self.interleaved = GPTNeoXAttention()
+        self.low = SeparateAttention().bfloat16()
+
+
+CLIP = {
+    "action": "qk_clip",
+    "threshold": 30.0,
+    "layers": {
+        name: [100.0, 20.0, None, 31.0]
+        for name in ("separate", "fused", "turned", "multihead", "interleaved", "low")
+    },
+}

@@ -1,0 +1,195 @@
+"""Models split over two and four processes: what they report is what one process reports of the whole batch."""
+
+import pickle
+import re
+import runpy
+
+import numpy as np
+import processes_sharded
+import pytest
+import torch
+from attention_models import Direct
+from sharded_models import (
+    CLIP,
+    EXAMPLE,
+    INPUTS,
+    LLAMA,
+    MASK,
+    QKV,
+    TOKENS,
+    GatheringAttention,
+    Layouts,
+    sharp_model,
+    stack,
+    zigzag,
+)
+
+from hnf_attention import AttentionStabilityMonitor, apply_intervention, attention
+from hnf_attention.stats import SUM_FIELDS
+
+pytest.importorskip("transformers.distributed", reason="needs a transformers that splits models itself")
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="needs torch.distributed with gloo",
+)
+of_two = pytest.mark.parametrize("found", [2], indirect=True)
+# Blocks of 64 rows begin anew in each process.
+WHERE_QUERIES_ARE_SPLIT = [not name.endswith("_blocks") for name in SUM_FIELDS]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def found(request, tmp_path_factory):
+    """By scenario, what each process found."""
+    folder = tmp_path_factory.mktemp("sharded")
+    _llama().save_pretrained(folder)
+    torch.multiprocessing.spawn(processes_sharded.main, (request.param, str(folder)), request.param)
+    each = [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(request.param)]
+    return {scenario: [process[scenario] for process in each] for scenario in each[0]}
+
+
+def _llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**LLAMA)).eval()
+
+
+def alone(model, *inputs, **options):
+    """Output and statistics in this process."""
+    with AttentionStabilityMonitor(model, log_every=1) as monitor, torch.no_grad():
+        out = model(*inputs, **options)
+        monitor.on_step()
+    return out, monitor.history[-1].layers
+
+
+def same(layers, expected, fields=slice(None)):
+    """Up to the last digits, which differ between matrix products of other shapes."""
+    assert list(layers) == list(expected)
+    for name, stats in layers.items():
+        assert (stats.head_dim, stats.dtype) == (expected[name].head_dim, expected[name].dtype)
+        np.testing.assert_allclose(
+            stats.values[fields], expected[name].values[fields], rtol=1e-4, atol=1e-5, err_msg=name
+        )
+
+
+def test_fsdp2_reports_the_whole_batch_and_trains_bit_equal(found):
+    model = sharp_model()
+    monitor = AttentionStabilityMonitor(model, log_every=1)
+    _, diagnoses = processes_sharded.trained(model, INPUTS, monitor)
+    expected = [(i.layer, i.head, i.issue_type) for i in diagnoses[0].issues]
+    assert expected
+    for readings, issues, bit_equal in found["fsdp"]:
+        assert bit_equal
+        assert issues == expected
+        assert len(readings) == 3
+        same(readings[0], monitor.history[0].layers)
+
+
+def test_fsdp2_weights_are_treated_by_the_monitor_as_in_one_process(found):
+    model = sharp_model()
+    monitor = AttentionStabilityMonitor(model, log_every=1, auto_intervene=True)
+    model(INPUTS)
+    monitor.on_step()
+    for applied, weight in found["fsdp_treated"]:
+        assert applied == len(monitor.applied) == 1
+        torch.testing.assert_close(weight, model.blocks[0].attn.qkv.weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+@of_two
+def test_every_layout_is_clipped_in_shards_exactly_as_whole(found):
+    model = Layouts()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    apply_intervention(None, CLIP, model)
+    for after, back, refused in found["layouts"]:
+        assert back
+        assert all(torch.equal(after[name], p) for name, p in model.named_parameters())
+        assert "expected the weights of layer 'separate' in their shards, got whole ones" in refused
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert {name.split(".")[0] for name in changed} == set(CLIP["layers"])
+
+
+def test_tensor_parallel_heads_get_their_global_numbers(found):
+    out, layers = alone(stack(), INPUTS)
+    size = len(found["tensor_parallel"])
+    for rank, (theirs, part, refused) in enumerate(found["tensor_parallel"]):
+        torch.testing.assert_close(part, out.chunk(size // 2)[rank // 2], rtol=1e-4, atol=1e-5)
+        same(theirs, layers)
+        reason = "expected the weights of layer '0' to be sharded by FSDP2 alone"
+        assert (reason if size > 2 else "DTensor (merge adapters, gather shards") in refused
+
+
+def test_attention_over_dtensors_is_measured_where_its_parts_are_whole_heads(found):
+    _, expected = alone(Direct(), *QKV, attn_mask=MASK)
+    for process in found["distributed_tensors"]:
+        for name in ("heads", "batch"):
+            coverage, (layers,), same_output = process[name]
+            assert same_output and not coverage.not_measured
+            same(layers, expected)
+        coverage, _, stays_one = process["fused"]
+        assert stays_one and "probe: its tensors are split over processes" in coverage.measured[""]
+        for name, reason in (
+            ("queries", r"split over processes as \(Shard\(dim=2\),\), not by batch"),
+            ("everywhere", r"split over processes as \(Replicate\(\),\), not by batch"),
+            ("uneven", r"query \(4, 3, 16, 8\) is split unevenly"),
+        ):
+            coverage, readings, same_output = process[name]
+            assert same_output and not readings and not coverage.measured
+            assert re.search(reason, coverage.not_measured[""])
+
+
+def test_queries_split_by_context_parallel_are_those_of_one_sequence(found):
+    out, layers = alone(stack(GatheringAttention), INPUTS)
+    fields = WHERE_QUERIES_ARE_SPLIT + [True] * (len(layers["0"].values) - len(SUM_FIELDS))
+    size = len(found["gathered_keys"])
+    for rank, (theirs, part, processes) in enumerate(found["gathered_keys"]):
+        assert processes == size
+        mine = out.chunk(size // 2)[rank // 2][:, zigzag(rank % 2, 2)]
+        torch.testing.assert_close(part, mine, rtol=1e-4, atol=1e-5)
+        same(theirs, layers, np.array(fields))
+        np.testing.assert_allclose(theirs["0"].log2_curvature, layers["0"].log2_curvature, rtol=1e-5)
+
+
+def test_a_ring_of_pytorchs_own_is_listed_whichever_came_first(found):
+    for coverages, module in found["torch_context_parallel"]:
+        assert all(not coverage.measured for coverage in coverages)
+        reasons = [coverage.not_measured[""] for coverage in coverages]
+        assert "split over processes as (Shard(dim=2),)" in reasons[0]
+        assert "context_parallel was entered before the model was instrumented" in reasons[1]
+        assert module != "torch.distributed.tensor.experimental._context_parallel._attention"
+
+
+def test_ring_attention_has_the_output_and_statistics_of_one_process(found):
+    if not EXAMPLE.is_file():
+        pytest.skip("the examples are in the checkout only")
+    example = runpy.run_path(str(EXAMPLE))
+    out, rows = attention(*QKV, is_causal=True)
+    size = len(found["ring"])
+    for rank, orders in enumerate(found["ring"]):
+        for order, (theirs, statistics) in orders.items():
+            for name, numbers in {"out": theirs, **statistics}.items():
+                whole = out if name == "out" else getattr(rows, name)
+                expected = example["share"](whole, rank, size, order)
+                torch.testing.assert_close(numbers, expected, rtol=1e-5, atol=2e-6, msg=f"{order} {name}")
+
+
+def test_pipeline_stages_report_every_layer_under_its_own_name(found):
+    size = len(found["pipeline"])
+    torch.manual_seed(0)
+    model = torch.nn.Sequential()
+    model.layers = torch.nn.ModuleDict({str(number): stack()[0] for number in range(size)})
+    model.forward = lambda x: torch.nn.Sequential(*model.layers.values())(x)
+    _, expected = alone(model, INPUTS)
+    for layers in found["pipeline"]:
+        assert list(layers) == [f"layers.{stage}" for stage in range(size)]
+        same(layers, expected)
+
+
+@of_two
+def test_llama_split_by_its_own_plan_reports_as_in_one_process(found):
+    model = _llama()
+    with AttentionStabilityMonitor(model, log_every=1) as monitor, torch.no_grad():
+        logits = model(TOKENS).logits
+        monitor.on_step()
+    for layers, theirs in found["llama"]:
+        torch.testing.assert_close(theirs, logits, rtol=1e-4, atol=1e-5)
+        same(layers, monitor.history[-1].layers)
