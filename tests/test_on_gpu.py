@@ -171,6 +171,7 @@ def test_a_recorded_forward_of_a_model_replays_in_a_captured_graph():
 
 def test_readings_go_through_nccl(tmp_path):
     store, device = f"file://{tmp_path}/store", torch.device("cuda", 0)
+    torch.cuda.set_device(device)  # as a launcher's processes do
     torch.distributed.init_process_group("nccl", init_method=store, rank=0, world_size=1, device_id=device)
     try:
         mesh = torch.distributed.init_device_mesh("cuda", (1, 1, 1), mesh_dim_names=("dp", "cp", "tp"))

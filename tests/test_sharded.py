@@ -115,7 +115,7 @@ def test_tensor_parallel_heads_get_their_global_numbers(found):
         torch.testing.assert_close(part, out.chunk(size // 2)[rank // 2], rtol=1e-4, atol=1e-5)
         same(theirs, layers)
         reason = "expected the weights of layer '0' to be sharded by FSDP2 alone"
-        assert (reason if size > 2 else "got DTensor (merge adapters, gather shards") in refused
+        assert (reason if size > 2 else "DTensor (merge adapters, gather shards") in refused
 
 
 def test_attention_over_dtensors_is_measured_where_its_parts_are_whole_heads(found):

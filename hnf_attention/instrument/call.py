@@ -34,6 +34,9 @@ class AttentionCall:
     not_fused: why our attention must not take the place of the model's in this call; None if it may.
     prefer_fused: whether `mode="auto"` may take it.
     check: compares the model's own attention with ours, once per layer; True when it could decide.
+    modify: a function over the scores that comes last, where it can be named by nothing else here; of scores
+        (B, H, R, N), fp32 or fp64, and the numbers of their queries, int64 (B, H, R), it makes the scores and
+        which are visible, boolean. Such a call is probed in plain PyTorch.
     """
 
     query: Tensor
@@ -49,6 +52,7 @@ class AttentionCall:
     not_fused: str | None
     prefer_fused: bool
     check: Callable[[AttentionCall], bool] | None = None
+    modify: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def keywords(self) -> dict[str, Any]:
         """Keyword arguments of `attention` and `attention_stats`."""

@@ -11,7 +11,7 @@ from torch import nn
 from ..names import shown
 
 _ATTENTION = re.compile("attention|attn", re.IGNORECASE)
-_MEASURED_IMPLEMENTATIONS = ("sdpa", "eager", None)
+_MEASURED_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", None)
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def _reason(module: nn.Module) -> str:
     if implementation not in _MEASURED_IMPLEMENTATIONS:
         return (
             f"attn_implementation={implementation!r} is not measured; load the model with "
-            'attn_implementation="sdpa" or "eager"'
+            'attn_implementation="sdpa", "eager" or "flex_attention"'
         )
     return (
-        "no call reached scaled_dot_product_attention or the Hugging Face attention interface "
+        "no call reached scaled_dot_product_attention, flex_attention or the Hugging Face attention interface "
         "or a softmax over scores (compiled graphs are not measured yet)"
     )

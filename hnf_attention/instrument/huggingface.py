@@ -10,6 +10,7 @@ name is changed here: what lies *behind* the names is replaced.
 - "sdpa": the entry of AttentionInterface. It announces the module and its heads, and the call that
   it makes to scaled_dot_product_attention is measured there, with the very mask and options that the
   library of whatever version derives from its keywords.
+- "flex_attention": likewise the entry, described from its keywords, of which it makes its score_mod.
 - "eager": the function of the model's own file, a global of that file. It is described from its
   keywords, and the description is checked once per layer against what the function computes.
 """
@@ -27,10 +28,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from .. import ops
 from ..tracing import transformed
-from . import owners
+from . import flex, owners
 from .call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
 from .patches import Patch, methods
 
@@ -47,7 +49,12 @@ def install(modules: Iterable[nn.Module]) -> list[Patch]:
             lambda: AttentionInterface()["sdpa"],
             functools.partial(AttentionInterface.register, "sdpa"),
             _sdpa_door,
-        )
+        ),
+        Patch.acquire(
+            lambda: AttentionInterface()["flex_attention"],
+            functools.partial(AttentionInterface.register, "flex_attention"),
+            _flex_door,
+        ),
     ]
     for place, name in _eager_functions({type(module) for module in modules}):
         read = functools.partial(operator.getitem, place, name)
@@ -154,6 +161,61 @@ def _eager_call(
         prefer_fused=False,
         check=functools.partial(_same_function, original, module, mask, options),
     )
+
+
+def _flex_door(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def flex_attention_forward(*args: Any, **kwargs: Any) -> Any:
+        if transformed() or not owners.measuring:
+            return original(*args, **kwargs)
+        owner = _module_owner(args, kwargs)
+        if owner is None:
+            return original(*args, **kwargs)
+        return owner.instrumentation.attend(
+            owner.layer,
+            functools.partial(_flex_call, *args, **kwargs),
+            functools.partial(original, *args, **kwargs),
+        )
+
+    return flex_attention_forward
+
+
+@torch.no_grad()
+def _flex_call(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> AttentionCall:
+    """What transformers' flex_attention computes: the soft-cap first, then the mask and the bias are added."""
+    mask, block_mask = attention_mask, None
+    if isinstance(mask, BlockMask):
+        mask, block_mask = None, mask
+    require_plain(query=query, key=key, value=value, attention_mask=mask, position_bias=position_bias)
+    if mask is not None:
+        mask = mask[:, :1].to(query.dtype)  # one head's, and added even where it is boolean
+    call = AttentionCall(
+        query=query,
+        key=key,
+        value=value,
+        attn_mask=_combined(mask, position_bias, query, key),
+        is_causal=False,
+        scale=scaling,
+        softcap=softcap,
+        sinks=s_aux,
+        door="transformers flex_attention",
+        from_output=lambda out: (out.transpose(1, 2).contiguous(), None),
+        not_fused=flex.NOT_FUSED,
+        prefer_fused=False,
+    )
+    flex.add_mods(call, None, block_mask, compiled=True)
+    return call
 
 
 def _dropout(module: nn.Module, options: dict[str, Any]) -> float:

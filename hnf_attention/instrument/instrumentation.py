@@ -6,6 +6,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..names import shown
 from ..sampling import effective_period
 from ..stats import RowStats
 from ..validation import Options
-from . import multihead, owners, sdpa, softmax
+from . import flex, multihead, owners, scores, sdpa, softmax
 from .call import AttentionCall, Unmeasurable
 from .coverage import Coverage, is_attention, unreached
 from .measurement import Measurement
@@ -57,19 +58,19 @@ class Instrumentation:
         self.latest: dict[str, Measurement] = {}
         self._layers: dict[str, _Layer] = {}
         self._measured: dict[str, str] = {}
-        self._problems: dict[str, str] = {}
         self.slowed: set[str] = set()  # modules that were told that their inference fast path is off
         modules = dict(model.named_modules())
+        self._problems = flex.unreachable(modules)
         self._attention = weakref.WeakValueDictionary(
             {name: module for name, module in modules.items() if is_attention(module)}
         )
         patches: list[Patch] = []
         references = [weakref.ref(module) for module in modules.values()]
-        hook = _strict_hook(model, weakref.ref(self)) if strict else None
+        hook = _Judge(model, weakref.ref(self)).handle if strict else None
         self._restore = weakref.finalize(self, _restore, references, patches, hook, id(self))
         self._restore.atexit = False
         every = modules.values()
-        patches += [*sdpa.install(every), *multihead.install(), *softmax.install(every)]
+        patches += [*sdpa.install(every), *multihead.install(), *softmax.install(every), *flex.install(every)]
         if "transformers.modeling_utils" in sys.modules:  # a model of theirs is not there without
             from . import huggingface
 
@@ -202,11 +203,12 @@ class Instrumentation:
         return f"probe{share}{f': {call.not_fused}' if held_back else ''} ({call.door})"
 
     def _measure(self, name: str, call: AttentionCall, options: Options, rows: RowStats | None) -> None:
-        period = 1
         if rows is None:
-            rows, period = self._probe(self._layers[name], call, options)
+            measurement = self._probe(name, call, options)
+        else:
+            measurement = Measurement(name, rows, call.query, call.key, options)
         self._layers[name].described = True
-        self._deliver(Measurement(name, rows, call.query, call.key, options, period))
+        self._deliver(measurement)
 
     def observe(self, name: str, door: str, build: Callable[[], Measurement]) -> None:
         """Take in what `build` measured of an attention that ran by itself; no error comes out."""
@@ -230,13 +232,18 @@ class Instrumentation:
             self.on_measure(measurement)
 
     @torch.no_grad()
-    def _probe(self, layer: _Layer, call: AttentionCall, options: Options) -> tuple[RowStats, int]:
-        """Statistics of all rows or of the next sample of them, and the period of the sample."""
+    def _probe(self, name: str, call: AttentionCall, options: Options) -> Measurement:
+        """Measure all rows or the next sample of them."""
+        layer = self._layers[name]
         phase, layer.probed = layer.probed, layer.probed + 1
         period = 1 if self.sample is None else effective_period(self.sample, call.query.shape[2])
+        if call.modify is not None:
+            return scores.modified(name, call, options, period, phase)
         if period == 1:
-            return ops.attend(call.query, call.key, None, options)[1], period
-        return ops.attend_sample(call.query, call.key, options, (period, phase)), period
+            rows = ops.attend(call.query, call.key, None, options)[1]
+        else:
+            rows = ops.attend_sample(call.query, call.key, options, (period, phase))
+        return Measurement(name, rows, call.query, call.key, options, period)
 
     def _give_up(self, name: str, layer: _Layer, failure: Exception) -> None:
         if isinstance(failure, Unmeasurable):
@@ -251,22 +258,28 @@ class Instrumentation:
         self._measured.pop(name, None)
 
 
-def _strict_hook(model: nn.Module, reference: weakref.ref) -> Any:
-    """Judge the coverage once, after the first complete forward that was measured."""
-    root = weakref.ref(model)
+class _Judge:
+    """A hook of the model's that judges the coverage once, after the first complete forward that was measured.
 
-    def judge(module: nn.Module, *_: object) -> None:
-        instrumentation = reference()
-        # A deep copy of the model carries this hook too; it is not the model that was instrumented.
-        if instrumentation is None or module is not root() or not instrumentation.measuring:
+    It is copied and pickled with the model: what comes of that does nothing, and needs nothing of ours.
+    """
+
+    def __init__(self, model: nn.Module, instrumentation: weakref.ref):
+        self._root, self._instrumentation = weakref.ref(model), instrumentation
+        self.handle = model.register_forward_hook(self)
+
+    def __call__(self, module: nn.Module, *_: object) -> None:
+        instrumentation = self._instrumentation()
+        # A shallow copy of the model shares this hook; it is not the model that was instrumented.
+        if instrumentation is None or module is not self._root() or not instrumentation.measuring:
             return
-        handle.remove()
+        self.handle.remove()
         coverage = instrumentation.coverage
         if coverage.not_measured or not coverage.measured:
             raise RuntimeError(str(coverage))
 
-    handle = model.register_forward_hook(judge)
-    return handle
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return getattr, (nullcontext(), "__exit__")
 
 
 def _restore(modules: list[weakref.ref], patches: list[Patch], hook: Any, identity: int) -> None:
@@ -286,17 +299,18 @@ def instrument(
 ) -> Instrumentation:
     """Measure every attention call of `model`: exact softmax statistics per batch, head and query.
 
-    Reached are Hugging Face models (attn_implementation "sdpa" or "eager") and everything that calls
-    `torch.nn.functional.scaled_dot_product_attention`, each call under the name of the innermost module
-    running. What is not reached is listed in `.coverage`. Nothing of the model is changed: no config,
+    Reached are Hugging Face models (attn_implementation "sdpa", "eager" or "flex_attention") and everything that
+    calls `torch.nn.functional.scaled_dot_product_attention` or `flex_attention`, each call under the name of the
+    innermost module running. What is not reached is listed in `.coverage`. Nothing of the model is changed: no config,
     no module, no state dict; `.restore()` ends it, and so does dropping the returned handle.
 
     mode: "probe" leaves the model's attention alone and measures beside it, bit-identical outputs.
         "fused" computes the output in the same pass as the statistics, wherever that is the same
         function: not with dropout, not with a mask that requires a gradient, not where attention
-        weights are asked for (those calls are probed, and `.coverage` says so). A row whose keys are
-        all hidden by a finite mask gets output 0, where an eager softmax averages all values: such
-        rows are padding. "auto" takes fused for SDPA calls that the GPU kernels cover, else probe.
+        weights are asked for, not for flex_attention (those calls are probed, and `.coverage` says
+        so). A row whose keys are all hidden by a finite mask gets output 0, where an eager softmax
+        averages all values: such rows are padding. "auto" takes fused for SDPA calls that the GPU
+        kernels cover, else probe.
     strict: after the first complete forward, raise RuntimeError if any attention was not measured, or
         none at all.
     sample: probe one block of 64 query rows of every `sample` (of all of them, in a sequence with fewer);

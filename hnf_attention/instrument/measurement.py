@@ -55,11 +55,17 @@ class Measurement:
 
     @classmethod
     def of_scores(
-        cls, layer: str, rows: RowStats, measured: Measured, head_dim: int, dtype: torch.dtype
+        cls,
+        layer: str,
+        rows: RowStats,
+        measured: Measured,
+        head_dim: int,
+        dtype: torch.dtype,
+        sample_period: int = 1,
     ) -> Measurement:
-        """Of a call whose queries and keys nobody has seen."""
+        """Of a call of which everything is known already, or will never be."""
         self = cls.__new__(cls)
-        self.layer, self.rows, self.sample_period = layer, rows, 1
+        self.layer, self.rows, self.sample_period = layer, rows, sample_period
         self.query = self.key = self.options = None
         self.head_dim, self.dtype, self._measured = head_dim, dtype, measured
         return self

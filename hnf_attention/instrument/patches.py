@@ -57,7 +57,7 @@ class Patch:
         write = functools.partial(_write, place, name, inherited)
         first = Patch.acquire(functools.partial(getattr, place, name), write, replacement)
         patches = [first]
-        for space in _namespaces(modules):
+        for space in namespaces(modules):
             if space is vars(place):
                 continue
             for name, value in list(space.items()):
@@ -99,8 +99,15 @@ def methods(cls: type) -> Iterator[FunctionType]:
                     yield method
 
 
-def _namespaces(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
+def namespaces(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
     """The globals of the files that the classes of these modules come from, each once."""
-    classes = {type(module) for module in modules}
-    found = {id(m.__globals__): m.__globals__ for cls in classes for m in methods(cls)}
+    found = {id(m.__globals__): m.__globals__ for cls in {type(x) for x in modules} for m in methods(cls)}
     return list(found.values())
+
+
+def classes(modules: Iterable[nn.Module]) -> set[type]:
+    """The classes of these modules and their bases, those of torch.nn left out."""
+    found = {
+        base for cls in {type(x) for x in modules} for base in cls.__mro__ if issubclass(base, nn.Module)
+    }
+    return {cls for cls in found if not cls.__module__.startswith("torch.nn.")}

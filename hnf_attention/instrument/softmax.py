@@ -9,7 +9,6 @@ norms and curvature stay unknown.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,19 +17,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import masks, reference
-from ..fold import Measured
-from ..stats import RowStats
 from ..tracing import transformed
 from . import owners
 from .call import Unmeasurable
 from .coverage import is_attention
 from .measurement import Measurement
 from .patches import Patch
+from .scores import NEVER_A_SCORE, given
 
 DOOR = "softmax"
-# What models write for "hidden": -inf, -1e9 or the smallest number of a dtype, which no score comes near; and
-# -1e4, or fp16's smallest number in wider scores, which are told from scores only where those are ordinary.
-NEVER_A_SCORE, LOW, ORDINARY = -5e8, -9e3, 3e3
+# What models write for "hidden" beside NEVER_A_SCORE and below: -1e4, or fp16's smallest number in wider
+# scores, which are told from scores only where those are ordinary.
+LOW, ORDINARY = -9e3, 3e3
 _HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "nhead", "heads", "num_attn_heads")
 _HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "d_k", "d_head", "dim_head")
 _WIDTH = ("embed_dim", "hidden_size", "d_model", "n_embd", "all_head_size", "inner_dim", "dim")
@@ -38,7 +36,12 @@ _WIDTH = ("embed_dim", "hidden_size", "d_model", "n_embd", "all_head_size", "inn
 
 def install(modules: Iterable[nn.Module]) -> list[Patch]:
     """Put the door in place at the three names of softmax, and where files of these modules imported one."""
-    places = (functional, torch, torch.Tensor)
+    modules = list(modules)
+    places = [functional, torch, torch.Tensor]
+    # A function is pickled by its name, which must lead to it. Where a module holds F.softmax, the name is left
+    # alone: the function calls the method, which is caught all the same.
+    if any(value is functional.softmax for module in modules for value in vars(module).values()):
+        places.remove(functional)
     return [patch for place in places for patch in Patch.everywhere(place, "softmax", _door, modules)]
 
 
@@ -94,15 +97,12 @@ def _measured(layer: str, module: nn.Module, scores: Tensor) -> Measurement:
     batch, heads, num_queries, num_keys = scores.shape
     chunks = masks.row_chunks(num_queries, num_keys, batch * heads)
     ordinary = torch.where(scores > LOW, scores.abs(), 0.0).amax((2, 3), keepdim=True) < ORDINARY
-    parts = zip(*(_of_rows(scores[:, :, rows], ordinary) for rows in chunks))
-    *core, visible, sink_mass = (torch.cat(column, 2) for column in parts)
-    unknown = torch.full((), math.nan, device=scores.device).expand(batch, heads, num_keys)
-    measured = Measured(visible, sink_mass, unknown[..., :1], unknown)
-    return Measurement.of_scores(layer, RowStats(*core), measured, _head_dim(module, heads), scores.dtype)
+    parts = (_with_visible(scores[:, :, rows], ordinary) for rows in chunks)
+    return given(layer, parts, num_keys, _head_dim(module, heads), scores.dtype)
 
 
-def _of_rows(scores: Tensor, ordinary: Tensor) -> tuple[Tensor, ...]:
-    """(lse, entropy, max_logit, min_logit, visible keys, weight on the first visible key) of some rows.
+def _with_visible(scores: Tensor, ordinary: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of some rows, fp32 or fp64, and which of them are those of visible keys.
 
     ordinary: boolean (B, H, 1, 1), whether all scores of the head above LOW are small.
     """
@@ -110,11 +110,7 @@ def _of_rows(scores: Tensor, ordinary: Tensor) -> tuple[Tensor, ...]:
     scores = scores.to(reference.compute_dtype(scores))
     # A row all of whose scores are low has run away, and so has a head with large ones beside them.
     masked = (ordinary & (scores.amax(3, keepdim=True) > LOW)) & (scores < LOW)
-    seen = ~((scores < extreme) | masked)  # NaN is visible
-    lse, entropy, max_logit, min_logit = reference.of_scores(torch.where(seen, scores, 0.0), seen)
-    first = scores.gather(3, seen.to(torch.uint8).argmax(3, keepdim=True))[..., 0]
-    count = seen.sum(3)
-    return lse, entropy, max_logit, min_logit, count, torch.where(count > 0, (first - lse).exp(), 0.0)
+    return scores, ~((scores < extreme) | masked)  # NaN is visible
 
 
 def _number(module: nn.Module, names: tuple[str, ...]) -> int | None:

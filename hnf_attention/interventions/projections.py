@@ -53,8 +53,9 @@ def find(model: nn.Module, layer: str, num_heads: int, *, scaling: bool = True) 
     """The query and key projections of the attention layer with that name.
 
     Looked for in the module and, where it has none, in the one around it. Raises ValueError where
-    there is no such module, where its layout is not known for certain, and, with `scaling`, where the scores
-    are not linear in the weights (QK-norm). Only with it are sharded weights found, which have no values here.
+    there is no such module, where its layout is not known for certain, where the weights are not there (meta
+    device), and, with `scaling`, where the scores are not linear in the weights (QK-norm). Only with it are
+    sharded weights found, which have no values here.
     """
     try:
         module = model.get_submodule(layer)
@@ -70,6 +71,11 @@ def find(model: nn.Module, layer: str, num_heads: int, *, scaling: bool = True) 
     for place in (module, around):
         found = _in_module(place, layer, num_heads, shards)
         if found is not None:
+            if any(part.is_meta for part in (*found.query, *found.key)):
+                raise ValueError(
+                    f"expected layer {layer!r} to hold its query and key weights, got some on the meta device "
+                    "(an offloaded model has them elsewhere, and puts them there for a forward only)"
+                )
             if scaling:
                 _refuse_qk_norm(place, layer)
             return replace(found, shards=shards)
@@ -223,7 +229,8 @@ def _values(parameter: Tensor, name: str, shards: Shards | None, dim: int = 0) -
 def _not_its_own(name: str, found: object) -> ValueError:
     return ValueError(
         f"expected {name} to be a linear layer with its own floating-point weight, got "
-        f"{type(found).__name__} (merge adapters, gather shards, remove parametrizations first)"
+        f"{type(found).__module__}.{type(found).__name__} "
+        "(merge adapters, gather shards, remove parametrizations first)"
     )
 
 
