@@ -35,6 +35,16 @@ _FORWARD_HALF = {
     (256, True): Tiles(128, 64, 8, 2),
     (256, False): Tiles(128, 64, 8, 2),
 }
+# Under a user mask, by (tile width, whether it is additive): the winners of bench/user_masks.py at D = 64. At 128
+# nothing else is free of spills where the mask's rows do not start at 16 bytes.
+_MASKED_HALF = {
+    (64, False): Tiles(64, 64, 4, 2),
+    (64, True): Tiles(64, 32, 4, 3),
+    (128, False): Tiles(64, 32, 4, 2),
+    (128, True): Tiles(64, 32, 4, 2),
+    (256, False): Tiles(64, 32, 8, 2),
+    (256, True): Tiles(64, 32, 8, 2),
+}
 # The extended state spills beside anything but small tiles (read offline; not timed yet).
 _EXTENDED_HALF = {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 3), 256: Tiles(64, 32, 8, 2)}
 # Of packed sequences it spills 0.5 to 1.5 KB there, and next to nothing in these, with an output or without one
@@ -81,6 +91,8 @@ def forward_tiles(
         return _FORWARD_FLOAT[width]
     if extended:
         return (_EXTENDED_HALF if options.seqlens is None else _EXTENDED_PACKED_HALF)[width]
+    if options.attn_mask is not None:
+        return _MASKED_HALF[width, options.attn_mask.dtype != torch.bool]
     return _FORWARD_HALF[width, has_edges(options)]
 
 

@@ -355,7 +355,7 @@ def test_auto_takes_fused_for_sdpa_on_a_gpu(use_reentrant):
     """A checkpoint is recomputed in a thread of autograd's there: the layers must still be found."""
     family = FAMILIES["llama"]
     model = family.build("sdpa").cuda().train()
-    arguments = {name: tensor.cuda() for name, tensor in inputs(family, "right").items()}
+    arguments = {name: tensor.cuda() for name, tensor in inputs(family, "none").items()}
 
     def step():
         model.zero_grad()
@@ -378,6 +378,15 @@ def test_auto_takes_fused_for_sdpa_on_a_gpu(use_reentrant):
 
 
 @pytest.mark.gpu
+def test_auto_probes_beside_a_user_mask_on_a_gpu():
+    family = FAMILIES["llama"]
+    model = family.build("sdpa").cuda()
+    with instrument(model, strict=True) as instrumentation, torch.no_grad():
+        model(**{name: tensor.cuda() for name, tensor in inputs(family, "right").items()})
+    assert set(instrumentation.coverage.measured.values()) == {"probe (transformers sdpa)"}
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "bert", "t5", "gpt-oss", "gemma2"])
 @torch.no_grad()
 def test_statistics_on_a_gpu_equal_those_of_the_cpu(name):
@@ -389,9 +398,9 @@ def test_statistics_on_a_gpu_equal_those_of_the_cpu(name):
         model(**arguments)
     expected = instrumentation.latest
     model.cuda()
-    with instrument(model) as instrumentation:
-        model(**{key: tensor.cuda() for key, tensor in arguments.items()})
     path = "fused" if implementation == "sdpa" else "probe"
+    with instrument(model, path) as instrumentation:
+        model(**{key: tensor.cuda() for key, tensor in arguments.items()})
     assert set(instrumentation.coverage.measured.values()) == {f"{path} (transformers {implementation})"}
     first = next(iter(expected))  # later layers see other padding rows where the output is fused
     for field in ("entropy", "lse", "max_logit"):

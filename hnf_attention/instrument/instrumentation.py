@@ -309,8 +309,8 @@ def instrument(
         function: not with dropout, not with a mask that requires a gradient, not where attention
         weights are asked for, not for flex_attention (those calls are probed, and `.coverage` says
         so). A row whose keys are all hidden by a finite mask gets output 0, where an eager softmax
-        averages all values: such rows are padding. "auto" takes fused for SDPA calls that the GPU
-        kernels cover, else probe.
+        averages all values: such rows are padding. "auto" takes fused for SDPA calls without a user mask
+        that the GPU kernels cover, else probe: under a mask a probe beside SDPA is the cheaper way.
     strict: after the first complete forward, raise RuntimeError if any attention was not measured, or
         none at all.
     sample: probe one block of 64 query rows of every `sample` (of all of them, in a sequence with fewer);

@@ -104,7 +104,8 @@ def call_of(
         door=NAME if heads is None else "transformers sdpa",
         from_output=lambda out: out if len(shape) == 3 else out.reshape(*shape, out.shape[-1]),
         not_fused=not_fused,
-        prefer_fused=True,
+        # A user mask costs our kernels two to three times what it costs SDPA, more than a probe beside it.
+        prefer_fused=attn_mask is None,
     )
 
 
