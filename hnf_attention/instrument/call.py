@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .. import ops, validation
 from ..validation import Options
 
+EAGER, COMPILED = "eager", "compiled"  # the places where a call may run
+
 
 class Unmeasurable(Exception):
     """This call cannot be measured, for a reason that the coverage report repeats.
@@ -34,6 +36,7 @@ class AttentionCall:
     not_fused: why our attention must not take the place of the model's in this call; None if it may.
     prefer_fused: whether `mode="auto"` may take it.
     check: compares the model's own attention with ours, once per layer; True when it could decide.
+    place: EAGER or COMPILED.
     """
 
     query: Tensor
@@ -49,6 +52,7 @@ class AttentionCall:
     not_fused: str | None
     prefer_fused: bool
     check: Callable[[AttentionCall], bool] | None = None
+    place: str = EAGER
 
     def keywords(self) -> dict[str, Any]:
         """Keyword arguments of `attention` and `attention_stats`."""

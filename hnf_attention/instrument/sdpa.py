@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..tracing import transformed
-from . import owners
+from ..tracing import traced, transformed
+from . import compiled, owners
 from .call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
 from .patches import Patch
 
@@ -32,6 +32,8 @@ def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
         if transformed():
+            if traced():
+                _beside(*args, **kwargs)
             return original(*args, **kwargs)
         thread = owners.thread
         if thread.receiver is not None:
@@ -49,6 +51,53 @@ def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         )
 
     return scaled_dot_product_attention
+
+
+def _beside(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None:
+    """Leave the operator in the graph; traced."""
+    layer, heads = compiled.running(query, key, value, attn_mask)
+    if layer is not None:
+        query, key, value = compiled.inputs(query, key, value)
+        mask = compiled.detached(attn_mask)
+        _operator(layer, query, key, value, mask, bool(is_causal), scale, enable_gqa, heads)
+
+
+def _measure(
+    layer: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    heads: list[int] | None,
+) -> None:
+    """What the operator does when its graph runs."""
+    owner = compiled.owner_of(layer)
+    if owner is not None:
+        known = None if heads is None else owners.Heads(owner, *heads)
+        build = functools.partial(
+            call_of, known, query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa
+        )
+        compiled.measure(owner, build)
+
+
+_operator = compiled.operator(
+    "observe_sdpa",
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float? scale, bool enable_gqa, "
+    "SymInt[]? heads",
+    _measure,
+)
 
 
 def call_of(
