@@ -10,7 +10,17 @@ _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None
 
 def transformed() -> bool:
     """Whether a compiler or a functorch transform runs the call: its tensors are none to measure."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        # What Dynamo keeps as one call is opened when its graph is lowered, by running it (seen in torch 2.11).
+        or torch._guards.TracingContext.try_get() is not None
+    )
+
+
+def traced() -> bool:
+    """Whether Dynamo traces the call, into a graph that will run in its place."""
+    return torch.compiler.is_dynamo_compiling()
 
 
 def untraced(*tensors: Tensor | None) -> bool:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .. import ops, validation
 from ..validation import Options
 
+EAGER, COMPILED = "eager", "compiled"  # the places where a call may run
+
 
 class Unmeasurable(Exception):
     """This call cannot be measured, for a reason that the coverage report repeats.
@@ -37,6 +39,7 @@ class AttentionCall:
     modify: a function over the scores that comes last, where it can be named by nothing else here; of scores
         (B, H, R, N), fp32 or fp64, and the numbers of their queries, int64 (B, H, R), it makes the scores and
         which are visible, boolean. Such a call is probed in plain PyTorch.
+    place: EAGER or COMPILED.
     """
 
     query: Tensor
@@ -53,6 +56,7 @@ class AttentionCall:
     prefer_fused: bool
     check: Callable[[AttentionCall], bool] | None = None
     modify: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    place: str = EAGER
 
     def keywords(self) -> dict[str, Any]:
         """Keyword arguments of `attention` and `attention_stats`."""

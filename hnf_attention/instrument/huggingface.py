@@ -21,7 +21,8 @@ import functools
 import inspect
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -31,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from .. import ops
-from ..tracing import transformed
-from . import flex, owners
+from ..tracing import traced, transformed
+from . import compiled, flex, owners
 from .call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
 from .patches import Patch, methods
 
@@ -77,6 +78,11 @@ def _argument(args: tuple, kwargs: dict[str, Any], index: int, name: str) -> Any
     return args[index] if len(args) > index else kwargs[name]
 
 
+def _heads(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Of queries and keys."""
+    return _argument(args, kwargs, 1, "query").shape[1], _argument(args, kwargs, 2, "key").shape[1]
+
+
 def _module_owner(args: tuple, kwargs: dict[str, Any]) -> owners.Owner | None:
     """The owner of the attention module, the first argument, where this call is to be measured."""
     owner = owners.owner(_argument(args, kwargs, 0, "module"))
@@ -89,13 +95,14 @@ def _sdpa_door(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def sdpa_attention_forward(*args: Any, **kwargs: Any) -> Any:
         if transformed() or not owners.measuring:
+            if traced():
+                return compiled.announced(_heads(args, kwargs), original, args, kwargs)
             return original(*args, **kwargs)
         owner = _module_owner(args, kwargs)
         if owner is None:
             return original(*args, **kwargs)
-        heads = (_argument(args, kwargs, index, name).shape[1] for index, name in ((1, "query"), (2, "key")))
         thread = owners.thread
-        before, thread.heads = thread.heads, owners.Heads(owner, *heads)
+        before, thread.heads = thread.heads, owners.Heads(owner, *_heads(args, kwargs))
         try:
             return original(*args, **kwargs)
         finally:
@@ -106,40 +113,108 @@ def _sdpa_door(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _eager_door(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
+    names, label = tuple(signature.parameters), f"{original.__module__}.{original.__name__}"
+    _functions[label] = original
 
     @functools.wraps(original)
     def eager_attention_forward(*args: Any, **kwargs: Any) -> Any:
         if transformed() or not owners.measuring:
+            if traced():
+                _beside_eager(label, names, dict(zip(names, args)) | kwargs)
+                return compiled.announced(None, original, args, kwargs)
             return original(*args, **kwargs)
         owner = _module_owner(args, kwargs)
         if owner is None or torch.jit.is_tracing():
             return original(*args, **kwargs)
         return owner.instrumentation.attend(
             owner.layer,
-            lambda: _eager_call(original, signature, signature.bind(*args, **kwargs)),
+            functools.partial(_bound_call, original, signature, args, kwargs),
             functools.partial(original, *args, **kwargs),
         )
 
     return eager_attention_forward
 
 
-def _eager_call(
-    original: Callable[..., Any], signature: inspect.Signature, bound: inspect.BoundArguments
+def _beside_eager(label: str, names: tuple[str, ...], given: dict[str, Any]) -> None:
+    """Leave the operator in the graph; traced. names: the function's parameters."""
+    query, key, value, mask = (given.get(name) for name in names[1:5])
+    bias, sinks = given.get("position_bias"), given.get("s_aux")
+    layer, _ = compiled.running(query, key, value, mask, bias, sinks)
+    if layer is not None:
+        query, key, value = compiled.inputs(query, key, value)
+        mask, bias, sinks = compiled.detached(mask), compiled.detached(bias), compiled.detached(sinks)
+        numbers = given.get("scaling"), given.get("softcap")
+        masked = given.get("head_mask") is not None
+        _operator(layer, query, key, value, mask, bias, sinks, *numbers, masked, label)
+
+
+def _measure(
+    layer: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    head_mask: bool,
+    label: str,
+) -> None:
+    """What the operator does when its graph runs."""
+    owner = compiled.owner_of(layer)
+    if owner is None:
+        return
+    original = _functions[label]
+    parameters = inspect.signature(original).parameters
+    options = {"position_bias": bias, "s_aux": sinks, "scaling": scaling, "softcap": softcap}
+    options = {name: value for name, value in options.items() if value is not None}
+    if "dropout" in parameters:
+        options["dropout"] = 0.0
+    if head_mask:
+        options["head_mask"] = head_mask
+    call = (owner.module, query, key, value, mask)
+    compiled.measure(owner, functools.partial(_eager_call, original, parameters, *call, options))
+
+
+#: Eager attention functions by the names that compiled graphs know them by.
+_functions: weakref.WeakValueDictionary[str, Callable[..., Any]] = weakref.WeakValueDictionary()
+_operator = compiled.operator(
+    "observe_eager",
+    "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? sinks, float? scaling, "
+    "float? softcap, bool head_mask, str label",
+    _measure,
+)
+
+
+def _bound_call(
+    original: Callable[..., Any], signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]
 ) -> AttentionCall:
-    """What an eager attention function computes, from its arguments.
+    bound = signature.bind(*args, **kwargs)
+    options = dict(list(bound.arguments.items())[5:])
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            options |= options.pop(parameter.name, {})
+    return _eager_call(original, signature.parameters, *bound.args[:5], options)
+
+
+def _eager_call(
+    original: Callable[..., Any],
+    parameters: Mapping[str, Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: dict[str, Any],
+) -> AttentionCall:
+    """What an eager attention function computes, from its arguments; options: those after the first five.
 
     Every one of them has (module, query, key, value, attention_mask, scaling, dropout, **ignored), adds
     the mask to the scores, and `position_bias` and `softcap` where it declares them. It never applies
     `is_causal` or `sliding_window`: the mask carries both.
     """
-    module, query, key, value, mask = bound.args[:5]
-    options = dict(list(bound.arguments.items())[5:])
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            options |= options.pop(parameter.name, {})
-    bias, softcap = (
-        options.get(x) if x in signature.parameters else None for x in ("position_bias", "softcap")
-    )
+    bias, softcap = (options.get(x) if x in parameters else None for x in ("position_bias", "softcap"))
     require_plain(query=query, key=key, value=value, attention_mask=mask, position_bias=bias)
     if options.get("head_mask") is not None:
         raise Unmeasurable("a head_mask was given")

@@ -7,19 +7,19 @@ import sys
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from .. import dispatch, ops
-from ..names import shown
+from ..names import named_modules, shown
 from ..sampling import effective_period
 from ..stats import RowStats
 from ..validation import Options
-from . import flex, multihead, owners, scores, sdpa, softmax
-from .call import AttentionCall, Unmeasurable
+from . import compiled, flex, multihead, owners, scores, sdpa, softmax
+from .call import EAGER, AttentionCall, Unmeasurable
 from .coverage import Coverage, is_attention, unreached
 from .measurement import Measurement
 from .patches import Patch
@@ -35,7 +35,7 @@ class _Layer:
     checked: bool = False  # its own attention function was compared with ours
     fused_failed: bool = False
     measuring_failed: bool = False
-    described: bool = False  # a call of it was measured, with its queries and keys
+    described: set[str] = field(default_factory=set)  # where calls were measured with queries and keys
     probed: int = 0  # calls so far: the phase of the next sample
 
 
@@ -59,7 +59,7 @@ class Instrumentation:
         self._layers: dict[str, _Layer] = {}
         self._measured: dict[str, str] = {}
         self.slowed: set[str] = set()  # modules that were told that their inference fast path is off
-        modules = dict(model.named_modules())
+        modules = dict(named_modules(model))
         self._problems = flex.unreachable(modules)
         self._attention = weakref.WeakValueDictionary(
             {name: module for name, module in modules.items() if is_attention(module)}
@@ -76,6 +76,7 @@ class Instrumentation:
 
             patches += huggingface.install(every)
         owners.register(modules, self)
+        compiled.mark_compiled(every)
         self.measuring = True
 
     @property
@@ -116,6 +117,10 @@ class Instrumentation:
         """Raise RuntimeError, with the coverage report, where nothing at all has been measured."""
         if not self._measured:
             raise RuntimeError(str(self.coverage))
+
+    def note(self, name: str, problem: str) -> None:
+        """List a layer, or calls of it, as not measured."""
+        self._problems[name] = problem
 
     def attend(self, name: str, build: Callable[[], AttentionCall], original: Callable[[], Any]) -> Any:
         """Run one attention call of layer `name`, and measure it.
@@ -207,14 +212,19 @@ class Instrumentation:
             measurement = self._probe(name, call, options)
         else:
             measurement = Measurement(name, rows, call.query, call.key, options)
-        self._layers[name].described = True
+        self._layers[name].described.add(call.place)
         self._deliver(measurement)
 
-    def observe(self, name: str, door: str, build: Callable[[], Measurement]) -> None:
-        """Take in what `build` measured of an attention that ran by itself; no error comes out."""
+    def observe(self, name: str, door: str, build: Callable[[], Measurement], place: str = EAGER) -> None:
+        """Take in what `build` measured of an attention that ran by itself; no error comes out.
+
+        place: where it ran. A softmax beside other attention of the module, in the same place, is none.
+        """
         layer = self._layers.setdefault(name, _Layer())
         inside = f"{name}." if name else ""
-        described = any(x.described and (n == name or n.startswith(inside)) for n, x in self._layers.items())
+        described = any(
+            place in x.described and (n == name or n.startswith(inside)) for n, x in self._layers.items()
+        )
         if layer.measuring_failed or described:  # what is beside a call of its attention is something else
             return
         try:
@@ -269,6 +279,8 @@ class _Judge:
         self.handle = model.register_forward_hook(self)
 
     def __call__(self, module: nn.Module, *_: object) -> None:
+        if torch.compiler.is_compiling():  # a graph raises nothing
+            return
         instrumentation = self._instrumentation()
         # A shallow copy of the model shares this hook; it is not the model that was instrumented.
         if instrumentation is None or module is not self._root() or not instrumentation.measuring:
@@ -288,6 +300,7 @@ def _restore(modules: list[weakref.ref], patches: list[Patch], hook: Any, identi
         module = reference()
         if module is not None:
             owners.forget(module)
+            compiled.unmark(module)
     while patches:
         patches.pop().release()
     if hook is not None:
@@ -303,6 +316,7 @@ def instrument(
     calls `torch.nn.functional.scaled_dot_product_attention` or `flex_attention`, each call under the name of the
     innermost module running. What is not reached is listed in `.coverage`. Nothing of the model is changed: no config,
     no module, no state dict; `.restore()` ends it, and so does dropping the returned handle.
+    A model may be compiled before or after; its graphs are probed, in every mode.
 
     mode: "probe" leaves the model's attention alone and measures beside it, bit-identical outputs.
         "fused" computes the output in the same pass as the statistics, wherever that is the same
@@ -312,7 +326,7 @@ def instrument(
         averages all values: such rows are padding. "auto" takes fused for SDPA calls without a user mask
         that the GPU kernels cover, else probe: under a mask a probe beside SDPA is the cheaper way.
     strict: after the first complete forward, raise RuntimeError if any attention was not measured, or
-        none at all.
+        none at all. A forward that is part of a compiled graph is not judged.
     sample: probe one block of 64 query rows of every `sample` (of all of them, in a sequence with fewer);
         each call of a layer takes the next blocks, so that `sample` calls cover every row. Maxima are
         lower bounds then. Fused calls have the statistics of all rows at hand and keep them all.
@@ -329,7 +343,7 @@ def instrument(
         raise ValueError(f"expected mode in {MODES}, got {mode!r}")
     if sample is not None and (isinstance(sample, bool) or not isinstance(sample, int) or sample < 1):
         raise ValueError(f"expected sample to be None or an int >= 1, got {sample!r}")
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if owners.owner(module) is not None:
             raise ValueError(
                 f"expected a model that is not instrumented, got one whose module {name!r} is; "

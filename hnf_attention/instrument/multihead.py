@@ -13,13 +13,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from ..tracing import transformed
-from . import owners, sdpa
+from ..tracing import traced, transformed
+from . import compiled, owners, sdpa
 from .call import AttentionCall, Unmeasurable
 from .patches import Patch
 
@@ -40,7 +41,11 @@ def install() -> list[Patch]:
 def _fast_path_door(original: Callable[[], bool]) -> Callable[[], bool]:
     @functools.wraps(original)
     def get_fastpath_enabled() -> bool:
-        if transformed() or torch.jit.is_scripting() or not original():
+        if transformed():
+            # A backward would not have let it be taken.
+            slowed = traced() and original() and not torch.is_grad_enabled()
+            return original() and not (traced() and compiled.running(slowed=slowed)[0] is not None)
+        if torch.jit.is_scripting() or not original():
             return original()
         if owners.thread.receiver is not None:
             return False
@@ -55,9 +60,15 @@ def _fast_path_door(original: Callable[[], bool]) -> Callable[[], bool]:
 
 
 def _forward_door(original: Callable[..., Any]) -> Callable[..., Any]:
+    # Dynamo keeps this function as one call, and looks into a copy of it.
+    opened = FunctionType(original.__code__, original.__globals__, original.__name__, original.__defaults__)
+    opened.__kwdefaults__ = original.__kwdefaults__
+
     @functools.wraps(original)
     def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
         if transformed() or not _weights_wanted(args, kwargs):
+            if traced() and compiled.running()[0] is not None:
+                return opened(*args, **kwargs)
             return original(*args, **kwargs)
         if owners.thread.probe is not None:
             with suppress(Unmeasurable):

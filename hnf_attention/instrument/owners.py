@@ -70,6 +70,11 @@ def owner(module: nn.Module) -> Owner | None:
     return None if instrumentation is None else Owner(instrumentation, entry[1], module)
 
 
+def owned(instrumentation: Instrumentation) -> list[nn.Module]:
+    """The modules of an instrumentation that are still alive."""
+    return [module for module, (reference, _) in list(_owners.items()) if reference() is instrumentation]
+
+
 def running_owner(which: Callable[[nn.Module], bool] | None = None) -> Owner | None:
     """The owner of the innermost instrumented module whose call is on this thread's Python stack.
 

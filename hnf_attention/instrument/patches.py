@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import operator
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType
@@ -41,6 +41,7 @@ class Patch:
             patch = getattr(current, _MARK, None)
             # The mark alone proves nothing: functools.wraps copies it to a wrapper around ours.
             if patch is None or patch._ours is not current:
+                _dynamo_table()
                 patch = Patch(read, write)
                 patch._original, patch._ours = current, replacement(current)
                 setattr(patch._ours, _MARK, patch)
@@ -74,10 +75,20 @@ class Patch:
             self._users -= 1
             if self._users == 0 and self._read() is self._ours:
                 self._write(self._original)
-                # torch.compile keeps a table of torch's functions, in which ours may stand for the original.
-                rules = getattr(sys.modules.get("torch._dynamo.trace_rules"), "get_torch_obj_rule_map", None)
-                if hasattr(rules, "cache_clear"):
-                    rules.cache_clear()
+                table = _dynamo_table()
+                if self._ours in table():  # it was made anew meanwhile
+                    table.cache_clear()
+
+
+def _dynamo_table() -> Callable[[], dict]:
+    """The table of torch's own functions, which Dynamo puts into its graphs without looking inside.
+
+    It is made once, from what stands under their names, and has to be made before ours do: Dynamo is to look
+    inside of those. Whoever makes an optimizer or a Hugging Face model has imported Dynamo already.
+    """
+    table = importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map
+    table()
+    return table
 
 
 def _write(place: Any, name: str, inherited: Any, function: Callable) -> None:

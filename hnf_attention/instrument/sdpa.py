@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..tracing import transformed
-from . import owners, sharded
+from ..tracing import traced, transformed
+from . import compiled, owners, sharded
 from .call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
 from .patches import Patch
 
@@ -36,6 +36,8 @@ def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
         if transformed():
+            if traced() and describe is call_of:
+                _beside(*args, **kwargs)
             return original(*args, **kwargs)
         thread = owners.thread
         if thread.receiver is not None:
@@ -59,6 +61,53 @@ def _of_a_ring(*_: Any, **__: Any) -> AttentionCall:
     raise Unmeasurable(
         "context_parallel was entered before the model was instrumented: keys of others are not seen"
     )
+
+
+def _beside(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None:
+    """Leave the operator in the graph; traced."""
+    layer, heads = compiled.running(query, key, value, attn_mask)
+    if layer is not None:
+        query, key, value = compiled.inputs(query, key, value)
+        mask = compiled.detached(attn_mask)
+        _operator(layer, query, key, value, mask, bool(is_causal), scale, enable_gqa, heads)
+
+
+def _measure(
+    layer: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    heads: list[int] | None,
+) -> None:
+    """What the operator does when its graph runs."""
+    owner = compiled.owner_of(layer)
+    if owner is not None:
+        known = None if heads is None else owners.Heads(owner, *heads)
+        build = functools.partial(
+            call_of, known, query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa
+        )
+        compiled.measure(owner, build)
+
+
+_operator = compiled.operator(
+    "observe_sdpa",
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float? scale, bool enable_gqa, "
+    "SymInt[]? heads",
+    _measure,
+)
 
 
 def call_of(

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import masks, reference
-from ..tracing import transformed
-from . import owners
-from .call import Unmeasurable
+from ..tracing import traced, transformed
+from . import compiled, owners
+from .call import COMPILED, Unmeasurable
 from .coverage import is_attention
 from .measurement import Measurement
 from .patches import Patch
@@ -49,6 +49,8 @@ def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def softmax(*args: Any, **kwargs: Any) -> Tensor:
         if transformed() or not owners.measuring or torch.jit.is_tracing():
+            if traced():
+                _beside(*args, **kwargs)
             return original(*args, **kwargs)
         thread = owners.thread
         if thread.suspended or thread.receiver is not None:
@@ -66,10 +68,34 @@ def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return softmax
 
 
-def _observe(input: Any = None, dim: Any = None, *_: Any, **__: Any) -> None:
+def _beside(input: Any = None, dim: Any = None, *_: Any, **__: Any) -> None:
+    """Leave the operator in the graph; traced."""
+    if _may_be_attention(input, dim):
+        layer, _heads = compiled.running(input, attention_only=True)
+        if layer is not None:
+            _operator(layer, input.detach())
+
+
+def _measure(layer: Tensor, scores: Tensor) -> None:
+    """What the operator does when its graph runs."""
+    owner = compiled.owner_of(layer)
+    if owner is not None:
+        measured = functools.partial(_measured, owner.layer, owner.module, scores)
+        owner.instrumentation.observe(owner.layer, DOOR, measured, COMPILED)
+
+
+_operator = compiled.operator("observe_softmax", "Tensor scores", _measure)
+
+
+def _may_be_attention(input: Any, dim: Any) -> bool:
+    """Whether it is over the last dimension of what may be scores."""
     if not isinstance(input, Tensor) or input.dim() < 3 or not input.is_floating_point():
-        return
-    if dim not in (-1, input.dim() - 1):
+        return False
+    return dim in (-1, input.dim() - 1)
+
+
+def _observe(input: Any = None, dim: Any = None, *_: Any, **__: Any) -> None:
+    if not _may_be_attention(input, dim):
         return
     owner = owners.running_owner(lambda module: not isinstance(module, nn.Softmax))
     if owner is None or not is_attention(owner.module) or not owner.instrumentation.measuring:

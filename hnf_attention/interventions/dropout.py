@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from ..names import shown
+from ..names import named_modules, shown
 
 # Names of the probability of *attention* dropout (residual and output dropouts have other names).
 NAMES = ("attn_dropout", "attention_dropout", "attn_drop", "attn_pdrop", "dropout_p", "dropout")
@@ -15,7 +15,7 @@ MAXIMUM = 0.5  # more than this hides the layer rather than regularising it
 
 def raisable(model: nn.Module, layer: str) -> bool:
     """Whether the layer has an attention dropout that is not at its maximum yet."""
-    module = dict(model.named_modules()).get(layer)
+    module = dict(named_modules(model)).get(layer)
     return module is not None and any(getattr(holder, name) < MAXIMUM for holder, name in _places(module))
 
 
@@ -24,7 +24,7 @@ def increase(model: nn.Module, layer: str, amount: float) -> tuple[str, Callable
 
     Raises ValueError for an unknown layer, or one without an attention dropout.
     """
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     if layer not in modules:
         raise ValueError(f"expected 'layer' to name a module of the model, got {layer!r}")
     places = _places(modules[layer])

@@ -1,0 +1,206 @@
+"""What the doors do while Dynamo traces them: leave an operator beside the attention, which measures when it runs.
+
+Whether anything is measured, and by whom, is decided at run time inside the operator, so that no recording and no
+skipping recompiles anything. The layer comes to it as a tensor that the module keeps as an attribute, an input of
+the graph like its weights: blocks that share one compiled graph stay apart. The operator says that it mutates that
+tensor, which keeps it in the graph; it has no gradient, and in a backward, where a checkpoint may bring it again,
+it does nothing.
+
+Which module calls is asked of the tracer's own stack, through Dynamo's `comptime`, its door for such questions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import weakref
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from . import owners
+from .call import COMPILED, AttentionCall
+from .coverage import is_attention
+
+ATTRIBUTE = "_hnf_attention_layer"
+
+_log = logging.getLogger("hnf_attention")
+
+_numbers = itertools.count(1)
+_modules: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+#: Modules of models that a graph was compiled of while a door was in place.
+_traced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class Layer:
+    """A module's number, where a compiled graph finds it. Copies and pickles of a module get None instead."""
+
+    def __init__(self, number: int):
+        self.tensor = torch.tensor(number, dtype=torch.int64, device="cpu")
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+#: Of a graph in whose traced part no module is called, as behind a graph break: the one that calls the graph is
+#: found when it runs.
+_caller = Layer(0)
+
+
+def mark(modules: Collection[nn.Module]) -> None:
+    """Make an instrumented model's modules known to the graphs that are compiled of it.
+
+    Not before the first of them is traced: a model that is never compiled stays as it was, and so do its pickles.
+    """
+    _traced.update(modules)
+    for module in modules:
+        if ATTRIBUTE not in module.__dict__:
+            number = next(_numbers)
+            _modules[number] = module
+            with torch.inference_mode(False):
+                module.__dict__[ATTRIBUTE] = Layer(number)
+
+
+def mark_compiled(modules: Collection[nn.Module]) -> None:
+    """`mark`, where there are graphs from before: one with an operator comes into use again, one without goes out."""
+    if any(module in _traced for module in modules):
+        mark(modules)
+
+
+def unmark(module: nn.Module) -> None:
+    """Undo `mark`. Graphs that hold the operator are guarded by the attribute, and go out of use."""
+    module.__dict__.pop(ATTRIBUTE, None)
+
+
+def owner_of(layer: Tensor) -> owners.Owner | None:
+    """Who measures this run of an operator; None where nobody does."""
+    number = layer.item()
+    module = _modules.get(number)
+    owner = owners.running_owner() if number == 0 else None if module is None else owners.owner(module)
+    if owner is None or not owner.instrumentation.measuring or owners.thread.suspended:
+        return None
+    # In a backward it is the second forward of a checkpoint.
+    return None if torch._C._current_graph_task_id() != -1 else owner
+
+
+def measure(owner: owners.Owner, build: Callable[[], AttentionCall]) -> None:
+    """Measure the call that `build` describes, whose output the compiled graph computes by itself."""
+
+    def described() -> AttentionCall:
+        call = build()
+        call.not_fused = call.place = COMPILED
+        return call
+
+    owner.instrumentation.attend(owner.layer, described, lambda: None)
+
+
+def operator(name: str, schema: str, measure: Callable[..., None]) -> Callable[..., None]:
+    """Define an operator `(Tensor(a!) layer, <schema>) -> ()` that runs `measure` when its graph runs.
+
+    By the plain functions of torch.library: `custom_op` would cost each run that measures nothing several times more.
+    """
+    unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)  # it runs Python: a CUDA graph is cut around it
+    tags = [torch.Tag.flexible_layout] + [unsafe] * (unsafe is not None)
+    name = f"hnf_attention::{name}"
+    torch.library.define(name, f"(Tensor(a!) layer, {schema}) -> ()", tags=tags)
+    torch.library.impl(name, "CompositeExplicitAutograd", measure)
+    torch.library.register_fake(name, lambda *_, **__: None)
+    return getattr(torch.ops.hnf_attention, name.rpartition(":")[2]).default
+
+
+def inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """As the attention beside the operator takes them: autocast does not reach into a compiled graph."""
+    return ops._autocast(query.detach(), key.detach(), value.detach())
+
+
+def detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def announced(heads: tuple[int, int] | None, original: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    """Call `original`. On the tracer's stack this frame says how many heads queries and keys have inside it.
+
+    heads: None where all attention inside is part of a call that is measured already.
+    """
+    return original(*args, **kwargs)
+
+
+def running(
+    *tensors: Tensor | None, attention_only: bool = False, slowed: bool = False
+) -> tuple[Tensor | None, Any]:
+    """The layer's tensor for an operator, None where no operator is wanted, and the heads that were announced.
+
+    tensors: what the operator would be given. attention_only: only in modules that are named like attention.
+    slowed: the module gives up its inference fast path for it. To be traced, never to be run.
+    """
+    from torch._dynamo.comptime import comptime
+
+    _elsewhere, layer, module, heads = _caller, None, None, None
+    comptime(_find)
+    if module is not None:
+        # Also read where it is missing: the graph goes out of use when the module comes to be instrumented.
+        layer = getattr(module, ATTRIBUTE, None)
+    return (None if layer is None else layer.tensor), heads
+
+
+def _find(context: Any) -> None:
+    """Ask the tracer's stack, and set the locals of `running`, which it is in. No error may come out."""
+    try:
+        tracer = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+        exported = tracer.output.export or torch.compiler.is_exporting()
+        if not (exported or torch._C._are_functorch_transforms_active()):
+            tracer.symbolic_locals.update(_found(tracer))
+    except Exception as error:  # another version of Dynamo; the model compiles as it is
+        _log.warning("hnf-attention does not reach attention in this compiled graph", exc_info=error)
+
+
+def _found(tracer: Any) -> dict[str, Any]:
+    asked = tracer.symbolic_locals
+    attention_only = asked["attention_only"].as_python_constant()
+    frame, nearest, found, heads = tracer.parent, None, None, {}
+    while frame is not None:
+        if frame.f_code is announced.__code__:
+            heads = {"heads": frame.symbolic_locals["heads"]}
+            if heads["heads"].is_python_constant() and heads["heads"].as_python_constant() is None:
+                return {}
+        variable = _module(frame)
+        if variable is not None and not (attention_only and isinstance(variable.value, nn.Softmax)):
+            nearest = nearest or variable
+            if found is not None and found.value is not variable.value:
+                break  # what is announced further out is not of this module
+            if owners.owner(variable.value) is not None:
+                found = variable
+        frame = frame.parent
+    if found is not None:
+        if not _wanted(owners.owner(found.value), asked):
+            return {}
+        mark(owners.owned(owners.owner(found.value).instrumentation))
+        return heads | {"module": found}
+    if nearest is not None:
+        _traced.add(nearest.value)
+        return {"module": nearest}
+    owner = owners.running_owner()
+    return heads | {"layer": asked["_elsewhere"]} if owner is not None and _wanted(owner, asked) else {}
+
+
+def _module(frame: Any) -> Any:
+    """The variable of the module whose method this frame is, or that is the first argument of a function."""
+    names = frame.f_code.co_varnames[: frame.f_code.co_argcount][:1]
+    variable = frame.symbolic_locals.get(names[0]) if names else None
+    variable = None if variable is None else variable.realize()
+    return variable if isinstance(getattr(variable, "value", None), nn.Module) else None
+
+
+def _wanted(owner: owners.Owner, asked: dict[str, Any]) -> bool:
+    if asked["attention_only"].as_python_constant() and not is_attention(owner.module):
+        return False
+    types = {variable.python_type() for variable in asked["tensors"].items}
+    strange = [kind.__name__ for kind in types - {Tensor, nn.Parameter, type(None)}]
+    if strange:
+        owner.instrumentation.note(owner.layer, f"a compiled graph calls it with a {strange[0]}")
+    elif asked["slowed"].as_python_constant():
+        owner.instrumentation.slowed.add(owner.layer)
+    return not strange
