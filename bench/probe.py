@@ -1,6 +1,6 @@
 """The probe and the extended statistics on the GPU at hand, timed beside SDPA.
 
-    python bench/probe.py [--check] [--sweep] [OUT.json]
+    python bench/probe.py [--check] [--sweep] [--lengths 8192] [--out OUT.json]
 
 Work of a probe of all rows: 2 * B * H * M * N * D floating-point operations (one product), half of that
 under a causal mask, so half of the forward's; a probe of 1/16 of the rows does 3.1% of the forward's.
@@ -147,11 +147,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with fp64 first")
     parser.add_argument("--sweep", action="store_true", help="time the probe's tile shapes as well")
-    parser.add_argument("out", nargs="?", type=Path, help="a JSON file to write")
+    parser.add_argument("--lengths", type=int, nargs="+", help="2048 8192 16384 unless given")
+    parser.add_argument("--out", type=Path, help="a JSON file to write")
     arguments = parser.parse_args()
     document = {"machine": machine(), "period": PERIOD, "errors": [], "times": []}
     broken = check(document["errors"]) if arguments.check else 0
     for case in TIMED:
+        if arguments.lengths and case[2] not in arguments.lengths:
+            continue
         found = times(*case, arguments.sweep)
         document["times"].append([*case, found])
         head_dim, heads, length, is_causal = case

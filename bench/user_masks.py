@@ -1,6 +1,6 @@
 """A user mask, as padding makes it of a causal model: our forward, training and probe beside SDPA's, on a GPU.
 
-    python bench/user_masks.py [OUT.json]
+    python bench/user_masks.py OUT.json [HEAD_DIM ...]
 
 Boolean masks (B, 1, N, N), causal, with the last quarter of every second sequence hidden; and the same as an
 additive mask. Work is counted for all pairs, since a mask shows a kernel nothing it could skip: forward
@@ -84,7 +84,7 @@ def times(head_dim: int, length: int, additive: bool) -> dict[str, float]:
 
 def main() -> None:
     document = {"machine": machine(), "seed": 0, "times": []}
-    for head_dim in HEADS:
+    for head_dim in [int(argument) for argument in sys.argv[2:]] or HEADS:
         for length in (1024, 4096):
             for additive in (False, True):
                 found = times(head_dim, length, additive)
@@ -93,8 +93,7 @@ def main() -> None:
                 for name, ms in found.items():
                     base = found["sdpa, trained" if "trained" in name else "sdpa"]
                     print(f"    {name:24} {ms:8.3f} ms  {ms / base:6.2f}x", flush=True)
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(json.dumps(document, indent=1) + "\n")
+                Path(sys.argv[1]).write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
