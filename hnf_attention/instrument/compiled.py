@@ -188,8 +188,12 @@ def _found(tracer: Any) -> dict[str, Any]:
 
 def _module(frame: Any) -> Any:
     """The variable of the module whose method this frame is, or that is the first argument of a function."""
+    from torch._dynamo.variables.misc import CellVariable
+
     names = frame.f_code.co_varnames[: frame.f_code.co_argcount][:1]
     variable = frame.symbolic_locals.get(names[0]) if names else None
+    if isinstance(variable, CellVariable):  # a function or a generator inside the method uses it too
+        variable = frame.output.side_effects.load_cell(variable)
     variable = None if variable is None else variable.realize()
     return variable if isinstance(getattr(variable, "value", None), nn.Module) else None
 
