@@ -33,6 +33,9 @@ ROWS_A_CASE = 32
 MODES = [(name, kind) for kind in ("flash", "eager") for name in DTYPES]
 
 
+MOST_BROKEN = 5
+
+
 class Tally:
     """Rows judged in one mode: how many, how many broken bounds, and the tightness of each level."""
 
@@ -41,6 +44,7 @@ class Tally:
         self.ratios = {"row": [], "p_max": [], "norms": []}
         self.closest = 0.0  # largest error over bound, both before the output's rounding
         self.expected: list[np.ndarray] = []
+        self.broken: list[dict[str, float]] = []  # the first few outputs beyond a bound
 
     def to_dict(self) -> dict:
         found = {"rows": self.rows, "violations": self.violations, "closest": self.closest}
@@ -49,6 +53,8 @@ class Tally:
             found[f"median_{level}"] = float(np.median(known)) if known.size else None
         if self.expected:
             found["expected_over_actual"] = np.percentile(np.concatenate(self.expected), [5, 50, 95]).tolist()
+        if self.broken:
+            found["broken"] = self.broken
         return found
 
 
@@ -99,6 +105,10 @@ def record(
     reached = ratio((before - true).abs().numpy(), levels["before rounding"])
     broken |= ~(reached <= 1.0)
     tally.violations += int(broken.any(-1).sum())
+    numbers = {"true": true.numpy(), "output": rounded.numpy(), **levels}
+    for place in np.argwhere(broken)[: MOST_BROKEN - len(tally.broken)]:
+        at = {name: np.broadcast_to(x, broken.shape)[tuple(place)].item() for name, x in numbers.items()}
+        tally.broken.append(at)
     tally.closest = max(tally.closest, float(reached.max()))
     worst = error.max(-1)
     # Rows that come out exact, but for the last bit of an fp32 sum, say nothing about how tight a bound is.
@@ -232,6 +242,7 @@ def merged(tallies: list[Tally]) -> Tally:
         total.violations += tally.violations
         total.closest = max(total.closest, tally.closest)
         total.expected += tally.expected
+        total.broken += tally.broken[: MOST_BROKEN - len(total.broken)]
         for level, ratios in tally.ratios.items():
             total.ratios[level] += ratios
     return total

@@ -120,7 +120,8 @@ def forward_error_bound_from_norms(
 
     magnitude: largest A_j, or scale * max|q| max|k|, nats. value_max: max|v|; value_range: max v - min v of
     a component, at most 2 max|v|. keys: N. max_abs_score: where known, else the magnitude. max_weight:
-    p_max where known; of many rows a pair, the smallest and the largest. The mean distance of v from o is
+    p_max where known, to the rounding of scores in fp64 (what is known less well has to be lowered by that);
+    of many rows a pair, the smallest and the largest. The mean distance of v from o is
     at most half its range, and with p_max >= 1/2 at most 2 p_max (1 - p_max) of it: a collapsed row is a
     well conditioned one.
 
@@ -140,7 +141,9 @@ def forward_error_bound_from_norms(
     least, p_max = (np.asarray(1.0 if x is None else x, np.float64) for x in pair)
     if max_weight is not None:
         capped = np.minimum(eta, _LARGE)
-        sharp = np.exp(capped) * np.expm1(capped) * 2.0 * least * (1.0 - least)
+        # A p_max that fp64 rounds to 1 leaves a rest of its scores' rounding, which e^(2 eta) makes large.
+        rest = np.minimum(1.0 - least + 2.0**-52 * (4.0 * top + 8.0), 1.0)
+        sharp = np.exp(capped) * np.expm1(capped) * 2.0 * least * rest
         share = np.where((least >= 0.5) & (eta < _LARGE), np.minimum(share, sharp), share)
     relative, g = _relative(np.float64(arithmetic.weight_unit), keys, arithmetic)
     before = share * spread + relative * largest + _floor(keys * largest, p_max, eta, g, arithmetic)
