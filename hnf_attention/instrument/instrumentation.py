@@ -35,7 +35,7 @@ class _Layer:
     checked: bool = False  # its own attention function was compared with ours
     fused_failed: bool = False
     measuring_failed: bool = False
-    described: set[str] = field(default_factory=set)  # where calls were measured with queries and keys
+    described: set[str] = field(default_factory=set)  # where calls, here or inside, were measured with q and k
     probed: int = 0  # calls so far: the phase of the next sample
 
 
@@ -212,8 +212,14 @@ class Instrumentation:
             measurement = self._probe(name, call, options)
         else:
             measurement = Measurement(name, rows, call.query, call.key, options)
-        self._layers[name].described.add(call.place)
+        if call.place not in self._layers[name].described:
+            self._describes(name, call.place)
         self._deliver(measurement)
+
+    def _describes(self, name: str, place: str) -> None:
+        """Note at the layer and all modules around it that calls are measured with queries and keys."""
+        for outer in (name, *(name[:i] for i, letter in enumerate(name) if letter == "."), ""):
+            self._layers.setdefault(outer, _Layer()).described.add(place)
 
     def observe(self, name: str, door: str, build: Callable[[], Measurement], place: str = EAGER) -> None:
         """Take in what `build` measured of an attention that ran by itself; no error comes out.
@@ -221,11 +227,8 @@ class Instrumentation:
         place: where it ran. A softmax beside other attention of the module, in the same place, is none.
         """
         layer = self._layers.setdefault(name, _Layer())
-        inside = f"{name}." if name else ""
-        described = any(
-            place in x.described and (n == name or n.startswith(inside)) for n, x in self._layers.items()
-        )
-        if layer.measuring_failed or described:  # what is beside a call of its attention is something else
+        # What is beside a call of its attention is something else.
+        if layer.measuring_failed or place in layer.described:
             return
         try:
             self._deliver(build())
