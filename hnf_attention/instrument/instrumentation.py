@@ -35,7 +35,7 @@ class _Layer:
     checked: bool = False  # its own attention function was compared with ours
     fused_failed: bool = False
     measuring_failed: bool = False
-    described: set[str] = field(default_factory=set)  # where calls, here or inside, were measured with q and k
+    described: set[str] = field(default_factory=set)  # where calls here or inside had q and k
     probed: int = 0  # calls so far: the phase of the next sample
 
 
