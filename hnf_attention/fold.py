@@ -24,8 +24,9 @@ class Measured(NamedTuple):
     key plus the learned sink's. M is M_s in both where the rows are a sample.
     query_square (B, H, M), key_square (B, H, N): squared lengths, fp32 (fp64 for fp64 inputs), of all
     queries, and of the keys once per query head. sequences: of a pack, how many hold a token, int64 without
-    dimensions; tokens past the last one have squared lengths of 0. scale: of q.k, NaN where a function is over
-    it. bent: what else is in the scores, 0 for nothing, 1 for an additive mask, 2 for a soft-cap or a learned sink.
+    dimensions; tokens past the last one have squared lengths of 0. scale: of q.k, infinite where q.k
+    is not known. bent: what else is in the scores, 0 for nothing, 1 for an additive mask, 2 for a soft-cap or a
+    learned sink.
     """
 
     visible_keys: Tensor

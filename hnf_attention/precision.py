@@ -52,7 +52,7 @@ class HeadPrecision:
     def score_magnitude(self) -> np.ndarray:
         """scale * max|q| * max|k| over rows, nats, at least every scale * sum |q_c k_c|; NaN where unknown or 0."""
         square = self._max("query_square") * self._max("key_square")
-        return np.sqrt(np.where(square == 0, np.nan, square)) * (1.0 + _SLACK)
+        return np.sqrt(np.where((square == 0) | np.isinf(square), np.nan, square)) * (1.0 + _SLACK)
 
     @property
     def error_bound(self) -> np.ndarray:

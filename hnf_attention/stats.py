@@ -8,6 +8,7 @@ and one maximum.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -151,7 +152,8 @@ def fold_rows(
 
     What is measured beside the rows has the shapes that `fold.Measured` says. Empty rows are left out of
     everything but the squared lengths and `sequences`, non-finite rows are only counted. A call without
-    rows changes nothing. No host synchronisation.
+    rows changes nothing, and of one with an infinite scale (q.k is not known) no bound is told. No host
+    synchronisation.
     """
     if stats.lse.numel() == 0:
         return
@@ -207,7 +209,9 @@ def fold_rows(
         "max_weight": largest(max_weight, judged),
         "neg_entropy_ratio": largest(-ratio, judged),
         "neg_max_weight": largest(-max_weight, finite),
-        "query_square": scale**2 * largest(query_square, ~query_square.isnan()),
+        "query_square": -lowest
+        if math.isinf(scale)
+        else scale**2 * largest(query_square, ~query_square.isnan()),
         "key_square": largest(key_square, ~key_square.isnan()) if num_keys else lowest,
         "num_keys": torch.full_like(accumulator[0], num_keys),
         "bent": torch.full_like(accumulator[0], bent),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)})
 
@@ -37,6 +40,11 @@ def untraced(*tensors: Tensor | None) -> bool:
         or torch.autograd.forward_ad._current_level >= 0
     )
     return not watched and all(type(x) in _PLAIN_TYPES for x in tensors)
+
+
+def unwatched() -> AbstractContextManager:
+    """Operators inside are seen by no dispatch mode: selective checkpointing would miss them in its second forward."""
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
 
 
 def readable(tensor: Tensor) -> bool:

@@ -182,3 +182,15 @@ def test_post_norm_blocks_are_not_bounded(first):
         assert len(layers) == 2 and not reasons
     else:
         assert not layers and "normalises after attention" in reasons["layers.0.self_attn"]
+
+
+@pytest.mark.parametrize("name", ["rel_pos_bias", "relative_position_bias", "position_bias"])
+def test_a_position_bias_that_a_stack_holds_under_a_name_of_its_own_is_refused(name):
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(32, 4, 32, batch_first=True, norm_first=True),
+        1,
+        enable_nested_tensor=False,
+    ).eval()
+    setattr(model, name, nn.Embedding(9, 4))
+    layers, reasons = read_weights(model, read_design({"d_model": 32, "n_heads": 4, "seq_len": 20}))
+    assert not layers and f"through {name}.weight, which is not read" in reasons["layers.0.self_attn"]

@@ -270,6 +270,17 @@ def test_compiled_kernels_skip_blocks_that_the_unfused_implementation_does_not()
             assert (visible[..., :16] == keys[0]).all() and (visible[..., 16:] == keys[1]).all()
 
 
+def test_compiled_kernels_do_not_ask_the_mask_in_full_blocks():
+    every = torch.tensor([2, 2])[None, None], torch.tensor([[0, 1], [0, 1]])[None, None]
+    none = torch.zeros(1, 1, 2), torch.zeros(1, 1, 2, 2)
+    numbers = [x.int() for x in (*none, *every)]
+    mask = flex.BlockMask.from_kv_blocks(*numbers, BLOCK_SIZE=16, mask_mod=causal, seq_lengths=(30, 26))
+    model = Compiled()
+    with instrument(model) as handle:
+        model(*tensors(), block_mask=mask)
+    assert (handle.latest[""].visible_keys == 26).all()
+
+
 def test_keys_that_all_sequences_share():
     query, key, value = tensors()
     key, value = key[:1], value[:1]

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from heads import checked, head_stats, queries_and_keys
+from torch import nn
 
-from hnf_attention import attention_stats, fold, theory
+from hnf_attention import AttentionStabilityMonitor, attention_stats, fold, theory
 from hnf_attention.stats import HeadStats, new_accumulator
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -114,3 +115,24 @@ def test_typical_bits_are_those_of_the_most_sensitive_weights_there_are():
     low, worst, sharp = (head_stats(query_size=30.0, key_size=30.0, **w).typical_bits[0] for w in weights)
     assert low < worst and sharp < worst
     assert worst <= head_stats(query_size=30.0, key_size=30.0).required_bits[0]
+
+
+class BothAttention(nn.Module):
+    """A softmax of its own, whose queries and keys nobody sees, and a small call of SDPA beside it."""
+
+    num_heads, head_dim = 2, 16
+
+    def forward(self, big, small):
+        weights = torch.softmax(big @ big.transpose(-1, -2), -1)
+        return weights @ big + torch.nn.functional.scaled_dot_product_attention(small, small, small)
+
+
+def test_no_bound_is_told_of_a_head_some_of_whose_queries_nobody_saw():
+    big = 20 * torch.randn(1, 2, 32, 16, generator=torch.Generator().manual_seed(0))
+    model = BothAttention()
+    with AttentionStabilityMonitor(model, log_every=1) as monitor:
+        model(big, big / 2000)
+        (stats,) = monitor.on_step().stats.values()
+    assert (stats.max_abs_logit > 1000).all()
+    for name in ("score_magnitude", "error_bound", "required_bits", "typical_bits"):
+        assert np.isnan(getattr(stats, name)).all(), name

@@ -33,6 +33,8 @@ _numbers = itertools.count(1)
 _modules: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 #: Modules of models that a graph was compiled of while a door was in place.
 _traced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+#: Of these, the ones that gave up their inference fast path.
+slowed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class Layer:
@@ -57,7 +59,7 @@ def mark(modules: Collection[nn.Module]) -> None:
     """
     _traced.update(modules)
     for module in modules:
-        if ATTRIBUTE not in module.__dict__:
+        if module.__dict__.get(ATTRIBUTE) is None:
             number = next(_numbers)
             _modules[number] = module
             with torch.inference_mode(False):
@@ -129,12 +131,13 @@ def announced(heads: tuple[int, int] | None, original: Callable[..., Any], args:
 
 
 def running(
-    *tensors: Tensor | None, attention_only: bool = False, slowed: bool = False
+    *tensors: Tensor | None, numbers: tuple[Any, ...] = (), attention_only: bool = False, slowed: bool = False
 ) -> tuple[Tensor | None, Any]:
     """The layer's tensor for an operator, None where no operator is wanted, and the heads that were announced.
 
-    tensors: what the operator would be given. attention_only: only in modules that are named like attention.
-    slowed: the module gives up its inference fast path for it. To be traced, never to be run.
+    tensors, numbers: what the operator would be given; numpy's numbers are tensors here. attention_only: only in
+    modules that are named like attention. slowed: the module gives up its inference fast path for it. To be traced,
+    never to be run.
     """
     from torch._dynamo.comptime import comptime
 
@@ -186,14 +189,26 @@ def _found(tracer: Any) -> dict[str, Any]:
     return heads | {"layer": asked["_elsewhere"]} if owner is not None and _wanted(owner, asked) else {}
 
 
+def _is_untouched(variable: Any) -> bool:
+    """Whether it is something other than a module that the graph did not look at yet, which would guard it."""
+    from torch._dynamo.variables.lazy import LazyVariableTracker
+
+    lazy = isinstance(variable, LazyVariableTracker) and not variable.is_realized()
+    return lazy and not isinstance(variable.peek_value(), nn.Module)
+
+
 def _module(frame: Any) -> Any:
     """The variable of the module whose method this frame is, or that is the first argument of a function."""
     from torch._dynamo.variables.misc import CellVariable
 
     names = frame.f_code.co_varnames[: frame.f_code.co_argcount][:1]
     variable = frame.symbolic_locals.get(names[0]) if names else None
+    if _is_untouched(variable):
+        return None
     if isinstance(variable, CellVariable):  # a function or a generator inside the method uses it too
         variable = frame.output.side_effects.load_cell(variable)
+        if _is_untouched(variable):
+            return None
     variable = None if variable is None else variable.realize()
     return variable if isinstance(getattr(variable, "value", None), nn.Module) else None
 
@@ -203,8 +218,11 @@ def _wanted(owner: owners.Owner, asked: dict[str, Any]) -> bool:
         return False
     types = {variable.python_type() for variable in asked["tensors"].items}
     strange = [kind.__name__ for kind in types - {Tensor, nn.Parameter, type(None)}]
+    kinds = {variable.python_type() for variable in asked["numbers"].items}
+    strange += [f"scale that is a {kind.__name__}" for kind in kinds - {int, float, type(None)}]
     if strange:
         owner.instrumentation.note(owner.layer, f"a compiled graph calls it with a {strange[0]}")
     elif asked["slowed"].as_python_constant():
         owner.instrumentation.slowed.add(owner.layer)
+        slowed.add(owner.module)
     return not strange

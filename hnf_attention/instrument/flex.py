@@ -162,14 +162,28 @@ def _visible(block_mask: flex.BlockMask, compiled: bool) -> _Mod:
     """Where a query sees a key: a mask_mod."""
     if not compiled:
         return block_mask.mask_mod
-    blocks = block_mask.to_dense().bool()  # (B, H, blocks of queries, blocks of keys), 1 where it broadcasts
+    partial = _in_blocks(block_mask, block_mask.kv_num_blocks, block_mask.kv_indices)
+    visible = flex.and_masks(partial, block_mask.mask_mod)
+    if block_mask.full_kv_num_blocks is None:
+        return visible
+    # In full blocks the kernels do not ask mask_mod.
+    full = _in_blocks(block_mask, block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+    return flex.or_masks(full, visible)
+
+
+def _in_blocks(block_mask: flex.BlockMask, count: Tensor, index: Tensor) -> _Mod:
+    """Whether a query and a key lie in one of these blocks."""
     height, width = block_mask.BLOCK_SIZE
+    only = flex.BlockMask.from_kv_blocks(
+        count, index, BLOCK_SIZE=(height, width), seq_lengths=block_mask.seq_lengths, compute_q_blocks=False
+    )
+    blocks = only.to_dense().bool()  # (B, H, blocks of queries, blocks of keys), 1 where it broadcasts
 
     def in_block(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         b, h = (index * (size > 1) for index, size in zip((b, h), blocks.shape[:2]))
         return blocks[b, h, i // height, j // width]
 
-    return flex.and_masks(in_block, block_mask.mask_mod)
+    return in_block
 
 
 def _boolean(visible: _Mod, shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -139,11 +139,11 @@ def _beside_eager(label: str, names: tuple[str, ...], given: dict[str, Any]) -> 
     """Leave the operator in the graph; traced. names: the function's parameters."""
     query, key, value, mask = (given.get(name) for name in names[1:5])
     bias, sinks = given.get("position_bias"), given.get("s_aux")
-    layer, _ = compiled.running(query, key, value, mask, bias, sinks)
+    numbers = given.get("scaling"), given.get("softcap")
+    layer, _ = compiled.running(query, key, value, mask, bias, sinks, numbers=numbers)
     if layer is not None:
         query, key, value = compiled.inputs(query, key, value)
         mask, bias, sinks = compiled.detached(mask), compiled.detached(bias), compiled.detached(sinks)
-        numbers = given.get("scaling"), given.get("softcap")
         masked = given.get("head_mask") is not None
         _operator(layer, query, key, value, mask, bias, sinks, *numbers, masked, label)
 

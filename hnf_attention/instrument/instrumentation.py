@@ -17,6 +17,7 @@ from .. import dispatch, ops
 from ..names import named_modules, shown
 from ..sampling import effective_period
 from ..stats import RowStats
+from ..tracing import unwatched
 from ..validation import Options
 from . import compiled, flex, multihead, owners, scores, sdpa, softmax
 from .call import EAGER, AttentionCall, Unmeasurable
@@ -77,6 +78,8 @@ class Instrumentation:
             patches += huggingface.install(every)
         owners.register(modules, self)
         compiled.mark_compiled(every)
+        # A graph of before says nothing again.
+        self.slowed |= {name for name, module in modules.items() if module in compiled.slowed}
         self.measuring = True
 
     @property
@@ -150,11 +153,12 @@ class Instrumentation:
         result = call = options = rows = failure = None
         done = fused = False
         try:
-            call = build()
-            if call.check is not None and not layer.checked:
-                layer.checked = call.check(call)
-            call.cast()
-            options = call.validated()
+            with unwatched():
+                call = build()
+                if call.check is not None and not layer.checked:
+                    layer.checked = call.check(call)
+                call.cast()
+                options = call.validated()
             fused = not layer.fused_failed and self._takes(call)
             if fused:
                 output, rows = ops.attend(call.query, call.key, call.value, options, detached=True)
@@ -166,7 +170,8 @@ class Instrumentation:
             layer.fused_failed |= failure is not None and not isinstance(failure, Unmeasurable)
         if failure is None and not layer.measuring_failed:
             try:
-                self._measure(name, call, options, rows)
+                with unwatched():
+                    self._measure(name, call, options, rows)
             except Exception as error:  # the monitor never ends a run
                 failure = error.with_traceback(None)
             else:
@@ -183,10 +188,11 @@ class Instrumentation:
         if self.mode == "probe" or layer.fused_failed:
             return original()
         try:
-            call = build()
+            with unwatched():
+                call = build()
+                call.cast()
         except Unmeasurable:
             return original()
-        call.cast()
         if not self._takes(call):
             return original()
         output, _ = ops.attend(call.query, call.key, call.value, call.validated(), detached=True)
@@ -231,7 +237,8 @@ class Instrumentation:
         if layer.measuring_failed or place in layer.described:
             return
         try:
-            self._deliver(build())
+            with unwatched():
+                self._deliver(build())
         except Exception as error:  # the monitor never ends a run
             self._give_up(name, layer, error.with_traceback(None))
         else:

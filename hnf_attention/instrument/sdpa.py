@@ -74,7 +74,7 @@ def _beside(
     enable_gqa: bool = False,
 ) -> None:
     """Leave the operator in the graph; traced."""
-    layer, heads = compiled.running(query, key, value, attn_mask)
+    layer, heads = compiled.running(query, key, value, attn_mask, numbers=(scale,))
     if layer is not None:
         query, key, value = compiled.inputs(query, key, value)
         mask = compiled.detached(attn_mask)

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 TABLES = ("relative_position_bias_table", "relative_attention_bias.weight")
 # Other parameters whose name says position enter the scores some other way, with the query mostly.
 _POSITION = re.compile(r"(^|[._])(rel|relative|dist|distance|pos|position)([._]|$)")
+_RELATIVE = re.compile(
+    r"position_bias|(^|_)(rel|relative|dist|distance)_(pos|attention)"
+)  # what a stack holds for all
 _T5_BLOCK = re.compile(r"^(.*\bblock\.)\d+(\.layer\.0\.SelfAttention)$")
 
 
@@ -34,6 +37,12 @@ def position_bias(model: nn.Module, name: str, heads: int) -> Tensor | float:
     unread = [
         path for path, _ in module.named_parameters() if _POSITION.search(path) and not path.endswith(TABLES)
     ]
+    unread += [
+        f"{prefix}{path}"
+        for prefix, holder in _holders(model, name)
+        for path, _ in holder.named_parameters()
+        if prefix and not f"{prefix}{path}".endswith(TABLES)
+    ]
     if unread:
         raise ValueError(f"positions enter its scores through {unread[0]}, which is not read")
     wrong = [tuple(table.shape) for table in tables if table.dim() != 2 or table.shape[1] != heads]
@@ -53,6 +62,6 @@ def _holders(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
     parts = name.split(".")
     for depth in range(len(parts)):
         parent = model.get_submodule(".".join(parts[:depth]))
-        shared = (child for child in parent.named_children() if "position_bias" in child[0])
+        shared = (child for child in parent.named_children() if _RELATIVE.search(child[0]))
         found += [(f"{path}.", child) for path, child in shared]
     return found

@@ -1,0 +1,80 @@
+"""torch.compile: whatever else stands in a traced call, measuring adds no guard and no error to it."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_models import LAYERS, Attention, Model, x
+from torch import nn
+from torch._dynamo.utils import counters
+
+from hnf_attention.instrument import instrument
+
+
+@pytest.fixture(autouse=True)
+def afresh(one_thread):
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def compiled(function):
+    return torch.compile(function, backend="aot_eager", fullgraph=True)
+
+
+class HeldAttention(Attention):
+    """Its forward holds `self` in a cell, since a generator inside uses it."""
+
+    def forward(self, x):
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def test_a_module_that_its_forward_holds_in_a_cell_is_found():
+    model = nn.Sequential(HeldAttention(), HeldAttention())
+    with instrument(model) as handle:
+        compiled(model)(x())
+    assert list(handle.latest) == ["0", "1"]
+
+
+def test_a_scale_that_is_a_tensor_in_the_graph_is_listed():
+    model, inputs = Attention(scale=np.float64(0.5)), x()  # as 1 / np.sqrt(d) is
+    run = compiled(model)
+    plain = run(inputs)
+    with instrument(model) as handle:
+        assert torch.equal(run(inputs), plain)
+    assert "a compiled graph calls it with a scale that is a" in handle.coverage.not_measured[""]
+
+
+@pytest.mark.parametrize("whose", ["its own", "another's"])
+def test_arguments_of_a_function_around_the_model_are_not_guarded(whose):
+    model, other, inputs = Attention(), Attention(), x()
+
+    @compiled
+    def step(tag, inputs):
+        return model(inputs)
+
+    with instrument(model if whose == "its own" else other):
+        for number in range(4):
+            step(f"step {number}", inputs)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_copy_of_a_compiled_model_is_measured_once_it_is_instrumented_itself():
+    model, inputs = Model(), x()
+    with instrument(model):
+        compiled(model)(inputs)
+        twin = copy.deepcopy(model)
+    with instrument(twin) as handle:
+        compiled(twin)(inputs)
+    assert list(handle.latest) == LAYERS
+
+
+def test_a_graph_that_is_used_again_still_has_its_fast_path_off():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+    run = compiled(layer)
+    for _ in range(2):
+        with instrument(layer) as handle, torch.no_grad():
+            run(x())
+        assert "inference fast path off" in handle.coverage.measured["self_attn"]
