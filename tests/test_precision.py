@@ -17,6 +17,8 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 
 @pytest.fixture
 def rows(monkeypatch):
+    if not (BENCH / "theory_rows.py").is_file():
+        pytest.skip("the benchmarks are in the checkout only")
     monkeypatch.syspath_prepend(str(BENCH))
     import theory_rows
 
