@@ -326,7 +326,7 @@ def instrument(
     calls `torch.nn.functional.scaled_dot_product_attention` or `flex_attention`, each call under the name of the
     innermost module running. What is not reached is listed in `.coverage`. Nothing of the model is changed: no config,
     no module, no state dict; `.restore()` ends it, and so does dropping the returned handle.
-    A model may be compiled before or after; its graphs are probed, in every mode.
+    A model may be compiled before or after; its graphs are probed, in every mode, but for flex_attention.
 
     mode: "probe" leaves the model's attention alone and measures beside it, bit-identical outputs.
         "fused" computes the output in the same pass as the statistics, wherever that is the same
@@ -357,6 +357,6 @@ def instrument(
         if owners.owner(module) is not None:
             raise ValueError(
                 f"expected a model that is not instrumented, got one whose module {name!r} is; "
-                "call restore() on its Instrumentation first"
+                "call restore() on its Instrumentation, monitor or analyzer first"
             )
     return Instrumentation(model, mode, strict, sample)
