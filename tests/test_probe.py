@@ -49,9 +49,12 @@ def test_all_rows_match_the_oracle_anywhere(case):
     _check(case, torch.float32, DEVICE)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_keys_split_over_programs_give_the_same(case, device):
+@pytest.mark.parametrize(
+    "name", ["causal", "causal window", "softcap", "empty rows", "additive mask", "packed everything"]
+)
+def test_keys_split_over_programs_give_the_same(name, device):
     """Into more parts than some rows see tiles: those have parts without a key."""
+    case = CASES[name]
     tensors = case.tensors(device=device)
     options = case.options(*tensors)
     core = probe.probe(*tensors[:2], options, TILES, parts=3)[:4]
