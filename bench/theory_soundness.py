@@ -31,8 +31,6 @@ from hnf_attention.theory.bits import STORED
 
 ROWS_A_CASE = 32
 MODES = [(name, kind) for kind in ("flash", "eager") for name in DTYPES]
-
-
 MOST_BROKEN = 5
 
 

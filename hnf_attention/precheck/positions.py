@@ -28,21 +28,13 @@ def position_bias(model: nn.Module, name: str, heads: int) -> Tensor | float:
     module = model.get_submodule(name)
     if type(module).__name__ == "BloomAttention" or getattr(getattr(model, "config", None), "alibi", False):
         raise ValueError("an ALiBi bias is added to its scores, which grows with the length")
-    tables = [
-        parameter
-        for prefix, holder in _holders(model, name)
-        for path, parameter in holder.named_parameters()
-        if f"{prefix}{path}".endswith(TABLES)
-    ]
-    unread = [
-        path for path, _ in module.named_parameters() if _POSITION.search(path) and not path.endswith(TABLES)
-    ]
-    unread += [
-        f"{prefix}{path}"
-        for prefix, holder in _holders(model, name)
-        for path, _ in holder.named_parameters()
-        if prefix and not f"{prefix}{path}".endswith(TABLES)
-    ]
+    tables, unread = [], []
+    for prefix, holder in _holders(model, name):
+        for path, parameter in holder.named_parameters():
+            if f"{prefix}{path}".endswith(TABLES):
+                tables.append(parameter)
+            elif prefix or _POSITION.search(path):
+                unread.append(f"{prefix}{path}")
     if unread:
         raise ValueError(f"positions enter its scores through {unread[0]}, which is not read")
     wrong = [tuple(table.shape) for table in tables if table.dim() != 2 or table.shape[1] != heads]
