@@ -1,7 +1,7 @@
 """One call of every kernel on a few awkward shapes, to run under compute-sanitizer.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python bench/sanitize.py
-    compute-sanitizer --tool racecheck --error-exitcode 1 python bench/sanitize.py [HEAD_DIM ...]
+    compute-sanitizer --tool racecheck --error-exitcode 1 python bench/sanitize.py [HEAD_DIM|masks|packed ...]
 
 Without PyTorch's cache every tensor is an allocation of its own, so that an access just outside of one is
 seen. Lengths are no multiples of a tile, heads are grouped, and strides are not those of a fresh tensor.
@@ -10,6 +10,7 @@ seen. Lengths are no multiples of a tile, heads are grouped, and strides are not
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -77,34 +78,49 @@ def path_of(head_dim: int) -> str:
     return dispatch.forward_path(query, key, value, options_of(query, key, value), extended=False)
 
 
-def main() -> int:
-    if not torch.cuda.is_available():
-        print("expected a CUDA card")
-        return 2
-    runs = 0
-    for head_dim in [int(argument) for argument in sys.argv[1:]] or HEAD_DIMS:
-        print(f"D={head_dim}, plain calls: {path_of(head_dim)}", flush=True)
-        for name, keywords in VARIANTS.items():
-            for action in ACTIONS:
-                action(*inputs(head_dim), **keywords)
-                torch.cuda.synchronize()
-                runs += 1
-            print(f"  {name}", flush=True)
-    query, key, value = inputs(64)
+def done(action: Callable, *tensors: Tensor, **keywords) -> None:
+    started = perf_counter()
+    action(*tensors, **keywords)
+    torch.cuda.synchronize()
+    print(f"  {action.__name__} {perf_counter() - started:.1f} s", flush=True)
+
+
+def plain(head_dim: int) -> None:
+    for name, keywords in VARIANTS.items():
+        print(f"D={head_dim}, {name}: {path_of(head_dim)}", flush=True)
+        for action in ACTIONS:
+            done(action, *inputs(head_dim), **keywords)
+
+
+def masks() -> None:
     for mask in (
         torch.rand(QUERIES, KEYS, device="cuda") > 0.3,
         torch.randn(2, HEADS, QUERIES, KEYS, device="cuda").requires_grad_(),
     ):
+        print(f"mask of {mask.dtype}", flush=True)
         for action in ACTIONS:
-            action(*inputs(64), attn_mask=mask)
-            torch.cuda.synchronize()
-            runs += 1
+            done(action, *inputs(64), attn_mask=mask)
+
+
+def packed() -> None:
+    print("packed", flush=True)
     lengths = torch.tensor([0, 37, 37, 200, QUERIES], dtype=torch.int32, device="cuda")
     for action in (forward, extended, probe, training):
-        action(*(x.detach()[:1].requires_grad_() for x in inputs(64)), is_causal=True, seqlens=lengths)
-        torch.cuda.synchronize()
-        runs += 1
-    print(f"{runs} runs done")
+        done(action, *(x.detach()[:1].requires_grad_() for x in inputs(64)), is_causal=True, seqlens=lengths)
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("expected a CUDA card")
+        return 2
+    for part in sys.argv[1:] or (*HEAD_DIMS, "masks", "packed"):
+        if part == "masks":
+            masks()
+        elif part == "packed":
+            packed()
+        else:
+            plain(int(part))
+    print("done")
     return 0
 
 
