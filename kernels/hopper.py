@@ -15,8 +15,7 @@ from .launch import launch
 
 _LOG2_E = primitives.LOG2_E.value
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
-# (chains, settle) by (width, causal): the winners of bench/tune_hopper.py
-_TUNED = {(64, True): (4, True), (64, False): (2, True), (128, True): (2, False), (128, False): (2, False)}
+_EARLY = {(64, True)}  # widths and causalities at which Plan.early won in bench/tune_hopper.py
 
 
 def covers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options) -> bool:
@@ -82,8 +81,8 @@ def _width(head_dim: int) -> int:
 def plan(head_dim: int, value_dim: int, is_causal: bool, ragged: bool, stats: bool) -> Plan:
     """What the kernel is compiled for."""
     widths = _width(head_dim), _width(value_dim)
-    chains, settle = _TUNED[max(widths), is_causal]
-    return Plan(chains, settle, is_causal, ragged, stats, *widths, stages=2 if max(widths) == 128 else 3)
+    early = (max(widths), is_causal) in _EARLY
+    return Plan(early, is_causal, ragged, stats, *widths, stages=2 if max(widths) == 128 else 3)
 
 
 @functools.cache

@@ -9,7 +9,9 @@ Keys and values travel in pairs: pair g is key tile g and value tile g - 1, just
 The first pair of a block of queries brings the queries too. Pairs run on from block to block.
 
 The state is that of `primitives.softmax_update` (m in raw q.k, l and w over exp2(t)), except that l, w
-and the minimum stay as partials of the four threads that share a row until the loop is over.
+and the minimum stay as partials of the four threads that share a row until the loop is over, and that m
+is no maximum: it is lifted to the largest score so far (`top`) only where a score passes it by more than
+_SLACK, as FlashAttention-4 does it. t can be positive up to that, and the output is hardly ever rescaled.
 """
 
 from dataclasses import dataclass
@@ -25,12 +27,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import primitives
+from .hopper_assembly import (
+    LIFT,
+    LIFT_OPERANDS,
+    RESCALE_32,
+    RESCALE_32_OPERANDS,
+    RESCALE_64,
+    RESCALE_64_OPERANDS,
+)
 
 HALF_M = 64  # query rows of a consumer
 BLOCK_M = 2 * HALF_M
 BLOCK_N = 128
 _HALF_M = gl.constexpr(HALF_M)
 _BLOCK_N = gl.constexpr(BLOCK_N)
+_SLACK = gl.constexpr(4.0)  # in log2 units: exponentials stay below 16
 _FIRST = gl.constexpr(0)
 _SECOND = gl.constexpr(1)
 _LN_2 = primitives.LN_2
@@ -39,10 +50,9 @@ softmax_finish = gluon.jit(primitives.softmax_finish.fn)
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a compiled kernel is made for; the first two were tuned."""
+    """Everything that a compiled kernel is made for; the first was tuned."""
 
-    chains: int  # independent sums of a thread over its columns
-    settle: bool  # how the exponentials are kept before the wait for the product
+    early: bool  # wait for the next keys before the exponentials, not after them
     is_causal: bool
     ragged: bool  # the keys are no multiple of BLOCK_N
     stats: bool
@@ -61,31 +71,36 @@ def _along(x, axis: gl.constexpr, LARGEST: gl.constexpr):
 
 @gluon.jit
 def _partial(x, CHAINS: gl.constexpr, LARGEST: gl.constexpr, P_L: gl.constexpr):
-    """(64, 128) to (64, 4): sum (or maximum) of the columns that one thread holds, without a shuffle."""
+    """(64, 128) to (64, 4): sum (or maximum) of the columns that one thread holds, without a shuffle, in so
+    many independent chains."""
     x = gl.reshape(x, [64, CHAINS // 2, 32 // CHAINS, 4, 2])
     x = _along(_along(_along(x, 2, LARGEST), 3, LARGEST), 1, LARGEST)
     return gl.convert_layout(x, P_L, assert_trivial=True)
 
 
 @gluon.jit
-def _count(l_i, w_i, low, p, t, pt, PLAN: gl.constexpr, P_L: gl.constexpr):
-    """Add columns to the state. `t` is 0 and `pt` is 0 where a key is hidden.
+def _count(l_i, w_i, low, p, t, PLAN: gl.constexpr, P_L: gl.constexpr):
+    """Add columns to the state. `t` is 0 where a key is hidden, and p with it.
 
-    Of numbers <= 0 the smallest is the one whose bits are the largest unsigned integer: integer maxima
-    are taken while the exponentials keep the float units waiting.
+    Of numbers <= 0 the smallest is the one whose bits are the largest unsigned integer: integer maxima are
+    taken while the exponentials keep the float units waiting. A positive t has smaller bits; where there
+    are no others, `low`, which is never positive, stays.
     """
-    l_i += _partial(p, PLAN.chains, False, P_L)
+    l_i += _partial(p, 2, False, P_L)
     if PLAN.stats:
-        w_i += _partial(pt, PLAN.chains, False, P_L)
-        bits = _partial(t.to(gl.uint32, bitcast=True), PLAN.chains, True, P_L)
+        w_i += _partial(p * t, 2, False, P_L)
+        bits = _partial(t.to(gl.uint32, bitcast=True), 2, True, P_L)
         low = gl.minimum(low, bits.to(gl.float32, bitcast=True))
     return l_i, w_i, low
 
 
 @gluon.jit
-def _softmax(s, m_i, l_i, w_i, low, unit, PLAN: gl.constexpr, P_L: gl.constexpr):
-    """One tile of raw scores into the state (m, l, w, low); also exp2(t) and what rescales the output."""
-    m_new = gl.maximum(m_i, gl.max(s, 1))
+def _softmax(s, m_i, top, l_i, w_i, low, unit, slack, PLAN: gl.constexpr, P_L: gl.constexpr):
+    """One tile of raw scores into the state (m, top, l, w, low); also exp2(t) and what rescales the output."""
+    ROW: gl.constexpr = gl.SliceLayout(1, s.type.layout)
+    best = gl.max(_partial(s, 4, True, P_L), 1)
+    top = gl.maximum(top, gl.convert_layout(best, ROW, assert_trivial=True))
+    m_new = gl.inline_asm_elementwise(LIFT, LIFT_OPERANDS, [top, m_i + slack, m_i], gl.float32, False, 2)
     t = s * unit - gl.expand_dims(m_new * unit, 1)
     p = gl.exp2(t)
     d = (m_i - m_new) * unit
@@ -95,8 +110,8 @@ def _softmax(s, m_i, l_i, w_i, low, unit, PLAN: gl.constexpr, P_L: gl.constexpr)
         d = gl.expand_dims(gl.convert_layout(d, gl.SliceLayout(1, P_L), assert_trivial=True), 1)
         w_i = a * (w_i + l_i * d)
         low += d
-    l_i, w_i, low = _count(l_i * a, w_i, low, p, t, p * t, PLAN, P_L)
-    return m_new, l_i, w_i, low, p, alpha
+    l_i, w_i, low = _count(l_i * a, w_i, low, p, t, PLAN, P_L)
+    return m_new, top, l_i, w_i, low, p, alpha
 
 
 @gluon.jit
@@ -161,10 +176,20 @@ def _producer(descriptors, buffers, barriers, schedule_ptr, sizes, PLAN: gl.cons
 
 
 @gluon.jit
-def _rescale(acc, alpha):
-    return acc * gl.expand_dims(
-        gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout), assert_trivial=True), 1
+def _per_row(factor, acc):
+    """A number per row, against the output's columns."""
+    return gl.expand_dims(
+        gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout), assert_trivial=True), 1
     )
+
+
+@gluon.jit
+def _rescale(acc, alpha, PLAN: gl.constexpr):
+    operands = [acc, _per_row(alpha, acc)]
+    if PLAN.block_dv == 64:
+        return gl.inline_asm_elementwise(RESCALE_32, RESCALE_32_OPERANDS, operands, gl.float32, False, 32)
+    else:
+        return gl.inline_asm_elementwise(RESCALE_64, RESCALE_64_OPERANDS, operands, gl.float32, False, 64)
 
 
 @gluon.jit
@@ -203,6 +228,7 @@ def _consumer(
     ROW: gl.constexpr = gl.SliceLayout(1, S_L)
     dtype: gl.constexpr = q_s.dtype
     staged = out_s.index(HALF)
+    slack = _SLACK / unit
     first = gl.load(schedule_ptr + gl.program_id(0))
     last = gl.load(schedule_ptr + gl.program_id(0) + 1)
 
@@ -230,34 +256,39 @@ def _consumer(
         if PLAN.is_causal or PLAN.ragged:
             s = gl.where(seen, s, -float("inf"))
         m_i = gl.max(s, 1)
+        top = m_i
         t = s * unit - gl.expand_dims(m_i * unit, 1)
         p = gl.exp2(t)
         if PLAN.is_causal or PLAN.ragged:
             t = gl.where(seen, t, 0.0)  # 0 * inf is NaN: right for a visible score that is infinite
-        l_i, w_i, low = _count(l_i, w_i, low, p, t, p * t, PLAN, P_L)
+        l_i, w_i, low = _count(l_i, w_i, low, p, t, PLAN, P_L)
         acc = gl.full([_HALF_M, PLAN.block_dv], 0.0, gl.float32, O_L)
+        alpha = gl.full([_HALF_M], 1.0, gl.float32, ROW)
         step += 1
         mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
         for _ in range(1, num_tiles):
             a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
             scores = _scores(HALF, buffers, count, step, p, PLAN)
+            acc = _rescale(acc, alpha, PLAN)  # while the scores are computed
             product = _output(buffers, step, a, acc, PLAN)
             s = warpgroup_mma_wait(1, [scores])
-            m_i, l_i, w_i, low, p, alpha = _softmax(s, m_i, l_i, w_i, low, unit, PLAN, P_L)
             done = step % STAGES
             step += 1
-            # Left alone, the assembler moves the wait for the product to among the exponentials. Either
-            # they all pass through an instruction that it cannot see into, or a branch that is always
-            # taken parts them.
-            if PLAN.settle:
-                p = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [p], gl.float32, False, 1)
-                mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
+            ready = full.index(step % STAGES)
+            if PLAN.early:
+                mbarrier.wait(ready, step // STAGES & 1)
+            m_i, top, l_i, w_i, low, p, alpha = _softmax(s, m_i, top, l_i, w_i, low, unit, slack, PLAN, P_L)
+            # Left alone, the assembler moves the wait for the product to among the exponentials: a branch
+            # parts them, which is always taken, or never.
+            if PLAN.early:
+                if num_keys < 0:
+                    gl.store(lse_ptr, 0.0)
             elif num_keys > 0:
-                mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
+                mbarrier.wait(ready, step // STAGES & 1)
             acc = warpgroup_mma_wait(0, [product])
             mbarrier.arrive(empty.index(done), count=1)
-            acc = _rescale(acc, alpha)
         a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
+        acc = _rescale(acc, alpha, PLAN)
         product = _output(buffers, step, a, acc, PLAN)
         # The next rows' first scores are computed while these rows are finished. After the last entry
         # the same product runs once more on what lies in the buffers, and nobody reads it.
@@ -274,7 +305,8 @@ def _consumer(
             core, _more, normalise = softmax_finish(
                 m_i, total, weighted, least, (), unit, to_natural, 0.0, False, False
             )
-            lse, entropy, max_logit, min_logit = core
+            lse, entropy, _m, min_logit = core
+            max_logit = gl.where(lse == lse, top * to_natural, lse)
             gl.store(entropy_ptr + row, entropy, mask=inside)
             gl.store(max_ptr + row, max_logit, mask=inside)
             gl.store(min_ptr + row, min_logit, mask=inside)
@@ -284,7 +316,8 @@ def _consumer(
         gl.store(lse_ptr + row, lse, mask=inside)
         acc = warpgroup_mma_wait(1, [product])
         tma.store_wait(pendings=0)
-        staged.reshape([_HALF_M, PLAN.block_dv]).store(_rescale(acc, normalise).to(dtype))
+        normalised = acc * _per_row(normalise, acc)
+        staged.reshape([_HALF_M, PLAN.block_dv]).store(normalised.to(dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(out_desc, [batch, head, start_m, 0], staged)
         s = warpgroup_mma_wait(0, [scores])

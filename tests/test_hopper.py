@@ -39,15 +39,9 @@ def hopper():
     return hopper
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES.keys())
-def test_forward_matches_the_oracle(hopper, case, dtype, is_causal):
-    case = Case(**{**case.__dict__, "is_causal": is_causal})
-    tensors = case.tensors(dtype, "cuda")
-    options = case.options(*tensors)
-    assert dispatch.forward_path(*tensors[:3], options, False) == dispatch.HOPPER
-    got = hopper.forward(*tensors[:3], options)[:5]
+def agree(hopper, case, tensors):
+    dtype = tensors[0].dtype
+    got = hopper.forward(*tensors[:3], case.options(*tensors))[:5]
     for name, actual, wanted in zip(
         ("out", "lse", "entropy", "max_logit", "min_logit"), got, oracle(case, *tensors)
     ):
@@ -58,6 +52,29 @@ def test_forward_matches_the_oracle(hopper, case, dtype, is_causal):
         allowed = 2e-5 if name == "entropy" else allowed * size
         difference = (actual.double() - wanted).abs().max()
         assert difference <= allowed, f"{name}: off by {difference:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES.keys())
+def test_forward_matches_the_oracle(hopper, case, dtype, is_causal):
+    case = Case(**{**case.__dict__, "is_causal": is_causal})
+    tensors = case.tensors(dtype, "cuda")
+    options = case.options(*tensors)
+    assert dispatch.forward_path(*tensors[:3], options, False) == dispatch.HOPPER
+    agree(hopper, case, tensors)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("rise", [1.0, 3.0, 5.0, 60.0, -60.0])
+def test_scores_that_rise_from_tile_to_tile(hopper, rise, head_dim):
+    """By so much in log2 units, as the keys are walked: below the slack, above it, far above it, and falling."""
+    case = Case(1, 2, 2, 300, 1280, head_dim, head_dim, scale=0.6931471805599453)
+    q, k, v, mask, sinks = case.tensors(torch.bfloat16, "cuda")
+    q[..., 0] = torch.linspace(0.0, 1.0, 300, device="cuda")  # in one warp some rows rise, others do not
+    k[..., 0] = rise * (9 - torch.arange(1280, device="cuda") // 128)
+    q[..., 1:] *= 0.2
+    agree(hopper, case, (q, k, v, mask, sinks))
 
 
 def test_output_rows_that_are_no_multiple_of_16_bytes_take_another_path(hopper):
