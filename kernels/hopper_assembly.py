@@ -1,22 +1,9 @@
-"""Steps of the sm_90 forward that Gluon has no words for: votes of a warp, and a branch around a product.
+"""A step of the sm_90 forward that Gluon has no words for: a branch of a warp around a product.
 
 A thread holds two rows, r and r + 8, of the 16 of its warp; every thread of a warp takes the same branch.
 """
 
 from triton.experimental.gluon import language as gl
-
-# Which m a thread's two rows go on with, from (top, m + slack, m) of both: top where it passed m + slack in
-# any row of the warp, else m.
-LIFT = gl.constexpr("""{
-    .reg .pred p, q;
-    setp.gt.f32 p, $2, $4;
-    setp.gt.f32 q, $3, $5;
-    or.pred p, p, q;
-    vote.sync.any.pred p, p, 0xffffffff;
-    selp.f32 $0, $2, $6, p;
-    selp.f32 $1, $3, $7, p;
-    }""")
-LIFT_OPERANDS = gl.constexpr("=&f,=&f,f,f,f,f,f,f")
 
 
 def _rescaling(count: int) -> tuple[gl.constexpr, gl.constexpr]:

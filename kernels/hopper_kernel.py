@@ -9,9 +9,9 @@ Keys and values travel in pairs: pair g is key tile g and value tile g - 1, just
 The first pair of a block of queries brings the queries too. Pairs run on from block to block.
 
 The state is that of `primitives.softmax_update` (m in raw q.k, l and w over exp2(t)), except that l, w
-and the minimum stay as partials of the four threads that share a row until the loop is over, and that m
-is no maximum: it is lifted to the largest score so far (`top`) only where a score passes it by more than
-_SLACK, as FlashAttention-4 does it. t can be positive up to that, and the output is hardly ever rescaled.
+and the minimum stay as partials of the four threads that share a row until the loop is over. The output
+is rescaled only where the maximum of some row of a warp has risen. (FlashAttention-4 lets it rise by 2^8
+before it does; then the largest weight is no 1, and its rounding costs collapsed rows their exactness.)
 """
 
 from dataclasses import dataclass
@@ -27,21 +27,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import primitives
-from .hopper_assembly import (
-    LIFT,
-    LIFT_OPERANDS,
-    RESCALE_32,
-    RESCALE_32_OPERANDS,
-    RESCALE_64,
-    RESCALE_64_OPERANDS,
-)
+from .hopper_assembly import RESCALE_32, RESCALE_32_OPERANDS, RESCALE_64, RESCALE_64_OPERANDS
 
 HALF_M = 64  # query rows of a consumer
 BLOCK_M = 2 * HALF_M
 BLOCK_N = 128
 _HALF_M = gl.constexpr(HALF_M)
 _BLOCK_N = gl.constexpr(BLOCK_N)
-_SLACK = gl.constexpr(4.0)  # in log2 units: exponentials stay below 16
 _FIRST = gl.constexpr(0)
 _SECOND = gl.constexpr(1)
 _LN_2 = primitives.LN_2
@@ -83,8 +75,7 @@ def _count(l_i, w_i, low, p, t, PLAN: gl.constexpr, P_L: gl.constexpr):
     """Add columns to the state. `t` is 0 where a key is hidden, and p with it.
 
     Of numbers <= 0 the smallest is the one whose bits are the largest unsigned integer: integer maxima are
-    taken while the exponentials keep the float units waiting. A positive t has smaller bits; where there
-    are no others, `low`, which is never positive, stays.
+    taken while the exponentials keep the float units waiting.
     """
     l_i += _partial(p, 2, False, P_L)
     if PLAN.stats:
@@ -95,12 +86,10 @@ def _count(l_i, w_i, low, p, t, PLAN: gl.constexpr, P_L: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, m_i, top, l_i, w_i, low, unit, slack, PLAN: gl.constexpr, P_L: gl.constexpr):
-    """One tile of raw scores into the state (m, top, l, w, low); also exp2(t) and what rescales the output."""
-    ROW: gl.constexpr = gl.SliceLayout(1, s.type.layout)
+def _softmax(s, m_i, l_i, w_i, low, unit, PLAN: gl.constexpr, P_L: gl.constexpr):
+    """One tile of raw scores into the state (m, l, w, low); also exp2(t) and what rescales the output."""
     best = gl.max(_partial(s, 4, True, P_L), 1)
-    top = gl.maximum(top, gl.convert_layout(best, ROW, assert_trivial=True))
-    m_new = gl.inline_asm_elementwise(LIFT, LIFT_OPERANDS, [top, m_i + slack, m_i], gl.float32, False, 2)
+    m_new = gl.maximum(m_i, gl.convert_layout(best, gl.SliceLayout(1, s.type.layout), assert_trivial=True))
     t = s * unit - gl.expand_dims(m_new * unit, 1)
     p = gl.exp2(t)
     d = (m_i - m_new) * unit
@@ -111,7 +100,7 @@ def _softmax(s, m_i, top, l_i, w_i, low, unit, slack, PLAN: gl.constexpr, P_L: g
         w_i = a * (w_i + l_i * d)
         low += d
     l_i, w_i, low = _count(l_i * a, w_i, low, p, t, PLAN, P_L)
-    return m_new, top, l_i, w_i, low, p, alpha
+    return m_new, l_i, w_i, low, p, alpha
 
 
 @gluon.jit
@@ -228,7 +217,6 @@ def _consumer(
     ROW: gl.constexpr = gl.SliceLayout(1, S_L)
     dtype: gl.constexpr = q_s.dtype
     staged = out_s.index(HALF)
-    slack = _SLACK / unit
     first = gl.load(schedule_ptr + gl.program_id(0))
     last = gl.load(schedule_ptr + gl.program_id(0) + 1)
 
@@ -256,7 +244,6 @@ def _consumer(
         if PLAN.is_causal or PLAN.ragged:
             s = gl.where(seen, s, -float("inf"))
         m_i = gl.max(s, 1)
-        top = m_i
         t = s * unit - gl.expand_dims(m_i * unit, 1)
         p = gl.exp2(t)
         if PLAN.is_causal or PLAN.ragged:
@@ -277,7 +264,7 @@ def _consumer(
             ready = full.index(step % STAGES)
             if PLAN.early:
                 mbarrier.wait(ready, step // STAGES & 1)
-            m_i, top, l_i, w_i, low, p, alpha = _softmax(s, m_i, top, l_i, w_i, low, unit, slack, PLAN, P_L)
+            m_i, l_i, w_i, low, p, alpha = _softmax(s, m_i, l_i, w_i, low, unit, PLAN, P_L)
             # Left alone, the assembler moves the wait for the product to among the exponentials: a branch
             # parts them, which is always taken, or never.
             if PLAN.early:
@@ -305,8 +292,7 @@ def _consumer(
             core, _more, normalise = softmax_finish(
                 m_i, total, weighted, least, (), unit, to_natural, 0.0, False, False
             )
-            lse, entropy, _m, min_logit = core
-            max_logit = gl.where(lse == lse, top * to_natural, lse)
+            lse, entropy, max_logit, min_logit = core
             gl.store(entropy_ptr + row, entropy, mask=inside)
             gl.store(max_ptr + row, max_logit, mask=inside)
             gl.store(min_ptr + row, min_logit, mask=inside)
