@@ -1,11 +1,11 @@
-"""The README's tables and the charts, from bench/results/.
+"""The tables of README.md and bench/RESULTS.md and the charts, from bench/results/.
 
-    python bench/report.py               # rewrites the README's tables, draws the charts
+    python bench/report.py               # rewrites the tables of README.md and bench/RESULTS.md, draws the charts
     python bench/report.py FILE.json     # prints the tables of one file
 
-A table in the README stands between two comments, the first of which says where it comes from:
+A table there stands between two comments, the first of which says where it comes from:
 
-    <!-- core table of bench/results/forward_h100.json -->
+    <!-- core table of bench/results/forward_h200.json -->
     <!-- end -->
 
 The names of a file's tables are printed above them, and are told in bench/tables.py. The charts are drawn
@@ -21,6 +21,7 @@ from charts import draw
 from tables import machine_line, tables
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "bench/RESULTS.md")
 MARKED = re.compile(r"(<!-- (\S+) table of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -61,13 +62,14 @@ def main(paths: list[str]) -> None:
         show(Path(path))
     if paths:
         return
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = fill(before, ROOT)
-    readme.write_text(after, encoding="utf-8")
-    print(
-        f"README.md: {len(MARKED.findall(after))} tables, {'changed' if after != before else 'as they were'}"
-    )
+    for name in PAGES:
+        page = ROOT / name
+        before = page.read_text(encoding="utf-8")
+        after = fill(before, ROOT)
+        page.write_text(after, encoding="utf-8")
+        print(
+            f"{name}: {len(MARKED.findall(after))} tables, {'changed' if after != before else 'as they were'}"
+        )
     for path in sorted((ROOT / "bench" / "results").glob("whole_step_*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
         for chart in draw(document, path.parent, path.stem.removeprefix("whole_step_")):

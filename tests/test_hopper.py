@@ -68,12 +68,14 @@ def test_forward_matches_the_oracle(hopper, case, dtype, is_causal):
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("rise", [3.0, 60.0, -60.0])
 def test_scores_that_rise_from_tile_to_tile(hopper, rise, head_dim):
-    """By so much in log2 units, as the keys are walked, or fall; a warp skips its rescaling where none rises."""
+    """By so much in log2 units, as the keys are walked, up to 0 or down from it. A warp skips its rescaling where
+    no row's maximum rises."""
     case = Case(1, 2, 2, 300, 1280, head_dim, head_dim, scale=0.6931471805599453)
     q, k, v, mask, sinks = case.tensors(torch.bfloat16, "cuda")
     q[..., 0] = torch.arange(300, device="cuda") // 16 % 2  # every second warp's rows rise
     q[..., 5::7, 0] = 1.0  # and single rows of the others
-    k[..., 0] = -rise * (torch.arange(1280, device="cuda") // 128)
+    tiles = torch.arange(1280, device="cuda") // 128  # the last is walked first
+    k[..., 0] = -rise * tiles if rise > 0 else rise * (9 - tiles)
     q[..., 1:] *= 0.2
     agree(hopper, case, (q, k, v, mask, sinks))
 
