@@ -17,6 +17,7 @@ from .backward_dkv import dkv_kernel
 from .backward_dq import dq_kernel
 from .configs import HEAD_GROUP, backward_tiles, grid_1d, has_edges
 from .descriptors import aligned, describe, describe_rows
+from .launch import FUSED
 from .packing import sequence_bounds
 from .primitives import ADDITIVE_MASK, LN_2, LOG2_E, block_dim, mask_arguments
 
@@ -111,6 +112,7 @@ def _prepare_rows(out, lse, entropy, d_out, d_lse, d_entropy):
         HAS_D_OUT=d_out is not None,
         HAS_D_LSE=d_lse is not None,
         HAS_D_ENTROPY=d_entropy is not None,
+        **FUSED,
     )
     return rows
 
@@ -189,6 +191,7 @@ def plan(
             num_stages=tiles.num_stages,
             maxnreg=tiles.max_registers,
             **constants,
+            **FUSED,
         )
 
     launches = (

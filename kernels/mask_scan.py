@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import FUSED
 from .primitives import ADDITIVE_MASK, load_bounds, mask_arguments, visible_tile
 
 # Keys that are scanned at a time.
@@ -96,6 +97,7 @@ def scan_mask(
         WINDOWED=options.window_size is not None,
         PACKED=bounds is not None,
         MASK=kind,
+        **FUSED,
     )
     per_batch = mask_heads * num_queries if mask_batch > 1 else 0
     return table, (per_batch, num_queries if mask_heads > 1 else 0, size)
