@@ -1,7 +1,7 @@
 """One call of every kernel on a few awkward shapes, to run under compute-sanitizer.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python bench/sanitize.py
-    compute-sanitizer --tool racecheck --error-exitcode 1 python bench/sanitize.py [HEAD_DIM|masks|packed ...]
+    compute-sanitizer --tool racecheck --error-exitcode 1 python bench/sanitize.py [HEAD_DIM|masks|packed|control ...]
 
 Without PyTorch's cache every tensor is an allocation of its own, so that an access just outside of one is
 seen. Lengths are no multiples of a tile, heads are grouped, and strides are not those of a fresh tensor.
@@ -118,6 +118,10 @@ def main() -> int:
             masks()
         elif part == "packed":
             packed()
+        elif part == "control":
+            from sanitize_control import control
+
+            done(control)
         else:
             plain(int(part))
     print("done")
