@@ -113,6 +113,16 @@ def operator(name: str, schema: str, measure: Callable[..., None]) -> Callable[.
     return getattr(torch.ops.hnf_attention, name.rpartition(":")[2]).default
 
 
+def _unmeasured(layer: Tensor, reason: str) -> None:
+    owner = owner_of(layer)
+    if owner is not None:
+        owner.instrumentation.note(owner.layer, f"a compiled graph calls it with {reason}")
+
+
+#: Lists the layer, with the reason, whenever the graph runs.
+unmeasured = operator("list_unmeasured", "str reason", _unmeasured)
+
+
 def inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """As the attention beside the operator takes them: autocast does not reach into a compiled graph."""
     return ops._autocast(query.detach(), key.detach(), value.detach())
@@ -141,11 +151,14 @@ def running(
     """
     from torch._dynamo.comptime import comptime
 
-    _elsewhere, layer, module, heads = _caller, None, None, None
+    _elsewhere, layer, module, heads, strange = _caller, None, None, None, None
     comptime(_find)
     if module is not None:
         # Also read where it is missing: the graph goes out of use when the module comes to be instrumented.
         layer = getattr(module, ATTRIBUTE, None)
+    if layer is not None and strange is not None:
+        unmeasured(layer.tensor, strange)
+        layer = None
     return (None if layer is None else layer.tensor), heads
 
 
@@ -161,6 +174,8 @@ def _find(context: Any) -> None:
 
 
 def _found(tracer: Any) -> dict[str, Any]:
+    from torch._dynamo.variables import ConstantVariable
+
     asked = tracer.symbolic_locals
     attention_only = asked["attention_only"].as_python_constant()
     frame, nearest, found, heads = tracer.parent, None, None, {}
@@ -177,16 +192,20 @@ def _found(tracer: Any) -> dict[str, Any]:
             if owners.owner(variable.value) is not None:
                 found = variable
         frame = frame.parent
-    if found is not None:
-        if not _wanted(owners.owner(found.value), asked):
-            return {}
-        mark(owners.owned(owners.owner(found.value).instrumentation))
-        return heads | {"module": found}
-    if nearest is not None:
+    if found is None and nearest is not None:
         _traced.add(nearest.value)
         return {"module": nearest}
-    owner = owners.running_owner()
-    return heads | {"layer": asked["_elsewhere"]} if owner is not None and _wanted(owner, asked) else {}
+    owner = owners.running_owner() if found is None else owners.owner(found.value)
+    if owner is None or (attention_only and not is_attention(owner.module)):
+        return {}
+    where = {"layer": asked["_elsewhere"]} if found is None else {"module": found}
+    if found is not None:
+        mark(owners.owned(owner.instrumentation))
+    strange = _strange(asked)
+    if strange is None and asked["slowed"].as_python_constant():
+        owner.instrumentation.slowed.add(owner.layer)
+        slowed.add(owner.module)
+    return heads | where | {"strange": ConstantVariable.create(strange)}
 
 
 def _is_untouched(variable: Any) -> bool:
@@ -213,16 +232,10 @@ def _module(frame: Any) -> Any:
     return variable if isinstance(getattr(variable, "value", None), nn.Module) else None
 
 
-def _wanted(owner: owners.Owner, asked: dict[str, Any]) -> bool:
-    if asked["attention_only"].as_python_constant() and not is_attention(owner.module):
-        return False
+def _strange(asked: dict[str, Any]) -> str | None:
+    """What no operator can be given."""
     types = {variable.python_type() for variable in asked["tensors"].items}
-    strange = [kind.__name__ for kind in types - {Tensor, nn.Parameter, type(None)}]
+    strange = [f"a {kind.__name__}" for kind in types - {Tensor, nn.Parameter, type(None)}]
     kinds = {variable.python_type() for variable in asked["numbers"].items}
-    strange += [f"scale that is a {kind.__name__}" for kind in kinds - {int, float, type(None)}]
-    if strange:
-        owner.instrumentation.note(owner.layer, f"a compiled graph calls it with a {strange[0]}")
-    elif asked["slowed"].as_python_constant():
-        owner.instrumentation.slowed.add(owner.layer)
-        slowed.add(owner.module)
-    return not strange
+    strange += [f"a scale that is a {kind.__name__}" for kind in kinds - {int, float, type(None)}]
+    return strange[0] if strange else None

@@ -72,5 +72,5 @@ def _reason(module: nn.Module) -> str:
         )
     return (
         "no call reached scaled_dot_product_attention, flex_attention or the Hugging Face attention interface "
-        "or a softmax over scores (a compiled graph hides flex_attention and tensor.softmax(); torch.softmax() is seen)"
+        "or a softmax over scores (a compiled graph hides tensor.softmax(); torch.softmax() is seen)"
     )

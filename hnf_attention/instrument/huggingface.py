@@ -33,11 +33,13 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from .. import ops
 from ..tracing import traced, transformed
-from . import compiled, flex, owners
+from . import compiled, flex_compiled, owners
 from .call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
+from .flex_call import described
 from .patches import Patch, methods
 
 EAGER = "eager_attention_forward"  # or a name that ends so
+FLEX_DOOR = "transformers flex_attention"
 CHECKED_ROWS = 64
 
 
@@ -242,6 +244,10 @@ def _flex_door(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def flex_attention_forward(*args: Any, **kwargs: Any) -> Any:
         if transformed() or not owners.measuring:
+            if traced():
+                result = compiled.announced(None, original, args, kwargs)
+                _beside_flex(*args, **kwargs)
+                return result
             return original(*args, **kwargs)
         owner = _module_owner(args, kwargs)
         if owner is None:
@@ -253,6 +259,22 @@ def _flex_door(original: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return flex_attention_forward
+
+
+def _beside_flex(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    scaling: float | None = None,
+    *_: Any,
+    s_aux: Tensor | None = None,
+    **__: Any,
+) -> None:
+    """Leave the operator in the graph; traced. What is added to the scores is in the score_mod that was traced."""
+    block_mask = attention_mask if isinstance(attention_mask, BlockMask) else None
+    flex_compiled.beside(FLEX_DOOR, query, key, value, block_mask, scaling, s_aux)
 
 
 @torch.no_grad()
@@ -272,25 +294,12 @@ def _flex_call(
     mask, block_mask = attention_mask, None
     if isinstance(mask, BlockMask):
         mask, block_mask = None, mask
-    require_plain(query=query, key=key, value=value, attention_mask=mask, position_bias=position_bias)
+    require_plain(query=query, key=key, attention_mask=mask, position_bias=position_bias)
     if mask is not None:
         mask = mask[:, :1].to(query.dtype)  # one head's, and added even where it is boolean
-    call = AttentionCall(
-        query=query,
-        key=key,
-        value=value,
-        attn_mask=_combined(mask, position_bias, query, key),
-        is_causal=False,
-        scale=scaling,
-        softcap=softcap,
-        sinks=s_aux,
-        door="transformers flex_attention",
-        from_output=lambda out: (out.transpose(1, 2).contiguous(), None),
-        not_fused=flex.NOT_FUSED,
-        prefer_fused=False,
-    )
-    flex.add_mods(call, None, block_mask, compiled=True)
-    return call
+    mask = _combined(mask, position_bias, query, key)
+    options = {"scale": scaling, "sinks": s_aux, "softcap": softcap, "attn_mask": mask}
+    return described(FLEX_DOOR, query, key, value, None, block_mask, compiled=True, **options)
 
 
 def _dropout(module: nn.Module, options: dict[str, Any]) -> float:

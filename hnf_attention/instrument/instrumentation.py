@@ -326,7 +326,7 @@ def instrument(
     calls `torch.nn.functional.scaled_dot_product_attention` or `flex_attention`, each call under the name of the
     innermost module running. What is not reached is listed in `.coverage`. Nothing of the model is changed: no config,
     no module, no state dict; `.restore()` ends it, and so does dropping the returned handle.
-    A model may be compiled before or after; its graphs are probed, in every mode, but for flex_attention.
+    A model may be compiled before or after; its graphs are probed, in every mode.
 
     mode: "probe" leaves the model's attention alone and measures beside it, bit-identical outputs.
         "fused" computes the output in the same pass as the statistics, wherever that is the same
