@@ -237,3 +237,8 @@ def assert_rows_equal_weights(measurement, weights, seen, sinks=None, text=None)
 
 def main_output(outputs) -> torch.Tensor:
     return outputs.logits if "logits" in outputs else outputs.last_hidden_state
+
+
+def enable_checkpointing(model, use_reentrant):
+    older = getattr(model, "gradient_checkpointing_enable", None)  # deprecated in favour of the other
+    getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": use_reentrant})

@@ -12,6 +12,7 @@ from families import (
     LENGTH,
     MAJOR,
     assert_rows_equal_weights,
+    enable_checkpointing,
     in_order,
     inputs,
     main_output,
@@ -119,11 +120,6 @@ def test_restore_is_exact_and_other_models_are_untouched(implementation):
     assert state() == before and list(model.state_dict()) == keys
     torch.testing.assert_close(model(**arguments).logits, plain, rtol=0, atol=0)
     assert not instrumentation.latest
-
-
-def enable_checkpointing(model, use_reentrant):
-    older = getattr(model, "gradient_checkpointing_enable", None)  # deprecated in favour of the other
-    getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": use_reentrant})
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -347,62 +343,3 @@ def test_a_hand_written_path_inside_a_model_is_caught_at_its_softmax():
         "transformer.h.0.attn": "probe (softmax)",
         "transformer.h.1.attn": "probe (transformers eager)",
     }
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("use_reentrant", [None, True, False])
-def test_auto_takes_fused_for_sdpa_on_a_gpu(use_reentrant):
-    """A checkpoint is recomputed in a thread of autograd's there: the layers must still be found."""
-    family = FAMILIES["llama"]
-    model = family.build("sdpa").cuda().train()
-    arguments = {name: tensor.cuda() for name, tensor in inputs(family, "none").items()}
-
-    def step():
-        model.zero_grad()
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            model(**arguments, labels=arguments["input_ids"]).loss.backward()
-        return [parameter.grad.clone() for parameter in model.parameters()]
-
-    plain = step()
-    if use_reentrant is not None:
-        enable_checkpointing(model, use_reentrant)
-        model.enable_input_require_grads()
-    with instrument(model, strict=True) as instrumentation:
-        seen = []
-        instrumentation.on_measure = lambda measurement: seen.append(measurement.layer)
-        fused = step()
-    assert set(instrumentation.coverage.measured.values()) == {"fused (transformers sdpa)"}
-    assert seen == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
-    for got, expected in zip(fused, plain):
-        torch.testing.assert_close(got, expected, rtol=0.1, atol=0.03 * float(expected.abs().max()))
-
-
-@pytest.mark.gpu
-def test_auto_probes_beside_a_user_mask_on_a_gpu():
-    family = FAMILIES["llama"]
-    model = family.build("sdpa").cuda()
-    with instrument(model, strict=True) as instrumentation, torch.no_grad():
-        model(**{name: tensor.cuda() for name, tensor in inputs(family, "right").items()})
-    assert set(instrumentation.coverage.measured.values()) == {"probe (transformers sdpa)"}
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "bert", "t5", "gpt-oss", "gemma2"])
-@torch.no_grad()
-def test_statistics_on_a_gpu_equal_those_of_the_cpu(name):
-    family = FAMILIES[name]
-    implementation = family.implementations[-1]
-    model = family.build(implementation)
-    arguments = inputs(family, "right")
-    with instrument(model) as instrumentation:
-        model(**arguments)
-    expected = instrumentation.latest
-    model.cuda()
-    path = "fused" if implementation == "sdpa" else "probe"
-    with instrument(model, path) as instrumentation:
-        model(**{key: tensor.cuda() for key, tensor in arguments.items()})
-    assert set(instrumentation.coverage.measured.values()) == {f"{path} (transformers {implementation})"}
-    first = next(iter(expected))  # later layers see other padding rows where the output is fused
-    for field in ("entropy", "lse", "max_logit"):
-        got = getattr(instrumentation.latest[first].rows, field).cpu()
-        torch.testing.assert_close(got, getattr(expected[first].rows, field), rtol=2e-3, atol=2e-3)
