@@ -74,6 +74,8 @@ def _set(cls: type, name: str, static: bool, function: Callable) -> None:
 
 
 def _door(original: Callable[..., Any], *, compiled: bool) -> Callable[..., Any]:
+    describe = functools.partial(_described, compiled)
+
     @functools.wraps(original)
     def flex_attention(*args: Any, **kwargs: Any) -> Any:
         if transformed():
@@ -81,17 +83,7 @@ def _door(original: Callable[..., Any], *, compiled: bool) -> Callable[..., Any]
             if traced():
                 _beside(*args, **kwargs)
             return result
-        thread = owners.thread
-        if not owners.measuring or thread.suspended or thread.receiver is not None:
-            return original(*args, **kwargs)
-        owner = owners.running_owner()
-        if owner is None or not owner.instrumentation.measuring:
-            return original(*args, **kwargs)
-        return owner.instrumentation.attend(
-            owner.layer,
-            functools.partial(_described, compiled, *args, **kwargs),
-            functools.partial(original, *args, **kwargs),
-        )
+        return owners.run(original, args, kwargs, describe)
 
     return flex_attention
 

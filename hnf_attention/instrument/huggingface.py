@@ -85,22 +85,18 @@ def _heads(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
     return _argument(args, kwargs, 1, "query").shape[1], _argument(args, kwargs, 2, "key").shape[1]
 
 
-def _module_owner(args: tuple, kwargs: dict[str, Any]) -> owners.Owner | None:
-    """The owner of the attention module, the first argument, where this call is to be measured."""
-    owner = owners.owner(_argument(args, kwargs, 0, "module"))
-    if owner is None or not owner.instrumentation.measuring or owners.thread.suspended:
-        return None
-    return owner
+def _owner(module: nn.Module, *_: Any, **__: Any) -> owners.Owner | None:
+    return owners.owner(module)
 
 
 def _sdpa_door(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def sdpa_attention_forward(*args: Any, **kwargs: Any) -> Any:
-        if transformed() or not owners.measuring:
+        if transformed():
             if traced():
                 return compiled.announced(_heads(args, kwargs), original, args, kwargs)
             return original(*args, **kwargs)
-        owner = _module_owner(args, kwargs)
+        owner = owners.measurer(_owner, *args, **kwargs)
         if owner is None:
             return original(*args, **kwargs)
         thread = owners.thread
@@ -117,22 +113,16 @@ def _eager_door(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
     names, label = tuple(signature.parameters), f"{original.__module__}.{original.__name__}"
     _functions[label] = original
+    describe = functools.partial(_bound_call, original, signature)
 
     @functools.wraps(original)
     def eager_attention_forward(*args: Any, **kwargs: Any) -> Any:
-        if transformed() or not owners.measuring:
+        if transformed():
             if traced():
                 _beside_eager(label, names, dict(zip(names, args)) | kwargs)
                 return compiled.announced(None, original, args, kwargs)
             return original(*args, **kwargs)
-        owner = _module_owner(args, kwargs)
-        if owner is None or torch.jit.is_tracing():
-            return original(*args, **kwargs)
-        return owner.instrumentation.attend(
-            owner.layer,
-            functools.partial(_bound_call, original, signature, args, kwargs),
-            functools.partial(original, *args, **kwargs),
-        )
+        return owners.run(original, args, kwargs, describe, _owner)
 
     return eager_attention_forward
 
@@ -190,7 +180,7 @@ _operator = compiled.operator(
 
 
 def _bound_call(
-    original: Callable[..., Any], signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]
+    original: Callable[..., Any], signature: inspect.Signature, *args: Any, **kwargs: Any
 ) -> AttentionCall:
     bound = signature.bind(*args, **kwargs)
     options = dict(list(bound.arguments.items())[5:])
@@ -243,20 +233,13 @@ def _eager_call(
 def _flex_door(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def flex_attention_forward(*args: Any, **kwargs: Any) -> Any:
-        if transformed() or not owners.measuring:
+        if transformed():
             if traced():
                 result = compiled.announced(None, original, args, kwargs)
                 _beside_flex(*args, **kwargs)
                 return result
             return original(*args, **kwargs)
-        owner = _module_owner(args, kwargs)
-        if owner is None:
-            return original(*args, **kwargs)
-        return owner.instrumentation.attend(
-            owner.layer,
-            functools.partial(_flex_call, *args, **kwargs),
-            functools.partial(original, *args, **kwargs),
-        )
+        return owners.run(original, args, kwargs, _flex_call, _owner)
 
     return flex_attention_forward
 

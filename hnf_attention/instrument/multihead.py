@@ -49,8 +49,8 @@ def _fast_path_door(original: Callable[[], bool]) -> Callable[[], bool]:
             return original()
         if owners.thread.receiver is not None:
             return False
-        owner = owners.running_owner() if owners.measuring else None
-        if owner is None or not owner.instrumentation.measuring:
+        owner = owners.measurer()
+        if owner is None:
             return True
         if not torch.is_grad_enabled():  # else it would not have been taken
             owner.instrumentation.slowed.add(owner.layer)
@@ -63,6 +63,7 @@ def _forward_door(original: Callable[..., Any]) -> Callable[..., Any]:
     # Dynamo keeps this function as one call, and looks into a copy of it.
     opened = FunctionType(original.__code__, original.__globals__, original.__name__, original.__defaults__)
     opened.__kwdefaults__ = original.__kwdefaults__
+    described = functools.partial(_described, original)
 
     @functools.wraps(original)
     def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
@@ -72,18 +73,9 @@ def _forward_door(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
         if owners.thread.probe is not None:
             with suppress(Unmeasurable):
-                owners.thread.probe(_described(original, args, kwargs))
+                owners.thread.probe(described(*args, **kwargs))
             return original(*args, **kwargs)
-        if not owners.measuring or owners.thread.suspended or torch.jit.is_tracing():
-            return original(*args, **kwargs)
-        owner = owners.running_owner()
-        if owner is None or not owner.instrumentation.measuring:
-            return original(*args, **kwargs)
-        return owner.instrumentation.attend(
-            owner.layer,
-            functools.partial(_described, original, args, kwargs),
-            functools.partial(original, *args, **kwargs),
-        )
+        return owners.run(original, args, kwargs, described)
 
     return multi_head_attention_forward
 
@@ -111,9 +103,9 @@ class _Reached(BaseException):
 
 
 @torch.no_grad()
-def _described(original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> AttentionCall:
+def _described(original: Callable[..., Any], *given: Any, **kwargs: Any) -> AttentionCall:
     """The attention of a call of `multi_head_attention_forward`, which is not computed."""
-    args = list(args)
+    args = list(given)
     # With weights the mask alone decides; without them is_causal may take the place of the mask.
     for place, name in ((_NEED_WEIGHTS, "need_weights"), (_IS_CAUSAL, "is_causal")):
         if len(args) > place:

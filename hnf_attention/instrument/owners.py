@@ -9,8 +9,10 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -73,6 +75,35 @@ def owner(module: nn.Module) -> Owner | None:
 def owned(instrumentation: Instrumentation) -> list[nn.Module]:
     """The modules of an instrumentation that are still alive."""
     return [module for module, (reference, _) in list(_owners.items()) if reference() is instrumentation]
+
+
+def run(
+    original: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+    describe: Callable[..., AttentionCall],
+    find: Callable[..., Owner | None] | None = None,
+) -> Any:
+    """Run an attention call `original(*args, **kwargs)` that came by a door, measured where somebody measures it.
+
+    describe: makes the call's description, of the same arguments. find: whose it is, as for `measurer`.
+    """
+    owner = measurer(find, *args, **kwargs)
+    if owner is None:
+        return original(*args, **kwargs)
+    build, plain = partial(describe, *args, **kwargs), partial(original, *args, **kwargs)
+    return owner.instrumentation.attend(owner.layer, build, plain)
+
+
+def measurer(find: Callable[..., Owner | None] | None = None, /, *args: Any, **kwargs: Any) -> Owner | None:
+    """Who measures the attention that is called here; None where nobody does.
+
+    find: whose the call with these arguments is; where it is left out, the running module's owner's.
+    """
+    if not measuring or thread.suspended or thread.receiver is not None or torch.jit.is_tracing():
+        return None
+    found = running_owner() if find is None else find(*args, **kwargs)
+    return found if found is not None and found.instrumentation.measuring else None
 
 
 def running_owner(which: Callable[[nn.Module], bool] | None = None) -> Owner | None:

@@ -33,6 +33,9 @@ def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     # PyTorch's context parallel puts a function of its own here, which exchanges keys with other processes.
     describe = _of_a_ring if getattr(original, "__module__", "").startswith(CONTEXT_PARALLEL) else call_of
 
+    def described(*args: Any, **kwargs: Any) -> AttentionCall:
+        return describe(owners.thread.heads, *args, **kwargs)
+
     @functools.wraps(original)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
         if transformed():
@@ -42,19 +45,14 @@ def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         thread = owners.thread
         if thread.receiver is not None:
             return thread.receiver(original, *args, **kwargs)
-        if not owners.measuring or thread.suspended or torch.jit.is_tracing():
-            return original(*args, **kwargs)
-        heads = thread.heads
-        owner = owners.running_owner() if heads is None else heads.owner
-        if owner is None or not owner.instrumentation.measuring:
-            return original(*args, **kwargs)
-        return owner.instrumentation.attend(
-            owner.layer,
-            functools.partial(describe, heads, *args, **kwargs),
-            functools.partial(original, *args, **kwargs),
-        )
+        return owners.run(original, args, kwargs, described, _owner)
 
     return scaled_dot_product_attention
+
+
+def _owner(*_: Any, **__: Any) -> owners.Owner | None:
+    heads = owners.thread.heads
+    return owners.running_owner() if heads is None else heads.owner
 
 
 def _of_a_ring(*_: Any, **__: Any) -> AttentionCall:

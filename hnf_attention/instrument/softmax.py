@@ -48,21 +48,21 @@ def install(modules: Iterable[nn.Module]) -> list[Patch]:
 def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def softmax(*args: Any, **kwargs: Any) -> Tensor:
-        if transformed() or not owners.measuring or torch.jit.is_tracing():
+        if transformed():
             if traced():
                 _beside(*args, **kwargs)
             return original(*args, **kwargs)
-        thread = owners.thread
-        if thread.suspended or thread.receiver is not None:
+        owner = owners.measurer(_owner, *args, **kwargs)
+        if owner is None:
             return original(*args, **kwargs)
-        thread.suspended = True  # one name calls the other
+        owners.thread.suspended = True  # one name calls the other
         try:
             result = original(*args, **kwargs)
             # A checkpoint's second forward runs inside a backward, and is no new call.
             if torch._C._current_graph_task_id() == -1:
-                _observe(*args, **kwargs)
+                _observe(owner, *args, **kwargs)
         finally:
-            thread.suspended = False
+            owners.thread.suspended = False
         return result
 
     return softmax
@@ -94,12 +94,14 @@ def _may_be_attention(input: Any, dim: Any) -> bool:
     return dim in (-1, input.dim() - 1)
 
 
-def _observe(input: Any = None, dim: Any = None, *_: Any, **__: Any) -> None:
+def _owner(input: Any = None, dim: Any = None, *_: Any, **__: Any) -> owners.Owner | None:
     if not _may_be_attention(input, dim):
-        return
+        return None
     owner = owners.running_owner(lambda module: not isinstance(module, nn.Softmax))
-    if owner is None or not is_attention(owner.module) or not owner.instrumentation.measuring:
-        return
+    return owner if owner is not None and is_attention(owner.module) else None
+
+
+def _observe(owner: owners.Owner, input: Tensor, *_: Any, **__: Any) -> None:
     measured = functools.partial(_measured, owner.layer, owner.module, input.detach())
     owner.instrumentation.observe(owner.layer, DOOR, measured)
 
