@@ -157,14 +157,19 @@ def test_check_of_a_local_folder_needs_no_weights(tmp_path, capsys):
     transformers.GPT2Config(n_embd=1280, n_head=20, n_layer=36).save_pretrained(tmp_path)
     region = tmp_path / "region.png"
     assert main(["check", str(tmp_path), "--region", str(region)]) == 0
-    assert "layer 0 and 35 like it" in capsys.readouterr().out and region.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "layer 0 and 35 like it" in printed and "has weights" not in printed
+    assert region.read_bytes().startswith(b"\x89PNG")
     assert main(["check", str(tmp_path / "config.json")]) == 0
 
 
 def test_check_reads_weights_when_asked_to(minilm, capsys):
     assert main(["check", minilm, "--weights"]) == 0
     printed = capsys.readouterr().out
-    assert "any input" in printed and "predicted: weights" in printed
+    assert "any input" in printed and "predicted: weights" in printed and "--weights" not in printed
+    assert main(["check", minilm]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "has weights: --weights reads each head's spread" in printed
 
 
 def test_check_refuses_bad_input_in_one_line(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """`check_attention_stability`: what it reads, predicts, measures and advises."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -214,8 +215,23 @@ def test_formats_fail_in_the_order_of_their_bits():
     assert "q.k in float16 before scaling" not in report["dtypes"]["bfloat16"]["overflows"]
     assert "q.k in float16 before scaling" in report["dtypes"]["float16"]["overflows"]
     assert any("float16 has 11 significand bits" in text for text in report["recommendations"])
+    assert "float16: unsafe; overflows: q.k in float16 before scaling" in report.summary()
     mild = check_attention_stability(config=PLAIN)["dtypes"]
     assert mild["float32"]["status"] == "safe" and mild["bfloat16"]["status"] != "unsafe"
+
+
+def test_overflows_that_only_naive_code_has_are_told_apart_from_those_that_count():
+    report = check_attention_stability(config=PLAIN | {"init_std": 0.4, "dtype": "bf16"})
+    assert report["max_abs_logit"] > 88.8
+    single = report["dtypes"]["float32"]
+    assert single["status"] == "safe" and single["overflows"] == []
+    assert single["elsewhere"].keys() == {"exp(score) in float32"}
+    told = [
+        line for line in report.summary().splitlines() if line.startswith("not counted: float32, bfloat16")
+    ]
+    assert (
+        len(told) == 1 and "overflow, but only in a softmax written by hand that does not subtract" in told[0]
+    )
 
 
 def test_extreme_numbers_stay_numbers():
@@ -234,18 +250,38 @@ def test_advice_is_computed_and_its_designs_are_stable():
     assert report["verdict"] == "marginal"
     assert "head_dim 2 makes rows unequal" in report["recommendations"][0]
     found = {near["change"]: near for near in report["neighbours"]}
-    assert all(near["margin"] >= 1 for near in report["neighbours"][:3])
+    assert all(near["margin"] >= 1 and near["verdict"] == "stable" for near in report["neighbours"][:3])
     # What the search says of a design is what a check of that design says.
     again = check_attention_stability(config=config | {"qk_norm": True})
     assert found["QK-norm"]["sigma_ratio"] == pytest.approx(again["sigma_ratio"])
     init = next(near for text, near in found.items() if "initialised" in text)
     std = float(init["change"].split()[-1])
-    assert check_attention_stability(config=config | {"init_std": std})["sigma_ratio"] <= 0.505
+    assert check_attention_stability(config=config | {"init_std": std})["verdict"] == "stable"
     heads = next(
         text for text in found if text.endswith(")") and "heads (head_dim" in text and " and " not in text
     )
     fewer = check_attention_stability(config=config | {"n_heads": int(heads.split()[0])})
     assert found[heads]["sigma_ratio"] == pytest.approx(fewer["sigma_ratio"])
+
+
+@pytest.mark.parametrize(
+    "config", [{"init_std": 0.3}, {"temperature": 0.07, "init_std": 0.05}, {"d_model": 2048}]
+)
+def test_what_is_offered_is_stable_as_printed_or_says_what_is_left(config):
+    config = PLAIN | {"init_std": 0.08, "n_heads": 4} | config
+    report = check_attention_stability(config=config)
+    texts, checked = report["recommendations"][1:], 0
+    for near, text in zip(report["neighbours"], texts, strict=True):
+        numbers = [float(number) for number in re.findall(r"[\d.]+", near["change"])]
+        fields = {"query": ("init_std", -1), "temperature": ("temperature", 1), "length": ("seq_len", 0)}
+        fields |= {"d_model": ("d_model", 0), "soft-cap": ("softcap", 0)}
+        field, place = fields.get(near["change"].split()[0], (None, 0))
+        if field is not None and " and " not in near["change"].replace("query and key", ""):
+            as_printed = {field: type(PLAIN.get(field, 1.0))(numbers[place])}
+            assert check_attention_stability(config=config | as_printed)["verdict"] == near["verdict"], text
+            checked += 1
+        assert (near["verdict"] == "stable") == ("not enough" not in text)
+    assert checked >= 3 and any("helps but is not enough: still unstable" in text for text in texts)
 
 
 def test_margins_are_where_the_ratio_becomes_a_half():

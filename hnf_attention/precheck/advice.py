@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +13,7 @@ import numpy as np
 
 from .. import theory
 from .design import Design
-from .predict import SAFE_RATIO, sigma_ratio
+from .predict import SAFE_RATIO, largest_score, sigma_ratio, verdict
 
 _SOFTCAPS = (50.0, 30.0, 20.0, 10.0)
 _STEPS = (-3, -2, -1, 1, 2, 3)  # powers of two by which sizes are changed
@@ -24,17 +25,27 @@ _LEAST_HEAD_DIM = 8  # fewer make rows unequal, and kernels need 8 or 16
 class Neighbour:
     """A design near the one asked about.
 
-    change: in words. sigma_ratio: of its worst layer. margin: SAFE_RATIO over it, stable from 1 on.
+    change: in words; its numbers are rounded, and are those that were judged. sigma_ratio: of its worst layer.
+    margin: SAFE_RATIO over it. verdict: what a check of the design says: "stable", "marginal" or "unstable".
     distance: how far it is, in doublings; QK-norm counts as one, a soft-cap as one and a half.
     """
 
     change: str
     sigma_ratio: float
     margin: float
+    verdict: str
     distance: float
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def __str__(self) -> str:
+        if self.verdict == "stable":
+            return f"{self.change}: sigma / sigma_c {self.sigma_ratio:.2f}, margin {self.margin:.2f}"
+        return (
+            f"{self.change} helps but is not enough: still {self.verdict}, sigma / sigma_c {self.sigma_ratio:.2f}, "
+            f"scores {up(1.0 / self.margin):.3g} times as spread as is stable"
+        )
 
 
 @dataclass(frozen=True)
@@ -46,25 +57,50 @@ class _Move:
 
 
 def worst_ratio(design: Design) -> float:
-    layers = range(design.n_layers) if design.layer_scale or design.windows else (0,)
-    return max(sigma_ratio(design, layer) for layer in layers)
+    return max(sigma_ratio(design, layer) for layer in _different_layers(design))
+
+
+def _largest(design: Design) -> float:
+    return max(largest_score(design, layer) for layer in _different_layers(design))
+
+
+def _different_layers(design: Design) -> range:
+    return range(design.n_layers if design.layer_scale or design.windows else 1)
+
+
+def up(x: float) -> float:
+    """To three significant digits; `down` likewise."""
+    return float(decimal.Context(prec=3, rounding=decimal.ROUND_UP).create_decimal_from_float(x))
+
+
+def down(x: float) -> float:
+    return float(decimal.Context(prec=3, rounding=decimal.ROUND_DOWN).create_decimal_from_float(x))
 
 
 def neighbours(
-    design: Design, ratio: float | None = None, *, trained: bool = False, limit: int = 6
+    design: Design,
+    ratio: float | None = None,
+    largest: float | None = None,
+    *,
+    trained: bool = False,
+    limit: int = 6,
 ) -> list[Neighbour]:
     """The nearest stable designs, one or two changes away, nearest first; of each kind of change the nearest.
 
-    After them, up to three changes that help but are not enough alone. ratio: what the design's own sigma
-    ratio was measured or read from weights to be, in place of the predicted one: others are judged by how
-    their prediction differs from the design's. trained: without changes that a trained model cannot have.
+    After them, up to three changes that help but are not enough alone. ratio, largest: what the design's own sigma
+    ratio and largest score were measured or read from weights to be, in place of the predicted ones: others are
+    judged by how their prediction differs from the design's. trained: without changes that a trained model
+    cannot have.
     """
-    predicted = worst_ratio(design)
-    correction = 1.0 if ratio is None or predicted == 0 else ratio / predicted
-    now = predicted * correction
+    predicted = worst_ratio(design), _largest(design)
+    correction = [
+        1.0 if known is None or guess == 0 else known / guess
+        for known, guess in zip((ratio, largest), predicted, strict=True)
+    ]
+    now = predicted[0] * correction[0]
     moves = [move for move in _moves(design, now) if not trained or move.knob in AFTER_TRAINING]
     single = _best([_judged([move], move.design, correction) for move in moves])
-    enough = {kind[0] for kind, found in single.items() if found.margin >= 1.0}
+    enough = {kind[0] for kind, found in single.items() if found.verdict == "stable"}
     # Two changes are only worth telling where neither would do alone.
     coarse = [move for move in moves if move.distance <= 1.5 and move.knob not in enough]
     double = []
@@ -73,8 +109,8 @@ def neighbours(
         if both is not None:
             double.append(_judged([one, two], both, correction))
     found = [*single.values(), *_best(double).values()]
-    stable = sorted((x for x in found if x.margin >= 1.0), key=lambda x: x.distance)
-    helpful = [x for x in single.values() if x.margin < 1.0 and x.sigma_ratio < 0.95 * now]
+    stable = sorted((x for x in found if x.verdict == "stable"), key=lambda x: x.distance)
+    helpful = [x for x in single.values() if x.verdict != "stable" and x.sigma_ratio < 0.95 * now]
     return stable[:limit] + sorted(helpful, key=lambda x: x.sigma_ratio)[:3]
 
 
@@ -95,10 +131,11 @@ def margins(design: Design, ratio: float) -> dict[str, float]:
     return found
 
 
-def _judged(moves: list[_Move], design: Design, correction: float) -> tuple[tuple[str, ...], Neighbour]:
-    ratio = worst_ratio(design) * correction
+def _judged(moves: list[_Move], design: Design, correction: list[float]) -> tuple[tuple[str, ...], Neighbour]:
+    ratio, largest = worst_ratio(design) * correction[0], _largest(design) * correction[1]
     text = " and ".join(move.text for move in moves)
-    found = Neighbour(text, ratio, SAFE_RATIO / max(ratio, 1e-300), sum(move.distance for move in moves))
+    margin, distance = SAFE_RATIO / max(ratio, 1e-300), sum(move.distance for move in moves)
+    found = Neighbour(text, ratio, margin, verdict(ratio, largest), distance)
     return tuple(move.knob for move in moves), found
 
 
@@ -113,7 +150,7 @@ def _best(judged: list[tuple[tuple[str, ...], Neighbour]]) -> dict[tuple[str, ..
 
 
 def _order(found: Neighbour) -> tuple[bool, float]:
-    return (False, found.distance) if found.margin >= 1.0 else (True, -found.margin)
+    return (False, found.distance) if found.verdict == "stable" else (True, -found.margin)
 
 
 def _moves(design: Design, ratio: float) -> Iterator[_Move]:
@@ -134,13 +171,15 @@ def _moves(design: Design, ratio: float) -> Iterator[_Move]:
     needed = ratio / SAFE_RATIO  # what sigma has to fall by, in closed form
     for factor in sorted({2.0, 4.0, needed} if needed > 1 else {2.0}):
         if factor > 1.0:
-            factor = math.ceil(factor * 100) / 100
-            new = replace(design, scale=design.scale / factor)
-            text = f"temperature x {factor:.3g} (T = {new.relative_temperature:.3g} sqrt(head_dim))"
+            temperature = up(design.relative_temperature * factor)
+            new = replace(design, scale=1.0 / (temperature * math.sqrt(design.head_dim)))
+            factor = temperature / design.relative_temperature
+            text = f"temperature x {factor:.3g} (T = {temperature:.3g} sqrt(head_dim))"
             yield _Move("temperature", text, new, math.log2(factor))
             if not design.qk_norm:
                 shrink = math.sqrt(factor)
-                new = replace(design, query_std=design.query_std / shrink, key_std=design.key_std / shrink)
+                query_std, key_std = down(design.query_std / shrink), down(design.key_std / shrink)
+                new = replace(design, query_std=query_std, key_std=key_std)
                 text = f"query and key weights initialised with {new.query_std:.3g}"
                 yield _Move("init", text, new, math.log2(factor))
     if not design.qk_norm:
@@ -188,5 +227,5 @@ def sentence(design: Design, ratio: float, keys: int) -> str:
     if factor > 1.3:
         text += f", {factor:.2f} times the mean because head_dim {design.head_dim} makes rows unequal"
     if np.isfinite(temperature):
-        text += f". It takes a temperature of {temperature:.2f} sqrt(head_dim)"
+        text += f". It takes a temperature of {up(temperature):.3g} sqrt(head_dim)"
     return text + "."

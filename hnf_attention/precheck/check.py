@@ -13,7 +13,7 @@ from .. import theory
 from ..diagnosis.thresholds import threshold
 from ..names import shown
 from . import predict
-from .advice import margins, neighbours, sentence
+from .advice import Neighbour, margins, neighbours, sentence
 from .checkpoint import LayerWeights, read_weights
 from .design import Design, read_design
 from .measured import MeasuredLayer, measure_sample
@@ -161,7 +161,7 @@ def _report(
         by_spread = VERDICTS.index(verdict)
         by_spread = min(by_spread, 1) if trained and largest < threshold("deteriorating_logit") else by_spread
         verdict = VERDICTS[max(level, by_spread)]
-    near = neighbours(design, ratio, trained=trained)
+    near = neighbours(design, ratio, largest, trained=trained)
     half = dtypes["float16"]
     report = StabilityReport(
         expected_logit_max=max(scores.expected_logit_max for scores in found),
@@ -187,7 +187,7 @@ def _report(
     if weights:
         report["weight_logit_bound"] = max(float(layer.bound.max()) for layer in weights)
     report["sources"] = _sources(design, worst, bool(weights))
-    report["recommendations"] = _recommendations(design, report, worst, diagnosis)
+    report["recommendations"] = _recommendations(design, report, worst, near, diagnosis)
     return report
 
 
@@ -223,17 +223,15 @@ def _sources(design: Design, worst: Scores, weights: bool) -> dict[str, str]:
     return sources | {f"design.{name}": source for name, source in design.sources.items()}
 
 
-def _recommendations(design: Design, report: StabilityReport, worst: Scores, diagnosis: Any) -> list[str]:
+def _recommendations(
+    design: Design, report: StabilityReport, worst: Scores, near: list[Neighbour], diagnosis: Any
+) -> list[str]:
     texts = []
     if worst.sigma_ratio > SAFE_RATIO:
         texts.append(sentence(design, worst.sigma_ratio, worst.keys))
-        texts += [
-            f"{near['change']}: sigma / sigma_c {near['sigma_ratio']:.2f}, margin {near['margin']:.2f}"
-            for near in report["neighbours"]
-        ]
+        texts += map(str, near)
     for issue in [] if diagnosis is None else diagnosis.errors[:3]:
         texts.append(f"{issue.evidence} -> {issue.suggestion}")
-    stored = report["dtypes"][design.dtype]
     for name in dict.fromkeys((design.dtype, "float16")):
         found = report["dtypes"][name]
         if found["status"] == "unsafe":
@@ -244,7 +242,6 @@ def _recommendations(design: Design, report: StabilityReport, worst: Scores, dia
                 f"in {' or '.join(fit[:3]) or 'no format known'}"
                 + (f"; overflows: {', '.join(found['overflows'])}" if found["overflows"] else "")
             )
-    for path in stored["overflows"]:
-        if path.startswith("q.k"):
-            texts.append(f"{path} overflows: scale q before the product, or use a fused kernel")
+    for step in report["dtypes"][design.dtype]["overflows"]:
+        texts.append(f"{step} overflows: scale q before the product, or use a fused kernel")
     return texts

@@ -83,11 +83,28 @@ def capped_std(std: float, softcap: float | None) -> float:
 
 def predict_layer(design: Design, layer: int) -> Scores:
     """The numbers of one layer at initialisation, from the design alone."""
-    std, row_std = _spread(design, layer)
+    magnitude = _magnitude(design, layer)
+    return scores(
+        design, layer, f"layer {layer}", *_spread(design, layer), magnitude, "predicted: initialisation"
+    )
+
+
+def largest_score(design: Design, layer: int) -> float:
+    """`max_abs_logit` of `predict_layer`."""
+    return _largest(design, layer, _spread(design, layer)[1], _magnitude(design, layer))
+
+
+def _magnitude(design: Design, layer: int) -> float:
     norms = [_element(design, side) * math.sqrt(design.head_dim) for side in ("query", "key")]
     longest = 1.0 if design.qk_norm else float(theory.row_spread(design.head_dim, 1 - 0.5 / design.seq_len))
-    magnitude = design.scale_of(layer) * norms[0] * norms[1] * longest**2
-    return scores(design, layer, f"layer {layer}", std, row_std, magnitude, "predicted: initialisation")
+    return design.scale_of(layer) * norms[0] * norms[1] * longest**2
+
+
+def _largest(design: Design, layer: int, row_std: float, magnitude: float) -> float:
+    # What tokens have in common moves a row's scores alike: no spread within it, but larger scores.
+    over_rows = row_std / math.sqrt(1.0 - design.correlation)
+    largest = min(float(theory.expected_max_logit(over_rows, 2.0 * design.keys(layer) ** 2)), magnitude)
+    return largest if design.softcap is None else min(largest, design.softcap)
 
 
 def scores(
@@ -95,11 +112,7 @@ def scores(
 ) -> Scores:
     keys = design.keys(layer)
     top = float(theory.expected_max_logit(std, keys))
-    # What tokens have in common moves a row's scores alike: no spread within it, but larger scores.
-    over_rows = row_std / math.sqrt(1.0 - design.correlation)
-    largest = min(float(theory.expected_max_logit(over_rows, 2.0 * keys**2)), magnitude)
-    if design.softcap is not None:
-        largest = min(largest, design.softcap)
+    largest = _largest(design, layer, row_std, magnitude)
     sides = [
         _element(design, side) * (math.sqrt(design.seq_len) + math.sqrt(design.head_dim))
         for side in ("query", "key")
@@ -129,6 +142,8 @@ def _element(design: Design, side: str) -> float:
 def dtype_verdicts(design: Design, worst: Scores, tolerance: float) -> dict[str, dict[str, Any]]:
     """For q, k, v and the weights stored in each format: bits it has and needs, what overflows, and the status.
 
+    overflows: steps that make the format unsafe. elsewhere: step -> the only kind of attention in which it
+    overflows, which the status does not count.
     sound_bits, for q and k and for the weights, cannot fail; typical_bits usually suffice (`theory.required_bits`).
     error_bound: proved limit of flash attention's error in that format, over the spread of v from -1 to 1,
     with weights of 1 and less stored as they are (fp8 kernels scale them, and do better).
@@ -148,19 +163,19 @@ def dtype_verdicts(design: Design, worst: Scores, tolerance: float) -> dict[str,
             worst.magnitude, 1.0, 2.0, design.head_dim, worst.keys, theory.flash(form)
         )
         paths = theory.overflow_paths(name, worst.max_abs_logit, design.scale, worst.keys)
-        overflowing = [path.name for path in paths if path.overflows]
         # Library kernels keep products and sums in fp32 and subtract the maximum; products stored
         # before scaling are the one step that eager attention of the common libraries does in `name`.
-        stored = [path for path in paths if path.name.startswith("q.k")]
+        stored = [p.name for p in paths if p.overflows and p.name.startswith("q.k") and form.bits > 4]
         enough = 0 if form.bits >= sound else 1 if form.bits >= typical else 2
-        status = STATUSES[2 if stored[0].overflows and form.bits > 4 else enough]
+        status = STATUSES[2 if stored else enough]
         verdicts[name] = {
             "status": status,
             "bits": form.bits,
             "sound_bits": sound,
             "typical_bits": typical,
             "error_bound": float(bound) / 2.0,
-            "overflows": overflowing,
+            "overflows": stored,
+            "elsewhere": {p.name: p.where for p in paths if p.overflows and p.name not in stored},
         }
     return verdicts
 

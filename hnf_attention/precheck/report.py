@@ -19,9 +19,10 @@ class StabilityReport(dict):
         within `tolerance` of the spread of its values, proved; typical_bits_needed: that usually suffice.
     float16_safe: whether storing in fp16 is safe or usually safe, and no product q.k overflows.
     verdict: "stable", "marginal" or "unstable"; sigma_ratio and margin: of the worst layer.
-    recommendations: sentences; neighbours: the nearest stable designs with their margins, then what helps
-        without being enough.
-    layers: one dict a layer. dtypes: number format -> verdict. margins: knob -> how far it may go.
+    recommendations: sentences; neighbours: the nearest designs whose own verdict is stable, with their margins,
+        then what helps without being enough, with the verdict that is left.
+    layers: one dict a layer. dtypes: number format -> verdict, with the overflows that make it unsafe and, apart,
+        those that only some code has. margins: knob -> how far it may go.
     design: the numbers all this is for. sources: where each number comes from, "measured", "predicted" or
         "assumed". notes: what could not be read or measured, and why.
     """
@@ -34,6 +35,17 @@ class StabilityReport(dict):
         """Strict JSON types: infinities and NaN are None."""
         return _plain(dict(self))
 
+    def overflows_elsewhere(self) -> list[str]:
+        """The overflows that the formats' statuses do not count, by the kind of attention that alone has them."""
+        formats: dict[str, list[str]] = {}
+        for name, found in self["dtypes"].items():
+            for where in dict.fromkeys(found["elsewhere"].values()):
+                formats.setdefault(where, []).append(name)
+        return [
+            f"not counted: {', '.join(names)} overflow{'s' * (len(names) == 1)}, but only in {where}"
+            for where, names in formats.items()
+        ]
+
     def summary(self) -> str:
         """The report in a few lines of text."""
         lines = [
@@ -44,7 +56,10 @@ class StabilityReport(dict):
             f"bits for q, k and weights: {self['precision_bits_needed']:.0f} proved, "
             f"{self['typical_bits_needed']:.0f} usual, for errors of {self['tolerance']:g} of the values' spread",
         ]
-        lines += [f"{name}: {found['status']}" for name, found in self["dtypes"].items()]
+        for name, found in self["dtypes"].items():
+            overflows = f"; overflows: {', '.join(found['overflows'])}" if found["overflows"] else ""
+            lines.append(f"{name}: {found['status']}{overflows}")
+        lines += self.overflows_elsewhere()
         lines += [f"-> {text}" for text in self["recommendations"]]
         return "\n".join(lines + [f"note: {text}" for text in self["notes"]])
 

@@ -15,11 +15,16 @@ from .design import read_design
 from .region import StabilityRegion, stability_region
 from .report import StabilityReport
 
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # as transformers names them
+
 
 def check(
     name: str, seq_len: int | None, dtype: str | None, with_weights: bool
 ) -> tuple[StabilityReport, Any]:
-    """The report, and the configuration it was made from. Raises InputError for what the user can put right."""
+    """The report, and the configuration it was made from. Raises InputError for what the user can put right.
+
+    Of a folder with weights that are not asked for, a note says what they would add.
+    """
     model = None
     if Path(name).is_file():
         config = read_json(Path(name))
@@ -35,9 +40,14 @@ def check(
             if with_weights:
                 model = _load_model(place, config, torch.float32)
     try:
-        return check_attention_stability(model, None, config, seq_len=seq_len, dtype=dtype), config
+        report = check_attention_stability(model, None, config, seq_len=seq_len, dtype=dtype)
     except ValueError as error:
         raise InputError(f"{name}: {error}") from error
+    if not with_weights and any(next(Path(name).glob(pattern), None) for pattern in WEIGHTS):
+        report["notes"].append(
+            f"{name} has weights: --weights reads each head's spread of scores, and the largest that any input can give"
+        )
+    return report, config
 
 
 def region_of(config: Any, seq_len: int | None, dtype: str | None) -> StabilityRegion:

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..precheck.advice import down, up
 from .tables import indented
 
 if TYPE_CHECKING:
@@ -21,7 +22,9 @@ _LAYERS = 6  # layers with the same numbers are shown once, and no more than thi
 
 def verdict(report: StabilityReport, name: str) -> RenderableType:
     """Layers, number formats, margins, advice, and the verdict last."""
-    parts: list[RenderableType] = [_layers(report, name), _formats(report), _margins(report)]
+    parts: list[RenderableType] = [_layers(report, name), _formats(report)]
+    parts += [Text(line, style="dim") for line in report.overflows_elsewhere()]
+    parts.append(_margins(report))
     for text in report["recommendations"]:
         parts.append(indented(f"-> {text}"))
     assumed = [f"{key[7:]} ({why})" for key, why in report["sources"].items() if why.startswith("assumed")]
@@ -82,10 +85,10 @@ def _formats(report: StabilityReport) -> Table:
 
 def _margins(report: StabilityReport) -> Text:
     words = {
-        "temperature": "temperature down to {:.3g} sqrt(head_dim)",
-        "init_std": "query and key weights up to std {:.3g}",
-        "d_model": "d_model up to {:.0f}",
-        "seq_len": "at least {:.0f} keys",
+        "temperature": lambda x: f"temperature down to {up(x):.3g} sqrt(head_dim)",
+        "init_std": lambda x: f"query and key weights up to std {down(x):.3g}",
+        "d_model": lambda x: f"d_model up to {math.floor(x)}",
+        "seq_len": lambda x: f"at least {math.ceil(x)} keys",
     }
-    texts = [words[knob].format(x) for knob, x in report["margins"].items() if math.isfinite(x) and x < 1e9]
+    texts = [words[knob](x) for knob, x in report["margins"].items() if math.isfinite(x) and x < 1e9]
     return Text(f"stable by the spread of scores, each alone: {', '.join(texts)}")

@@ -53,7 +53,7 @@ def overflow_paths(
     if not scale > 0 or keys < 1:
         raise ValueError(f"expected scale > 0 and keys >= 1, got {scale} and {keys}")
     top = abs(float(max_abs_score))
-    shifted = "an unshifted softmax written by hand; library kernels subtract the maximum"
+    shifted = "a softmax written by hand that does not subtract the maximum"
     paths = [
         OverflowPath(
             f"q.k in {storage.name} before scaling",
@@ -74,7 +74,7 @@ def overflow_paths(
             float(keys),
             storage.largest,
             "inf, and weights of 0",
-            "a softmax whose sum is kept in the storage format",
+            "a softmax that keeps its sum in the storage format",
         ),
     ]
     for form in dict.fromkeys((storage, compute)):
