@@ -1,4 +1,4 @@
-"""The error of the command line."""
+"""The error that is the user's to put right."""
 
 
 class InputError(ValueError):

@@ -12,6 +12,7 @@ from torch import nn
 
 from .diagnosis import AttentionDiagnosis, StabilityIssue, diagnose
 from .diagnosis.findings import grouped, heads_text
+from .errors import InputError
 from .instrument import Instrumentation, instrument
 from .interventions import Adviser, Applied, Intervention, apply_intervention
 from .interventions.intervention import reduce_lr
@@ -146,10 +147,14 @@ class AttentionStabilityMonitor:
             return None
         try:
             return action(*arguments)
-        except Exception:  # of whatever kind: training goes on without this part
+        except Exception as error:  # of whatever kind: training goes on without this part
             self._off.add(part)
+            told = isinstance(error, InputError)  # says all there is to say
             _log.warning(
-                "the attention monitor goes on without its part %r, which failed", part, exc_info=True
+                "the attention monitor goes on without its part %r, which failed%s",
+                part,
+                f": {error}" if told else "",
+                exc_info=not told,
             )
             return None
 

@@ -5,9 +5,11 @@ import struct
 
 import numpy as np
 import pytest
+from attention_models import Model, x
 from heads import readings
 from PIL import Image
 
+from hnf_attention import AttentionStabilityMonitor
 from hnf_attention.integrations import WandbWriter
 from hnf_attention.integrations.series import LayerKeys, heatmaps, histograms, scalars
 
@@ -109,6 +111,20 @@ def test_a_run_given_is_used(tmp_path, options):
     with wandb.init(**options) as run:
         WandbWriter(run).write(readings()[0])
     assert [row["attn/errors"] for row in history(tmp_path)] == [4.0]
+
+
+def test_without_a_login_one_line_says_what_to_do(options, monkeypatch, caplog):
+    monkeypatch.setenv("HOME", options["dir"])
+    monkeypatch.setenv("NETRC", f"{options['dir']}/netrc")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    model = Model()
+    writer = WandbWriter(**options | {"mode": "online"})
+    with AttentionStabilityMonitor(model, log_every=1, writers=[writer]) as monitor:
+        model(x())
+        assert monitor.on_step() is not None
+    (record,) = [record for record in caplog.records if "WandbWriter" in record.getMessage()]
+    assert "run `wandb login`" in record.getMessage() and 'mode="offline"' in record.getMessage()
+    assert not record.exc_info and "\n" not in record.getMessage()
 
 
 def test_a_run_and_options_for_another_are_refused():

@@ -119,10 +119,21 @@ def test_a_head_without_finite_rows_is_a_gap(history):
 
 def test_many_layers_get_a_colour_bar_instead_of_a_legend():
     many = snapshot(**{f"h.{i}": {} for i in range(20)})
-    figure = max_logit_evolution([many])
+    figure = max_logit_evolution([many, many])
     assert figure.axes[0].get_legend() is None
     colours = figure.axes[1].collections[-1].cmap.colors
     np.testing.assert_allclose([line.get_color() for line in figure.axes[0].lines], colours)
+
+
+def test_one_reading_draws_every_head_and_names_the_worst(mixed):
+    axes = axes_of(curvature_evolution([mixed]))
+    drawn = [points.get_xydata() for points in axes.lines]
+    for place, (points, stats) in enumerate(zip(drawn, mixed.layers.values(), strict=True)):
+        np.testing.assert_allclose(points, [[place, value] for value in stats.log2_curvature])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.attn", "1.attn"]
+    worst = [f"head {stats.log2_curvature.argmax()}" for stats in mixed.layers.values()]
+    assert [text.get_text() for text in axes.texts] == worst
+    assert "every head, one reading (step 40)" in axes.get_title(loc="left")
 
 
 def test_nothing_to_draw_is_an_error():

@@ -130,7 +130,10 @@ class AttentionDiagnosis:
         return _saved(figures.entropy_heatmap(self._snapshots()[-1]), path)
 
     def plot_curvature_evolution(self, path: str | PathLike[str] | None = None) -> Figure:
-        """log2 of the HNF curvature bound over the readings, per layer; saved to `path` if given."""
+        """log2 of the HNF curvature bound over the readings, per layer; saved to `path` if given.
+
+        Of a single reading, as an analyzer takes, every head's is drawn.
+        """
         from ..report import figures
 
         return _saved(figures.curvature_evolution(self._snapshots()), path)

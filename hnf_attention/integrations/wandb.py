@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..diagnosis import AttentionDiagnosis
+from ..errors import InputError
 from ..names import shown
 from .extras import require
 from .series import PREFIX, LayerKeys, heatmaps, histograms, kinds, scalars
@@ -39,7 +40,8 @@ class WandbWriter:
     in units longer than the monitor's `log_every`. Layers are numbered in the order they ran,
     `attn/layer_03/...`; `attn_layers` in the run's config says which is which. `attn/findings` is logged
     whenever others were found than before.
-    Raises ImportError where wandb is not installed, TypeError for options beside a run.
+    Raises ImportError where wandb is not installed, TypeError for options beside a run; and at the first reading
+    InputError, in one line, where wandb starts no run, for want of a login above all.
     """
 
     def __init__(self, run: wandb.Run | None = None, **options: Any):
@@ -78,12 +80,21 @@ class WandbWriter:
     def _current(self) -> wandb.Run:
         run = next((run for run in (self._run, self._own, self._module.run) if run is not None), None)
         if run is None:
-            run = self._own = self._module.init(**self._options)
+            run = self._own = self._start()
         if run is not self._prepared:
             run.define_metric(_STEP)
             run.define_metric(f"{PREFIX}/*", step_metric=_STEP)
             self._prepared, self._keys, self._found = run, LayerKeys(), frozenset()
         return run
+
+    def _start(self) -> wandb.Run:
+        try:
+            return self._module.init(**self._options)
+        except self._module.errors.UsageError as error:
+            raise InputError(
+                f"Weights & Biases starts no run: {error}; run `wandb login`, give WandbWriter the run to log to, "
+                'or make it WandbWriter(mode="offline")'
+            ) from None
 
 
 def _rows(diagnosis: AttentionDiagnosis) -> list[list[Any]]:

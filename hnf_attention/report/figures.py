@@ -67,13 +67,13 @@ def entropy_heatmap(snapshot: Snapshot) -> Figure:
 def max_logit_evolution(history: Sequence[Snapshot]) -> Figure:
     """Largest |score| of each layer's worst head over the steps, with the published growth limits.
 
-    Raises ValueError for an empty history.
+    Of a single reading, of every head. Raises ValueError for an empty history.
     """
     figure, axes = _evolution(
-        history, lambda stats: stats.max_abs_logit, "largest |score| of the worst head (nats)"
+        history, lambda stats: stats.max_abs_logit, "largest |score| (nats)", "Attention scores"
     )
     axes.set_yscale("log")
-    axes.set_title("Attention scores over training", loc="left", fontsize=10)
+    axes.autoscale(axis="y")
     for name, text in (
         ("clip_logit", "QK-clip acts (Kimi K2)"),
         ("deteriorating_logit", "loss suffers (Wortsman et al.)"),
@@ -86,23 +86,28 @@ def max_logit_evolution(history: Sequence[Snapshot]) -> Figure:
 def curvature_evolution(history: Sequence[Snapshot]) -> Figure:
     """log2 of the HNF curvature bound of each layer's worst head over the steps.
 
-    Raises ValueError for an empty history.
+    Of a single reading, of every head. Raises ValueError for an empty history.
     """
     figure, axes = _evolution(
-        history, lambda stats: stats.log2_curvature, "log2 HNF curvature bound, worst head (bits)"
+        history,
+        lambda stats: stats.log2_curvature,
+        "log2 HNF curvature bound (bits)",
+        "HNF curvature of attention",
     )
     # Bits grow with the scores, over decades, and may start below zero.
     axes.set_yscale("symlog", linthresh=10.0)
-    axes.set_title("HNF curvature of attention over training", loc="left", fontsize=10)
+    axes.autoscale(axis="y")
     return figure
 
 
 def _evolution(
-    history: Sequence[Snapshot], read: Callable[[HeadStats], np.ndarray], ylabel: str
+    history: Sequence[Snapshot], read: Callable[[HeadStats], np.ndarray], quantity: str, title: str
 ) -> tuple[Figure, Axes]:
     """One line per layer: the largest finite `read(stats)` over its heads at every step it was measured."""
     if not history:
         raise ValueError("expected at least one snapshot, got an empty history")
+    if len(history) == 1:
+        return _reading(history[0], read, quantity, title)
     names = list(dict.fromkeys(name for snapshot in history for name in snapshot.layers))
     labels = layer_labels(names)
     # Without plasma's last, nearly white part.
@@ -115,16 +120,43 @@ def _evolution(
             steps, values, label=label, color=colour, linewidth=1.6, marker="o", markersize=2.5, zorder=3
         )
     axes.set_xlabel("training step")
-    axes.set_ylabel(ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(True, color=_GRID, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    _dress(axes, f"{quantity}, worst head", f"{title} over training")
     if len(names) <= _LEGEND_LIMIT:
         axes.legend(title="layer", fontsize=8, title_fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     else:
         scale = ScalarMappable(Normalize(-0.5, len(names) - 0.5), colours)
         figure.colorbar(scale, ax=axes, label="layer, in the order they ran")
     return figure, axes
+
+
+def _reading(
+    snapshot: Snapshot, read: Callable[[HeadStats], np.ndarray], quantity: str, title: str
+) -> tuple[Figure, Axes]:
+    """A point for the finite `read(stats)` of every head, by layer; the worst head of each has its number beside it."""
+    figure, axes = _new_figure(7.6, 4.2)
+    few = len(snapshot.layers) <= _LEGEND_LIMIT
+    for place, values in enumerate(map(read, snapshot.layers.values())):
+        heads = np.flatnonzero(np.isfinite(values))
+        points = {"linestyle": "none", "marker": "o", "markersize": 3.5, "color": "#4c5b9e", "alpha": 0.6}
+        axes.plot(np.full(len(heads), place), values[heads], **points, zorder=3)
+        if few and len(heads):
+            worst = heads[values[heads].argmax()]
+            beside = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+            axes.annotate(f"head {worst}", (place, values[worst]), **beside)
+    axes.set_xlim(-0.5, len(snapshot.layers))
+    if few:
+        axes.set_xticks(range(len(snapshot.layers)), layer_labels(snapshot.layers), rotation=30, ha="right")
+    axes.set_xlabel("layer" if few else "layer, in the order they ran")
+    _dress(axes, quantity, f"{title} of every head, one reading (step {snapshot.step})")
+    return figure, axes
+
+
+def _dress(axes: Axes, ylabel: str, title: str) -> None:
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.grid(True, color=_GRID, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _worst(values: np.ndarray) -> float:
