@@ -1,9 +1,8 @@
 """What is measured: row statistics of one attention call, and their fold to one number per head.
 
-Words and units are those of the statistics contract: scores, `lse` and `entropy` are in nats.
-Row statistics keep one number per (batch, head, query); head statistics fold them over batch and
-queries into sums and maxima, so that merging two folds (over steps, or over ranks) is one addition
-and one maximum.
+Scores, `lse` and `entropy` are in nats. Row statistics keep one number per (batch, head, query); head
+statistics fold them over batch and queries into sums and maxima, so that merging two folds (over steps,
+or over ranks) is one addition and one maximum.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import represent
 from .precision import HeadPrecision
 from .sampling import BLOCK_ROWS
 
@@ -88,6 +88,9 @@ class RowStats:
     score_mean: Tensor | None = None
     visible_keys: Tensor | None = None
     row_index: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return represent.rows(self)
 
     @property
     def max_weight(self) -> Tensor:
@@ -242,6 +245,9 @@ class HeadStats(HeadPrecision):
     dtype: str  # of q and k, "float32", "bfloat16", ...
     sample_period: int = 1  # p where only one block of rows of every p was measured
 
+    def __repr__(self) -> str:
+        return represent.heads(self)
+
     @property
     def sampled(self) -> bool:
         return self.sample_period > 1
@@ -298,8 +304,7 @@ class HeadStats(HeadPrecision):
 
     @property
     def entropy_ratio_stderr(self) -> np.ndarray:
-        """Standard error of `entropy_ratio` where rows were sampled; this and the others like it: 0 where
-        all were measured, NaN where a single block of rows says nothing about the spread."""
+        """This and those like it: of a sample's mean; 0 where all rows were measured, NaN of a single block."""
         return self._standard_error("entropy_ratio")
 
     @property

@@ -232,3 +232,21 @@ def test_standard_errors_are_the_spread_of_the_means():
     assert not stats.max_weight_stderr.any(), "the same in every block"
     whole = HeadStats(accumulator.numpy(), 8, "float32")
     assert not whole.entropy_ratio_stderr.any()
+
+
+def test_printed_statistics_are_sizes_and_ranges():
+    query, key = queries_and_keys(heads=4, rows=40, head_dim=8, batch=2)
+    rows = attention_stats(query.requires_grad_(), key)
+    low, high = (f"{x.item():.4g}" for x in (rows.entropy.min(), rows.entropy.max()))
+    assert repr(rows).startswith("RowStats of (2, 4, 40) rows, float32 on cpu: lse, ")
+    assert f"entropy {low} to {high}, max_logit " in repr(rows) and len(repr(rows)) < 160
+    elsewhere = RowStats(
+        *(torch.empty(2, 4, 40, device="meta") for _ in range(4))
+    )  # as on a card: nothing is read
+    assert (
+        repr(elsewhere) == "RowStats of (2, 4, 40) rows, float32 on meta: lse, entropy, max_logit, min_logit"
+    )
+    stats = head_stats(folded(query.detach(), key))
+    assert repr(stats).startswith("HeadStats of 4 heads of dimension 8, float32: rows 80, entropy_ratio 0.")
+    assert len(repr(stats)) < 160
+    assert "entropy_ratio not finite" in repr(head_stats(new_accumulator(2, "cpu")))
