@@ -291,15 +291,14 @@ def _pace(lines: Trend, head: int) -> str:
     slope = lines.root_score.slope[head]
     if not lines.rising[head]:
         return ""
-    return f"; sqrt of it grows by {100 * slope:.2g} per 100 steps"
+    return f"; its sqrt grows by {100 * slope:.2g} per 100 steps"
 
 
 def _rounding(stats: HeadStats) -> list[str]:
-    """What each head's scores cost in precision, where that is known."""
+    """What each head's scores cost in precision, where that is known: `error_bound`, `typical_` and `required_bits`."""
     numbers = zip(stats.error_bound, stats.required_bits, stats.typical_bits, strict=True)
     return [
-        f"; fused {stats.dtype} attention is off by at most {bound:.2g} of the largest |v|, and q and k in "
-        f"{bits:.0f} bits (usually {usual:.0f}) keep it within 1% of the values' spread"
+        f"; rounding costs up to {bound:.2g} of the largest |v|, q and k need {usual:.0f} to {bits:.0f} bits"
         if np.isfinite(bound + bits)
         else ""
         for bound, bits, usual in numbers
@@ -310,6 +309,4 @@ def _naive(stats: HeadStats, size: float) -> str:
     limit = threshold("naive_exp_float16" if stats.dtype == "float16" else "naive_exp")
     if size <= limit:
         return ""
-    return (
-        f"; past {limit}, where {stats.dtype} overflows without max subtraction (library kernels subtract it)"
-    )
+    return f"; exp overflows past {limit} without max subtraction"
