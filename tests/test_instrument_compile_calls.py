@@ -52,6 +52,17 @@ def test_a_scale_that_is_a_tensor_in_the_graph_is_listed():
         assert "a compiled graph calls it with a scale that is a" in handle.coverage.not_measured[""]
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # PyTorch's own, under vmap
+@pytest.mark.parametrize("wrap", [compiled, lambda run: run], ids=["compiled", "plain"])
+def test_what_a_transform_runs_is_listed(wrap):
+    model, inputs = nn.Sequential(Mixing()), x()
+    run = wrap(lambda inputs: torch.func.vmap(lambda part: model(part))(inputs))
+    with instrument(model) as handle:
+        run(inputs[None])
+    assert handle.coverage.not_measured == {"0": "it runs inside a transform of torch.func"}
+    assert not handle.coverage.measured
+
+
 @pytest.mark.parametrize("whose", ["its own", "another's"])
 def test_arguments_of_a_function_around_the_model_are_not_guarded(whose):
     model, other, inputs = Attention(), Attention(), x()

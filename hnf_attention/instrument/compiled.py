@@ -167,7 +167,7 @@ def _find(context: Any) -> None:
     try:
         tracer = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
         exported = tracer.output.export or torch.compiler.is_exporting()
-        if not (exported or torch._C._are_functorch_transforms_active()):
+        if not exported:
             tracer.symbolic_locals.update(_found(tracer))
     except Exception as error:  # another version of Dynamo; the model compiles as it is
         _log.warning("hnf-attention does not reach attention in this compiled graph", exc_info=error)
@@ -197,6 +197,9 @@ def _found(tracer: Any) -> dict[str, Any]:
         return {"module": nearest}
     owner = owners.running_owner() if found is None else owners.owner(found.value)
     if owner is None or (attention_only and not is_attention(owner.module)):
+        return {}
+    if torch._C._are_functorch_transforms_active():  # an operator could not pass through it
+        owner.instrumentation.note(owner.layer, owners.TRANSFORMED)
         return {}
     where = {"layer": asked["_elsewhere"]} if found is None else {"module": found}
     if found is not None:

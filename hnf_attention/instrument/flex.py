@@ -82,6 +82,7 @@ def _door(original: Callable[..., Any], *, compiled: bool) -> Callable[..., Any]
             result = original(*args, **kwargs)
             if traced():
                 _beside(*args, **kwargs)
+            owners.list_transformed()
             return result
         return owners.run(original, args, kwargs, describe)
 

@@ -101,17 +101,17 @@ def _functions_of(tracer: Any) -> dict[str, Any]:
     calls = (x for x in reversed(graph.graph.nodes) if x.target is torch.ops.higher_order.flex_attention)
     _query, _key, _value, score_mod, block_mask, _scale, _options, of_scores, of_mask = next(calls).args
     functions = [output.nn_modules[x.target] for x in (score_mod, block_mask[-1])]
-    tensors, numbers, are_tensors = [], [], []
-    for node in (*of_scores, *of_mask):
-        held = fx.Proxy(node, graph)
-        are_tensors.append(isinstance(node.meta["example_value"], Tensor))
-        if are_tensors[-1]:
-            detached = output.create_proxy("call_method", "detach", (held,), {})
+    held = [(fx.Proxy(node, graph), node.meta["example_value"]) for node in (*of_scores, *of_mask)]
+    known = all(isinstance(value, (Tensor, torch.SymInt)) for _, value in held)
+    if not known or any(node.op == "get_attr" for function in functions for node in function.graph.nodes):
+        return {}
+    tensors, numbers, are_tensors = [], [], [isinstance(value, Tensor) for _, value in held]
+    for (proxy, value), is_tensor in zip(held, are_tensors):
+        if is_tensor:
+            detached = output.create_proxy("call_method", "detach", (proxy,), {})
             tensors.append(wrap_fx_proxy(tracer, detached))
         else:
-            numbers.append(SymNodeVariable(held, node.meta["example_value"]))
-    if any(node.op == "get_attr" for function in functions for node in function.graph.nodes):
-        return {}
+            numbers.append(SymNodeVariable(proxy, value))
     code = "".join(function.code for function in functions)
     name = hashlib.sha256(f"{code}{are_tensors}".encode()).hexdigest()
     score_mod, mask_mod = (_bare(function) for function in functions)

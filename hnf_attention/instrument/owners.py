@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _MODULE_CALL = nn.Module._call_impl.__code__
 
 _owners: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref, str]] = weakref.WeakKeyDictionary()
+TRANSFORMED = "it runs inside a transform of torch.func"
 #: ids of the instrumentations that measure now: empty, and every door leads to the original.
 measuring: set[int] = set()
 
@@ -104,6 +105,14 @@ def measurer(find: Callable[..., Owner | None] | None = None, /, *args: Any, **k
         return None
     found = running_owner() if find is None else find(*args, **kwargs)
     return found if found is not None and found.instrumentation.measuring else None
+
+
+def list_transformed() -> None:
+    """List the call that runs here where it is a transform of torch.func's: its tensors are none to measure."""
+    in_a_compiler = torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
+    found = None if in_a_compiler else measurer()
+    if found is not None:
+        found.instrumentation.note(found.layer, TRANSFORMED)
 
 
 def running_owner(which: Callable[[nn.Module], bool] | None = None) -> Owner | None:

@@ -41,6 +41,7 @@ def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if transformed():
             if traced() and describe is call_of:
                 _beside(*args, **kwargs)
+            owners.list_transformed()
             return original(*args, **kwargs)
         thread = owners.thread
         if thread.receiver is not None:
