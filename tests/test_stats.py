@@ -240,12 +240,9 @@ def test_printed_statistics_are_sizes_and_ranges():
     low, high = (f"{x.item():.4g}" for x in (rows.entropy.min(), rows.entropy.max()))
     assert repr(rows).startswith("RowStats of (2, 4, 40) rows, float32 on cpu: lse, ")
     assert f"entropy {low} to {high}, max_logit " in repr(rows) and len(repr(rows)) < 160
-    elsewhere = RowStats(
-        *(torch.empty(2, 4, 40, device="meta") for _ in range(4))
-    )  # as on a card: nothing is read
-    assert (
-        repr(elsewhere) == "RowStats of (2, 4, 40) rows, float32 on meta: lse, entropy, max_logit, min_logit"
-    )
+    elsewhere = RowStats(*[torch.empty(2, 4, 40, device="meta")] * 4)  # as on a card: nothing is read
+    names = "lse, entropy, max_logit, min_logit"
+    assert repr(elsewhere) == f"RowStats of (2, 4, 40) rows, float32 on meta: {names}"
     stats = head_stats(folded(query.detach(), key))
     assert repr(stats).startswith("HeadStats of 4 heads of dimension 8, float32: rows 80, entropy_ratio 0.")
     assert len(repr(stats)) < 160
