@@ -89,7 +89,8 @@ def run(
 
     describe: makes the call's description, of the same arguments. find: whose it is, as for `measurer`.
     """
-    owner = measurer(find, *args, **kwargs)
+    # Steps that are not measured pay for this branch.
+    owner = measurer(find, *args, **kwargs) if measuring else None
     if owner is None:
         return original(*args, **kwargs)
     build, plain = partial(describe, *args, **kwargs), partial(original, *args, **kwargs)
