@@ -321,6 +321,9 @@ def test_masks_and_biases_that_hugging_face_adds():
         check(handle.latest[""], statistics(query, key, biased, document))
         model(torch.ones(2, 1, 30, 26, dtype=torch.bool))  # is added, as 1
         check(handle.latest[""], statistics(query, key, lambda s, *_: s + 1))
+    with instrument(model) as handle:
+        model(None, head_mask=torch.ones(2, 4, 1, 1))  # transformers 4 adds it to the scores
+        assert "a head_mask was given" in handle.coverage.not_measured[""]
 
 
 @pytest.mark.parametrize("score_mod", [None, alibi])

@@ -271,9 +271,12 @@ def _flex_call(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    head_mask: Tensor | None = None,  # of transformers 4
     **_: Any,
 ) -> AttentionCall:
     """What transformers' flex_attention computes: the soft-cap first, then the mask and the bias are added."""
+    if head_mask is not None:
+        raise Unmeasurable("a head_mask was given")
     mask, block_mask = attention_mask, None
     if isinstance(mask, BlockMask):
         mask, block_mask = None, mask
