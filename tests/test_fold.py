@@ -50,7 +50,7 @@ def test_every_option(name, dtype, device):
     _check(*tensors[:2], case.options(*tensors))
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(case=random_cases())
 def test_anywhere(case):
     tensors = case.tensors(device=DEVICE)
@@ -68,12 +68,12 @@ def test_more_rows_than_a_block_and_more_keys_than_a_scan(name, device):
 
 @pytest.mark.parametrize(("name", "phase"), [(name, 2 * (i % 2)) for i, name in enumerate(CASES)])
 def test_a_sample_of_rows(name, phase, device):
-    case = replace(CASES[name], num_queries=200, num_keys=40, window_size=None)
+    case = replace(CASES[name], num_queries=140, num_keys=40, window_size=None)  # three blocks
     if CASES[name].window_size is not None:
         case = replace(case, window_size=25)
     if case.seqlens is not None:
-        pack = (*(4 * edge for edge in case.seqlens[:-1]), 190)
-        case = replace(case, kv_heads=1, group=1, num_keys=200, seqlens=pack)
+        pack = (*(3 * edge for edge in case.seqlens[:-1]), 130)
+        case = replace(case, kv_heads=1, group=1, num_keys=140, seqlens=pack)
     tensors = case.tensors(device=device)
     q, k = tensors[:2]
     q[0, 0, :65] = torch.nan  # two blocks at least, so that a sample has something of it

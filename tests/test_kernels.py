@@ -52,7 +52,7 @@ def test_forward_matches_the_oracle(case, dtype, device):
     _check_forward(case, dtype, device)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(case=random_cases(), dtype=st.sampled_from(DTYPES))
 def test_forward_matches_the_oracle_anywhere(case, dtype):
     _check_forward(case, dtype, "cuda" if ON_GPU else "cpu")
@@ -141,7 +141,7 @@ def test_backward_matches_the_reference(case, dtype, device):
     _check_backward(tensors, case.options(*tensors), TOLERANCE[dtype])
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(case=random_cases())
 def test_backward_matches_the_reference_anywhere(case):
     tensors = case.tensors(device="cuda" if ON_GPU else "cpu")

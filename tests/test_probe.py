@@ -136,22 +136,21 @@ def _check_sample(case, dtype, device, period, phase):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "period", "phase"),
     [
-        {},
-        {"is_causal": True, "num_keys": 290},
-        {"window_size": 40},
-        {"window_size": 40, "is_causal": True, "num_keys": 300},
-        {"mask": "rows", "sinks": True},
-        {"mask": "heads"},
-        {"mask": "additive", "softcap": 2.0},
-        {"num_queries": 20},
-        {"num_keys": 0},
-        {"num_queries": 0},
+        ({}, 2, 0),
+        ({"is_causal": True, "num_keys": 290}, 3, 5),
+        ({"window_size": 40}, 2, 0),
+        ({"window_size": 40, "is_causal": True, "num_keys": 300}, 3, 5),
+        ({"mask": "rows", "sinks": True}, 2, 0),
+        ({"mask": "heads"}, 3, 5),
+        ({"mask": "additive", "softcap": 2.0}, 2, 0),
+        ({"num_queries": 20}, 3, 5),
+        ({"num_keys": 0}, 2, 0),
+        ({"num_queries": 0}, 3, 5),
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("period", "phase"), [(2, 0), (3, 5)])
 def test_a_sample_matches_the_reference(change, period, phase, device):
     _check_sample(replace(LONG, **change), torch.float32, device, period, phase)
 
@@ -164,7 +163,7 @@ def test_a_sample_matches_the_reference_anywhere(case, num_queries, period, phas
     _check_sample(replace(case, num_queries=num_queries), torch.float32, DEVICE, period, phase)
 
 
-@pytest.mark.parametrize("period", [1, 2, 5, 16])
+@pytest.mark.parametrize("period", [2, 16])
 def test_a_period_of_samples_is_the_measurement_of_all_rows(period, device):
     case = replace(LONG, is_causal=True)
     q, k, *_ = case.tensors(device=device)
