@@ -5,9 +5,8 @@
 Error bounds: `rows` (default 200,000) random rows a mode of 11 families, hill-climbed rows, and rows of a trained
 model, each in bf16 and fp16, flash and eager. Tightness is max bound / max |error| over the components of
 a row, rows whose
-output is exact (to fp32) left out. Bits: 2,000 rows, each with q and k, scores or weights stored in
-fewer and fewer bits; needed is the smallest number of bits from which on every larger one meets the
-tolerance. Exit code 1 if a bound is broken.
+output is exact (to fp32) left out. Bits: of 2,000 rows and of heads, see bench/theory_bits.py. Exit code 1 if a
+bound is broken, or bits that were said to be enough are not.
 """
 
 import json
@@ -23,11 +22,11 @@ sys.path[:0] = [str(root), str(root / "bench")]
 
 import torch
 from machine import machine
-from theory_rows import DTYPES, FAMILIES, Case, exact, make, simulate, to_bits
+from theory_bits import bits_heads, bits_rows, climbed_bits
+from theory_rows import DTYPES, FAMILIES, Case, exact, make, simulate
 from theory_search import climb, minilm
 
 from hnf_attention import theory
-from hnf_attention.theory.bits import STORED
 
 ROWS_A_CASE = 32
 MODES = [(name, kind) for kind in ("flash", "eager") for name in DTYPES]
@@ -171,68 +170,6 @@ def trained_rows(windows: int, length: int) -> dict[str, Tally]:
     return found
 
 
-MOST_BITS = 45
-
-
-def needed_bits(stored: str, case: Case, tolerance: float) -> int:
-    """Bits from which on every number of bits up to MOST_BITS meets the tolerance, one row."""
-    true, extent = exact(case), case.v.amax(-2) - case.v.amin(-2)
-    scores, _ = case.scores()
-    enough = MOST_BITS
-    for bits in range(MOST_BITS, 0, -1):
-        if stored == "query_key":
-            out = exact(Case(to_bits(case.q, bits), to_bits(case.k, bits), case.v))
-        elif stored == "scores":
-            out = to_bits(scores, bits).softmax(-1) @ case.v
-        else:
-            weights = (scores - scores.amax(-1, keepdim=True)).exp()
-            out = to_bits(weights, bits) @ case.v / weights.sum(-1, keepdim=True)
-        if not bool(((out - true).abs() <= tolerance * extent).all()):
-            return enough
-        enough = bits
-    return enough
-
-
-def predicted_bits(stored: str, case: Case, tolerance: float) -> tuple[float, ...]:
-    """From the row's largest numbers, from the whole row, and the typical one."""
-    scores, magnitude = (x[0].numpy() for x in case.scores())
-    v, extent = case.v.numpy(), np.ptp(case.v.numpy(), axis=0)
-    squares = (case.q.numpy() ** 2) @ (case.k.numpy() ** 2).T
-    largest, each, single = {
-        "query_key": (magnitude.max(), magnitude, np.sqrt(2.0 * squares[0]) * case.scale),
-        "scores": (np.abs(scores).max(), np.abs(scores), np.abs(scores)),
-        "weights": ((np.abs(v).max(0) / extent).max(), 1.0, 1.0),
-    }[stored]
-    few = theory.required_bits(stored, largest, tolerance)
-    row = theory.required_bits_of_row(stored, scores, each, v, tolerance)
-    typical = theory.required_bits_of_row(stored, scores, single, v, tolerance, typical=True)
-    return float(few), float(row), float(typical)
-
-
-def bits_rows(cases: int, seed: int = 0) -> dict[str, dict]:
-    """For each stored thing: cases, under-predictions, percentiles of predicted minus needed bits."""
-    excess: dict[str, list[np.ndarray]] = {stored: [] for stored in STORED}
-    names = list(FAMILIES)
-    for i in range(cases):
-        case = make(names[i % len(names)], seed + 7_000_003 + i, 1)
-        tolerance = 10.0 ** -(1 + i % 3)
-        for stored, found in excess.items():
-            need = needed_bits(stored, case, tolerance)
-            found.append(np.array(predicted_bits(stored, case, tolerance)) - need)
-    result = {}
-    for stored, found in excess.items():
-        few, row, typical = np.array(found).T
-        result[stored] = {
-            "cases": len(found),
-            "under_predictions": int((few < 0).sum() + (row < 0).sum()),
-            "median_excess": float(np.median(few)),
-            "median_excess_of_row": float(np.median(row)),
-            "largest_excess": float(few.max()),
-            "typical": np.percentile(typical, [5, 50, 95]).tolist(),
-        }
-    return result
-
-
 def merged(tallies: list[Tally]) -> Tally:
     total = Tally()
     for tally in tallies:
@@ -264,12 +201,17 @@ def main(path: str, rows: int = 200_000) -> int:
         }
         print(mode, {k: v for k, v in modes[mode].items() if k != "families"}, flush=True)
     bits = bits_rows(cases=max(20, rows // 100))
-    print(json.dumps(bits, indent=1))
+    heads, climbed = (
+        bits_heads(cases=max(11, rows // 606)),
+        climbed_bits(rows=64, steps=max(20, rows // 2_000)),
+    )
+    print(json.dumps({"rows": bits, "heads": heads, "climbed": climbed}, indent=1))
     document = {"machine": machine(), "seed": 0, "soundness": modes, "bits": bits}
+    document |= {"bits_of_heads": heads, "climbed_bits": climbed}
     document["seconds"] = round(perf_counter() - start)
     Path(path).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     broken = sum(m[part]["violations"] for m in modes.values() for part in ("random", "climbed", "trained"))
-    short = sum(found["under_predictions"] for found in bits.values())
+    short = sum(found["under_predictions"] for found in (*bits.values(), *heads.values(), climbed))
     print(f"{broken} bounds broken, {short} under-predictions, {document['seconds']} s")
     return int(broken + short > 0)
 

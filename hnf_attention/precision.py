@@ -69,10 +69,7 @@ class HeadPrecision:
             top = np.full_like(size, np.inf)
         else:
             top = self.max_abs_logit + _SLACK * size
-            # A weight is as wrong as the scores it is computed from, relative.
-            wrong = 2.0 * theory.TENSOR_CORE_UNIT * ((self.head_dim + 8.0) * size + 16.0)
-            least = np.clip(-self._max("neg_max_weight") - wrong, 0.0, 1.0)
-            known = {"max_abs_score": top, "max_weight": (least, 1.0)}
+            known = {"max_abs_score": top, "max_weight": (self._least_weight, 1.0)}
         with_bias = 2.0 * size + top  # |bias| <= |s| + scale |q.k|
         size = np.select([bent == 0, bent == 1], [size, with_bias], np.nan)
         try:
@@ -84,12 +81,23 @@ class HeadPrecision:
             return np.full(self.num_heads, np.nan)
 
     @property
+    def _least_weight(self) -> np.ndarray:
+        """No row's largest weight is smaller; 0 where not all rows were seen."""
+        if self.sampled:
+            return np.zeros(self.num_heads)
+        # A weight is as wrong as the scores it is computed from, relative, and the difference of lse and maximum.
+        size = (self.head_dim + 8.0) * self.score_magnitude + 3.0 * self.max_abs_logit + 16.0
+        return np.clip(-self._max("neg_max_weight") - 2.0 * theory.TENSOR_CORE_UNIT * size, 0.0, 1.0)
+
+    @property
     def required_bits(self) -> np.ndarray:
         """Significand bits of q and k that keep every output within 1% of the values' spread: cannot fail.
 
-        `theory.required_bits` of `score_magnitude` at `theory.TOLERANCE`. NaN where that is NaN.
+        `theory.required_bits` of `score_magnitude` and the least of the rows' largest weights (where all rows
+        were seen) at `theory.TOLERANCE`. NaN where the magnitude is NaN.
         """
-        return theory.required_bits("query_key", self.score_magnitude, theory.TOLERANCE)
+        size, weight = self.score_magnitude, self._least_weight
+        return theory.required_bits("query_key", size, theory.TOLERANCE, max_weight=weight)
 
     @property
     def typical_bits(self) -> np.ndarray:

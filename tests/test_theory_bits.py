@@ -1,5 +1,6 @@
 """Required bits and overflow paths: closed forms, limits, monotony."""
 
+import itertools
 import math
 
 import numpy as np
@@ -28,6 +29,50 @@ def test_finite_and_monotone(stored, size, tolerance):
     assert bits >= theory.required_bits(stored, size, min(2 * tolerance, 2.0))
 
 
+@given(st.sampled_from(STORED), st.floats(0.0, 1e300), st.floats(1e-12, 2.0), st.floats(0.0, 1.0))
+def test_a_known_weight_only_helps(stored, size, tolerance, weight):
+    free = theory.required_bits(stored, size, tolerance)
+    known = theory.required_bits(stored, size, tolerance, max_weight=weight)
+    assert 1 <= theory.required_bits(stored, size, tolerance, max_weight=1.0) <= known <= free
+    assert theory.required_bits(stored, size, tolerance, max_weight=math.nan) == free
+
+
+@given(st.lists(st.floats(-30.0, 5.0), min_size=1, max_size=7), st.floats(1e-6, 0.9))
+def test_no_signs_of_the_allowed_moves_move_the_weights_further(scores, eps):
+    s = np.array([0.0, *scores])
+    p = np.exp(s) / np.exp(s).sum()
+    rest = np.sort(p)[:-1].sum()
+    move = theory.bits._allowed_move(np.float64(eps), rest)
+    assert move >= 2 * math.atanh(eps) * (1 - 1e-12)
+    assert theory.bits._gain(move, rest) == pytest.approx(eps, rel=1e-6)
+    signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(s))))  # all corners, where the maximum is
+    moved = p * np.exp(signs * np.minimum(move, 300.0))
+    moved = moved / moved.sum(-1, keepdims=True)
+    assert np.abs(moved - p).sum(-1).max() / 2 <= eps * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("bits", [8, 12, 20])
+@pytest.mark.parametrize("eps", [1e-2, 1e-3])
+def test_rows_of_the_worst_roundings_need_every_bit(bits, eps):
+    """q = (up, down), k = +-(up, -down): scores of next to nothing, moved the same way by all four roundings."""
+    unit = 2.0**-bits
+    up, down = 1 + unit * (1 + 2.0**-25), 1 + unit * (1 - 2.0**-25)  # rounded to 1 + 2 unit and to 1
+    scale = 1.02 * math.atanh(eps) / unit / (up**2 + down**2)
+    exact, stored = scale * (up**2 - down**2), scale * ((1 + 2 * unit) ** 2 - 1)
+    moved = 1 / (1 + math.exp(-2 * stored)) - 1 / (1 + math.exp(-2 * exact))  # v = (1, 0)
+    claimed = theory.required_bits("query_key", scale * (up**2 + down**2), eps, max_weight=0.5)
+    assert moved > eps and claimed == bits + 1
+
+
+def test_sharp_rows_can_do_with_less():
+    free = theory.required_bits("query_key", 1e3, 1e-2)
+    sharp = [theory.required_bits("query_key", 1e3, 1e-2, max_weight=p) for p in (0.5, 0.9, 0.999, 1 - 1e-9)]
+    assert free == sharp[0] == 17 and sharp[1:] == [16, 11, 8]
+    # A p_max of 1 is one up to rounding: scores that move by thousands can still turn the row over.
+    assert theory.required_bits("query_key", 1e6, 1e-2, max_weight=1.0) > 15
+    assert theory.required_bits("weights", 4.0, 2.0**-7, max_weight=0.76) == 7
+
+
 def test_grows_with_the_logarithm_of_the_scores_where_the_seeds_formula_explodes():
     seed = 2 * math.log2(math.e) * 1e4 + math.log2(1024**2 / 1e-6)
     assert seed > 28_000
@@ -39,7 +84,9 @@ def test_the_row_needs_no_more_than_its_largest_numbers_say():
     s, v = rng.normal(size=(50, 20)) * np.logspace(-2, 3, 50)[:, None], rng.normal(size=(20, 3))
     for eps in (0.1, 1e-3):
         row = theory.required_bits_of_row("scores", s, np.abs(s), v, eps)
-        assert row.shape == (50,) and (row <= theory.required_bits("scores", np.abs(s).max(-1), eps)).all()
+        p_max = 1 / np.exp(s - s.max(-1, keepdims=True)).sum(-1)
+        few = theory.required_bits("scores", np.abs(s).max(-1), eps, max_weight=p_max)
+        assert row.shape == (50,) and (row <= few).all()
         typical = theory.required_bits_of_row("scores", s, np.abs(s), v, eps, typical=True)
         assert (typical <= row).mean() > 0.9
 

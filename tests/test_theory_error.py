@@ -188,7 +188,15 @@ def campaign(monkeypatch):
     import theory_soundness
 
     yield theory_soundness
-    for name in ("theory_soundness", "theory_rows", "theory_search", "theory_kernels", "tables", "machine"):
+    for name in (
+        "theory_soundness",
+        "theory_bits",
+        "theory_rows",
+        "theory_search",
+        "theory_kernels",
+        "tables",
+        "machine",
+    ):
         sys.modules.pop(name, None)
 
 
@@ -214,7 +222,10 @@ def test_no_bound_is_broken_by_a_trained_models_rows(campaign):
 def test_no_number_of_bits_is_too_small(campaign):
     for stored, found in campaign.bits_rows(22, seed=5).items():
         assert found["under_predictions"] == 0, stored
-        assert found["median_excess_of_row"] <= 6
+        assert found["median_excess_of_row"] <= found["median_excess"] <= 6
+    for kind, found in campaign.bits_heads(11, seed=5).items():
+        assert found["under_predictions"] == 0 and -2 <= found["typical"][1] <= 2, kind
+    assert campaign.climbed_bits(rows=8, steps=10)["under_predictions"] == 0
 
 
 class Inline:

@@ -22,36 +22,71 @@ _DEVIATIONS = 1.6
 _MOST = 1100  # bits: beyond it there is no double to round to
 
 
-def required_bits(stored: str, size: ArrayLike, tolerance: ArrayLike) -> np.ndarray:
+def required_bits(
+    stored: str, size: ArrayLike, tolerance: ArrayLike, *, max_weight: ArrayLike | None = None
+) -> np.ndarray:
     """Bits in which storing something cannot move any output by more than the tolerance. Proved, float64.
 
-    size, and the largest unit u that does:
+    size, and the largest unit u that does, where D is how far the scores may move, `_allowed_move`:
         "query_key": A = largest scale * sum_c |q_c k_jc| (or scale |q| max|k|), nats: scores move by
-            (2u + u^2) A, so u = sqrt(1 + 2 r) - 1 with r = atanh(eps) / A;
-        "scores": largest |s|, nats: they move by u |s|, so u = 2 atanh(eps) / |s|;
+            (2u + u^2) A, so u = sqrt(1 + D / A) - 1;
+        "scores": largest |s|, nats: they move by u |s|, so u = D / |s|;
         "weights": max|v| / (max v - min v), 1 for one-signed v from 0 on, larger where v has an offset:
-            the output moves by at most u sum p_j |v_j|, so u = eps / size.
-    bits = ceil(-log2 u), at least 1: total variation under scores that move by at most D is tanh(D / 2).
+            all but the maximum's are rounded, so the output moves by at most u sum p_j |v_j| over the
+            others, and u = eps / (size (1 - p_max)).
+    bits = ceil(-log2 u), at least 1. max_weight: p_max where known, of many rows the smallest, to the rounding
+    of scores in fp64 (what is known less well has to be lowered by that); None or NaN: anything.
+
+        D = (log1p(eps / x) - log1p(-eps / (1 - x))) / 2,    x = min(1 - p_max, (1 - eps) / 2)
+
+    which is 2 atanh eps for p_max up to (1 + eps) / 2, and more for sharper rows. Proof: a component moves by at
+    most its spread times max |p'(S) - p(S)| over sets S of keys. Scores that move by at most D give a set of
+    weight x at most x E / (x E + 1 - x), E = e^2D: a gain of phi(x) = x (1 - x) (E - 1) / (1 + x (E - 1)). What S loses
+    its complement gains, and one of the two does not hold the largest weight: x <= r = 1 - p_max for one of them, for
+    the other phi(1 - x), which is at most phi(x) where x <= 1/2. So the move is at most max phi over [0, min(r, 1/2)].
+    phi is concave with its top tanh(D / 2) at 1 / (1 + e^D); phi(x) = eps, solved for D, is least at (1 - eps) / 2.
+    Nothing less would do: rows of these numbers whose roundings all have the worst signs need all the bits
+    (tests/test_theory_bits.py).
 
     tolerance: above 0; from 1 on, one bit will do. Arguments broadcast; sizes up to the largest double.
     Grows with log2 of the scores, never with the scores themselves, as the seed's log2(kappa n^2 / eps) does.
-    Nothing is taken to underflow. Source: own derivation. `required_bits_of_row` is the tighter one.
-    Raises ValueError for another `stored`, a negative size or tolerance <= 0.
+    Nothing is taken to underflow; the value of a learned sink, 0, is one of the values. Source: own derivation.
+    `required_bits_of_row` is the tighter one. Raises ValueError for another `stored`, a negative size or
+    tolerance <= 0.
     """
     size, eps = _checked(stored, size, tolerance)
-    capped = np.minimum(eps, 1.0 - 2.0**-53)
+    rest = np.float64(1.0)
+    if max_weight is not None:
+        # fp64 rounds a p_max near 1 to it, and knows it to its scores' rounding: a rest that e^2D makes large.
+        known = np.minimum(1.0 if stored == "weights" else size, 1e300)
+        rest = 1.0 - np.asarray(max_weight, np.float64) + 2.0**-52 * (4.0 * known + 8.0)
+        rest = np.where(np.isnan(rest), 1.0, np.clip(rest, 0.0, 1.0))
     with np.errstate(divide="ignore"):
         if stored == "weights":
-            log_unit = np.log2(eps) - np.log2(size)
+            log_unit = np.log2(eps) - np.log2(size) - np.log2(rest)
         else:
             # In log2: the ratio of a tolerance and 1e300 has no double.
-            log_ratio = np.log2(np.arctanh(capped)) - np.log2(size)
+            log_ratio = np.log2(_allowed_move(eps, rest) / 2.0) - np.log2(size)
             if stored == "scores":
                 log_unit = 1.0 + log_ratio
             else:
                 ratio = np.exp2(np.minimum(log_ratio, 1.0))
                 log_unit = log_ratio + 1.0 - np.log2(1.0 + np.sqrt(1.0 + 2.0 * ratio))
     return np.where(eps >= 1.0, 1.0, np.maximum(np.ceil(-log_unit), 1.0))
+
+
+def _allowed_move(eps: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """D of `required_bits`, nats: what all scores may move by; rest = 1 - p_max, above 0."""
+    eps = np.minimum(eps, 1.0 - 2.0**-53)
+    x = np.minimum(rest, (1.0 - eps) / 2.0)
+    return (np.log1p(eps / x) - np.log1p(-eps / (1.0 - x))) / 2.0
+
+
+def _gain(move: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """max phi of `required_bits`: what keys without the largest weight can gain where scores move by `move`."""
+    capped = np.minimum(move, 300.0)
+    grown, x = np.expm1(2.0 * capped), np.minimum(rest, 1.0 / (1.0 + np.exp(capped)))
+    return np.where(move < 300.0, x * (1.0 - x) * grown / (1.0 + x * grown), 1.0)
 
 
 def typical_bits(stored: str, size: ArrayLike, spread: ArrayLike, tolerance: ArrayLike) -> np.ndarray:
@@ -97,9 +132,10 @@ def required_bits_of_row(
     per unit u: A_j = scale * sum_c |q_c k_jc| for "query_key" (twice that, and u^2 A_j, is added here), |s_j|
     for "scores", not read for "weights". The fewest bits at which
 
-        min(sum p_j expm1(D_j) |v_j - o| / sum p_j e^-D_j, tanh(max D / 2) (max v - min v)) <= eps (max v - min v)
+        min(sum p_j expm1(D_j) |v_j - o| / sum p_j e^-D_j, max phi (max v - min v)) <= eps (max v - min v)
 
-    for scores, D_j their move; sum p_j |v_j| u over all keys but the maxima for weights. Proved.
+    for scores, D_j their move and phi as in `required_bits`, at most tanh(max D / 2); sum p_j |v_j| u over all
+    keys but the maxima for weights. Proved.
 
     typical: root mean square moves t_j = 1.6 * 0.42 u size_j in place of the largest, taken as independent:
     sum (p_j (e^t_j - 1) / (1 + p_j (e^t_j - 1)))^2 (v_j - o)^2 <= (eps spread)^2, with size_j =
@@ -112,24 +148,31 @@ def required_bits_of_row(
     m = np.max(s, -1, keepdims=True, initial=-np.inf)
     z = np.where(visible, s - np.where(np.isneginf(m), 0.0, m), -np.inf)
     size = np.where(visible, size, 0.0)
-    p = np.exp(z) / np.maximum(np.exp(z).sum(-1, keepdims=True), 1.0)
+    weight = np.exp(z)
+    total = np.maximum(weight.sum(-1, keepdims=True), 1.0)
+    p = weight / total
+    others = np.arange(s.shape[-1]) != z.argmax(-1)[..., None]
+    rest = (weight * others).sum(-1, keepdims=True) / total  # 1 - p_max, without its cancellation
     v = np.where(visible[..., None], v, _weighted(p, v)[..., None, :])
     extent = v.max(-2) - v.min(-2)
     allowed = eps[..., None] * extent
     if stored == "weights":
         p = np.where(z == 0.0, 0.0, p)
     distance = v if stored == "weights" else v - _weighted(p, v)[..., None, :]
-    moves = _typical_move if typical else _largest_move
     bits = np.full(np.broadcast_shapes(s.shape[:-1], v.shape[:-2], eps.shape), np.nan)
     for tried in range(1, _MOST):
-        enough = (moves(stored, p, size, distance, extent, 2.0**-tried) <= allowed).all(-1)
+        if typical:
+            moved = _typical_move(stored, p, size, distance, 2.0**-tried)
+        else:
+            moved = _largest_move(stored, p, size, distance, 2.0**-tried, extent, rest)
+        enough = (moved <= allowed).all(-1)
         bits = np.where(np.isnan(bits) & enough, tried, bits)
         if not np.isnan(bits).any():
             break
     return bits
 
 
-def _largest_move(stored, p, size, distance, extent, unit):
+def _largest_move(stored, p, size, distance, unit, extent, rest):
     if stored == "weights":
         return unit * _weighted(p, np.abs(distance))
     move = unit * size if stored == "scores" else (2.0 * unit + unit**2) * size
@@ -137,10 +180,10 @@ def _largest_move(stored, p, size, distance, extent, unit):
     capped = np.minimum(move, 300.0)
     inner = _weighted(p * np.expm1(capped), np.abs(distance))
     inner = inner / np.maximum((p * np.exp(-capped)).sum(-1, keepdims=True), np.exp(-300.0))
-    return np.minimum(np.where(worst < 300.0, inner, np.inf), np.tanh(worst / 2.0) * extent)
+    return np.minimum(np.where(worst < 300.0, inner, np.inf), _gain(worst, rest) * extent)
 
 
-def _typical_move(stored, p, size, distance, extent, unit):
+def _typical_move(stored, p, size, distance, unit):
     unit = _DEVIATIONS * _RMS * unit
     if stored == "weights":
         moved = unit * p
