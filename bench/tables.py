@@ -20,7 +20,8 @@ def tables(document: dict) -> dict[str, str]:
         return {"long": _long(document), "errors": _errors(document["long"])}
     if "soundness" in document:
         found = {"soundness": _soundness(document["soundness"])}
-        return found | ({"bits": _bits(document["bits"])} if "bits" in document else {})
+        heads = {f"query, key of a head, {kind}": x for kind, x in document.get("bits_of_heads", {}).items()}
+        return found | ({"bits": _bits(document["bits"] | heads)} if "bits" in document else {})
     if "weight_bounds" in document:
         return {"weights": _weights(document["weight_bounds"])}
     if "initial" in document:
@@ -205,7 +206,7 @@ def _bits(stored: dict[str, dict]) -> str:
         "cases",
         "too few bits",
         "median excess: from the whole row",
-        "from its largest numbers",
+        "from its largest numbers and weight",
     ]
     header += ["typical minus needed, 5% / 50% / 95%"]
     lines = [
@@ -213,7 +214,7 @@ def _bits(stored: dict[str, dict]) -> str:
             name.replace("_", ", "),
             f"{found['cases']:,}",
             str(found["under_predictions"]),
-            f"{found['median_excess_of_row']:.0f}",
+            f"{found['median_excess_of_row']:.0f}" if "median_excess_of_row" in found else DASH,
             f"{found['median_excess']:.0f}",
             " / ".join(f"{x:+.0f}" for x in found["typical"]),
         ]
@@ -224,14 +225,15 @@ def _bits(stored: dict[str, dict]) -> str:
 
 def _weights(models: dict[str, dict]) -> str:
     header = ["model", "heads", "above their bound", "bound / true maximum: least, median, largest"]
-    header += ["rank correlation of bound and maximum", "largest scores"]
+    header += ["rank correlation with the true maximum: of the bound", "of the maximum on random tokens"]
+    header += ["of another text's maximum", "largest scores"]
     lines = [
         [
             name,
             str(found["heads"]),
             str(found["violations"]),
             " / ".join(f"{x:.1f}" for x in found["bound_over_true"]),
-            f"{found['spearman']:.2f}",
+            *(f"{found[f'spearman{of}']:.2f}" for of in ("", "_of_typical", "_of_other_text")),
             " to ".join(f"{x:.3g}" for x in found["true_range"]),
         ]
         for name, found in models.items()

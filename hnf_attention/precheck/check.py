@@ -16,6 +16,7 @@ from . import predict
 from .advice import Neighbour, margins, neighbours, sentence
 from .checkpoint import LayerWeights, read_weights
 from .design import Design, read_design
+from .drawn import random_token_maxima
 from .measured import MeasuredLayer, measure_sample
 from .predict import SAFE_RATIO, Scores
 from .report import VERDICTS, StabilityReport
@@ -34,7 +35,8 @@ def check_attention_stability(
 
     config: a Hugging Face configuration, a mapping, or any object with such attributes (`read_design`); None
         takes `model.config`. Alone it gives predictions for random weights.
-    model: its weights give each head's expected spread and the largest score that any input can give.
+    model: its weights give each head's expected spread and the largest score that any input can give; without a
+        sample it runs once on a few short sequences of random tokens, for the largest score to expect of each head.
     sample_input: token ids (B, N) or whatever the model takes, a mapping for keyword arguments: run once,
         measured, compared with the prediction. Without a model, its second dimension is the length.
     seq_len: visible keys; else the sample's, else the configuration's. dtype: of q, k, v; else the model's.
@@ -57,7 +59,7 @@ def check_attention_stability(
     notes: list[str] = []
     found = [predict.predict_layer(design, layer) for layer in range(design.n_layers)]
     predicted = found
-    weights, measured, diagnosis = [], [], None
+    weights, typical, measured, diagnosis = [], {}, [], None
     if model is not None:
         weights, reasons = _weights(model, design, notes)
         notes += [f"weights of {shown(name)} not read: {why}" for name, why in reasons.items()]
@@ -68,7 +70,12 @@ def check_attention_stability(
             except ValueError as error:
                 notes.append(f"not measured: {error}")
             found = _from_measurement(design, measured) or found
-    return _report(design, predicted, found, weights, measured, diagnosis, tolerance, notes)
+        if weights and not measured:
+            try:
+                typical = random_token_maxima(model, design.seq_len)
+            except ValueError as error:
+                notes.append(f"not run on random tokens: {error}")
+    return _report(design, predicted, found, weights, typical, measured, diagnosis, tolerance, notes)
 
 
 def _length(sample: Any) -> int | None:
@@ -141,6 +148,7 @@ def _report(
     predicted: list[Scores],
     found: list[Scores],
     weights: list[LayerWeights],
+    typical: dict[str, Tensor],
     measured: list[MeasuredLayer],
     diagnosis: Any,
     tolerance: float,
@@ -176,7 +184,7 @@ def _report(
         margin=SAFE_RATIO / ratio if ratio > 0 else float("inf"),
         max_abs_logit=largest,
         tolerance=tolerance,
-        layers=_table(predicted, found, weights, measured),
+        layers=_table(predicted, found, weights, typical, measured),
         dtypes=dtypes,
         margins=margins(design, ratio),
         neighbours=[neighbour.to_dict() for neighbour in near],
@@ -186,7 +194,9 @@ def _report(
     )
     if weights:
         report["weight_logit_bound"] = max(float(layer.bound.max()) for layer in weights)
-    report["sources"] = _sources(design, worst, bool(weights))
+    if typical:
+        report["weight_logit_typical"] = max(float(heads.max()) for heads in typical.values())
+    report["sources"] = _sources(design, worst, bool(weights), bool(typical))
     report["recommendations"] = _recommendations(design, report, worst, near, diagnosis)
     return report
 
@@ -199,7 +209,11 @@ def _as_initialised(predicted: list[Scores], found: list[Scores]) -> bool:
 
 
 def _table(
-    predicted: list[Scores], found: list[Scores], weights: list[LayerWeights], measured: list[MeasuredLayer]
+    predicted: list[Scores],
+    found: list[Scores],
+    weights: list[LayerWeights],
+    typical: dict[str, Tensor],
+    measured: list[MeasuredLayer],
 ) -> list[dict[str, Any]]:
     bounds = {layer.layer: layer for layer in weights}
     rows = []
@@ -209,17 +223,22 @@ def _table(
         if layer is not None:
             row["weight_logit_bound"] = float(layer.bound.max())
             row["weight_logit_bounds"] = layer.bound.tolist()
+        if scores.layer in typical:
+            row["weight_logit_typical"] = float(typical[scores.layer].max())
+            row["weight_logit_typicals"] = typical[scores.layer].tolist()
         if measured or weights:
             row["predicted_score_std"] = predicted[min(index, len(predicted) - 1)].score_std
         rows.append(row)
     return rows
 
 
-def _sources(design: Design, worst: Scores, weights: bool) -> dict[str, str]:
+def _sources(design: Design, worst: Scores, weights: bool, typical: bool) -> dict[str, str]:
     names = ("sigma_ratio", "expected_logit_max", "max_abs_logit", "log2_curvature_bound", "curvature_bound")
     sources = dict.fromkeys((*names, "precision_bits_needed", "dtypes"), worst.source)
     if weights:
         sources["weight_logit_bound"] = "proved: weights, any input"
+    if typical:
+        sources["weight_logit_typical"] = "measured: random tokens"
     return sources | {f"design.{name}": source for name, source in design.sources.items()}
 
 

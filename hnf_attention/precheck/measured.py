@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,18 +38,28 @@ class MeasuredLayer:
 
 
 def measure_sample(model: nn.Module, sample: Any) -> tuple[list[MeasuredLayer], AttentionDiagnosis]:
-    """Run the sample once, in evaluation mode and without gradients, and measure all attention on the way.
+    """Run the sample once and measure all attention on the way; errors as `run_measured`."""
+    layers: list[MeasuredLayer] = []
+    diagnosis = run_measured(model, sample, lambda measurement: layers.append(_read(measurement)))
+    return layers, diagnosis
 
+
+def run_measured(model: nn.Module, sample: Any, read: Callable[[Measurement], None]) -> AttentionDiagnosis:
+    """Run the sample once, in evaluation mode and without gradients; `read` gets every attention call of it.
+
+    sample: what the model takes, a mapping for keyword arguments.
     Raises ValueError where the model cannot run the sample, or none of its attention can be measured.
     """
-    layers: list[MeasuredLayer] = []
     training = [module for module in model.modules() if module.training]
     with AttentionAnalyzer(model, mode="probe") as analyzer:
         instrumentation = analyzer.instrumentation
         record = instrumentation.on_measure
+        measured = 0
 
         def both(measurement: Measurement) -> None:
-            layers.append(_read(measurement))
+            nonlocal measured
+            measured += 1
+            read(measurement)
             record(measurement)
 
         instrumentation.on_measure = both
@@ -62,9 +72,9 @@ def measure_sample(model: nn.Module, sample: Any) -> tuple[list[MeasuredLayer], 
         finally:
             for module in training:
                 module.training = True
-        if not layers:
+        if not measured:
             raise ValueError(f"none of its attention can be measured: {instrumentation.coverage}")
-        return layers, analyzer.diagnose()
+        return analyzer.diagnose()
 
 
 def _read(measurement: Measurement) -> MeasuredLayer:

@@ -21,6 +21,8 @@ class StabilityReport(dict):
     verdict: "stable", "marginal" or "unstable"; sigma_ratio and margin: of the worst layer.
     recommendations: sentences; neighbours: the nearest designs whose own verdict is stable, with their margins,
         then what helps without being enough, with the verdict that is left.
+    weight_logit_bound: with a model, the largest |score| of any input, proved; weight_logit_typical: of a short
+        sequence of random tokens, which ranks heads as text does. Of each head in `layers`, with an s.
     layers: one dict a layer. dtypes: number format -> verdict, with the overflows that make it unsafe and, apart,
         those that only some code has. margins: knob -> how far it may go.
     design: the numbers all this is for. sources: where each number comes from, "measured", "predicted" or

@@ -48,6 +48,7 @@ def _layers(report: StabilityReport, name: str) -> Table:
         "max_abs_logit": "max\n|score|",
         "entropy_ratio": "entropy\nratio",
         "log2_curvature": "log2\ncurvature",
+        "weight_logit_typical": "random tokens\nmax |score|",
         "weight_logit_bound": "any input\n|score| <=",
     }
     rows = report["layers"]
