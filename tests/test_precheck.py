@@ -1,5 +1,6 @@
 """`check_attention_stability`: what it reads, predicts, measures and advises."""
 
+import io
 import json
 import re
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 transformers = pytest.importorskip("transformers")
 
@@ -141,6 +143,13 @@ def test_predictions_at_initialisation_are_what_is_measured():
     assert weights["sources"]["sigma_ratio"] == "predicted: weights"
     assert weights["layers"][0]["score_std"] == pytest.approx(predicted["layers"][0]["score_std"], rel=0.1)
     assert report["weight_logit_bound"] == weights["weight_logit_bound"] > 0
+    # Measured on a sample, or else on random tokens.
+    assert "weight_logit_typical" not in report and not weights["notes"]
+    assert weights["sources"]["weight_logit_typical"] == "measured: random tokens"
+    for row in weights["layers"]:
+        pairs = zip(row["weight_logit_typicals"], row["weight_logit_bounds"], strict=True)
+        assert all(0 < typical <= bound for typical, bound in pairs)
+    assert weights["weight_logit_typical"] == max(x["weight_logit_typical"] for x in weights["layers"])
 
 
 def test_a_segment_that_all_tokens_share_leaves_less_spread_within_a_row():
@@ -173,6 +182,33 @@ def test_a_sample_that_cannot_run_is_a_note_and_the_weights_speak():
     report = check_attention_stability(tiny(), torch.full((1, 16), 10**6))
     assert "the model cannot run the sample" in report["notes"][0]
     assert report["sources"]["sigma_ratio"] == "predicted: weights"
+
+
+def test_a_run_on_random_tokens_that_fails_is_a_note():
+    model = tiny()
+
+    def fail(*_):
+        raise KeyError("pixels")
+
+    model.transformer.h[1].register_forward_pre_hook(fail)
+    report = check_attention_stability(model)
+    assert report["notes"] == ["not run on random tokens: KeyError: 'pixels'"]
+    assert report["weight_logit_bound"] > 0 and "weight_logit_typical" not in report
+
+
+def test_a_layer_that_random_tokens_did_not_reach_has_an_empty_place(monkeypatch):
+    from hnf_attention.precheck import check as module
+    from hnf_attention.report.check import verdict
+
+    monkeypatch.setattr(
+        module, "random_token_maxima", lambda *_: {"transformer.h.1.attn": torch.tensor([123.25, 1.0])}
+    )
+    report = check_attention_stability(tiny())
+    assert "weight_logit_typical" not in report["layers"][0] and report["weight_logit_typical"] == 123.25
+    console = Console(width=200, file=io.StringIO())
+    console.print(verdict(report, "tiny"))
+    lines = console.file.getvalue().splitlines()
+    assert sum("123.2" in line for line in lines) == 1
 
 
 def test_a_model_without_numbers_is_a_note():

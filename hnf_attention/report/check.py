@@ -52,12 +52,13 @@ def _layers(report: StabilityReport, name: str) -> Table:
         "weight_logit_bound": "any input\n|score| <=",
     }
     rows = report["layers"]
-    shown = {key: title for key, title in columns.items() if key in rows[0]}
+    shown = {key: title for key, title in columns.items() if any(key in row for row in rows)}
     for title in shown.values():
         table.add_column(title, justify="right")
     told: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
-        told.setdefault(tuple(f"{row[key]:.4g}" for key in shown), []).append(row["layer"])
+        numbers = tuple(f"{row[key]:.4g}" if key in row else "" for key in shown)
+        told.setdefault(numbers, []).append(row["layer"])
     for numbers, layers in list(told.items())[:_LAYERS]:
         label = layers[0] if len(layers) == 1 else f"{layers[0]} and {len(layers) - 1} like it"
         table.add_row(Text(label), *numbers)
