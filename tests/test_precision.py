@@ -78,8 +78,10 @@ def test_a_collapsed_head_errs_less_and_a_sample_of_it_cannot_say_so():
     sharp = dict(max_weight=1.0, dtype="bfloat16", query_size=40.0, key_size=40.0, max_logit=1500.0)
     collapsed, spread = head_stats(**sharp), head_stats(**sharp | {"max_weight": 0.3})
     assert (collapsed.error_bound < spread.error_bound).all()
+    assert (collapsed.required_bits < spread.required_bits).all()
     sampled = head_stats(**sharp, sample_period=4)
     assert (sampled.error_bound >= spread.error_bound).all()
+    np.testing.assert_array_equal(sampled.required_bits, spread.required_bits)
 
 
 def test_an_additive_mask_counts_with_the_scores():
@@ -95,6 +97,18 @@ def test_an_additive_mask_counts_with_the_scores():
     # What is not seen of the scores is not seen of the mask.
     unseen = read(query, key, (2, 1), attn_mask=mask)
     assert (unseen.error_bound >= 2.0).all()
+
+
+def test_a_weight_is_read_as_wrong_as_its_mask_makes_it():
+    wrong = []
+    for keys in range(2, 12):
+        query, key = queries_and_keys(heads=1, rows=keys, scale=0.1)
+        stats = read(query[:, :, :1], key, attn_mask=torch.full((1, keys), 1e4))
+        scores = 8**-0.5 * (query[:, :, :1].double() @ key.double().transpose(2, 3))
+        true = scores.softmax(-1).max().item()
+        assert stats._least_weight.item() <= true
+        wrong.append(-stats._max("neg_max_weight").item() - true)
+    assert max(wrong) > 1e-4, "1e4 has an ulp of 1e-3"
 
 
 @pytest.mark.parametrize("bend", [{"softcap": 5.0}, {"sinks": torch.zeros(2)}])
