@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 _NUMBERS = {int, float, type(None)}
-# Exponents are one multiply-add of the score: without it a row's largest weight is no 1, and shifts do not cancel.
-# Triton's default, as long as nobody changes it.
+# Exponents are one multiply-add of the score: what the kernels were tuned and tested with, Triton's default as long
+# as nobody changes it.
 FUSED = {"enable_fp_fusion": True}
 # Shapes vary in few ways in training; where they do not (every length its own), start anew now and then.
 _LIMIT = 4096
