@@ -46,7 +46,7 @@ def test_the_second_launch_of_a_kind_takes_what_the_first_compiled():
     for scale in (0.5, 0.7):
         launch(kernel, (2, 1, 1), ("a",), (x, 8, scale), {"BLOCK": 16}, num_warps=4)
     first, second = kernel.ways
-    assert first == ("compiled", (2, 1, 1), 3, {"BLOCK": 16, "num_warps": 4})
+    assert first == ("compiled", (2, 1, 1), 3, {"BLOCK": 16, "num_warps": 4, **module.FUSED})
     assert second == ("kept", (2, 1, 1), 4)  # constants are arguments like any other
 
 
