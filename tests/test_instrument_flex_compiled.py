@@ -40,6 +40,21 @@ class Plain(nn.Module):
         return flex.flex_attention(*args, **kwargs)
 
 
+HELD = torch.compile(flex.flex_attention, backend="eager")
+
+
+class OfFile(nn.Module):
+    def forward(self, *args):
+        return HELD(*args)
+
+
+class OfClass(nn.Module):
+    held = staticmethod(HELD)
+
+    def forward(self, *args):
+        return self.held(*args)
+
+
 def compiled(model, backend="eager"):
     return torch.compile(model, backend=backend, fullgraph=True)
 
@@ -57,6 +72,21 @@ def test_statistics_are_those_of_the_modified_scores(case):
         assert torch.equal(run(query, key, value, **options), plain)
     assert handle.coverage.measured == {"0": "probe (flex_attention)"} and not handle.coverage.not_measured
     check(handle.latest["0"], statistics(query, key, score_mod, mask_mod))
+
+
+@pytest.mark.parametrize("kind", [OfFile, OfClass])
+def test_a_compiled_function_that_a_compiled_model_calls_is_measured(kind):
+    model, (query, key, value) = nn.Sequential(kind()), tensors()
+    run = compiled(model[0])
+    plain = run(query, key, value)
+    for called in (run, model[0]):  # from a graph, and from Python
+        with instrument(model) as handle:
+            assert torch.equal(called(query, key, value), plain)
+        assert (
+            handle.coverage.measured == {"0": "probe (flex_attention)"} and not handle.coverage.not_measured
+        )
+        check(handle.latest["0"], statistics(query, key))
+    assert torch.equal(run(query, key, value), plain)
 
 
 @torch.no_grad()

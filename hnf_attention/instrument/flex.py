@@ -86,6 +86,8 @@ def _door(original: Callable[..., Any], *, compiled: bool) -> Callable[..., Any]
             return result
         return owners.run(original, args, kwargs, describe)
 
+    # What torch.compile left on the original: Dynamo would trace that in place of the door.
+    flex_attention.__dict__.pop("_torchdynamo_inline", None)
     return flex_attention
 
 
