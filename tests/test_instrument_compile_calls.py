@@ -57,10 +57,93 @@ def test_a_scale_that_is_a_tensor_in_the_graph_is_listed():
 def test_what_a_transform_runs_is_listed(wrap):
     model, inputs = nn.Sequential(Mixing()), x()
     run = wrap(lambda inputs: torch.func.vmap(lambda part: model(part))(inputs))
+    for _ in range(2):  # also by a graph from before
+        with instrument(model) as handle:
+            run(inputs[None])
+        assert handle.coverage.not_measured == {"0": "it runs inside a transform of torch.func"}
+        assert not handle.coverage.measured
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mixing = Mixing()
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda x: self.mixing(x), lambda x: 2 * self.mixing(x), (x,))
+
+
+class Repeating(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Region() for _ in range(3))
+        self.mixing = Mixing()
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.mixing(x)
+
+
+class Region(Mixing):
+    forward = torch.compiler.nested_compile_region(Mixing.forward)
+
+
+@pytest.mark.parametrize("kind", [Branching, Repeating])
+def test_what_a_higher_order_operator_runs_is_listed(kind):
+    model, inputs = kind(), x().detach()
+    run = compiled(model)
+    with torch.no_grad():
+        plain = run(inputs)
+        for _ in range(2):  # also by a graph from before
+            with instrument(model) as handle:
+                assert torch.equal(run(inputs), plain)
+            coverage = handle.coverage
+            if kind is Branching:
+                assert coverage.not_measured == {"mixing": "a compiled graph runs it inside cond"}
+                assert not coverage.measured
+            else:  # the layers are traced once
+                assert list(coverage.not_measured) == ["layers.0", "layers.1", "layers.2"]
+                assert "inside invoke_subgraph" in coverage.not_measured["layers.0"]
+                assert list(coverage.measured) == ["mixing"]
+
+
+def test_attention_of_a_shared_region_is_not_listed_where_it_is_measured():
+    model, inputs = nn.Sequential(Region(), Region()), x().detach()
+    with instrument(model) as handle, torch.no_grad():
+        compiled(model[0])(inputs)
+        assert list(handle.coverage.not_measured) == ["0", "1"]
+        model[1](inputs)
+    assert list(handle.coverage.not_measured) == ["0"] and list(handle.coverage.measured) == ["1"]
+
+
+class Checkpointed(Mixing):
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+
+class Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class OfFunction(nn.Module):
+    def forward(self, x):
+        return Function.apply(x[:, None])
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does it
+@pytest.mark.parametrize("kind", [Checkpointed, OfFunction])
+def test_what_becomes_part_of_the_graph_around_it_is_measured(kind):
+    model = nn.Sequential(kind())
     with instrument(model) as handle:
-        run(inputs[None])
-    assert handle.coverage.not_measured == {"0": "it runs inside a transform of torch.func"}
-    assert not handle.coverage.measured
+        compiled(model)(x().requires_grad_()).sum().backward()
+    assert list(handle.coverage.measured) == ["0"] and not handle.coverage.not_measured
 
 
 @pytest.mark.parametrize("whose", ["its own", "another's"])

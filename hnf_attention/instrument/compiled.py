@@ -35,6 +35,10 @@ _modules: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDiction
 _traced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 #: Of these, the ones that gave up their inference fast path.
 slowed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+#: And the ones whose attention no operator can be beside, with the reason.
+unreached: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+#: Of a module that no graph was seen to run; untrue of one that is measured.
+SHARED = "a compiled graph may run it as a region that was traced of another module of its class"
 
 
 class Layer:
@@ -198,8 +202,9 @@ def _found(tracer: Any) -> dict[str, Any]:
     owner = owners.running_owner() if found is None else owners.owner(found.value)
     if owner is None or (attention_only and not is_attention(owner.module)):
         return {}
-    if torch._C._are_functorch_transforms_active():  # an operator could not pass through it
-        owner.instrumentation.note(owner.layer, owners.TRANSFORMED)
+    why = _why_unreached(tracer)
+    if why is not None:
+        _list_unreached(owner, why)
         return {}
     where = {"layer": asked["_elsewhere"]} if found is None else {"module": found}
     if found is not None:
@@ -209,6 +214,33 @@ def _found(tracer: Any) -> dict[str, Any]:
         owner.instrumentation.slowed.add(owner.layer)
         slowed.add(owner.module)
     return heads | where | {"strange": ConstantVariable.create(strange)}
+
+
+def _why_unreached(tracer: Any) -> str | None:
+    """What an operator could not pass through: a transform, or the body of a higher-order operator.
+
+    Checkpoints are one, and their bodies, like those of autograd's functions, end as part of the graph around them.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return owners.TRANSFORMED
+    inlined = (torch.ops.higher_order.tag_activation_checkpoint, "autograd.Function")
+    part = tracer.output.current_tracer
+    while part.parent is not None:
+        if part.source_target not in inlined:
+            return f"a compiled graph runs it inside {part.source_target}"
+        part = part.parent
+    return None
+
+
+def _list_unreached(owner: owners.Owner, why: str) -> None:
+    """List the layer now, and in later instrumentations, to which its graph says nothing again."""
+    owner.instrumentation.note(owner.layer, why)
+    unreached[owner.module] = why
+    if why.endswith("invoke_subgraph"):  # of layers that are equal, Dynamo traces the first one only
+        for module in owners.owned(owner.instrumentation):
+            other = owners.owner(module)
+            if other is not None and type(module) is type(owner.module):
+                other.instrumentation.note(other.layer, unreached.setdefault(module, SHARED))
 
 
 def _is_untouched(variable: Any) -> bool:

@@ -80,6 +80,7 @@ class Instrumentation:
         compiled.mark_compiled(every)
         # A graph of before says nothing again.
         self.slowed |= {name for name, module in modules.items() if module in compiled.slowed}
+        self._problems |= {x: why for x, module in modules.items() if (why := compiled.unreached.get(module))}
         self.measuring = True
 
     @property
@@ -108,7 +109,11 @@ class Instrumentation:
     def coverage(self) -> Coverage:
         """What is measured so far, what is not, and why. Judge it after a forward pass."""
         attention = dict(self._attention)
-        problems = {name: why for name, why in self._problems.items()}
+        problems = {
+            name: why
+            for name, why in self._problems.items()
+            if why != compiled.SHARED or name not in self._measured
+        }
         measured = {name: how + self._note(name) for name, how in self._measured.items()}
         return Coverage(measured, unreached(attention, self._measured) | problems)
 
