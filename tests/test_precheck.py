@@ -13,7 +13,7 @@ from rich.console import Console
 transformers = pytest.importorskip("transformers")
 
 from hnf_attention import StabilityReport, check_attention_stability  # noqa: E402
-from hnf_attention.precheck.advice import neighbours, worst_ratio  # noqa: E402
+from hnf_attention.precheck.advice import Neighbour, down, neighbours, up, worst_ratio  # noqa: E402
 from hnf_attention.precheck.design import read_design  # noqa: E402
 
 PLAIN = {"d_model": 128, "n_heads": 8, "seq_len": 256}
@@ -332,3 +332,35 @@ def test_two_changes_where_one_is_not_enough():
     found = neighbours(design)
     assert found and all(near.sigma_ratio < worst_ratio(design) for near in found)
     assert any(" and " in near.change for near in found)
+
+
+def test_the_printed_factor_of_the_temperature_is_enough():
+    config = {"d_model": 512, "n_heads": 8, "n_layers": 1, "seq_len": 1024, "init_std": 0.07}
+    for now in (1.0, 1.1, 1.3):
+        report = check_attention_stability(config=config | {"temperature": now})
+        text = next(
+            near["change"] for near in report["neighbours"] if near["change"].startswith("temperature")
+        )
+        factor, temperature = (float(number) for number in re.findall(r"[\d.]+", text))
+        assert now * factor == pytest.approx(temperature, rel=0.01)
+        for applied in (now * factor, temperature):
+            assert check_attention_stability(config=config | {"temperature": applied})["verdict"] == "stable"
+
+
+def test_numbers_of_three_digits_stay():
+    assert [up(x) for x in (1.1, 0.3, 1.0, np.float64(2.2), np.inf)] == [1.1, 0.3, 1.0, 2.2, np.inf]
+    assert [down(x) for x in (1.1, 0.3, 1.0, np.float64(2.2), np.inf)] == [1.1, 0.3, 1.0, 2.2, np.inf]
+    assert (up(1.2301), down(1.2399), up(0.0012301)) == (1.24, 1.23, 0.00124)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "margin", "end"),
+    [
+        (np.inf, 0.0, "sigma / sigma_c inf"),
+        (0.3, 0.5 / 0.3, "sigma / sigma_c 0.30, whose largest score is too large"),
+        (0.55, 0.5 / 0.55, "scores 1.1 times as spread as is stable"),
+    ],
+)
+def test_what_is_not_enough_says_by_what(ratio, margin, end):
+    text = str(Neighbour("length 8", ratio, margin, "unstable", 1.0))
+    assert text.startswith("length 8 helps but is not enough: still unstable") and text.endswith(end)

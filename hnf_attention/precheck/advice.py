@@ -42,10 +42,12 @@ class Neighbour:
     def __str__(self) -> str:
         if self.verdict == "stable":
             return f"{self.change}: sigma / sigma_c {self.sigma_ratio:.2f}, margin {self.margin:.2f}"
-        return (
-            f"{self.change} helps but is not enough: still {self.verdict}, sigma / sigma_c {self.sigma_ratio:.2f}, "
-            f"scores {up(1.0 / self.margin):.3g} times as spread as is stable"
-        )
+        text = f"{self.change} helps but is not enough: still {self.verdict}, sigma / sigma_c {self.sigma_ratio:.2f}"
+        if self.margin >= 1.0:
+            return f"{text}, whose largest score is too large"
+        if self.margin == 0.0:  # the ratio is infinite
+            return text
+        return f"{text}, scores {up(1.0 / self.margin):.3g} times as spread as is stable"
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,12 @@ def _different_layers(design: Design) -> range:
 
 
 def up(x: float) -> float:
-    """To three significant digits; `down` likewise."""
-    return float(decimal.Context(prec=3, rounding=decimal.ROUND_UP).create_decimal_from_float(x))
+    """To three significant digits, of the number as it is printed: 1.1 stays 1.1. `down` likewise."""
+    return float(decimal.Context(prec=3, rounding=decimal.ROUND_UP).create_decimal(repr(float(x))))
 
 
 def down(x: float) -> float:
-    return float(decimal.Context(prec=3, rounding=decimal.ROUND_DOWN).create_decimal_from_float(x))
+    return float(decimal.Context(prec=3, rounding=decimal.ROUND_DOWN).create_decimal(repr(float(x))))
 
 
 def neighbours(
@@ -174,7 +176,8 @@ def _moves(design: Design, ratio: float) -> Iterator[_Move]:
             temperature = up(design.relative_temperature * factor)
             new = replace(design, scale=1.0 / (temperature * math.sqrt(design.head_dim)))
             factor = temperature / design.relative_temperature
-            text = f"temperature x {factor:.3g} (T = {temperature:.3g} sqrt(head_dim))"
+            printed = up(float(f"{factor:.12g}"))  # less what the division adds
+            text = f"temperature x {printed:.3g} (T = {temperature:.3g} sqrt(head_dim))"
             yield _Move("temperature", text, new, math.log2(factor))
             if not design.qk_norm:
                 shrink = math.sqrt(factor)
