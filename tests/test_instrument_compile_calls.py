@@ -64,6 +64,46 @@ def test_what_a_transform_runs_is_listed(wrap):
         assert not handle.coverage.measured
 
 
+class ByHandAttention(Attention):
+    def forward(self, x):
+        q, k, v = self.split(x)
+        return (torch.softmax(q @ k.mT, -1) @ v).transpose(-2, -3).flatten(-2)
+
+
+class Multihead(nn.MultiheadAttention):
+    def __init__(self, need_weights=True):
+        super().__init__(16, 4, batch_first=True)
+        self.need_weights = need_weights
+
+    def forward(self, x):
+        return super().forward(x, x, x, need_weights=self.need_weights)[0]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("kind", [ByHandAttention, Multihead, lambda: Multihead(need_weights=False)])
+@pytest.mark.parametrize("how", ["vmap", "grad"])
+def test_a_layer_that_was_measured_is_listed_once_a_transform_runs_it(kind, how):
+    model, inputs = nn.Sequential(kind()), x().detach()
+    with instrument(model) as handle:
+        plain = model(inputs)
+        assert list(handle.coverage.measured) == ["0"] and not handle.coverage.not_measured
+        if how == "vmap":
+            torch.testing.assert_close(torch.func.vmap(model)(inputs[None])[0], plain)
+        else:
+            torch.func.grad(lambda inputs: model(inputs).sum())(inputs)
+    assert handle.coverage.not_measured == {"0": "it runs inside a transform of torch.func"}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@torch.no_grad()
+def test_the_fast_path_inside_a_transform_is_listed():
+    model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+    with instrument(model) as handle:
+        torch.func.vmap(model)(x()[None])
+    assert handle.coverage.not_measured[""] == "it runs inside a transform of torch.func"
+    assert not handle.coverage.measured
+
+
 class Branching(nn.Module):
     def __init__(self):
         super().__init__()

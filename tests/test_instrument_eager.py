@@ -106,3 +106,15 @@ def test_a_model_file_of_somebodys_own():
         module(query, attention_mask=mask, head_mask=torch.ones(3))
         assert instrumentation.coverage.not_measured == {"": "a head_mask was given"}
     torch.testing.assert_close(output, plain)
+
+
+@torch.no_grad()
+def test_a_layer_that_was_measured_is_listed_once_a_transform_runs_it():
+    module, query = OwnAttention().eval(), torch.randn(2, 3, 9, 8)
+    mask = torch.zeros(2, 1, 9, 9)
+    with instrument(module) as instrumentation:
+        plain, _ = module(query, attention_mask=mask)
+        assert list(instrumentation.coverage.measured) == [""] and not instrumentation.coverage.not_measured
+        output, _ = torch.func.vmap(lambda x: module(x, attention_mask=mask))(query[None])
+    torch.testing.assert_close(output[0], plain)
+    assert instrumentation.coverage.not_measured == {"": "it runs inside a transform of torch.func"}

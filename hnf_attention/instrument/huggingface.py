@@ -121,6 +121,7 @@ def _eager_door(original: Callable[..., Any]) -> Callable[..., Any]:
             if traced():
                 _beside_eager(label, names, dict(zip(names, args)) | kwargs)
                 return compiled.announced(None, original, args, kwargs)
+            owners.list_transformed(_owner, *args, **kwargs)
             return original(*args, **kwargs)
         return owners.run(original, args, kwargs, describe, _owner)
 
@@ -238,6 +239,7 @@ def _flex_door(original: Callable[..., Any]) -> Callable[..., Any]:
                 result = compiled.announced(None, original, args, kwargs)
                 _beside_flex(*args, **kwargs)
                 return result
+            owners.list_transformed(_owner, *args, **kwargs)
             return original(*args, **kwargs)
         return owners.run(original, args, kwargs, _flex_call, _owner)
 

@@ -43,8 +43,12 @@ def _fast_path_door(original: Callable[[], bool]) -> Callable[[], bool]:
     def get_fastpath_enabled() -> bool:
         if transformed():
             # A backward would not have let it be taken.
-            slowed = traced() and original() and not torch.is_grad_enabled()
-            return original() and not (traced() and compiled.running(slowed=slowed)[0] is not None)
+            slowed = original() and not torch.is_grad_enabled()
+            if traced():
+                return original() and compiled.running(slowed=slowed)[0] is None
+            if slowed:
+                owners.list_transformed()
+            return original()
         if torch.jit.is_scripting() or not original():
             return original()
         if owners.thread.receiver is not None:
@@ -67,9 +71,12 @@ def _forward_door(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
-        if transformed() or not _weights_wanted(args, kwargs):
+        if transformed():
             if traced() and compiled.running()[0] is not None:
                 return opened(*args, **kwargs)
+            owners.list_transformed()
+            return original(*args, **kwargs)
+        if not _weights_wanted(args, kwargs):
             return original(*args, **kwargs)
         if owners.thread.probe is not None:
             with suppress(Unmeasurable):

@@ -108,10 +108,13 @@ def measurer(find: Callable[..., Owner | None] | None = None, /, *args: Any, **k
     return found if found is not None and found.instrumentation.measuring else None
 
 
-def list_transformed() -> None:
-    """List the call that runs here where it is a transform of torch.func's: its tensors are none to measure."""
+def list_transformed(find: Callable[..., Owner | None] | None = None, /, *args: Any, **kwargs: Any) -> None:
+    """List the call that runs here where it is a transform of torch.func's: its tensors are none to measure.
+
+    find: whose it is, as for `measurer`.
+    """
     in_a_compiler = torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
-    found = None if in_a_compiler else measurer()
+    found = None if in_a_compiler else measurer(find, *args, **kwargs)
     if found is not None:
         found.instrumentation.note(found.layer, TRANSFORMED)
 

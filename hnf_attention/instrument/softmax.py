@@ -51,6 +51,8 @@ def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if transformed():
             if traced():
                 _beside(*args, **kwargs)
+            else:
+                owners.list_transformed(_owner, *args, **kwargs)
             return original(*args, **kwargs)
         owner = owners.measurer(_owner, *args, **kwargs)
         if owner is None:
