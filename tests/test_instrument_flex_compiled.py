@@ -131,6 +131,22 @@ def test_one_that_cannot_be_read_is_listed_and_strict_raises(what, monkeypatch, 
     assert torch.equal(run(*args), plain)
 
 
+def broken(score, b, h, i, j):
+    torch._dynamo.graph_break()
+    return 2.0 * score
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo's own, about what it cannot trace
+def test_one_that_dynamo_cannot_trace_is_listed_without_an_error(caplog):
+    model, args = Plain(), tensors()
+    run = torch.compile(model, backend="eager")
+    plain = run(*args, score_mod=broken)
+    with instrument(model) as handle:
+        assert torch.equal(run(*args, score_mod=broken), plain)
+    assert "that cannot be read" in handle.coverage.not_measured[""] and not handle.coverage.measured
+    assert not [record for record in caplog.records if record.name == "hnf_attention"]
+
+
 def test_functions_are_evaluated_where_graphs_of_the_default_backend_run_operators():
     exclude = torch._C._dispatch_tls_local_exclude_set()
     for name in ("FuncTorchBatched", "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode"):
@@ -179,3 +195,12 @@ def test_what_hugging_face_adds_to_the_scores():
     assert torch.equal(out, plain)
     assert handle.coverage.measured == {"": "probe (transformers flex_attention)"}
     check(handle.latest[""], statistics(query, key, added, document))
+
+
+def test_sinks_of_hugging_face_by_their_place(monkeypatch):
+    module, args, sinks, given = Caller(), tensors(), torch.randn(4), []
+    monkeypatch.setattr(flex_compiled, "beside", lambda *args: given.append(args))
+    huggingface = sys.modules["hnf_attention.instrument.huggingface"]
+    huggingface._beside_flex(module, *args, None, 0.5, 2.0, sinks)
+    huggingface._beside_flex(module, *args, None, scaling=0.5, s_aux=sinks, softcap=2.0)
+    assert [call[5:] for call in given] == [(0.5, sinks), (0.5, sinks)]

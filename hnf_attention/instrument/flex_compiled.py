@@ -99,7 +99,10 @@ def _functions_of(tracer: Any) -> dict[str, Any]:
 
     graph, output = tracer.output.current_tracer, tracer.output
     calls = (x for x in reversed(graph.graph.nodes) if x.target is torch.ops.higher_order.flex_attention)
-    _query, _key, _value, score_mod, block_mask, _scale, _options, of_scores, of_mask = next(calls).args
+    call = next(calls, None)
+    if call is None:  # Dynamo could not trace its functions, and broke the graph
+        return {}
+    _query, _key, _value, score_mod, block_mask, _scale, _options, of_scores, of_mask = call.args
     functions = [output.nn_modules[x.target] for x in (score_mod, block_mask[-1])]
     held = [(fx.Proxy(node, graph), node.meta["example_value"]) for node in (*of_scores, *of_mask)]
     known = all(isinstance(value, (Tensor, torch.SymInt)) for _, value in held)

@@ -253,8 +253,9 @@ def _beside_flex(
     value: Tensor,
     attention_mask: Tensor | BlockMask | None,
     scaling: float | None = None,
-    *_: Any,
+    softcap: float | None = None,
     s_aux: Tensor | None = None,
+    *_: Any,
     **__: Any,
 ) -> None:
     """Leave the operator in the graph; traced. What is added to the scores is in the score_mod that was traced."""
