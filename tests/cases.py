@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -119,6 +120,16 @@ CASES = {
     "one query": Case(num_queries=1),
     "one key": Case(num_keys=1),
 }
+
+
+def cases_with(dtypes: list[torch.dtype]) -> list:
+    """Parameters (case, dtype): every pair on a card; a dtype a case, in turn, through the slow interpreter."""
+    every = torch.cuda.is_available()
+    return [
+        pytest.param(case, dtype, id=f"{name}-{dtype}")
+        for number, (name, case) in enumerate(CASES.items())
+        for dtype in (dtypes if every else [dtypes[number % len(dtypes)]])
+    ]
 
 
 def random_cases():

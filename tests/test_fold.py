@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, Case, random_cases
+from cases import CASES, Case, cases_with, random_cases
 from hypothesis import given, settings
 
 from hnf_attention import attention_stats, fold, reference, stats
@@ -42,10 +42,8 @@ def _check(q, k, options, slots=SLOTS, rows=None):
     return got
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", CASES)
-def test_every_option(name, dtype, device):
-    case = CASES[name]
+@pytest.mark.parametrize(("case", "dtype"), cases_with([torch.float32, torch.float16, torch.bfloat16]))
+def test_every_option(case, dtype, device):
     tensors = case.tensors(dtype, device)
     _check(*tensors[:2], case.options(*tensors))
 

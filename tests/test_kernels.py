@@ -9,6 +9,7 @@ from cases import (
     NON_FINITE,
     Case,
     break_a_key,
+    cases_with,
     close,
     errors_beside_sdpa,
     extended_oracle,
@@ -46,8 +47,7 @@ def _check_forward(case, dtype, device):
         close(actual, wanted, 2e-5, name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(("case", "dtype"), cases_with(DTYPES))
 def test_forward_matches_the_oracle(case, dtype, device):
     _check_forward(case, dtype, device)
 
@@ -134,8 +134,7 @@ def test_a_non_finite_key_makes_the_rows_nan_that_see_it_and_no_others(number, s
         assert reached.tolist() == [[False, True], [False, False]], name
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(("case", "dtype"), cases_with(DTYPES))
 def test_backward_matches_the_reference(case, dtype, device):
     tensors = case.tensors(dtype, device)
     _check_backward(tensors, case.options(*tensors), TOLERANCE[dtype])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, EXTENDED, Case, close, extended_oracle, oracle, random_cases
+from cases import CASES, EXTENDED, Case, cases_with, close, extended_oracle, oracle, random_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,8 +37,7 @@ def _check(case, dtype, device):
         close(actual, wanted, 2e-5, name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(("case", "dtype"), cases_with(DTYPES))
 def test_all_rows_match_the_oracle(case, dtype, device):
     _check(case, dtype, device)
 
