@@ -54,7 +54,8 @@ def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             else:
                 owners.list_transformed(_owner, *args, **kwargs)
             return original(*args, **kwargs)
-        owner = owners.measurer(_owner, *args, **kwargs)
+        # As in `owners.run`: steps that are not measured pay for this branch.
+        owner = owners.measurer(_owner, *args, **kwargs) if owners.measuring else None
         if owner is None:
             return original(*args, **kwargs)
         owners.thread.suspended = True  # one name calls the other
