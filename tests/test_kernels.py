@@ -37,14 +37,16 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 def _check_forward(case, dtype, device):
     tensors = case.tensors(dtype, device)
     expected = oracle(case, *tensors)
+    # 1 - 2 / (e^2x + 1) rounds in proportion to the cap, however small the score (README, limits).
+    bend = (case.softcap or 0.0) * 2**-22
     for extended in (False, True):
         got = forward.forward(*tensors[:3], case.options(*tensors), TILES, extended)
-        close(got[0], expected[0], TOLERANCE[dtype], "out")
+        close(got[0], expected[0], TOLERANCE[dtype] + bend, "out")
         for name, actual, wanted in zip(("lse", "entropy", "max_logit", "min_logit"), got[1:], expected[1:]):
             assert actual.dtype == torch.float32
-            close(actual, wanted, 1e-5, name)
+            close(actual, wanted, 1e-5 + bend, name)
     for name, actual, wanted in zip(EXTENDED, got[5], extended_oracle(case, *tensors)):
-        close(actual, wanted, 2e-5, name)
+        close(actual, wanted, 2e-5 + bend, name)
 
 
 @pytest.mark.parametrize(("case", "dtype"), cases_with(DTYPES))
