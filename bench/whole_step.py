@@ -16,7 +16,8 @@ of a variant over "plain" in the same round. The first round, which compiles, is
   timed last and alone, because its memory would push the others' out of the allocator
 
 "log_every=100" is derived: of 100 steps 99 are idle and one is as under log_every=1, so its overhead is
-(99 * idle + 1 * logged) / (100 * plain) - 1. `--steps 500` runs as many for plain and for a monitor with
+(99 * idle + 1 * logged) / (100 * plain) - 1. `--graphs` also replays whole steps as CUDA graphs, plain and as under
+record_every=1, which leaves the host out of both. `--steps 500` runs as many for plain and for a monitor with
 log_every=100, in turns of 100 steps, and reports what came, beside the derived number.
 
 Dropout is 0, as fused measuring needs it; GPT-2's table of positions is as long as its sequence.
@@ -38,7 +39,8 @@ from machine import machine
 from models import DEVICE, Training
 from timing import matmul_tflops, spent
 
-from hnf_attention import AttentionStabilityMonitor
+from hnf_attention import AttentionStabilityMonitor, instrument
+from hnf_attention.recorder import Recorder
 
 PERIOD = 100  # of the sparse monitor
 # A turn's timed steps fill TURN_SECONDS. It starts on an idle device, so that its first step waits for the
@@ -57,6 +59,12 @@ VARIANTS = {  # what the monitor is made with
 def repeat(action, times: int) -> None:
     for _ in range(times):
         action()
+
+
+def timed(step, steps: int) -> dict:
+    """Milliseconds a step, of `steps` in a row."""
+    time = spent(lambda: repeat(step, steps))
+    return {"ms": time.device / steps * 1e3, "host_ms": time.host / steps * 1e3, "peak_bytes": time.peak}
 
 
 def guarded(action):
@@ -86,7 +94,7 @@ def turn(training: Training, options: dict | None, warmup: int, steps: int) -> d
         training.monitor.instrumentation.mode = mode
     try:
         repeat(training.step, warmup)
-        time = spent(lambda: repeat(training.step, steps))
+        found = timed(training.step, steps)
         if options is not None:
             coverage = training.monitor.instrumentation.coverage
             readings = len(training.monitor.history)
@@ -94,7 +102,6 @@ def turn(training: Training, options: dict | None, warmup: int, steps: int) -> d
         if options is not None:
             training.monitor.restore()
             training.monitor = None
-    found = {"ms": time.device / steps * 1e3, "host_ms": time.host / steps * 1e3, "peak_bytes": time.peak}
     if coverage is not None:  # that it was measured at all: a monitor that fails lets training go on
         found["measured"] = dict(Counter(coverage.measured.values()))
         found["not_measured"] = dict(Counter(coverage.not_measured.values()))
@@ -157,10 +164,10 @@ def eager(training: Training, plain: dict) -> dict | str:
     training.model.set_attn_implementation("eager")
     times = []
     for _ in range(4):
-        time = guarded(lambda: spent(training.step_eager))
+        time = guarded(lambda: timed(training.step_eager, 1))
         if time == OUT_OF_MEMORY:
             return OUT_OF_MEMORY
-        times.append({"ms": time.device * 1e3, "host_ms": time.host * 1e3, "peak_bytes": time.peak})
+        times.append(time)
     found = summary(times[1:])  # the first one allocates
     return found | {"overhead": found["ms"] / plain["ms"] - 1}
 
@@ -178,6 +185,23 @@ def long_run(training: Training, steps: int, period: int) -> dict:
     }
 
 
+def graphed(training: Training, count: int) -> dict:
+    """Steps as CUDA graphs, plain and recorded, in turns; what the graph of a recorded one folds is read at the end."""
+    graphs = {"plain": training.captured()}
+    with instrument(training.model) as instrumentation:
+        recorder = Recorder(instrumentation, log_every=PERIOD, record_every=1)
+        graphs["recorded"] = training.captured()
+        turns = {name: [] for name in graphs}
+        for number in range(count + 1):
+            for name in list(turns)[:: 1 if number % 2 == 0 else -1]:
+                turns[name].append(timed(graphs[name].replay, MOST_STEPS))
+        rows = sum(int(layer.rows.sum()) for layer in recorder.read().layers.values())
+    return {
+        "plain": summary(turns["plain"][1:]),
+        "recorded": summary(turns["recorded"][1:], turns["plain"][1:]) | {"rows": rows},
+    }
+
+
 def compare(name: str, length: int, arguments: argparse.Namespace) -> dict:
     """Everything about one model at one length."""
     row = {"model": name, "tokens": length, "variants": dict.fromkeys([*VARIANTS, "eager"], OUT_OF_MEMORY)}
@@ -188,6 +212,9 @@ def compare(name: str, length: int, arguments: argparse.Namespace) -> dict:
         plain = row["variants"]["plain"]
         if arguments.steps:
             row["long_run"] = guarded(lambda: long_run(training, arguments.steps, arguments.period))
+            cleanup(training)
+        if arguments.graphs and DEVICE == "cuda":
+            row["graphs"] = guarded(lambda: graphed(training, arguments.rounds))
             cleanup(training)
         row["variants"]["eager"] = OUT_OF_MEMORY if plain == OUT_OF_MEMORY else eager(training, plain)
     training = None
@@ -200,6 +227,8 @@ def show(row: dict) -> None:
     lines = dict(row["variants"])
     if isinstance(run := row.get("long_run"), dict):
         lines[f"{run['turns']} x {run['period']} steps"] = run["monitored"]
+    if isinstance(graphs := row.get("graphs"), dict):
+        lines |= {f"graph, {name}": found for name, found in graphs.items()}
     for name, found in lines.items():
         if found == OUT_OF_MEMORY:
             print(f"    {name:16} {OUT_OF_MEMORY}", flush=True)
@@ -216,6 +245,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, help="1024 4096 16384 unless given")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=0, help="run this many steps as well")
+    parser.add_argument("--graphs", action="store_true", help="steps as CUDA graphs as well")
     parser.add_argument("--dry", action="store_true", help="tiny models, short sequences")
     arguments = parser.parse_args()
     arguments.period = 5 if arguments.dry else PERIOD
