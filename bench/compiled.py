@@ -107,9 +107,10 @@ def main() -> None:
     parser.add_argument(
         "--small", action="store_true", help="a tiny model on the CPU, in the first mode only"
     )
-    small = parser.parse_args().small
-    for mode in MODES[:1] if small else MODES:
-        measure(mode, small)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    arguments = parser.parse_args()
+    for mode in MODES[:1] if arguments.small else arguments.modes:
+        measure(mode, arguments.small)
 
 
 if __name__ == "__main__":

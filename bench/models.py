@@ -58,18 +58,3 @@ class Training:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-    def captured(self) -> torch.cuda.CUDAGraph:
-        """A step, `on_step` apart, as one CUDA graph: replaying it leaves the host nothing to do."""
-        for group in self.optimizer.param_groups:
-            group["capturable"] = True
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # as capturing wants it
-            for _ in range(3):
-                self._finish(self.model(input_ids=self.tokens, labels=self.tokens).loss)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._finish(self.model(input_ids=self.tokens, labels=self.tokens).loss)
-        return graph

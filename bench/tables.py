@@ -1,7 +1,7 @@
 """Markdown tables of result files; what a file holds decides which there are.
 
 forward and training suites: "core", our attention beside SDPA's at every case; "others", what ran at some.
-bench/whole_step.py: "overhead" and "memory". bench/long_sequences.py: "long" and "errors".
+bench/whole_step.py: "overhead" and "memory". bench/graphed.py: "graphed". bench/long_sequences.py: "long" and "errors".
 bench/theory_soundness.py: "soundness" and "bits". bench/theory_kernels.py: "soundness".
 bench/weight_bounds.py: "weights". bench/initial_predictions.py: "initial".
 """
@@ -16,6 +16,8 @@ def tables(document: dict) -> dict[str, str]:
         return _attention(_groups(document["benchmarks"]), ceiling)
     if "steps" in document:
         return {"overhead": _overhead(document["steps"]), "memory": _memory(document["steps"])}
+    if "graphed" in document:
+        return {"graphed": _graphed(document["graphed"])}
     if "long" in document:
         return {"long": _long(document), "errors": _errors(document["long"])}
     if "soundness" in document:
@@ -151,6 +153,23 @@ def _memory(rows: list[dict]) -> str:
 
     lines = [[label(row), *(cell(row["variants"].get(name)) for name in names)] for row in rows]
     return _markdown(["peak memory of a step", *names.values()], lines)
+
+
+def _graphed(rows: list[dict]) -> str:
+    header = ["model", "tokens", "plain", "every step recorded", "overhead"]
+    return _markdown(
+        header,
+        [
+            [
+                f"{row['model']}, {row['parameters'] / 1e6:.0f}M",
+                str(row["tokens"]),
+                _ms(row["plain_ms"] / 1e3),
+                _ms(row["recorded_ms"] / 1e3),
+                f"{row['overhead']:+.1%}",
+            ]
+            for row in rows
+        ],
+    )
 
 
 def _long(document: dict) -> str:

@@ -16,8 +16,7 @@ of a variant over "plain" in the same round. The first round, which compiles, is
   timed last and alone, because its memory would push the others' out of the allocator
 
 "log_every=100" is derived: of 100 steps 99 are idle and one is as under log_every=1, so its overhead is
-(99 * idle + 1 * logged) / (100 * plain) - 1. `--graphs` also replays whole steps as CUDA graphs, plain and as under
-record_every=1, which leaves the host out of both. `--steps 500` runs as many for plain and for a monitor with
+(99 * idle + 1 * logged) / (100 * plain) - 1. `--steps 500` runs as many for plain and for a monitor with
 log_every=100, in turns of 100 steps, and reports what came, beside the derived number.
 
 Dropout is 0, as fused measuring needs it; GPT-2's table of positions is as long as its sequence.
@@ -39,8 +38,7 @@ from machine import machine
 from models import DEVICE, Training
 from timing import matmul_tflops, spent
 
-from hnf_attention import AttentionStabilityMonitor, instrument
-from hnf_attention.recorder import Recorder
+from hnf_attention import AttentionStabilityMonitor
 
 PERIOD = 100  # of the sparse monitor
 # A turn's timed steps fill TURN_SECONDS. It starts on an idle device, so that its first step waits for the
@@ -185,23 +183,6 @@ def long_run(training: Training, steps: int, period: int) -> dict:
     }
 
 
-def graphed(training: Training, count: int) -> dict:
-    """Steps as CUDA graphs, plain and recorded, in turns; what the graph of a recorded one folds is read at the end."""
-    graphs = {"plain": training.captured()}
-    with instrument(training.model) as instrumentation:
-        recorder = Recorder(instrumentation, log_every=PERIOD, record_every=1)
-        graphs["recorded"] = training.captured()
-        turns = {name: [] for name in graphs}
-        for number in range(count + 1):
-            for name in list(turns)[:: 1 if number % 2 == 0 else -1]:
-                turns[name].append(timed(graphs[name].replay, MOST_STEPS))
-        rows = sum(int(layer.rows.sum()) for layer in recorder.read().layers.values())
-    return {
-        "plain": summary(turns["plain"][1:]),
-        "recorded": summary(turns["recorded"][1:], turns["plain"][1:]) | {"rows": rows},
-    }
-
-
 def compare(name: str, length: int, arguments: argparse.Namespace) -> dict:
     """Everything about one model at one length."""
     row = {"model": name, "tokens": length, "variants": dict.fromkeys([*VARIANTS, "eager"], OUT_OF_MEMORY)}
@@ -212,9 +193,6 @@ def compare(name: str, length: int, arguments: argparse.Namespace) -> dict:
         plain = row["variants"]["plain"]
         if arguments.steps:
             row["long_run"] = guarded(lambda: long_run(training, arguments.steps, arguments.period))
-            cleanup(training)
-        if arguments.graphs and DEVICE == "cuda":
-            row["graphs"] = guarded(lambda: graphed(training, arguments.rounds))
             cleanup(training)
         row["variants"]["eager"] = OUT_OF_MEMORY if plain == OUT_OF_MEMORY else eager(training, plain)
     training = None
@@ -227,8 +205,6 @@ def show(row: dict) -> None:
     lines = dict(row["variants"])
     if isinstance(run := row.get("long_run"), dict):
         lines[f"{run['turns']} x {run['period']} steps"] = run["monitored"]
-    if isinstance(graphs := row.get("graphs"), dict):
-        lines |= {f"graph, {name}": found for name, found in graphs.items()}
     for name, found in lines.items():
         if found == OUT_OF_MEMORY:
             print(f"    {name:16} {OUT_OF_MEMORY}", flush=True)
@@ -245,7 +221,6 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, help="1024 4096 16384 unless given")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=0, help="run this many steps as well")
-    parser.add_argument("--graphs", action="store_true", help="steps as CUDA graphs as well")
     parser.add_argument("--dry", action="store_true", help="tiny models, short sequences")
     arguments = parser.parse_args()
     arguments.period = 5 if arguments.dry else PERIOD
