@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -20,6 +22,12 @@ KERNEL_MAX_HEAD_DIM = 256
 # with those that the GPU tests were run on.
 HOPPER_TRITON = ("3.6.",)
 _log = logging.getLogger("hnf_attention")
+
+
+@functools.cache
+def kernel(name: str) -> ModuleType:
+    """A module of `kernels`, which import Triton; an import statement would cost each call several microseconds."""
+    return importlib.import_module(f".kernels.{name}", __package__)
 
 
 def kernels_cover(query: Tensor, value: Tensor | None) -> bool:
@@ -41,12 +49,8 @@ def forward_path(query: Tensor, key: Tensor, value: Tensor | None, options: Opti
     """HOPPER, TRITON or REFERENCE: what computes the output and the statistics of a validated call."""
     if not kernels_cover(query, value):
         return REFERENCE
-    if not extended and value is not None and hopper_is_tested(query.device):
-        from .kernels import hopper
-
-        if hopper.covers(query, key, value, options):
-            return HOPPER
-    return TRITON
+    tested = not extended and value is not None and hopper_is_tested(query.device)
+    return HOPPER if tested and kernel("hopper").covers(query, key, value, options) else TRITON
 
 
 @functools.cache
@@ -72,14 +76,10 @@ def forward(
         return out, *packed(rows, extended)
     with on_device(query):
         if path == HOPPER:
-            from .kernels import hopper
-
-            return hopper.forward(query, key, value, options)
-        from .kernels import forward, probe
-
+            return kernel("hopper").forward(query, key, value, options)
         if value is None:
-            return None, *probe.probe(query, key, options, extended=extended)[:-1]
-        return forward.forward(query, key, value, options, extended=extended)
+            return None, *kernel("probe").probe(query, key, options, extended=extended)[:-1]
+        return kernel("forward").forward(query, key, value, options, extended=extended)
 
 
 def backward(
@@ -107,9 +107,9 @@ def backward(
             kind = library_backward.choose(query, key, value, options)
             if kind is not None:
                 return library_backward.backward(kind, query, key, value, options, out, lse, d_out)
-        from .kernels import backward
-
-        return backward.backward(query, key, value, options, *cotangents, mask_gradient=mask_gradient)
+        return kernel("backward").backward(
+            query, key, value, options, *cotangents, mask_gradient=mask_gradient
+        )
 
 
 def packed(rows: RowStats, extended: bool) -> tuple[Tensor | None, ...]:

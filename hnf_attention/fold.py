@@ -42,9 +42,7 @@ def new_accumulator(num_heads: int, device: torch.device) -> Tensor:
     """An empty fold for calls on `device`."""
     slots = 1
     if device.type == "cuda":
-        from .kernels import fold as kernel
-
-        slots = kernel.SLOTS
+        slots = dispatch.kernel("fold").SLOTS
     return stats.new_accumulator(num_heads, device).repeat(slots, 1, 1)
 
 
@@ -57,10 +55,8 @@ def fold(accumulator: Tensor, query: Tensor, key: Tensor, rows: RowStats, option
     if rows.lse.numel() == 0:
         return
     if dispatch.kernels_cover(query, None):
-        from .kernels import fold as kernel
-
         with dispatch.on_device(query):
-            kernel.fold(accumulator, query, key, rows, options)
+            dispatch.kernel("fold").fold(accumulator, query, key, rows, options)
     else:
         fold_measured(accumulator, rows, measure(query, key, rows, options))
 

@@ -121,6 +121,8 @@ def attention_stats(
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Floating tensors in the dtype that autocast gives SDPA's inputs; fp64 is left alone, as there."""
+    if not torch._C._is_any_autocast_enabled():  # a tenth of what asking for the device's costs
+        return tensors
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
@@ -241,10 +243,10 @@ def _sample_rows(
 ) -> tuple[Tensor | None, ...]:
     """(lse, entropy, max_logit, min_logit, more, row_index) of a sample; `period` is an effective one."""
     if dispatch.kernels_cover(query, None):
-        from .kernels import probe
-
         with dispatch.on_device(query):
-            return probe.probe(query, key, options, extended=extended, sample=(period, phase))
+            return dispatch.kernel("probe").probe(
+                query, key, options, extended=extended, sample=(period, phase)
+            )
     index = sampling.row_index(*query.shape[:3], period, phase, query.device)
     with dispatch.no_autocast(query):
         rows = reference.attention(query, key, None, options, extended=extended, index=index)[1]
@@ -355,7 +357,7 @@ class _EagerAttention(torch.autograd.Function):
         out, *rows = dispatch.forward(query, key, value, options, extended)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, attn_mask, sinks, options.seqlens, out, *rows[:2])
-        ctx.options = options._replace(attn_mask=None, sinks=None, seqlens=None)
+        ctx.options = options if options.plain else options._replace(attn_mask=None, sinks=None, seqlens=None)
         rest += rows if detached else rows[2:]
         return out if detached else (out, *rows[:2])
 
@@ -365,7 +367,9 @@ class _EagerAttention(torch.autograd.Function):
         query, key, value, attn_mask, sinks, seqlens, out, lse, entropy = ctx.saved_tensors
         if d_out is None and d_lse is None and d_entropy is None:
             return (None,) * 9
-        options = ctx.options._replace(attn_mask=attn_mask, sinks=sinks, seqlens=seqlens)
+        options = ctx.options
+        if not attn_mask is sinks is seqlens is None:
+            options = options._replace(attn_mask=attn_mask, sinks=sinks, seqlens=seqlens)
         cotangents = (out, lse, entropy, d_out, d_lse, d_entropy)
         gradients = dispatch.backward(
             query, key, value, options, *cotangents, mask_gradient=ctx.needs_input_grad[3]

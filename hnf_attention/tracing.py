@@ -44,7 +44,10 @@ def untraced(*tensors: Tensor | None) -> bool:
 
 def unwatched() -> AbstractContextManager:
     """Operators inside are seen by no dispatch mode: selective checkpointing would miss them in its second forward."""
-    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else _NOTHING
+
+
+_NOTHING = nullcontext()
 
 
 def readable(tensor: Tensor) -> bool:

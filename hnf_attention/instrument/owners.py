@@ -102,7 +102,7 @@ def measurer(find: Callable[..., Owner | None] | None = None, /, *args: Any, **k
 
     find: whose the call with these arguments is; where it is left out, the running module's owner's.
     """
-    if not measuring or thread.suspended or thread.receiver is not None or torch.jit.is_tracing():
+    if not measuring or thread.suspended or thread.receiver is not None or torch._C._get_tracing_state():
         return None
     found = running_owner() if find is None else find(*args, **kwargs)
     return found if found is not None and found.instrumentation.measuring else None
