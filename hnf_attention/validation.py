@@ -76,7 +76,7 @@ def _check_mask(attn_mask: Tensor, query: Tensor, num_keys: int) -> Tensor:
 
 
 def _check_number(name: str, number: object, *, positive: bool) -> float:
-    if not isinstance(number, Real) or isinstance(number, bool):
+    if not isinstance(number, (float, int, Real)) or isinstance(number, bool):
         raise _expected(f"{name} to be a number", number, TypeError)
     if not math.isfinite(number) or (positive and number <= 0):
         raise _expected(f"{name} {'> 0' if positive else 'finite'}", number)
