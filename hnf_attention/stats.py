@@ -331,8 +331,8 @@ class HeadStats(HeadPrecision):
     def entropy_ratio_p10(self) -> np.ndarray:
         """10th percentile over judged rows, to 1/32: interpolated in a histogram of 32 bins."""
         counts = self.values[len(SUM_FIELDS) : NUM_SUMS]
-        target = 0.1 * counts.sum(0)
         cumulative = counts.cumsum(0)
+        target = 0.1 * cumulative[-1]
         index = (cumulative < target).sum(0).clip(max=HISTOGRAM_BINS - 1)
         heads = np.arange(self.num_heads)
         inside = counts[index, heads]

@@ -8,8 +8,10 @@ import pytest
 from heads import head_stats, snapshot
 
 from hnf_attention.diagnosis import diagnose
+from hnf_attention.diagnosis.heads import side_by_side
 from hnf_attention.diagnosis.thresholds import THRESHOLDS, threshold
-from hnf_attention.diagnosis.trends import score_size, theil_sen, trends
+from hnf_attention.diagnosis.trends import score_size, theil_sen
+from hnf_attention.stats import Snapshot
 
 
 def found(history, issue_type):
@@ -333,9 +335,42 @@ def test_too_few_values_give_no_line():
 def test_trend_skips_readings_without_the_layer_and_stops_where_heads_change():
     history = [snapshot(s, a={"heads": 2, "max_logit": 500.0}) for s in range(1, 6)]
     history += [snapshot(s, **({"a": {"max_logit": float(s)}} if s % 2 else {"b": {}})) for s in range(6, 20)]
-    line = trends(history, ["a"])["a"].root_score
+    line = side_by_side(history, ["a"])[0].root_score
     assert line.slope.shape == (4,)
     np.testing.assert_allclose(line.level, np.sqrt(19.0), rtol=0.02)
+
+
+def test_a_layer_is_judged_beside_others_as_alone():
+    """Whatever they share or not: head counts, head dimension, dtype, sampling, keys, readings, falls, rising heads."""
+    rising = [{"max_logit": (3 + 0.8 * t) ** 2, "entropy_ratio": 0.4 - 0.01 * t} for t in range(16)]
+    large = [{**numbers, "query_size": 40.0} for numbers in rising]
+    fallen = [
+        {"max_logit": [500.0, 500.0, 200.0, 5.0] if t < 8 else [150.0, 60.0 + t, 200.0, 5.0]}
+        for t in range(16)
+    ]
+    layers = {
+        "plain": rising,
+        "healthy": [{}] * 16,
+        "sharp": [only(1, **SHARP)] * 16,
+        "collapsed": [SHARP | {"heads": 6}] * 16,
+        "fallen": fallen,
+        "late": [None if t % 3 == 0 else numbers for t, numbers in enumerate(rising)][:-1] + rising[-1:],
+        "resized": [numbers | {"heads": 2 if t < 9 else 3} for t, numbers in enumerate(rising)],
+        "half": [numbers | {"dtype": "float16"} for numbers in large],
+        "wide": [numbers | {"head_dim": 128} for numbers in large],
+        "sampled": [numbers | {"sample_period": 4} for numbers in large],
+        "long": [numbers | {"num_keys": 4096.0} for numbers in large],
+        "short": large,
+    }
+    history = [
+        snapshot(10 * t, **{name: each[t] for name, each in layers.items() if each[t] is not None})
+        for t in range(16)
+    ]
+    together = diagnose(history).issues
+    for layer in layers:
+        alone = [Snapshot(s.step, {k: v for k, v in s.layers.items() if k == layer}) for s in history]
+        assert diagnose(alone).issues == [issue for issue in together if issue.layer == layer], layer
+    assert {issue.layer for issue in together} == layers.keys() - {"healthy"}
 
 
 def test_every_threshold_says_where_it_comes_from():

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..stats import Snapshot
 from .findings import ISSUE_TYPES, SEVERITIES, AttentionDiagnosis, StabilityIssue
+from .heads import side_by_side
 from .rules import RULES
-from .trends import trends
 
 __all__ = ["AttentionDiagnosis", "StabilityIssue", "diagnose"]
 
@@ -25,8 +25,9 @@ def diagnose(history: Iterable[Snapshot], coverage: Any = None) -> AttentionDiag
         raise ValueError("expected at least one snapshot to diagnose, got none")
     latest = history[-1]
     layers = list(latest.layers)
-    lines = trends(history, layers)
-    issues = [issue for rule in RULES for issue in rule(history, lines)]
+    issues = [
+        issue for heads in side_by_side(history, layers) for rule in RULES for issue in rule(history, heads)
+    ]
 
     def order(issue: StabilityIssue) -> tuple[int, int, int, int]:
         head = -1 if issue.head is None else issue.head

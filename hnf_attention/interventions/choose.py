@@ -6,8 +6,9 @@ import numpy as np
 from torch import nn
 
 from ..diagnosis import AttentionDiagnosis, StabilityIssue
+from ..diagnosis.heads import side_by_side
 from ..diagnosis.thresholds import threshold
-from ..diagnosis.trends import score_size, trends
+from ..diagnosis.trends import score_size
 from . import dropout, projections
 from .intervention import Intervention, increase_dropout, qk_clip, reduce_lr, temperature
 
@@ -131,5 +132,6 @@ class Adviser:
 def _acting(diagnosis: AttentionDiagnosis) -> list[StabilityIssue]:
     """Errors of growing or collapsing heads, and such warnings where the head's scores rise."""
     found = [issue for issue in diagnosis.issues if issue.issue_type in GROWTH]
-    lines = trends(diagnosis.history, dict.fromkeys(issue.layer for issue in found))
-    return [issue for issue in found if issue.severity == "error" or lines[issue.layer].rising[issue.head]]
+    together = side_by_side(diagnosis.history, dict.fromkeys(issue.layer for issue in found))
+    rising = {heads.places[head] for heads in together for head in np.flatnonzero(heads.rising)}
+    return [issue for issue in found if issue.severity == "error" or (issue.layer, issue.head) in rising]

@@ -1,0 +1,136 @@
+"""All layers' heads side by side: a number is computed once for all of them, not once for each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from ..stats import MAX_FIELDS, NUM_FIELDS, NUM_SUMS, SUM_FIELDS, HeadStats, Snapshot
+from .thresholds import threshold
+from .trends import Line, score_size, theil_sen
+
+_KEYS = NUM_SUMS + MAX_FIELDS.index("num_keys")
+# What `score_size` and `HeadStats.entropy_ratio` are computed from.
+_OF_SCORE = [NUM_SUMS + MAX_FIELDS.index(name) for name in ("max_logit", "neg_min_logit")]
+_OF_RATIO = [SUM_FIELDS.index(name) for name in ("entropy_ratio", "judged_rows")]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Where the heads of some layers are and go, layer after layer, (H,) each; over T readings, oldest first."""
+
+    layers: Sequence[str]
+    readings: Sequence[Snapshot]  # that hold all the layers; the last one is judged
+    stats: HeadStats  # of the last reading
+    places: Sequence[tuple[str, int]]  # layer, and number in it
+    layer: np.ndarray  # the layer's place in `layers`
+    layer_heads: np.ndarray  # how many heads the layer has
+    scores: np.ndarray  # `score_size`, (T, H)
+
+    @property
+    def score(self) -> np.ndarray:
+        """Largest |score| of the last reading, nats."""
+        return self.scores[-1]
+
+    @cached_property
+    def root_score(self) -> Line:
+        """Line of sqrt(largest |score|), since that last fell at once (a fix, a restart)."""
+        return self._line(np.sqrt(self.scores))
+
+    @cached_property
+    def entropy_ratio(self) -> Line:
+        """Line of the entropy ratio over the same readings."""
+        stats = _joined(self.stats, self.readings, self.layers, _OF_RATIO)
+        return self._line(stats.entropy_ratio.reshape(self.scores.shape))
+
+    def _line(self, values: np.ndarray) -> Line:
+        steps = np.array([reading.step for reading in self.readings], dtype=np.float64)
+        return theil_sen(steps, np.where(self._stale, np.nan, values))
+
+    @cached_property
+    def _stale(self) -> np.ndarray:
+        """Readings before the scores' last fall, (T, H): some later one fell against its predecessor."""
+        fell = self.scores[1:] < threshold("trend_restart") * self.scores[:-1]
+        stale = np.zeros_like(self.scores, dtype=bool)
+        stale[:-1] = np.logical_or.accumulate(fell[::-1], axis=0)[::-1]
+        return stale
+
+    def score_ahead(self, steps: float | np.ndarray) -> np.ndarray:
+        """Projected largest |score|, nats."""
+        return np.maximum(self.root_score.ahead(steps), 0.0) ** 2
+
+    def steps_until_score(self, score: float) -> np.ndarray:
+        return self.root_score.steps_until(score**0.5)
+
+    @cached_property
+    def rising(self) -> np.ndarray:
+        """Whether the scores clearly grew within the window."""
+        line = self.root_score
+        return line.slope * line.span > threshold("rising_share") * np.abs(line.level)
+
+    def readings_above(self, limit: float) -> np.ndarray:
+        """In how many of the last `watch_readings` readings the scores were above `limit`."""
+        return (self.scores[-int(threshold("watch_readings")) :] > limit).sum(0)
+
+    def in_layer(self, chosen: np.ndarray) -> np.ndarray:
+        """How many of its layer's heads are among those that a boolean (H,) chooses."""
+        return np.bincount(self.layer, chosen)[self.layer]
+
+
+def side_by_side(history: Sequence[Snapshot], layers: Iterable[str]) -> list[Heads]:
+    """These layers of the latest snapshot: together where one HeadStats describes them, read at the same times."""
+    together: dict[tuple, list[str]] = {}
+    for layer in layers:
+        stats = history[-1].layers[layer]
+        # A layer's error bound is that of its most keys.
+        described = stats.head_dim, stats.dtype, stats.sample_period, stats.values[_KEYS].max()
+        together.setdefault((described, _ages(history, layer)), []).append(layer)
+    return [
+        _heads([history[-1 - age] for age in reversed(ages)], names) for (_, ages), names in together.items()
+    ]
+
+
+def _ages(history: Sequence[Snapshot], layer: str) -> tuple[int, ...]:
+    """How many readings ago the layer's last `trend_readings` appearances were, newest first.
+
+    Readings without the layer are skipped; a change of its head count ends the series.
+    """
+    heads, window = history[-1].layers[layer].num_heads, threshold("trend_readings")
+    found: list[int] = []
+    for age, snapshot in enumerate(reversed(history)):
+        stats = snapshot.layers.get(layer)
+        if stats is None:
+            continue
+        if len(found) == window or stats.num_heads != heads:
+            break
+        found.append(age)
+    return tuple(found)
+
+
+def _heads(readings: Sequence[Snapshot], layers: Sequence[str]) -> Heads:
+    latest = [readings[-1].layers[layer] for layer in layers]
+    counts = [stats.num_heads for stats in latest]
+    scores = score_size(_joined(latest[0], readings, layers, _OF_SCORE))
+    return Heads(
+        layers,
+        readings,
+        replace(latest[0], values=np.concatenate([stats.values for stats in latest], axis=1)),
+        [(layer, head) for layer, count in zip(layers, counts) for head in range(count)],
+        np.repeat(np.arange(len(layers)), counts),
+        np.repeat(counts, counts),
+        scores.reshape(len(readings), -1),
+    )
+
+
+def _joined(
+    like: HeadStats, readings: Sequence[Snapshot], layers: Sequence[str], fields: Sequence[int]
+) -> HeadStats:
+    """The heads of all layers in one reading after the other, (T * H,), with nothing but these fields."""
+    parts = [reading.layers[layer].values for reading in readings for layer in layers]
+    values = np.empty((NUM_FIELDS, sum(part.shape[1] for part in parts)))
+    for field in fields:
+        np.concatenate([part[field] for part in parts], out=values[field])
+    return replace(like, values=values)
