@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import fold
 from .ranks import Part, Ranks
-from .stats import NUM_SUMS, SUM_FIELDS, HeadStats, Snapshot
+from .stats import SUM_FIELDS, HeadStats, Snapshot, new_accumulator
 
 if TYPE_CHECKING:
     from .instrument import Instrumentation, Measurement
 
 HISTORY_LENGTH = 10_000  # snapshots kept; older ones are dropped
+
+_SEEN = [SUM_FIELDS.index(name) for name in ("rows", "nonfinite_rows")]
 
 _Kind = tuple[str, int, int, torch.dtype]  # layer, heads, head dimension, dtype
 
@@ -97,16 +99,16 @@ class Recorder:
         self.history.append(snapshot)
         return snapshot
 
-    def _parts(self) -> Iterator[Part]:
+    def _parts(self) -> list[Part]:
         """What was measured since the last reading, by layer; a layer on several devices is merged."""
         found: dict[str, HeadStats] = {}
-        for (name, head_dim, dtype), values in self._copy_to_host():
-            if not values[[SUM_FIELDS.index("rows"), SUM_FIELDS.index("nonfinite_rows")]].any():
+        for kind, values in self._copy_to_host():
+            if not values[_SEEN].any():
                 continue  # known from an earlier reading, not run since
-            stats = HeadStats(values, head_dim, dtype, self._periods[name])
+            name, (_, _, head_dim, dtype) = self._names[kind], kind
+            stats = HeadStats(values, head_dim, _text(dtype), self._periods[name])
             found[name] = found[name].merge(stats) if name in found else stats
-        for name, stats in found.items():
-            yield Part(name, stats.head_dim, stats.dtype, stats.sample_period, stats.values)
+        return [Part(n, s.head_dim, s.dtype, s.sample_period, s.values) for n, s in found.items()]
 
     def stop(self) -> None:
         """Measure no further step: `advance()` goes on counting, the model runs its own attention."""
@@ -148,20 +150,21 @@ class Recorder:
         return f"{layer} [{heads} heads of {head_dim}, {_text(dtype)}]" if taken else layer
 
     @torch.no_grad()
-    def _copy_to_host(self):
-        """Yield ((name, head_dim, dtype), values (NUM_FIELDS, H)) in the order layers first ran; reset."""
+    def _copy_to_host(self) -> list[tuple[_Kind, np.ndarray]]:
+        """The accumulators' values, (NUM_FIELDS, H) each, in the order layers first ran; all start anew."""
         packed: dict[torch.device, list[Tensor]] = {}
         for (_, device), accumulator in self._accumulators.items():
             packed.setdefault(device, []).append(accumulator)
-        copies = {device: fold.collect(parts).cpu() for device, parts in packed.items()}
+        copies = {device: fold.collect(parts).cpu().numpy() for device, parts in packed.items()}
+        empty = {device: new_accumulator(1, device) for device in packed}
         offsets = dict.fromkeys(copies, 0)
+        read = []
         for (kind, device), accumulator in self._accumulators.items():
             start = offsets[device]
             offsets[device] += accumulator.shape[2]
-            values = copies[device][:, start : offsets[device]].numpy()
-            yield (self._names[kind], kind[2], _text(kind[3])), values
-            accumulator[:, :NUM_SUMS].zero_()
-            accumulator[:, NUM_SUMS:].fill_(-torch.inf)
+            read.append((kind, copies[device][:, start : offsets[device]]))
+            accumulator.copy_(empty[device])
+        return read
 
     def _why_nothing(self) -> str:
         try:
