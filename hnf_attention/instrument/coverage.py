@@ -53,10 +53,8 @@ def unreached(attention: Mapping[str, nn.Module], measured: Mapping[str, str]) -
 
     def reached(name: str) -> bool:
         inside = f"{name}." if name else ""
-        return any(
-            layer == name
-            or layer.startswith(inside)
-            or (layer in attention and (not layer or name.startswith(f"{layer}.")))
+        return name in measured or any(
+            layer.startswith(inside) or (layer in attention and (not layer or name.startswith(f"{layer}.")))
             for layer in measured
         )
 
