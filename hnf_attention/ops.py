@@ -121,9 +121,11 @@ def attention_stats(
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Floating tensors in the dtype that autocast gives SDPA's inputs; fp64 is left alone, as there."""
-    if not torch._C._is_any_autocast_enabled():  # a tenth of what asking for the device's costs
+    first = tensors[0] if isinstance(tensors[0], Tensor) else None
+    # A tenth of what the question below costs; it does not ask MPS, for one.
+    if first is not None and first.is_cuda and not torch._C._is_any_autocast_enabled():
         return tensors
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    device = "cpu" if first is None else first.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
