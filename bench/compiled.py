@@ -105,11 +105,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--small", action="store_true", help="a tiny model on the CPU, in the first mode only"
+        "--small", action="store_true", help="a tiny model on the CPU, in the first of the modes only"
     )
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="of torch.compile")
     arguments = parser.parse_args()
-    for mode in MODES[:1] if arguments.small else arguments.modes:
+    for mode in arguments.modes[:1] if arguments.small else arguments.modes:
         measure(mode, arguments.small)
 
 

@@ -80,13 +80,14 @@ def compare(shape: tuple[int, int, int], length: int) -> dict:
 
 
 def main() -> None:
+    out = Path(sys.argv[1])
     document = {"machine": machine(), "graphed": []}
     for name, shape in SHAPES.items():
         for length in LENGTHS:
             found = {"model": name, "tokens": length} | compare(shape, length)
             document["graphed"].append(found)
             print(*found.values(), flush=True)
-    Path(sys.argv[1]).write_text(json.dumps(document, indent=1) + "\n")
+            out.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

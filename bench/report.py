@@ -49,8 +49,8 @@ def show(path: Path) -> None:
     found = tables(document)
     if not found:
         raise SystemExit(
-            f"expected results of the forward or training suite, of whole steps, of long sequences "
-            f"or of the theory's soundness, got {path}, of which no table is made"
+            f"expected results of the forward or training suite, of whole steps, of captured ones, of long "
+            f"sequences or of the theory's soundness, got {path}, of which no table is made"
         )
     print(machine_line(document))
     for name, text in found.items():

@@ -185,7 +185,8 @@ def long_run(training: Training, steps: int, period: int) -> dict:
 
 def compare(name: str, length: int, arguments: argparse.Namespace) -> dict:
     """Everything about one model at one length."""
-    row = {"model": name, "tokens": length, "variants": dict.fromkeys([*VARIANTS, "eager"], OUT_OF_MEMORY)}
+    row = {"model": name, "tokens": length, "rounds": arguments.rounds}
+    row["variants"] = dict.fromkeys([*VARIANTS, "eager"], OUT_OF_MEMORY)
     training = guarded(lambda: Training(name, length, arguments.dry))
     if training != OUT_OF_MEMORY:
         row["parameters"] = sum(p.numel() for p in training.model.parameters())

@@ -61,6 +61,21 @@ def test_a_forward_table_compares_with_sdpa_and_with_the_ceiling():
     assert row["flex"] == "1.50x, 3 MiB"
 
 
+def test_captured_steps_say_what_recording_adds():
+    from tables import tables
+
+    rows = cells(tables(json.loads((BENCH / "results" / "graphed_h200.json").read_text()))["graphed"])
+    assert len(rows) == 6 and rows[0]["model"] == "GPT-2, 86M" and rows[0]["overhead"] == "+2.6%"
+
+
+def test_the_pages_show_what_the_result_files_say():
+    from report import PAGES, ROOT, fill
+
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert fill(text, ROOT) == text
+
+
 def test_an_older_file_has_a_table_without_what_it_did_not_record():
     from tables import tables
 

@@ -361,6 +361,7 @@ def test_a_layer_is_judged_beside_others_as_alone():
         "sampled": [numbers | {"sample_period": 4} for numbers in large],
         "long": [numbers | {"num_keys": 4096.0} for numbers in large],
         "short": large,
+        "empty": [{"heads": 0}] * 16,
     }
     history = [
         snapshot(10 * t, **{name: each[t] for name, each in layers.items() if each[t] is not None})
@@ -370,7 +371,7 @@ def test_a_layer_is_judged_beside_others_as_alone():
     for layer in layers:
         alone = [Snapshot(s.step, {k: v for k, v in s.layers.items() if k == layer}) for s in history]
         assert diagnose(alone).issues == [issue for issue in together if issue.layer == layer], layer
-    assert {issue.layer for issue in together} == layers.keys() - {"healthy"}
+    assert {issue.layer for issue in together} == layers.keys() - {"healthy", "empty"}
 
 
 def test_every_threshold_says_where_it_comes_from():

@@ -86,7 +86,7 @@ def side_by_side(history: Sequence[Snapshot], layers: Iterable[str]) -> list[Hea
     for layer in layers:
         stats = history[-1].layers[layer]
         # A layer's error bound is that of its most keys.
-        described = stats.head_dim, stats.dtype, stats.sample_period, stats.values[_KEYS].max()
+        described = stats.head_dim, stats.dtype, stats.sample_period, stats.values[_KEYS].max(initial=0.0)
         together.setdefault((described, _ages(history, layer)), []).append(layer)
     return [
         _heads([history[-1 - age] for age in reversed(ages)], names) for (_, ages), names in together.items()
