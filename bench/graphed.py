@@ -16,7 +16,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 import torch
 from machine import machine
-from timing import spent
+from timing import timed
 from torch.nn.functional import cross_entropy
 
 from hnf_attention import instrument
@@ -41,14 +41,6 @@ def captured(step) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def milliseconds(graph: torch.cuda.CUDAGraph) -> float:
-    def replays():
-        for _ in range(REPLAYS):
-            graph.replay()
-
-    return spent(replays).device / REPLAYS * 1e3
-
-
 def compare(shape: tuple[int, int, int], length: int) -> dict:
     torch.manual_seed(0)
     layers, width, heads = shape
@@ -67,7 +59,8 @@ def compare(shape: tuple[int, int, int], length: int) -> dict:
         recorded = captured(step)
         how = set(instrumentation.coverage.measured.values())
         recorder.read()
-        turns = [(milliseconds(plain), milliseconds(recorded)) for _ in range(ROUNDS + 1)][1:]
+        graphs = plain, recorded
+        turns = [[timed(graph.replay, REPLAYS)["ms"] for graph in graphs] for _ in range(ROUNDS + 1)][1:]
         rows = {int(layer.rows.sum()) for layer in recorder.read().layers.values()}
     assert rows == {heads * length * REPLAYS * (ROUNDS + 1)}, "the replays were not folded"
     return {

@@ -52,6 +52,17 @@ def spent(action: Callable[[], Any]) -> Spent:
     return Spent(result, start.elapsed_time(end) / 1e3, host, torch.cuda.max_memory_allocated(), before)
 
 
+def repeat(action: Callable[[], Any], times: int) -> None:
+    for _ in range(times):
+        action()
+
+
+def timed(step: Callable[[], Any], steps: int) -> dict[str, Any]:
+    """Milliseconds a step, of `steps` in a row, and the peak of their memory."""
+    time = spent(lambda: repeat(step, steps))
+    return {"ms": time.device / steps * 1e3, "host_ms": time.host / steps * 1e3, "peak_bytes": time.peak}
+
+
 def matmul_tflops(size: int = 8192) -> float | None:
     """The ceiling that attention is held to: TFLOP/s of one bf16 product, 2 * size ** 3 operations.
 

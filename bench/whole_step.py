@@ -36,7 +36,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import torch
 from machine import machine
 from models import DEVICE, Training
-from timing import matmul_tflops, spent
+from timing import matmul_tflops, repeat, timed
 
 from hnf_attention import AttentionStabilityMonitor
 
@@ -52,17 +52,6 @@ VARIANTS = {  # what the monitor is made with
     "probe": {"log_every": PERIOD, "record_every": 1, "mode": "probe"},
     "idle": {"log_every": PERIOD},
 }
-
-
-def repeat(action, times: int) -> None:
-    for _ in range(times):
-        action()
-
-
-def timed(step, steps: int) -> dict:
-    """Milliseconds a step, of `steps` in a row."""
-    time = spent(lambda: repeat(step, steps))
-    return {"ms": time.device / steps * 1e3, "host_ms": time.host / steps * 1e3, "peak_bytes": time.peak}
 
 
 def guarded(action):
