@@ -16,7 +16,7 @@ LINT = ["ruff>=0.12"]
 
 setup(
     name="hnf-attention",
-    version="0.1.0",
+    version="0.2.0",
     description="Attention that measures itself: exact softmax statistics, diagnosis and intervention",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -25,7 +25,11 @@ setup(
     python_requires=">=3.10",
     # kernels/ lies at the top of the repository but is installed inside the package: a top-level
     # importable `kernels` would shadow the Hugging Face package of that name.
-    packages=[*find_packages(include=["hnf_attention", "hnf_attention.*"]), "hnf_attention.kernels"],
+    packages=[
+        *find_packages(include=["hnf_attention", "hnf_attention.*"]),
+        "hnf_attention.kernels",
+        *(f"hnf_attention.kernels.{name}" for name in find_packages("kernels")),
+    ],
     package_dir={"hnf_attention": "hnf_attention", "hnf_attention.kernels": "kernels"},
     install_requires=[
         "torch>=2.8",
@@ -42,7 +46,7 @@ setup(
         "wandb": WANDB,
         "test": [*INTEGRATIONS, *TEST, *LINT],
     },
-    entry_points={"console_scripts": ["hnf-attention = hnf_attention.cli:main"]},
+    entry_points={"console_scripts": ["hnf-attention = hnf_attention.cli.main:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

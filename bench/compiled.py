@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from torch._dynamo.utils import counters
 
-from hnf_attention.instrument import instrument
+from hnf_attention.instrumentation import instrument
 
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
 

@@ -23,9 +23,9 @@ import torch
 from machine import machine
 from rich.console import Console
 
-from hnf_attention.demo import Config, run_demo
-from hnf_attention.demo.loss import final, first_sign
-from hnf_attention.demo.training import train
+from hnf_attention.cli.demo import Config, run_demo
+from hnf_attention.cli.demo.loss import final, first_sign
+from hnf_attention.cli.demo.training import train
 
 
 def demo(seed: int) -> dict:

@@ -20,8 +20,8 @@ from timing import timed
 from torch.nn.functional import cross_entropy
 
 from hnf_attention import instrument
-from hnf_attention.demo.model import GPT, VOCABULARY
-from hnf_attention.recorder import Recorder
+from hnf_attention.cli.demo.model import GPT, VOCABULARY
+from hnf_attention.monitoring.recorder import Recorder
 
 SHAPES = {"GPT-2": (12, 768, 12), "1B": (16, 2048, 16)}  # layers, width, heads
 LENGTHS, ROUNDS, REPLAYS = (1024, 4096, 16384), 15, 5

@@ -22,9 +22,10 @@ from machine import machine
 from torch import nn
 from torch.nn import functional
 
-from hnf_attention import attention, dispatch, fold, instrument, ops
-from hnf_attention.recorder import Recorder
-from hnf_attention.validation import check
+from hnf_attention import attention, instrument
+from hnf_attention.engine import api, engines, fold
+from hnf_attention.engine.call import check
+from hnf_attention.monitoring.recorder import Recorder
 
 CUDA = torch.cuda.is_available()
 CALLS, ROUNDS = 50, 60
@@ -57,7 +58,7 @@ def without_arithmetic() -> None:
     out = torch.zeros(SHAPE, dtype=torch.bfloat16)
     rows = [torch.zeros(SHAPE[:3]) for _ in range(4)]
     # New tensors each time, as autograd's Function wants: detaching is the cheapest way to one.
-    dispatch.forward = lambda *_: (out.detach(), *(row.detach() for row in rows), None)
+    engines.forward = lambda *_: (out.detach(), *(row.detach() for row in rows), None)
     fold.fold = lambda *_: None
     functional.scaled_dot_product_attention = lambda *_, **__: out.detach()
     Plain.original = staticmethod(functional.scaled_dot_product_attention)
@@ -98,7 +99,7 @@ def main() -> None:
     options = check(
         q, k, v, attn_mask=None, is_causal=True, scale=None, window_size=None, softcap=None, sinks=None
     )
-    rows = ops.attend(q, k, v, options, detached=True)[1]
+    rows = api.attend(q, k, v, options, detached=True)[1]
     accumulator = fold.new_accumulator(SHAPE[1], q.device)
     idle, fused, probed = (Attention(mode) for mode in ("auto", "fused", "probe"))
     idle.handle[0].measuring = fused.handle[0].measuring = probed.handle[0].measuring = False
@@ -113,7 +114,7 @@ def main() -> None:
     parts = per_call(
         {
             "attention()": unchanged(partial(attention, q, k, v, is_causal=True)),
-            "forward": unchanged(partial(ops.attend, q, k, v, options, detached=True)),
+            "forward": unchanged(partial(api.attend, q, k, v, options, detached=True)),
             "fold": unchanged(partial(fold.fold, accumulator, q, k, rows, options)),
             "validation": unchanged(partial(check, q, k, v, **options._asdict() | {"scale": None})),
         }

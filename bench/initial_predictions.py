@@ -24,8 +24,9 @@ from machine import machine
 from tables import tables
 from transformers import AutoModel, BertConfig, GPT2Config, LlamaConfig, MistralConfig, PreTrainedConfig
 
-from hnf_attention import check_attention_stability, instrument, ops, theory
-from hnf_attention.instrument import Measurement
+from hnf_attention import check_attention_stability, instrument, theory
+from hnf_attention.engine import api
+from hnf_attention.instrumentation import Measurement
 
 ROWS = 16  # one row of so many is taken, the last ones
 STD, STD_WITH_ROPE, ROW_MAX, ENTROPY = 0.05, 0.10, 0.05, 0.05  # goals
@@ -78,7 +79,7 @@ def configurations(layers: int, length: int, dry: bool) -> dict[str, PreTrainedC
 
 
 def _read(measurement: Measurement) -> dict[str, float]:
-    rows = ops.attend(measurement.query, measurement.key, None, measurement.options, extended=True)[1]
+    rows = api.attend(measurement.query, measurement.key, None, measurement.options, extended=True)[1]
     rows = rows.detach()
     chosen = slice(-max(1, rows.lse.shape[2] // ROWS), None)
     entropy = rows.entropy + (measurement.key.shape[2] / rows.visible_keys).log()

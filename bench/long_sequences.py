@@ -25,7 +25,8 @@ from machine import machine
 from timing import Spent, matmul_tflops, spent
 from torch.nn.functional import scaled_dot_product_attention
 
-from hnf_attention import attention, attention_stats, sampling
+from hnf_attention import attention, attention_stats
+from hnf_attention.reference import sampling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("lse", "entropy", "max_logit", "min_logit")

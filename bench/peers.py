@@ -11,8 +11,9 @@ import torch
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from hnf_attention import attention, attention_stats, dispatch
-from hnf_attention.validation import check
+from hnf_attention import attention, attention_stats
+from hnf_attention.engine import engines
+from hnf_attention.engine.call import check
 
 PERIOD = 16  # "probe 1/16"
 EAGER_LIMIT = 32e9  # bytes: the eager peer's N x N matrices beyond this are not worth a card's memory
@@ -99,15 +100,15 @@ def _ours(extended):
 
 def _lse_only(q, k, v, is_causal):
     """Our forward with everything but lse compiled out, where the Hopper kernel computes it."""
-    from hnf_attention.kernels import hopper
+    from hnf_attention.kernels.hopper import host
 
     options = check(
         q, k, v, attn_mask=None, is_causal=is_causal, scale=None, window_size=None, softcap=None, sinks=None
     )
-    if not hopper.covers(q, k, v, options):
+    if not host.covers(q, k, v, options):
         raise Unavailable("only the Hopper kernel is compiled without statistics, and it does not take this")
-    plan = hopper.plan(q.shape[3], v.shape[3], is_causal, k.shape[2] % hopper.BLOCK_N > 0, False)
-    return hopper.forward(q, k, v, options, plan)[:2]
+    plan = host.plan(q.shape[3], v.shape[3], is_causal, k.shape[2] % host.BLOCK_N > 0, False)
+    return host.forward(q, k, v, options, plan)[:2]
 
 
 def _probe(sample):
@@ -125,7 +126,7 @@ def _peers():
         yield "sdpa cudnn", _sdpa_by(SDPBackend.CUDNN_ATTENTION)
     if cuda and torch.backends.cuda.is_flash_attention_available():
         yield "sdpa flash", _sdpa_by(SDPBackend.FLASH_ATTENTION)
-    if cuda and dispatch.hopper_is_tested(torch.device("cuda", 0)):
+    if cuda and engines.hopper_is_tested(torch.device("cuda", 0)):
         yield "ours, lse only", _lse_only
     yield "ours, extended", _ours(extended=True)
     yield "probe all", _probe(None)

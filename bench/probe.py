@@ -25,9 +25,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from triton.testing import do_bench_cudagraph
 
-from hnf_attention import attention, attention_stats, reference, sampling
-from hnf_attention.kernels import probe
-from hnf_attention.kernels.configs import Tiles
+from hnf_attention import attention, attention_stats
+from hnf_attention.kernels.portable import probe
+from hnf_attention.kernels.shared.tiles import Tiles
+from hnf_attention.reference import attention as reference
+from hnf_attention.reference import sampling
 
 TOKENS, PERIOD = 16384, 16
 TIMED = [

@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from hnf_attention import attention, attention_stats, dispatch, fold
-from hnf_attention.validation import check
+from hnf_attention import attention, attention_stats
+from hnf_attention.engine import engines, fold
+from hnf_attention.engine.call import check
 
 HEAD_DIMS = (64, 80, 128)
 HEADS, KV_HEADS, QUERIES, KEYS = 4, 2, 300, 300
@@ -75,7 +76,7 @@ ACTIONS: tuple[Callable, ...] = (forward, extended, probe, training, folded)
 
 def path_of(head_dim: int) -> str:
     query, key, value = inputs(head_dim)
-    return dispatch.forward_path(query, key, value, options_of(query, key, value), extended=False)
+    return engines.forward_path(query, key, value, options_of(query, key, value), extended=False)
 
 
 def done(action: Callable, *tensors: Tensor, **keywords) -> None:

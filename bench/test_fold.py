@@ -13,8 +13,8 @@ import pytest
 import torch
 from timing import cuda_clock
 
-from hnf_attention import fold, ops
-from hnf_attention.validation import check
+from hnf_attention.engine import api, fold
+from hnf_attention.engine.call import check
 
 CALLS = 20
 CASES = {  # batch, heads, key heads, length, head_dim
@@ -41,12 +41,12 @@ def test_fold(benchmark, name, what):
     options = check(
         q, k, v, attn_mask=mask, is_causal=True, scale=None, window_size=None, softcap=None, sinks=None
     )
-    rows = ops.attend(q, k, v, options)[1]
+    rows = api.attend(q, k, v, options)[1]
     accumulator = fold.new_accumulator(heads, q.device)
 
     def run():
         if what == "forward":
-            ops.attend(q, k, v, options)
+            api.attend(q, k, v, options)
         else:
             fold.fold(accumulator, q, k, rows, options)
 

@@ -10,8 +10,10 @@ import torch
 from theory_rows import FAMILIES, Case, exact, make, to_bits
 from theory_search import climb
 
-from hnf_attention import attention_stats, fold, theory, validation
-from hnf_attention.stats import HeadStats
+from hnf_attention import attention_stats, theory
+from hnf_attention.engine import fold
+from hnf_attention.engine.call import check
+from hnf_attention.statistics.heads import HeadStats
 from hnf_attention.theory.bits import STORED
 
 ROWS_A_HEAD = 32
@@ -86,7 +88,7 @@ def read(case: Case) -> HeadStats:
     query, key = (x[None, None].float() for x in (case.q, case.k))
     options = dict(attn_mask=None, is_causal=False, scale=None, window_size=None, softcap=None, sinks=None)
     accumulator = fold.new_accumulator(1, query.device)
-    checked = validation.check(query, key, None, **options)
+    checked = check(query, key, None, **options)
     fold.fold(accumulator, query, key, attention_stats(query, key), checked)
     return HeadStats(fold.collect([accumulator]).numpy(), query.shape[-1], "float32")
 

@@ -41,8 +41,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from hnf_attention import dispatch, theory
-from hnf_attention.validation import check
+from hnf_attention import theory
+from hnf_attention.engine import engines
+from hnf_attention.engine.call import check
 
 ROWS_A_CASE = 128  # queries of one block: full tiles of every kernel
 BLOCK = 32  # keys: the smallest step of any of the kernels, so the most blocks
@@ -74,18 +75,18 @@ def _options(q, k, v):
 
 
 def _portable(q, k, v):
-    from hnf_attention.kernels import forward
+    from hnf_attention.kernels.portable import forward
 
     return forward.forward(q, k, v, _options(q, k, v))[0]
 
 
 def _hopper(q, k, v):
-    from hnf_attention.kernels import hopper
+    from hnf_attention.kernels.hopper import host
 
     options = _options(q, k, v)
-    if not hopper.covers(q, k, v, options):
+    if not host.covers(q, k, v, options):
         raise RuntimeError("the Hopper kernel does not take this call")
-    return hopper.forward(q, k, v, options)[0]
+    return host.forward(q, k, v, options)[0]
 
 
 def _simulated(kind: str) -> Kernel:
@@ -97,7 +98,7 @@ def kernels(dry: bool) -> dict[str, tuple[str, Kernel]]:
     if dry:
         return {f"simulated {kind}": (kind, _simulated(kind)) for kind in ("flash", "eager")}
     found = {"ours, portable": ("flash", _portable)}
-    if dispatch.hopper_is_tested(torch.device("cuda", 0)):
+    if engines.hopper_is_tested(torch.device("cuda", 0)):
         found["ours, Hopper"] = ("flash", _hopper)
     found["SDPA, cuDNN"] = ("flash", _sdpa(SDPBackend.CUDNN_ATTENTION))
     found["SDPA, FA2"] = ("flash", _sdpa(SDPBackend.FLASH_ATTENTION))

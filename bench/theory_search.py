@@ -85,7 +85,7 @@ def train_gpt(
     width: int, heads: int, length: int, sharpness: float, rate: float, steps: int, device: torch.device
 ) -> tuple[torch.nn.Module, Iterator[tuple[torch.Tensor, torch.Tensor]]]:
     """The demo's GPT of 4 layers after so many steps of 16 windows, and the windows that would come next."""
-    from hnf_attention.demo.model import GPT, batches, standard_library_text
+    from hnf_attention.cli.demo.model import GPT, batches, standard_library_text
 
     torch.manual_seed(0)
     model = GPT(4, width, heads, length, sharpness).to(device)

@@ -25,11 +25,11 @@ from machine import machine
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from hnf_attention import reference
-from hnf_attention.kernels.backward import backward, plan
-from hnf_attention.kernels.configs import Tiles
-from hnf_attention.kernels.forward import forward
-from hnf_attention.validation import check
+from hnf_attention.engine.call import check
+from hnf_attention.kernels.portable.backward import backward, plan
+from hnf_attention.kernels.portable.forward import forward
+from hnf_attention.kernels.shared.tiles import Tiles
+from hnf_attention.reference import attention as reference
 
 BATCH, TOKENS, HEADS = 2, 8192, {64: 32, 128: 16}
 KERNELS = ("dq", "dkv")

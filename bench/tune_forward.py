@@ -16,9 +16,9 @@ import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from hnf_attention.kernels.configs import Tiles
-from hnf_attention.kernels.forward import forward
-from hnf_attention.validation import check
+from hnf_attention.engine.call import check
+from hnf_attention.kernels.portable.forward import forward
+from hnf_attention.kernels.shared.tiles import Tiles
 
 CASES = [
     # head_dim, heads, batch, tokens, causal

@@ -4,7 +4,7 @@
 
 Every candidate and the library run interleaved, one event-timed launch each, in shuffled order: the card
 changes its clock under load, so only ratios of neighbours mean anything. The winners go into
-`kernels/hopper.py` by hand: nothing is tuned at run time.
+`kernels/host.py` by hand: nothing is tuned at run time.
 """
 
 import itertools
@@ -23,8 +23,8 @@ from machine import machine
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from hnf_attention.kernels import hopper
-from hnf_attention.validation import check
+from hnf_attention.engine.call import check
+from hnf_attention.kernels.hopper import host
 
 ROUNDS = 21
 CASES = [
@@ -40,7 +40,7 @@ CASES = [
 
 def plans(head_dim, is_causal):
     """The candidates, and the tuned plan without statistics."""
-    tuned = hopper.plan(head_dim, head_dim, is_causal, False, True)
+    tuned = host.plan(head_dim, head_dim, is_causal, False, True)
     yield replace(tuned, stats=False)
     for early in (True, False):
         yield replace(tuned, early=early)
@@ -81,7 +81,7 @@ def build(job):
     head_dim, is_causal, plan = job
     q, k, v = inputs(head_dim, 4, 2, 640)
     try:
-        result = hopper.forward(q, k, v, options(q, k, v, is_causal), plan)
+        result = host.forward(q, k, v, options(q, k, v, is_causal), plan)
     except Exception as problem:  # a plan that does not build is a result of the sweep
         return [float("nan"), repr(problem)[-200:]]
     return errors(result if plan.stats else result[:2], q, k, v, is_causal)
@@ -106,7 +106,7 @@ def main() -> None:
         candidates = {"cudnn": library}
         for d, c, plan in jobs:
             if (d, c) == (head_dim, is_causal) and str((d, c, plan)) not in worst:
-                candidates[plan] = lambda a=(q, k, v, opts, plan): hopper.forward(*a)
+                candidates[plan] = lambda a=(q, k, v, opts, plan): host.forward(*a)
         times = {name: [] for name in candidates}
         for _ in range(ROUNDS):
             for name in random.sample(list(candidates), len(candidates)):

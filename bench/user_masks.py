@@ -21,9 +21,9 @@ from timing import spent
 from torch.nn.functional import scaled_dot_product_attention
 
 from hnf_attention import attention, attention_stats
-from hnf_attention.kernels import forward
-from hnf_attention.kernels.configs import Tiles
-from hnf_attention.validation import check
+from hnf_attention.engine.call import check
+from hnf_attention.kernels.portable import forward
+from hnf_attention.kernels.shared.tiles import Tiles
 
 TOKENS, HEADS, ROUNDS, CALLS = (
     8192,

@@ -26,7 +26,7 @@ from theory_search import train_gpt
 from hnf_attention import AttentionAnalyzer
 from hnf_attention.precheck import read_design
 from hnf_attention.precheck.checkpoint import read_weights
-from hnf_attention.precheck.drawn import random_token_maxima
+from hnf_attention.precheck.random_tokens import random_token_maxima
 
 GPTS = {  # sharpness, learning rate, steps
     "GPT, untrained": (1.0, 0.0, 0),

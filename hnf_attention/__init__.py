@@ -5,17 +5,17 @@ from pathlib import Path as _Path
 if not (_Path(__file__).parent / "kernels").is_dir():  # source checkout: kernels/ lies beside the package
     __path__.append(str(_Path(__file__).parent.parent))
 
-from .analyzer import AttentionAnalyzer
 from .diagnosis import AttentionDiagnosis, StabilityIssue
-from .instrument import Instrumentation, instrument
+from .engine.api import attention, attention_stats
+from .instrumentation import Instrumentation, instrument
 from .interventions import apply_intervention
-from .merge import merge_attention
-from .monitor import AttentionStabilityMonitor
-from .multihead import MultiheadAttention
-from .ops import attention, attention_stats
+from .monitoring.analyzer import AttentionAnalyzer
+from .monitoring.monitor import AttentionStabilityMonitor
+from .monitoring.process_groups import Ranks
+from .nn.multihead import MultiheadAttention
 from .precheck import StabilityRegion, StabilityReport, check_attention_stability, stability_region
-from .ranks import Ranks
-from .stats import HeadStats, RowStats
+from .statistics.heads import HeadStats, RowStats
+from .statistics.merge import merge_attention
 
 __all__ = [
     "AttentionAnalyzer",

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from hnf_attention import attention
-from hnf_attention.validation import Options, check
+from hnf_attention.engine.call import Options, check
 
 
 @dataclass(frozen=True)

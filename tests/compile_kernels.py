@@ -8,10 +8,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from hnf_attention import fold
-from hnf_attention.kernels import backward, forward, launch, packing, probe
-from hnf_attention.kernels import fold as fold_kernel
-from hnf_attention.stats import RowStats
+from hnf_attention.engine import fold
+from hnf_attention.kernels.measure import fold as fold_kernel
+from hnf_attention.kernels.portable import backward, forward, probe
+from hnf_attention.kernels.shared import launch, packing
+from hnf_attention.statistics.heads import RowStats
 
 CASES = (
     Case(

@@ -16,9 +16,9 @@ from architectures import ARCHITECTURES
 from tiny_architecture import transformers
 from torch import Tensor, nn
 
-from hnf_attention.instrument import Coverage, Measurement, instrument
-from hnf_attention.instrument.multihead import DOOR as MULTIHEAD
-from hnf_attention.instrument.sdpa import NAME as SDPA
+from hnf_attention.instrumentation import Coverage, Measurement, instrument
+from hnf_attention.instrumentation.interceptors.multihead import DOOR as MULTIHEAD
+from hnf_attention.instrumentation.interceptors.sdpa import NAME as SDPA
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 MARKED = re.compile(r"(<!-- architectures, by tests/examined.py -->\n).*?(<!-- end -->)", re.DOTALL)

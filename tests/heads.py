@@ -3,10 +3,11 @@
 import numpy as np
 import torch
 
-from hnf_attention import attention_stats, validation
+from hnf_attention import attention_stats
 from hnf_attention.diagnosis import diagnose
-from hnf_attention.instrument import Coverage, Measurement
-from hnf_attention.stats import (
+from hnf_attention.engine.call import check
+from hnf_attention.instrumentation import Coverage, Measurement
+from hnf_attention.statistics.heads import (
     ERROR_FIELDS,
     MAX_FIELDS,
     NUM_SUMS,
@@ -90,7 +91,7 @@ def readings():
 def checked(query, key, **options):
     """Validated `Options` of a call without a value."""
     default = dict(attn_mask=None, is_causal=False, scale=None, window_size=None, softcap=None, sinks=None)
-    return validation.check(query, key, None, **default | options)
+    return check(query, key, None, **default | options)
 
 
 class FakeInstrumentation:

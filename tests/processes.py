@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from hnf_attention import AttentionStabilityMonitor, Ranks
-from hnf_attention.recorder import NothingMeasured, Recorder
+from hnf_attention.monitoring.recorder import NothingMeasured, Recorder
 
 SIZE = 4
 BATCH = [x.clone() for x in queries_and_keys(heads=4, rows=40, batch=8)]  # a whole batch of q and k

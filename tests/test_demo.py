@@ -15,11 +15,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from hnf_attention.demo import Config, run_demo
-from hnf_attention.demo.loss import FINAL_WINDOW, falls_behind, final, first_sign
-from hnf_attention.demo.model import GPT, batches, standard_library_text
-from hnf_attention.demo.outcome import judge
-from hnf_attention.demo.training import Run, train
+from hnf_attention.cli.demo import Config, run_demo
+from hnf_attention.cli.demo.loss import FINAL_WINDOW, falls_behind, final, first_sign
+from hnf_attention.cli.demo.model import GPT, batches, standard_library_text
+from hnf_attention.cli.demo.outcome import judge
+from hnf_attention.cli.demo.training import Run, train
 from hnf_attention.errors import InputError
 
 # Breaks within a few steps.

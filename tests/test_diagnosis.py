@@ -11,7 +11,7 @@ from hnf_attention.diagnosis import diagnose
 from hnf_attention.diagnosis.heads import side_by_side
 from hnf_attention.diagnosis.thresholds import THRESHOLDS, threshold
 from hnf_attention.diagnosis.trends import score_size, theil_sen
-from hnf_attention.stats import Snapshot
+from hnf_attention.statistics.heads import Snapshot
 
 
 def found(history, issue_type):

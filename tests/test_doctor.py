@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hnf_attention import attention, dispatch, doctor
-from hnf_attention.cli import main
+from hnf_attention import attention
+from hnf_attention.cli import doctor
+from hnf_attention.cli.main import main
+from hnf_attention.engine import engines
 
 
 def test_it_reports_versions_paths_and_a_passing_self_test(capsys):
@@ -20,7 +22,7 @@ def test_every_head_dimension_and_dtype_has_one_path():
     taken = [pair for pairs in doctor.paths().values() for pair in pairs]
     assert len(taken) == len(set(taken)) == len(doctor.HEAD_DIMS) * len(doctor.OUTPUT_TOLERANCE)
     if not torch.cuda.is_available():
-        assert list(doctor.paths()) == [f"{dispatch.REFERENCE} / {dispatch.REFERENCE}"]
+        assert list(doctor.paths()) == [f"{engines.REFERENCE} / {engines.REFERENCE}"]
 
 
 @pytest.mark.parametrize("broken", ["out", "statistics", "gradients"])

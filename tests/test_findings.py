@@ -8,8 +8,8 @@ import pytest
 from heads import head_stats, snapshot
 
 from hnf_attention.diagnosis import AttentionDiagnosis, StabilityIssue, diagnose
-from hnf_attention.diagnosis.findings import grouped, heads_text
-from hnf_attention.instrument import Coverage
+from hnf_attention.diagnosis.issue import grouped, heads_text
+from hnf_attention.instrumentation import Coverage
 
 SHARP = {"entropy_ratio": 0.02, "max_weight": 0.9, "dead_share": 0.7, "jacobian_trace_bound": 0.15}
 

@@ -7,10 +7,13 @@ import torch
 from cases import CASES, Case, cases_with, random_cases
 from hypothesis import given, settings
 
-from hnf_attention import attention_stats, fold, reference, stats
+from hnf_attention import attention_stats
+from hnf_attention.engine import fold
+from hnf_attention.reference import attention as reference
+from hnf_attention.statistics import heads as stats
 
 pytest.importorskip("triton", reason="Triton kernels need Linux")
-from hnf_attention.kernels import fold as kernel
+from hnf_attention.kernels.measure import fold as kernel
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

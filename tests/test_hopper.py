@@ -4,11 +4,13 @@ import pytest
 import torch
 from cases import Case, oracle
 
-from hnf_attention import attention, dispatch, library_backward, reference
-from hnf_attention.validation import Options
+from hnf_attention import attention
+from hnf_attention.engine import engines, library
+from hnf_attention.engine.call import Options
+from hnf_attention.reference import attention as reference
 
 pytest.importorskip("triton", reason="Triton kernels need Linux")
-from hnf_attention.kernels import probe
+from hnf_attention.kernels.portable import probe
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # as in test_kernels.py
@@ -31,17 +33,17 @@ SHAPES = {
 
 
 @pytest.fixture(scope="module")
-def hopper():
-    if not dispatch.hopper_is_tested(torch.device("cuda", 0)):
+def host():
+    if not engines.hopper_is_tested(torch.device("cuda", 0)):
         pytest.skip("not a card and Triton version that the Hopper forward is used on")
-    from hnf_attention.kernels import hopper
+    from hnf_attention.kernels.hopper import host
 
-    return hopper
+    return host
 
 
-def agree(hopper, case, tensors):
+def agree(host, case, tensors):
     dtype = tensors[0].dtype
-    got = hopper.forward(*tensors[:3], case.options(*tensors))[:5]
+    got = host.forward(*tensors[:3], case.options(*tensors))[:5]
     for name, actual, wanted in zip(
         ("out", "lse", "entropy", "max_logit", "min_logit"), got, oracle(case, *tensors)
     ):
@@ -57,17 +59,17 @@ def agree(hopper, case, tensors):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES.keys())
-def test_forward_matches_the_oracle(hopper, case, dtype, is_causal):
+def test_forward_matches_the_oracle(host, case, dtype, is_causal):
     case = Case(**{**case.__dict__, "is_causal": is_causal})
     tensors = case.tensors(dtype, "cuda")
     options = case.options(*tensors)
-    assert dispatch.forward_path(*tensors[:3], options, False) == dispatch.HOPPER
-    agree(hopper, case, tensors)
+    assert engines.forward_path(*tensors[:3], options, False) == engines.HOPPER
+    agree(host, case, tensors)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("rise", [3.0, 60.0, -60.0])
-def test_scores_that_rise_from_tile_to_tile(hopper, rise, head_dim):
+def test_scores_that_rise_from_tile_to_tile(host, rise, head_dim):
     """By so much in log2 units, as the keys are walked, up to 0 or down from it. A warp skips its rescaling where
     no row's maximum rises."""
     case = Case(1, 2, 2, 300, 1280, head_dim, head_dim, scale=0.6931471805599453)
@@ -77,13 +79,13 @@ def test_scores_that_rise_from_tile_to_tile(hopper, rise, head_dim):
     tiles = torch.arange(1280, device="cuda") // 128  # the last is walked first
     k[..., 0] = -rise * tiles if rise > 0 else rise * (9 - tiles)
     q[..., 1:] *= 0.2
-    agree(hopper, case, (q, k, v, mask, sinks))
+    agree(host, case, (q, k, v, mask, sinks))
 
 
-def test_output_rows_that_are_no_multiple_of_16_bytes_take_another_path(hopper):
+def test_output_rows_that_are_no_multiple_of_16_bytes_take_another_path(host):
     case = Case(1, 2, 1, 200, 200, 64, 20)
     q, k, v, *_ = case.tensors(torch.bfloat16, "cuda")
-    assert dispatch.forward_path(q, k, v, case.options(q, k, v, None, None), False) == dispatch.TRITON
+    assert engines.forward_path(q, k, v, case.options(q, k, v, None, None), False) == engines.TRITON
     out = attention(q, k, v)[0]
     wanted = attention(q.double(), k.double(), v.double())[0]
     assert (out.double() - wanted).abs().max() <= TOLERANCE[torch.bfloat16]
@@ -91,7 +93,7 @@ def test_output_rows_that_are_no_multiple_of_16_bytes_take_another_path(hopper):
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["query", "key"])
-def test_rows_that_non_finite_input_reached_are_nan_and_no_others(hopper, number, where):
+def test_rows_that_non_finite_input_reached_are_nan_and_no_others(host, number, where):
     case = Case(2, 2, 2, 300, 300, 64, 64, is_causal=True)
     q, k, v, *_ = case.tensors(torch.bfloat16, "cuda")
     broken = torch.zeros(q.shape[:3], dtype=torch.bool, device="cuda")
@@ -101,17 +103,17 @@ def test_rows_that_non_finite_input_reached_are_nan_and_no_others(hopper, number
     else:
         k[1, 0, 200, 3] = number
         broken[1, :2, 200:] = True
-    got = hopper.forward(q, k, v, case.options(q, k, v, None, None))[:5]
+    got = host.forward(q, k, v, case.options(q, k, v, None, None))[:5]
     for row_stat in got[1:]:
         assert torch.equal(row_stat.isnan(), broken)
 
 
-def test_a_row_of_a_million_keys(hopper):
+def test_a_row_of_a_million_keys(host):
     """A rounding error of every tile would add up: the shift must not move where the maximum stays."""
     case = Case(1, 1, 1, 130, 1 << 20, 64, 64)
     q, k, v, *_ = case.tensors(torch.bfloat16, "cuda")
     options = case.options(q, k, v, None, None)
-    _, *fused, _ = hopper.forward(q, k, v, options)
+    _, *fused, _ = host.forward(q, k, v, options)
     *probed, _, _ = probe.probe(q, k, options)
     scores = q[0, 0].double() @ k[0, 0].double().T * options.scale
     log_weights = scores.log_softmax(-1)
@@ -126,30 +128,30 @@ def test_a_row_of_a_million_keys(hopper):
             assert (actual[0, 0].double() - true).abs().max() <= 2e-5 * true.abs().max()
 
 
-def test_forward_writes_the_same_bits_a_thousand_times(hopper):
+def test_forward_writes_the_same_bits_a_thousand_times(host):
     case = Case(2, 4, 2, 1100, 1100, 128, 128, is_causal=True)
     tensors = case.tensors(torch.bfloat16, "cuda")
     options = case.options(*tensors)
-    first = hopper.forward(*tensors[:3], options)[:5]
+    first = host.forward(*tensors[:3], options)[:5]
     differences = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(1000):
-        for a, b in zip(first, hopper.forward(*tensors[:3], options)[:5]):
+        for a, b in zip(first, host.forward(*tensors[:3], options)[:5]):
             differences += (a != b).sum()
     assert differences.item() == 0
 
 
-@pytest.mark.parametrize("kind", [library_backward.CUDNN, library_backward.FLASH])
+@pytest.mark.parametrize("kind", [library.CUDNN, library.FLASH])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_library_backward_takes_our_output_and_lse(kind, is_causal, head_dim):
-    if library_backward._available(torch.device("cuda", 0)) not in (kind, library_backward.CUDNN):
+    if library._available(torch.device("cuda", 0)) not in (kind, library.CUDNN):
         pytest.skip(f"no {kind} backward here")
     case = Case(2, 3, 1, 333, 333, head_dim, head_dim, is_causal=is_causal, transposed=True)
     q, k, v, *_ = case.tensors(torch.bfloat16, "cuda")
     options: Options = case.options(q, k, v, None, None)
     out, rows = attention(q, k, v, is_causal=is_causal)
     d_out = torch.randn_like(out)
-    got = library_backward.backward(kind, q, k, v, options, out, rows.lse, d_out)
+    got = library.backward(kind, q, k, v, options, out, rows.lse, d_out)
     exact = [x.double() for x in (q, k, v)]
     out64, rows64 = reference.attention(*exact, case.options(*exact, None, None))
     wanted = reference.backward(

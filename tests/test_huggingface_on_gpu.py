@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import FAMILIES, enable_checkpointing, inputs
 
-from hnf_attention.instrument import instrument
+from hnf_attention.instrumentation import instrument
 
 pytestmark = pytest.mark.gpu
 

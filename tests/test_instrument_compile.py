@@ -23,7 +23,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from hnf_attention import AttentionStabilityMonitor, apply_intervention
-from hnf_attention.instrument import instrument
+from hnf_attention.instrumentation import instrument
 
 pytestmark = [
     # PyTorch's own words, while it compiles whatever model.

@@ -10,7 +10,7 @@ from attention_models import LAYERS, Attention, Model, x
 from torch import nn
 from torch._dynamo.utils import counters
 
-from hnf_attention.instrument import instrument
+from hnf_attention.instrumentation import instrument
 
 
 @pytest.fixture(autouse=True)

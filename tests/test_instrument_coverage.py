@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from attention_models import Attention, Direct, LinearAttention, Mixer, Model, x
 from torch import nn
 
-from hnf_attention.instrument import instrument
+from hnf_attention.instrumentation import instrument
 
 
 def test_multihead_attention_is_measured_with_and_without_its_weights():

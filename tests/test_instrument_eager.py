@@ -5,7 +5,7 @@ import torch
 from families import FAMILIES, MAJOR, assert_rows_equal_weights, inputs
 from torch import nn
 
-from hnf_attention.instrument import instrument
+from hnf_attention.instrumentation import instrument
 
 
 @pytest.mark.parametrize("mode", ["probe", "fused"])

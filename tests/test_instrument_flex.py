@@ -13,9 +13,10 @@ from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import flex_attention as by_name
 from transformers.integrations import flex_attention as transformers_flex
 
-from hnf_attention import AttentionStabilityMonitor, instrument, masks
-from hnf_attention.instrument import flex_call as door
-from hnf_attention.instrument import scores
+from hnf_attention import AttentionStabilityMonitor, instrument
+from hnf_attention.instrumentation import scores
+from hnf_attention.instrumentation.interceptors import flex_call as door
+from hnf_attention.reference import masks
 
 pytestmark = pytest.mark.usefixtures("one_thread", "unfused")
 

@@ -12,7 +12,7 @@ from torch.nn.attention import flex_attention as flex
 
 from hnf_attention import instrument
 
-flex_compiled = sys.modules["hnf_attention.instrument.flex_compiled"]
+flex_compiled = sys.modules["hnf_attention.instrumentation.compiled.flex"]
 
 
 @pytest.fixture(autouse=True)
@@ -200,7 +200,7 @@ def test_what_hugging_face_adds_to_the_scores():
 def test_sinks_of_hugging_face_by_their_place(monkeypatch):
     module, args, sinks, given = Caller(), tensors(), torch.randn(4), []
     monkeypatch.setattr(flex_compiled, "beside", lambda *args: given.append(args))
-    huggingface = sys.modules["hnf_attention.instrument.huggingface"]
+    huggingface = sys.modules["hnf_attention.instrumentation.interceptors.transformers"]
     huggingface._beside_flex(module, *args, None, 0.5, 2.0, sinks)
     huggingface._beside_flex(module, *args, None, scaling=0.5, s_aux=sinks, softcap=2.0)
     assert [call[5:] for call in given] == [(0.5, sinks), (0.5, sinks)]

@@ -20,7 +20,7 @@ from families import (
     visible,
 )
 
-from hnf_attention.instrument import instrument
+from hnf_attention.instrumentation import instrument
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from attention_models import LAYERS, ByNameAttention, Model, x
 
-from hnf_attention.instrument import instrument
+from hnf_attention.instrumentation import instrument
 
 ORIGINAL = F.scaled_dot_product_attention
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from attention_models import LAYERS, Attention, Direct, Model, x
 from torch import nn
 
-from hnf_attention.instrument import instrument, instrumentation
+from hnf_attention.instrumentation import handle as implementation
+from hnf_attention.instrumentation import instrument
 
 ORIGINAL = F.scaled_dot_product_attention
 
@@ -190,7 +191,7 @@ def test_a_fault_between_forward_and_recomputation_breaks_no_checkpoint(mode):
 def test_faults_of_the_monitor_end_measuring_not_the_run(mode, monkeypatch, caplog):
     model, inputs = Model(), x()
     plain = model(inputs)
-    real = instrumentation.ops.attend
+    real = implementation.api.attend
     calls = []
 
     def sometimes(*args, **kwargs):
@@ -200,7 +201,7 @@ def test_faults_of_the_monitor_end_measuring_not_the_run(mode, monkeypatch, capl
         return real(*args, **kwargs)
 
     with instrument(model, mode=mode) as handle, caplog.at_level(logging.WARNING, "hnf_attention"):
-        monkeypatch.setattr(instrumentation.ops, "attend", sometimes)
+        monkeypatch.setattr(implementation.api, "attend", sometimes)
         for _ in range(3):
             torch.testing.assert_close(model(inputs), plain)
     assert len(caplog.records) == 1
@@ -248,7 +249,7 @@ def test_not_measuring_is_the_models_own_attention(monkeypatch):
             raise AssertionError("work was done off cadence")
 
         with monkeypatch.context() as patch:
-            patch.setattr(instrumentation.owners, "running_owner", never)
+            patch.setattr(implementation.observer, "running_owner", never)
             patch.setattr(handle, "attend", never)
             model(inputs)
         assert not handle.latest

@@ -8,7 +8,7 @@ from attention_models import HandWrittenAttention, x
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from hnf_attention.instrument import instrument
+from hnf_attention.instrumentation import instrument
 
 aten = torch.ops.aten
 

@@ -19,11 +19,11 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hnf_attention import reference
+from hnf_attention.reference import attention as reference
 
 pytest.importorskip("triton", reason="Triton kernels need Linux")
-from hnf_attention.kernels import backward, forward, probe
-from hnf_attention.kernels.configs import Tiles
+from hnf_attention.kernels.portable import backward, forward, probe
+from hnf_attention.kernels.shared.tiles import Tiles
 
 ON_GPU = torch.cuda.is_available()
 # The interpreter has no bf16 products; its tiles are small so that short rows span several.

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton kernels need Linux")
-from hnf_attention.kernels import launch as module
-from hnf_attention.kernels.launch import launch
+from hnf_attention.kernels.shared import launch as module
+from hnf_attention.kernels.shared.launch import launch
 
 
 class Kernel:

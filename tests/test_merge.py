@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hnf_attention import RowStats, attention, attention_stats, merge_attention
-from hnf_attention.masks import visible
+from hnf_attention.reference.masks import visible
 
 MERGED = [field.name for field in fields(RowStats) if field.name != "sink_mass"]
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}

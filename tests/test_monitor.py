@@ -8,7 +8,7 @@ from attention_models import Attention
 from tiny_gpt2 import LAYERS, heat, tiny_gpt2
 from torch import nn
 
-import hnf_attention.monitor
+import hnf_attention.monitoring.monitor
 from hnf_attention import AttentionStabilityMonitor, apply_intervention
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -5,9 +5,10 @@ import torch
 from cases import CASES
 from torch.nn.functional import cross_entropy
 
-from hnf_attention import AttentionStabilityMonitor, Ranks, fold, instrument, ops
-from hnf_attention.demo.model import GPT
-from hnf_attention.recorder import Recorder
+from hnf_attention import AttentionStabilityMonitor, Ranks, instrument
+from hnf_attention.cli.demo.model import GPT
+from hnf_attention.engine import api, fold
+from hnf_attention.monitoring.recorder import Recorder
 
 pytestmark = pytest.mark.gpu
 
@@ -142,7 +143,7 @@ def test_forward_and_fold_replay_in_a_captured_graph(name):
     blank = accumulator.clone()
 
     def run(into=accumulator):
-        out, rows = ops.attend(q, k, v, options)
+        out, rows = api.attend(q, k, v, options)
         fold.fold(into, q, k, rows, options)
         return out
 

@@ -10,7 +10,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hnf_attention
-from hnf_attention import attention, attention_stats, fold, ops, reference
+from hnf_attention import attention, attention_stats
+from hnf_attention.engine import api, fold
+from hnf_attention.reference import attention as reference
 
 MEASURED = ["causal", "causal window", "everything", "empty rows", "bool mask by head"]
 MEASURED += ["packed window", "packed everything"]
@@ -108,8 +110,8 @@ def test_opcheck(name, device):
     o = case.options(q, k, v, mask, sinks)
     q.requires_grad_()
     for extended in (False, True):
-        torch.library.opcheck(ops._forward_op, (q, k, v, *ops._flat(o), extended))
-    torch.library.opcheck(ops._sample_op, (q.detach(), k, *ops._flat(o), True, 2, 1))
+        torch.library.opcheck(api._forward_op, (q, k, v, *api._flat(o), extended))
+    torch.library.opcheck(api._sample_op, (q.detach(), k, *api._flat(o), True, 2, 1))
 
 
 def test_compiles_to_a_full_graph(device):
@@ -154,7 +156,7 @@ def _never(*_, **__):
 
 def test_what_traces_the_call_sees_the_operator(monkeypatch):
     q, k, v, *_ = Case().tensors()
-    monkeypatch.setattr(ops._EagerAttention, "attach", _never)
+    monkeypatch.setattr(api._EagerAttention, "attach", _never)
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(x) for x in (q, k, v)]
         out, rows = attention(*fakes)
@@ -181,7 +183,7 @@ def test_detached_statistics_leave_the_output_differentiable():
     leaves = [tensors[i].requires_grad_() for i in (0, 1, 2, 4)]
     results = []
     for detached in (False, True):
-        out, rows = ops.attend(*tensors[:3], case.options(*tensors), detached=detached)
+        out, rows = api.attend(*tensors[:3], case.options(*tensors), detached=detached)
         assert rows.lse.requires_grad is rows.entropy.requires_grad is not detached
         results.append(torch.autograd.grad(out.square().sum(), leaves))
     for got, expected in zip(*results):

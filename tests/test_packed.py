@@ -8,23 +8,18 @@ from cases import EXTENDED, Case, close, errors_beside, extended_oracle, oracle,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hnf_attention import (
-    attention,
-    attention_stats,
-    dispatch,
-    fold,
-    library_backward,
-    masks,
-    reference,
-    sampling,
-    stats,
-)
-from hnf_attention.validation import check
+from hnf_attention import attention, attention_stats
+from hnf_attention.engine import engines, fold, library
+from hnf_attention.engine.call import check
+from hnf_attention.reference import attention as reference
+from hnf_attention.reference import masks, sampling
+from hnf_attention.statistics import heads as stats
 
 pytest.importorskip("triton", reason="Triton kernels need Linux")
-from hnf_attention.kernels import backward, forward, packing, probe
-from hnf_attention.kernels import fold as kernel
-from hnf_attention.kernels.configs import Tiles
+from hnf_attention.kernels.measure import fold as kernel
+from hnf_attention.kernels.portable import backward, forward, probe
+from hnf_attention.kernels.shared import packing
+from hnf_attention.kernels.shared.tiles import Tiles
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -242,8 +237,8 @@ def test_nothing_waits_for_the_device():
 def test_neither_the_hopper_forward_nor_the_library_takes_a_pack():
     q, k, v, *_ = Case(1, 2, 1, 256, 256, 64, 64).tensors(torch.bfloat16, "cuda")
     options = Case(seqlens=(0, 100, 256)).options(q, k, v, None, None)
-    assert dispatch.forward_path(q, k, v, options, False) == dispatch.TRITON
-    assert library_backward.choose(q, k, v, options) is None
+    assert engines.forward_path(q, k, v, options, False) == engines.TRITON
+    assert library.choose(q, k, v, options) is None
 
 
 @pytest.mark.gpu

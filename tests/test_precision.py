@@ -9,8 +9,9 @@ import torch
 from heads import checked, head_stats, queries_and_keys
 from torch import nn
 
-from hnf_attention import AttentionStabilityMonitor, attention_stats, fold, theory
-from hnf_attention.stats import HeadStats, new_accumulator
+from hnf_attention import AttentionStabilityMonitor, attention_stats, theory
+from hnf_attention.engine import fold
+from hnf_attention.statistics.heads import HeadStats, new_accumulator
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 

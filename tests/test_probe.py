@@ -8,11 +8,14 @@ from cases import CASES, EXTENDED, Case, cases_with, close, extended_oracle, ora
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hnf_attention import attention, attention_stats, fold, reference, sampling
+from hnf_attention import attention, attention_stats
+from hnf_attention.engine import fold
+from hnf_attention.reference import attention as reference
+from hnf_attention.reference import sampling
 
 pytest.importorskip("triton", reason="Triton kernels need Linux")
-from hnf_attention.kernels import probe
-from hnf_attention.kernels.configs import Tiles
+from hnf_attention.kernels.portable import probe
+from hnf_attention.kernels.shared.tiles import Tiles
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

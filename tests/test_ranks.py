@@ -11,7 +11,7 @@ from heads import FakeInstrumentation
 from processes import BATCH, INPUTS, SIZE
 
 from hnf_attention import AttentionStabilityMonitor, Ranks
-from hnf_attention.recorder import Recorder
+from hnf_attention.monitoring.recorder import Recorder
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),

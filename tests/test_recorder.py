@@ -9,9 +9,10 @@ import torch
 from heads import FakeInstrumentation, checked, queries_and_keys
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hnf_attention import attention_stats, fold
-from hnf_attention.recorder import HISTORY_LENGTH, NothingMeasured, Recorder
-from hnf_attention.stats import HeadStats
+from hnf_attention import attention_stats
+from hnf_attention.engine import fold
+from hnf_attention.monitoring.recorder import HISTORY_LENGTH, NothingMeasured, Recorder
+from hnf_attention.statistics.heads import HeadStats
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import torch
 from cases import CASES, NON_FINITE, Case, break_a_key, oracle, packed_cases, random_cases
 from hypothesis import given, settings
 
-from hnf_attention import masks, reference
-from hnf_attention.validation import Options
+from hnf_attention.engine.call import Options
+from hnf_attention.reference import attention as reference
+from hnf_attention.reference import masks
 
 PLAIN = Options(None, False, 1.0, None, None, None)
 

@@ -6,9 +6,9 @@ from heads import snapshot
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from hnf_attention import theory
-from hnf_attention.report.figures import curvature_evolution, entropy_heatmap, max_logit_evolution
-from hnf_attention.report.labels import layer_labels
-from hnf_attention.stats import Snapshot
+from hnf_attention.figures.heads import curvature_evolution, entropy_heatmap, max_logit_evolution
+from hnf_attention.figures.labels import layer_labels
+from hnf_attention.statistics.heads import Snapshot
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hnf_attention import sampling
+from hnf_attention.reference import sampling
 
 
 def _rows(num_queries, period, phase, batch=2, heads=3):

@@ -9,8 +9,9 @@ from heads import checked, queries_and_keys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hnf_attention import attention_stats, fold
-from hnf_attention.stats import (
+from hnf_attention import attention_stats
+from hnf_attention.engine import fold
+from hnf_attention.statistics.heads import (
     DEAD_ENTROPY_RATIO,
     HISTOGRAM_BINS,
     JUDGED_MIN_KEYS,

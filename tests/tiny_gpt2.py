@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from hnf_attention.demo.model import standard_library_text
+from hnf_attention.cli.demo.model import standard_library_text
 
 LAYERS = ["transformer.h.0.attn", "transformer.h.1.attn"]
 LENGTH = 24

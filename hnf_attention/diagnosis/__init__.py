@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..stats import Snapshot
-from .findings import ISSUE_TYPES, SEVERITIES, AttentionDiagnosis, StabilityIssue
+from ..statistics.heads import Snapshot
 from .heads import side_by_side
+from .issue import ISSUE_TYPES, SEVERITIES, AttentionDiagnosis, StabilityIssue
 from .rules import RULES
 
 __all__ = ["AttentionDiagnosis", "StabilityIssue", "diagnose"]

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ..names import shown
-from ..stats import HeadStats, Snapshot
-from .findings import StabilityIssue
+from ..statistics.heads import HeadStats, Snapshot
 from .heads import Heads
+from .issue import StabilityIssue
 from .thresholds import THRESHOLDS, threshold
 
 CLIP = "apply QK-clip at 30 after the optimizer step"

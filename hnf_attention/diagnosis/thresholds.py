@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..stats import DEAD_ENTROPY_RATIO
+from ..statistics.heads import DEAD_ENTROPY_RATIO
 
 _RUNS = "own calibration on 158 small training runs (calibrated on one seed, judged on held-out seeds)"
 _MINILM = (

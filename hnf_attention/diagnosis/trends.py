@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..stats import HeadStats
+from ..statistics.heads import HeadStats
 from .thresholds import threshold
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from ..diagnosis import AttentionDiagnosis
 from ..interventions import apply_intervention
-from ..monitor import AttentionStabilityMonitor
-from ..ranks import Ranks
+from ..monitoring.monitor import AttentionStabilityMonitor
+from ..monitoring.process_groups import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

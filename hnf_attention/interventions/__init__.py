@@ -1,7 +1,7 @@
 """Fixes that can be applied and reverted, and which one to choose. They touch models, never kernels."""
 
 from .apply import Applied, apply_intervention
-from .choose import Adviser
 from .intervention import Intervention
+from .policy import Adviser
 
 __all__ = ["Adviser", "Applied", "Intervention", "apply_intervention"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..names import shown
-from . import dropout, projections, rates
+from . import dropout, layout, rates
 from .intervention import ACTIONS
 
 DROPOUT_AMOUNT = 0.1  # added where the intervention names no amount
@@ -85,7 +85,7 @@ class _Scaling:
     key: Tensor | None
 
     def apply(self, model: nn.Module) -> None:
-        projections.scale(projections.find(model, self.layer, len(self.query)), self.query, self.key)
+        layout.scale(layout.find(model, self.layer, len(self.query)), self.query, self.key)
 
     def inverse(self) -> _Scaling:
         return _Scaling(self.layer, 1 / self.query, None if self.key is None else 1 / self.key)
@@ -95,7 +95,7 @@ def _clip(model: nn.Module, intervention: Mapping[str, Any]) -> tuple[str, Calla
     limit = _positive(intervention, "threshold")
     plan = []
     for layer, largest in _layers(intervention).items():
-        found = projections.find(model, layer, len(largest))
+        found = layout.find(model, layer, len(largest))
         sizes = torch.tensor([math.nan if size is None else size for size in largest], dtype=torch.float64)
         # A head without a finite number is left alone: no factor would make it right.
         gamma = torch.where(sizes.isfinite() & (sizes > limit), limit / sizes, 1.0)
@@ -109,7 +109,7 @@ def _clip(model: nn.Module, intervention: Mapping[str, Any]) -> tuple[str, Calla
 def _temperature(model: nn.Module, intervention: Mapping[str, Any]) -> tuple[str, Callable[[], None]]:
     plan = []
     for layer, values in _layers(intervention).items():
-        projections.find(model, layer, len(values))
+        layout.find(model, layer, len(values))
         factors = [_check_positive(f"the temperature factors of {layer!r}", value) for value in values]
         plan.append(_Scaling(layer, 1 / torch.tensor(factors, dtype=torch.float64), None))
     return _scale_weights(model, plan)

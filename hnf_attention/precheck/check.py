@@ -16,9 +16,9 @@ from . import predict
 from .advice import Neighbour, margins, neighbours, sentence
 from .checkpoint import LayerWeights, read_weights
 from .design import Design, read_design
-from .drawn import random_token_maxima
 from .measured import MeasuredLayer, measure_sample
 from .predict import SAFE_RATIO, Scores
+from .random_tokens import random_token_maxima
 from .report import VERDICTS, StabilityReport
 
 

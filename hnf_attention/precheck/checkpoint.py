@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import theory
-from ..interventions import projections
+from ..interventions import layout
 from .design import Design
 from .positions import position_bias
 
@@ -53,7 +53,7 @@ def read_weights(model: nn.Module, design: Design) -> tuple[list[LayerWeights], 
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("expected a model with weights, got one on the meta device")
     found, reasons = [], {}
-    names = [name for name, module in model.named_modules() if projections.holds(module)]
+    names = [name for name, module in model.named_modules() if layout.holds(module)]
     if not names:
         raise ValueError(f"expected a model with attention, got {type(model).__name__} without any known")
     for name in names:
@@ -66,7 +66,7 @@ def read_weights(model: nn.Module, design: Design) -> tuple[list[LayerWeights], 
 
 def _layer(model: nn.Module, name: str, design: Design, index: int) -> LayerWeights:
     module = model.get_submodule(name)
-    weights = projections.find(model, name, _heads(module, design), scaling=False)
+    weights = layout.find(model, name, _heads(module, design), scaling=False)
     if getattr(module, "is_cross_attention", False):
         raise ValueError("keys come from another sequence, whose norm is not known")
     norm = _norm_before(model, name)
@@ -92,7 +92,7 @@ def _layer(model: nn.Module, name: str, design: Design, index: int) -> LayerWeig
     return LayerWeights(name, bound, std, lengths)
 
 
-def _sides(weights: projections.Projections) -> tuple[list[Tensor], list[Tensor]]:
+def _sides(weights: layout.Projections) -> tuple[list[Tensor], list[Tensor]]:
     return weights.query, weights.key
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops, theory
-from ..analyzer import AttentionAnalyzer
+from .. import theory
 from ..diagnosis import AttentionDiagnosis
-from ..instrument import Measurement
-from ..stats import JUDGED_MIN_KEYS
+from ..engine import api
+from ..instrumentation import Measurement
+from ..monitoring.analyzer import AttentionAnalyzer
+from ..statistics.heads import JUDGED_MIN_KEYS
 
 _SHARE = 0.99  # of rows, as `theory.row_spread`
 
@@ -79,7 +80,7 @@ def run_measured(model: nn.Module, sample: Any, read: Callable[[Measurement], No
 
 def _read(measurement: Measurement) -> MeasuredLayer:
     query, key, options = measurement.query, measurement.key, measurement.options
-    rows = ops.attend(query, key, None, options, extended=True)[1].detach()
+    rows = api.attend(query, key, None, options, extended=True)[1].detach()
     visible = measurement.visible_keys.expand(rows.lse.shape)
     least = min(JUDGED_MIN_KEYS, int(visible.max())) if visible.numel() else 1
     judged = (visible >= max(least, 2)) & rows.lse.isfinite()

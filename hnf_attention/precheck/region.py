@@ -61,7 +61,7 @@ class StabilityRegion:
 
     def plot(self, path: str | PathLike[str] | None = None) -> Figure:
         """The least stable temperature over the lengths, one line a width; saved to `path` if given."""
-        from ..report.region import stability_figure
+        from ..figures.region import stability_figure
 
         figure = stability_figure(self)
         if path is not None:

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..diagnosis import StabilityIssue
-from ..diagnosis.findings import grouped, heads_text
+from ..diagnosis.issue import grouped, heads_text
+from ..figures.labels import layer_labels
 from ..names import shown
-from ..stats import HeadStats
-from .labels import layer_labels
+from ..statistics.heads import HeadStats
 
 STYLES = {"error": "bold red", "warning": "yellow"}
 

@@ -1,0 +1,114 @@
+"""What the demo leaves in its output folder: figures and one JSON document."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ... import figures
+from ...diagnosis import AttentionDiagnosis
+from ...report.versions import versions
+from .loss import FINAL_WINDOW
+from .outcome import Outcome
+from .training import Config, Run
+
+SCHEMA_VERSION = 1
+_UNTREATED, _TREATED = "#c0392b", "#2471a3"
+
+
+def save(folder: Path, config: Config, untreated: Run, treated: Run, outcome: Outcome) -> list[Path]:
+    """Write everything into `folder` (made if missing); returns the paths. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {"losses": loss_curves(untreated, treated, outcome)}
+    for name, run in (("untreated", untreated), ("treated", treated)):
+        drawn[f"{name}_entropy"] = figures.entropy_heatmap(run.history[-1])
+        drawn[f"{name}_max_logit"] = figures.max_logit_evolution(run.history)
+        drawn[f"{name}_curvature"] = figures.curvature_evolution(run.history)
+    paths = []
+    for name, figure in drawn.items():
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1])
+    paths.append(folder / "diagnosis.json")
+    document = to_document(config, untreated, treated, outcome)
+    paths[-1].write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return paths
+
+
+def to_document(config: Config, untreated: Run, treated: Run, outcome: Outcome) -> dict[str, Any]:
+    """The demo as JSON types: what ran, what was found, what came of it."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "versions": versions("hnf-attention", "torch"),
+        "config": asdict(config),
+        "outcome": outcome.to_dict(),
+        "untreated": _run(untreated),
+        "treated": _run(treated),
+    }
+
+
+def loss_curves(untreated: Run, treated: Run, outcome: Outcome) -> Figure:
+    """Both losses over the steps, with the warning and the step at which the loss shows something."""
+    figure = Figure(figsize=(7.6, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for run, colour, label in ((untreated, _UNTREATED, "untreated"), (treated, _TREATED, "treated")):
+        steps = range(1, len(run.losses) + 1)
+        axes.plot(steps, run.losses, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, _smoothed(run.losses), color=colour, linewidth=1.8, label=label)
+    marks = [(outcome.warning_step, "warning"), (outcome.alarm_step, "alarm")]
+    marks.append(
+        (outcome.sign.step, f"the loss shows it ({outcome.sign.kind})") if outcome.sign else (None, "")
+    )
+    for place, (step, text) in enumerate(marks):
+        if step is not None:
+            axes.axvline(step, color="#555555", linewidth=0.9, linestyle="--")
+            left = step > 0.6 * len(untreated.losses)  # no room on its right
+            axes.annotate(
+                f"{text}, step {step}",
+                (step, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(-3 if left else 3, -4 - 12 * place),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                va="top",
+                fontsize=8,
+                bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5},
+            )
+    # The first steps fall from 5.5 nats and would flatten what matters.
+    later = [loss for run in (untreated, treated) for loss in _smoothed(run.losses)[FINAL_WINDOW:]]
+    shown = [loss for loss in later if math.isfinite(loss)]
+    if shown:
+        axes.set_ylim(min(shown) - 0.2, max(shown) + 0.4)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("loss (nats per byte)")
+    axes.set_title("The same run, untreated and treated", loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _smoothed(losses: Sequence[float], window: int = 10) -> list[float]:
+    """Trailing mean over `window` steps, fewer at the start."""
+    return [fmean(losses[max(0, end - window) : end]) for end in range(1, len(losses) + 1)]
+
+
+def _run(run: Run) -> dict[str, Any]:
+    return {
+        "losses": [loss if math.isfinite(loss) else None for loss in run.losses],
+        "first_finding": _diagnosis(run.first_finding),
+        "first_error": _diagnosis(run.first_error),
+        "last_diagnosis": _diagnosis(run.last_diagnosis),
+        "interventions": [{"step": step, **intervention} for step, intervention in run.interventions],
+    }
+
+
+def _diagnosis(diagnosis: AttentionDiagnosis | None) -> dict[str, Any] | None:
+    return None if diagnosis is None else diagnosis.to_dict()

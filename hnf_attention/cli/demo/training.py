@@ -1,0 +1,97 @@
+"""One training run of the demo, watched by the monitor exactly as a user would watch theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ...diagnosis import AttentionDiagnosis
+from ...errors import InputError
+from ...interventions import apply_intervention
+from ...monitoring.monitor import AttentionStabilityMonitor
+from ...statistics.heads import Snapshot
+from .loss import FINAL_WINDOW
+from .model import GPT, batches, standard_library_text
+
+
+@dataclass(frozen=True)
+class Config:
+    """The demo's model and its recipe, which breaks it.
+
+    The learning rate warms up to a peak that is ten times too high, and the attention temperature is
+    a sixteenth of the usual one, so that scores run away while the loss still falls.
+    """
+
+    seed: int = 0
+    steps: int = 400
+    layers: int = 4
+    width: int = 64
+    heads: int = 4
+    context: int = 64
+    batch_size: int = 16
+    peak_learning_rate: float = 3e-2
+    warmup_steps: int = 200
+    sharpness: float = 16.0  # 1 / attention temperature, in units of the usual one
+    log_every: int = 5
+
+    def __post_init__(self) -> None:
+        least = max(FINAL_WINDOW, self.log_every)
+        if self.steps < least:
+            raise InputError(f"expected at least {least} steps, got {self.steps}")
+
+
+@dataclass
+class Run:
+    """What one run left behind; losses[i] is the loss of step i + 1."""
+
+    treated: bool
+    losses: list[float] = field(default_factory=list)
+    first_finding: AttentionDiagnosis | None = None  # of any severity
+    first_error: AttentionDiagnosis | None = None
+    last_diagnosis: AttentionDiagnosis | None = None
+    history: list[Snapshot] = field(default_factory=list)
+    interventions: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+
+
+Observer = Callable[[Run, "AttentionDiagnosis | None"], None]
+
+
+def train(config: Config, treated: bool, observe: Observer) -> Run:
+    """Train from the seed; with `treated`, apply what the monitor proposes. Calls `observe` after each step."""
+    torch.manual_seed(config.seed)
+    model = GPT(config.layers, config.width, config.heads, config.context, config.sharpness)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.peak_learning_rate, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LinearLR(
+        optimizer, start_factor=1 / config.warmup_steps, total_iters=config.warmup_steps - 1
+    )
+    data = batches(standard_library_text(), config.batch_size, config.context, config.seed)
+    monitor = AttentionStabilityMonitor(model, log_every=config.log_every)
+    run = Run(treated)
+    for _ in range(config.steps):
+        inputs, targets = next(data)
+        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        run.losses.append(loss.item())
+
+        diagnosis = monitor.on_step()
+        if diagnosis is not None:
+            run.last_diagnosis = diagnosis
+            if diagnosis.has_issues():
+                run.first_finding = run.first_finding or diagnosis
+                if diagnosis.errors:
+                    run.first_error = run.first_error or diagnosis
+                intervention = monitor.get_intervention(diagnosis) if treated else None
+                if intervention:
+                    apply_intervention(optimizer, intervention, scheduler=scheduler)
+                    run.interventions.append((diagnosis.step, dict(intervention)))
+        observe(run, diagnosis)
+    run.history = list(monitor.history)
+    monitor.restore()
+    return run

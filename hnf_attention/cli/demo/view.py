@@ -1,0 +1,107 @@
+"""What the demo shows while it trains: a live table and progress bar; without a terminal, plain lines."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from ...diagnosis import AttentionDiagnosis
+from ...diagnosis.issue import grouped
+from ...names import shown
+from ...report.tables import STYLES, headline, indented, layer_table
+from .loss import LossSign, sign_now
+from .training import Config, Run
+
+_PLAIN_EVERY = 40  # steps between two lines where there is no terminal
+
+
+class View:
+    """Follows one run on a console: call `observe` after each step, within `with view.live():`.
+
+    table: the latest per-layer table.
+    """
+
+    def __init__(self, console: Console, config: Config, title: str):
+        self._console = console
+        self._steps = config.steps
+        self._title = title
+        self._sign: LossSign | None = None
+        self._interventions = 0
+        self._described: set[str] = set()
+        self.table: Group | Text = Text("")
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task("training", total=config.steps)
+        self._live: Live | None = None
+
+    def live(self) -> AbstractContextManager:
+        """The live display on a terminal; elsewhere nothing, and `observe` prints lines."""
+        if not self._console.is_terminal:
+            return nullcontext()
+        self._live = Live(console=self._console, refresh_per_second=4)
+        return self._live
+
+    def observe(self, run: Run, diagnosis: AttentionDiagnosis | None) -> None:
+        step, loss = len(run.losses), run.losses[-1]
+        if diagnosis is not None:
+            self.table = layer_table(diagnosis.stats, diagnosis.issues, f"{self._title}, step {step}")
+        if diagnosis is not None and diagnosis is run.first_finding:
+            self._print_finding(run, "EARLY WARNING", diagnosis)
+        if diagnosis is not None and diagnosis is run.first_error:
+            self._print_finding(run, "ALARM", diagnosis)
+        if len(run.interventions) > self._interventions:
+            self._print_intervention(run)
+        if self._sign is None:
+            self._sign = sign_now(run.losses)
+            if self._sign is not None:
+                self._print_sign(run, self._sign)
+        self._progress.update(self._task, completed=step, description=f"loss {loss:.3f}")
+        if self._live is not None:
+            self._live.update(Group(self.table, self._progress))
+        elif run.last_diagnosis is not None and (step % _PLAIN_EVERY == 0 or step == self._steps):
+            scores = [stats.max_abs_logit.max() for stats in run.last_diagnosis.stats.values()]
+            self._console.print(f"step {step:4d}  loss {loss:.3f}  largest |score| {max(scores):.4g}")
+
+    def _print_finding(self, run: Run, title: str, diagnosis: AttentionDiagnosis) -> None:
+        worst = grouped(diagnosis.issues)[0]
+        self._console.print(Text(f"step {diagnosis.step}: {title} (loss {run.losses[-1]:.2f})", style="bold"))
+        self._console.print(indented(headline(worst), style=STYLES[worst[0].severity]))
+        self._console.print(indented(worst[0].evidence))
+
+    def _print_intervention(self, run: Run) -> None:
+        step, intervention = run.interventions[-1]
+        text = describe(intervention)
+        self._interventions = len(run.interventions)
+        if text not in self._described:  # a QK-clip comes back at every reading; once is enough to read
+            self._described.add(text)
+            self._console.print(Text(f"step {step}: applied {text}", style="bold green"))
+
+    def _print_sign(self, run: Run, sign: LossSign) -> None:
+        warned = run.first_finding
+        lead = "without a warning" if warned is None else f"{sign.step - warned.step} steps after the warning"
+        self._console.print(
+            Text(f"step {sign.step}: THE LOSS SHOWS IT, {lead} ({sign.kind}: {sign.text})", style="bold")
+        )
+
+
+def describe(intervention: dict[str, Any]) -> str:
+    """An intervention in a few words."""
+    action = intervention["action"]
+    if action == "qk_clip":
+        slower = f", learning rate x {intervention['lr_factor']:g}" if "lr_factor" in intervention else ""
+        return f"QK-clip at {intervention['threshold']:g}{slower}"
+    if action == "temperature":
+        return "a higher attention temperature on the heads that collapse"
+    if action == "reduce_lr":
+        return f"learning rate x {intervention['factor']:g}"
+    return f"{action} in {shown(intervention['layer'])}"

@@ -1,0 +1,125 @@
+"""`hnf-attention doctor`: what this machine is, which path each head dimension takes, and a self-test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..engine import engines, library
+from ..engine.api import attention
+from ..engine.call import check
+from ..reference import attention as reference
+from ..report.versions import versions
+
+HEAD_DIMS = (16, 32, 64, 80, 96, 112, 128, 192, 256)
+TESTED_HEAD_DIMS = (64, 128)
+LENGTH = 200  # of the self-test: several tiles, none of them full at the end
+# Relative to the fp64 result, by norm: the roundings of the softmax weights and of the output in that
+# dtype, with room for the gradients' longer chain. Statistics are fp32 whatever the dtype.
+OUTPUT_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+STATISTICS_TOLERANCE = 2e-5
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One self-test against the fp64 reference: errors relative by norm, of statistics the largest absolute."""
+
+    dtype: torch.dtype
+    head_dim: int
+    is_causal: bool
+    out: float
+    statistics: float
+    gradients: float
+
+    @property
+    def passed(self) -> bool:
+        allowed = OUTPUT_TOLERANCE[self.dtype]
+        # Written so that NaN fails.
+        return self.out <= allowed and self.gradients <= allowed and self.statistics <= STATISTICS_TOLERANCE
+
+
+def device() -> torch.device:
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def software() -> dict[str, str | None]:
+    """Versions of Python, of the packages this project computes with, and of cuDNN."""
+    found = versions("hnf-attention", "torch", "triton", "numpy", "transformers")
+    found["cuda"] = torch.version.cuda
+    found["cudnn"] = str(torch.backends.cudnn.version()) if torch.cuda.is_available() else None
+    return found
+
+
+def card() -> str:
+    """The device's name, compute capability and memory, or that there is none."""
+    if not torch.cuda.is_available():
+        return "no CUDA card: attention runs in PyTorch, in chunks"
+    properties = torch.cuda.get_device_properties(device())
+    memory = properties.total_memory / 2**30
+    return f"{properties.name}, compute capability {properties.major}.{properties.minor}, {memory:.0f} GiB"
+
+
+def paths() -> dict[str, list[tuple[torch.dtype, int]]]:
+    """Which (dtype, head dimension) takes which "forward / backward" path, for plain causal training calls."""
+    found: dict[str, list[tuple[torch.dtype, int]]] = {}
+    for dtype in OUTPUT_TOLERANCE:
+        for head_dim in HEAD_DIMS:
+            q = torch.empty(1, 1, 256, head_dim, dtype=dtype, device=device())
+            options = _options(q, True)
+            forward = engines.forward_path(q, q, q, options, False)
+            kind = library.choose(q, q, q, options)
+            backward = f"PyTorch's {kind} backward" if kind else forward
+            if backward == engines.HOPPER:
+                backward = engines.TRITON
+            found.setdefault(f"{forward} / {backward}", []).append((dtype, head_dim))
+    return found
+
+
+def self_test() -> Iterator[Trial]:
+    """Forward, statistics and gradients of small random calls against the fp64 reference, one by one."""
+    for dtype in OUTPUT_TOLERANCE:
+        for head_dim in TESTED_HEAD_DIMS:
+            for is_causal in (False, True):
+                yield _trial(dtype, head_dim, is_causal)
+
+
+def _options(q: Tensor, is_causal: bool):
+    return check(
+        q, q, q, attn_mask=None, is_causal=is_causal, scale=None, window_size=None, softcap=None, sinks=None
+    )
+
+
+def _trial(dtype: torch.dtype, head_dim: int, is_causal: bool) -> Trial:
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 2, LENGTH, head_dim)
+    q, k, v, d_out = (torch.randn(shape, generator=generator).to(device(), dtype) for _ in range(4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, rows = attention(*leaves, is_causal=is_causal)
+    gradients = torch.autograd.grad(out, leaves, d_out)
+
+    exact = [x.detach().double() for x in leaves]
+    options = _options(exact[0], is_causal)
+    true_out, true_rows = reference.attention(*exact, options)
+    true = reference.backward(
+        *exact, options, true_out, true_rows.lse, true_rows.entropy, d_out.double(), None, None
+    )
+    names = ("lse", "entropy", "max_logit", "min_logit")
+    return Trial(
+        dtype,
+        head_dim,
+        is_causal,
+        _relative(out, true_out),
+        max(float((getattr(rows, n).detach().double() - getattr(true_rows, n)).abs().max()) for n in names),
+        max(_relative(got, wanted) for got, wanted in zip(gradients, true[:3])),
+    )
+
+
+def _relative(got: Tensor, true: Tensor) -> float:
+    return float((got.detach().double() - true).norm() / true.norm())

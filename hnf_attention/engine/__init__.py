@@ -1,0 +1,1 @@
+"""What computes attention: the public calls, the operators, and the engines they choose from."""

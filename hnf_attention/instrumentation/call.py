@@ -1,0 +1,123 @@
+"""One attention call, in the layout and the words of `hnf_attention.attention`, whichever door it came by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine import api
+from ..engine.call import Options, check
+
+EAGER, COMPILED = "eager", "compiled"  # the places where a call may run
+
+
+class Unmeasurable(Exception):
+    """This call cannot be measured, for a reason that the coverage report repeats.
+
+    `lasting` is True where the reason holds for every later call of the layer.
+    """
+
+    def __init__(self, reason: str, *, lasting: bool = False):
+        super().__init__(reason)
+        self.lasting = lasting
+
+
+@dataclass(slots=True, eq=False)  # made for every measured call: frozen would cost four times as much
+class AttentionCall:
+    """query (B, H, M, D), key (B, H_kv, N, D), value (B, H_kv, N, D_v), and what shapes the scores.
+
+    attn_mask: boolean (True = attend) or additive with -inf for hidden keys, outside autograd.
+    door: where the call was caught, for the coverage report.
+    from_output: our output (B, H, M, D_v) as what the model's own attention returns.
+    not_fused: why our attention must not take the place of the model's in this call; None if it may.
+    prefer_fused: whether `mode="auto"` may take it.
+    check: compares the model's own attention with ours, once per layer; True when it could decide.
+    modify: a function over the scores that comes last, where it can be named by nothing else here; of scores
+        (B, H, R, N), fp32 or fp64, and the numbers of their queries, int64 (B, H, R), it makes the scores and
+        which are visible, boolean. Such a call is probed in plain PyTorch.
+    place: EAGER or COMPILED.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None
+    is_causal: bool
+    scale: float | None
+    softcap: float | None
+    sinks: Tensor | None
+    door: str
+    from_output: Callable[[Tensor], Any]
+    not_fused: str | None
+    prefer_fused: bool
+    check: Callable[[AttentionCall], bool] | None = None
+    modify: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    place: str = EAGER
+
+    def keywords(self) -> dict[str, Any]:
+        """Keyword arguments of `attention` and `attention_stats`."""
+        return {
+            "attn_mask": self.attn_mask,
+            "is_causal": self.is_causal,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+        }
+
+    def cast(self) -> None:
+        """Bring the tensors to the dtype that the model's attention computes in."""
+        self.query, self.key, self.value, self.attn_mask = api._autocast(
+            self.query, self.key, self.value, self.attn_mask
+        )
+
+    def validated(self) -> Options:
+        """What shapes the scores, checked; raises ValueError or TypeError as `attention` does."""
+        return check(
+            self.query,
+            self.key,
+            self.value,
+            attn_mask=self.attn_mask,
+            is_causal=self.is_causal,
+            scale=self.scale,
+            window_size=None,
+            softcap=self.softcap,
+            sinks=self.sinks,
+        )
+
+
+def require_plain(**tensors: Tensor | None) -> None:
+    """Raise Unmeasurable for what is no ordinary dense tensor with numbers in it."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+            raise Unmeasurable(f"{name} is a {type(tensor).__name__}, not a plain tensor")
+        if tensor.is_nested:
+            raise Unmeasurable(f"{name} is a nested tensor")
+        if tensor.is_meta:
+            raise Unmeasurable(f"{name} is on the meta device")
+
+
+def hide(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask whose hidden keys are hidden for good, in a dtype that `attention` takes beside `dtype`.
+
+    Models write "hidden" as torch.finfo(dtype).min in an additive mask. Left there it would count as
+    a visible key with a score of -1e38, so everything below half of it becomes -inf.
+    """
+    if not mask.is_floating_point():
+        return mask
+    mask = mask.masked_fill(mask < torch.finfo(mask.dtype).min / 2, -torch.inf)
+    return mask if mask.dtype == dtype else mask.float()
+
+
+def why_not_fused(dropout_p: float, *biases: Tensor | None) -> str | None:
+    """The reasons that both doors share for leaving the output to the model's own attention."""
+    if dropout_p > 0:
+        return "dropout"
+    if any(bias is not None and bias.requires_grad for bias in biases):
+        return "the additive mask requires a gradient"
+    return None

@@ -1,0 +1,1 @@
+"""What measuring inside a graph of `torch.compile` needs."""

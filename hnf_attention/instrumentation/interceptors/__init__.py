@@ -1,0 +1,1 @@
+"""Where attention calls are caught, one library a file."""

@@ -1,0 +1,141 @@
+"""The third door: `nn.MultiheadAttention`, and the Transformer layers made of it.
+
+With need_weights=False it calls scaled_dot_product_attention, which is the first door. Two ways lead past
+that one. Asked for its weights it multiplies by hand: such a call keeps its own arithmetic, and is described
+by running it once more without weights, as far as the arguments of scaled_dot_product_attention, so that
+PyTorch's own code projects, adds biases and merges masks. And in inference it, `nn.TransformerEncoderLayer`
+and `nn.TransformerEncoder` may hand everything to one C++ function: inside a model that measures they are
+told that this fast path is off.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from ...tracing import traced, transformed
+from .. import observer
+from ..call import AttentionCall, Unmeasurable
+from ..compiled import operators
+from ..patches import Patch
+from . import sdpa
+
+FORWARD = "multi_head_attention_forward"
+FAST_PATH = "get_fastpath_enabled"
+DOOR = "nn.MultiheadAttention with weights"
+_NEED_WEIGHTS, _IS_CAUSAL = 15, 24  # places among the arguments of multi_head_attention_forward
+
+
+def install() -> list[Patch]:
+    """Put both doors in place until the patches are released."""
+    return [
+        *Patch.everywhere(functional, FORWARD, _forward_door, ()),
+        *Patch.everywhere(torch.backends.mha, FAST_PATH, _fast_path_door, ()),
+    ]
+
+
+def _fast_path_door(original: Callable[[], bool]) -> Callable[[], bool]:
+    @functools.wraps(original)
+    def get_fastpath_enabled() -> bool:
+        if transformed():
+            # A backward would not have let it be taken.
+            slowed = original() and not torch.is_grad_enabled()
+            if traced():
+                return original() and operators.running(slowed=slowed)[0] is None
+            if slowed:
+                observer.list_transformed()
+            return original()
+        if torch.jit.is_scripting() or not original():
+            return original()
+        if observer.thread.receiver is not None:
+            return False
+        owner = observer.measurer()
+        if owner is None:
+            return True
+        if not torch.is_grad_enabled():  # else it would not have been taken
+            owner.instrumentation.slowed.add(owner.layer)
+        return False
+
+    return get_fastpath_enabled
+
+
+def _forward_door(original: Callable[..., Any]) -> Callable[..., Any]:
+    # Dynamo keeps this function as one call, and looks into a copy of it.
+    opened = FunctionType(original.__code__, original.__globals__, original.__name__, original.__defaults__)
+    opened.__kwdefaults__ = original.__kwdefaults__
+    described = functools.partial(_described, original)
+
+    @functools.wraps(original)
+    def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
+        if transformed():
+            if traced() and operators.running()[0] is not None:
+                return opened(*args, **kwargs)
+            observer.list_transformed()
+            return original(*args, **kwargs)
+        if not _weights_wanted(args, kwargs):
+            return original(*args, **kwargs)
+        if observer.thread.probe is not None:
+            with suppress(Unmeasurable):
+                observer.thread.probe(described(*args, **kwargs))
+            return original(*args, **kwargs)
+        return observer.run(original, args, kwargs, described)
+
+    return multi_head_attention_forward
+
+
+def _weights_wanted(args: tuple, kwargs: dict[str, Any]) -> bool:
+    return args[_NEED_WEIGHTS] if len(args) > _NEED_WEIGHTS else kwargs.get("need_weights", True)
+
+
+@contextmanager
+def receiving(
+    receiver: Callable[..., Any], probe: Callable[[AttentionCall], None] | None = None
+) -> Iterator[None]:
+    """Hand this thread's attention inside to these two; see `observer.thread`."""
+    thread = observer.thread
+    before = thread.receiver, thread.probe
+    thread.receiver, thread.probe = receiver, probe
+    try:
+        yield
+    finally:
+        thread.receiver, thread.probe = before
+
+
+class _Reached(BaseException):
+    """Ends a call of multi_head_attention_forward at its attention. No handler of errors may take it."""
+
+
+@torch.no_grad()
+def _described(original: Callable[..., Any], *given: Any, **kwargs: Any) -> AttentionCall:
+    """The attention of a call of `multi_head_attention_forward`, which is not computed."""
+    args = list(given)
+    # With weights the mask alone decides; without them is_causal may take the place of the mask.
+    for place, name in ((_NEED_WEIGHTS, "need_weights"), (_IS_CAUSAL, "is_causal")):
+        if len(args) > place:
+            args[place] = False
+        else:
+            kwargs = kwargs | {name: False}
+    found: list[AttentionCall] = []
+
+    def receive(_original: Callable[..., Any], *call: Any, **options: Any) -> Any:
+        found.append(sdpa.call_of(None, *call, **options))
+        raise _Reached
+
+    # A weight that is cast in here must not be handed, without its history, to the call itself.
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with receiving(receive), suppress(_Reached):
+            original(*args, **kwargs)
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+    (call,) = found
+    call.door = DOOR
+    call.not_fused = call.not_fused or "attention weights are asked for"
+    return call

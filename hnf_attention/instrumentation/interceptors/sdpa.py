@@ -1,0 +1,205 @@
+"""The first door: every call of `torch.nn.functional.scaled_dot_product_attention`.
+
+`nn.MultiheadAttention` with need_weights=False and Hugging Face's "sdpa" come this way too. The function
+is replaced for the whole process while something is instrumented; calls that do not come from an
+instrumented, measuring model go to the original after one branch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...tracing import traced, transformed
+from .. import observer, sharded
+from ..call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
+from ..compiled import operators
+from ..patches import Patch
+
+NAME = "scaled_dot_product_attention"
+CONTEXT_PARALLEL = "torch.distributed.tensor.experimental."
+
+
+def install(modules: Iterable[nn.Module] = ()) -> list[Patch]:
+    """Put the door in place, also where files of these modules imported the function, until it is released."""
+    return Patch.everywhere(functional, NAME, _door, modules)
+
+
+def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    # PyTorch's context parallel puts a function of its own here, which exchanges keys with other processes.
+    describe = _of_a_ring if getattr(original, "__module__", "").startswith(CONTEXT_PARALLEL) else call_of
+
+    def described(*args: Any, **kwargs: Any) -> AttentionCall:
+        return describe(observer.thread.heads, *args, **kwargs)
+
+    @functools.wraps(original)
+    def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
+        if transformed():
+            if traced() and describe is call_of:
+                _beside(*args, **kwargs)
+            observer.list_transformed()
+            return original(*args, **kwargs)
+        thread = observer.thread
+        if thread.receiver is not None:
+            return thread.receiver(original, *args, **kwargs)
+        return observer.run(original, args, kwargs, described, _owner)
+
+    return scaled_dot_product_attention
+
+
+def _owner(*_: Any, **__: Any) -> observer.Owner | None:
+    heads = observer.thread.heads
+    return observer.running_owner() if heads is None else heads.owner
+
+
+def _of_a_ring(*_: Any, **__: Any) -> AttentionCall:
+    raise Unmeasurable(
+        "context_parallel was entered before the model was instrumented: keys of others are not seen"
+    )
+
+
+def _beside(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None:
+    """Leave the operator in the graph; traced."""
+    layer, heads = operators.running(query, key, value, attn_mask, numbers=(scale,))
+    if layer is not None:
+        query, key, value = operators.inputs(query, key, value)
+        mask = operators.detached(attn_mask)
+        _operator(layer, query, key, value, mask, bool(is_causal), scale, enable_gqa, heads)
+
+
+def _measure(
+    layer: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    heads: list[int] | None,
+) -> None:
+    """What the operator does when its graph runs."""
+    owner = operators.owner_of(layer)
+    if owner is not None:
+        known = None if heads is None else observer.Heads(owner, *heads)
+        build = functools.partial(
+            call_of, known, query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa
+        )
+        operators.measure(owner, build)
+
+
+_operator = operators.operator(
+    "observe_sdpa",
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float? scale, bool enable_gqa, "
+    "SymInt[]? heads",
+    _measure,
+)
+
+
+def call_of(
+    heads: observer.Heads | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> AttentionCall:
+    """SDPA's arguments as one call; `heads` is what the Hugging Face door knows of them, if it was there."""
+    not_fused = why_not_fused(dropout_p, attn_mask)
+    if heads is None and type(query) is not Tensor and sharded.is_sharded(query):
+        query, key, value, attn_mask = sharded.local(query, key, value, attn_mask)
+        not_fused = sharded.NOT_FUSED
+    require_plain(query=query, key=key, value=value, attn_mask=attn_mask)
+    if attn_mask is not None and is_causal:
+        not_fused = "both attn_mask and is_causal"  # some versions raise for it, and must come to do so
+    if attn_mask is not None:
+        with torch.no_grad():
+            attn_mask = hide(attn_mask.detach(), query.dtype)
+    query, key, value, attn_mask, shape = _four_dimensional(query, key, value, attn_mask)
+    if heads is not None:
+        query, key, value, attn_mask = _ungroup(heads, query, key, value, attn_mask)
+    elif not enable_gqa and query.shape[1] != key.shape[1]:
+        if 1 not in (query.shape[1], key.shape[1]):
+            raise Unmeasurable("query and key have different heads without enable_gqa")
+        most = max(query.shape[1], key.shape[1])
+        query, key, value = (x.expand(-1, most, -1, -1) for x in (query, key, value))
+
+    return AttentionCall(
+        query=query,
+        key=key,
+        value=value,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+        softcap=None,
+        sinks=None,
+        door=NAME if heads is None else "transformers sdpa",
+        from_output=lambda out: out if len(shape) == 3 else out.reshape(*shape, out.shape[-1]),
+        not_fused=not_fused,
+        # A user mask costs our kernels two to three times what it costs SDPA, more than a probe beside it.
+        prefer_fused=attn_mask is None,
+    )
+
+
+def _four_dimensional(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
+    """(B, H, rows, C) tensors, a mask that broadcasts to them, and the output's shape less its last size.
+
+    SDPA takes any number of leading sizes and broadcasts them; (M, D) and (B, M, D) have one head.
+    """
+    tensors = (query, key, value)
+    dims = query.dim()
+    if dims == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]:
+        # What models do; the rest below costs the host ten times more.
+        return *tensors, attn_mask, (query.shape[0], max(x.shape[1] for x in tensors), query.shape[2])
+    if dims < 2 or key.dim() != dims or value.dim() != dims:
+        raise Unmeasurable(f"query, key and value have {[x.dim() for x in tensors]} dimensions")
+    if dims < 4:
+        tensors = tuple(x[None, None] if dims == 2 else x[:, None] for x in tensors)
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask[:, None]
+    batch = torch.broadcast_shapes(*(x.shape[:-3] for x in tensors))
+    heads = max(x.shape[-3] for x in tensors)
+    shape = (*batch, heads, query.shape[-2])
+    if dims < 4:
+        shape = (*batch[: dims - 2], query.shape[-2])
+    if attn_mask is not None and attn_mask.dim() > 3 and len(batch) > 1:
+        attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, len(batch) - 1)
+    query, key, value = (x.expand(*batch, *x.shape[-3:]).flatten(0, len(batch) - 1) for x in tensors)
+    return query, key, value, attn_mask, shape
+
+
+def _ungroup(
+    heads: observer.Heads, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Undo what transformers does to grouped-query heads, so that every query head stays itself.
+
+    It either repeats the key heads, or, for one query token, packs the query heads of a group into
+    query rows, which here would make one measured head of a whole group.
+    """
+    group = heads.query // heads.key
+    if query.shape[1] != heads.query:
+        query = query.reshape(query.shape[0], heads.query, 1, query.shape[3])
+        if attn_mask is not None and attn_mask.shape[1] != 1:
+            attn_mask = attn_mask.reshape(attn_mask.shape[0], heads.query, 1, attn_mask.shape[3])
+    if key.shape[1] == heads.query:
+        key, value = key[:, ::group], value[:, ::group]
+    return query, key, value, attn_mask

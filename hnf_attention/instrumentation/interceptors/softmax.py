@@ -1,0 +1,171 @@
+"""The fourth door: attention written by hand, caught at its softmax.
+
+The scores are there already, so the statistics are taken from them: of a softmax over the last dimension of
+(B, H, M, N) or (B * H, M, N) scores inside a module whose class is named like attention, or of scores in
+blocks of queries, (B, H, blocks, M, N) or (B, blocks, H, M, N). Its queries and keys are never seen, so
+norms and curvature stay unknown.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...reference import attention as reference
+from ...reference import masks
+from ...tracing import traced, transformed
+from .. import observer
+from ..call import COMPILED, Unmeasurable
+from ..compiled import operators
+from ..coverage import is_attention
+from ..measurement import Measurement
+from ..patches import Patch
+from ..scores import NEVER_A_SCORE, given
+
+DOOR = "softmax"
+# What models write for "hidden" beside NEVER_A_SCORE and below: -1e4, or fp16's smallest number in wider
+# scores, which are told from scores only where those are ordinary.
+LOW, ORDINARY = -9e3, 3e3
+_HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "nhead", "heads", "num_attn_heads")
+_HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "d_k", "d_head", "dim_head")
+_WIDTH = ("embed_dim", "hidden_size", "d_model", "n_embd", "all_head_size", "inner_dim", "dim")
+
+
+def install(modules: Iterable[nn.Module]) -> list[Patch]:
+    """Put the door in place at the three names of softmax, and where files of these modules imported one."""
+    modules = list(modules)
+    places = [functional, torch, torch.Tensor]
+    # A function is pickled by its name, which must lead to it. Where a module holds F.softmax, the name is left
+    # alone: the function calls the method, which is caught all the same.
+    if any(value is functional.softmax for module in modules for value in vars(module).values()):
+        places.remove(functional)
+    return [patch for place in places for patch in Patch.everywhere(place, "softmax", _door, modules)]
+
+
+def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(original)
+    def softmax(*args: Any, **kwargs: Any) -> Tensor:
+        if transformed():
+            if traced():
+                _beside(*args, **kwargs)
+            else:
+                observer.list_transformed(_owner, *args, **kwargs)
+            return original(*args, **kwargs)
+        # As in `observer.run`: steps that are not measured pay for this branch.
+        owner = observer.measurer(_owner, *args, **kwargs) if observer.measuring else None
+        if owner is None:
+            return original(*args, **kwargs)
+        observer.thread.suspended = True  # one name calls the other
+        try:
+            result = original(*args, **kwargs)
+            # A checkpoint's second forward runs inside a backward, and is no new call.
+            if torch._C._current_graph_task_id() == -1:
+                _observe(owner, *args, **kwargs)
+        finally:
+            observer.thread.suspended = False
+        return result
+
+    return softmax
+
+
+def _beside(input: Any = None, dim: Any = None, *_: Any, **__: Any) -> None:
+    """Leave the operator in the graph; traced."""
+    if _may_be_attention(input, dim):
+        layer, _heads = operators.running(input, attention_only=True)
+        if layer is not None:
+            _operator(layer, input.detach())
+
+
+def _measure(layer: Tensor, scores: Tensor) -> None:
+    """What the operator does when its graph runs."""
+    owner = operators.owner_of(layer)
+    if owner is not None:
+        measured = functools.partial(_measured, owner.layer, owner.module, scores)
+        owner.instrumentation.observe(owner.layer, DOOR, measured, COMPILED)
+
+
+_operator = operators.operator("observe_softmax", "Tensor scores", _measure)
+
+
+def _may_be_attention(input: Any, dim: Any) -> bool:
+    """Whether it is over the last dimension of what may be scores."""
+    if not isinstance(input, Tensor) or input.dim() < 3 or not input.is_floating_point():
+        return False
+    return dim in (-1, input.dim() - 1)
+
+
+def _owner(input: Any = None, dim: Any = None, *_: Any, **__: Any) -> observer.Owner | None:
+    if not _may_be_attention(input, dim):
+        return None
+    owner = observer.running_owner(lambda module: not isinstance(module, nn.Softmax))
+    return owner if owner is not None and is_attention(owner.module) else None
+
+
+def _observe(owner: observer.Owner, input: Tensor, *_: Any, **__: Any) -> None:
+    measured = functools.partial(_measured, owner.layer, owner.module, input.detach())
+    owner.instrumentation.observe(owner.layer, DOOR, measured)
+
+
+@torch.no_grad()
+def _measured(layer: str, module: nn.Module, scores: Tensor) -> Measurement:
+    if type(scores) is not Tensor or scores.is_nested or scores.is_meta or scores.numel() == 0:
+        raise Unmeasurable(f"its softmax is over {tuple(scores.shape)} of a {type(scores).__name__}")
+    heads = _number(module, _HEADS)
+    if scores.dim() == 3:
+        if heads is None or scores.shape[0] % heads:
+            raise Unmeasurable(
+                f"its softmax is over {tuple(scores.shape)}, and its heads (one of {', '.join(_HEADS)}) "
+                f"are {heads}"
+            )
+        scores = scores.unflatten(0, (-1, heads))
+    elif scores.dim() > 4:
+        scores = _without_blocks(scores, heads)
+    elif heads is not None and scores.shape[1] != heads and scores.shape[2] == heads:
+        scores = scores.transpose(1, 2)  # (B, M, H, window), as Longformer has it
+    batch, heads, num_queries, num_keys = scores.shape
+    chunks = masks.row_chunks(num_queries, num_keys, batch * heads)
+    ordinary = torch.where(scores > LOW, scores.abs(), 0.0).amax((2, 3), keepdim=True) < ORDINARY
+    parts = (_with_visible(scores[:, :, rows], ordinary) for rows in chunks)
+    return given(layer, parts, num_keys, _head_dim(module, heads), scores.dtype)
+
+
+def _with_visible(scores: Tensor, ordinary: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of some rows, fp32 or fp64, and which of them are those of visible keys.
+
+    ordinary: boolean (B, H, 1, 1), whether all scores of the head above LOW are small.
+    """
+    extreme = max(NEVER_A_SCORE, torch.finfo(scores.dtype).min / 2)
+    scores = scores.to(reference.compute_dtype(scores))
+    # A row all of whose scores are low has run away, and so has a head with large ones beside them.
+    masked = (ordinary & (scores.amax(3, keepdim=True) > LOW)) & (scores < LOW)
+    return scores, ~((scores < extreme) | masked)  # NaN is visible
+
+
+def _number(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    """The first of these attributes, of the module or of its config, that is a number."""
+    for place in (module, getattr(module, "config", None)):
+        for name in names:
+            number = getattr(place, name, None)
+            if isinstance(number, int) and not isinstance(number, bool) and number > 0:
+                return number
+    return None
+
+
+def _head_dim(module: nn.Module, heads: int) -> int:
+    width = _number(module, _WIDTH)
+    return _number(module, _HEAD_DIM) or (1 if width is None or width % heads else width // heads)
+
+
+def _without_blocks(scores: Tensor, heads: int | None) -> Tensor:
+    """(B, H, all queries, N) of scores (B, H, blocks, M, N) or (B, blocks, H, M, N)."""
+    if scores.dim() != 5 or (scores.shape[1] == heads) == (scores.shape[2] == heads):
+        raise Unmeasurable(
+            f"which dimension of its softmax over {tuple(scores.shape)} is its {heads} heads (one of "
+            f"{', '.join(_HEADS)}) cannot be told"
+        )
+    return (scores if scores.shape[1] == heads else scores.transpose(1, 2)).flatten(2, 3)

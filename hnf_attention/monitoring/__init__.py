@@ -1,0 +1,1 @@
+"""Watching a model: when to measure, how to record, what to report."""

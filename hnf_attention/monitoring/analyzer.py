@@ -1,0 +1,60 @@
+"""Post-hoc analysis: run a model on data, then ask what its attention did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..diagnosis import AttentionDiagnosis, diagnose
+from ..instrumentation import Instrumentation, instrument
+from ..statistics.heads import Snapshot
+from .recorder import Recorder
+
+
+class AttentionAnalyzer:
+    """Measures every attention call of `model` from now on; `diagnose()` judges what it saw.
+
+        analyzer = AttentionAnalyzer(model)
+        with torch.no_grad():
+            for batch in loader:
+                model(batch)
+        diagnosis = analyzer.diagnose()
+
+    `mark()` closes a stretch of forward passes (a checkpoint, a data set), so that the evolution over
+    the stretches can be plotted; each is one snapshot in `history`, numbered from 1.
+    mode, sample: as for `instrument`, with its errors. Use `restore()` or a `with` block to end it.
+    """
+
+    def __init__(self, model: nn.Module, mode: str = "auto", sample: int | None = None):
+        self.instrumentation: Instrumentation = instrument(model, mode=mode, sample=sample)
+        self._recorder = Recorder(self.instrumentation, log_every=1)
+
+    @property
+    def history(self) -> Sequence[Snapshot]:
+        """Snapshots so far, oldest first."""
+        return self._recorder.history
+
+    def mark(self) -> Snapshot:
+        """Close the stretch since the last mark. Raises RuntimeError if no attention was measured in it."""
+        self._recorder.advance()
+        return self.history[-1]
+
+    def diagnose(self) -> AttentionDiagnosis:
+        """Mark, and judge. Without new forward passes the last stretch is judged again.
+
+        Raises RuntimeError, naming what was and was not reached, if no attention was measured at all.
+        """
+        if self._recorder.pending or not self.history:
+            self.mark()
+        return diagnose(self.history, self.instrumentation.coverage)
+
+    def restore(self) -> None:
+        """End the measuring; the model is as it was. What was recorded can still be diagnosed."""
+        self.instrumentation.restore()
+
+    def __enter__(self) -> AttentionAnalyzer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()

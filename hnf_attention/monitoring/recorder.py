@@ -1,0 +1,196 @@
+"""When to measure, where to keep it, and when to read it out.
+
+Measurements are folded on the device they were made on. The host waits for a device once per log
+step: one packed copy of all layers' accumulators (one per device, where a model spans several).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..engine import fold
+from ..statistics.heads import SUM_FIELDS, HeadStats, Snapshot, new_accumulator
+from .process_groups import Part, Ranks
+
+if TYPE_CHECKING:
+    from ..instrumentation import Instrumentation, Measurement
+
+HISTORY_LENGTH = 10_000  # snapshots kept; older ones are dropped
+
+_SEEN = [SUM_FIELDS.index(name) for name in ("rows", "nonfinite_rows")]
+
+_Kind = tuple[str, int, int, torch.dtype]  # layer, heads, head dimension, dtype
+
+
+class NothingMeasured(RuntimeError):
+    """A reading was asked for, and no attention was measured since the one before."""
+
+
+class Recorder:
+    """Folds an instrumented model's measurements into `Snapshot`s.
+
+    Steps are counted by `advance()`, from 1: the forward passes before the s-th call belong to step s.
+    Step s is a log step when `s % log_every == 0`: it is measured and read out. `record_every` says
+    which others are measured: None for none, 1 for all (running extremes over every step), k for
+    every k-th. On any other step the model runs its own attention. step: how many were done before, where
+    a run resumes. ranks: processes whose statistics a reading puts together.
+
+    Raises ValueError unless log_every is an int >= 1, record_every None or an int >= 1, step an int >= 0.
+    """
+
+    def __init__(
+        self,
+        instrumentation: Instrumentation,
+        log_every: int = 100,
+        record_every: int | None = None,
+        step: int = 0,
+        ranks: Ranks | None = None,
+    ):
+        _check_count("log_every", log_every, 1, "an int >= 1")
+        if record_every is not None:
+            _check_count("record_every", record_every, 1, "None or an int >= 1")
+        _check_count("step", step, 0, "an int >= 0")
+        self.log_every = log_every
+        self.record_every = record_every
+        self.step = step
+        self.pending = False  # whether anything was recorded since the last reading
+        #: The last HISTORY_LENGTH snapshots, oldest first.
+        self.history: deque[Snapshot] = deque(maxlen=HISTORY_LENGTH)
+        self._instrumentation = instrumentation
+        self._ranks = ranks
+        self._names: dict[_Kind, str] = {}
+        self._accumulators: dict[tuple[_Kind, torch.device], Tensor] = {}
+        # The largest sample_period since the last reading, by name; of the reading before, where no Python
+        # has run since: the replays of a captured graph are folded all the same.
+        self._periods: dict[str, int] = {}
+        self._recorded: set[str] = set()  # the names recorded since the last reading
+        self._stopped = False
+        instrumentation.on_measure = _weakly(self)
+        instrumentation.measuring = self._measures(step + 1)
+
+    def advance(self) -> Snapshot | None:
+        """End the current step. Returns its snapshot if it was a log step, else None.
+
+        Raises NothingMeasured at a log step before which nothing was measured; the step counts all
+        the same, and the next one goes on.
+        """
+        self.step += 1
+        self._instrumentation.measuring = self._measures(self.step + 1)
+        return self.read() if self.step % self.log_every == 0 else None
+
+    def read(self) -> Snapshot:
+        """A snapshot of everything folded since the last reading, which starts anew after it.
+
+        Raises NothingMeasured, with the instrumentation's coverage if it never measured anything.
+        """
+        parts = self._parts() if self._ranks is None else self._ranks.combine(self._parts)
+        layers = {name: HeadStats(values, *kind, period) for name, *kind, period, values in parts}
+        if not layers:
+            raise NothingMeasured(self._why_nothing())
+        self.pending = False
+        self._recorded.clear()
+        snapshot = Snapshot(self.step, layers)
+        self.history.append(snapshot)
+        return snapshot
+
+    def _parts(self) -> list[Part]:
+        """What was measured since the last reading, by layer; a layer on several devices is merged."""
+        found: dict[str, HeadStats] = {}
+        for kind, values in self._copy_to_host():
+            if not values[_SEEN].any():
+                continue  # known from an earlier reading, not run since
+            name, (_, _, head_dim, dtype) = self._names[kind], kind
+            stats = HeadStats(values, head_dim, _text(dtype), self._periods[name])
+            found[name] = found[name].merge(stats) if name in found else stats
+        return [Part(n, s.head_dim, s.dtype, s.sample_period, s.values) for n, s in found.items()]
+
+    def stop(self) -> None:
+        """Measure no further step: `advance()` goes on counting, the model runs its own attention."""
+        self._stopped = True
+        self._instrumentation.measuring = False
+
+    def record(self, measurement: Measurement) -> None:
+        """Fold one attention call into its layer's accumulator, on the device, without waiting for it."""
+        rows = measurement.rows.lse
+        num_heads, device = rows.shape[1], rows.device
+        kind = (measurement.layer, num_heads, measurement.head_dim, measurement.dtype)
+        key = (kind, device)
+        accumulator = self._accumulators.get(key)
+        if accumulator is None:
+            self._names.setdefault(kind, self._name(*kind))
+            # Made inside inference mode, it could not be added to outside of it.
+            with torch.inference_mode(False):
+                accumulator = fold.new_accumulator(num_heads, device)
+            self._accumulators[key] = accumulator
+        measurement.fold_into(accumulator)
+        name = self._names[kind]
+        earlier = self._periods[name] if name in self._recorded else 1
+        self._periods[name] = max(earlier, measurement.sample_period)
+        self._recorded.add(name)
+        self.pending = True
+
+    def _measures(self, step: int) -> bool:
+        if self._stopped:
+            return False
+        return step % self.log_every == 0 or (self.record_every is not None and step % self.record_every == 0)
+
+    def _name(self, layer: str, heads: int, head_dim: int, dtype: torch.dtype) -> str:
+        """The layer's name; further head counts, head dimensions or dtypes under it get names of their own.
+
+        Such calls (a module reused with other shapes, an evaluation in another dtype) are different
+        heads: folding them together would mean nothing. The first kind seen keeps the plain name.
+        """
+        taken = layer in self._names.values()
+        return f"{layer} [{heads} heads of {head_dim}, {_text(dtype)}]" if taken else layer
+
+    @torch.no_grad()
+    def _copy_to_host(self) -> list[tuple[_Kind, np.ndarray]]:
+        """The accumulators' values, (NUM_FIELDS, H) each, in the order layers first ran; all start anew."""
+        packed: dict[torch.device, list[Tensor]] = {}
+        for (_, device), accumulator in self._accumulators.items():
+            packed.setdefault(device, []).append(accumulator)
+        copies = {device: fold.collect(parts).cpu().numpy() for device, parts in packed.items()}
+        empty = {device: new_accumulator(1, device) for device in packed}
+        offsets = dict.fromkeys(copies, 0)
+        read = []
+        for (kind, device), accumulator in self._accumulators.items():
+            start = offsets[device]
+            offsets[device] += accumulator.shape[2]
+            read.append((kind, copies[device][:, start : offsets[device]]))
+            accumulator.copy_(empty[device])
+        return read
+
+    def _why_nothing(self) -> str:
+        try:
+            self._instrumentation.require_measured()
+        except RuntimeError as error:
+            return str(error)
+        since = f"since the reading at step {self.history[-1].step}" if self.history else "so far"
+        return f"expected a measured forward pass before step {self.step} is read, got none {since}"
+
+
+def _weakly(recorder: Recorder):
+    """`recorder.record` without a reference cycle: an instrumentation ends when its last user is gone."""
+    reference = weakref.ref(recorder)
+
+    def on_measure(measurement: Measurement) -> None:
+        alive = reference()
+        if alive is not None:
+            alive.record(measurement)
+
+    return on_measure
+
+
+def _text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_count(name: str, value: object, least: int, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"expected {name} to be {expected}, got {value!r}")

@@ -1,0 +1,1 @@
+"""The specification: attention, masks, samples and the fold in plain PyTorch."""

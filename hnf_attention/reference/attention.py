@@ -1,0 +1,289 @@
+"""The specification: attention and its row statistics in plain PyTorch.
+
+Everything else in this project is judged against this file. It is chunked over queries, so memory is
+O(chunk x N), and it serves as the CPU path. Half-precision inputs are computed in fp32, fp64 inputs in
+fp64. `attention` is differentiable by autograd in `out`, `lse` and `entropy`; `backward` is the same
+gradient written out, which recomputes the scores instead of keeping them.
+
+The running state of a row is m (shift), l = sum exp(s - m), w = sum exp(s - m) (s - m); then
+lse = m + log l and entropy = log l - w / l. Entropy is never taken as lse - E[s]: at |s| = 1e4 that
+loses seven digits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..engine.call import Options
+from ..statistics.heads import RowStats
+from .masks import mask_rows, row_chunks, visible
+from .sampling import take_rows
+
+
+class _Scores(NamedTuple):
+    """Scores of some query rows against all keys, (B, H, rows, N); hidden entries of `scores` are 0."""
+
+    scores: Tensor
+    seen: Tensor  # broadcastable bool
+    slope: Tensor | None  # d score / d (scale * q.k) of the soft-cap
+    capped: Tensor | None  # (B, H, rows): the soft-cap made a visible inf finite
+
+
+def compute_dtype(query: Tensor) -> torch.dtype:
+    """The dtype that scores and statistics are held in."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def empty_output(query: Tensor, value_dim: int) -> Tensor:
+    """Memory for an output (B, H, M, D_v): laid out as the query is, like SDPA's.
+
+    Where the heads lie within a position (a projection's transposed output), so they do in the result,
+    and a model's own transposition back costs no copy.
+    """
+    batch, heads, num_queries, _ = shape = query.shape
+    shape = (*shape[:3], value_dim)
+    if query.stride(1) < query.stride(2):
+        strides = (num_queries * heads * value_dim, value_dim, heads * value_dim, 1)
+        return torch.empty_strided(shape, strides, dtype=query.dtype, device=query.device)
+    return query.new_empty(shape)
+
+
+def _group(x: Tensor, kv_heads: int) -> Tensor:
+    """(B, H, rows, C) to (B, H_kv, G * rows, C): grouped-query heads beside each other."""
+    batch, heads, rows, width = x.shape
+    return x.reshape(batch, kv_heads, heads // max(1, kv_heads) * rows, width)
+
+
+def _score_rows(query: Tensor, key: Tensor, rows: slice | Tensor, options: Options) -> _Scores:
+    num_keys = key.shape[2]
+    part = (query[:, :, rows] if isinstance(rows, slice) else take_rows(query, rows)).to(key.dtype)
+    scores = _group(part, key.shape[1]) @ key.transpose(-1, -2) * options.scale
+    scores = scores.reshape(*part.shape[:3], num_keys)
+    slope = capped = None
+    if options.softcap is not None:
+        capped = scores.isinf()
+        bent = (scores / options.softcap).tanh()
+        scores, slope = options.softcap * bent, 1 - bent.square()
+    seen = visible(
+        rows,
+        num_keys,
+        attn_mask=options.attn_mask,
+        is_causal=options.is_causal,
+        window_size=options.window_size,
+        seqlens=options.seqlens,
+        device=query.device,
+    )
+    if options.attn_mask is not None and options.attn_mask.dtype != torch.bool:
+        scores = scores + mask_rows(options.attn_mask, rows).to(scores.dtype)
+    if capped is not None:
+        capped = (capped & seen).any(-1)
+    return _Scores(torch.where(seen, scores, 0.0), seen, slope, capped)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    options: Options,
+    *,
+    extended: bool = False,
+    index: Tensor | None = None,
+) -> tuple[Tensor | None, RowStats]:
+    """Attention output (B, H, M, D_v) in the query's dtype, or None without a value, and its row statistics.
+
+    index: take these rows only, int64 (B, H, M_s), -1 for an empty row; M_s then stands for M.
+    """
+    dtype = compute_dtype(query)
+    batch, heads, num_queries, _ = query.shape
+    num_queries = num_queries if index is None else index.shape[2]
+    key = key.to(dtype)
+    value = None if value is None else value.to(dtype)
+    chunks = row_chunks(num_queries, key.shape[2], batch * heads)
+    parts = [
+        _attend_rows(_score_rows(query, key, rows, options), value, options.sinks, extended)
+        for rows in (chunk if index is None else index[:, :, chunk] for chunk in chunks)
+    ]
+    if not parts:
+        out = None if value is None else query.new_zeros(batch, heads, 0, value.shape[-1])
+        blanks = [query.new_zeros(batch, heads, 0, dtype=dtype) for _ in range(9 if extended else 4)]
+        visible_keys = blanks[0].long() if extended else None
+        return out, RowStats(*blanks, visible_keys=visible_keys, row_index=index)
+    columns = [None if column[0] is None else torch.cat(column, 2) for column in zip(*parts, strict=True)]
+    out = None if columns[0] is None else columns[0].to(query.dtype)
+    return out, RowStats(*columns[1:], row_index=index)
+
+
+def of_scores(scores: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
+    """(lse, entropy, max_logit, min_logit) of scores (B, H, M, N) that are there already.
+
+    seen: boolean, which of them are visible; the others are 0 in `scores`.
+    """
+    return _attend_rows(_Scores(scores, seen, None, None), None, None, False)[1:]
+
+
+def _attend_rows(
+    part: _Scores, value: Tensor | None, sinks: Tensor | None, extended: bool
+) -> tuple[Tensor | None, ...]:
+    """Output and statistics of some rows, as (out, *RowStats fields)."""
+    scores, seen = part.scores, part.seen
+    empty = ~seen.any(-1).expand(scores.shape[:3])
+    if scores.shape[-1] == 0:
+        max_logit = scores.new_full(scores.shape[:3], -torch.inf)
+        min_logit = -max_logit
+    else:
+        max_logit = torch.where(seen, scores, -torch.inf).amax(-1)
+        min_logit = torch.where(seen, scores, torch.inf).amin(-1)
+    # The shift cancels in every result, so no gradient needs to pass through it.
+    shift = torch.where(empty, 0.0, max_logit).detach()
+    if sinks is not None:
+        sink = sinks.to(scores.dtype)[None, :, None]
+        shift = torch.maximum(shift, sink.detach())
+    z = torch.where(seen, scores - shift[..., None], 0.0)
+    e = torch.where(seen, z.exp(), 0.0)
+    l_i, w_i = e.sum(-1), (e * z).sum(-1)
+    if sinks is not None:
+        z_sink = sink - shift
+        e_sink = z_sink.exp()
+        z_sink = torch.where(z_sink == -torch.inf, 0.0, z_sink)  # a sink of -inf is no sink: 0 * -inf
+        l_i, w_i = l_i + e_sink, w_i + e_sink * z_sink
+    l_safe = torch.where(empty, 1.0, l_i)
+    # NaN or inf in q or k ends in l or w, whichever way it came; it must not hide behind a maximum.
+    broken = (l_i + w_i).isnan() & ~empty
+    if part.capped is not None:  # tanh(inf) is 1: the output stays finite, the statistics must tell
+        broken = broken | part.capped
+
+    def finish(numbers: Tensor, if_empty: float) -> Tensor:
+        return torch.where(broken, torch.nan, torch.where(empty, if_empty, numbers))
+
+    out = None
+    if value is not None:
+        weights = torch.where(empty[..., None], 0.0, e / l_safe[..., None])
+        out = (_group(weights, value.shape[1]) @ value).reshape(*scores.shape[:3], value.shape[-1])
+    core = (
+        finish(shift + l_safe.log(), -torch.inf),
+        finish(l_safe.log() - w_i / l_safe, 0.0),
+        finish(max_logit.detach(), -torch.inf),
+        finish(min_logit.detach(), torch.inf),
+    )
+    if not extended:
+        return out, *core
+    with torch.no_grad():
+        mean = (w_i / l_safe)[..., None]
+        variance = (e * (z - mean).square()).sum(-1)
+        collision = e.square().sum(-1)
+        first = (
+            seen.expand(scores.shape).to(torch.uint8).argmax(-1, keepdim=True) if scores.shape[-1] else None
+        )
+        sink_weight = torch.zeros_like(l_i) if first is None else e.gather(-1, first).squeeze(-1)
+        if sinks is not None:
+            variance = variance + e_sink * (z_sink - mean.squeeze(-1)).square()
+            collision = collision + e_sink.square()
+            sink_weight = sink_weight + e_sink
+        visible_keys = seen.expand(scores.shape).sum(-1)
+        count = visible_keys.clamp(min=1)
+        plain_mean = z.sum(-1) / count
+        spread = torch.where(seen, (z - plain_mean[..., None]).square(), 0.0).sum(-1) / count
+        more = (
+            variance / l_safe,
+            collision / l_safe.square(),
+            spread.sqrt(),
+            sink_weight / l_safe,
+            shift + plain_mean,
+        )
+    return out, *core, *(finish(numbers, 0.0) for numbers in more), visible_keys
+
+
+class Gradients(NamedTuple):
+    """Gradients in the inputs' dtypes; None where there is no such input."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor | None
+    sinks: Tensor | None
+    mask: Tensor | None = None  # the additive mask's, on request
+
+
+def softmax_offset(
+    delta: Tensor | None, lse: Tensor, entropy: Tensor, d_lse: Tensor | None, d_entropy: Tensor | None
+) -> Tensor:
+    """What the softmax gradient subtracts: delta'' = delta - dlse + dentropy * entropy, (B, H, M).
+
+    With log p = s - lse, ds = p * (dp - dentropy * log p - delta''), where delta = rowsum(do * o).
+    Written with log p and not with s, so that no two large numbers cancel.
+    """
+    offset = torch.zeros_like(lse) if delta is None else delta
+    if d_lse is not None:
+        offset = offset - d_lse
+    return offset if d_entropy is None else offset + d_entropy * entropy
+
+
+def sink_gradient(sinks: Tensor, lse: Tensor, offset: Tensor, d_entropy: Tensor | None) -> Tensor:
+    """Gradient of the learned sinks (H,): the sink is a key without a value, so its dp is 0."""
+    log_p = sinks.to(lse.dtype)[None, :, None] - lse
+    inner = -offset if d_entropy is None else -offset - d_entropy * log_p
+    weightless = (lse == -torch.inf) | (log_p == -torch.inf)
+    per_row = torch.where(weightless, 0.0, log_p.exp() * inner)
+    return per_row.sum((0, 2)).to(sinks.dtype)
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    options: Options,
+    out: Tensor | None,
+    lse: Tensor,
+    entropy: Tensor,
+    d_out: Tensor | None,
+    d_lse: Tensor | None,
+    d_entropy: Tensor | None,
+    *,
+    mask_gradient: bool = False,
+) -> Gradients:
+    """Gradients from the cotangents of out, lse and entropy; memory O(chunk x N).
+
+    mask_gradient: also that of the additive mask, summed where the mask broadcasts.
+    """
+    dtype = compute_dtype(query)
+    key_c = key.to(dtype)
+    value_c = None if value is None or d_out is None else value.to(dtype)
+    delta = None if value_c is None else (d_out.to(dtype) * out.to(dtype)).sum(-1)
+    offset = softmax_offset(delta, lse, entropy, d_lse, d_entropy)
+    d_query = torch.zeros_like(query, dtype=dtype)
+    d_key = torch.zeros_like(key_c)
+    d_value = None if value is None else torch.zeros_like(value, dtype=dtype)
+    mask = options.attn_mask if mask_gradient else None
+    d_mask = None if mask is None else torch.zeros_like(mask, dtype=dtype)
+    kv_heads = key.shape[1]
+    batch, heads, num_queries, _ = query.shape
+    for rows in row_chunks(num_queries, key.shape[2], batch * heads):
+        scores, seen, slope, _ = _score_rows(query, key_c, rows, options)
+        log_p = torch.where(seen, scores - lse[:, :, rows, None], -torch.inf)
+        p = log_p.exp()
+        inner = -offset[:, :, rows, None]
+        if value_c is not None:
+            d_rows = _group(d_out[:, :, rows].to(dtype), kv_heads)
+            d_value += _group(p, kv_heads).transpose(-1, -2) @ d_rows
+            inner = inner + (d_rows @ value_c.transpose(-1, -2)).reshape(p.shape)
+        if d_entropy is not None:
+            inner = inner - d_entropy[:, :, rows, None] * torch.where(seen, log_p, 0.0)
+        d_scores = torch.where(seen, p * inner, 0.0)
+        if d_mask is not None:
+            part = mask_rows(d_mask, rows)  # a view
+            part += d_scores.sum_to_size(part.shape)
+        d_scores = d_scores * options.scale
+        if slope is not None:
+            d_scores = d_scores * slope
+        grouped = _group(d_scores, kv_heads)
+        d_query[:, :, rows] = (grouped @ key_c).reshape(batch, heads, p.shape[2], key.shape[3])
+        d_key += grouped.transpose(-1, -2) @ _group(query[:, :, rows].to(dtype), kv_heads)
+    return Gradients(
+        d_query.to(query.dtype),
+        d_key.to(key.dtype),
+        None if d_value is None else d_value.to(value.dtype),
+        None if options.sinks is None else sink_gradient(options.sinks, lse, offset, d_entropy),
+        None if d_mask is None else d_mask.to(mask.dtype),
+    )

@@ -1,0 +1,1 @@
+"""The warp-specialised forward for Hopper, in Gluon."""

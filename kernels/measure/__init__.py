@@ -1,0 +1,1 @@
+"""Kernels that fold row statistics and scan masks."""

@@ -1,0 +1,1 @@
+"""Forward, probe and backward in portable Triton."""

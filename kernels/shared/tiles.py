@@ -1,0 +1,126 @@
+"""Tile shapes by head dimension, dtype and causality: pinned, no autotuning at run time."""
+
+from typing import NamedTuple
+
+import torch
+
+from .softmax import block_dim, ceil_div
+
+
+class Tiles(NamedTuple):
+    """Queries and keys per tile, warps per program, pipelining depth, registers per thread at most."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None  # what lets one more program share the SM
+
+
+class BackwardTiles(NamedTuple):
+    """Tiles of the kernel that walks keys, for dq, and of the one that walks queries, for dk and dv."""
+
+    dq: Tiles
+    dkv: Tiles
+
+
+# Half precision, by (tile width, causal). The winners of bench/tune_forward.py on the H200: under a
+# causal mask small query blocks waste less of the diagonal; without one, more keys (D = 64) or more
+# queries (D = 128) per step hide the latency of the exponentials better.
+_FORWARD_HALF = {
+    (64, True): Tiles(64, 64, 4, 2),
+    (64, False): Tiles(64, 128, 4, 2),
+    (128, True): Tiles(64, 64, 4, 3),
+    (128, False): Tiles(128, 64, 4, 2),
+    (256, True): Tiles(128, 64, 8, 2),
+    (256, False): Tiles(128, 64, 8, 2),
+}
+# Under a user mask, by (tile width, whether it is additive): the winners of bench/user_masks.py. At 128 they spill
+# 2 KB where the mask's rows do not start at 16 bytes, and 64 x 32 next to nothing.
+_MASKED_HALF = {
+    (64, False): Tiles(64, 64, 4, 2),
+    (64, True): Tiles(64, 32, 4, 3),
+    (128, False): Tiles(64, 64, 4, 2),
+    (128, True): Tiles(64, 32, 4, 3),
+    (256, False): Tiles(64, 32, 8, 2),
+    (256, True): Tiles(64, 32, 8, 2),
+}
+_MASKED_UNALIGNED_HALF = Tiles(64, 32, 4, 2)  # at 128
+# The extended state spills beside anything but small tiles (read offline; not timed yet).
+_EXTENDED_HALF = {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 3), 256: Tiles(64, 32, 8, 2)}
+# Of packed sequences it spills 0.5 to 1.5 KB there, and next to nothing in these, with an output or without one
+# (read offline; not timed yet).
+_EXTENDED_PACKED_HALF = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 8, 2)}
+# A probe has no output to hold, so small tiles leave room for many programs (read offline; not timed yet).
+# A sample's blocks have 64 rows.
+_PROBE_HALF = {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(64, 64, 4, 2)}
+# fp32 products run on the plain units; small tiles keep the accumulators in registers.
+_FORWARD_FLOAT = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(32, 32, 8, 1)}
+# The backward, half precision, by (tile width, causal), from bench/tune_backward.py. Nothing here spills
+# inside its unmasked loop; two programs of four warps (D = 128) to four (dq at D = 64) share an SM.
+_BACKWARD_HALF = {
+    (64, True): BackwardTiles(dq=Tiles(64, 64, 4, 2), dkv=Tiles(64, 64, 4, 2)),
+    (64, False): BackwardTiles(dq=Tiles(64, 64, 4, 2), dkv=Tiles(64, 64, 4, 2)),
+    (128, True): BackwardTiles(dq=Tiles(64, 64, 4, 2), dkv=Tiles(64, 64, 4, 2)),
+    (128, False): BackwardTiles(dq=Tiles(64, 64, 4, 2), dkv=Tiles(64, 64, 4, 2)),
+    (256, True): BackwardTiles(dq=Tiles(128, 32, 8, 2), dkv=Tiles(32, 64, 8, 2)),
+    (256, False): BackwardTiles(dq=Tiles(128, 32, 8, 2), dkv=Tiles(32, 64, 8, 2)),
+}
+# dq's where it writes every score's gradient out: it spills at 64 x 64 beside a mask whose rows do not
+# start at 16 bytes (read offline; not timed yet).
+_MASK_GRADIENT_HALF = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 8, 2)}
+_BACKWARD_FLOAT = {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 32, 8, 1)}
+
+# Query blocks of this many heads run side by side: their keys and values stay in the L2 cache.
+HEAD_GROUP = 8
+
+
+def has_edges(options) -> bool:
+    """What the tables call causal. Borders of packed sequences are like the diagonal: small blocks waste less."""
+    return options.is_causal or options.seqlens is not None
+
+
+def _width(head_dim: int, value_dim: int) -> int:
+    return max(block_dim(head_dim), block_dim(value_dim), 64)
+
+
+def _masked_tiles(width: int, mask: torch.Tensor) -> Tiles:
+    if width == 128 and any(mask.element_size() * stride % 16 for stride in mask.stride()[:-1]):
+        return _MASKED_UNALIGNED_HALF
+    return _MASKED_HALF[width, mask.dtype != torch.bool]
+
+
+def forward_tiles(
+    head_dim: int, value_dim: int, dtype: torch.dtype, options, extended: bool = False
+) -> Tiles:
+    width = _width(head_dim, value_dim)
+    if dtype == torch.float32:
+        return _FORWARD_FLOAT[width]
+    if extended:
+        return (_EXTENDED_HALF if options.seqlens is None else _EXTENDED_PACKED_HALF)[width]
+    if options.attn_mask is not None:
+        return _masked_tiles(width, options.attn_mask)
+    return _FORWARD_HALF[width, has_edges(options)]
+
+
+def probe_tiles(head_dim: int, dtype: torch.dtype, options, extended: bool = False) -> Tiles:
+    """Tiles of the probe; its query blocks divide a sample's."""
+    width = _width(head_dim, 16)
+    if dtype == torch.float32:
+        return _FORWARD_FLOAT[width]
+    return (_EXTENDED_PACKED_HALF if extended and options.seqlens is not None else _PROBE_HALF)[width]
+
+
+def backward_tiles(
+    head_dim: int, value_dim: int, dtype: torch.dtype, options, mask_gradient: bool = False
+) -> BackwardTiles:
+    width = _width(head_dim, value_dim)
+    if dtype == torch.float32:
+        return BackwardTiles(dq=_BACKWARD_FLOAT[width], dkv=_BACKWARD_FLOAT[width])
+    tiles = _BACKWARD_HALF[width, has_edges(options)]
+    return tiles._replace(dq=_MASK_GRADIENT_HALF[width]) if mask_gradient else tiles
+
+
+def grid_1d(num_blocks: int, num_heads: int) -> int:
+    """Programs of a launch over (block, batch * head); the kernels order them by `HEAD_GROUP`."""
+    return num_blocks * ceil_div(num_heads, HEAD_GROUP) * HEAD_GROUP
