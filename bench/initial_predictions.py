@@ -115,7 +115,7 @@ def predict(config: PreTrainedConfig, length: int) -> list[dict[str, float]]:
         {
             "score_std": layer["score_std"],
             "row_max": layer["expected_logit_max"],
-            "entropy": layer["entropy_ratio"] * float(torch.tensor(float(layer["keys"])).log()),
+            "entropy": layer["normalized_entropy"] * float(torch.tensor(float(layer["keys"])).log()),
             "sigma_ratio": layer["sigma_ratio"],
         }
         for layer in report["layers"]

@@ -80,7 +80,7 @@ def watch(monitor: AttentionStabilityMonitor, optimizer, scheduler, accelerator:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", help="file for the readings, one line of JSON each")
+    parser.add_argument("out", help="file for the snapshots, one line of JSON each")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--log-every", type=int, default=5)
     parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")

@@ -11,11 +11,13 @@ from .instrumentation import Instrumentation, instrument
 from .interventions import apply_intervention
 from .monitoring.analyzer import AttentionAnalyzer
 from .monitoring.monitor import AttentionStabilityMonitor
-from .monitoring.process_groups import Ranks
+from .monitoring.process_groups import ProcessGroups
 from .nn.multihead import MultiheadAttention
 from .precheck import StabilityRegion, StabilityReport, check_attention_stability, stability_region
 from .statistics.heads import HeadStats, RowStats
 from .statistics.merge import merge_attention
+
+Ranks = ProcessGroups  # its name in version 0.1
 
 __all__ = [
     "AttentionAnalyzer",
@@ -24,6 +26,7 @@ __all__ = [
     "HeadStats",
     "Instrumentation",
     "MultiheadAttention",
+    "ProcessGroups",
     "Ranks",
     "RowStats",
     "StabilityIssue",

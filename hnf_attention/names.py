@@ -9,7 +9,7 @@ from torch import nn
 _COMPILED = "_orig_mod"  # where torch.compile's wrapper keeps the module that it wraps
 
 
-def shown(layer: str) -> str:
+def display_name(layer: str) -> str:
     """A module's name in its model; the model itself has an empty one, which would leave a gap in a sentence."""
     return layer or "(the model itself)"
 

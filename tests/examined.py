@@ -17,7 +17,7 @@ from tiny_architecture import transformers
 from torch import Tensor, nn
 
 from hnf_attention.instrumentation import Coverage, Measurement, instrument
-from hnf_attention.instrumentation.interceptors.multihead import DOOR as MULTIHEAD
+from hnf_attention.instrumentation.interceptors.multihead import INTERCEPTOR as MULTIHEAD
 from hnf_attention.instrumentation.interceptors.sdpa import NAME as SDPA
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -49,7 +49,7 @@ class Examined:
     sharpness: of the layer whose attention is the most uniform, the mean largest weight, 1 if uniform.
     """
 
-    doors: tuple[str, ...]
+    interceptors: tuple[str, ...]
     returned: int
     matched: int
     others: list[str]
@@ -186,7 +186,7 @@ def examined(name: str, implementation: str) -> Examined:
     found = matched(probe.calls, of_model)
     output, gradients = equal(probe, plain)
     return Examined(
-        doors=tuple(dict.fromkeys(map(door, probe.coverage.measured.values()))),
+        interceptors=tuple(dict.fromkeys(map(interceptor, probe.coverage.measured.values()))),
         returned=sum(map(len, of_model)),
         matched=len(found),
         others=[call.layer for call in probe.calls if not any(call is x for x in found)],
@@ -200,7 +200,7 @@ def examined(name: str, implementation: str) -> Examined:
     )
 
 
-def door(how: str) -> str:
+def interceptor(how: str) -> str:
     """As the table names it."""
     name = how[how.rindex("(") + 1 :].partition(")")[0].removeprefix("transformers ")
     return {SDPA: "SDPA call", MULTIHEAD: "nn.MultiheadAttention"}.get(name, name)
@@ -210,8 +210,8 @@ def row(name: str) -> str:
     architecture = ARCHITECTURES[name]
     of = [examined(name, implementation) for implementation in architecture.compared()]
     close = ", close" if any(x.fused for x in of) else ""
-    doors = ", ".join(dict.fromkeys(name for x in of for name in x.doors)) or "listed"
-    cells = [name, architecture.kind, architecture.special, doors]
+    interceptors = ", ".join(dict.fromkeys(name for x in of for name in x.interceptors)) or "listed"
+    cells = [name, architecture.kind, architecture.special, interceptors]
     cells.append(f"equal{close}" if all(x.output for x in of) else "differs")
     first = of[0]
     if architecture.incomparable:
@@ -232,7 +232,7 @@ def table() -> str:
         [
             f"<summary>{len(names)} models of transformers {VERSION} ({kinds})</summary>",
             "",
-            "| architecture | kind | special | door | output | statistics | gradient |",
+            "| architecture | kind | special | interceptor | output | statistics | gradient |",
             "|---|---|---|---|---|---|---|",
             *map(row, names),
         ]

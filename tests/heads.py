@@ -24,11 +24,11 @@ HEALTHY = dict(
     nonfinite_rows=0.0,
     entropy=3.0,
     logit_range=6.0,
-    entropy_ratio=0.7,
+    normalized_entropy=0.7,
     max_weight=0.2,
     sink_mass=0.05,
     jacobian_trace_bound=0.9,
-    dead_share=0.0,
+    saturated_share=0.0,
     max_logit=5.0,
     min_logit=-5.0,
     query_norm=10.0,
@@ -36,7 +36,7 @@ HEALTHY = dict(
     query_size=1.0,  # scale * |q| of the longest
     key_size=5.0,
     num_keys=128.0,
-    bent=0.0,
+    score_kind=0.0,
 )
 
 
@@ -45,7 +45,7 @@ def head_stats(heads=4, head_dim=64, dtype="float32", sample_period=1, **numbers
     columns = {k: np.broadcast_to(np.float64(v), heads) for k, v in {**HEALTHY, **numbers}.items()}
     values = new_accumulator(heads, "cpu").numpy()
     rows, judged = columns["rows"], columns["judged_rows"]
-    columns["dead_rows"] = columns["dead_share"]
+    columns["saturated_rows"] = columns["saturated_share"]
     # Ten blocks whose means differ by a standard deviation of 0.1 of their mean.
     columns["judged_blocks"] = np.full(heads, 10.0)
     for name in ERROR_FIELDS:
@@ -57,13 +57,13 @@ def head_stats(heads=4, head_dim=64, dtype="float32", sample_period=1, **numbers
     for index, name in enumerate(SUM_FIELDS):
         count = {**dict.fromkeys(once, 1.0), "entropy": rows, "logit_range": rows}
         values[index] = columns[name] * count.get(name, judged)
-    bins = (columns["entropy_ratio"] * 32).clip(0, 31).astype(int)
+    bins = (columns["normalized_entropy"] * 32).clip(0, 31).astype(int)
     values[len(SUM_FIELDS) + bins, np.arange(heads)] = judged
     maxima = {
         **columns,
         "neg_min_logit": -columns["min_logit"],
         "logit_range": columns["max_logit"] - columns["min_logit"],
-        "neg_entropy_ratio": -columns["entropy_ratio"],
+        "neg_normalized_entropy": -columns["normalized_entropy"],
         "neg_max_weight": -columns["max_weight"],
         "query_square": columns["query_size"] ** 2,
         "key_square": columns["key_size"] ** 2,
@@ -81,9 +81,9 @@ def snapshot(step=1, **layers):
     return Snapshot(step, made)
 
 
-def readings():
+def snapshots():
     """Diagnoses of steps 10, 20 and 30: the second finds what the first did, the third nothing."""
-    spread, sharp = dict(entropy_ratio=[0.5, 0.6, 0.7, 0.9]), dict(max_logit=2e3)
+    spread, sharp = dict(normalized_entropy=[0.5, 0.6, 0.7, 0.9]), dict(max_logit=2e3)
     layers = [{"h.0.attn": spread, "h.1.attn": sharp}] * 2 + [{"h.0.attn": spread, "h.1.attn": {}}]
     return [diagnose([snapshot(10 * (i + 1), **each)]) for i, each in enumerate(layers)]
 

@@ -10,7 +10,7 @@ from heads import FakeInstrumentation, queries_and_keys
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from hnf_attention import AttentionStabilityMonitor, Ranks
+from hnf_attention import AttentionStabilityMonitor, ProcessGroups
 from hnf_attention.monitoring.recorder import NothingMeasured, Recorder
 
 SIZE = 4
@@ -21,7 +21,7 @@ INPUTS = torch.randn(8, 20, 16, generator=torch.Generator().manual_seed(0))
 def batch_parts(rank):
     """Two sequences each; the last process has no batch."""
     fake = FakeInstrumentation()
-    recorder = Recorder(fake, 1, ranks=Ranks(batch=dist.group.WORLD))
+    recorder = Recorder(fake, 1, ranks=ProcessGroups(batch=dist.group.WORLD))
     if rank < 3:
         fake.run("a", *(x[2 * rank : 2 * rank + 2] for x in BATCH))
     return recorder.advance()
@@ -31,7 +31,7 @@ def mesh_parts(rank):
     """Two halves of the batch, two halves of the heads."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     fake = FakeInstrumentation()
-    recorder = Recorder(fake, 1, ranks=Ranks.of_mesh(mesh, heads="tp"))
+    recorder = Recorder(fake, 1, ranks=ProcessGroups.of_mesh(mesh, heads="tp"))
     half, heads = divmod(rank, 2)
     fake.run("a", *(x[4 * half : 4 * half + 4, 2 * heads : 2 * heads + 2] for x in BATCH))
     return recorder.advance()
@@ -39,14 +39,14 @@ def mesh_parts(rank):
 
 def pipeline_stages(rank):
     fake = FakeInstrumentation()
-    recorder = Recorder(fake, 1, ranks=Ranks(batch=dist.group.WORLD))
+    recorder = Recorder(fake, 1, ranks=ProcessGroups(batch=dist.group.WORLD))
     fake.run(f"layers.{rank}", *(x[rank : rank + 1] for x in BATCH))
     return recorder.advance()
 
 
 def other_heads(rank):
     fake = FakeInstrumentation()
-    recorder = Recorder(fake, 1, ranks=Ranks(batch=dist.group.WORLD))
+    recorder = Recorder(fake, 1, ranks=ProcessGroups(batch=dist.group.WORLD))
     fake.run("a", *(x[:, : 1 + rank % 2] for x in BATCH))
     try:
         return recorder.advance()
@@ -57,7 +57,7 @@ def other_heads(rank):
 def one_that_fails(rank):
     """What the others learn of it, at once."""
     fake = FakeInstrumentation()
-    recorder = Recorder(fake, 1, ranks=Ranks(batch=dist.group.WORLD))
+    recorder = Recorder(fake, 1, ranks=ProcessGroups(batch=dist.group.WORLD))
     fake.run("a", *BATCH)
     if rank == 2:
         recorder._accumulators = None
@@ -69,7 +69,7 @@ def one_that_fails(rank):
 
 def nothing_anywhere(rank):
     try:
-        return Recorder(FakeInstrumentation(), 1, ranks=Ranks(batch=dist.group.WORLD)).advance()
+        return Recorder(FakeInstrumentation(), 1, ranks=ProcessGroups(batch=dist.group.WORLD)).advance()
     except NothingMeasured as error:
         return str(error)
 
@@ -80,7 +80,7 @@ def data_parallel(rank):
     model = Model()
     with torch.no_grad():
         model.blocks[0].attn.qkv.weight.mul_(30.0)
-    ranks = Ranks(batch=dist.group.WORLD)
+    ranks = ProcessGroups(batch=dist.group.WORLD)
     monitor = AttentionStabilityMonitor(model, log_every=1, auto_intervene=True, ranks=ranks)
     parallel = DistributedDataParallel(model)
     parallel(INPUTS[2 * rank : 2 * rank + 2]).square().sum().backward()

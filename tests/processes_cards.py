@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from processes_sharded import TENSOR_PLAN, fully_sharded, readings, share, trained, whole
+from processes_sharded import TENSOR_PLAN, fully_sharded, share, snapshots, trained, whole
 from sharded_models import INPUTS, sharp_model, stack
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from hnf_attention import AttentionStabilityMonitor, Ranks
+from hnf_attention import AttentionStabilityMonitor, ProcessGroups
 
 SIZE = 2
 
@@ -20,20 +20,22 @@ def data_parallel(rank, x):
     """Monitored and, where it must be, treated alike everywhere."""
     model = sharp_model().cuda()
     monitor = AttentionStabilityMonitor(
-        model, log_every=1, auto_intervene=True, ranks=Ranks(batch=dist.group.WORLD)
+        model, log_every=1, auto_intervene=True, ranks=ProcessGroups(batch=dist.group.WORLD)
     )
     DistributedDataParallel(model, device_ids=[rank])(share(x, rank, SIZE)).square().mean().backward()
     monitor.on_step()
-    return readings(monitor), model.blocks[0].attn.qkv.weight.detach()
+    return snapshots(monitor), model.blocks[0].attn.qkv.weight.detach()
 
 
 def fsdp(rank, x):
     """Trained, then treated in its shards."""
     mesh = init_device_mesh("cuda", (SIZE,), mesh_dim_names=("dp",))
     model = fully_sharded(mesh, sharp_model().cuda())
-    monitor = AttentionStabilityMonitor(model, log_every=1, auto_intervene=True, ranks=Ranks.of_mesh(mesh))
+    monitor = AttentionStabilityMonitor(
+        model, log_every=1, auto_intervene=True, ranks=ProcessGroups.of_mesh(mesh)
+    )
     trained(model, share(x, rank, SIZE), monitor, steps=1)
-    return readings(monitor), whole(model.blocks[0].attn.qkv.weight)
+    return snapshots(monitor), whole(model.blocks[0].attn.qkv.weight)
 
 
 def tensor_parallel(rank, x):
@@ -42,10 +44,10 @@ def tensor_parallel(rank, x):
     model = stack().cuda()
     for layer in model:
         parallelize_module(layer, mesh, TENSOR_PLAN)
-    monitor = AttentionStabilityMonitor(model, log_every=1, ranks=Ranks.of_mesh(mesh, heads="tp"))
+    monitor = AttentionStabilityMonitor(model, log_every=1, ranks=ProcessGroups.of_mesh(mesh, heads="tp"))
     out = model(x).detach().clone()
     monitor.on_step()
-    return readings(monitor), out
+    return snapshots(monitor), out
 
 
 def main(rank: int, folder: str) -> None:

@@ -33,7 +33,7 @@ from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hnf_attention import AttentionStabilityMonitor, Ranks, apply_intervention, instrument
+from hnf_attention import AttentionStabilityMonitor, ProcessGroups, apply_intervention, instrument
 
 TENSOR_PLAN = dict.fromkeys(("q_proj", "k_proj", "v_proj"), ColwiseParallel()) | {"o_proj": RowwiseParallel()}
 
@@ -59,7 +59,7 @@ def whole(parameter):
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
 
 
-def readings(monitor):
+def snapshots(monitor):
     return [snapshot.layers for snapshot in monitor.history]
 
 
@@ -76,17 +76,17 @@ def fsdp(rank, size):
     x = share(INPUTS, rank, size)
     plain, _ = trained(fully_sharded(mesh), x)
     model = fully_sharded(mesh)
-    monitor = AttentionStabilityMonitor(model, log_every=1, ranks=Ranks.of_mesh(mesh))
+    monitor = AttentionStabilityMonitor(model, log_every=1, ranks=ProcessGroups.of_mesh(mesh))
     watched, diagnoses = trained(model, x, monitor)
     issues = [(i.layer, i.head, i.issue_type) for i in diagnoses[0].issues]
-    return readings(monitor), issues, all(map(torch.equal, plain, watched))
+    return snapshots(monitor), issues, all(map(torch.equal, plain, watched))
 
 
 def fsdp_treated(rank, size):
     """By its monitor."""
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("dp",))
     model = fully_sharded(mesh)
-    ranks = Ranks.of_mesh(mesh)
+    ranks = ProcessGroups.of_mesh(mesh)
     monitor = AttentionStabilityMonitor(model, log_every=1, auto_intervene=True, ranks=ranks)
     model(share(INPUTS, rank, size)).square().mean().backward()
     monitor.on_step()
@@ -127,13 +127,13 @@ def tensor_parallel(rank, size):
         parallelize_module(layer, mesh["tp"], TENSOR_PLAN)
     if size > 2:
         fully_sharded(mesh["dp"], model)
-    monitor = AttentionStabilityMonitor(model, log_every=1, ranks=Ranks.of_mesh(mesh, heads="tp"))
+    monitor = AttentionStabilityMonitor(model, log_every=1, ranks=ProcessGroups.of_mesh(mesh, heads="tp"))
     x = share(INPUTS, rank // 2, size // 2)
     out = model(x).detach().clone()  # which waits for the last sum over processes
     monitor.on_step()
     if size > 2:
         model.reshard()
-    return readings(monitor)[0], out, refusal(model, "0")
+    return snapshots(monitor)[0], out, refusal(model, "0")
 
 
 @sdpa_kernel(
@@ -144,10 +144,10 @@ def distributed_tensors(rank, size):
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
     found = {}
     for name, placement, kind in (
-        ("heads", Shard(1), Ranks(heads=mesh.get_group())),
-        ("batch", Shard(0), Ranks(batch=mesh.get_group())),
-        ("queries", Shard(2), Ranks(batch=mesh.get_group())),
-        ("everywhere", Replicate(), Ranks(batch=mesh.get_group())),
+        ("heads", Shard(1), ProcessGroups(heads=mesh.get_group())),
+        ("batch", Shard(0), ProcessGroups(batch=mesh.get_group())),
+        ("queries", Shard(2), ProcessGroups(batch=mesh.get_group())),
+        ("everywhere", Replicate(), ProcessGroups(batch=mesh.get_group())),
     ):
         parts = [distribute_tensor(x, mesh, [placement]) for x in QKV]
         options = {"attn_mask": distribute_tensor(MASK, mesh, [Replicate()])} if name != "queries" else {}
@@ -156,7 +156,7 @@ def distributed_tensors(rank, size):
         with AttentionStabilityMonitor(model, log_every=1, ranks=kind) as monitor:
             same = torch.equal(model(*parts, **options).full_tensor(), plain)
             monitor.on_step()
-        found[name] = monitor.instrumentation.coverage, readings(monitor), same
+        found[name] = monitor.instrumentation.coverage, snapshots(monitor), same
     model = Direct()
     with instrument(model, "fused") as instrumentation:
         parts = [distribute_tensor(x, mesh, [Shard(1)]) for x in QKV]
@@ -177,11 +177,11 @@ def gathered_keys(rank, size):
     rows = zigzag(rank % 2, 2)
     for layer in model:
         layer.rows, layer.group = rows, mesh["cp"].get_group()
-    ranks = Ranks.of_mesh(mesh, queries="cp")
+    ranks = ProcessGroups.of_mesh(mesh, queries="cp")
     monitor = AttentionStabilityMonitor(model, log_every=1, ranks=ranks)
     out = model(share(INPUTS, rank // 2, size // 2)[:, rows]).detach()
     monitor.on_step()
-    return readings(monitor)[0], out, ranks.processes
+    return snapshots(monitor)[0], out, ranks.processes
 
 
 @sdpa_kernel(SDPBackend.MATH)
@@ -225,7 +225,7 @@ def pipeline(rank, size):
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleDict({str(rank): every[str(rank)]})
     model.forward = lambda x: model.layers[str(rank)](x)
-    monitor = AttentionStabilityMonitor(model, log_every=1, ranks=Ranks.of_world())
+    monitor = AttentionStabilityMonitor(model, log_every=1, ranks=ProcessGroups.of_world())
     # Without an example of its inputs and outputs a stage first runs once on made-up numbers.
     example = INPUTS[: len(INPUTS) // 2]
     differentiable = example.clone().requires_grad_()
@@ -239,7 +239,7 @@ def pipeline(rank, size):
     else:
         schedule.step()
     monitor.on_step()
-    return readings(monitor)[0]
+    return snapshots(monitor)[0]
 
 
 def llama(rank, size):

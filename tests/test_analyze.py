@@ -65,11 +65,11 @@ def test_minilm_entropies_equal_those_of_its_eager_attention_weights(text_file, 
         entropy = -torch.special.xlogy(p, p).sum(-1).mean((0, 2))
         assert stats.rows.tolist() == [len(windows) * 64] * 12
         np.testing.assert_allclose(stats.entropy, entropy, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(stats.entropy_ratio, entropy / np.log(64), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(stats.normalized_entropy, entropy / np.log(64), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(stats.max_weight, p.amax(-1).mean((0, 2)), rtol=1e-4)
         np.testing.assert_allclose(stats.sink_mass, p[..., 0].mean((0, 2)), rtol=1e-4)
     # What the thresholds of sharpness are calibrated on.
-    sharpest, *others = np.sort([stats.entropy_ratio for stats in layers.values()], axis=None)
+    sharpest, *others = np.sort([stats.normalized_entropy for stats in layers.values()], axis=None)
     assert 0.0008 <= sharpest <= 0.033 and min(others) > 0.16
 
 
@@ -119,7 +119,7 @@ def test_the_document_is_strict_json_and_says_where_it_came_from(text_file):
         "windows": 3,
     }
     layer = document["layers"]["encoder.layer.0.attention.self"]
-    assert len(layer["entropy_ratio"]) == 12 and len(layer["log2_curvature"]) == 12
+    assert len(layer["normalized_entropy"]) == 12 and len(layer["log2_curvature"]) == 12
     assert len(document["coverage"]["measured"]) == 6 and document["coverage"]["not_measured"] == {}
 
 

@@ -51,7 +51,7 @@ def test_statistics_are_those_of_the_eager_weights(model):
         np.testing.assert_allclose(layer.entropy, entropy.mean((0, 2)).numpy(), rtol=1e-5)
         visible = torch.arange(1, 25).double()
         ratio = (entropy / visible.log())[..., 15:]
-        np.testing.assert_allclose(layer.entropy_ratio, ratio.mean((0, 2)).numpy(), rtol=1e-5)
+        np.testing.assert_allclose(layer.normalized_entropy, ratio.mean((0, 2)).numpy(), rtol=1e-5)
         np.testing.assert_allclose(layer.max_weight, p.amax(-1)[..., 15:].mean((0, 2)).numpy(), rtol=1e-5)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import processes_cards
 import pytest
 import torch
-from processes_sharded import readings, trained
+from processes_sharded import snapshots, trained
 from sharded_models import INPUTS, sharp_model, stack
 
 from hnf_attention import AttentionStabilityMonitor
@@ -42,7 +42,7 @@ def test_parts_of_a_batch_are_judged_and_treated_as_the_whole(found, scenario):
     assert monitor.applied
     for process in found:
         (layers,), weight = process[scenario]
-        same(layers, readings(monitor)[0])
+        same(layers, snapshots(monitor)[0])
         torch.testing.assert_close(
             weight, model.blocks[0].attn.qkv.weight.detach().cpu(), rtol=1e-3, atol=1e-4
         )
@@ -56,4 +56,4 @@ def test_heads_over_two_cards_get_their_global_numbers(found):
     for process in found:
         (layers,), theirs = process["tensor_parallel"]
         torch.testing.assert_close(theirs, out.detach().cpu(), rtol=1e-3, atol=1e-4)
-        same(layers, readings(monitor)[0])
+        same(layers, snapshots(monitor)[0])

@@ -1,4 +1,4 @@
-"""Which fix is proposed for which findings."""
+"""Which fix is proposed for which issues."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 
 from hnf_attention import apply_intervention
 from hnf_attention.diagnosis import diagnose
-from hnf_attention.interventions import Adviser
+from hnf_attention.interventions import InterventionPolicy
 
 t = transformers
 
@@ -26,7 +26,7 @@ def model():
 
 
 def growing(**layers):
-    """Ten readings in which the largest score of each named layer rises to the given value."""
+    """Ten snapshots in which the largest score of each named layer rises to the given value."""
     return [
         snapshot(
             step, **{name: {"max_logit": 5 + (top - 5) * (step / 10) ** 2} for name, top in layers.items()}
@@ -36,7 +36,7 @@ def growing(**layers):
 
 
 def proposal(model, history):
-    return Adviser(model).propose(diagnose(history))
+    return InterventionPolicy(model).propose(diagnose(history))
 
 
 def test_nothing_for_a_healthy_model(model):
@@ -64,7 +64,7 @@ def test_large_scores_that_do_not_rise_are_left_alone(model):
 
 
 def test_a_collapse_is_acted_on(model):
-    collapsed = {"entropy_ratio": 0.01, "dead_share": 0.95, "max_weight": 0.9}
+    collapsed = {"normalized_entropy": 0.01, "saturated_share": 0.95, "max_weight": 0.9}
     wanted = proposal(model, [snapshot(1, a=collapsed | {"max_logit": 50.0})])
     assert (
         wanted["action"] == "qk_clip" and wanted["layers"] == {"a": [50.0] * 4} and "lr_factor" not in wanted
@@ -74,7 +74,7 @@ def test_a_collapse_is_acted_on(model):
 
 
 def test_one_sharp_head_of_a_healthy_model_is_left_alone(model):
-    sharp = head_stats(entropy_ratio=[0.03, 0.7, 0.7, 0.7], max_logit=[86.0, 5, 5, 5])
+    sharp = head_stats(normalized_entropy=[0.03, 0.7, 0.7, 0.7], max_logit=[86.0, 5, 5, 5])
     history = [snapshot(s, a=sharp) for s in range(1, 6)]
     assert diagnose(history).has_issues() and proposal(model, history) is None
 
@@ -105,7 +105,7 @@ def test_layers_that_cannot_be_clipped_leave_the_learning_rate(model):
 
 
 def test_a_clip_is_repeated_but_the_rate_is_cut_once_per_window(model):
-    adviser = Adviser(model)
+    adviser = InterventionPolicy(model)
     history = growing(a=2000.0)
     first = adviser.propose(diagnose(history))
     assert adviser.propose(diagnose(history)) == first  # asked twice, answered the same
@@ -119,8 +119,8 @@ def test_a_clip_is_repeated_but_the_rate_is_cut_once_per_window(model):
     assert cuts == [20, 30]
 
 
-def test_once_clipping_every_reading_above_the_threshold_is_clipped(model):
-    adviser = Adviser(model)
+def test_once_clipping_every_snapshot_above_the_threshold_is_clipped(model):
+    adviser = InterventionPolicy(model)
     history = growing(a=2000.0)
     adviser.propose(diagnose(history))
     history.append(snapshot(11, a={"max_logit": 31.0}, b={"max_logit": 29.0}))

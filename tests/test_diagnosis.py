@@ -8,7 +8,7 @@ import pytest
 from heads import head_stats, snapshot
 
 from hnf_attention.diagnosis import diagnose
-from hnf_attention.diagnosis.heads import side_by_side
+from hnf_attention.diagnosis.heads import concatenate_heads
 from hnf_attention.diagnosis.thresholds import THRESHOLDS, threshold
 from hnf_attention.diagnosis.trends import score_size, theil_sen
 from hnf_attention.statistics.heads import Snapshot
@@ -56,7 +56,7 @@ def test_heads_without_any_number_cause_nothing():
         warnings.simplefilter("error")
         diagnosis = diagnose([snapshot(1, a=stats)] * 12)
         assert diagnosis.issues == []
-        assert diagnosis.to_dict()["layers"]["a"]["entropy_ratio"] == [None] * 4
+        assert diagnosis.to_dict()["layers"]["a"]["normalized_entropy"] == [None] * 4
 
 
 # Overflow
@@ -67,7 +67,7 @@ def test_heads_without_any_number_cause_nothing():
     [(101.0, "warning", 100.0), (1001.0, "error", 1e3), (10001.0, "error", 1e4)],
 )
 @pytest.mark.parametrize("sign", [1, -1])
-def test_overflow_of_one_reading(score, severity, limit, sign):
+def test_overflow_of_one_snapshot(score, severity, limit, sign):
     side = {"max_logit": [5, score, 5, 5]} if sign > 0 else {"min_logit": [-5, -score, -5, -5]}
     side = side if sign > 0 else side | {"max_logit": [5, score / 5, 5, 5]}
     issues = found([snapshot(7, a=side)], "overflow_risk")
@@ -77,16 +77,16 @@ def test_overflow_of_one_reading(score, severity, limit, sign):
 
 
 @pytest.mark.parametrize("score", [59.0, 61.0, 100.0])
-def test_no_overflow_of_one_reading(score):
+def test_no_overflow_of_one_snapshot(score):
     assert not found([snapshot(1, a={"max_logit": score})], "overflow_risk")
 
 
-def test_three_readings_above_the_watch_level():
+def test_three_snapshots_above_the_watch_level():
     assert not found(growing([59, 61, 61]), "overflow_risk")
     assert not found(growing([61, 59, 61]), "overflow_risk")
     issues = found(growing([5, 61, 61, 61]), "overflow_risk")
     assert issues[0].severity == "warning" and issues[0].threshold == 60.0
-    assert "3 readings in a row" in issues[0].evidence
+    assert "3 snapshots in a row" in issues[0].evidence
 
 
 def test_what_rounding_does_is_told_where_it_is_known():
@@ -133,7 +133,7 @@ def test_alarm_projects_the_square_root():
     assert not found(growing([(2 + 0.25 * t) ** 2 for t in range(1, 11)]), "overflow_risk")
 
 
-def test_the_alarm_is_per_training_step_not_per_reading():
+def test_the_alarm_is_per_training_step_not_per_snapshot():
     scores = [(2 + 0.35 * t) ** 2 for t in range(1, 11)]
     assert not found(growing(scores, steps=range(10, 101, 10)), "overflow_risk")
 
@@ -162,7 +162,7 @@ def test_mask_fills_and_position_slopes_are_no_growth(fill):
 
 # Collapse
 
-SHARP = {"entropy_ratio": 0.02, "max_weight": 0.9, "dead_share": 0.7, "jacobian_trace_bound": 0.15}
+SHARP = {"normalized_entropy": 0.02, "max_weight": 0.9, "saturated_share": 0.7, "jacobian_trace_bound": 0.15}
 
 
 def only(head, **numbers):
@@ -196,18 +196,18 @@ def test_one_sharp_head_with_rising_scores_is_an_error():
     assert found(steady, "entropy_collapse")[2].severity == "warning"
 
 
-def test_dead_rows_count_even_when_the_mean_is_fine():
-    numbers = {"entropy_ratio": 0.3, "dead_share": 0.95}
+def test_saturated_rows_count_even_when_the_mean_is_fine():
+    numbers = {"normalized_entropy": 0.3, "saturated_share": 0.95}
     issues = found([snapshot(1, a=numbers)], "entropy_collapse")
-    assert issues[0].severity == "error" and issues[0].threshold == threshold("dead_rows")
-    issues = found([snapshot(1, a=numbers | {"dead_share": 0.6})], "entropy_collapse")
-    assert issues[0].severity == "warning" and issues[0].threshold == threshold("many_dead_rows")
+    assert issues[0].severity == "error" and issues[0].threshold == threshold("saturated_rows")
+    issues = found([snapshot(1, a=numbers | {"saturated_share": 0.6})], "entropy_collapse")
+    assert issues[0].severity == "warning" and issues[0].threshold == threshold("many_saturated_rows")
 
 
 def test_low_entropy_is_a_warning_in_any_number_of_heads():
-    issues = found([snapshot(1, a={"entropy_ratio": 0.1})], "entropy_collapse")
+    issues = found([snapshot(1, a={"normalized_entropy": 0.1})], "entropy_collapse")
     assert {i.severity for i in issues.values()} == {"warning"} and len(issues) == 4
-    assert not found([snapshot(1, a={"entropy_ratio": 0.16})], "entropy_collapse")
+    assert not found([snapshot(1, a={"normalized_entropy": 0.16})], "entropy_collapse")
 
 
 def test_sink_heads_are_told_apart_unless_their_scores_are_large():
@@ -222,7 +222,7 @@ def test_a_coming_collapse_is_announced_with_its_time():
     steps = range(10, 101, 10)
     ratios = [0.45 - 0.002 * (s - 10) for s in steps]  # at step 100: 0.27, then 110 steps to 0.05
     scores = [(3 + 0.04 * s) ** 2 for s in steps]  # at step 100: 49
-    issues = found(growing(scores, steps, entropy_ratio=ratios), "entropy_collapse")
+    issues = found(growing(scores, steps, normalized_entropy=ratios), "entropy_collapse")
     assert issues[0].severity == "warning"
     assert "head 0 of a: will collapse in about 110 steps" in issues[0].evidence
 
@@ -240,17 +240,17 @@ def test_no_collapse_is_announced(first_ratio, fall, scores):
     steps = range(10, 101, 10)
     ratios = [first_ratio - fall * (s - 10) for s in steps]
     scores = [(3 + 0.04 * s) ** 2 for s in steps] if scores is None else scores
-    assert not found(growing(scores, steps, entropy_ratio=ratios), "entropy_collapse")
+    assert not found(growing(scores, steps, normalized_entropy=ratios), "entropy_collapse")
 
 
 # Spikes, gradients, non-finite numbers
 
 
-def test_attention_spike():
-    issues = found([snapshot(1, a=only(1, max_weight=0.96))], "attention_spike")
+def test_one_hot_attention():
+    issues = found([snapshot(1, a=only(1, max_weight=0.96))], "one_hot_attention")
     assert set(issues) == {1} and issues[1].severity == "warning" and issues[1].value == pytest.approx(0.96)
-    assert not found([snapshot(1, a={"max_weight": 0.95})], "attention_spike")
-    assert not found([snapshot(1, a={"max_weight": 0.99, "sink_mass": 0.5})], "attention_spike")
+    assert not found([snapshot(1, a={"max_weight": 0.95})], "one_hot_attention")
+    assert not found([snapshot(1, a={"max_weight": 0.99, "sink_mass": 0.5})], "one_hot_attention")
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_non_finite_names_share_and_origin():
     assert diagnose(history[:1]).issues == []
 
 
-def test_of_two_layers_that_broke_in_one_reading_the_first_to_run_is_the_origin():
+def test_of_two_layers_that_broke_in_one_snapshot_the_first_to_run_is_the_origin():
     bad = {"nonfinite_rows": 1}
     for issue in diagnose([snapshot(1, a={}, b={}, c={}), snapshot(2, a={}, b=bad, c=bad)]).issues:
         where = "this layer is" if issue.layer == "b" else "layer b was"
@@ -329,20 +329,20 @@ def test_too_few_values_give_no_line():
     line = theil_sen(steps, values)
     assert line.slope[0] == 0 and np.isnan(line.slope[1])
     assert np.isnan(theil_sen(steps[:1], values[:1]).slope).all()
-    assert np.isnan(theil_sen(np.zeros(6), values).slope).all()  # readings of one and the same step
+    assert np.isnan(theil_sen(np.zeros(6), values).slope).all()  # snapshots of one and the same step
 
 
-def test_trend_skips_readings_without_the_layer_and_stops_where_heads_change():
+def test_trend_skips_snapshots_without_the_layer_and_stops_where_heads_change():
     history = [snapshot(s, a={"heads": 2, "max_logit": 500.0}) for s in range(1, 6)]
     history += [snapshot(s, **({"a": {"max_logit": float(s)}} if s % 2 else {"b": {}})) for s in range(6, 20)]
-    line = side_by_side(history, ["a"])[0].root_score
+    line = concatenate_heads(history, ["a"])[0].root_score
     assert line.slope.shape == (4,)
     np.testing.assert_allclose(line.level, np.sqrt(19.0), rtol=0.02)
 
 
 def test_a_layer_is_judged_beside_others_as_alone():
-    """Whatever they share or not: head counts, head dimension, dtype, sampling, keys, readings, falls, rising heads."""
-    rising = [{"max_logit": (3 + 0.8 * t) ** 2, "entropy_ratio": 0.4 - 0.01 * t} for t in range(16)]
+    """Whatever they share: head counts, head dimension, dtype, sampling, keys, snapshots, falls, rising heads."""
+    rising = [{"max_logit": (3 + 0.8 * t) ** 2, "normalized_entropy": 0.4 - 0.01 * t} for t in range(16)]
     large = [{**numbers, "query_size": 40.0} for numbers in rising]
     fallen = [
         {"max_logit": [500.0, 500.0, 200.0, 5.0] if t < 8 else [150.0, 60.0 + t, 200.0, 5.0]}

@@ -31,7 +31,7 @@ def test_accelerate(accelerate, one_thread, monkeypatch, tmp_path, capsys):
     assert shown.count("qk_clip: scaled the weights of transformer.h.0.attn heads [0, 1, 2, 3]") >= 1
     assert shown.count("times 0.5") == 1
 
-    first, *later = read_jsonl(path).readings
+    first, *later = read_jsonl(path).snapshots
     assert [first["step"], *(line["step"] for line in later)] == [3, 6, 9]
     rows = first["layers"]["transformer.h.0.attn"]["rows"]
     assert rows == [2 * 4 * 64] * 4  # two accumulated batches of four windows of 64 bytes

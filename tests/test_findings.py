@@ -11,7 +11,7 @@ from hnf_attention.diagnosis import AttentionDiagnosis, StabilityIssue, diagnose
 from hnf_attention.diagnosis.issue import grouped, heads_text
 from hnf_attention.instrumentation import Coverage
 
-SHARP = {"entropy_ratio": 0.02, "max_weight": 0.9, "dead_share": 0.7, "jacobian_trace_bound": 0.15}
+SHARP = {"normalized_entropy": 0.02, "max_weight": 0.9, "saturated_share": 0.7, "jacobian_trace_bound": 0.15}
 
 
 @pytest.fixture

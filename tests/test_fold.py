@@ -18,7 +18,7 @@ from hnf_attention.kernels.measure import fold as kernel
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 SLOTS = 3  # fewer than there are blocks of rows, so that programs walk several
-COUNTS = ("rows", "judged_rows", "nonfinite_rows", "dead_rows", "judged_blocks", "sequences")
+COUNTS = ("rows", "judged_rows", "nonfinite_rows", "saturated_rows", "judged_blocks", "sequences")
 
 
 def _rows(q, k, options):
@@ -129,7 +129,7 @@ def test_zero_lengths(shape, device):
         blank[0, stats.SUM_FIELDS.index("sequences")] = 2
         squares = q.double().square().sum(3)
         blank[0, stats.SUM_FIELDS.index("query_square")] = squares.sum((0, 2))
-        tops = {"query_square": options.scale**2 * squares.amax((0, 2)), "num_keys": 0, "bent": 0}
+        tops = {"query_square": options.scale**2 * squares.amax((0, 2)), "num_keys": 0, "score_kind": 0}
         for name, value in tops.items():
             blank[0, stats.NUM_SUMS + stats.MAX_FIELDS.index(name)] = value
     together = fold.collect([accumulator])

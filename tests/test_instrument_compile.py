@@ -61,7 +61,7 @@ def equal(some, others):
     return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
-def compare(model, run, backend=BACKEND, door=None, exact=True):
+def compare(model, run, backend=BACKEND, interceptor=None, exact=True):
     """Compiled before, while and after it is measured: the same numbers. Measured in the graph as outside of it."""
     graph = compiled(model, backend)
     before = numbers(lambda _: run(graph), model)
@@ -85,7 +85,7 @@ def compare(model, run, backend=BACKEND, door=None, exact=True):
         torch.testing.assert_close(measurement.rows.lse, outside[name].rows.lse)
         torch.testing.assert_close(measurement.rows.entropy, outside[name].rows.entropy)
         assert (measurement.visible_keys == outside[name].visible_keys).all()
-    assert door is None or ways == {door}
+    assert interceptor is None or ways == {interceptor}
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ class Multihead(nn.Module):
         return self.attention(inputs, inputs, inputs, need_weights=self.need_weights)[0]
 
 
-DOORS = {
+INTERCEPTORS = {
     "causal": (lambda: Model(is_causal=True), "probe (scaled_dot_product_attention)"),
     "masked": (
         lambda: Model(attn_mask=torch.ones(20, 20).tril().bool()),
@@ -198,10 +198,10 @@ DOORS = {
 }
 
 
-@pytest.mark.parametrize("make, door", DOORS.values(), ids=DOORS)
-def test_a_graph_is_measured_like_the_model_and_computes_what_it_did(make, door):
+@pytest.mark.parametrize("make, interceptor", INTERCEPTORS.values(), ids=INTERCEPTORS)
+def test_a_graph_is_measured_like_the_model_and_computes_what_it_did(make, interceptor):
     inputs = x()
-    compare(make(), lambda run: run(inputs), door=door)
+    compare(make(), lambda run: run(inputs), interceptor=interceptor)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -213,7 +213,7 @@ def test_hugging_face_with_grouped_heads_and_padding(implementation):
     compare(
         transformers.LlamaModel(config),
         lambda run: run(TOKENS, attention_mask=mask, use_cache=False).last_hidden_state,
-        door=f"probe (transformers {implementation})",
+        interceptor=f"probe (transformers {implementation})",
     )
 
 

@@ -83,7 +83,7 @@ def test_head_statistics_know_their_sample(x):
     assert some.sampled and some.sample_period == 4 and not every.sampled
     assert (some.rows < every.rows).all() and (some.max_logit <= every.max_logit).all()
     np.testing.assert_array_equal(four.rows, every.rows)
-    np.testing.assert_allclose(four.entropy_ratio, every.entropy_ratio, rtol=1e-6)
+    np.testing.assert_allclose(four.normalized_entropy, every.normalized_entropy, rtol=1e-6)
     np.testing.assert_allclose(four.max_logit, every.max_logit, rtol=1e-6)
     assert some.merge(every).sampled
 
@@ -93,7 +93,7 @@ def test_a_single_block_has_no_standard_error(x):
     with AttentionAnalyzer(model, sample=4) as analyzer:
         model(x[:1])
         (stats,) = analyzer.mark().layers.values()
-    assert np.isnan(stats.entropy_ratio_stderr).all() and not np.isnan(stats.entropy_ratio).all()
+    assert np.isnan(stats.normalized_entropy_stderr).all() and not np.isnan(stats.normalized_entropy).all()
 
 
 def test_the_monitor_passes_it_on(x):
@@ -114,7 +114,7 @@ def test_a_sampled_maximum_is_a_lower_bound_in_words():
 @pytest.mark.parametrize(
     ("numbers", "words"),
     [
-        ({"entropy_ratio": 0.02, "dead_share": 0.9}, "entropy ratio 0.020 ± 0.0006"),
+        ({"normalized_entropy": 0.02, "saturated_share": 0.9}, "normalized entropy 0.020 ± 0.0006"),
         ({"max_weight": 0.97}, "is 0.970 ± 0.03 in the mean"),
         ({"jacobian_trace_bound": 1e-3}, "at most 0.001 ± 3e-05 of the softmax"),
     ],

@@ -84,12 +84,12 @@ def test_the_models_numbers_join_the_trainers_logs(make, capsys):
     trainer = make([callback], eval_strategy="steps", eval_steps=4)
     trainer.train()
     (line,) = [line for line in trainer.state.log_history if "attn/errors" in line]
-    assert line["step"] == 4 and "loss" in line  # each reading once, and not with an evaluation's numbers
+    assert line["step"] == 4 and "loss" in line  # each snapshot once, and not with an evaluation's numbers
     (stats,) = [s for s in callback.monitor.history if s.step == 4]
-    lowest = min(layer.entropy_ratio.min() for layer in stats.layers.values())
-    assert line["attn/entropy_ratio_min"] == pytest.approx(lowest)
+    lowest = min(layer.normalized_entropy.min() for layer in stats.layers.values())
+    assert line["attn/normalized_entropy_min"] == pytest.approx(lowest)
     assert (stats.layers[LAYERS[0]].rows == 4 * BATCH * LENGTH).all()
-    assert capsys.readouterr().out.count("attn/entropy_ratio_min") == 1
+    assert capsys.readouterr().out.count("attn/normalized_entropy_min") == 1
 
 
 def test_it_does_not_change_the_training_and_leaves_the_model_as_it_was(make):
@@ -175,10 +175,10 @@ def test_step_numbers_go_on_where_a_run_resumes(make, tmp_path):
         return [AttentionStabilityCallback(log_every=3, writers=[JSONLWriter(path)])]
 
     make(callbacks(), save_strategy="steps", save_steps=4, max_steps=6).train()
-    assert [line["step"] for line in read_jsonl(path).readings] == [3, 6]
+    assert [line["step"] for line in read_jsonl(path).snapshots] == [3, 6]
     checkpoint = str(tmp_path / "out" / "checkpoint-4")
     make(callbacks(), max_steps=9).train(resume_from_checkpoint=checkpoint)
-    assert [line["step"] for line in read_jsonl(path).readings] == [3, 6, 9]
+    assert [line["step"] for line in read_jsonl(path).snapshots] == [3, 6, 9]
     assert path.read_text().count('"kind": "run"') == 2
 
 

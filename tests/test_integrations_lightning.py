@@ -103,8 +103,8 @@ def test_only_training_is_measured_once_per_optimizer_step(make, rows):
     ours = [row for row in rows() if row["attn/errors"]]
     losses = [row for row in rows() if row["loss"]]
     assert [row["step"] for row in ours] == [row["step"] for row in losses]  # on the same axis
-    lowest = min(stats.entropy_ratio.min() for stats in seen[0].stats.values())
-    assert float(ours[0]["attn/entropy_ratio_min"]) == pytest.approx(lowest)
+    lowest = min(stats.normalized_entropy.min() for stats in seen[0].stats.values())
+    assert float(ours[0]["attn/normalized_entropy_min"]) == pytest.approx(lowest)
 
 
 def test_it_does_not_change_the_training_and_leaves_the_model_as_it_was(make):

@@ -16,17 +16,17 @@ from hnf_attention.integrations.series import LayerKeys, heatmaps, histograms, k
 
 RATIOS = [0.5, 0.6, 0.7, 0.9]
 NAMES = (
-    "entropy_ratio_min",
-    "entropy_ratio_mean",
+    "normalized_entropy_min",
+    "normalized_entropy_mean",
     "max_abs_logit_max",
-    "dead_share_max",
+    "saturated_share_max",
     "log2_curvature_max",
 )
 MODEL_NAMES = (*NAMES, "error_bound_max", "required_bits_max")
 
 
-def reading(step=10, **layers):
-    default = {"h.0.attn": dict(entropy_ratio=RATIOS), "h.1.attn": dict(max_logit=2e3, heads=2)}
+def diagnosed(step=10, **layers):
+    default = {"h.0.attn": dict(normalized_entropy=RATIOS), "h.1.attn": dict(max_logit=2e3, heads=2)}
     return diagnose([snapshot(step, **layers or default)])
 
 
@@ -50,15 +50,15 @@ def test_layers_are_numbered_in_order_and_keep_their_number():
 
 
 def test_a_handful_of_scalars_per_layer():
-    diagnosis = reading()
+    diagnosis = diagnosed()
     numbers = scalars(diagnosis, keys_of(diagnosis))
     layers = {f"attn/layer_0{i}/{name}" for i in range(2) for name in NAMES}
     model = {f"attn/{name}" for name in (*MODEL_NAMES, "errors", "warnings")}
     assert set(numbers) == layers | model
-    assert numbers["attn/layer_00/entropy_ratio_min"] == pytest.approx(0.5)
-    assert numbers["attn/layer_00/entropy_ratio_mean"] == pytest.approx(0.675)
+    assert numbers["attn/layer_00/normalized_entropy_min"] == pytest.approx(0.5)
+    assert numbers["attn/layer_00/normalized_entropy_mean"] == pytest.approx(0.675)
     assert numbers["attn/layer_01/max_abs_logit_max"] == numbers["attn/max_abs_logit_max"] == 2e3
-    assert numbers["attn/entropy_ratio_mean"] == pytest.approx((sum(RATIOS) + 2 * 0.7) / 6)
+    assert numbers["attn/normalized_entropy_mean"] == pytest.approx((sum(RATIOS) + 2 * 0.7) / 6)
     assert numbers["attn/errors"] == len(diagnosis.errors) == 2
     assert all(type(value) is float for value in numbers.values())
     assert overall(diagnosis) == {name: numbers[name] for name in model}
@@ -68,32 +68,32 @@ def test_what_no_head_could_give_is_left_out():
     empty = head_stats(judged_rows=0.0)
     diagnosis = diagnose([snapshot(1, short=empty)])
     keys = keys_of(diagnosis)
-    assert not any("entropy_ratio" in name or "dead" in name for name in scalars(diagnosis, keys))
+    assert not any("normalized_entropy" in name or "dead" in name for name in scalars(diagnosis, keys))
     assert set(histograms(diagnosis, keys)) == {"attn/layer_00/max_abs_logit"}
 
 
 def test_histograms_hold_the_heads():
-    diagnosis = reading()
+    diagnosis = diagnosed()
     found = histograms(diagnosis, keys_of(diagnosis))
     assert set(found) == {
-        f"attn/layer_0{i}/{name}" for i in (0, 1) for name in ("entropy_ratio", "max_abs_logit")
+        f"attn/layer_0{i}/{name}" for i in (0, 1) for name in ("normalized_entropy", "max_abs_logit")
     }
-    np.testing.assert_allclose(found["attn/layer_00/entropy_ratio"], RATIOS)
+    np.testing.assert_allclose(found["attn/layer_00/normalized_entropy"], RATIOS)
 
 
 def test_heatmaps_show_each_head_and_what_is_missing():
-    diagnosis = reading()
+    diagnosis = diagnosed()
     keys = keys_of(diagnosis)
     keys.add(["h.2.attn"])  # ran before, and not since
     pictures = heatmaps(diagnosis, keys)
     assert set(pictures) == {
-        f"attn/{name}_heatmap" for name in ("entropy_ratio", "sink_mass", "max_abs_logit")
+        f"attn/{name}_heatmap" for name in ("normalized_entropy", "sink_mass", "max_abs_logit")
     }
     for picture in pictures.values():
         assert picture.shape == (3 * 16, 4 * 16, 3) and picture.dtype == np.uint8
         grey = (picture[::16, ::16] == 0xBB).all(2)
         assert grey.tolist() == [[False] * 4, [False, False, True, True], [True] * 4]
-    bright = pictures["attn/entropy_ratio_heatmap"][0, ::16].astype(int).sum(1)
+    bright = pictures["attn/normalized_entropy_heatmap"][0, ::16].astype(int).sum(1)
     assert (np.diff(bright) > 0).all()
 
 
@@ -105,7 +105,7 @@ def test_a_heatmap_of_a_large_model_stays_small():
 
 
 def test_kinds_change_with_what_is_found_only():
-    assert kinds(reading()) == kinds(reading(20)) != kinds(reading(h=dict()))
+    assert kinds(diagnosed()) == kinds(diagnosed(20)) != kinds(diagnosed(h=dict()))
 
 
 # Imports
@@ -157,19 +157,19 @@ def fresh(module):
 def test_lines_hold_every_head_and_are_read_back(tmp_path):
     path = tmp_path / "new folder" / "attention.jsonl"
     writer = JSONLWriter(path)
-    written = [reading(10), reading(20)]
+    written = [diagnosed(10), diagnosed(20)]
     for count, diagnosis in enumerate(written):
         writer.write(diagnosis)
         assert len(path.read_text().splitlines()) == count + 2  # there at once, under one line for the run
     log = read_jsonl(path)
     assert log.layers == {"layer_00": "h.0.attn", "layer_01": "h.1.attn"}
-    for line, diagnosis in zip(log.readings, written):
+    for line, diagnosis in zip(log.snapshots, written):
         expected = diagnosis.to_dict()
         assert set(line) == {"kind", "time", *expected} and line["step"] == diagnosis.step
         assert [issue["evidence"] for issue in line["issues"]] == [i.evidence for i in diagnosis.issues]
         for name, layer in expected["layers"].items():
             assert set(line["layers"][name]) == set(layer)
-            for field in ("entropy_ratio", "rows", "log2_curvature", "max_logit"):
+            for field in ("normalized_entropy", "rows", "log2_curvature", "max_logit"):
                 assert line["layers"][name][field] == pytest.approx(layer[field], rel=1e-5)
 
 
@@ -178,13 +178,13 @@ def test_what_is_not_finite_is_null(tmp_path):
     writer.write(diagnose([snapshot(1, short=head_stats(judged_rows=0.0))]))
     text = (tmp_path / "a.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
-    assert json.loads(text.splitlines()[1])["layers"]["short"]["entropy_ratio"] == [None] * 4
+    assert json.loads(text.splitlines()[1])["layers"]["short"]["normalized_entropy"] == [None] * 4
 
 
 def test_counts_keep_all_their_digits(tmp_path):
     writer = JSONLWriter(tmp_path / "a.jsonl")
-    writer.write(reading(h=dict(rows=123456789.0, max_logit=1 / 3)))
-    layer = read_jsonl(tmp_path / "a.jsonl").readings[0]["layers"]["h"]
+    writer.write(diagnosed(h=dict(rows=123456789.0, max_logit=1 / 3)))
+    layer = read_jsonl(tmp_path / "a.jsonl").snapshots[0]["layers"]["h"]
     assert layer["rows"] == [123456789] * 4 and layer["max_logit"] == [0.333333] * 4
 
 
@@ -192,20 +192,24 @@ def test_a_resumed_run_appends_after_a_line_that_was_cut(tmp_path):
     path = tmp_path / "a.jsonl"
     first = JSONLWriter(path)
     for step in (10, 20, 30):
-        first.write(reading(step))
+        first.write(diagnosed(step))
     with path.open("a") as file:
-        file.write('{"kind": "reading", "step": 40, "la')
+        file.write('{"kind": "snapshot", "step": 40, "la')
     again = JSONLWriter(path)  # from a checkpoint of step 15
     for step in (20, 40):
-        again.write(reading(step, other=dict()))
+        again.write(diagnosed(step, other=dict()))
     log = read_jsonl(path)
-    assert [line["step"] for line in log.readings] == [10, 20, 40]
-    assert [list(line["layers"]) for line in log.readings] == [["h.0.attn", "h.1.attn"], ["other"], ["other"]]
+    assert [line["step"] for line in log.snapshots] == [10, 20, 40]
+    assert [list(line["layers"]) for line in log.snapshots] == [
+        ["h.0.attn", "h.1.attn"],
+        ["other"],
+        ["other"],
+    ]
     assert log.layers == {"layer_00": "other"}
 
 
 def test_a_layer_that_comes_later_is_added_to_the_map(tmp_path):
     writer = JSONLWriter(tmp_path / "a.jsonl")
-    writer.write(reading(1, a=dict()))
-    writer.write(reading(2, a=dict(), b=dict()))
+    writer.write(diagnosed(1, a=dict()))
+    writer.write(diagnosed(2, a=dict(), b=dict()))
     assert read_jsonl(tmp_path / "a.jsonl").layers == {"layer_00": "a", "layer_01": "b"}

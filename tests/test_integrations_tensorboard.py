@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from heads import readings
+from heads import snapshots
 from PIL import Image
 
 from hnf_attention.integrations import TensorBoardWriter
@@ -26,10 +26,10 @@ def texts(events, tag):
 
 def test_the_event_reader_finds_what_was_written(tmp_path):
     writer = TensorBoardWriter(tmp_path)
-    written = readings()
+    written = snapshots()
     for diagnosis in written:
         writer.write(diagnosis)
-    events = read(tmp_path)  # before it is closed: each reading is flushed
+    events = read(tmp_path)  # before it is closed: each snapshot is flushed
 
     keys = LayerKeys()
     keys.add(written[0].stats)
@@ -39,7 +39,7 @@ def test_the_event_reader_finds_what_was_written(tmp_path):
         assert found == [(d.step, pytest.approx(scalars(d, keys)[name], rel=1e-6)) for d in written]
 
     assert set(events.Tags()["histograms"]) == set(histograms(written[0], keys))
-    first = events.Histograms("attn/layer_00/entropy_ratio")[0].histogram_value
+    first = events.Histograms("attn/layer_00/normalized_entropy")[0].histogram_value
     assert (first.num, first.min, first.max) == (4, pytest.approx(0.5), pytest.approx(0.9))
     assert first.sum == pytest.approx(2.7)
 
@@ -50,15 +50,15 @@ def test_the_event_reader_finds_what_was_written(tmp_path):
 
     ((step, text),) = texts(events, "attn/layers")
     assert step == 10 and "| layer_01 | h.1.attn |" in text
-    findings = texts(events, "attn/findings")
-    assert [step for step, _ in findings] == [10, 30]  # where they changed
-    assert "overflow_risk in h.1.attn" in findings[0][1] and "0 errors" in findings[1][1]
+    issues = texts(events, "attn/issues")
+    assert [step for step, _ in issues] == [10, 30]  # where they changed
+    assert "overflow_risk in h.1.attn" in issues[0][1] and "0 errors" in issues[1][1]
     writer.close()
 
 
 def test_a_closed_writer_goes_on_in_another_file(tmp_path):
     writer = TensorBoardWriter(tmp_path)
-    for diagnosis in readings():
+    for diagnosis in snapshots():
         writer.write(diagnosis)
         writer.close()
         writer.close()
@@ -70,7 +70,7 @@ def test_a_summary_writer_stays_its_owners(tmp_path):
 
     with SummaryWriter(tmp_path) as events:
         writer = TensorBoardWriter(events)
-        writer.write(readings()[0])
+        writer.write(snapshots()[0])
         writer.close()
         events.add_scalar("loss", 1.0, 10)
     assert {"loss", "attn/layer_01/max_abs_logit_max"} <= set(read(tmp_path).Tags()["scalars"])

@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 from attention_models import Model, x
-from heads import readings
+from heads import snapshots
 from PIL import Image
 
 from hnf_attention import AttentionStabilityMonitor
@@ -56,7 +56,7 @@ def history(folder):
 
 def test_the_offline_files_hold_what_was_written(tmp_path, options):
     writer = WandbWriter(**options)
-    written = readings()
+    written = snapshots()
     for diagnosis in written:
         writer.write(diagnosis)
     assert wandb.run is not None
@@ -77,9 +77,9 @@ def test_the_offline_files_hold_what_was_written(tmp_path, options):
             (path,) = tmp_path.glob(f"wandb/offline-run-*/files/{row[f'{name} path']}")
             np.testing.assert_array_equal(np.asarray(Image.open(path)), pixels)
 
-    tables = [row.get("attn/findings nrows") for row in rows]
-    assert tables == [len(written[0].issues), None, 0]  # where the findings changed
-    (path,) = tmp_path.glob(f"wandb/offline-run-*/files/{rows[0]['attn/findings path']}")
+    tables = [row.get("attn/issues nrows") for row in rows]
+    assert tables == [len(written[0].issues), None, 0]  # where the issues changed
+    (path,) = tmp_path.glob(f"wandb/offline-run-*/files/{rows[0]['attn/issues path']}")
     table = json.loads(path.read_text())
     first = dict(zip(table["columns"], table["data"][0]))
     assert first["issue"] == "overflow_risk" and first["layer"] == "h.1.attn" and first["value"] == 2000.0
@@ -100,7 +100,7 @@ def test_an_active_run_is_used_and_left_open(tmp_path, options):
     writer = WandbWriter(project="not started")
     with wandb.init(**options) as run:
         run.log({"loss": 2.0})
-        writer.write(readings()[0])
+        writer.write(snapshots()[0])
         writer.close()
         run.log({"loss": 1.0})
     rows = history(tmp_path)
@@ -109,7 +109,7 @@ def test_an_active_run_is_used_and_left_open(tmp_path, options):
 
 def test_a_run_given_is_used(tmp_path, options):
     with wandb.init(**options) as run:
-        WandbWriter(run).write(readings()[0])
+        WandbWriter(run).write(snapshots()[0])
     assert [row["attn/errors"] for row in history(tmp_path)] == [4.0]
 
 

@@ -9,6 +9,7 @@ from tiny_gpt2 import LAYERS, heat, tiny_gpt2
 from torch import nn
 
 import hnf_attention.monitoring.monitor
+import hnf_attention.monitoring.recorder
 from hnf_attention import AttentionStabilityMonitor, apply_intervention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -235,7 +236,7 @@ def fail(*_):
 
 
 def test_a_fault_in_the_rules_is_logged_once(model, train_step, caplog, monkeypatch):
-    monkeypatch.setattr(hnf_attention.monitor, "diagnose", fail)
+    monkeypatch.setattr(hnf_attention.monitoring.monitor, "diagnose", fail)
     monitor = AttentionStabilityMonitor(model, log_every=1)
     for _ in range(3):
         train_step(model)
@@ -244,7 +245,7 @@ def test_a_fault_in_the_rules_is_logged_once(model, train_step, caplog, monkeypa
     assert len(monitor.history) == 3
 
 
-def test_a_fault_in_reading_ends_the_measuring(model, train_step, caplog, monkeypatch):
+def test_a_fault_in_snapshot_ends_the_measuring(model, train_step, caplog, monkeypatch):
     monitor = AttentionStabilityMonitor(model, log_every=1)
     monkeypatch.setattr(monitor._recorder, "read", fail)
     for _ in range(3):
@@ -256,7 +257,7 @@ def test_a_fault_in_reading_ends_the_measuring(model, train_step, caplog, monkey
 
 def test_a_fault_in_folding_ends_neither_the_step_nor_the_run(model, train_step, caplog, monkeypatch):
     monitor = AttentionStabilityMonitor(model, log_every=1)
-    monkeypatch.setattr(hnf_attention.recorder.fold, "fold", fail)
+    monkeypatch.setattr(hnf_attention.monitoring.recorder.fold, "fold", fail)
     for _ in range(3):
         train_step(model)
         assert monitor.on_step() is None
@@ -266,7 +267,7 @@ def test_a_fault_in_folding_ends_neither_the_step_nor_the_run(model, train_step,
 
 def test_a_fault_in_the_advice(model, train_step, caplog, monkeypatch):
     monitor = AttentionStabilityMonitor(model, log_every=1)
-    monkeypatch.setattr(monitor._adviser, "propose", fail)
+    monkeypatch.setattr(monitor._policy, "propose", fail)
     for _ in range(2):
         train_step(model)
         assert monitor.get_intervention(monitor.on_step()) is None
@@ -335,7 +336,7 @@ def test_auto_intervene_without_need(model, train_step):
 
 def test_auto_intervene_that_fails_does_not_stop_the_run(model, train_step, caplog, monkeypatch):
     heat(model)
-    monkeypatch.setattr(hnf_attention.monitor, "apply_intervention", fail)
+    monkeypatch.setattr(hnf_attention.monitoring.monitor, "apply_intervention", fail)
     monitor = AttentionStabilityMonitor(model, log_every=1, auto_intervene=True)
     for _ in range(2):
         train_step(model)

@@ -5,7 +5,7 @@ import torch
 from cases import CASES
 from torch.nn.functional import cross_entropy
 
-from hnf_attention import AttentionStabilityMonitor, Ranks, instrument
+from hnf_attention import AttentionStabilityMonitor, ProcessGroups, instrument
 from hnf_attention.cli.demo.model import GPT
 from hnf_attention.engine import api, fold
 from hnf_attention.monitoring.recorder import Recorder
@@ -105,16 +105,16 @@ def test_nothing_waits_for_the_device_between_log_steps():
     assert stats.nonfinite_rows.sum() == 0
 
 
-def test_the_last_reading_equals_the_same_run_on_the_cpu():
+def test_the_last_snapshot_equals_the_same_run_on_the_cpu():
     model, tokens = _gpt(), _batch()
-    readings = []
+    snapshots = []
     for device in ("cuda", "cpu"):
         monitor = AttentionStabilityMonitor(model.to(device), log_every=1)
         with torch.no_grad():
             model(tokens.to(device))
-        readings.append(monitor.on_step().stats)
+        snapshots.append(monitor.on_step().stats)
         monitor.restore()
-    for ours, theirs in zip(readings[0].values(), readings[1].values()):
+    for ours, theirs in zip(snapshots[0].values(), snapshots[1].values()):
         torch.testing.assert_close(
             torch.from_numpy(ours.values), torch.from_numpy(theirs.values), rtol=1e-3, atol=1e-3
         )
@@ -170,21 +170,21 @@ def test_a_recorded_forward_of_a_model_replays_in_a_captured_graph():
     assert all(layer.rows.tolist() == [3 * 3 * 96] * 4 for layer in stats.layers.values())
 
 
-def test_readings_go_through_nccl(tmp_path):
+def test_snapshots_go_through_nccl(tmp_path):
     store, device = f"file://{tmp_path}/store", torch.device("cuda", 0)
     torch.cuda.set_device(device)  # as a launcher's processes do
     torch.distributed.init_process_group("nccl", init_method=store, rank=0, world_size=1, device_id=device)
     try:
         mesh = torch.distributed.init_device_mesh("cuda", (1, 1, 1), mesh_dim_names=("dp", "cp", "tp"))
         model, tokens = _gpt(), _batch()
-        readings = []
-        for ranks in (None, Ranks.of_mesh(mesh, heads="tp", queries="cp")):
+        snapshots = []
+        for ranks in (None, ProcessGroups.of_mesh(mesh, heads="tp", queries="cp")):
             with AttentionStabilityMonitor(model, log_every=1, ranks=ranks) as monitor, torch.no_grad():
                 model(tokens)
-                readings.append(monitor.on_step().stats)
+                snapshots.append(monitor.on_step().stats)
     finally:
         torch.distributed.destroy_process_group()
-    alone, together = readings
+    alone, together = snapshots
     assert list(alone) == list(together)
     for ours, theirs in zip(together.values(), alone.values()):
         torch.testing.assert_close(torch.from_numpy(ours.values), torch.from_numpy(theirs.values))

@@ -127,8 +127,8 @@ def test_a_sample_of_a_pack(phase, is_causal, device):
         close(actual[taken], wanted[taken], 2e-5, name)
 
 
-SUMS = ("rows", "judged_rows", "entropy", "logit_range", "entropy_ratio", "max_weight", "sink_mass")
-SUMS += ("jacobian_trace_bound", "dead_rows", "sequences", "query_square", "key_square")
+SUMS = ("rows", "judged_rows", "entropy", "logit_range", "normalized_entropy", "max_weight", "sink_mass")
+SUMS += ("jacobian_trace_bound", "saturated_rows", "sequences", "query_square", "key_square")
 
 
 @pytest.mark.parametrize("mask", [None, "additive"])

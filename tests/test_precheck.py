@@ -228,7 +228,7 @@ def test_a_broken_model_is_unstable_whatever_its_design():
             block.attn.c_attn.weight[:, :256] *= 60.0
     report = check_attention_stability(model, torch.randint(0, 100, (2, 64)))
     assert report["verdict"] == "unstable" and not report.healthy
-    assert report["findings"] and report["recommendations"]
+    assert report["issues"] and report["recommendations"]
 
 
 @pytest.mark.parametrize("knob", ["seq_len", "temperature", "init_std"])

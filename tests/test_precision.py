@@ -1,4 +1,4 @@
-"""What a reading says about rounding: bounds that hold of every row, from the folded maxima alone."""
+"""What a snapshot says about rounding: bounds that hold of every row, from the folded maxima alone."""
 
 import sys
 from pathlib import Path
@@ -28,7 +28,7 @@ def rows(monkeypatch):
 
 
 def read(query, key, sample=None, dtype=None, **options):
-    """The reading of one call, (1, H, N, D) each."""
+    """The snapshot of one call, (1, H, N, D) each."""
     stats = attention_stats(query, key, sample=sample, **options)
     accumulator = fold.new_accumulator(query.shape[1], torch.device("cpu"))
     fold.fold(accumulator, query, key, stats, checked(query, key, **options))

@@ -10,7 +10,7 @@ from attention_models import Model
 from heads import FakeInstrumentation
 from processes import BATCH, INPUTS, SIZE
 
-from hnf_attention import AttentionStabilityMonitor, Ranks
+from hnf_attention import AttentionStabilityMonitor, ProcessGroups
 from hnf_attention.monitoring.recorder import Recorder
 
 pytestmark = pytest.mark.skipif(
@@ -93,7 +93,7 @@ def test_a_data_parallel_model_is_judged_and_treated_alike_everywhere(found):
 
 def test_without_torch_distributed_there_are_no_ranks():
     with pytest.raises(RuntimeError, match="expected torch.distributed to be initialised"):
-        Ranks(batch=None)
+        ProcessGroups(batch=None)
 
 
 def test_groups_and_mesh_dimensions_that_do_not_exist(tmp_path):
@@ -102,17 +102,17 @@ def test_groups_and_mesh_dimensions_that_do_not_exist(tmp_path):
         with pytest.raises(
             ValueError, match="expected a process group for batch, heads or queries, got None"
         ):
-            Ranks()
+            ProcessGroups()
         mesh = torch.distributed.init_device_mesh("cpu", (1,), mesh_dim_names=("dp",))
         with pytest.raises(ValueError, match="expected heads to be one of the mesh's dimensions"):
-            Ranks.of_mesh(mesh, heads="tp")
+            ProcessGroups.of_mesh(mesh, heads="tp")
         with pytest.raises(ValueError, match="expected queries to be one of the mesh's dimensions"):
-            Ranks.of_mesh(mesh, queries="cp")
+            ProcessGroups.of_mesh(mesh, queries="cp")
         with pytest.raises(
             ValueError, match="heads and queries to be different dimensions, got 'dp' for both"
         ):
-            Ranks.of_mesh(mesh, heads="dp", queries="dp")
-        assert Ranks.of_mesh(mesh).heads is None
-        assert Ranks.of_mesh(mesh, heads="dp").batch is None
+            ProcessGroups.of_mesh(mesh, heads="dp", queries="dp")
+        assert ProcessGroups.of_mesh(mesh).heads is None
+        assert ProcessGroups.of_mesh(mesh, heads="dp").batch is None
     finally:
         torch.distributed.destroy_process_group()

@@ -175,11 +175,11 @@ def test_nothing_ever_measured_tells_the_coverage(fake):
     assert recorder.advance().step == 2
 
 
-def test_no_forward_since_the_last_reading(fake):
+def test_no_forward_since_the_last_snapshot(fake):
     recorder = Recorder(fake, 1)
     fake.run("a", *queries_and_keys())
     recorder.advance()
-    with pytest.raises(NothingMeasured, match="before step 2 is read, got none since the reading at step 1"):
+    with pytest.raises(NothingMeasured, match="before step 2 is read, got none since the snapshot at step 1"):
         recorder.advance()
 
 

@@ -17,8 +17,8 @@ def mixed():
     return snapshot(
         40,
         **{
-            "model.layers.0.attn": dict(heads=3, entropy_ratio=[0.1, 0.5, 0.9]),
-            "model.layers.1.attn": dict(heads=2, entropy_ratio=[0.7, 0.2], sink_mass=[0.05, 0.6]),
+            "model.layers.0.attn": dict(heads=3, normalized_entropy=[0.1, 0.5, 0.9]),
+            "model.layers.1.attn": dict(heads=2, normalized_entropy=[0.7, 0.2], sink_mass=[0.05, 0.6]),
         },
     )
 
@@ -48,10 +48,10 @@ def lines_of(figure):
     return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in lines}
 
 
-def test_heatmap_draws_the_mean_entropy_ratio_of_every_head(mixed):
+def test_heatmap_draws_the_mean_normalized_entropy_of_every_head(mixed):
     axes = axes_of(entropy_heatmap(mixed))
     drawn = axes.images[0].get_array()
-    expected = [stats.entropy_ratio for stats in mixed.layers.values()]
+    expected = [stats.normalized_entropy for stats in mixed.layers.values()]
     np.testing.assert_array_equal(drawn[0], expected[0])
     np.testing.assert_array_equal(drawn[1, :2], expected[1])
     assert drawn.mask.tolist() == [[False] * 3, [False, False, True]]  # the second layer has no third head
@@ -125,7 +125,7 @@ def test_many_layers_get_a_colour_bar_instead_of_a_legend():
     np.testing.assert_allclose([line.get_color() for line in figure.axes[0].lines], colours)
 
 
-def test_one_reading_draws_every_head_and_names_the_worst(mixed):
+def test_one_snapshot_draws_every_head_and_names_the_worst(mixed):
     axes = axes_of(curvature_evolution([mixed]))
     drawn = [points.get_xydata() for points in axes.lines]
     for place, (points, stats) in enumerate(zip(drawn, mixed.layers.values(), strict=True)):
@@ -133,7 +133,7 @@ def test_one_reading_draws_every_head_and_names_the_worst(mixed):
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.attn", "1.attn"]
     worst = [f"head {stats.log2_curvature.argmax()}" for stats in mixed.layers.values()]
     assert [text.get_text() for text in axes.texts] == worst
-    assert "every head, one reading (step 40)" in axes.get_title(loc="left")
+    assert "every head, one snapshot (step 40)" in axes.get_title(loc="left")
 
 
 def test_nothing_to_draw_is_an_error():

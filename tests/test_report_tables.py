@@ -1,4 +1,4 @@
-"""The per-layer table and the findings, as printed."""
+"""The per-layer table and the issues, as printed."""
 
 import io
 from dataclasses import replace
@@ -9,7 +9,7 @@ from rich.console import Console
 
 from hnf_attention import theory
 from hnf_attention.diagnosis import StabilityIssue
-from hnf_attention.report.tables import findings, layer_table
+from hnf_attention.report.tables import issue_list, layer_table
 
 ISSUE = StabilityIssue("h.1.attn", 2, "overflow_risk", "error", 2e3, 1e3, "a paper", "evidence", "a fix")
 
@@ -29,7 +29,7 @@ def test_a_row_is_the_mean_ratio_and_the_worst_head():
     ratios = [0.2, 0.4, 0.6]
     layers = snapshot(
         **{
-            "h.0.attn": dict(heads=3, entropy_ratio=ratios, max_weight=[0.1, 0.9, 0.3], min_logit=-50.0),
+            "h.0.attn": dict(heads=3, normalized_entropy=ratios, max_weight=[0.1, 0.9, 0.3], min_logit=-50.0),
             "h.1.attn": dict(heads=3, sink_mass=[0.5, 0.1, 0.0]),
         }
     ).layers
@@ -41,7 +41,7 @@ def test_a_row_is_the_mean_ratio_and_the_worst_head():
         "0.attn",
         "3",
         f"{np.mean(ratios):.2f}",
-        f"{stats.entropy_ratio_p10.min():.2f}",
+        f"{stats.normalized_entropy_p10.min():.2f}",
         "0.90",
         "0.05",
         "50",
@@ -56,7 +56,7 @@ def test_a_row_is_the_mean_ratio_and_the_worst_head():
 
 def test_further_kinds_of_findings_are_counted():
     layers = snapshot(**{"h.1.attn": {}}).layers
-    more = [ISSUE, replace(ISSUE, head=0), replace(ISSUE, issue_type="attention_spike", severity="warning")]
+    more = [ISSUE, replace(ISSUE, head=0), replace(ISSUE, issue_type="one_hot_attention", severity="warning")]
     assert "error: overflow_risk +1" in printed(layer_table(layers, more, ""))
 
 
@@ -69,8 +69,8 @@ def test_unknown_numbers_are_dashes_and_brackets_are_no_markup():
     assert row(text, "attn [4 heads of 8, float16]")[2] == "-"
 
 
-def test_findings_say_where_why_and_what_to_do():
-    lines = printed(findings([ISSUE, replace(ISSUE, head=3, value=1.5e3)])).splitlines()
+def test_issues_say_where_why_and_what_to_do():
+    lines = printed(issue_list([ISSUE, replace(ISSUE, head=3, value=1.5e3)])).splitlines()
     assert [line.rstrip() for line in lines] == [
         "error: overflow_risk in h.1.attn heads 2-3",
         "    evidence",
@@ -81,10 +81,10 @@ def test_findings_say_where_why_and_what_to_do():
 
 def test_findings_are_cut_to_the_worst():
     issues = [replace(ISSUE, layer=f"h.{i}") for i in range(5)]
-    text = printed(findings(issues, limit=2))
+    text = printed(issue_list(issues, limit=2))
     assert "h.1 " in text and "h.2 " not in text
     assert "... and 3 more like these" in text
 
 
-def test_no_findings_are_said():
-    assert printed(findings([])).strip() == "no findings"
+def test_no_issues_are_said():
+    assert printed(issue_list([])).strip() == "no issues"

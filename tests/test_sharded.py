@@ -78,11 +78,11 @@ def test_fsdp2_reports_the_whole_batch_and_trains_bit_equal(found):
     _, diagnoses = processes_sharded.trained(model, INPUTS, monitor)
     expected = [(i.layer, i.head, i.issue_type) for i in diagnoses[0].issues]
     assert expected
-    for readings, issues, bit_equal in found["fsdp"]:
+    for snapshots, issues, bit_equal in found["fsdp"]:
         assert bit_equal
         assert issues == expected
-        assert len(readings) == 3
-        same(readings[0], monitor.history[0].layers)
+        assert len(snapshots) == 3
+        same(snapshots[0], monitor.history[0].layers)
 
 
 def test_fsdp2_weights_are_treated_by_the_monitor_as_in_one_process(found):
@@ -132,8 +132,8 @@ def test_attention_over_dtensors_is_measured_where_its_parts_are_whole_heads(fou
             ("everywhere", r"split over processes as \(Replicate\(\),\), not by batch"),
             ("uneven", r"query \(4, 3, 16, 8\) is split unevenly"),
         ):
-            coverage, readings, same_output = process[name]
-            assert same_output and not readings and not coverage.measured
+            coverage, snapshots, same_output = process[name]
+            assert same_output and not snapshots and not coverage.measured
             assert re.search(reason, coverage.not_measured[""])
 
 

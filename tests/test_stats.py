@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from hnf_attention import attention_stats
 from hnf_attention.engine import fold
 from hnf_attention.statistics.heads import (
-    DEAD_ENTROPY_RATIO,
     HISTOGRAM_BINS,
     JUDGED_MIN_KEYS,
     MAX_FIELDS,
     NUM_FIELDS,
     NUM_SUMS,
+    SATURATED_ENTROPY,
     SUM_FIELDS,
     HeadStats,
     RowStats,
@@ -58,12 +58,12 @@ def fold_one(rows, visible):
 def test_uniform_scores_have_ratio_one():
     query, key = torch.zeros(2, 3, 40, 8), torch.randn(2, 3, 40, 8)
     stats = head_stats(folded(query, key))
-    np.testing.assert_allclose(stats.entropy_ratio, 1.0, rtol=1e-6)
+    np.testing.assert_allclose(stats.normalized_entropy, 1.0, rtol=1e-6)
     np.testing.assert_allclose(stats.entropy, math.log(40), rtol=1e-6)
     np.testing.assert_allclose(stats.max_weight, 1 / 40, rtol=1e-6)
     np.testing.assert_allclose(stats.jacobian_trace_bound, 1 - 1 / 1600, rtol=1e-6)
     np.testing.assert_allclose(stats.sink_mass, 1 / 40, rtol=1e-6)
-    np.testing.assert_array_equal(stats.dead_share, 0.0)
+    np.testing.assert_array_equal(stats.saturated_share, 0.0)
     np.testing.assert_array_equal(stats.judged_rows, 80.0)
 
 
@@ -85,8 +85,8 @@ def test_against_the_dense_definition():
     np.testing.assert_array_equal(stats.rows, 66)
     np.testing.assert_array_equal(stats.judged_rows, 2 * (33 - JUDGED_MIN_KEYS + 1))
     np.testing.assert_allclose(stats.entropy, mean(entropy), rtol=1e-5)
-    np.testing.assert_allclose(stats.entropy_ratio, mean(ratio), rtol=1e-5)
-    np.testing.assert_allclose(stats.entropy_ratio_min, ratio.amin((0, 2)).numpy(), rtol=1e-5)
+    np.testing.assert_allclose(stats.normalized_entropy, mean(ratio), rtol=1e-5)
+    np.testing.assert_allclose(stats.normalized_entropy_min, ratio.amin((0, 2)).numpy(), rtol=1e-5)
     np.testing.assert_allclose(stats.max_weight, mean(largest), rtol=1e-5)
     np.testing.assert_allclose(stats.jacobian_trace_bound, mean(1 - largest**2), rtol=1e-5)
     np.testing.assert_allclose(stats.sink_mass, mean(p[..., 0][..., judged]), rtol=1e-5)
@@ -112,7 +112,13 @@ def test_short_rows_are_counted_but_not_judged():
     query, key = queries_and_keys(rows=JUDGED_MIN_KEYS - 1)
     stats = head_stats(folded(query, key))
     assert (stats.rows == JUDGED_MIN_KEYS - 1).all() and (stats.judged_rows == 0).all()
-    for name in ("entropy_ratio", "entropy_ratio_p10", "entropy_ratio_min", "dead_share", "max_weight"):
+    for name in (
+        "normalized_entropy",
+        "normalized_entropy_p10",
+        "normalized_entropy_min",
+        "saturated_share",
+        "max_weight",
+    ):
         assert np.isnan(getattr(stats, name)).all(), name
     assert np.isfinite(stats.entropy).all() and np.isfinite(stats.max_logit).all()
 
@@ -135,7 +141,7 @@ def test_nonfinite_queries_are_counted_in_their_head_only():
     stats = head_stats(folded(query, key))
     np.testing.assert_array_equal(stats.nonfinite_rows, [0, 1, 20])
     np.testing.assert_array_equal(stats.rows, [20, 19, 0])
-    assert np.isfinite(stats.entropy_ratio[:2]).all() and np.isnan(stats.entropy_ratio[2])
+    assert np.isfinite(stats.normalized_entropy[:2]).all() and np.isnan(stats.normalized_entropy[2])
     rest = query[
         0, 1, torch.arange(20) != 4
     ]  # a row that holds NaN is left out of the norm, one with inf is not
@@ -146,7 +152,14 @@ def test_nonfinite_queries_are_counted_in_their_head_only():
 def test_nothing_folded_is_nan_everywhere():
     stats = head_stats(new_accumulator(2, "cpu"))
     assert (stats.rows == 0).all()
-    for name in ("entropy", "entropy_ratio_p10", "max_logit", "min_logit", "max_abs_logit", "query_norm"):
+    for name in (
+        "entropy",
+        "normalized_entropy_p10",
+        "max_logit",
+        "min_logit",
+        "max_abs_logit",
+        "query_norm",
+    ):
         assert np.isnan(getattr(stats, name)).all(), name
 
 
@@ -156,11 +169,11 @@ def test_calls_without_rows_change_nothing(shape):
     assert torch.equal(accumulator, new_accumulator(2, "cpu"))
 
 
-def test_dead_rows():
+def test_saturated_rows():
     n = 64
-    limit = DEAD_ENTROPY_RATIO * math.log(n)
+    limit = SATURATED_ENTROPY * math.log(n)
     stats = fold_one(rows_of(entropy=[0.0, 0.99 * limit, 1.01 * limit, 1.0]), [n] * 4)
-    assert stats.dead_share == 0.5
+    assert stats.saturated_share == 0.5
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=200))
@@ -170,16 +183,16 @@ def test_percentile_is_within_a_bin_of_the_true_one(ratios):
     rows = rows_of(entropy=[r * math.log(n) for r in ratios])
     stats = fold_one(rows, [n] * len(ratios))
     exact = np.sort(ratios)[max(0, math.ceil(0.1 * len(ratios)) - 1)]  # the value that 10 % reach
-    assert abs(stats.entropy_ratio_p10[0] - exact) <= 1 / HISTOGRAM_BINS + 1e-6
+    assert abs(stats.normalized_entropy_p10[0] - exact) <= 1 / HISTOGRAM_BINS + 1e-6
 
 
 def test_percentile_of_two_groups():
     ratios = [0.01] * 5 + [0.9] * 95
     stats = fold_one(rows_of(entropy=[r * math.log(100) for r in ratios]), [100] * 100)
-    assert stats.entropy_ratio_p10[0] == pytest.approx(0.9, abs=1 / HISTOGRAM_BINS)
+    assert stats.normalized_entropy_p10[0] == pytest.approx(0.9, abs=1 / HISTOGRAM_BINS)
     ratios = [0.01] * 11 + [0.9] * 89
     stats = fold_one(rows_of(entropy=[r * math.log(100) for r in ratios]), [100] * 100)
-    assert stats.entropy_ratio_p10[0] < 1 / HISTOGRAM_BINS
+    assert stats.normalized_entropy_p10[0] < 1 / HISTOGRAM_BINS
 
 
 @given(st.lists(st.integers(0, 2**31), min_size=3, max_size=3, unique=True), st.integers(1, 40))
@@ -228,11 +241,13 @@ def test_standard_errors_are_the_spread_of_the_means():
     zeros = torch.zeros_like(entropy)
     fold_rows(accumulator, rows, visible, zeros, zeros, zeros)
     stats = HeadStats(accumulator.numpy(), 8, "float32", sample_period=16)
-    off = stats.entropy_ratio - ratio.mean((1, 2)).numpy()
-    assert np.sqrt((off**2).mean() / (stats.entropy_ratio_stderr**2).mean()) == pytest.approx(1.0, abs=0.08)
+    off = stats.normalized_entropy - ratio.mean((1, 2)).numpy()
+    assert np.sqrt((off**2).mean() / (stats.normalized_entropy_stderr**2).mean()) == pytest.approx(
+        1.0, abs=0.08
+    )
     assert not stats.max_weight_stderr.any(), "the same in every block"
     whole = HeadStats(accumulator.numpy(), 8, "float32")
-    assert not whole.entropy_ratio_stderr.any()
+    assert not whole.normalized_entropy_stderr.any()
 
 
 def test_printed_statistics_are_sizes_and_ranges():
@@ -245,6 +260,8 @@ def test_printed_statistics_are_sizes_and_ranges():
     names = "lse, entropy, max_logit, min_logit"
     assert repr(elsewhere) == f"RowStats of (2, 4, 40) rows, float32 on meta: {names}"
     stats = head_stats(folded(query.detach(), key))
-    assert repr(stats).startswith("HeadStats of 4 heads of dimension 8, float32: rows 80, entropy_ratio 0.")
+    assert repr(stats).startswith(
+        "HeadStats of 4 heads of dimension 8, float32: rows 80, normalized_entropy 0."
+    )
     assert len(repr(stats)) < 160
-    assert "entropy_ratio not finite" in repr(head_stats(new_accumulator(2, "cpu")))
+    assert "normalized_entropy not finite" in repr(head_stats(new_accumulator(2, "cpu")))

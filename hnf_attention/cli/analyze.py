@@ -15,7 +15,7 @@ from ..diagnosis import AttentionDiagnosis
 from ..errors import InputError
 from ..instrumentation import Coverage
 from ..monitoring.analyzer import AttentionAnalyzer
-from ..names import shown
+from ..names import display_name
 from ..report.versions import versions
 from ..statistics.heads import JUDGED_MIN_KEYS
 
@@ -47,7 +47,7 @@ class Analysis:
     coverage: Coverage
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON document: statistics per layer and head, findings, coverage; NaN and infinities are None."""
+        """The JSON document: statistics per layer and head, issues, coverage; NaN and infinities are None."""
         diagnosis = self.diagnosis.to_dict()
         return {
             "schema_version": SCHEMA_VERSION,
@@ -109,7 +109,7 @@ def analyze(
             _run(model, windows, batch_size, device, progress)
             coverage = analyzer.instrumentation.coverage
             if not coverage.measured:
-                reasons = [f"{shown(layer)}: {why}" for layer, why in coverage.not_measured.items()]
+                reasons = [f"{display_name(layer)}: {why}" for layer, why in coverage.not_measured.items()]
                 why = reasons[0] if reasons else "it has no module that is known as attention"
                 raise InputError(f"no attention of {name} ({type(model).__name__}) can be measured: {why}")
             diagnosis = analyzer.diagnose()

@@ -13,7 +13,7 @@ from typing import TextIO
 from rich.console import Console
 
 from ..errors import InputError
-from ..names import shown
+from ..names import display_name
 
 HEALTHY, FOUND, USAGE = 0, 1, 2
 _LOG_WIDTH = 140  # columns
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         "analyze",
         help="judge the attention of a Hugging Face model on a text",
         description="Run a text through a causal or masked language model and judge its attention. "
-        "Exit code 0 healthy, 1 findings of severity error, 2 bad usage or nothing that can be measured.",
+        "Exit code 0 healthy, 1 issues of severity error, 2 bad usage or nothing that can be measured.",
     )
     analyze.add_argument("model", metavar="MODEL", help="name on the Hugging Face hub, or a local folder")
     analyze.add_argument("--text", type=Path, required=True, metavar="FILE", help="text to run, UTF-8")
@@ -127,7 +127,7 @@ def _analyze(options: argparse.Namespace) -> int:
     from rich.progress import Progress
     from rich.text import Text
 
-    from ..report.tables import findings, layer_table
+    from ..report.tables import issue_list, layer_table
     from .analyze import analyze
 
     target = None if options.json in (None, "-") else Path(options.json)
@@ -153,12 +153,12 @@ def _analyze(options: argparse.Namespace) -> int:
         f"{analysis.windows} windows of {analysis.window} tokens of {analysis.text}"
     )
     console.print(layer_table(diagnosis.stats, diagnosis.issues, title))
-    console.print(findings(diagnosis.issues))
+    console.print(issue_list(diagnosis.issues))
     verdict = "not healthy" if diagnosis.errors else "healthy"
     counts = f"{len(diagnosis.errors)} errors, {len(diagnosis.warnings)} warnings"
     console.print(Text(f"\n{verdict}: {counts}", style="bold"))
     for layer, why in analysis.coverage.not_measured.items():
-        console.print(Text(f"not measured: {shown(layer)}: {why}", style="yellow"))
+        console.print(Text(f"not measured: {display_name(layer)}: {why}", style="yellow"))
     if options.json is not None:
         document = json.dumps(analysis.to_dict(), indent=1, allow_nan=False) + "\n"
         _write(target, document)

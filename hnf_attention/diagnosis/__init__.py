@@ -1,4 +1,4 @@
-"""From head statistics to findings. Reads numpy arrays only, never a model."""
+"""From head statistics to issues. Reads numpy arrays only, never a model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..statistics.heads import Snapshot
-from .heads import side_by_side
+from .heads import concatenate_heads
 from .issue import ISSUE_TYPES, SEVERITIES, AttentionDiagnosis, StabilityIssue
 from .rules import RULES
 
@@ -18,7 +18,7 @@ def diagnose(history: Iterable[Snapshot], coverage: Any = None) -> AttentionDiag
 
     history: snapshots, oldest first, at least one; a single one is judged without trends.
     coverage: an instrumentation's coverage, whose `not_measured` the diagnosis repeats.
-    At most one finding per (layer, head, kind), errors first. Raises ValueError for an empty history.
+    At most one issue per (layer, head, kind), errors first. Raises ValueError for an empty history.
     """
     history = list(history)
     if not history:
@@ -26,7 +26,10 @@ def diagnose(history: Iterable[Snapshot], coverage: Any = None) -> AttentionDiag
     latest = history[-1]
     layers = list(latest.layers)
     issues = [
-        issue for heads in side_by_side(history, layers) for rule in RULES for issue in rule(history, heads)
+        issue
+        for heads in concatenate_heads(history, layers)
+        for rule in RULES
+        for issue in rule(history, heads)
     ]
 
     def order(issue: StabilityIssue) -> tuple[int, int, int, int]:

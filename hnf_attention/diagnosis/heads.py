@@ -13,18 +13,18 @@ from .thresholds import threshold
 from .trends import Line, score_size, theil_sen
 
 _KEYS = NUM_SUMS + MAX_FIELDS.index("num_keys")
-# What `score_size` and `HeadStats.entropy_ratio` are computed from.
+# What `score_size` and `HeadStats.normalized_entropy` are computed from.
 _OF_SCORE = [NUM_SUMS + MAX_FIELDS.index(name) for name in ("max_logit", "neg_min_logit")]
-_OF_RATIO = [SUM_FIELDS.index(name) for name in ("entropy_ratio", "judged_rows")]
+_OF_RATIO = [SUM_FIELDS.index(name) for name in ("normalized_entropy", "judged_rows")]
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Where the heads of some layers are and go, layer after layer, (H,) each; over T readings, oldest first."""
+    """Where the heads of some layers are and go, layer after layer, (H,) each; over T snapshots, oldest first."""
 
     layers: Sequence[str]
-    readings: Sequence[Snapshot]  # that hold all the layers; the last one is judged
-    stats: HeadStats  # of the last reading
+    snapshots: Sequence[Snapshot]  # that hold all the layers; the last one is judged
+    stats: HeadStats  # of the last snapshot
     places: Sequence[tuple[str, int]]  # layer, and number in it
     layer: np.ndarray  # the layer's place in `layers`
     layer_heads: np.ndarray  # how many heads the layer has
@@ -32,7 +32,7 @@ class Heads:
 
     @property
     def score(self) -> np.ndarray:
-        """Largest |score| of the last reading, nats."""
+        """Largest |score| of the last snapshot, nats."""
         return self.scores[-1]
 
     @cached_property
@@ -41,18 +41,18 @@ class Heads:
         return self._line(np.sqrt(self.scores))
 
     @cached_property
-    def entropy_ratio(self) -> Line:
-        """Line of the entropy ratio over the same readings."""
-        stats = _joined(self.stats, self.readings, self.layers, _OF_RATIO)
-        return self._line(stats.entropy_ratio.reshape(self.scores.shape))
+    def normalized_entropy(self) -> Line:
+        """Line of the normalized entropy over the same snapshots."""
+        stats = _joined(self.stats, self.snapshots, self.layers, _OF_RATIO)
+        return self._line(stats.normalized_entropy.reshape(self.scores.shape))
 
     def _line(self, values: np.ndarray) -> Line:
-        steps = np.array([reading.step for reading in self.readings], dtype=np.float64)
+        steps = np.array([snapshot.step for snapshot in self.snapshots], dtype=np.float64)
         return theil_sen(steps, np.where(self._stale, np.nan, values))
 
     @cached_property
     def _stale(self) -> np.ndarray:
-        """Readings before the scores' last fall, (T, H): some later one fell against its predecessor."""
+        """Snapshots before the scores' last fall, (T, H): some later one fell against its predecessor."""
         fell = self.scores[1:] < threshold("trend_restart") * self.scores[:-1]
         stale = np.zeros_like(self.scores, dtype=bool)
         stale[:-1] = np.logical_or.accumulate(fell[::-1], axis=0)[::-1]
@@ -71,16 +71,16 @@ class Heads:
         line = self.root_score
         return line.slope * line.span > threshold("rising_share") * np.abs(line.level)
 
-    def readings_above(self, limit: float) -> np.ndarray:
-        """In how many of the last `watch_readings` readings the scores were above `limit`."""
-        return (self.scores[-int(threshold("watch_readings")) :] > limit).sum(0)
+    def snapshots_above(self, limit: float) -> np.ndarray:
+        """In how many of the last `watch_snapshots` snapshots the scores were above `limit`."""
+        return (self.scores[-int(threshold("watch_snapshots")) :] > limit).sum(0)
 
     def in_layer(self, chosen: np.ndarray) -> np.ndarray:
         """How many of its layer's heads are among those that a boolean (H,) chooses."""
         return np.bincount(self.layer, chosen)[self.layer]
 
 
-def side_by_side(history: Sequence[Snapshot], layers: Iterable[str]) -> list[Heads]:
+def concatenate_heads(history: Sequence[Snapshot], layers: Iterable[str]) -> list[Heads]:
     """These layers of the latest snapshot: together where one HeadStats describes them, read at the same times."""
     together: dict[tuple, list[str]] = {}
     for layer in layers:
@@ -94,11 +94,11 @@ def side_by_side(history: Sequence[Snapshot], layers: Iterable[str]) -> list[Hea
 
 
 def _ages(history: Sequence[Snapshot], layer: str) -> tuple[int, ...]:
-    """How many readings ago the layer's last `trend_readings` appearances were, newest first.
+    """How many snapshots ago the layer's last `trend_snapshots` appearances were, newest first.
 
-    Readings without the layer are skipped; a change of its head count ends the series.
+    Snapshots without the layer are skipped; a change of its head count ends the series.
     """
-    heads, window = history[-1].layers[layer].num_heads, threshold("trend_readings")
+    heads, window = history[-1].layers[layer].num_heads, threshold("trend_snapshots")
     found: list[int] = []
     for age, snapshot in enumerate(reversed(history)):
         stats = snapshot.layers.get(layer)
@@ -110,26 +110,26 @@ def _ages(history: Sequence[Snapshot], layer: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _heads(readings: Sequence[Snapshot], layers: Sequence[str]) -> Heads:
-    latest = [readings[-1].layers[layer] for layer in layers]
+def _heads(snapshots: Sequence[Snapshot], layers: Sequence[str]) -> Heads:
+    latest = [snapshots[-1].layers[layer] for layer in layers]
     counts = [stats.num_heads for stats in latest]
-    scores = score_size(_joined(latest[0], readings, layers, _OF_SCORE))
+    scores = score_size(_joined(latest[0], snapshots, layers, _OF_SCORE))
     return Heads(
         layers,
-        readings,
+        snapshots,
         replace(latest[0], values=np.concatenate([stats.values for stats in latest], axis=1)),
         [(layer, head) for layer, count in zip(layers, counts) for head in range(count)],
         np.repeat(np.arange(len(layers)), counts),
         np.repeat(counts, counts),
-        scores.reshape(len(readings), -1),
+        scores.reshape(len(snapshots), -1),
     )
 
 
 def _joined(
-    like: HeadStats, readings: Sequence[Snapshot], layers: Sequence[str], fields: Sequence[int]
+    like: HeadStats, snapshots: Sequence[Snapshot], layers: Sequence[str], fields: Sequence[int]
 ) -> HeadStats:
-    """The heads of all layers in one reading after the other, (T * H,), with nothing but these fields."""
-    parts = [reading.layers[layer].values for reading in readings for layer in layers]
+    """The heads of all layers in one snapshot after the other, (T * H,), with nothing but these fields."""
+    parts = [snapshot.layers[layer].values for snapshot in snapshots for layer in layers]
     values = np.empty((NUM_FIELDS, sum(part.shape[1] for part in parts)))
     for field in fields:
         np.concatenate([part[field] for part in parts], out=values[field])

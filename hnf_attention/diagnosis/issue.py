@@ -1,4 +1,4 @@
-"""What a diagnosis consists of: one finding, and the whole."""
+"""What a diagnosis consists of: one issue, and the whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..names import shown
+from ..names import display_name
 from ..statistics.heads import HeadStats, Snapshot
 
 if TYPE_CHECKING:
@@ -19,21 +19,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SEVERITIES = ("error", "warning")  # worst first
-ISSUE_TYPES = ("non_finite", "overflow_risk", "entropy_collapse", "vanishing_gradient", "attention_spike")
+ISSUE_TYPES = ("non_finite", "overflow_risk", "entropy_collapse", "vanishing_gradient", "one_hot_attention")
+# Names of version 0.1, as old logs and scripts have them.
+_RENAMED_TYPES = {"attention_spike": "one_hot_attention"}
 HEAD_FIELDS = (
     "rows",
     "judged_rows",
     "nonfinite_rows",
     "entropy",
-    "entropy_ratio",
-    "entropy_ratio_min",
-    "entropy_ratio_p10",
-    "dead_share",
+    "normalized_entropy",
+    "normalized_entropy_min",
+    "normalized_entropy_p10",
+    "saturated_share",
     "max_weight",
     "sink_mass",
     "jacobian_trace_bound",
-    "entropy_ratio_stderr",
-    "dead_share_stderr",
+    "normalized_entropy_stderr",
+    "saturated_share_stderr",
     "max_weight_stderr",
     "sink_mass_stderr",
     "jacobian_trace_bound_stderr",
@@ -55,7 +57,7 @@ HEAD_FIELDS = (
 class StabilityIssue:
     """One diagnosed problem: where, what, how bad, why that is a problem, and what to do.
 
-    head is None when the finding is about the whole layer. `value` is compared with `threshold`,
+    head is None when the issue is about the whole layer. `value` is compared with `threshold`,
     whose origin is `source`; `evidence` is a sentence with the numbers and the step.
     """
 
@@ -69,12 +71,15 @@ class StabilityIssue:
     evidence: str
     suggestion: str
 
+    def __post_init__(self):
+        object.__setattr__(self, "issue_type", _RENAMED_TYPES.get(self.issue_type, self.issue_type))
+
 
 @dataclass
 class AttentionDiagnosis:
-    """The findings at one step, worst first, with the numbers they came from.
+    """The issues at one step, worst first, with the numbers they came from.
 
-    stats: the latest reading, layer name to head statistics. history: the readings the rules saw,
+    stats: the latest snapshot, layer name to head statistics. history: the snapshots the rules saw,
     oldest first, of which `stats` is the last. not_measured: attention that was seen but not
     measured, layer name to reason.
     """
@@ -109,30 +114,32 @@ class AttentionDiagnosis:
         )
 
     def summary(self) -> str:
-        """The findings as text for people: grouped by layer and kind, the worst head speaks for its group."""
+        """The issues as text for people: grouped by layer and kind, the worst head speaks for its group."""
         heads = sum(stats.num_heads for stats in self.stats.values())
         measured = f"step {self.step}: {len(self.stats)} layers, {heads} heads measured"
         lines = [f"{measured}; {len(self.errors)} errors, {len(self.warnings)} warnings"]
         for group in grouped(self.issues):
             worst = group[0]
-            lines.append(f"{worst.severity}: {worst.issue_type} in {shown(worst.layer)}{heads_text(group)}")
+            lines.append(
+                f"{worst.severity}: {worst.issue_type} in {display_name(worst.layer)}{heads_text(group)}"
+            )
             lines.append(f"    {worst.evidence}")
             lines.append(f"    -> {worst.suggestion}")
         if self.not_measured:
             lines.append("not measured:")
-            lines += [f"    {shown(name)}: {why}" for name, why in self.not_measured.items()]
+            lines += [f"    {display_name(name)}: {why}" for name, why in self.not_measured.items()]
         return "\n".join(lines)
 
     def plot_entropy_heatmap(self, path: str | PathLike[str] | None = None) -> Figure:
-        """Entropy ratio of every head of every layer at the latest reading; saved to `path` if given."""
+        """Normalized entropy of every head of every layer at the latest snapshot; saved to `path` if given."""
         from .. import figures
 
         return _saved(figures.entropy_heatmap(self._snapshots()[-1]), path)
 
     def plot_curvature_evolution(self, path: str | PathLike[str] | None = None) -> Figure:
-        """log2 of the HNF curvature bound over the readings, per layer; saved to `path` if given.
+        """log2 of the HNF curvature bound over the snapshots, per layer; saved to `path` if given.
 
-        Of a single reading, as an analyzer takes, every head's is drawn.
+        Of a single snapshot, as an analyzer takes, every head's is drawn.
         """
         from .. import figures
 
@@ -155,7 +162,7 @@ def grouped(issues: Sequence[StabilityIssue]) -> list[list[StabilityIssue]]:
 
 
 def heads_text(group: Sequence[StabilityIssue]) -> str:
-    """' head 3', ' heads 0-3, 7', or nothing when the finding is about the layer."""
+    """' head 3', ' heads 0-3, 7', or nothing when the issue is about the layer."""
     heads = sorted(issue.head for issue in group if issue.head is not None)
     if not heads:
         return ""
@@ -170,7 +177,7 @@ def heads_text(group: Sequence[StabilityIssue]) -> str:
 
 
 def _excess(issue: StabilityIssue) -> float:
-    """How far beyond its threshold a finding is: comparable within one kind."""
+    """How far beyond its threshold an issue is: comparable within one kind."""
     if issue.issue_type in ("entropy_collapse", "vanishing_gradient"):  # small is bad
         return issue.threshold - issue.value
     return issue.value - issue.threshold

@@ -1,4 +1,4 @@
-"""The rules: each reads heads and yields findings about their latest reading.
+"""The rules: each reads heads and yields issues about their latest snapshot.
 
 What only the sentences need is computed where some head breaks the rule.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ..names import shown
+from ..names import display_name
 from ..statistics.heads import HeadStats, Snapshot
 from .heads import Heads
 from .issue import StabilityIssue
@@ -31,14 +31,14 @@ def non_finite(history: Sequence[Snapshot], heads: Heads) -> Iterator[StabilityI
     for head in np.flatnonzero(bad):
         place = heads.places[head]
         share = bad[head] / total[head]
-        where = "this layer is" if place[0] == origin else f"layer {shown(origin)} was"
+        where = "this layer is" if place[0] == origin else f"layer {display_name(origin)} was"
         evidence = (
             f"{_head(place)}: {bad[head]:.0f} of {total[head]:.0f} rows ({share:.1%}) are not "
             f"finite at step {history[-1].step}; {where} the first to show it, at step {step}"
         )
         suggestion = (
             "restore the last checkpoint with finite weights, then lower the learning rate; "
-            f"look for the overflow in {shown(origin)} and what feeds it"
+            f"look for the overflow in {display_name(origin)} and what feeds it"
         )
         yield _issue("non_finite", "error", place, share, "nonfinite_rows", evidence, suggestion)
 
@@ -51,7 +51,7 @@ def overflow_risk(history: Sequence[Snapshot], heads: Heads) -> Iterator[Stabili
     if not suspicious.any():
         return
     bounds, bits, usual = stats.error_bound, stats.required_bits, stats.typical_bits
-    watched = heads.readings_above(threshold("watch_logit"))
+    watched = heads.snapshots_above(threshold("watch_logit"))
     eta = heads.steps_until_score(threshold("alarm_logit"))
     for head in np.flatnonzero(suspicious):
         tier = _overflow_tier(stats, size[head], watched[head], projected[head], eta[head])
@@ -86,8 +86,8 @@ def _overflow_tier(
         return "error", "alarm_logit", projected, why
     if size > threshold("clip_logit"):
         return "warning", "clip_logit", size, "beyond where Kimi K2 clips (healthy runs pass it early on)"
-    if watched >= threshold("watch_readings"):
-        why = f"above {threshold('watch_logit'):.0f} for {watched} readings in a row"
+    if watched >= threshold("watch_snapshots"):
+        why = f"above {threshold('watch_logit'):.0f} for {watched} snapshots in a row"
         return "warning", "watch_logit", size, why
     return None
 
@@ -98,11 +98,11 @@ def entropy_collapse(history: Sequence[Snapshot], heads: Heads) -> Iterator[Stab
     Sink heads are sharp by design and left out, unless their scores are large too. One sharp head
     is a warning; it is an error with large or rising scores, or when half of its layer is the same.
     """
-    ratio, dead = heads.stats.entropy_ratio, heads.stats.dead_share
+    ratio, dead = heads.stats.normalized_entropy, heads.stats.saturated_share
     judged = ~_sink_by_design(heads)
-    low = judged & ((ratio < threshold("low_ratio")) | (dead > threshold("many_dead_rows")))
+    low = judged & ((ratio < threshold("low_ratio")) | (dead > threshold("many_saturated_rows")))
     if low.any():
-        collapsed = judged & ((ratio < threshold("collapse_ratio")) | (dead > threshold("dead_rows")))
+        collapsed = judged & ((ratio < threshold("collapse_ratio")) | (dead > threshold("saturated_rows")))
         yield from _sharp(history[-1].step, heads, low, collapsed)
     yield from _forecasts(history[-1].step, heads, judged & ~low)
 
@@ -110,16 +110,20 @@ def entropy_collapse(history: Sequence[Snapshot], heads: Heads) -> Iterator[Stab
 def _sharp(step: int, heads: Heads, low: np.ndarray, collapsed: np.ndarray) -> Iterator[StabilityIssue]:
     """Heads whose entropy is low, some of which have collapsed."""
     stats = heads.stats
-    ratio, stderr, tenth = stats.entropy_ratio, stats.entropy_ratio_stderr, stats.entropy_ratio_p10
-    dead, sink = stats.dead_share, stats.sink_mass
+    ratio, stderr, tenth = (
+        stats.normalized_entropy,
+        stats.normalized_entropy_stderr,
+        stats.normalized_entropy_p10,
+    )
+    dead, sink = stats.saturated_share, stats.sink_mass
     real = collapsed & _corroborated(heads, collapsed)
     alike = np.where(collapsed, heads.in_layer(collapsed), heads.in_layer(low))
     for head in np.flatnonzero(low):
         place = heads.places[head]
         name, value = _sharpness(ratio[head], dead[head], collapsed[head])
         evidence = (
-            f"{_head(place)}: entropy ratio {ratio[head]:.3f}{_error(stderr[head])} (10th percentile "
-            f"{tenth[head]:.3f}, {dead[head]:.0%} dead rows) at step {step}, like {alike[head]:.0f} "
+            f"{_head(place)}: normalized entropy {ratio[head]:.3f}{_error(stderr[head])} (10th percentile "
+            f"{tenth[head]:.3f}, {dead[head]:.0%} saturated rows) at step {step}, like {alike[head]:.0f} "
             f"of the layer's {heads.layer_heads[head]} heads, with scores up to {_peak(stats, heads.score[head])}"
             f"{' and rising' if heads.rising[head] else ''}{_sink_note(sink[head])}"
         )
@@ -134,20 +138,22 @@ def _sharp(step: int, heads: Heads, low: np.ndarray, collapsed: np.ndarray) -> I
 
 def _sharpness(ratio: float, dead: float, collapsed: bool) -> tuple[str, float]:
     """The threshold that a sharp head breaks, and the value that breaks it."""
-    by_ratio, by_dead = ("collapse_ratio", "dead_rows") if collapsed else ("low_ratio", "many_dead_rows")
+    by_ratio, by_dead = (
+        ("collapse_ratio", "saturated_rows") if collapsed else ("low_ratio", "many_saturated_rows")
+    )
     return (by_ratio, ratio) if ratio < threshold(by_ratio) else (by_dead, dead)
 
 
 def _forecasts(step: int, heads: Heads, judged: np.ndarray) -> Iterator[StabilityIssue]:
-    """Heads whose entropy ratio falls towards collapse while their scores rise to the watch level.
+    """Heads whose normalized entropy falls towards collapse while their scores rise to the watch level.
 
     Falling entropy alone is what learning looks like; with growing scores it is the instability.
     """
-    ratio = heads.stats.entropy_ratio
+    ratio = heads.stats.normalized_entropy
     candidates = judged & heads.rising & (ratio < threshold("forecast_ratio"))
     if not candidates.any():
         return
-    line, stderr = heads.entropy_ratio, heads.stats.entropy_ratio_stderr
+    line, stderr = heads.normalized_entropy, heads.stats.normalized_entropy_stderr
     eta = line.steps_until(threshold("collapse_ratio"))
     horizon = np.minimum(threshold("collapse_horizon"), threshold("forecast_reach") * line.span)
     falling = (line.slope < 0) & (eta <= horizon)
@@ -155,7 +161,7 @@ def _forecasts(step: int, heads: Heads, judged: np.ndarray) -> Iterator[Stabilit
     for head in np.flatnonzero(candidates & falling & large_by_then):
         place, value = heads.places[head], ratio[head]
         evidence = (
-            f"{_head(place)}: will collapse in about {eta[head]:.0f} steps: entropy ratio "
+            f"{_head(place)}: will collapse in about {eta[head]:.0f} steps: normalized entropy "
             f"{value:.3f}{_error(stderr[head])} at step {step} falls by "
             f"{-100 * line.slope[head]:.2g} per 100 steps, while the largest |score| "
             f"({_peak(heads.stats, heads.score[head])}) rises"
@@ -163,11 +169,11 @@ def _forecasts(step: int, heads: Heads, judged: np.ndarray) -> Iterator[Stabilit
         yield _issue("entropy_collapse", "warning", place, value, "collapse_ratio", evidence, CLIP_AND_SLOW)
 
 
-def attention_spike(history: Sequence[Snapshot], heads: Heads) -> Iterator[StabilityIssue]:
+def one_hot_attention(history: Sequence[Snapshot], heads: Heads) -> Iterator[StabilityIssue]:
     """Heads that put nearly all weight on one key in the mean row, sinks aside."""
     stats = heads.stats
     weight = stats.max_weight
-    spiked = ~_sink_by_design(heads) & (weight > threshold("spike_weight"))
+    spiked = ~_sink_by_design(heads) & (weight > threshold("one_hot_weight"))
     if not spiked.any():
         return
     stderr, sink = stats.max_weight_stderr, stats.sink_mass
@@ -180,7 +186,7 @@ def attention_spike(history: Sequence[Snapshot], heads: Heads) -> Iterator[Stabi
         suggestion = (
             "raise the layer's attention dropout if most of its heads do this; one such head may be meant"
         )
-        yield _issue("attention_spike", "warning", place, value, "spike_weight", evidence, suggestion)
+        yield _issue("one_hot_attention", "warning", place, value, "one_hot_weight", evidence, suggestion)
 
 
 def vanishing_gradient(history: Sequence[Snapshot], heads: Heads) -> Iterator[StabilityIssue]:
@@ -206,7 +212,7 @@ def vanishing_gradient(history: Sequence[Snapshot], heads: Heads) -> Iterator[St
         yield _issue("vanishing_gradient", severity, place, value, name, evidence, suggestion)
 
 
-RULES = (non_finite, overflow_risk, entropy_collapse, vanishing_gradient, attention_spike)
+RULES = (non_finite, overflow_risk, entropy_collapse, vanishing_gradient, one_hot_attention)
 
 
 def _issue(
@@ -226,7 +232,7 @@ def _issue(
 
 def _head(place: tuple[str, int]) -> str:
     layer, number = place
-    return f"head {number} of {shown(layer)}"
+    return f"head {number} of {display_name(layer)}"
 
 
 def _peak(stats: HeadStats, number: float) -> str:
@@ -240,7 +246,7 @@ def _error(stderr: float) -> str:
 
 
 def _origin(history: Sequence[Snapshot]) -> tuple[int, str]:
-    """Step and layer at which the present run of readings with non-finite rows began."""
+    """Step and layer at which the present run of snapshots with non-finite rows began."""
     step, origin = history[-1].step, ""
     for snapshot in reversed(history):
         bad = (layer for layer, stats in snapshot.layers.items() if stats.nonfinite_rows.any())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..statistics.heads import DEAD_ENTROPY_RATIO
+from ..statistics.heads import SATURATED_ENTROPY
 
 _RUNS = "own calibration on 158 small training runs (calibrated on one seed, judged on held-out seeds)"
 _MINILM = (
@@ -23,8 +23,8 @@ class Threshold:
 
 
 THRESHOLDS: dict[str, Threshold] = {
-    # Growth of the scores: largest |score| of a head in one reading.
-    "watch_logit": Threshold(60.0, "nats", f"{_RUNS}: three readings above it, recall 1.00, precision 0.80"),
+    # Growth of the scores: largest |score| of a head in one snapshot.
+    "watch_logit": Threshold(60.0, "nats", f"{_RUNS}: three snapshots above it, recall 1.00, precision 0.80"),
     "clip_logit": Threshold(
         100.0, "nats", "Kimi K2, arXiv 2507.20534: QK-clip acts above 100; healthy runs pass it early on"
     ),
@@ -37,12 +37,12 @@ THRESHOLDS: dict[str, Threshold] = {
     "alarm_logit": Threshold(
         1200.0, "nats", f"{_RUNS}: line of sqrt(max |score|) projected 100 steps, recall 0.91, precision 0.97"
     ),
-    "watch_readings": Threshold(3, "readings", f"{_RUNS}: readings in a row above watch_logit"),
+    "watch_snapshots": Threshold(3, "snapshots", f"{_RUNS}: snapshots in a row above watch_logit"),
     "alarm_horizon": Threshold(100, "steps", f"{_RUNS}: how far the alarm's line is projected"),
-    "trend_readings": Threshold(10, "readings", f"{_RUNS}: window of the trend lines"),
-    "trend_readings_min": Threshold(5, "readings", "own choice: half a window; fewer give no line"),
+    "trend_snapshots": Threshold(10, "snapshots", f"{_RUNS}: window of the trend lines"),
+    "trend_snapshots_min": Threshold(5, "snapshots", "own choice: half a window; fewer give no line"),
     "trend_restart": Threshold(
-        0.5, "", "own choice: a reading below half of the one before (a fix, a restart) begins a new trend"
+        0.5, "", "own choice: a snapshot below half of the one before (a fix, a restart) begins a new trend"
     ),
     "rising_share": Threshold(
         0.1, "", "own choice: sqrt(max |score|) rose by this share within the trend window"
@@ -61,11 +61,11 @@ THRESHOLDS: dict[str, Threshold] = {
     # Sharpness, over rows with at least 16 visible keys.
     "collapse_ratio": Threshold(0.05, "of log(visible keys)", _MINILM),
     "low_ratio": Threshold(0.15, "of log(visible keys)", _MINILM),
-    "dead_rows": Threshold(
-        0.9, "of rows", f"own choice: nine rows in ten with an entropy ratio below {DEAD_ENTROPY_RATIO}"
+    "saturated_rows": Threshold(
+        0.9, "of rows", f"own choice: nine rows in ten with an normalized entropy below {SATURATED_ENTROPY}"
     ),
-    "many_dead_rows": Threshold(
-        0.5, "of rows", f"own choice: every other row with an entropy ratio below {DEAD_ENTROPY_RATIO}"
+    "many_saturated_rows": Threshold(
+        0.5, "of rows", f"own choice: every other row with an normalized entropy below {SATURATED_ENTROPY}"
     ),
     "layer_share": Threshold(
         0.5,
@@ -85,7 +85,7 @@ THRESHOLDS: dict[str, Threshold] = {
         "of weight",
         "Gu et al., arXiv 2410.10781: a head with this much weight on the first key is a sink",
     ),
-    "spike_weight": Threshold(
+    "one_hot_weight": Threshold(
         0.95, "of weight", "the project's proposal: mean largest weight of a nearly one-hot head"
     ),
     "gradient_share": Threshold(

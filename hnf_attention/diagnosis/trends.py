@@ -1,4 +1,4 @@
-"""How large a head's scores are, and the lines that numbers follow over the readings.
+"""How large a head's scores are, and the lines that numbers follow over the snapshots.
 
 Under Adam the query and key weights of an unstable head grow linearly, so its scores grow like t^2:
 lines are fitted to the square root of the largest |score|, never to its logarithm.
@@ -27,18 +27,18 @@ def score_size(stats: HeadStats) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Line:
-    """A robust line per head, (H,) each, NaN without one: `level` at the last reading, `slope` per step."""
+    """A robust line per head, (H,) each, NaN without one: `level` at the last snapshot, `slope` per step."""
 
     level: np.ndarray
     slope: np.ndarray
-    span: np.ndarray  # steps that the fitted readings cover
+    span: np.ndarray  # steps that the fitted snapshots cover
 
     def ahead(self, steps: float) -> np.ndarray:
-        """Value of the line that many steps after the last reading."""
+        """Value of the line that many steps after the last snapshot."""
         return self.level + self.slope * steps
 
     def steps_until(self, target: float) -> np.ndarray:
-        """Steps from the last reading until the line meets `target`; NaN if it moves away from it."""
+        """Steps from the last snapshot until the line meets `target`; NaN if it moves away from it."""
         distance = target - self.level
         steps = np.divide(distance, self.slope, out=np.full_like(self.level, np.nan), where=self.slope != 0)
         return np.where(steps >= 0, steps, np.nan)
@@ -54,13 +54,13 @@ def _median(values: np.ndarray) -> np.ndarray:
 def theil_sen(steps: np.ndarray, values: np.ndarray) -> Line:
     """Theil-Sen lines (median of pairwise slopes) through (T,), (T, H); NaN values are left out.
 
-    A head with fewer than `trend_readings_min` values gets no line.
+    A head with fewer than `trend_snapshots_min` values gets no line.
     """
     first, second = np.triu_indices(len(steps), k=1)
     apart = steps[second] > steps[first]
     first, second = first[apart], second[apart]
     known = ~np.isnan(values)
-    fitted = known.sum(0) >= threshold("trend_readings_min")
+    fitted = known.sum(0) >= threshold("trend_snapshots_min")
     none = np.full(values.shape[1], np.nan)
     if not (fitted.any() and len(first)):
         return Line(none, none, none)

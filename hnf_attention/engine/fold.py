@@ -27,7 +27,7 @@ class Measured(NamedTuple):
     query_square (B, H, M), key_square (B, H, N): squared lengths, fp32 (fp64 for fp64 inputs), of all
     queries, and of the keys once per query head. sequences: of a pack, how many hold a token, int64 without
     dimensions; tokens past the last one have squared lengths of 0. scale: of q.k, infinite where q.k
-    is not known. bent: what else is in the scores, 0 for nothing, 1 for an additive mask, 2 for a soft-cap or a
+    is not known. score_kind: what else is in the scores, 0 for nothing, 1 for an additive mask, 2 for a soft-cap or a
     learned sink.
     """
 
@@ -37,7 +37,7 @@ class Measured(NamedTuple):
     key_square: Tensor
     sequences: Tensor | None = None
     scale: float = 1.0
-    bent: int = 0
+    score_kind: int = 0
 
 
 def new_accumulator(num_heads: int, device: torch.device) -> Tensor:
@@ -112,11 +112,11 @@ def measure(query: Tensor, key: Tensor, rows: RowStats, options: Options) -> Mea
         square(key).repeat_interleave(group, 1),
         sequences,
         options.scale,
-        _bent(options),
+        _score_kind(options),
     )
 
 
-def _bent(options: Options) -> int:
+def _score_kind(options: Options) -> int:
     if options.softcap is not None or options.sinks is not None:
         return 2
     return int(options.attn_mask is not None and options.attn_mask.dtype != torch.bool)

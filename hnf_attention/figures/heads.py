@@ -27,7 +27,7 @@ _LEGEND_LIMIT = 16  # layers: beyond this, a colour bar tells them apart
 
 
 def entropy_heatmap(snapshot: Snapshot) -> Figure:
-    """Mean entropy ratio of every head, one row per layer in the order the layers ran.
+    """Mean normalized entropy of every head, one row per layer in the order the layers ran.
 
     Dark cells are collapsed heads (0 = one key, 1 = uniform). Sink heads (mean weight on the first
     key above the `sink_mass` threshold), whose low entropy is by design, are marked with an S. Cells
@@ -36,7 +36,7 @@ def entropy_heatmap(snapshot: Snapshot) -> Figure:
     """
     if not snapshot.layers:
         raise ValueError("expected a snapshot with at least one layer, got none")
-    ratios = _table(snapshot, lambda stats: stats.entropy_ratio)
+    ratios = _table(snapshot, lambda stats: stats.normalized_entropy)
     sinks = _table(snapshot, lambda stats: stats.sink_mass)
     num_layers, num_heads = ratios.shape
 
@@ -67,7 +67,7 @@ def entropy_heatmap(snapshot: Snapshot) -> Figure:
 def max_logit_evolution(history: Sequence[Snapshot]) -> Figure:
     """Largest |score| of each layer's worst head over the steps, with the published growth limits.
 
-    Of a single reading, of every head. Raises ValueError for an empty history.
+    Of a single snapshot, of every head. Raises ValueError for an empty history.
     """
     figure, axes = _evolution(
         history, lambda stats: stats.max_abs_logit, "largest |score| (nats)", "Attention scores"
@@ -86,7 +86,7 @@ def max_logit_evolution(history: Sequence[Snapshot]) -> Figure:
 def curvature_evolution(history: Sequence[Snapshot]) -> Figure:
     """log2 of the HNF curvature bound of each layer's worst head over the steps.
 
-    Of a single reading, of every head. Raises ValueError for an empty history.
+    Of a single snapshot, of every head. Raises ValueError for an empty history.
     """
     figure, axes = _evolution(
         history,
@@ -107,7 +107,7 @@ def _evolution(
     if not history:
         raise ValueError("expected at least one snapshot, got an empty history")
     if len(history) == 1:
-        return _reading(history[0], read, quantity, title)
+        return _single_snapshot(history[0], read, quantity, title)
     names = list(dict.fromkeys(name for snapshot in history for name in snapshot.layers))
     labels = layer_labels(names)
     # Without plasma's last, nearly white part.
@@ -130,7 +130,7 @@ def _evolution(
     return figure, axes
 
 
-def _reading(
+def _single_snapshot(
     snapshot: Snapshot, read: Callable[[HeadStats], np.ndarray], quantity: str, title: str
 ) -> tuple[Figure, Axes]:
     """A point for the finite `read(stats)` of every head, by layer; the worst head of each has its number beside it."""
@@ -148,7 +148,7 @@ def _reading(
     if few:
         axes.set_xticks(range(len(snapshot.layers)), layer_labels(snapshot.layers), rotation=30, ha="right")
     axes.set_xlabel("layer" if few else "layer, in the order they ran")
-    _dress(axes, quantity, f"{title} of every head, one reading (step {snapshot.step})")
+    _dress(axes, quantity, f"{title} of every head, one snapshot (step {snapshot.step})")
     return figure, axes
 
 

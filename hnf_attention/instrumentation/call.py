@@ -1,4 +1,4 @@
-"""One attention call, in the layout and the words of `hnf_attention.attention`, whichever door it came by."""
+"""One attention call, in the layout and the words of `hnf_attention.attention`, whichever interceptor it came by."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class AttentionCall:
     """query (B, H, M, D), key (B, H_kv, N, D), value (B, H_kv, N, D_v), and what shapes the scores.
 
     attn_mask: boolean (True = attend) or additive with -inf for hidden keys, outside autograd.
-    door: where the call was caught, for the coverage report.
+    interceptor: where the call was caught, for the coverage report.
     from_output: our output (B, H, M, D_v) as what the model's own attention returns.
     not_fused: why our attention must not take the place of the model's in this call; None if it may.
     prefer_fused: whether `mode="auto"` may take it.
@@ -50,7 +50,7 @@ class AttentionCall:
     scale: float | None
     softcap: float | None
     sinks: Tensor | None
-    door: str
+    interceptor: str
     from_output: Callable[[Tensor], Any]
     not_fused: str | None
     prefer_fused: bool
@@ -115,7 +115,7 @@ def hide(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def why_not_fused(dropout_p: float, *biases: Tensor | None) -> str | None:
-    """The reasons that both doors share for leaving the output to the model's own attention."""
+    """The reasons that both interceptors share for leaving the output to the model's own attention."""
     if dropout_p > 0:
         return "dropout"
     if any(bias is not None and bias.requires_grad for bias in biases):

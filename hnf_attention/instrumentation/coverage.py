@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..names import shown
+from ..names import display_name
 
 _ATTENTION = re.compile("attention|attn", re.IGNORECASE)
 _MEASURED_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", None)
@@ -25,13 +25,13 @@ class Coverage:
     not_measured: Mapping[str, str]
 
     def __str__(self) -> str:
-        width = max((len(shown(name)) for name in (*self.measured, *self.not_measured)), default=0)
+        width = max((len(display_name(name)) for name in (*self.measured, *self.not_measured)), default=0)
         lines = []
         parts = (("attention measured", self.measured), ("attention NOT measured", self.not_measured))
         for title, layers in parts:
             if layers:
                 lines.append(f"{title} ({len(layers)}):")
-                lines += [f"  {shown(name):<{width}}  {text}" for name, text in layers.items()]
+                lines += [f"  {display_name(name):<{width}}  {text}" for name, text in layers.items()]
         if not self.measured:
             lines.insert(0, "nothing measured yet: no forward has run, or none of its attention was reached")
         return "\n".join(lines)

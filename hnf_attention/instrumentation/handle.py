@@ -15,7 +15,7 @@ from torch import nn
 
 from ..engine import api, engines
 from ..engine.call import Options
-from ..names import named_modules, shown
+from ..names import display_name, named_modules
 from ..reference.sampling import effective_period
 from ..statistics.heads import RowStats
 from ..tracing import unwatched
@@ -217,10 +217,10 @@ class Instrumentation:
 
     def _describe(self, call: AttentionCall, fused: bool) -> str:
         if fused:
-            return f"fused ({call.door})"
+            return f"fused ({call.interceptor})"
         held_back = call.not_fused is not None and self._wants_fused(call)
         share = "" if self.sample in (None, 1) else f" of 1/{self.sample} of the rows"
-        return f"probe{share}{f': {call.not_fused}' if held_back else ''} ({call.door})"
+        return f"probe{share}{f': {call.not_fused}' if held_back else ''} ({call.interceptor})"
 
     def _measure(self, name: str, call: AttentionCall, options: Options, rows: RowStats | None) -> None:
         if rows is None:
@@ -236,7 +236,9 @@ class Instrumentation:
         for outer in (name, *(name[:i] for i, letter in enumerate(name) if letter == "."), ""):
             self._layers.setdefault(outer, _Layer()).described.add(place)
 
-    def observe(self, name: str, door: str, build: Callable[[], Measurement], place: str = EAGER) -> None:
+    def observe(
+        self, name: str, interceptor: str, build: Callable[[], Measurement], place: str = EAGER
+    ) -> None:
         """Take in what `build` measured of an attention that ran by itself; no error comes out.
 
         place: where it ran. A softmax beside other attention of the module, in the same place, is none.
@@ -251,7 +253,7 @@ class Instrumentation:
         except Exception as error:  # the monitor never ends a run
             self._give_up(name, layer, error.with_traceback(None))
         else:
-            self._measured[name] = f"probe ({door})"
+            self._measured[name] = f"probe ({interceptor})"
 
     def _deliver(self, measurement: Measurement) -> None:
         if self.on_measure is None:
@@ -281,7 +283,7 @@ class Instrumentation:
                 return
         else:
             self._problems[name] = f"measuring failed: {type(failure).__name__}: {failure}"
-            _log.warning("hnf-attention stopped measuring %s: %s", shown(name), self._problems[name])
+            _log.warning("hnf-attention stopped measuring %s: %s", display_name(name), self._problems[name])
         layer.measuring_failed = True
         layer.fused_failed |= isinstance(failure, Unmeasurable)
         self._measured.pop(name, None)

@@ -23,7 +23,7 @@ _MODULE_CALL = nn.Module._call_impl.__code__
 
 _owners: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref, str]] = weakref.WeakKeyDictionary()
 TRANSFORMED = "it runs inside a transform of torch.func"
-#: ids of the instrumentations that measure now: empty, and every door leads to the original.
+#: ids of the instrumentations that measure now: empty, and every interceptor leads to the original.
 measuring: set[int] = set()
 
 
@@ -85,7 +85,7 @@ def run(
     describe: Callable[..., AttentionCall],
     find: Callable[..., Owner | None] | None = None,
 ) -> Any:
-    """Run an attention call `original(*args, **kwargs)` that came by a door, measured where somebody measures it.
+    """Run an intercepted attention call `original(*args, **kwargs)`, measured where somebody measures it.
 
     describe: makes the call's description, of the same arguments. find: whose it is, as for `measurer`.
     """

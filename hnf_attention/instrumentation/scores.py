@@ -30,7 +30,7 @@ def given(
     """
     *core, visible, sink_mass = _together(parts)
     unknown = torch.full((), math.nan, device=visible.device).expand(*visible.shape[:2], num_keys)
-    measured = Measured(visible, sink_mass, unknown[..., :1], unknown, scale=math.inf, bent=2)
+    measured = Measured(visible, sink_mass, unknown[..., :1], unknown, scale=math.inf, score_kind=2)
     return Measurement.of_scores(layer, RowStats(*core), measured, head_dim, dtype)
 
 
@@ -67,7 +67,7 @@ def modified(
     squares = (x.to(dtype).square().sum(-1) for x in (query, key.repeat_interleave(group, 1)))
     rows = RowStats(*core, row_index=None if period == 1 else index)
     # How large q and k make the scores is not known: no bound of their rounding may be told.
-    measured = Measured(visible, sink_mass, *squares, scale=math.inf, bent=2)
+    measured = Measured(visible, sink_mass, *squares, scale=math.inf, score_kind=2)
     return Measurement.of_scores(layer, rows, measured, head_dim, query.dtype, period)
 
 

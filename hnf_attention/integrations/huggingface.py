@@ -16,12 +16,12 @@ class AttentionStabilityCallback(TrainingCallback, TrainerCallback):
     """For transformers: `Trainer(..., callbacks=[AttentionStabilityCallback(auto_intervene=True)])`.
 
     Arguments and attributes are those of `TrainingCallback`; `log_every=None` takes the Trainer's `logging_steps`.
-    The whole model's numbers (`attn/entropy_ratio_min`, `attn/errors`, ...) join the loss in
+    The whole model's numbers (`attn/normalized_entropy_min`, `attn/errors`, ...) join the loss in
     `trainer.state.log_history` and in what is printed. `report_to` services have had their copy by then, so
     give those a writer: `WandbWriter()` logs to the Trainer's own run.
     """
 
-    _logged: AttentionDiagnosis | None = None  # the latest reading that is in the Trainer's logs
+    _logged: AttentionDiagnosis | None = None  # the latest snapshot that is in the Trainer's logs
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         cadence = max(1, int(state.logging_steps))

@@ -1,4 +1,4 @@
-"""Readings as lines of JSON: everything of every head, for people's own scripts."""
+"""Snapshots as lines of JSON: everything of every head, for people's own scripts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ FORMAT = 1
 
 
 class JSONLWriter:
-    """Appends each reading to a file as one line, which is on its way to the disk when `write` returns.
+    """Appends each snapshot to a file as one line, which is on its way to the disk when `write` returns.
 
-    A reading's line is `AttentionDiagnosis.to_dict()`: step, findings, and per layer each statistic as a list
-    of one number per head (six digits; NaN and infinities are null), with `kind` "reading" and the `time`
+    A snapshot's line is `AttentionDiagnosis.to_dict()`: step, issues, and per layer each statistic as a list
+    of one number per head (six digits; NaN and infinities are null), with `kind` "snapshot" and the `time`
     (seconds of the epoch). Before the first one stands a line of `kind` "run": the layers' numbers in
     TensorBoard and W&B, and the versions. A resumed run appends to the file; see `read_jsonl`.
     """
@@ -35,7 +35,7 @@ class JSONLWriter:
             software = versions("hnf-attention", "torch")
             run = {"kind": "run", "format": FORMAT, "versions": software, "layers": self._keys.names()}
             lines.append(run)
-        lines.append({"kind": "reading", "time": time.time()} | _short(diagnosis.to_dict()))
+        lines.append({"kind": "snapshot", "time": time.time()} | _short(diagnosis.to_dict()))
         text = "".join(f"{json.dumps(line, allow_nan=False)}\n" for line in lines)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Opened anew each time: nothing is left to close, and a file that was moved away does not matter.
@@ -49,10 +49,10 @@ class JSONLWriter:
 
 @dataclass(frozen=True)
 class JSONLLog:
-    """What a file of a `JSONLWriter` holds: layer keys (`layer_03`) to names, and the readings by step."""
+    """What a file of a `JSONLWriter` holds: layer keys (`layer_03`) to names, and the snapshots by step."""
 
     layers: dict[str, str]
-    readings: list[dict[str, Any]]
+    snapshots: list[dict[str, Any]]
 
 
 def read_jsonl(path: str | PathLike[str]) -> JSONLLog:
@@ -62,7 +62,7 @@ def read_jsonl(path: str | PathLike[str]) -> JSONLLog:
     that a crash cut short is left out. Raises OSError for a file that cannot be read.
     """
     layers: dict[str, str] = {}
-    readings: list[dict[str, Any]] = []
+    snapshots: list[dict[str, Any]] = []
     with Path(path).open(encoding="utf-8", errors="replace") as file:
         for text in file:
             try:
@@ -72,10 +72,10 @@ def read_jsonl(path: str | PathLike[str]) -> JSONLLog:
             if line["kind"] == "run":
                 layers = line["layers"]
             else:
-                while readings and readings[-1]["step"] >= line["step"]:
-                    readings.pop()
-                readings.append(line)
-    return JSONLLog(layers, readings)
+                while snapshots and snapshots[-1]["step"] >= line["step"]:
+                    snapshots.pop()
+                snapshots.append(line)
+    return JSONLLog(layers, snapshots)
 
 
 def _short(value: Any) -> Any:

@@ -18,7 +18,7 @@ class AttentionStabilityCallback(TrainingCallback, Callback):
     """For Lightning: `Trainer(..., callbacks=[AttentionStabilityCallback(auto_intervene=True)])`.
 
     Arguments and attributes are those of `TrainingCallback`; `log_every=None` takes the Trainer's
-    `log_every_n_steps`. The whole model's numbers (`attn/entropy_ratio_min`, `attn/errors`, ...) go to the
+    `log_every_n_steps`. The whole model's numbers (`attn/normalized_entropy_min`, `attn/errors`, ...) go to the
     Trainer's loggers. A step is a batch after which an optimizer has stepped, also where a module steps
     several of them itself.
     """

@@ -1,7 +1,7 @@
 """A diagnosis as named numbers and pictures: every writer takes them from here, under the same names.
 
-A name ends in what was taken over the heads: `attn/layer_03/entropy_ratio_min` is the entropy ratio of the
-layer's lowest head, each head's being its mean over rows. `attn/entropy_ratio_min` is that of the whole model.
+A name ends in what was taken over the heads: `attn/layer_03/normalized_entropy_min` is the normalized entropy of the
+layer's lowest head, each head's being its mean over rows. `attn/normalized_entropy_min` is that of the whole model.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ PREFIX = "attn"
 _Reduce = Callable[[np.ndarray], np.floating]
 # Of every layer. Few: a model has up to a hundred layers, and a dashboard lists each of these series.
 SCALARS: dict[str, tuple[str, _Reduce]] = {
-    "entropy_ratio_min": ("entropy_ratio", np.min),
-    "entropy_ratio_mean": ("entropy_ratio", np.mean),
+    "normalized_entropy_min": ("normalized_entropy", np.min),
+    "normalized_entropy_mean": ("normalized_entropy", np.mean),
     "max_abs_logit_max": ("max_abs_logit", np.max),
-    "dead_share_max": ("dead_share", np.max),
+    "saturated_share_max": ("saturated_share", np.max),
     "log2_curvature_max": ("log2_curvature", np.max),
 }
 # Of the whole model, these too.
@@ -29,11 +29,11 @@ MODEL_SCALARS = SCALARS | {
     "required_bits_max": ("required_bits", np.max),
 }
 # One value per head, as one histogram per layer.
-HISTOGRAMS = ("entropy_ratio", "max_abs_logit")
+HISTOGRAMS = ("normalized_entropy", "max_abs_logit")
 # One value per head, as one picture of all layers. Each is brought to [0, 1] by a fixed scale, so that
 # pictures of two steps compare; scores are shown in decades, from 1 nat to where published runs diverged.
 HEATMAPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "entropy_ratio": lambda values: values,
+    "normalized_entropy": lambda values: values,
     "sink_mass": lambda values: values,
     "max_abs_logit": lambda values: np.log10(np.maximum(values, 1.0)) / 4.0,
 }
@@ -72,7 +72,7 @@ class LayerKeys(Mapping[str, str]):
 
 
 def overall(diagnosis: AttentionDiagnosis) -> dict[str, float]:
-    """The whole model in a few numbers: its worst heads, and how many findings there are."""
+    """The whole model in a few numbers: its worst heads, and how many issues there are."""
     numbers = {}
     for name, (field, reduce) in MODEL_SCALARS.items():
         values = _finite(np.concatenate([getattr(stats, field) for stats in diagnosis.stats.values()]))
@@ -95,7 +95,7 @@ def scalars(diagnosis: AttentionDiagnosis, keys: Mapping[str, str]) -> dict[str,
 
 
 def histograms(diagnosis: AttentionDiagnosis, keys: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """`attn/layer_03/entropy_ratio` and the like: the finite values of a layer's heads, at least one."""
+    """`attn/layer_03/normalized_entropy` and the like: the finite values of a layer's heads, at least one."""
     arrays = {
         f"{PREFIX}/{keys[layer]}/{name}": _finite(getattr(stats, name))
         for layer, stats in diagnosis.stats.items()
@@ -105,7 +105,7 @@ def histograms(diagnosis: AttentionDiagnosis, keys: Mapping[str, str]) -> dict[s
 
 
 def heatmaps(diagnosis: AttentionDiagnosis, keys: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """`attn/entropy_ratio_heatmap` and the like: uint8 (height, width, 3), a square per head.
+    """`attn/normalized_entropy_heatmap` and the like: uint8 (height, width, 3), a square per head.
 
     Layers from 0 downwards, heads to the right; dark is low, grey was not measured. Plain pixels, because
     a labelled figure of a large model takes seconds to draw (`plot_entropy_heatmap` makes one).
@@ -129,7 +129,7 @@ def _heatmap(diagnosis: AttentionDiagnosis, keys: Mapping[str, str], name: str) 
 
 
 def kinds(diagnosis: AttentionDiagnosis) -> frozenset[tuple[str, int | None, str, str]]:
-    """What was found where, without the numbers: the same from one reading to the next unless there is news."""
+    """What was found where, without the numbers: the same from one snapshot to the next unless there is news."""
     return frozenset((i.layer, i.head, i.issue_type, i.severity) for i in diagnosis.issues)
 
 

@@ -1,4 +1,4 @@
-"""Readings in TensorBoard."""
+"""Snapshots in TensorBoard."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from textwrap import indent
 from typing import TYPE_CHECKING
 
 from ..diagnosis import AttentionDiagnosis
-from ..names import shown
+from ..names import display_name
 from .extras import require
 from .series import PREFIX, LayerKeys, heatmaps, histograms, kinds, scalars
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class TensorBoardWriter:
-    """Writes each reading as scalars, histograms over heads, and heatmaps of all heads.
+    """Writes each snapshot as scalars, histograms over heads, and heatmaps of all heads.
 
     target: a folder for event files, or a `SummaryWriter`, which is flushed but stays the caller's to close.
     Layers are numbered in the order they ran, `attn/layer_03/...`; the text `attn/layers` says which is
-    which, and `attn/findings` holds the findings whenever others were found than before.
+    which, and `attn/issues` holds the issues whenever others were found than before.
     Raises ImportError where tensorboard is not installed.
     """
 
@@ -37,7 +37,7 @@ class TensorBoardWriter:
             self._events = self._module.SummaryWriter(self._folder)
         events, step = self._events, diagnosis.step
         if self._keys.add(diagnosis.stats):
-            rows = [f"| {key} | {shown(layer)} |" for layer, key in self._keys.items()]
+            rows = [f"| {key} | {display_name(layer)} |" for layer, key in self._keys.items()]
             events.add_text(f"{PREFIX}/layers", "\n".join(["| key | layer |", "|---|---|", *rows]), step)
         for name, value in scalars(diagnosis, self._keys).items():
             events.add_scalar(name, value, step)
@@ -47,12 +47,12 @@ class TensorBoardWriter:
             events.add_image(name, pixels, step, dataformats="HWC")
         found = kinds(diagnosis)
         if found != self._found:
-            events.add_text(f"{PREFIX}/findings", indent(diagnosis.summary(), "    "), step)
+            events.add_text(f"{PREFIX}/issues", indent(diagnosis.summary(), "    "), step)
             self._found = found
         events.flush()
 
     def close(self) -> None:
-        """Close the event file, if it is the writer's own; a later reading starts another one."""
+        """Close the event file, if it is the writer's own; a later snapshot starts another one."""
         if self._folder is not None and self._events is not None:
             self._events.close()
             self._events = None

@@ -13,7 +13,7 @@ from torch import nn
 from ..diagnosis import AttentionDiagnosis
 from ..interventions import apply_intervention
 from ..monitoring.monitor import AttentionStabilityMonitor
-from ..monitoring.process_groups import Ranks
+from ..monitoring.process_groups import ProcessGroups
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -42,7 +42,7 @@ class TrainingCallback:
         rest of the schedule is scaled) or more attention dropout.
 
     monitor: the `AttentionStabilityMonitor` of the latest training, None before the first; what was done is in
-        its `applied`. last_diagnosis: the latest reading, or None.
+        its `applied`. last_diagnosis: the latest snapshot, or None.
 
     Only training is measured: the monitor rests between an optimizer step and the next step's first batch,
     where trainers evaluate. At the end of training the model runs its own attention again, `restore()` does it
@@ -57,7 +57,7 @@ class TrainingCallback:
         writers: Iterable[Any] = (),
         auto_intervene: bool = False,
         sample: int | None = None,
-        ranks: Ranks | None = None,
+        ranks: ProcessGroups | None = None,
     ):
         self.monitor: AttentionStabilityMonitor | None = None
         self.last_diagnosis: AttentionDiagnosis | None = None
@@ -136,13 +136,13 @@ class TrainingCallback:
             _log.warning("the attention monitor intervenes no more: %s failed", rest["action"], exc_info=True)
 
 
-def _ranks_of(mesh: DeviceMesh | None) -> Ranks | None:
+def _ranks_of(mesh: DeviceMesh | None) -> ProcessGroups | None:
     """The processes of the run; those that share a layer's heads are known from the trainer's mesh."""
     names = mesh.mesh_dim_names or () if mesh is not None else ()
     for name in TENSOR_PARALLEL:
         if name in names and mesh[name].size() > 1:
-            return Ranks.of_mesh(mesh, heads=name)
-    return Ranks.of_world()
+            return ProcessGroups.of_mesh(mesh, heads=name)
+    return ProcessGroups.of_world()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

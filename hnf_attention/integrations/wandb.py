@@ -1,4 +1,4 @@
-"""Readings in Weights & Biases."""
+"""Snapshots in Weights & Biases."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..diagnosis import AttentionDiagnosis
 from ..errors import InputError
-from ..names import shown
+from ..names import display_name
 from .extras import require
 from .series import PREFIX, LayerKeys, heatmaps, histograms, kinds, scalars
 
@@ -29,18 +29,18 @@ _COLUMNS = (
 
 
 class WandbWriter:
-    """Logs each reading to a run: scalars, histograms over heads, heatmaps of all heads, a table of findings.
+    """Logs each snapshot to a run: scalars, histograms over heads, heatmaps of all heads, a table of issues.
 
-    run: the run to log to. None: the one that is active at the first reading (the trainer's own, say); where
+    run: the run to log to. None: the one that is active at the first snapshot (the trainer's own, say); where
         there is none, `wandb.init(**options)` starts one, which `close()` finishes: for instance
         `WandbWriter(project="pretraining", mode="offline")`, which needs no network.
 
     All series are drawn over `attn/step`, the training step, whatever the run's own step counter says. That
-    one goes on by one with every reading: a script that passes `step=` to `wandb.log` itself should not count
+    one goes on by one with every snapshot: a script that passes `step=` to `wandb.log` itself should not count
     in units longer than the monitor's `log_every`. Layers are numbered in the order they ran,
-    `attn/layer_03/...`; `attn_layers` in the run's config says which is which. `attn/findings` is logged
+    `attn/layer_03/...`; `attn_layers` in the run's config says which is which. `attn/issues` is logged
     whenever others were found than before.
-    Raises ImportError where wandb is not installed, TypeError for options beside a run; and at the first reading
+    Raises ImportError where wandb is not installed, TypeError for options beside a run; and at the first snapshot
     InputError, in one line, where wandb starts no run, for want of a login above all.
     """
 
@@ -57,7 +57,7 @@ class WandbWriter:
     def write(self, diagnosis: AttentionDiagnosis) -> None:
         run = self._current()
         if self._keys.add(diagnosis.stats):
-            names = {key: shown(layer) for key, layer in self._keys.names().items()}
+            names = {key: display_name(layer) for key, layer in self._keys.names().items()}
             run.config.update({f"{PREFIX}_layers": names}, allow_val_change=True)  # a resumed run has them
         data: dict[str, Any] = {_STEP: diagnosis.step} | scalars(diagnosis, self._keys)
         for name, values in histograms(diagnosis, self._keys).items():
@@ -67,12 +67,12 @@ class WandbWriter:
             data[name] = self._module.Image(pixels, caption=caption)
         found = kinds(diagnosis)
         if found != self._found:  # each table is a file of its own, and a version of an artifact
-            data[f"{PREFIX}/findings"] = self._module.Table(list(_COLUMNS), _rows(diagnosis))
+            data[f"{PREFIX}/issues"] = self._module.Table(list(_COLUMNS), _rows(diagnosis))
             self._found = found
         run.log(data)
 
     def close(self) -> None:
-        """Finish the run, if it was started here; a later reading starts another one."""
+        """Finish the run, if it was started here; a later snapshot starts another one."""
         if self._own is not None:
             self._own.finish()
             self._own = None
@@ -103,7 +103,7 @@ def _rows(diagnosis: AttentionDiagnosis) -> list[list[Any]]:
             diagnosis.step,
             issue.severity,
             issue.issue_type,
-            shown(issue.layer),
+            display_name(issue.layer),
             issue.head,
             float(issue.value),
             float(issue.threshold),

@@ -2,6 +2,6 @@
 
 from .apply import Applied, apply_intervention
 from .intervention import Intervention
-from .policy import Adviser
+from .policy import InterventionPolicy
 
-__all__ = ["Adviser", "Applied", "Intervention", "apply_intervention"]
+__all__ = ["InterventionPolicy", "Applied", "Intervention", "apply_intervention"]

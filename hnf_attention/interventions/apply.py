@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..names import shown
+from ..names import display_name
 from . import dropout, layout, rates
 from .intervention import ACTIONS
 
@@ -132,7 +132,7 @@ def _scale_weights(model: nn.Module, plan: list[_Scaling]) -> tuple[str, Callabl
             scaling.apply(model)
 
     run(plan)
-    texts = [f"{shown(s.layer)} heads {torch.nonzero(s.query != 1).flatten().tolist()}" for s in plan]
+    texts = [f"{display_name(s.layer)} heads {torch.nonzero(s.query != 1).flatten().tolist()}" for s in plan]
     text = f"scaled the weights of {', '.join(texts)}" if texts else "nothing to scale"
     return text, lambda: run([scaling.inverse() for scaling in plan])
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from ..names import named_modules, shown
+from ..names import display_name, named_modules
 
 # Names of the probability of *attention* dropout (residual and output dropouts have other names).
 NAMES = ("attn_dropout", "attention_dropout", "attn_drop", "attn_pdrop", "dropout_p", "dropout")
@@ -41,7 +41,7 @@ def increase(model: nn.Module, layer: str, amount: float) -> tuple[str, Callable
             setattr(holder, name, value)
 
     put(after)
-    return f"attention dropout of {shown(layer)}: {before[0]:g} -> {after[0]:g}", lambda: put(before)
+    return f"attention dropout of {display_name(layer)}: {before[0]:g} -> {after[0]:g}", lambda: put(before)
 
 
 def _places(module: nn.Module) -> list[tuple[nn.Module, str]]:

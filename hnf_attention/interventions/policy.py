@@ -1,4 +1,4 @@
-"""Which fix for which findings."""
+"""Which fix for which issues."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from torch import nn
 
 from ..diagnosis import AttentionDiagnosis, StabilityIssue
-from ..diagnosis.heads import side_by_side
+from ..diagnosis.heads import concatenate_heads
 from ..diagnosis.thresholds import threshold
 from ..diagnosis.trends import score_size
 from . import dropout, layout
@@ -17,18 +17,18 @@ from .intervention import Intervention, increase_dropout, qk_clip, reduce_lr, te
 CLIP_AT = 30.0
 LR_FACTOR = 0.5
 TEMPERATURE_FACTOR = 8.0
-# Readings after which the same cure may be proposed again. QK-clip is exempt: it is a rule for every step.
-COOLDOWN = int(threshold("trend_readings"))
+# Snapshots after which the same cure may be proposed again. QK-clip is exempt: it is a rule for every step.
+COOLDOWN = int(threshold("trend_snapshots"))
 
 GROWTH = ("overflow_risk", "entropy_collapse", "vanishing_gradient")
 
 
-class Adviser:
+class InterventionPolicy:
     """Proposes at most one intervention per diagnosis of `model`, and remembers what it proposed.
 
     Acts on errors, and on warnings of heads whose scores clearly rise. Learning rates are cut only
     when there is an overflow error (the alarm tier): on a stable run that costs loss. Once it has
-    proposed a QK-clip, it proposes one at every reading with scores above the limit, as in MuonClip.
+    proposed a QK-clip, it proposes one at every snapshot with scores above the limit, as in MuonClip.
     It proposes only what the layers' layout allows; a layer that cannot be clipped leaves the rate.
     Asked again about the same diagnosis, it answers the same.
     """
@@ -101,7 +101,7 @@ class Adviser:
         """Layers most of whose heads are one-hot though nothing grows: attention dropout."""
         spikes: dict[str, list[StabilityIssue]] = {}
         for issue in diagnosis.issues:
-            if issue.issue_type == "attention_spike":
+            if issue.issue_type == "one_hot_attention":
                 spikes.setdefault(issue.layer, []).append(issue)
         for layer, issues in spikes.items():
             share = len(issues) / diagnosis.stats[layer].num_heads
@@ -132,6 +132,6 @@ class Adviser:
 def _acting(diagnosis: AttentionDiagnosis) -> list[StabilityIssue]:
     """Errors of growing or collapsing heads, and such warnings where the head's scores rise."""
     found = [issue for issue in diagnosis.issues if issue.issue_type in GROWTH]
-    together = side_by_side(diagnosis.history, dict.fromkeys(issue.layer for issue in found))
+    together = concatenate_heads(diagnosis.history, dict.fromkeys(issue.layer for issue in found))
     rising = {heads.places[head] for heads in together for head in np.flatnonzero(heads.rising)}
     return [issue for issue in found if issue.severity == "error" or (issue.layer, issue.head) in rising]

@@ -14,11 +14,11 @@ from ..diagnosis import AttentionDiagnosis, StabilityIssue, diagnose
 from ..diagnosis.issue import grouped, heads_text
 from ..errors import InputError
 from ..instrumentation import Instrumentation, instrument
-from ..interventions import Adviser, Applied, Intervention, apply_intervention
+from ..interventions import Applied, Intervention, InterventionPolicy, apply_intervention
 from ..interventions.intervention import reduce_lr
-from ..names import shown
+from ..names import display_name
 from ..statistics.heads import Snapshot
-from .process_groups import Ranks
+from .process_groups import ProcessGroups
 from .recorder import NothingMeasured, Recorder
 
 _log = logging.getLogger("hnf_attention")
@@ -27,7 +27,7 @@ WEIGHT_ACTIONS = ("qk_clip", "temperature")  # what auto_intervene does without 
 
 
 class AttentionStabilityMonitor:
-    """Measures a model's attention while it trains, reports findings, proposes fixes.
+    """Measures a model's attention while it trains, reports issues, proposes fixes.
 
         monitor = AttentionStabilityMonitor(model, log_every=100)
         for batch in loader:
@@ -47,7 +47,7 @@ class AttentionStabilityMonitor:
     sample: as for `instrument`: where attention is probed, measure 1 of that many blocks of rows.
     step: how many steps were done before, where a run resumes: their numbers go on from there.
 
-    A reading is made of every forward since the `on_step()` before it that was measured: evaluation counts
+    A snapshot is made of every forward since the `on_step()` before it that was measured: evaluation counts
     like training, whatever `model.training` says (a fine-tune may well train in eval mode). To leave an
     evaluation out, set `monitor.instrumentation.measuring = False` for it and put its old value back.
 
@@ -55,7 +55,7 @@ class AttentionStabilityMonitor:
         process group judges its own part of the batch. All of them must call `on_step()` equally often.
 
     Raises ValueError or TypeError for bad arguments; `on_step` and `get_intervention` raise nothing.
-    New findings are logged once per (layer, head, kind), and again when a warning becomes an error.
+    New issues are logged once per (layer, head, kind), and again when a warning becomes an error.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class AttentionStabilityMonitor:
         auto_intervene: bool = False,
         sample: int | None = None,
         step: int = 0,
-        ranks: Ranks | None = None,
+        ranks: ProcessGroups | None = None,
     ):
         self._writers = [_writer(number, writer) for number, writer in enumerate(writers)]
         if auto_intervene:
@@ -81,7 +81,7 @@ class AttentionStabilityMonitor:
         #: What auto_intervene did, newest last.
         self.applied: deque[Applied] = deque(maxlen=1_000)
         self.model = model
-        self._adviser = Adviser(model)
+        self._policy = InterventionPolicy(model)
         self._auto_intervene = auto_intervene
         self._heads_are_split = ranks is not None and ranks.heads is not None
         self._left_over: tuple[AttentionDiagnosis, Intervention | None] | None = None
@@ -123,7 +123,7 @@ class AttentionStabilityMonitor:
             return None  # the diagnosis numbers heads over all processes; the weights here are of some
         if self._left_over is not None and self._left_over[0] is diagnosis:
             return self._left_over[1]
-        return self._guarded("advice", self._adviser.propose, diagnosis)
+        return self._guarded("advice", self._policy.propose, diagnosis)
 
     def restore(self) -> None:
         """End the monitoring; the model runs its own attention. Interventions stay applied."""
@@ -176,7 +176,7 @@ class AttentionStabilityMonitor:
             worst = group[0]
             level = logging.ERROR if worst.severity == "error" else logging.WARNING
             message = "%s in %s%s: %s -> %s"
-            where = shown(worst.layer), heads_text(group)
+            where = display_name(worst.layer), heads_text(group)
             _log.log(level, message, worst.issue_type, *where, worst.evidence, worst.suggestion)
         for issue in new:
             self._announced.add(_key(issue))
@@ -184,7 +184,7 @@ class AttentionStabilityMonitor:
                 self._announced.add((*_key(issue)[:3], "warning"))
 
     def _intervene(self, diagnosis: AttentionDiagnosis) -> None:
-        proposed = self._adviser.propose(diagnosis)
+        proposed = self._policy.propose(diagnosis)
         self._left_over = diagnosis, proposed
         if proposed is None or proposed["action"] not in WEIGHT_ACTIONS:
             return
@@ -200,13 +200,13 @@ def _key(issue: StabilityIssue) -> tuple[str, int | None, str, str]:
     return issue.layer, issue.head, issue.issue_type, issue.severity
 
 
-def _check_auto_intervene(ranks: Ranks | None) -> None:
+def _check_auto_intervene(ranks: ProcessGroups | None) -> None:
     """Raise ValueError where the processes of a group would not all make the same change."""
     if _world_size() == 1:
         return
     if ranks is None or ranks.heads is not None or ranks.processes != _world_size():
         raise ValueError(
-            "expected auto_intervene=False, or ranks=Ranks(batch=<the group of all processes>): each process "
+            "expected auto_intervene=False, or ranks=ProcessGroups(batch=<the group of all processes>): each process "
             f"would change its weights by its own statistics, got ranks={ranks}"
         )
 

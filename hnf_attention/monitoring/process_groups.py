@@ -1,4 +1,4 @@
-"""Head statistics of several processes as one: for each group an exchange of names and two collectives a reading."""
+"""Head statistics of several processes as one: for each group an exchange of names and two collectives a snapshot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """One layer's reading in one process; values are (NUM_FIELDS, H) fp64, as `HeadStats` holds them."""
+    """One layer's snapshot in one process; values are (NUM_FIELDS, H) fp64, as `HeadStats` holds them."""
 
     name: str
     head_dim: int
@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroups:
     """Which processes measure parts of one thing. Each of them has to read at the same steps.
 
     batch: processes that run the same heads on other sequences (DDP, FSDP).
@@ -55,14 +55,14 @@ class Ranks:
             raise ValueError("expected a process group for batch, heads or queries, got None for all")
 
     @staticmethod
-    def of_world() -> Ranks | None:
+    def of_world() -> ProcessGroups | None:
         """All processes of the run with parts of the batch; None where there is one process."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return None
-        return Ranks(batch=dist.group.WORLD)
+        return ProcessGroups(batch=dist.group.WORLD)
 
     @staticmethod
-    def of_mesh(mesh: DeviceMesh, heads: str | None = None, queries: str | None = None) -> Ranks:
+    def of_mesh(mesh: DeviceMesh, heads: str | None = None, queries: str | None = None) -> ProcessGroups:
         """The mesh dimensions of tensor and context parallelism; all others hold parts of the batch.
 
         Raises ValueError for a name that the mesh does not have, or one that is given twice.
@@ -78,7 +78,9 @@ class Ranks:
             batch = mesh[others]._flatten().get_group()
         else:
             batch = mesh[others[0]].get_group() if others else None if names else mesh.get_group()
-        return Ranks(batch, *(None if name is None else mesh[name].get_group() for name in (heads, queries)))
+        return ProcessGroups(
+            batch, *(None if name is None else mesh[name].get_group() for name in (heads, queries))
+        )
 
     @property
     def processes(self) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..engine import fold
 from ..statistics.heads import SUM_FIELDS, HeadStats, Snapshot, new_accumulator
-from .process_groups import Part, Ranks
+from .process_groups import Part, ProcessGroups
 
 if TYPE_CHECKING:
     from ..instrumentation import Instrumentation, Measurement
@@ -29,7 +29,7 @@ _Kind = tuple[str, int, int, torch.dtype]  # layer, heads, head dimension, dtype
 
 
 class NothingMeasured(RuntimeError):
-    """A reading was asked for, and no attention was measured since the one before."""
+    """A snapshot was asked for, and no attention was measured since the one before."""
 
 
 class Recorder:
@@ -39,7 +39,7 @@ class Recorder:
     Step s is a log step when `s % log_every == 0`: it is measured and read out. `record_every` says
     which others are measured: None for none, 1 for all (running extremes over every step), k for
     every k-th. On any other step the model runs its own attention. step: how many were done before, where
-    a run resumes. ranks: processes whose statistics a reading puts together.
+    a run resumes. ranks: processes whose statistics a snapshot puts together.
 
     Raises ValueError unless log_every is an int >= 1, record_every None or an int >= 1, step an int >= 0.
     """
@@ -50,7 +50,7 @@ class Recorder:
         log_every: int = 100,
         record_every: int | None = None,
         step: int = 0,
-        ranks: Ranks | None = None,
+        ranks: ProcessGroups | None = None,
     ):
         _check_count("log_every", log_every, 1, "an int >= 1")
         if record_every is not None:
@@ -59,17 +59,17 @@ class Recorder:
         self.log_every = log_every
         self.record_every = record_every
         self.step = step
-        self.pending = False  # whether anything was recorded since the last reading
+        self.pending = False  # whether anything was recorded since the last snapshot
         #: The last HISTORY_LENGTH snapshots, oldest first.
         self.history: deque[Snapshot] = deque(maxlen=HISTORY_LENGTH)
         self._instrumentation = instrumentation
         self._ranks = ranks
         self._names: dict[_Kind, str] = {}
         self._accumulators: dict[tuple[_Kind, torch.device], Tensor] = {}
-        # The largest sample_period since the last reading, by name; of the reading before, where no Python
+        # The largest sample_period since the last snapshot, by name; of the snapshot before, where no Python
         # has run since: the replays of a captured graph are folded all the same.
         self._periods: dict[str, int] = {}
-        self._recorded: set[str] = set()  # the names recorded since the last reading
+        self._recorded: set[str] = set()  # the names recorded since the last snapshot
         self._stopped = False
         instrumentation.on_measure = _weakly(self)
         instrumentation.measuring = self._measures(step + 1)
@@ -85,7 +85,7 @@ class Recorder:
         return self.read() if self.step % self.log_every == 0 else None
 
     def read(self) -> Snapshot:
-        """A snapshot of everything folded since the last reading, which starts anew after it.
+        """A snapshot of everything folded since the last snapshot, which starts anew after it.
 
         Raises NothingMeasured, with the instrumentation's coverage if it never measured anything.
         """
@@ -100,11 +100,11 @@ class Recorder:
         return snapshot
 
     def _parts(self) -> list[Part]:
-        """What was measured since the last reading, by layer; a layer on several devices is merged."""
+        """What was measured since the last snapshot, by layer; a layer on several devices is merged."""
         found: dict[str, HeadStats] = {}
         for kind, values in self._copy_to_host():
             if not values[_SEEN].any():
-                continue  # known from an earlier reading, not run since
+                continue  # known from an earlier snapshot, not run since
             name, (_, _, head_dim, dtype) = self._names[kind], kind
             stats = HeadStats(values, head_dim, _text(dtype), self._periods[name])
             found[name] = found[name].merge(stats) if name in found else stats
@@ -171,7 +171,7 @@ class Recorder:
             self._instrumentation.require_measured()
         except RuntimeError as error:
             return str(error)
-        since = f"since the reading at step {self.history[-1].step}" if self.history else "so far"
+        since = f"since the snapshot at step {self.history[-1].step}" if self.history else "so far"
         return f"expected a measured forward pass before step {self.step} is read, got none {since}"
 
 

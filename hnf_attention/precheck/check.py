@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import theory
 from ..diagnosis.thresholds import threshold
-from ..names import shown
+from ..names import display_name
 from . import predict
 from .advice import Neighbour, margins, neighbours, sentence
 from .checkpoint import LayerWeights, read_weights
@@ -62,7 +62,7 @@ def check_attention_stability(
     weights, typical, measured, diagnosis = [], {}, [], None
     if model is not None:
         weights, reasons = _weights(model, design, notes)
-        notes += [f"weights of {shown(name)} not read: {why}" for name, why in reasons.items()]
+        notes += [f"weights of {display_name(name)} not read: {why}" for name, why in reasons.items()]
         found = _from_weights(design, weights) or found
         if sample_input is not None and _has_numbers(model):
             try:
@@ -136,7 +136,7 @@ def _from_measurement(design: Design, measured: list[MeasuredLayer]) -> list[Sco
                 sigma_ratio=ratio,
                 expected_logit_max=float(layer.row_max.max()),
                 max_abs_logit=largest,
-                entropy_ratio=float(layer.entropy_ratio.median()),
+                normalized_entropy=float(layer.normalized_entropy.median()),
                 log2_curvature=scores.log2_curvature + exponent,
             )
         )
@@ -188,7 +188,7 @@ def _report(
         dtypes=dtypes,
         margins=margins(design, ratio),
         neighbours=[neighbour.to_dict() for neighbour in near],
-        findings=[] if diagnosis is None else [asdict(issue) for issue in diagnosis.issues],
+        issues=[] if diagnosis is None else [asdict(issue) for issue in diagnosis.issues],
         design={key: value for key, value in asdict(design).items() if key != "sources"},
         notes=notes,
     )

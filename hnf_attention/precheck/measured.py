@@ -25,7 +25,7 @@ class MeasuredLayer:
 
     score_std: root mean square spread within a row. sigma_ratio: of the row's spread over the critical one of
     its visible keys, the 99th percentile of the rows. row_max: mean of a row's largest score over its mean.
-    max_abs_logit: largest |score| of any row. magnitude: scale max|q| max|k|. entropy_ratio: mean.
+    max_abs_logit: largest |score| of any row. magnitude: scale max|q| max|k|. normalized_entropy: mean.
     """
 
     layer: str
@@ -35,7 +35,7 @@ class MeasuredLayer:
     row_max: Tensor
     max_abs_logit: Tensor
     magnitude: Tensor
-    entropy_ratio: Tensor
+    normalized_entropy: Tensor
 
 
 def measure_sample(model: nn.Module, sample: Any) -> tuple[list[MeasuredLayer], AttentionDiagnosis]:
@@ -105,5 +105,5 @@ def _read(measurement: Measurement) -> MeasuredLayer:
         row_max=mean(rows.max_logit - rows.score_mean),
         max_abs_logit=torch.where(seen, largest, 0.0).amax((0, 2)),
         magnitude=abs(options.scale) * lengths[0] * lengths[1].repeat_interleave(group),
-        entropy_ratio=mean(rows.entropy.double().cpu() / visible.clamp(min=2).double().log()),
+        normalized_entropy=mean(rows.entropy.double().cpu() / visible.clamp(min=2).double().log()),
     )

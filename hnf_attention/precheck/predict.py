@@ -27,7 +27,7 @@ class Scores:
     sigma_ratio: row_std over the critical spread of `keys` keys; stable up to 0.5, unstable from 1 on.
     expected_logit_max: mean of a row's largest score; max_abs_logit: largest |score| of a whole sequence.
     magnitude: scale |q| |k| of a sequence's longest; log2_curvature: HNF's bound, the seed's formula.
-    entropy_ratio: expected entropy over ln(keys).
+    normalized_entropy: expected entropy over ln(keys).
     """
 
     layer: str
@@ -38,7 +38,7 @@ class Scores:
     expected_logit_max: float
     max_abs_logit: float
     magnitude: float
-    entropy_ratio: float
+    normalized_entropy: float
     log2_curvature: float
     source: str
 
@@ -126,7 +126,7 @@ def scores(
         expected_logit_max=top,
         max_abs_logit=largest,
         magnitude=magnitude,
-        entropy_ratio=float(theory.expected_entropy(std, keys)) / math.log(keys) if keys > 1 else 1.0,
+        normalized_entropy=float(theory.expected_entropy(std, keys)) / math.log(keys) if keys > 1 else 1.0,
         log2_curvature=float(theory.hnf_curvature_bound(*sides, design.head_dim, largest)),
         source=source,
     )

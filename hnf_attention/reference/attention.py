@@ -65,8 +65,8 @@ def _score_rows(query: Tensor, key: Tensor, rows: slice | Tensor, options: Optio
     slope = capped = None
     if options.softcap is not None:
         capped = scores.isinf()
-        bent = (scores / options.softcap).tanh()
-        scores, slope = options.softcap * bent, 1 - bent.square()
+        tanh = (scores / options.softcap).tanh()
+        scores, slope = options.softcap * tanh, 1 - tanh.square()
     seen = visible(
         rows,
         num_keys,

@@ -46,7 +46,7 @@ def _layers(report: StabilityReport, name: str) -> Table:
         "sigma_ratio": "sigma /\nsigma_c",
         "expected_logit_max": "row max",
         "max_abs_logit": "max\n|score|",
-        "entropy_ratio": "entropy\nratio",
+        "normalized_entropy": "entropy\nratio",
         "log2_curvature": "log2\ncurvature",
         "weight_logit_typical": "random tokens\nmax |score|",
         "weight_logit_bound": "any input\n|score| <=",

@@ -1,4 +1,4 @@
-"""Per-layer tables and findings for a terminal, as rich renderables."""
+"""Per-layer tables and issues for a terminal, as rich renderables."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rich.text import Text
 from ..diagnosis import StabilityIssue
 from ..diagnosis.issue import grouped, heads_text
 from ..figures.labels import layer_labels
-from ..names import shown
+from ..names import display_name
 from ..statistics.heads import HeadStats
 
 STYLES = {"error": "bold red", "warning": "yellow"}
 
 
 def layer_table(stats: Mapping[str, HeadStats], issues: Sequence[StabilityIssue], title: str) -> Table:
-    """One row per layer: the mean head's entropy ratio, the worst head's everything else, the findings."""
+    """One row per layer: the mean head's normalized entropy, the worst head's everything else, the issues."""
     table = Table(title=Text(title), title_justify="left", header_style="bold", title_style="bold")
     table.add_column("layer", overflow="fold")
     for name in (
@@ -35,13 +35,13 @@ def layer_table(stats: Mapping[str, HeadStats], issues: Sequence[StabilityIssue]
         "bits\nneeded",
     ):
         table.add_column(name, justify="right")
-    table.add_column("findings", overflow="fold")
+    table.add_column("issues", overflow="fold")
     for (name, layer), label in zip(stats.items(), layer_labels(stats), strict=True):
         table.add_row(
             Text(label),  # a layer's name may hold brackets, which are no markup
             str(layer.num_heads),
-            _number(layer.entropy_ratio, np.mean, "{:.2f}"),
-            _number(layer.entropy_ratio_p10, np.min, "{:.2f}"),
+            _number(layer.normalized_entropy, np.mean, "{:.2f}"),
+            _number(layer.normalized_entropy_p10, np.min, "{:.2f}"),
             _number(layer.max_weight, np.max, "{:.2f}"),
             _number(layer.sink_mass, np.max, "{:.2f}"),
             _number(layer.max_abs_logit, np.max, "{:.4g}"),
@@ -53,10 +53,10 @@ def layer_table(stats: Mapping[str, HeadStats], issues: Sequence[StabilityIssue]
     return table
 
 
-def findings(issues: Sequence[StabilityIssue], limit: int | None = None) -> RenderableType:
-    """The groups of findings, worst first, at most `limit`: where, the worst head's evidence, what to do."""
+def issue_list(issues: Sequence[StabilityIssue], limit: int | None = None) -> RenderableType:
+    """The groups of issues, worst first, at most `limit`: where, the worst head's evidence, what to do."""
     if not issues:
-        return Text("no findings", style="green")
+        return Text("no issues", style="green")
     lines: list[RenderableType] = []
     groups = grouped(issues)
     for group in groups[:limit]:
@@ -76,9 +76,9 @@ def indented(text: str, style: str = "") -> Padding:
 
 
 def headline(group: Sequence[StabilityIssue]) -> str:
-    """'error: entropy_collapse in blocks.0.attention heads 0-3' of a group of findings."""
+    """'error: entropy_collapse in blocks.0.attention heads 0-3' of a group of issues."""
     worst = group[0]
-    return f"{worst.severity}: {worst.issue_type} in {shown(worst.layer)}{heads_text(group)}"
+    return f"{worst.severity}: {worst.issue_type} in {display_name(worst.layer)}{heads_text(group)}"
 
 
 def _state(issues: Sequence[StabilityIssue]) -> Text:

@@ -8,6 +8,7 @@ or over ranks) is one addition and one maximum.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -21,41 +22,41 @@ from .precision import HeadPrecision
 # Entropy verdicts need a row long enough to have a spread: entropy of a 3-key row says little.
 JUDGED_MIN_KEYS = 16
 # A row whose entropy is below this share of log(visible keys) passes almost no gradient ("dead").
-DEAD_ENTROPY_RATIO = 0.02
+SATURATED_ENTROPY = 0.02
 
 # Means over judged rows that have a standard error where rows are sampled. Rows come in blocks, and rows
 # of a block are alike, so the error is taken from the spread between blocks (Cochran, Sampling
 # Techniques, 1977, chapter 9), for which each field has a sum of (sum over a block)^2 / rows of the block.
-ERROR_FIELDS = ("entropy_ratio", "max_weight", "sink_mass", "jacobian_trace_bound", "dead_rows")
+ERROR_FIELDS = ("normalized_entropy", "max_weight", "sink_mass", "jacobian_trace_bound", "saturated_rows")
 SUM_FIELDS = (
     "rows",  # finite rows with at least one visible key
     "judged_rows",  # of those, rows with at least JUDGED_MIN_KEYS visible keys
     "nonfinite_rows",  # rows whose statistics are NaN: NaN or inf reached q or k
     "entropy",  # over rows, nats
     "logit_range",  # over rows, nats
-    "entropy_ratio",  # this and the rest over judged rows only
+    "normalized_entropy",  # this and the rest over judged rows only
     "max_weight",
     "sink_mass",
     "jacobian_trace_bound",  # 1 - max_weight^2 >= 1 - sum p^2 = trace of the softmax Jacobian
-    "dead_rows",
+    "saturated_rows",
     "judged_blocks",  # blocks of BLOCK_ROWS places of a batch element with a judged row
     *(f"{name}_blocks" for name in ERROR_FIELDS),
     "sequences",  # batch elements, whatever their rows; of a pack, its sequences that hold a token
     "query_square",  # over all rows of those (not only finite or sampled), |q|^2; one that holds NaN is left out
     "key_square",  # over the keys of the head, |k|^2; likewise
 )
-HISTOGRAM_BINS = 32  # of entropy_ratio over [0, 1], judged rows: for percentiles
+HISTOGRAM_BINS = 32  # of normalized_entropy over [0, 1], judged rows: for percentiles
 MAX_FIELDS = (
     "max_logit",
     "neg_min_logit",  # minima are kept negated, so that one maximum merges all of these
     "logit_range",
     "max_weight",
-    "neg_entropy_ratio",
+    "neg_normalized_entropy",
     "neg_max_weight",  # over all finite rows, judged or not
     "query_square",  # scale^2 |q|^2, over the rows of the sum of that name
     "key_square",  # |k|^2, likewise
     "num_keys",  # of a call, whichever its rows see; of a pack, all its tokens
-    "bent",  # as `fold.Measured` has it
+    "score_kind",  # as `fold.Measured` has it
 )
 NUM_SUMS = len(SUM_FIELDS) + HISTOGRAM_BINS
 NUM_FIELDS = NUM_SUMS + len(MAX_FIELDS)
@@ -149,7 +150,7 @@ def fold_rows(
     key_square: Tensor,
     sequences: Tensor | None = None,
     scale: float = 1.0,
-    bent: int = 0,
+    score_kind: int = 0,
 ) -> None:
     """Add one call's rows to `accumulator` in place: the specification of `kernels/fold.py`.
 
@@ -184,11 +185,11 @@ def fold_rows(
 
     one = torch.ones_like(entropy)
     judged_values = {
-        "entropy_ratio": ratio,
+        "normalized_entropy": ratio,
         "max_weight": max_weight,
         "sink_mass": sink_mass,
         "jacobian_trace_bound": 1.0 - max_weight.square(),
-        "dead_rows": (ratio < DEAD_ENTROPY_RATIO).double(),
+        "saturated_rows": (ratio < SATURATED_ENTROPY).double(),
     }
     block_rows = of_blocks(one)
     sums = {
@@ -210,14 +211,14 @@ def fold_rows(
         "neg_min_logit": largest(-stats.min_logit, finite),
         "logit_range": largest(logit_range, finite),
         "max_weight": largest(max_weight, judged),
-        "neg_entropy_ratio": largest(-ratio, judged),
+        "neg_normalized_entropy": largest(-ratio, judged),
         "neg_max_weight": largest(-max_weight, finite),
         "query_square": -lowest
         if math.isinf(scale)
         else scale**2 * largest(query_square, ~query_square.isnan()),
         "key_square": largest(key_square, ~key_square.isnan()) if num_keys else lowest,
         "num_keys": torch.full_like(accumulator[0], num_keys),
-        "bent": torch.full_like(accumulator[0], bent),
+        "score_kind": torch.full_like(accumulator[0], score_kind),
     }
     bins = (ratio * HISTOGRAM_BINS).nan_to_num().clamp(0, HISTOGRAM_BINS - 1).long()
     heads = torch.arange(entropy.shape[1], device=entropy.device)[:, None]
@@ -228,6 +229,17 @@ def fold_rows(
     accumulator[len(SUM_FIELDS) : NUM_SUMS] += histogram
     stacked = torch.stack([maxima[name] for name in MAX_FIELDS])
     torch.maximum(accumulator[NUM_SUMS:], stacked, out=accumulator[NUM_SUMS:])
+
+
+# Names of version 0.1, kept as deprecated aliases for one version.
+_RENAMED = {
+    "entropy_ratio": "normalized_entropy",
+    "entropy_ratio_min": "normalized_entropy_min",
+    "entropy_ratio_p10": "normalized_entropy_p10",
+    "entropy_ratio_stderr": "normalized_entropy_stderr",
+    "dead_share": "saturated_share",
+    "dead_share_stderr": "saturated_share_stderr",
+}
 
 
 @dataclass(frozen=True)
@@ -247,6 +259,15 @@ class HeadStats(HeadPrecision):
 
     def __repr__(self) -> str:
         return represent.heads(self)
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        current = _RENAMED.get(name)
+        if current is None:
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self
+            )
+        warnings.warn(f"HeadStats.{name} is now {current}", DeprecationWarning, stacklevel=2)
+        return getattr(self, current)
 
     @property
     def sampled(self) -> bool:
@@ -298,18 +319,18 @@ class HeadStats(HeadPrecision):
         return self._mean("entropy", "rows")
 
     @property
-    def entropy_ratio(self) -> np.ndarray:
+    def normalized_entropy(self) -> np.ndarray:
         """Mean of entropy / log(visible keys) over judged rows."""
-        return self._mean("entropy_ratio", "judged_rows")
+        return self._mean("normalized_entropy", "judged_rows")
 
     @property
-    def entropy_ratio_stderr(self) -> np.ndarray:
+    def normalized_entropy_stderr(self) -> np.ndarray:
         """This and those like it: of a sample's mean; 0 where all rows were measured, NaN of a single block."""
-        return self._standard_error("entropy_ratio")
+        return self._standard_error("normalized_entropy")
 
     @property
-    def dead_share_stderr(self) -> np.ndarray:
-        return self._standard_error("dead_rows")
+    def saturated_share_stderr(self) -> np.ndarray:
+        return self._standard_error("saturated_rows")
 
     @property
     def max_weight_stderr(self) -> np.ndarray:
@@ -324,11 +345,11 @@ class HeadStats(HeadPrecision):
         return self._standard_error("jacobian_trace_bound")
 
     @property
-    def entropy_ratio_min(self) -> np.ndarray:
-        return -self._max("neg_entropy_ratio")
+    def normalized_entropy_min(self) -> np.ndarray:
+        return -self._max("neg_normalized_entropy")
 
     @property
-    def entropy_ratio_p10(self) -> np.ndarray:
+    def normalized_entropy_p10(self) -> np.ndarray:
         """10th percentile over judged rows, to 1/32: interpolated in a histogram of 32 bins."""
         counts = self.values[len(SUM_FIELDS) : NUM_SUMS]
         cumulative = counts.cumsum(0)
@@ -338,12 +359,12 @@ class HeadStats(HeadPrecision):
         inside = counts[index, heads]
         before = cumulative[index, heads] - inside
         fraction = np.divide(target - before, inside, out=np.full_like(target, np.nan), where=inside > 0)
-        return np.maximum((index + fraction) / HISTOGRAM_BINS, self.entropy_ratio_min)
+        return np.maximum((index + fraction) / HISTOGRAM_BINS, self.normalized_entropy_min)
 
     @property
-    def dead_share(self) -> np.ndarray:
-        """Share of judged rows with entropy_ratio below DEAD_ENTROPY_RATIO."""
-        return self._mean("dead_rows", "judged_rows")
+    def saturated_share(self) -> np.ndarray:
+        """Share of judged rows with normalized_entropy below SATURATED_ENTROPY."""
+        return self._mean("saturated_rows", "judged_rows")
 
     @property
     def max_weight(self) -> np.ndarray:

@@ -62,7 +62,7 @@ class HeadPrecision:
         to 1. NaN where q or k was not seen, with a soft-cap or learned sinks, for fp64, and for more keys than
         fp32 sums can hold: the theory says nothing there.
         """
-        size, bent = self.score_magnitude, self._max("bent")
+        size, kind = self.score_magnitude, self._max("score_kind")
         keys = int(np.nan_to_num(self._max("num_keys")).max(initial=0.0))
         known = {}
         if self.sampled:  # rows that nobody saw may have larger scores, and other weights
@@ -71,7 +71,7 @@ class HeadPrecision:
             top = self.max_abs_logit + _SLACK * size
             known = {"max_abs_score": top, "max_weight": (self._least_weight, 1.0)}
         with_bias = 2.0 * size + top  # |bias| <= |s| + scale |q.k|
-        size = np.select([bent == 0, bent == 1], [size, with_bias], np.nan)
+        size = np.select([kind == 0, kind == 1], [size, with_bias], np.nan)
         try:
             arithmetic = theory.flash(self.dtype).on_tensor_cores
             return theory.forward_error_bound_from_norms(

@@ -30,7 +30,7 @@ def heads(stats: HeadStats) -> str:
     sampled = f" (1/{stats.sample_period} of them)" if stats.sampled else ""
     return (
         f"HeadStats of {stats.num_heads} heads of dimension {stats.head_dim}, {stats.dtype}: "
-        f"{_range('rows', stats.rows)}{sampled}, {_range('entropy_ratio', stats.entropy_ratio)}, "
+        f"{_range('rows', stats.rows)}{sampled}, {_range('normalized_entropy', stats.normalized_entropy)}, "
         f"{_range('max_abs_logit', stats.max_abs_logit)}"
     )
 

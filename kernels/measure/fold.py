@@ -14,12 +14,12 @@ import triton.language as tl
 
 from ...reference.sampling import BLOCK_ROWS
 from ...statistics.heads import (
-    DEAD_ENTROPY_RATIO,
     HISTOGRAM_BINS,
     JUDGED_MIN_KEYS,
     MAX_FIELDS,
     NUM_FIELDS,
     NUM_SUMS,
+    SATURATED_ENTROPY,
     SUM_FIELDS,
 )
 from ..shared.launch import launch
@@ -36,7 +36,7 @@ _LAYOUT = {
     "WIDTH": triton.next_power_of_2(NUM_FIELDS + 1),
     "BINS": HISTOGRAM_BINS,
     "JUDGED_MIN_KEYS": JUDGED_MIN_KEYS,
-    "DEAD": DEAD_ENTROPY_RATIO,
+    "SATURATED": SATURATED_ENTROPY,
 }
 
 # One wave on the 132 multiprocessors of an H100 for 16 heads; the accumulator grows with it.
@@ -154,7 +154,7 @@ def _fold_kernel(
     WIDTH: tl.constexpr,
     BINS: tl.constexpr,
     JUDGED_MIN_KEYS: tl.constexpr,
-    DEAD: tl.constexpr,
+    SATURATED: tl.constexpr,
 ):
     slot, head = tl.program_id(0), tl.program_id(1)
     slots = tl.num_programs(0)
@@ -171,9 +171,9 @@ def _fold_kernel(
     entropies, ranges, query_squares = zeros, zeros, zeros
     # Sums over judged rows, which are taken block by block for the spread between blocks.
     judged_rows, ratios, weights = nothing, nothing, nothing
-    sinks, traces, dead_rows = nothing, nothing, nothing
+    sinks, traces, saturated_rows = nothing, nothing, nothing
     judged_blocks, ratio_blocks, weight_blocks = nothing, nothing, nothing
-    sink_blocks, trace_blocks, dead_blocks = nothing, nothing, nothing
+    sink_blocks, trace_blocks, saturated_blocks = nothing, nothing, nothing
     top_max, top_min, top_range, top_weight, top_ratio = lows, lows, lows, lows, lows
     top_low_weight, top_query = lows, -infinity
     histogram = tl.zeros([WIDTH], tl.int32)
@@ -274,9 +274,9 @@ def _fold_kernel(
         block = _of_block(1.0 - weight * weight, judged)
         traces += block
         trace_blocks += block * block * share
-        block = _of_block(1.0, judged & (ratio < DEAD))
-        dead_rows += block
-        dead_blocks += block * block * share
+        block = _of_block(1.0, judged & (ratio < SATURATED))
+        saturated_rows += block
+        saturated_blocks += block * block * share
         top_max = tl.maximum(top_max, tl.where(finite, max_logit, -infinity))
         top_min = tl.maximum(top_min, tl.where(finite, -min_logit, -infinity))
         top_range = tl.maximum(top_range, tl.where(finite, logit_range, -infinity))
@@ -307,13 +307,13 @@ def _fold_kernel(
     sums = _put(sums, field, 6, weights)
     sums = _put(sums, field, 7, sinks)
     sums = _put(sums, field, 8, traces)
-    sums = _put(sums, field, 9, dead_rows)
+    sums = _put(sums, field, 9, saturated_rows)
     sums = _put(sums, field, 10, judged_blocks)
     sums = _put(sums, field, 11, ratio_blocks)
     sums = _put(sums, field, 12, weight_blocks)
     sums = _put(sums, field, 13, sink_blocks)
     sums = _put(sums, field, 14, trace_blocks)
-    sums = _put(sums, field, 15, dead_blocks)
+    sums = _put(sums, field, 15, saturated_blocks)
     sums = _put(sums, field, 16, tl.where(slot == 0, sequences, 0).to(tl.float64))
     sums = _put(sums, field, 17, query_square)
     sums = _put(sums, field, 18, key_square)

@@ -92,7 +92,7 @@ def softmax_weights(
     """(p, t = log2 p, soft-cap's slope) of one tile of q.k, in either orientation.
 
     scaled_lse = lse * log2 e, and +inf in an empty row, so that one fused multiply-add makes the exponent
-    and hidden keys come out as t = -inf, p = 0. NATURAL is for scores that are bent, or scale <= 0.
+    and hidden keys come out as t = -inf, p = 0. NATURAL: scores are soft-capped or masked, or scale <= 0.
     """
     unit = LOG2_E if NATURAL else scale * LOG2_E
     s, _seen, slope = bend_and_mask(

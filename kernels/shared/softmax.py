@@ -163,9 +163,9 @@ def bend_and_mask(
     slope = 1.0
     if SOFTCAP:
         # tanh by exp2; exact at both ends: exp2 overflows to inf and 2 / inf is 0.
-        bent = 1.0 - 2.0 / (tl.exp2(s * (2.0 * LOG2_E / softcap)) + 1.0)
-        s = softcap * bent
-        slope = 1.0 - bent * bent
+        tanh = 1.0 - 2.0 / (tl.exp2(s * (2.0 * LOG2_E / softcap)) + 1.0)
+        s = softcap * tanh
+        slope = 1.0 - tanh * tanh
     seen = True
     if MASKED:
         seen = visible_tile(

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ...errors import InputError
-from ...report.tables import STYLES, findings
+from ...report.tables import STYLES, issue_list
 from . import artifacts
 from .loss import FINAL_WINDOW
 from .outcome import HINDSIGHT_GAP, Outcome, judge
@@ -22,7 +22,7 @@ from .view import View, describe
 
 __all__ = ["Config", "Outcome", "run_demo"]
 
-_SHOWN_FINDINGS = 3
+_MOST_ISSUES = 3
 _LOG = "monitor.log"
 
 
@@ -44,8 +44,8 @@ def run_demo(config: Config, out: Path, console: Console) -> Outcome:
     with _log_file(out / _LOG), _one_thread():
         untreated = _train(config, False, console)
         treated = _train(config, True, console)
-    console.print(Text("\nWorst findings at the end of the untreated run", style="bold"))
-    console.print(findings(untreated.last_diagnosis.issues, limit=_SHOWN_FINDINGS))
+    console.print(Text("\nWorst issues at the end of the untreated run", style="bold"))
+    console.print(issue_list(untreated.last_diagnosis.issues, limit=_MOST_ISSUES))
     outcome = judge(untreated, treated)
     paths = artifacts.save(out, config, untreated, treated, outcome)
     _print_verdict(console, outcome, treated.interventions)

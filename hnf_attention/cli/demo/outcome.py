@@ -17,8 +17,8 @@ HINDSIGHT_GAP = 0.1  # nats behind the treated run that count as visible, with h
 class Outcome:
     """Two runs, judged. Losses are means over the last steps, in nats; steps count from 1."""
 
-    warning_step: int | None  # first finding of the untreated run
-    alarm_step: int | None  # its first finding of severity error
+    warning_step: int | None  # first issue of the untreated run
+    alarm_step: int | None  # its first issue of severity error
     sign: LossSign | None
     treated_sign: LossSign | None
     hindsight_step: int | None  # from here on, the untreated loss stays HINDSIGHT_GAP above the treated one

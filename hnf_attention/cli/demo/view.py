@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ...diagnosis import AttentionDiagnosis
 from ...diagnosis.issue import grouped
-from ...names import shown
+from ...names import display_name
 from ...report.tables import STYLES, headline, indented, layer_table
 from .loss import LossSign, sign_now
 from .training import Config, Run
@@ -82,7 +82,7 @@ class View:
         step, intervention = run.interventions[-1]
         text = describe(intervention)
         self._interventions = len(run.interventions)
-        if text not in self._described:  # a QK-clip comes back at every reading; once is enough to read
+        if text not in self._described:  # a QK-clip comes back at every snapshot; once is enough to read
             self._described.add(text)
             self._console.print(Text(f"step {step}: applied {text}", style="bold green"))
 
@@ -104,4 +104,4 @@ def describe(intervention: dict[str, Any]) -> str:
         return "a higher attention temperature on the heads that collapse"
     if action == "reduce_lr":
         return f"learning rate x {intervention['factor']:g}"
-    return f"{action} in {shown(intervention['layer'])}"
+    return f"{action} in {display_name(intervention['layer'])}"

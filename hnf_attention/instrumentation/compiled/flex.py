@@ -52,7 +52,7 @@ def _with(function: fx.GraphModule, held: list[Any]) -> Mod:
 
 
 def beside(
-    door: str,
+    interceptor: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -81,7 +81,7 @@ def beside(
                 sizes = [*block_mask.seq_lengths, *block_mask.BLOCK_SIZE]
             inputs = operators.inputs(query, key, value)
             sinks = operators.detached(sinks)
-            _operator(layer, *inputs, blocks, sizes, functions, tensors, numbers, scale, sinks, door)
+            _operator(layer, *inputs, blocks, sizes, functions, tensors, numbers, scale, sinks, interceptor)
 
 
 def _read(context: Any) -> None:
@@ -148,7 +148,7 @@ def _measure(
     numbers: list[int],
     scale: float | None,
     sinks: Tensor | None,
-    door: str,
+    interceptor: str,
 ) -> None:
     """What the operator does when its graph runs."""
     owner = operators.owner_of(layer)
@@ -170,7 +170,7 @@ def _measure(
                 compute_q_blocks=False,
             )
         options = {"compiled": True, "scale": scale, "sinks": sinks}
-        return described(door, query, key, value, score_mod, block_mask, **options)
+        return described(interceptor, query, key, value, score_mod, block_mask, **options)
 
     with _vmap_works():
         operators.measure(owner, build)
@@ -187,6 +187,6 @@ def _vmap_works() -> AbstractContextManager:
 _operator = operators.operator(
     "observe_flex",
     "Tensor query, Tensor key, Tensor value, Tensor[] blocks, SymInt[] sizes, str functions, Tensor[] tensors, "
-    "SymInt[] numbers, float? scale, Tensor? sinks, str door",
+    "SymInt[] numbers, float? scale, Tensor? sinks, str interceptor",
     _measure,
 )

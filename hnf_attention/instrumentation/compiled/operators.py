@@ -1,4 +1,4 @@
-"""What the doors do while Dynamo traces them: leave an operator beside the attention, which measures when it runs.
+"""What interceptors do while Dynamo traces: they leave an operator beside the attention, which measures at run time.
 
 Whether anything is measured, and by whom, is decided at run time inside the operator, so that no recording and no
 skipping recompiles anything. The layer comes to it as a tensor that the module keeps as an attribute, an input of
@@ -6,7 +6,7 @@ the graph like its weights: blocks that share one compiled graph stay apart. The
 tensor, which keeps it in the graph; it has no gradient, and in a backward, where a checkpoint may bring it again,
 it does nothing.
 
-Which module calls is asked of the tracer's own stack, through Dynamo's `comptime`, its door for such questions.
+Which module calls is asked of the tracer's own stack, through Dynamo's `comptime`, its interceptor for such questions.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _log = logging.getLogger("hnf_attention")
 
 _numbers = itertools.count(1)
 _modules: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
-#: Modules of models that a graph was compiled of while a door was in place.
+#: Modules of models that a graph was compiled of while an interceptor was in place.
 _traced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 #: Of these, the ones that gave up their inference fast path.
 slowed: weakref.WeakSet[nn.Module] = weakref.WeakSet()

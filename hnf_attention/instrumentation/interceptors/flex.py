@@ -1,4 +1,4 @@
-"""The fifth door: every call of `torch.nn.attention.flex_attention.flex_attention`.
+"""The fifth interceptor: every call of `torch.nn.attention.flex_attention.flex_attention`.
 
 Users mostly call what torch.compile made of it, before anything was instrumented. Calling that runs no Python
 of PyTorch's that could be replaced, so the compiled function itself is, where the files or the classes of the
@@ -30,11 +30,11 @@ _COMPILED = "_torchdynamo_orig_callable"  # what torch.compile leaves on the fun
 
 
 def install(modules: Iterable[nn.Module]) -> list[Patch]:
-    """Put the door in place, also where files and classes of these modules hold the function, until released."""
-    patches = Patch.everywhere(flex, NAME, functools.partial(_door, compiled=False), modules)
+    """Put the interceptor in place, also where files and classes of these modules hold the function, until released."""
+    patches = Patch.everywhere(flex, NAME, functools.partial(_interceptor, compiled=False), modules)
     for read, write in _held_by_files_and_classes(modules):
         compiled = hasattr(read(), _COMPILED)
-        patches.append(Patch.acquire(read, write, functools.partial(_door, compiled=compiled)))
+        patches.append(Patch.acquire(read, write, functools.partial(_interceptor, compiled=compiled)))
     return patches
 
 
@@ -74,7 +74,7 @@ def _set(cls: type, name: str, static: bool, function: Callable) -> None:
     setattr(cls, name, staticmethod(function) if static else function)
 
 
-def _door(original: Callable[..., Any], *, compiled: bool) -> Callable[..., Any]:
+def _interceptor(original: Callable[..., Any], *, compiled: bool) -> Callable[..., Any]:
     describe = functools.partial(_described, compiled)
 
     @functools.wraps(original)
@@ -87,7 +87,7 @@ def _door(original: Callable[..., Any], *, compiled: bool) -> Callable[..., Any]
             return result
         return observer.run(original, args, kwargs, describe)
 
-    # What torch.compile left on the original: Dynamo would trace that in place of the door.
+    # What torch.compile left on the original: Dynamo would trace that in place of the interceptor.
     flex_attention.__dict__.pop("_torchdynamo_inline", None)
     return flex_attention
 

@@ -26,7 +26,7 @@ Mod = Callable[..., Tensor]  # (batch, head, query, key), after a score if it is
 
 @torch.no_grad()
 def described(
-    door: str,
+    interceptor: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -56,7 +56,7 @@ def described(
         scale=scale,
         softcap=softcap,
         sinks=sinks,
-        door=door,
+        interceptor=interceptor,
         from_output=lambda out: out,  # never asked for
         not_fused=NOT_FUSED,
         prefer_fused=False,

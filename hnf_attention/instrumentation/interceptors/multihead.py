@@ -1,6 +1,6 @@
-"""The third door: `nn.MultiheadAttention`, and the Transformer layers made of it.
+"""The third interceptor: `nn.MultiheadAttention`, and the Transformer layers made of it.
 
-With need_weights=False it calls scaled_dot_product_attention, which is the first door. Two ways lead past
+With need_weights=False it calls scaled_dot_product_attention, which is the first interceptor. Two ways lead past
 that one. Asked for its weights it multiplies by hand: such a call keeps its own arithmetic, and is described
 by running it once more without weights, as far as the arguments of scaled_dot_product_attention, so that
 PyTorch's own code projects, adds biases and merges masks. And in inference it, `nn.TransformerEncoderLayer`
@@ -28,19 +28,19 @@ from . import sdpa
 
 FORWARD = "multi_head_attention_forward"
 FAST_PATH = "get_fastpath_enabled"
-DOOR = "nn.MultiheadAttention with weights"
+INTERCEPTOR = "nn.MultiheadAttention with weights"
 _NEED_WEIGHTS, _IS_CAUSAL = 15, 24  # places among the arguments of multi_head_attention_forward
 
 
 def install() -> list[Patch]:
-    """Put both doors in place until the patches are released."""
+    """Put both interceptors in place until the patches are released."""
     return [
-        *Patch.everywhere(functional, FORWARD, _forward_door, ()),
-        *Patch.everywhere(torch.backends.mha, FAST_PATH, _fast_path_door, ()),
+        *Patch.everywhere(functional, FORWARD, _forward_interceptor, ()),
+        *Patch.everywhere(torch.backends.mha, FAST_PATH, _fast_path_interceptor, ()),
     ]
 
 
-def _fast_path_door(original: Callable[[], bool]) -> Callable[[], bool]:
+def _fast_path_interceptor(original: Callable[[], bool]) -> Callable[[], bool]:
     @functools.wraps(original)
     def get_fastpath_enabled() -> bool:
         if transformed():
@@ -65,7 +65,7 @@ def _fast_path_door(original: Callable[[], bool]) -> Callable[[], bool]:
     return get_fastpath_enabled
 
 
-def _forward_door(original: Callable[..., Any]) -> Callable[..., Any]:
+def _forward_interceptor(original: Callable[..., Any]) -> Callable[..., Any]:
     # Dynamo keeps this function as one call, and looks into a copy of it.
     opened = FunctionType(original.__code__, original.__globals__, original.__name__, original.__defaults__)
     opened.__kwdefaults__ = original.__kwdefaults__
@@ -136,6 +136,6 @@ def _described(original: Callable[..., Any], *given: Any, **kwargs: Any) -> Atte
     finally:
         torch.set_autocast_cache_enabled(cached)
     (call,) = found
-    call.door = DOOR
+    call.interceptor = INTERCEPTOR
     call.not_fused = call.not_fused or "attention weights are asked for"
     return call

@@ -1,4 +1,4 @@
-"""The first door: every call of `torch.nn.functional.scaled_dot_product_attention`.
+"""The first interceptor: every call of `torch.nn.functional.scaled_dot_product_attention`.
 
 `nn.MultiheadAttention` with need_weights=False and Hugging Face's "sdpa" come this way too. The function
 is replaced for the whole process while something is instrumented; calls that do not come from an
@@ -26,11 +26,11 @@ CONTEXT_PARALLEL = "torch.distributed.tensor.experimental."
 
 
 def install(modules: Iterable[nn.Module] = ()) -> list[Patch]:
-    """Put the door in place, also where files of these modules imported the function, until it is released."""
-    return Patch.everywhere(functional, NAME, _door, modules)
+    """Put the interceptor in place, also where files of these modules imported the function, until it is released."""
+    return Patch.everywhere(functional, NAME, _interceptor, modules)
 
 
-def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _interceptor(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     # PyTorch's context parallel puts a function of its own here, which exchanges keys with other processes.
     describe = _of_a_ring if getattr(original, "__module__", "").startswith(CONTEXT_PARALLEL) else call_of
 
@@ -121,7 +121,7 @@ def call_of(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> AttentionCall:
-    """SDPA's arguments as one call; `heads` is what the Hugging Face door knows of them, if it was there."""
+    """SDPA's arguments as one call; `heads` is what the Hugging Face interceptor knows of them, if it was there."""
     not_fused = why_not_fused(dropout_p, attn_mask)
     if heads is None and type(query) is not Tensor and sharded.is_sharded(query):
         query, key, value, attn_mask = sharded.local(query, key, value, attn_mask)
@@ -150,7 +150,7 @@ def call_of(
         scale=scale,
         softcap=None,
         sinks=None,
-        door=NAME if heads is None else "transformers sdpa",
+        interceptor=NAME if heads is None else "transformers sdpa",
         from_output=lambda out: out if len(shape) == 3 else out.reshape(*shape, out.shape[-1]),
         not_fused=not_fused,
         # A user mask costs our kernels two to three times what it costs SDPA, more than a probe beside it.

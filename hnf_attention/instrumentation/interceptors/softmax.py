@@ -1,4 +1,4 @@
-"""The fourth door: attention written by hand, caught at its softmax.
+"""The fourth interceptor: attention written by hand, caught at its softmax.
 
 The scores are there already, so the statistics are taken from them: of a softmax over the last dimension of
 (B, H, M, N) or (B * H, M, N) scores inside a module whose class is named like attention, or of scores in
@@ -27,7 +27,7 @@ from ..measurement import Measurement
 from ..patches import Patch
 from ..scores import NEVER_A_SCORE, given
 
-DOOR = "softmax"
+INTERCEPTOR = "softmax"
 # What models write for "hidden" beside NEVER_A_SCORE and below: -1e4, or fp16's smallest number in wider
 # scores, which are told from scores only where those are ordinary.
 LOW, ORDINARY = -9e3, 3e3
@@ -37,17 +37,17 @@ _WIDTH = ("embed_dim", "hidden_size", "d_model", "n_embd", "all_head_size", "inn
 
 
 def install(modules: Iterable[nn.Module]) -> list[Patch]:
-    """Put the door in place at the three names of softmax, and where files of these modules imported one."""
+    """Put the interceptor in place at the three names of softmax, and where files of these modules imported one."""
     modules = list(modules)
     places = [functional, torch, torch.Tensor]
     # A function is pickled by its name, which must lead to it. Where a module holds F.softmax, the name is left
     # alone: the function calls the method, which is caught all the same.
     if any(value is functional.softmax for module in modules for value in vars(module).values()):
         places.remove(functional)
-    return [patch for place in places for patch in Patch.everywhere(place, "softmax", _door, modules)]
+    return [patch for place in places for patch in Patch.everywhere(place, "softmax", _interceptor, modules)]
 
 
-def _door(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _interceptor(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def softmax(*args: Any, **kwargs: Any) -> Tensor:
         if transformed():
@@ -86,7 +86,7 @@ def _measure(layer: Tensor, scores: Tensor) -> None:
     owner = operators.owner_of(layer)
     if owner is not None:
         measured = functools.partial(_measured, owner.layer, owner.module, scores)
-        owner.instrumentation.observe(owner.layer, DOOR, measured, COMPILED)
+        owner.instrumentation.observe(owner.layer, INTERCEPTOR, measured, COMPILED)
 
 
 _operator = operators.operator("observe_softmax", "Tensor scores", _measure)
@@ -108,7 +108,7 @@ def _owner(input: Any = None, dim: Any = None, *_: Any, **__: Any) -> observer.O
 
 def _observe(owner: observer.Owner, input: Tensor, *_: Any, **__: Any) -> None:
     measured = functools.partial(_measured, owner.layer, owner.module, input.detach())
-    owner.instrumentation.observe(owner.layer, DOOR, measured)
+    owner.instrumentation.observe(owner.layer, INTERCEPTOR, measured)
 
 
 @torch.no_grad()

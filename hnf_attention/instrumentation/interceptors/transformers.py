@@ -1,4 +1,4 @@
-"""The second door: attention functions of Hugging Face transformers.
+"""The second interceptor: attention functions of Hugging Face transformers.
 
 A model looks its attention function up under the name in `config._attn_implementation`, and uses that
 same name to choose how masks are built (AttentionMaskInterface), and, in many model files, to choose
@@ -41,30 +41,30 @@ from ..patches import Patch, methods
 from .flex_call import described
 
 EAGER = "eager_attention_forward"  # or a name that ends so
-FLEX_DOOR = "transformers flex_attention"
+FLEX_INTERCEPTOR = "transformers flex_attention"
 CHECKED_ROWS = 64
 
 
 def install(modules: Iterable[nn.Module]) -> list[Patch]:
-    """Put the door in place, for "sdpa" everywhere and for "eager" in the files of these modules."""
+    """Put the interceptor in place, for "sdpa" everywhere and for "eager" in the files of these modules."""
     from transformers import AttentionInterface
 
     patches = [
         Patch.acquire(
             lambda: AttentionInterface()["sdpa"],
             functools.partial(AttentionInterface.register, "sdpa"),
-            _sdpa_door,
+            _sdpa_interceptor,
         ),
         Patch.acquire(
             lambda: AttentionInterface()["flex_attention"],
             functools.partial(AttentionInterface.register, "flex_attention"),
-            _flex_door,
+            _flex_interceptor,
         ),
     ]
     for place, name in _eager_functions({type(module) for module in modules}):
         read = functools.partial(operator.getitem, place, name)
         write = functools.partial(operator.setitem, place, name)
-        patches.append(Patch.acquire(read, write, _eager_door))
+        patches.append(Patch.acquire(read, write, _eager_interceptor))
     return patches
 
 
@@ -91,7 +91,7 @@ def _owner(module: nn.Module, *_: Any, **__: Any) -> observer.Owner | None:
     return observer.owner(module)
 
 
-def _sdpa_door(original: Callable[..., Any]) -> Callable[..., Any]:
+def _sdpa_interceptor(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def sdpa_attention_forward(*args: Any, **kwargs: Any) -> Any:
         if transformed():
@@ -111,7 +111,7 @@ def _sdpa_door(original: Callable[..., Any]) -> Callable[..., Any]:
     return sdpa_attention_forward
 
 
-def _eager_door(original: Callable[..., Any]) -> Callable[..., Any]:
+def _eager_interceptor(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
     names, label = tuple(signature.parameters), f"{original.__module__}.{original.__name__}"
     _functions[label] = original
@@ -225,7 +225,7 @@ def _eager_call(
         scale=options.get("scaling"),
         softcap=softcap,
         sinks=options.get("s_aux"),
-        door="transformers eager",
+        interceptor="transformers eager",
         from_output=lambda out: (out.transpose(1, 2).contiguous(), None),
         not_fused=not_fused,
         prefer_fused=False,
@@ -233,7 +233,7 @@ def _eager_call(
     )
 
 
-def _flex_door(original: Callable[..., Any]) -> Callable[..., Any]:
+def _flex_interceptor(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def flex_attention_forward(*args: Any, **kwargs: Any) -> Any:
         if transformed():
@@ -262,7 +262,7 @@ def _beside_flex(
 ) -> None:
     """Leave the operator in the graph; traced. What is added to the scores is in the score_mod that was traced."""
     block_mask = attention_mask if isinstance(attention_mask, BlockMask) else None
-    flex_compiled.beside(FLEX_DOOR, query, key, value, block_mask, scaling, s_aux)
+    flex_compiled.beside(FLEX_INTERCEPTOR, query, key, value, block_mask, scaling, s_aux)
 
 
 @torch.no_grad()
@@ -290,7 +290,7 @@ def _flex_call(
         mask = mask[:, :1].to(query.dtype)  # one head's, and added even where it is boolean
     mask = _combined(mask, position_bias, query, key)
     options = {"scale": scaling, "sinks": s_aux, "softcap": softcap, "attn_mask": mask}
-    return described(FLEX_DOOR, query, key, value, None, block_mask, compiled=True, **options)
+    return described(FLEX_INTERCEPTOR, query, key, value, None, block_mask, compiled=True, **options)
 
 
 def _dropout(module: nn.Module, options: dict[str, Any]) -> float:
