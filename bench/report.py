@@ -1,15 +1,15 @@
-"""The tables of README.md and bench/RESULTS.md and the charts, from bench/results/.
+"""The tables of README.md and docs/, and the charts, from bench/results/.
 
-    python bench/report.py               # rewrites the tables of README.md and bench/RESULTS.md, draws the charts
+    python bench/report.py               # rewrites the tables of these pages, draws the charts into docs/assets/
     python bench/report.py FILE.json     # prints the tables of one file
 
-A table there stands between two comments, the first of which says where it comes from:
+A table there stands between two comments. The first one names the table and its source:
 
     <!-- core table of bench/results/forward_h200.json -->
     <!-- end -->
 
-The names of a file's tables are printed above them, and are told in bench/tables.py. The charts are drawn
-beside their file: bench/results/whole_step_NAME.json gives overhead_NAME.svg and memory_NAME.svg.
+bench/tables.py lists the tables of each kind of file. bench/results/whole_step_NAME.json gives the charts
+docs/assets/overhead_NAME.svg and docs/assets/memory_NAME.svg.
 """
 
 import json
@@ -21,7 +21,8 @@ from charts import draw
 from tables import machine_line, tables
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "bench/RESULTS.md")
+PAGES = ("README.md", "docs/performance.md", "docs/concepts/soundness.md")
+CHARTS = ROOT / "docs" / "assets"
 MARKED = re.compile(r"(<!-- (\S+) table of (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -49,8 +50,7 @@ def show(path: Path) -> None:
     found = tables(document)
     if not found:
         raise SystemExit(
-            f"expected results of the forward or training suite, of whole steps, of captured ones, of long "
-            f"sequences or of the theory's soundness, got {path}, of which no table is made"
+            f"expected results of a benchmark that bench/tables.py knows, got {path}, which gives no table"
         )
     print(machine_line(document))
     for name, text in found.items():
@@ -72,7 +72,7 @@ def main(paths: list[str]) -> None:
         )
     for path in sorted((ROOT / "bench" / "results").glob("whole_step_*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
-        for chart in draw(document, path.parent, path.stem.removeprefix("whole_step_")):
+        for chart in draw(document, CHARTS, path.stem.removeprefix("whole_step_")):
             print(chart.relative_to(ROOT))
 
 

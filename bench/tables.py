@@ -1,9 +1,10 @@
 """Markdown tables of result files; what a file holds decides which there are.
 
 forward and training suites: "core", our attention beside SDPA's at every case; "others", what ran at some.
-bench/whole_step.py: "overhead" and "memory". bench/graphed.py: "graphed". bench/long_sequences.py: "long" and "errors".
+bench/whole_step.py: "overhead" and "memory"; "summary", the shortest and longest sequences of each model.
+bench/graphed.py: "graphed". bench/long_sequences.py: "long" and "errors".
 bench/theory_soundness.py: "soundness" and "bits". bench/theory_kernels.py: "soundness".
-bench/weight_bounds.py: "weights". bench/initial_predictions.py: "initial".
+bench/weight_bounds.py: "weights". bench/initial_predictions.py: "initial". bench/demo_seeds.py: "seeds".
 """
 
 DASH = "–"  # not run, or not recorded by an older file
@@ -15,7 +16,8 @@ def tables(document: dict) -> dict[str, str]:
         ceiling = document["machine_info"].get("matmul_tflops")
         return _attention(_groups(document["benchmarks"]), ceiling)
     if "steps" in document:
-        return {"overhead": _overhead(document["steps"]), "memory": _memory(document["steps"])}
+        steps = document["steps"]
+        return {"overhead": _overhead(steps), "memory": _memory(steps), "summary": _summary(steps)}
     if "graphed" in document:
         return {"graphed": _graphed(document["graphed"])}
     if "long" in document:
@@ -28,6 +30,8 @@ def tables(document: dict) -> dict[str, str]:
         return {"weights": _weights(document["weight_bounds"])}
     if "initial" in document:
         return {"initial": _initial(document["initial"])}
+    if "controls" in document:
+        return {"seeds": _seeds(document["results"])}
     return {}
 
 
@@ -112,7 +116,7 @@ def _others(group: str, peers: dict[str, dict], others: list[str]) -> list[str]:
 
 
 MODELS = {"gpt2": "GPT-2 124M", "llama": "LLaMA 1B"}
-VARIANTS = {  # in the README's order and words
+VARIANTS = {  # in the order and words of the tables
     "log_every=100": "monitored every 100 steps",
     "idle": "of which: not measured",
     "record_every=1": "measured every step",
@@ -125,21 +129,40 @@ def label(row: dict) -> str:
     return f"{MODELS.get(row['model'], row['model'])}, {row['tokens']} tokens"
 
 
-def _overhead(rows: list[dict]) -> str:
-    def cell(found) -> str:
-        if found is None:
-            return DASH
-        return found if isinstance(found, str) else f"{100 * found['overhead']:+.1f}%"
+def _over_plain(found: dict | str | None) -> str:
+    if found is None:
+        return DASH
+    return found if isinstance(found, str) else f"{100 * found['overhead']:+.1f}%"
 
+
+def _plain(row: dict) -> str:
+    plain = row["variants"]["plain"]
+    return plain if isinstance(plain, str) else f"{plain['ms']:.1f} ms"
+
+
+def _overhead(rows: list[dict]) -> str:
     lines = []
     for row in rows:
-        variants = row["variants"]
-        plain = variants["plain"]
         run = row.get("long_run")
-        really = DASH if not isinstance(run, dict) else cell(run["monitored"])
-        first = plain if isinstance(plain, str) else f"{plain['ms']:.1f} ms"
-        lines.append([label(row), first, *(cell(variants.get(name)) for name in VARIANTS), really])
+        really = DASH if not isinstance(run, dict) else _over_plain(run["monitored"])
+        cells = (_over_plain(row["variants"].get(name)) for name in VARIANTS)
+        lines.append([label(row), _plain(row), *cells, really])
     return _markdown(["step", "plain", *VARIANTS.values(), "every 100 steps, really run"], lines)
+
+
+def _summary(rows: list[dict]) -> str:
+    """The first and the last row of each model, and the variants that a newcomer compares."""
+    ends: dict[str, list[dict]] = {}
+    for row in rows:
+        ends[row["model"]] = [*ends.get(row["model"], [])[:1], row]
+    names = {"log_every=100": "monitored, log_every=100", "log_every=1": "monitored, log_every=1"}
+    names["eager"] = "eager attention with output_attentions=True"
+    lines = [
+        [label(row), _plain(row), *(_over_plain(row["variants"].get(name)) for name in names)]
+        for model in ends.values()
+        for row in model
+    ]
+    return _markdown(["training step", "plain", *names.values()], lines)
 
 
 def _memory(rows: list[dict]) -> str:
@@ -273,3 +296,26 @@ def _initial(models: dict[str, dict]) -> str:
             cells += [form.format(first[f"{what}_off"]), " to ".join(ends)]
         lines.append(cells)
     return _markdown(header, lines)
+
+
+def _seeds(results: list[dict]) -> str:
+    header = ["seed", "first warning", "first error", "behind", "loss shows it"]
+    header += ["final loss, untreated", "final loss, treated"]
+    lines = [
+        [
+            str(found["seed"]),
+            *(_at_step(found[name]) for name in ("warning_step", "alarm_step", "hindsight_step")),
+            _at_step(found["loss_shows"] and found["loss_shows"]["step"]),
+            *(_final(found[f"{run}_final_loss"]) for run in ("untreated", "treated")),
+        ]
+        for found in results
+    ]
+    return _markdown(header, lines)
+
+
+def _at_step(step: int | None) -> str:
+    return "never" if step is None else f"step {step}"
+
+
+def _final(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.2f}"

@@ -76,6 +76,26 @@ def test_the_pages_show_what_the_result_files_say():
         assert fill(text, ROOT) == text
 
 
+def test_the_summary_has_each_models_shortest_and_longest_step():
+    from tables import tables
+
+    document = json.loads((BENCH / "results" / "whole_step_h200.json").read_text())
+    rows = [row["training step"] for row in cells(tables(document)["summary"])]
+    assert rows == [f"{name}, {n} tokens" for name in ("GPT-2 124M", "LLaMA 1B") for n in (1024, 16384)]
+
+
+def test_the_demos_seeds_are_a_table():
+    from tables import tables
+
+    document = json.loads((BENCH / "results" / "demo_seeds.json").read_text())
+    first, *others = cells(tables(document)["seeds"])
+    assert len(others) == 5 and first["first warning"] == "step 40" and first["final loss, treated"] == "2.45"
+    document["results"][0] |= {"alarm_step": None, "loss_shows": None, "untreated_final_loss": None}
+    first = cells(tables(document)["seeds"])[0]
+    assert first["first error"] == first["loss shows it"] == "never"
+    assert first["final loss, untreated"] == "not finite"
+
+
 def test_an_older_file_has_a_table_without_what_it_did_not_record():
     from tables import tables
 
