@@ -1,6 +1,6 @@
 """What instrumenting a tiny architecture gives, beside the plain model and the weights that it returns.
 
-python tests/examined.py --write    # makes the README's table of architectures anew
+python tests/examined.py --write    # makes the table of docs/architectures.md anew
 """
 
 import functools
@@ -20,7 +20,7 @@ from hnf_attention.instrumentation import Coverage, Measurement, instrument
 from hnf_attention.instrumentation.interceptors.multihead import INTERCEPTOR as MULTIHEAD
 from hnf_attention.instrumentation.interceptors.sdpa import NAME as SDPA
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
 MARKED = re.compile(r"(<!-- architectures, by tests/examined.py -->\n).*?(<!-- end -->)", re.DOTALL)
 VERSION = ".".join(transformers.__version__.split(".")[:2])
 KINDS = ("decoder", "encoder", "encoder-decoder", "vision", "audio", "multimodal")
@@ -225,12 +225,12 @@ def row(name: str) -> str:
 
 
 def table() -> str:
-    """The README's, of the architectures that the installed version of transformers has."""
+    """That of the page, of the architectures that the installed version of transformers has."""
     names = [name for name, architecture in ARCHITECTURES.items() if architecture.exists]
     kinds = ", ".join(f"{sum(ARCHITECTURES[n].kind == kind for n in names)} {kind}" for kind in KINDS)
     return "\n".join(
         [
-            f"<summary>{len(names)} models of transformers {VERSION} ({kinds})</summary>",
+            f"{len(names)} models of transformers {VERSION} ({kinds})",
             "",
             "| architecture | kind | special | interceptor | output | statistics | gradient |",
             "|---|---|---|---|---|---|---|",
@@ -239,9 +239,9 @@ def table() -> str:
     )
 
 
-def filled(readme: str) -> str:
+def filled(page: str) -> str:
     """The text with the table made anew; raises ValueError where its two comments are missing."""
-    text, places = MARKED.subn(lambda match: f"{match[1]}{table()}\n{match[2]}", readme)
+    text, places = MARKED.subn(lambda match: f"{match[1]}{table()}\n{match[2]}", page)
     if places != 1:
         raise ValueError(f"expected one table of {Path(__file__).name} between its comments, got {places}")
     return text
@@ -249,6 +249,6 @@ def filled(readme: str) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
-        raise SystemExit(f"expected --write, which makes the table in {README} anew, got {sys.argv[1:]}")
+        raise SystemExit(f"expected --write, which makes the table in {PAGE} anew, got {sys.argv[1:]}")
     torch.set_num_threads(1)
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

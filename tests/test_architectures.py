@@ -1,10 +1,10 @@
-"""Every architecture of the list is measured, unchanged, and the README's table says so."""
+"""Every architecture of the list is measured, unchanged, and docs/architectures.md says so."""
 
 import re
 
 import pytest
 from architectures import ARCHITECTURES
-from examined import KINDS, MARKED, README, VERSION, examined, filled
+from examined import KINDS, MARKED, PAGE, VERSION, examined, filled
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -47,10 +47,10 @@ def test_at_least_60_are_measured_with_softmax_attention():
         assert word in specials
 
 
-def test_the_readme_has_the_table_of_these_results():
-    if not README.is_file():
-        pytest.skip("the README is in the checkout only")
-    text = README.read_text(encoding="utf-8")
+def test_the_page_has_the_table_of_these_results():
+    if not PAGE.is_file():
+        pytest.skip("the documentation is in the checkout only")
+    text = PAGE.read_text(encoding="utf-8")
     made_with = re.search(r"models of transformers (\d+)\.(\d+)", MARKED.search(text)[0])
     if tuple(map(int, VERSION.split("."))) < tuple(map(int, made_with.groups())):
         pytest.skip(f"the table is that of transformers {'.'.join(made_with.groups())}, this is {VERSION}")
