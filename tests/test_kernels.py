@@ -37,7 +37,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 def _check_forward(case, dtype, device):
     tensors = case.tensors(dtype, device)
     expected = oracle(case, *tensors)
-    # 1 - 2 / (e^2x + 1) rounds in proportion to the cap, however small the score (README, limits).
+    # 1 - 2 / (e^2x + 1) rounds in proportion to the cap, however small the score (docs/limits.md).
     bend = (case.softcap or 0.0) * 2**-22
     for extended in (False, True):
         got = forward.forward(*tensors[:3], case.options(*tensors), TILES, extended)
