@@ -1,4 +1,4 @@
-"""What runs in each of four processes for test_ranks.py; what they find goes into a folder."""
+"""What runs in each of four processes for test_process_groups.py; what they find goes into a folder."""
 
 import pickle
 from pathlib import Path
