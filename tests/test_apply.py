@@ -12,7 +12,7 @@ from attention_layers import GPT2, LLAMA, SIZES, TOKENS, Multihead, PlainBlock, 
 from torch import nn
 
 from hnf_attention import apply_intervention
-from hnf_attention.interventions import Intervention, dropout, learning_rate
+from hnf_attention.interventions import Applied, Intervention, dropout, learning_rate, qk_clip
 
 t = transformers
 
@@ -190,3 +190,18 @@ def test_an_intervention_is_a_dict_that_knows_its_model():
     assert pickle.loads(pickle.dumps(wanted)) == wanted and copy.deepcopy(wanted).model is None
     apply_intervention(None, wanted)
     assert changed(before, weights(model)) == {"attn.qkv.weight", "attn.qkv.bias"}
+
+
+def test_interventions_are_printed_short():
+    model = nn.ModuleDict({"attn": PlainBlock("qkv")})
+    layers = {"attn": [80.0] * 4}
+    wanted = qk_clip.propose(30.0, layers, "head 0 of attn is hot")
+    text = "action: qk_clip, threshold: 30.0, layers: 1 layers, reason: head 0 of attn is hot"
+    assert repr(wanted) == f"Intervention({text})"
+    many = qk_clip.propose(30.0, {f"h.{i}.attn": [80.0] * 96 for i in range(126)}, 100 * "long ")
+    assert len(repr(many)) < 500
+    applied = apply_intervention(None, wanted, model)
+    assert repr(applied) == "Applied(qk_clip: scaled the weights of attn heads [0, 1, 2, 3])"
+    applied.revert()
+    assert repr(applied).endswith(", reverted)")
+    assert len(repr(Applied(many, 1000 * "text ", []))) < 500
