@@ -10,6 +10,7 @@ from attention_models import Model
 from heads import FakeInstrumentation
 from processes_groups import BATCH, INPUTS, SIZE
 
+import hnf_attention
 from hnf_attention import AttentionStabilityMonitor, ProcessGroups
 from hnf_attention.monitoring.recorder import Recorder
 
@@ -89,6 +90,10 @@ def test_a_data_parallel_model_is_judged_and_treated_alike_everywhere(found):
             # Each process multiplies other matrices: their last digits differ.
             np.testing.assert_allclose(snapshot.layers[name].values, stats.values, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(treated, weight, rtol=1e-5, atol=1e-6)
+
+
+def test_the_former_name_is_the_same_class():
+    assert hnf_attention.Ranks is ProcessGroups
 
 
 def test_groups_need_torch_distributed():

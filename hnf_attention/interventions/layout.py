@@ -20,9 +20,9 @@ SEPARATE = (
 )
 # Rows ordered all of q, all of k, all of v; each of those by heads.
 FUSED = ("c_attn", "qkv", "Wqkv", "qkv_proj")
-# Rows ordered by heads, each of them q, k, v: known only of these classes.
+# Rows ordered by heads, and q, k, v within each head. The name alone does not tell; these classes do so.
 INTERLEAVED = {"query_key_value": ("GPTNeoXAttention", "BloomAttention")}
-# These use one of the FUSED names for another order of rows.
+# Classes that use a FUSED name for another order of rows.
 NOT_FUSED = ("GPTBigCodeAttention", "CodeGenAttention", "MiniMaxLightningAttention")
 QK_NORM = re.compile(r"(^|_)(q|k|qk|query|key)(_|$)")
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")

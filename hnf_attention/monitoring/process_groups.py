@@ -27,7 +27,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """Which processes measure parts of one thing. Each of them has to read at the same steps.
+    """Which processes measure parts of one run. All of them have to read snapshots at the same steps.
 
     batch: processes that run the same heads on other sequences (DDP, FSDP).
     heads: processes that hold different heads of the same layers (tensor parallel, or a sequence exchanged
@@ -89,7 +89,7 @@ class ProcessGroups:
         return math.prod(dist.get_world_size(group) for group in groups if group is not None)
 
     def combine(self, read: Callable[[], Iterable[Part]]) -> list[Part]:
-        """What `read` gives in all processes: the same list in each, in the order of the first that has a part.
+        """Put together what `read` gives in all processes; every process gets the same list.
 
         Raises RuntimeError in every process if `read` fails in one of them, or if processes of `batch`
         or `queries` hold different numbers of heads of one layer. No process is left waiting for another.
