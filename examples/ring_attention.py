@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 4 examples/ring_attention.py
     torchrun --nproc-per-node 2 examples/ring_attention.py --order contiguous --length 4096
 
-Each process keeps its queries and attends to one block of keys after the other; `merge_attention` puts output and
+Each process keeps its queries and attends to one block of keys after the other. `merge_attention` puts output and
 statistics together. Causal, forward only. Every process then computes the whole sequence by itself and compares.
-Runs on GPUs over NCCL where there are enough, else on CPUs over gloo.
+Runs on GPUs over NCCL if there are enough, else on CPUs over gloo.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def ring_attention(
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     mine = pieces(rank, size, order)
     queries = query.chunk(len(mine), 2)
-    done: list = [[] for _ in mine]  # of each piece of queries: what was merged so far, at most one part
+    done: list = [[] for _ in mine]  # for each piece of queries, what was merged so far: at most one part
     block = torch.stack([key, value])
     for step in range(size):
         last = step == size - 1
@@ -72,7 +72,7 @@ def ring_attention(
 
 
 def _pass_on(block: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, list[dist.Work]]:
-    """Send a block to the next process, and receive the previous one's; both are on their way."""
+    """Start sending a block to the next process and receiving the previous one's. Returns that and the requests."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     following = torch.empty_like(block)
     send = dist.P2POp(dist.isend, block, group=group, group_peer=(rank + 1) % size)
@@ -100,7 +100,7 @@ def main(arguments: argparse.Namespace) -> None:
     errors = [(x - share(wanted[name], rank, size, arguments.order)).abs().max() for name, x in found.items()]
     largest = torch.stack(errors)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
-    entropy = statistics["entropy"].sum((0, 2))  # (H,), of the rows here
+    entropy = statistics["entropy"].sum((0, 2))  # (H,), over the rows of this process
     dist.all_reduce(entropy)
     if rank == 0:
         print(f"{size} processes on {device.type}, {arguments.order}, {arguments.length} tokens")

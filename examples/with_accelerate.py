@@ -2,8 +2,8 @@
 
     accelerate launch examples/with_accelerate.py attention.jsonl
 
-Needs `pip install "hnf-attention[trainer]"`. The query and key weights start out far too large, on purpose: the
-monitor finds it, scales them down, and halves the learning rate.
+Needs `pip install "hnf-attention[trainer]"`. The query and key weights start out far too large, on purpose. The
+monitor notices, scales them down, and halves the learning rate.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def watch(monitor: AttentionStabilityMonitor, optimizer, scheduler, accelerator:
         f"step {diagnosis.step}: {len(diagnosis.errors)} errors, {len(diagnosis.warnings)} warnings"
     )
     intervention = monitor.get_intervention(diagnosis)
-    # Several processes would each change their own copy of the weights, by their own statistics.
+    # Several processes would each change their copy of the weights by their own statistics.
     if intervention and accelerator.num_processes == 1:
         done = apply_intervention(optimizer, intervention, scheduler=scheduler)
         print(f"    {done.description}")
@@ -83,5 +83,5 @@ if __name__ == "__main__":
     parser.add_argument("out", help="file for the snapshots, one line of JSON each")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--log-every", type=int, default=5)
-    parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
+    parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     main(parser.parse_args())

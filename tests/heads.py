@@ -81,8 +81,8 @@ def snapshot(step=1, **layers):
     return Snapshot(step, made)
 
 
-def snapshots():
-    """Diagnoses of steps 10, 20 and 30: the second finds what the first did, the third nothing."""
+def diagnoses():
+    """Of steps 10, 20 and 30: the second has the issues of the first, the third has none."""
     spread, sharp = dict(normalized_entropy=[0.5, 0.6, 0.7, 0.9]), dict(max_logit=2e3)
     layers = [{"h.0.attn": spread, "h.1.attn": sharp}] * 2 + [{"h.0.attn": spread, "h.1.attn": {}}]
     return [diagnose([snapshot(10 * (i + 1), **each)]) for i, each in enumerate(layers)]

@@ -17,7 +17,7 @@ SIZE = 2
 
 
 def data_parallel(rank, x):
-    """Monitored and, where it must be, treated alike everywhere."""
+    """Monitored, and treated alike in every process."""
     model = sharp_model().cuda()
     monitor = AttentionStabilityMonitor(
         model, log_every=1, auto_intervene=True, ranks=ProcessGroups(batch=dist.group.WORLD)

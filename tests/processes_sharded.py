@@ -120,7 +120,7 @@ def refusal(model, layer):
 
 
 def tensor_parallel(rank, size):
-    """Heads over two processes, and FSDP2 over what is left of them."""
+    """Heads over two processes, and FSDP2 over the others."""
     mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "tp"))
     model = stack()
     for layer in model:
@@ -136,9 +136,8 @@ def tensor_parallel(rank, size):
     return snapshots(monitor)[0], out, refusal(model, "0")
 
 
-@sdpa_kernel(
-    SDPBackend.MATH
-)  # DTensor has rules for its operators; for the CPU's own it searches for minutes
+# DTensor has rules for the operators of the math backend; for the CPU's own it searches for minutes.
+@sdpa_kernel(SDPBackend.MATH)
 def distributed_tensors(rank, size):
     """Attention that sees DTensors: (coverage, statistics, whether the output is the one without) of each."""
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
@@ -171,7 +170,7 @@ def distributed_tensors(rank, size):
 
 
 def gathered_keys(rank, size):
-    """Context parallel over two processes, and other sequences in what is left of them."""
+    """Context parallel over two processes, and other sequences in the others."""
     mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "cp"))
     model = stack(GatheringAttention)
     rows = zigzag(rank % 2, 2)
@@ -186,7 +185,7 @@ def gathered_keys(rank, size):
 
 @sdpa_kernel(SDPBackend.MATH)
 def torch_context_parallel(rank, size):
-    """What is said of it, entered inside or outside of the instrumentation."""
+    """Its coverage, entered inside and outside of the instrumentation."""
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("cp",))
     found = []
     for entered_first in (False, True):

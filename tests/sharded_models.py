@@ -34,7 +34,7 @@ def sharp_model(**options):
 
 
 class SeparateAttention(nn.Module):
-    """Causal, with a projection each, and as many heads as this process's projections give."""
+    """Causal, with separate projections, and as many heads as this process's projections hold."""
 
     def __init__(self):
         super().__init__()
@@ -87,7 +87,7 @@ def stack(attention=SeparateAttention):
 
 
 class GPTNeoXAttention(nn.Module):
-    """Its name says in which order its rows are."""
+    """Its name tells the order of its rows."""
 
     def __init__(self):
         super().__init__()
@@ -95,7 +95,7 @@ class GPTNeoXAttention(nn.Module):
 
 
 class Layouts(nn.Module):
-    """A layer for each way of keeping query and key weights that is found in shards."""
+    """A layer for each layout of query and key weights that can be found in shards."""
 
     def __init__(self):
         super().__init__()

@@ -145,3 +145,10 @@ def test_what_is_not_measured_is_in_the_diagnosis():
         diagnosis = analyzer.diagnose()
     assert "unseen" in diagnosis.not_measured
     assert "unseen: no call reached" in diagnosis.summary()
+
+
+def test_it_is_printed_short(model):
+    with AttentionAnalyzer(model) as analyzer, torch.no_grad():
+        model(TOKENS)
+        analyzer.mark()
+    assert repr(analyzer) == "AttentionAnalyzer of 2 measured layers: 1 snapshots"

@@ -12,8 +12,7 @@ from attention_layers import GPT2, LLAMA, SIZES, TOKENS, Multihead, PlainBlock, 
 from torch import nn
 
 from hnf_attention import apply_intervention
-from hnf_attention.interventions import Intervention
-from hnf_attention.interventions import intervention as make
+from hnf_attention.interventions import Applied, Intervention, dropout, learning_rate, qk_clip
 
 t = transformers
 
@@ -52,7 +51,7 @@ def test_schedulers_keep_the_reduced_rate(kind, caplog):
         seen = []
         for step in range(8):
             if step == factor_at:
-                apply_intervention(optimizer, make.reduce_lr(0.25, ""), scheduler=given)
+                apply_intervention(optimizer, learning_rate.propose(0.25, ""), scheduler=given)
             optimizer.step()
             scheduler.step()
             seen.append(optimizer.param_groups[0]["lr"])
@@ -67,7 +66,7 @@ def test_schedulers_keep_the_reduced_rate(kind, caplog):
 def test_a_scheduler_that_is_not_given_is_mentioned(caplog):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    apply_intervention(optimizer, make.reduce_lr(0.5, ""))
+    apply_intervention(optimizer, learning_rate.propose(0.5, ""))
     assert optimizer.param_groups[0]["initial_lr"] == 0.5
     assert "scheduler=" in caplog.text
 
@@ -75,7 +74,7 @@ def test_a_scheduler_that_is_not_given_is_mentioned(caplog):
 def test_a_tensor_rate_stays_the_same_tensor():
     rate = torch.tensor(1.0)
     optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=rate)
-    apply_intervention(optimizer, make.reduce_lr(0.5, ""))
+    apply_intervention(optimizer, learning_rate.propose(0.5, ""))
     assert optimizer.param_groups[0]["lr"] is rate and rate == 0.5
 
 
@@ -133,7 +132,7 @@ def test_dropout_is_raised_in_the_forward_pass_and_bounded():
 def test_dropout_of_a_layer_without_any():
     model = nn.ModuleDict({"attn": PlainBlock("qkv")})
     with pytest.raises(ValueError, match="'attn' to have an attention dropout .*got PlainBlock with none"):
-        apply_intervention(None, make.increase_dropout("attn", ""), model)
+        apply_intervention(None, dropout.propose("attn", ""), model)
 
 
 # Bad interventions
@@ -180,7 +179,7 @@ def test_a_missing_model(wanted):
 
 def test_a_missing_optimizer():
     with pytest.raises(ValueError, match="expected an optimizer for reduce_lr"):
-        apply_intervention(None, make.reduce_lr(0.5, ""))
+        apply_intervention(None, learning_rate.propose(0.5, ""))
 
 
 def test_an_intervention_is_a_dict_that_knows_its_model():
@@ -191,3 +190,18 @@ def test_an_intervention_is_a_dict_that_knows_its_model():
     assert pickle.loads(pickle.dumps(wanted)) == wanted and copy.deepcopy(wanted).model is None
     apply_intervention(None, wanted)
     assert changed(before, weights(model)) == {"attn.qkv.weight", "attn.qkv.bias"}
+
+
+def test_interventions_are_printed_short():
+    model = nn.ModuleDict({"attn": PlainBlock("qkv")})
+    layers = {"attn": [80.0] * 4}
+    wanted = qk_clip.propose(30.0, layers, "head 0 of attn is hot")
+    text = "action: qk_clip, threshold: 30.0, layers: 1 layers, reason: head 0 of attn is hot"
+    assert repr(wanted) == f"Intervention({text})"
+    many = qk_clip.propose(30.0, {f"h.{i}.attn": [80.0] * 96 for i in range(126)}, 100 * "long ")
+    assert len(repr(many)) < 500
+    applied = apply_intervention(None, wanted, model)
+    assert repr(applied) == "Applied(qk_clip: scaled the weights of attn heads [0, 1, 2, 3])"
+    applied.revert()
+    assert repr(applied).endswith(", reverted)")
+    assert len(repr(Applied(many, 1000 * "text ", []))) < 500

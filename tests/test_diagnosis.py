@@ -37,7 +37,7 @@ def growing(scores, steps=None, **numbers):
     return [snapshot(s, a={"max_logit": m, **e}) for s, m, e in zip(steps, scores, each)]
 
 
-def test_a_healthy_model_has_no_findings():
+def test_a_healthy_model_has_no_issues():
     diagnosis = diagnose([snapshot(step, a={}, b={"heads": 8}) for step in range(1, 30)])
     assert diagnosis.issues == [] and not diagnosis.has_issues()
     assert diagnosis.summary() == "step 29: 2 layers, 12 heads measured; 0 errors, 0 warnings"
@@ -174,12 +174,12 @@ def only(head, **numbers):
 def test_one_sharp_head_is_a_warning_half_a_layer_an_error():
     issues = found([snapshot(3, a=only(2, **SHARP))], "entropy_collapse")
     assert set(issues) == {2} and issues[2].severity == "warning"
-    assert "like 1 of the layer's 4 heads, with scores up to 5" in issues[2].evidence
+    assert "such heads in this layer: 1 of 4; scores up to 5" in issues[2].evidence
     many = {k: np.where(np.arange(4) < 2, v, getattr(head_stats(), k)) for k, v in SHARP.items()}
     issues = found([snapshot(3, a=many)], "entropy_collapse")
     assert {h: i.severity for h, i in issues.items()} == {0: "error", 1: "error"}
-    assert issues[0].threshold == threshold("collapse_ratio") and issues[0].value == pytest.approx(0.02)
-    assert "like 2 of the layer's 4 heads" in issues[0].evidence
+    assert issues[0].threshold == threshold("collapsed_entropy") and issues[0].value == pytest.approx(0.02)
+    assert "such heads in this layer: 2 of 4" in issues[0].evidence
 
 
 def test_one_sharp_head_with_large_scores_is_an_error():
@@ -199,9 +199,9 @@ def test_one_sharp_head_with_rising_scores_is_an_error():
 def test_saturated_rows_count_even_when_the_mean_is_fine():
     numbers = {"normalized_entropy": 0.3, "saturated_share": 0.95}
     issues = found([snapshot(1, a=numbers)], "entropy_collapse")
-    assert issues[0].severity == "error" and issues[0].threshold == threshold("saturated_rows")
+    assert issues[0].severity == "error" and issues[0].threshold == threshold("collapsed_saturation")
     issues = found([snapshot(1, a=numbers | {"saturated_share": 0.6})], "entropy_collapse")
-    assert issues[0].severity == "warning" and issues[0].threshold == threshold("many_saturated_rows")
+    assert issues[0].severity == "warning" and issues[0].threshold == threshold("high_saturation")
 
 
 def test_low_entropy_is_a_warning_in_any_number_of_heads():
@@ -228,7 +228,7 @@ def test_a_coming_collapse_is_announced_with_its_time():
 
 
 @pytest.mark.parametrize(
-    "first_ratio, fall, scores",
+    "first, fall, scores",
     [
         (0.45, 0.002, [20.0] * 10),  # what learning looks like: entropy falls, the scores stay
         (0.45, 0.002, [70.0] * 10),  # also where they are large
@@ -236,14 +236,14 @@ def test_a_coming_collapse_is_announced_with_its_time():
         (0.865, 0.0035, None),  # 143 steps ahead, from more than half of the full entropy
     ],
 )
-def test_no_collapse_is_announced(first_ratio, fall, scores):
+def test_no_collapse_is_announced(first, fall, scores):
     steps = range(10, 101, 10)
-    ratios = [first_ratio - fall * (s - 10) for s in steps]
+    ratios = [first - fall * (s - 10) for s in steps]
     scores = [(3 + 0.04 * s) ** 2 for s in steps] if scores is None else scores
     assert not found(growing(scores, steps, normalized_entropy=ratios), "entropy_collapse")
 
 
-# Spikes, gradients, non-finite numbers
+# One-hot heads, gradients, non-finite numbers
 
 
 def test_one_hot_attention():

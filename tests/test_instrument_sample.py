@@ -115,7 +115,7 @@ def test_a_sampled_maximum_is_a_lower_bound_in_words():
     ("numbers", "words"),
     [
         ({"normalized_entropy": 0.02, "saturated_share": 0.9}, "normalized entropy 0.020 ± 0.0006"),
-        ({"max_weight": 0.97}, "is 0.970 ± 0.03 in the mean"),
+        ({"max_weight": 0.97}, "is 0.970 ± 0.03 on average"),
         ({"jacobian_trace_bound": 1e-3}, "at most 0.001 ± 3e-05 of the softmax"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from tiny_gpt2 import LENGTH, heat, tiny_gpt2
 
 from hnf_attention import AttentionStabilityMonitor, apply_intervention, instrument
-from hnf_attention.interventions.intervention import qk_clip
+from hnf_attention.interventions.qk_clip import propose as qk_clip
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -242,3 +242,13 @@ def test_only_the_main_process_writes():
 def test_data_parallelism_is_looked_into():
     inner = nn.Linear(1, 1)
     assert unwrapped(nn.DataParallel(inner)) is inner and unwrapped(inner) is inner
+
+
+def test_it_is_printed_short():
+    callback = AttentionStabilityCallback(log_every=2)
+    assert repr(callback) == "AttentionStabilityCallback(no training yet)"
+    callback._begin(tiny_gpt2(), 1, 5, True)
+    assert repr(callback).startswith(
+        "AttentionStabilityCallback(AttentionStabilityMonitor of GPT2LMHeadModel at"
+    )
+    callback.restore()

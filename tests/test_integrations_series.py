@@ -14,7 +14,7 @@ from hnf_attention.diagnosis import diagnose
 from hnf_attention.integrations import JSONLWriter, TensorBoardWriter, WandbWriter, read_jsonl
 from hnf_attention.integrations.series import LayerKeys, heatmaps, histograms, kinds, overall, scalars
 
-RATIOS = [0.5, 0.6, 0.7, 0.9]
+ENTROPIES = [0.5, 0.6, 0.7, 0.9]
 NAMES = (
     "normalized_entropy_min",
     "normalized_entropy_mean",
@@ -26,7 +26,7 @@ MODEL_NAMES = (*NAMES, "error_bound_max", "required_bits_max")
 
 
 def diagnosed(step=10, **layers):
-    default = {"h.0.attn": dict(normalized_entropy=RATIOS), "h.1.attn": dict(max_logit=2e3, heads=2)}
+    default = {"h.0.attn": dict(normalized_entropy=ENTROPIES), "h.1.attn": dict(max_logit=2e3, heads=2)}
     return diagnose([snapshot(step, **layers or default)])
 
 
@@ -58,7 +58,7 @@ def test_a_handful_of_scalars_per_layer():
     assert numbers["attn/layer_00/normalized_entropy_min"] == pytest.approx(0.5)
     assert numbers["attn/layer_00/normalized_entropy_mean"] == pytest.approx(0.675)
     assert numbers["attn/layer_01/max_abs_logit_max"] == numbers["attn/max_abs_logit_max"] == 2e3
-    assert numbers["attn/normalized_entropy_mean"] == pytest.approx((sum(RATIOS) + 2 * 0.7) / 6)
+    assert numbers["attn/normalized_entropy_mean"] == pytest.approx((sum(ENTROPIES) + 2 * 0.7) / 6)
     assert numbers["attn/errors"] == len(diagnosis.errors) == 2
     assert all(type(value) is float for value in numbers.values())
     assert overall(diagnosis) == {name: numbers[name] for name in model}
@@ -68,7 +68,7 @@ def test_what_no_head_could_give_is_left_out():
     empty = head_stats(judged_rows=0.0)
     diagnosis = diagnose([snapshot(1, short=empty)])
     keys = keys_of(diagnosis)
-    assert not any("normalized_entropy" in name or "dead" in name for name in scalars(diagnosis, keys))
+    assert not any("normalized_entropy" in name or "saturated" in name for name in scalars(diagnosis, keys))
     assert set(histograms(diagnosis, keys)) == {"attn/layer_00/max_abs_logit"}
 
 
@@ -78,7 +78,7 @@ def test_histograms_hold_the_heads():
     assert set(found) == {
         f"attn/layer_0{i}/{name}" for i in (0, 1) for name in ("normalized_entropy", "max_abs_logit")
     }
-    np.testing.assert_allclose(found["attn/layer_00/normalized_entropy"], RATIOS)
+    np.testing.assert_allclose(found["attn/layer_00/normalized_entropy"], ENTROPIES)
 
 
 def test_heatmaps_show_each_head_and_what_is_missing():
@@ -114,8 +114,9 @@ def test_kinds_change_with_what_is_found_only():
 def test_nothing_optional_is_imported_before_it_is_used():
     code = (
         "import sys, hnf_attention, hnf_attention.integrations as i; dir(i); i.JSONLWriter('x');"
-        "print([m for m in ('tensorboard', 'wandb', 'transformers', 'lightning', 'pytorch_lightning', 'accelerate')"
-        " if m in sys.modules])"
+        "from hnf_attention.integrations import tensorboard, wandb, series, training;"
+        "optional = ('tensorboard', 'wandb', 'transformers', 'lightning', 'pytorch_lightning', 'accelerate');"
+        "print([m for m in (*optional, 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
@@ -213,3 +214,49 @@ def test_a_layer_that_comes_later_is_added_to_the_map(tmp_path):
     writer.write(diagnosed(1, a=dict()))
     writer.write(diagnosed(2, a=dict(), b=dict()))
     assert read_jsonl(tmp_path / "a.jsonl").layers == {"layer_00": "a", "layer_01": "b"}
+
+
+# Two lines as version 0.1 wrote them; evidence and sources are shortened.
+FORMER_LINES = """\
+{"kind": "run", "format": 1, "versions": {"hnf-attention": "0.1.0"}, "layers": {"layer_00": "h.0.attn"}}
+{"kind": "reading", "time": 1.5, "step": 10, "healthy": true, "issues": [{"layer": "h.0.attn", "head": 0,\
+ "issue_type": "attention_spike", "severity": "warning", "value": 0.97, "threshold": 0.95, "source": "s",\
+ "evidence": "e", "suggestion": "f"}, {"layer": "h.0.attn", "head": 0, "issue_type": "vanishing_gradient",\
+ "severity": "warning", "value": 0.04, "threshold": 0.05, "source": "s", "evidence": "e", "suggestion": "f"}],\
+ "layers": {"h.0.attn": {"num_heads": 2, "head_dim": 64, "dtype": "float32", "sample_period": 1,\
+ "rows": [1000.0, 1000.0], "judged_rows": [1000.0, 1000.0], "nonfinite_rows": [0.0, 0.0], "entropy": [3.0, 3.0],\
+ "entropy_ratio": [0.02, 0.7], "entropy_ratio_min": [0.01, 0.6], "entropy_ratio_p10": [0.015, 0.65],\
+ "dead_share": [0.25, 0.0], "max_weight": [0.97, 0.2], "sink_mass": [0.05, 0.05],\
+ "jacobian_trace_bound": [0.9, 0.9], "entropy_ratio_stderr": [0.0, 0.1], "dead_share_stderr": [0.0, 0.2],\
+ "max_weight_stderr": [0.0, 0.0], "sink_mass_stderr": [0.0, 0.0], "jacobian_trace_bound_stderr": [0.0, 0.0],\
+ "logit_range": [6.0, 6.0], "logit_range_max": [10.0, 10.0], "max_logit": [5.0, 5.0], "min_logit": [-5.0, -5.0],\
+ "query_norm": [10.0, 10.0], "key_norm": [10.0, 10.0], "log2_curvature": [15.0708, 15.0708],\
+ "score_magnitude": [5.00015, 5.00015], "error_bound": [5.42006e-05, 9.22123e-05], "required_bits": [7.0, 9.0],\
+ "typical_bits": [1.0, 3.0]}}, "not_measured": {}}
+"""
+
+
+def test_files_of_version_0_1_are_read_under_todays_names(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(FORMER_LINES)
+    JSONLWriter(path).write(diagnosed(20, **{"h.0.attn": dict(heads=2)}))  # a run that was resumed
+    former, today = read_jsonl(path).snapshots
+    assert (former["kind"], former["step"], former["time"]) == ("snapshot", 10, 1.5)
+    assert [issue["issue_type"] for issue in former["issues"]] == ["one_hot_attention", "vanishing_gradient"]
+    layer = former["layers"]["h.0.attn"]
+    assert set(former) == set(today) and set(layer) == set(today["layers"]["h.0.attn"])
+    assert layer["normalized_entropy"] == [0.02, 0.7] and layer["saturated_share"] == [0.25, 0.0]
+    assert layer["normalized_entropy_min"] == [0.01, 0.6] and layer["normalized_entropy_p10"] == [0.015, 0.65]
+    assert layer["normalized_entropy_stderr"] == [0.0, 0.1] and layer["saturated_share_stderr"] == [0.0, 0.2]
+
+
+def test_the_former_name_of_the_snapshots_still_works(tmp_path):
+    path = tmp_path / "a.jsonl"
+    writer = JSONLWriter(path)
+    for step in range(1, 101):
+        writer.write(diagnosed(step))
+    log = read_jsonl(path)
+    with pytest.warns(DeprecationWarning, match="readings is now snapshots"):
+        assert log.readings is log.snapshots
+    assert repr(log) == "JSONLLog of 2 layers: 100 snapshots of steps 1 to 100"
+    assert repr(type(log)({}, [])) == "JSONLLog of 0 layers: 0 snapshots"

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from heads import snapshots
+from heads import diagnoses
 from PIL import Image
 
 from hnf_attention.integrations import TensorBoardWriter
@@ -26,7 +26,7 @@ def texts(events, tag):
 
 def test_the_event_reader_finds_what_was_written(tmp_path):
     writer = TensorBoardWriter(tmp_path)
-    written = snapshots()
+    written = diagnoses()
     for diagnosis in written:
         writer.write(diagnosis)
     events = read(tmp_path)  # before it is closed: each snapshot is flushed
@@ -58,7 +58,7 @@ def test_the_event_reader_finds_what_was_written(tmp_path):
 
 def test_a_closed_writer_goes_on_in_another_file(tmp_path):
     writer = TensorBoardWriter(tmp_path)
-    for diagnosis in snapshots():
+    for diagnosis in diagnoses():
         writer.write(diagnosis)
         writer.close()
         writer.close()
@@ -70,7 +70,7 @@ def test_a_summary_writer_stays_its_owners(tmp_path):
 
     with SummaryWriter(tmp_path) as events:
         writer = TensorBoardWriter(events)
-        writer.write(snapshots()[0])
+        writer.write(diagnoses()[0])
         writer.close()
         events.add_scalar("loss", 1.0, 10)
     assert {"loss", "attn/layer_01/max_abs_logit_max"} <= set(read(tmp_path).Tags()["scalars"])

@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 from attention_models import Model, x
-from heads import snapshots
+from heads import diagnoses
 from PIL import Image
 
 from hnf_attention import AttentionStabilityMonitor
@@ -56,7 +56,7 @@ def history(folder):
 
 def test_the_offline_files_hold_what_was_written(tmp_path, options):
     writer = WandbWriter(**options)
-    written = snapshots()
+    written = diagnoses()
     for diagnosis in written:
         writer.write(diagnosis)
     assert wandb.run is not None
@@ -100,7 +100,7 @@ def test_an_active_run_is_used_and_left_open(tmp_path, options):
     writer = WandbWriter(project="not started")
     with wandb.init(**options) as run:
         run.log({"loss": 2.0})
-        writer.write(snapshots()[0])
+        writer.write(diagnoses()[0])
         writer.close()
         run.log({"loss": 1.0})
     rows = history(tmp_path)
@@ -109,7 +109,7 @@ def test_an_active_run_is_used_and_left_open(tmp_path, options):
 
 def test_a_run_given_is_used(tmp_path, options):
     with wandb.init(**options) as run:
-        WandbWriter(run).write(snapshots()[0])
+        WandbWriter(run).write(diagnoses()[0])
     assert [row["attn/errors"] for row in history(tmp_path)] == [4.0]
 
 

@@ -23,7 +23,7 @@ from attention_layers import (
 from torch import nn
 
 from hnf_attention import apply_intervention, instrument
-from hnf_attention.interventions import intervention as make
+from hnf_attention.interventions import qk_clip, temperature
 
 TAU = 30.0
 t = transformers
@@ -78,7 +78,7 @@ def hot(request):
                 parameter.normal_(0, 0.3)  # they start at zero: forgetting them would go unnoticed
     layer, scores = largest(model, run)
     apply_intervention(
-        None, make.temperature({layer: (scores / torch.tensor([90.0, 5, 40, 20])).tolist()}, ""), model
+        None, temperature.propose({layer: (scores / torch.tensor([90.0, 5, 40, 20])).tolist()}, ""), model
     )
     _, scores = largest(model, run)
     torch.testing.assert_close(scores, torch.tensor([90.0, 5, 40, 20]), rtol=1e-4, atol=0)
@@ -88,7 +88,7 @@ def hot(request):
 def test_qk_clip_brings_exactly_the_hot_heads_to_the_threshold(hot):
     model, run, layer, scores = hot
     before = weights(model)
-    applied = apply_intervention(None, make.qk_clip(TAU, {layer: scores.tolist()}, "hot"), model)
+    applied = apply_intervention(None, qk_clip.propose(TAU, {layer: scores.tolist()}, "hot"), model)
     _, after = largest(model, run)
     torch.testing.assert_close(after, scores.clamp(max=TAU), rtol=1e-4, atol=0)
     assert f"{layer} heads [0, 2]" in applied.description
@@ -107,7 +107,7 @@ def test_qk_clip_brings_exactly_the_hot_heads_to_the_threshold(hot):
 def test_qk_clip_is_shared_by_query_and_key_unless_keys_are_shared(hot, request):
     model, run, layer, scores = hot
     _, before = measure(model, run)
-    apply_intervention(None, make.qk_clip(TAU, {layer: scores.tolist()}, "hot"), model)
+    apply_intervention(None, qk_clip.propose(TAU, {layer: scores.tolist()}, "hot"), model)
     _, after = measure(model, run)
     factor = (TAU / scores).clamp(max=1)
     grouped = any(word in request.node.callspec.id for word in ("grouped", "around"))
@@ -121,14 +121,14 @@ def test_qk_clip_leaves_heads_alone_that_need_nothing(hot):
     model, run, layer, scores = hot
     before = weights(model)
     for sizes in ([TAU] * 4, [None, math.nan, math.inf, 1.0]):
-        applied = apply_intervention(None, make.qk_clip(TAU, {layer: sizes}, ""), model)
+        applied = apply_intervention(None, qk_clip.propose(TAU, {layer: sizes}, ""), model)
         assert "nothing to scale" in applied.description
         assert not changed(before, weights(model))
 
 
 def test_temperature_divides_exactly_the_chosen_heads(hot):
     model, run, layer, scores = hot
-    applied = apply_intervention(None, make.temperature({layer: [8.0, 1.0, 1.0, 0.5]}, "sharp"), model)
+    applied = apply_intervention(None, temperature.propose({layer: [8.0, 1.0, 1.0, 0.5]}, "sharp"), model)
     expected = scores / torch.tensor([8.0, 1.0, 1.0, 0.5])
     torch.testing.assert_close(largest(model, run)[1], expected, rtol=1e-4, atol=0)
     assert f"{layer} heads [0, 3]" in applied.description
@@ -141,7 +141,7 @@ def test_temperature_is_the_temperature():
     model = t.LlamaForCausalLM(LLAMA).eval()
     other = copy.deepcopy(model)
     other.model.layers[0].self_attn.scaling /= 4
-    apply_intervention(None, make.temperature({"model.layers.0.self_attn": [4.0] * 4}, ""), model)
+    apply_intervention(None, temperature.propose({"model.layers.0.self_attn": [4.0] * 4}, ""), model)
     with torch.no_grad():
         torch.testing.assert_close(model(TOKENS).logits, other(TOKENS).logits, rtol=1e-5, atol=1e-6)
 
@@ -150,7 +150,7 @@ def test_scaling_bf16_weights_rounds_once():
     torch.manual_seed(0)
     model = t.LlamaForCausalLM(LLAMA).bfloat16()
     before = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
-    apply_intervention(None, make.temperature({"model.layers.0.self_attn": [3.0] * 4}, ""), model)
+    apply_intervention(None, temperature.propose({"model.layers.0.self_attn": [3.0] * 4}, ""), model)
     exact = (before.double() / 3).bfloat16()
     assert (model.model.layers[0].self_attn.q_proj.weight == exact).float().mean() > 0.99
 
@@ -163,7 +163,7 @@ def test_training_goes_on_after_a_clip():
         optimizer.zero_grad()
         model(TOKENS, labels=TOKENS).loss.backward()
         optimizer.step()
-        clip = make.qk_clip(0.01, {"transformer.h.0.attn": [0.02, 0.03, 0.005, 0.04]}, "", lr_factor=0.5)
+        clip = qk_clip.propose(0.01, {"transformer.h.0.attn": [0.02, 0.03, 0.005, 0.04]}, "", lr_factor=0.5)
         apply_intervention(optimizer, clip, model)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 8)
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -200,7 +200,7 @@ def test_layouts_that_are_refused(module, message, action):
     model = nn.ModuleDict({"attn": module})
     before = weights(model)
     numbers = {"attn": [100.0, 100.0]}
-    wanted = make.qk_clip(TAU, numbers, "") if action == "qk_clip" else make.temperature(numbers, "")
+    wanted = qk_clip.propose(TAU, numbers, "") if action == "qk_clip" else temperature.propose(numbers, "")
     with pytest.raises(ValueError, match=message):
         apply_intervention(None, wanted, model)
     assert not changed(before, weights(model))
@@ -209,23 +209,23 @@ def test_layouts_that_are_refused(module, message, action):
 def test_a_parametrized_projection_is_refused():
     module = Strange(q_proj=nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), k_proj=nn.Linear(8, 8))
     with pytest.raises(ValueError, match="its own floating-point weight"):
-        apply_intervention(None, make.temperature({"a": [2.0, 2.0]}, ""), nn.ModuleDict({"a": module}))
+        apply_intervention(None, temperature.propose({"a": [2.0, 2.0]}, ""), nn.ModuleDict({"a": module}))
 
 
 def test_qwen3_is_refused_as_a_whole():
     model = t.Qwen3ForCausalLM(t.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8))
     with pytest.raises(ValueError, match="QK-norm .*q_norm, k_norm.*lower its gains or the learning rate"):
-        apply_intervention(None, make.qk_clip(TAU, {"model.layers.0.self_attn": [99.0] * 4}, ""), model)
+        apply_intervention(None, qk_clip.propose(TAU, {"model.layers.0.self_attn": [99.0] * 4}, ""), model)
 
 
 def test_an_identity_in_place_of_a_norm_is_no_qk_norm():
     module = Strange(qkv=nn.Linear(8, 24), q_norm=nn.Identity(), norm=nn.LayerNorm(8))
-    apply_intervention(None, make.temperature({"a": [2.0, 2.0]}, ""), nn.ModuleDict({"a": module}))
+    apply_intervention(None, temperature.propose({"a": [2.0, 2.0]}, ""), nn.ModuleDict({"a": module}))
 
 
 def test_all_layers_or_none():
     model = nn.ModuleDict({"good": PlainBlock("qkv"), "bad": Strange(proj=nn.Linear(8, 8))})
     before = weights(model)
     with pytest.raises(ValueError, match="known layout"):
-        apply_intervention(None, make.qk_clip(TAU, {"good": [99.0] * 4, "bad": [99.0] * 4}, ""), model)
+        apply_intervention(None, qk_clip.propose(TAU, {"good": [99.0] * 4, "bad": [99.0] * 4}, ""), model)
     assert not changed(before, weights(model))

@@ -130,7 +130,7 @@ def test_it_does_not_change_the_training(model, train_step):
     assert losses(True) == losses(False)
 
 
-def test_findings_are_logged_once_and_again_when_they_worsen(model, caplog):
+def test_issues_are_logged_once_and_again_when_they_worsen(model, caplog):
     monitor = AttentionStabilityMonitor(model, log_every=1)
 
     def step():
@@ -245,7 +245,7 @@ def test_a_fault_in_the_rules_is_logged_once(model, train_step, caplog, monkeypa
     assert len(monitor.history) == 3
 
 
-def test_a_fault_in_snapshot_ends_the_measuring(model, train_step, caplog, monkeypatch):
+def test_a_fault_in_reading_ends_the_measuring(model, train_step, caplog, monkeypatch):
     monitor = AttentionStabilityMonitor(model, log_every=1)
     monkeypatch.setattr(monitor._recorder, "read", fail)
     for _ in range(3):
@@ -383,3 +383,14 @@ def test_bad_arguments_leave_the_model_as_it_was(model, options, error):
     with pytest.raises(error, match="expected"):
         AttentionStabilityMonitor(model, **options)
     AttentionStabilityMonitor(model).restore()
+
+
+def test_it_is_printed_short(model, train_step, monkeypatch):
+    monitor = AttentionStabilityMonitor(model, log_every=2, writers=[fail])
+    for _ in range(4):
+        train_step(model)
+        monitor.on_step()
+    assert repr(monitor) == (
+        "AttentionStabilityMonitor of GPT2LMHeadModel at step 4: log_every 2, record_every None, "
+        "2 snapshots, 0 interventions applied; off: writer 0 (function)"
+    )

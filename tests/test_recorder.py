@@ -1,4 +1,4 @@
-"""Cadence, packing and resetting of the recorder, on a stand-in for an instrumentation."""
+"""Cadence, packing and resetting of the recorder, with a stand-in for an instrumentation."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""All layers' heads side by side: a number is computed once for all of them, not once for each layer."""
+"""The heads of many layers in one array, so that each number is computed once rather than once per layer."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .trends import Line, score_size, theil_sen
 
 _KEYS = NUM_SUMS + MAX_FIELDS.index("num_keys")
 # What `score_size` and `HeadStats.normalized_entropy` are computed from.
-_OF_SCORE = [NUM_SUMS + MAX_FIELDS.index(name) for name in ("max_logit", "neg_min_logit")]
-_OF_RATIO = [SUM_FIELDS.index(name) for name in ("normalized_entropy", "judged_rows")]
+_SCORE_FIELDS = [NUM_SUMS + MAX_FIELDS.index(name) for name in ("max_logit", "neg_min_logit")]
+_ENTROPY_FIELDS = [SUM_FIELDS.index(name) for name in ("normalized_entropy", "judged_rows")]
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Where the heads of some layers are and go, layer after layer, (H,) each; over T snapshots, oldest first."""
+    """The heads of some layers, one layer after the other, (H,) each: where they are and how they got there."""
 
     layers: Sequence[str]
-    snapshots: Sequence[Snapshot]  # that hold all the layers; the last one is judged
+    snapshots: Sequence[Snapshot]  # T of them, oldest first, with all the layers; the last one is judged
     stats: HeadStats  # of the last snapshot
-    places: Sequence[tuple[str, int]]  # layer, and number in it
-    layer: np.ndarray  # the layer's place in `layers`
-    layer_heads: np.ndarray  # how many heads the layer has
-    scores: np.ndarray  # `score_size`, (T, H)
+    places: Sequence[tuple[str, int]]  # layer, and the head's number in it
+    layer: np.ndarray  # index of the layer in `layers`
+    layer_heads: np.ndarray  # number of heads in the layer
+    scores: np.ndarray  # `score_size` at every snapshot, (T, H)
 
     @property
     def score(self) -> np.ndarray:
@@ -37,13 +37,13 @@ class Heads:
 
     @cached_property
     def root_score(self) -> Line:
-        """Line of sqrt(largest |score|), since that last fell at once (a fix, a restart)."""
+        """Line of sqrt(largest |score|), since the scores last fell at once (a fix, a restart)."""
         return self._line(np.sqrt(self.scores))
 
     @cached_property
     def normalized_entropy(self) -> Line:
         """Line of the normalized entropy over the same snapshots."""
-        stats = _joined(self.stats, self.snapshots, self.layers, _OF_RATIO)
+        stats = _joined(self.stats, self.snapshots, self.layers, _ENTROPY_FIELDS)
         return self._line(stats.normalized_entropy.reshape(self.scores.shape))
 
     def _line(self, values: np.ndarray) -> Line:
@@ -52,17 +52,18 @@ class Heads:
 
     @cached_property
     def _stale(self) -> np.ndarray:
-        """Snapshots before the scores' last fall, (T, H): some later one fell against its predecessor."""
+        """Which snapshots lie before the scores' last fall, (T, H)."""
         fell = self.scores[1:] < threshold("trend_restart") * self.scores[:-1]
         stale = np.zeros_like(self.scores, dtype=bool)
         stale[:-1] = np.logical_or.accumulate(fell[::-1], axis=0)[::-1]
         return stale
 
     def score_ahead(self, steps: float | np.ndarray) -> np.ndarray:
-        """Projected largest |score|, nats."""
+        """Projected largest |score| that many steps after the last snapshot, nats."""
         return np.maximum(self.root_score.ahead(steps), 0.0) ** 2
 
     def steps_until_score(self, score: float) -> np.ndarray:
+        """Steps from the last snapshot until the projected largest |score| is `score`; NaN if never."""
         return self.root_score.steps_until(score**0.5)
 
     @cached_property
@@ -76,16 +77,20 @@ class Heads:
         return (self.scores[-int(threshold("watch_snapshots")) :] > limit).sum(0)
 
     def in_layer(self, chosen: np.ndarray) -> np.ndarray:
-        """How many of its layer's heads are among those that a boolean (H,) chooses."""
+        """How many heads of each head's layer a boolean (H,) chooses."""
         return np.bincount(self.layer, chosen)[self.layer]
 
 
 def concatenate_heads(history: Sequence[Snapshot], layers: Iterable[str]) -> list[Heads]:
-    """These layers of the latest snapshot: together where one HeadStats describes them, read at the same times."""
+    """The heads of these layers of the latest snapshot, in as few `Heads` as can hold them.
+
+    Layers share one if they agree in what one HeadStats says once (head dimension, dtype, sampling, number of
+    keys) and appear in the same snapshots.
+    """
     together: dict[tuple, list[str]] = {}
     for layer in layers:
         stats = history[-1].layers[layer]
-        # A layer's error bound is that of its most keys.
+        # The error bound of a HeadStats is that of its largest number of keys.
         described = stats.head_dim, stats.dtype, stats.sample_period, stats.values[_KEYS].max(initial=0.0)
         together.setdefault((described, _ages(history, layer)), []).append(layer)
     return [
@@ -94,9 +99,9 @@ def concatenate_heads(history: Sequence[Snapshot], layers: Iterable[str]) -> lis
 
 
 def _ages(history: Sequence[Snapshot], layer: str) -> tuple[int, ...]:
-    """How many snapshots ago the layer's last `trend_snapshots` appearances were, newest first.
+    """How many snapshots ago the layer last appeared, `trend_snapshots` times at most, newest first.
 
-    Snapshots without the layer are skipped; a change of its head count ends the series.
+    Snapshots without the layer are skipped; a change of its number of heads ends the series.
     """
     heads, window = history[-1].layers[layer].num_heads, threshold("trend_snapshots")
     found: list[int] = []
@@ -113,7 +118,7 @@ def _ages(history: Sequence[Snapshot], layer: str) -> tuple[int, ...]:
 def _heads(snapshots: Sequence[Snapshot], layers: Sequence[str]) -> Heads:
     latest = [snapshots[-1].layers[layer] for layer in layers]
     counts = [stats.num_heads for stats in latest]
-    scores = score_size(_joined(latest[0], snapshots, layers, _OF_SCORE))
+    scores = score_size(_joined(latest[0], snapshots, layers, _SCORE_FIELDS))
     return Heads(
         layers,
         snapshots,
@@ -128,7 +133,7 @@ def _heads(snapshots: Sequence[Snapshot], layers: Sequence[str]) -> Heads:
 def _joined(
     like: HeadStats, snapshots: Sequence[Snapshot], layers: Sequence[str], fields: Sequence[int]
 ) -> HeadStats:
-    """The heads of all layers in one snapshot after the other, (T * H,), with nothing but these fields."""
+    """The heads of all layers, one snapshot after the other, (T * H,); only these fields are filled."""
     parts = [snapshot.layers[layer].values for snapshot in snapshots for layer in layers]
     values = np.empty((NUM_FIELDS, sum(part.shape[1] for part in parts)))
     for field in fields:

@@ -1,4 +1,4 @@
-"""Every threshold of the diagnosis, once, with where it comes from. Change a verdict here, nowhere else."""
+"""Every threshold of the diagnosis, once, with its source. A verdict is changed here and nowhere else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..statistics.heads import SATURATED_ENTROPY
 _RUNS = "own calibration on 158 small training runs (calibrated on one seed, judged on held-out seeds)"
 _MINILM = (
     "own calibration on a healthy model (all-MiniLM-L6-v2; three texts in windows of 64 to 512 tokens): 71 of its "
-    "72 heads are above 0.16, one, the previous-token kind, lies between 0.0008 and 0.033"
+    "72 heads are above 0.16; one, a previous-token head, lies between 0.0008 and 0.033"
 )
 
 
@@ -23,7 +23,7 @@ class Threshold:
 
 
 THRESHOLDS: dict[str, Threshold] = {
-    # Growth of the scores: largest |score| of a head in one snapshot.
+    # Growth of the scores: the largest |score| of a head in one snapshot.
     "watch_logit": Threshold(60.0, "nats", f"{_RUNS}: three snapshots above it, recall 1.00, precision 0.80"),
     "clip_logit": Threshold(
         100.0, "nats", "Kimi K2, arXiv 2507.20534: QK-clip acts above 100; healthy runs pass it early on"
@@ -37,35 +37,41 @@ THRESHOLDS: dict[str, Threshold] = {
     "alarm_logit": Threshold(
         1200.0, "nats", f"{_RUNS}: line of sqrt(max |score|) projected 100 steps, recall 0.91, precision 0.97"
     ),
-    "watch_snapshots": Threshold(3, "snapshots", f"{_RUNS}: snapshots in a row above watch_logit"),
+    "watch_snapshots": Threshold(3, "snapshots", f"{_RUNS}: so many in a row above watch_logit"),
     "alarm_horizon": Threshold(100, "steps", f"{_RUNS}: how far the alarm's line is projected"),
     "trend_snapshots": Threshold(10, "snapshots", f"{_RUNS}: window of the trend lines"),
     "trend_snapshots_min": Threshold(5, "snapshots", "own choice: half a window; fewer give no line"),
     "trend_restart": Threshold(
-        0.5, "", "own choice: a snapshot below half of the one before (a fix, a restart) begins a new trend"
+        0.5,
+        "of the snapshot before",
+        "own choice: scores that fall below half at once (a fix, a restart) begin a new trend",
     ),
     "rising_share": Threshold(
-        0.1, "", "own choice: sqrt(max |score|) rose by this share within the trend window"
+        0.1, "of the level", "own choice: sqrt(max |score|) rose by this share within the trend window"
     ),
     # Number formats: what the scores themselves overflow. IEEE 754 and the bfloat16 format.
     "fp16_product": Threshold(
-        65504.0, "", "IEEE 754 binary16: q.k before scaling, stored in fp16, is inf above this"
+        65504.0, "", "IEEE 754 binary16: q.k before scaling is infinite above this if stored in fp16"
     ),
     "naive_exp_float16": Threshold(11.09, "nats", "IEEE 754 binary16: log of its largest number"),
     "naive_exp": Threshold(88.72, "nats", "IEEE 754 binary32, and bfloat16: log of the largest number"),
     # A score far below zero in a head whose largest score is ordinary is a bias, not growth.
     "bias_floor": Threshold(
-        100.0, "nats", "own choice: ALiBi slopes and mask fills (-1e4, finfo.min) go below it"
+        100.0, "nats below 0", "own choice: ALiBi slopes and mask fills (-1e4, finfo.min) lie below this"
     ),
-    "bias_ratio": Threshold(10.0, "", "own choice: such a minimum is 10 times the largest |maximum| or more"),
+    "bias_ratio": Threshold(
+        10.0,
+        "times the |maximum|",
+        "own choice: the minimum is a bias if it is more than this many times as large",
+    ),
     # Sharpness, over rows with at least 16 visible keys.
-    "collapse_ratio": Threshold(0.05, "of log(visible keys)", _MINILM),
-    "low_ratio": Threshold(0.15, "of log(visible keys)", _MINILM),
-    "saturated_rows": Threshold(
-        0.9, "of rows", f"own choice: nine rows in ten with an normalized entropy below {SATURATED_ENTROPY}"
+    "collapsed_entropy": Threshold(0.05, "of log(visible keys)", _MINILM),
+    "low_entropy": Threshold(0.15, "of log(visible keys)", _MINILM),
+    "collapsed_saturation": Threshold(
+        0.9, "of rows", f"own choice: nine rows in ten have a normalized entropy below {SATURATED_ENTROPY}"
     ),
-    "many_saturated_rows": Threshold(
-        0.5, "of rows", f"own choice: every other row with an normalized entropy below {SATURATED_ENTROPY}"
+    "high_saturation": Threshold(
+        0.5, "of rows", f"own choice: half of the rows have a normalized entropy below {SATURATED_ENTROPY}"
     ),
     "layer_share": Threshold(
         0.5,
@@ -75,10 +81,10 @@ THRESHOLDS: dict[str, Threshold] = {
     ),
     "collapse_horizon": Threshold(500, "steps", "own choice: a collapse further ahead is not forecast"),
     "forecast_reach": Threshold(
-        3, "windows", "own choice: nor one further ahead than 3 times the trend's window"
+        3, "trend windows", "own choice: a collapse further ahead than this is not forecast either"
     ),
-    "forecast_ratio": Threshold(
-        0.5, "of log(visible keys)", "own choice: nor one of a head that still has half its entropy"
+    "forecast_entropy": Threshold(
+        0.5, "of log(visible keys)", "own choice: no collapse is forecast for a head above half its entropy"
     ),
     "sink_mass": Threshold(
         0.3,
@@ -88,13 +94,13 @@ THRESHOLDS: dict[str, Threshold] = {
     "one_hot_weight": Threshold(
         0.95, "of weight", "the project's proposal: mean largest weight of a nearly one-hot head"
     ),
-    "gradient_share": Threshold(
+    "weak_gradient": Threshold(
         0.05,
         "of 1",
-        "own choice: the trace of the softmax Jacobian is 1 - 1/n when uniform; here under a twentieth",
+        "own choice: the trace of the softmax Jacobian, 1 - 1/n for uniform weights, is below a twentieth",
     ),
-    "gradient_lost": Threshold(
-        0.005, "of 1", "own choice: under a two-hundredth of the softmax gradient gets through"
+    "lost_gradient": Threshold(
+        0.005, "of 1", "own choice: less than a two-hundredth of the softmax gradient gets through"
     ),
     "nonfinite_rows": Threshold(0.0, "of rows", "IEEE 754: a NaN or inf in q or k makes its whole row NaN"),
 }

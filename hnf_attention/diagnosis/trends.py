@@ -1,7 +1,7 @@
 """How large a head's scores are, and the lines that numbers follow over the snapshots.
 
-Under Adam the query and key weights of an unstable head grow linearly, so its scores grow like t^2:
-lines are fitted to the square root of the largest |score|, never to its logarithm.
+Under Adam the query and key weights of an unstable head grow linearly, so its scores grow like t^2.
+Lines are therefore fitted to the square root of the largest |score|, not to its logarithm.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from .thresholds import threshold
 
 
 def score_size(stats: HeadStats) -> np.ndarray:
-    """Largest |score| per head, (H,), nats; of the maxima alone where the minimum is a bias.
+    """Largest |score| of each head, (H,), nats; where the minimum is a bias, of the maxima alone.
 
-    ALiBi slopes and the large negative numbers some models add to hide keys are scores too, but say
+    ALiBi slopes, and the large negative numbers with which some models hide keys, are scores too. They say
     nothing about growth.
     """
     high, low = np.abs(stats.max_logit), stats.min_logit
@@ -27,13 +27,13 @@ def score_size(stats: HeadStats) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Line:
-    """A robust line per head, (H,) each, NaN without one: `level` at the last snapshot, `slope` per step."""
+    """A robust line for each head, (H,) each; NaN for a head without one."""
 
-    level: np.ndarray
-    slope: np.ndarray
+    level: np.ndarray  # at the last snapshot
+    slope: np.ndarray  # per step
     span: np.ndarray  # steps that the fitted snapshots cover
 
-    def ahead(self, steps: float) -> np.ndarray:
+    def ahead(self, steps: float | np.ndarray) -> np.ndarray:
         """Value of the line that many steps after the last snapshot."""
         return self.level + self.slope * steps
 
@@ -44,17 +44,11 @@ class Line:
         return np.where(steps >= 0, steps, np.nan)
 
 
-def _median(values: np.ndarray) -> np.ndarray:
-    """`np.nanmedian` along the first axis, a tenth of its time where there are few values."""
-    ordered = np.sort(values, axis=0)  # NaN comes last
-    count, heads = (~np.isnan(values)).sum(0), np.arange(values.shape[1])
-    return (ordered[(count - 1) // 2, heads] + ordered[count // 2, heads]) / 2.0
-
-
 def theil_sen(steps: np.ndarray, values: np.ndarray) -> Line:
-    """Theil-Sen lines (median of pairwise slopes) through (T,), (T, H); NaN values are left out.
+    """Theil-Sen lines through steps (T,) and values (T, H): the median of the slopes of all pairs.
 
-    A head with fewer than `trend_snapshots_min` values gets no line.
+    NaN values are left out. A head with fewer than `trend_snapshots_min` values gets no line.
+    Source: Sen, Journal of the American Statistical Association 63 (1968), 1379-1389.
     """
     first, second = np.triu_indices(len(steps), k=1)
     apart = steps[second] > steps[first]
@@ -69,3 +63,10 @@ def theil_sen(steps: np.ndarray, values: np.ndarray) -> Line:
     level = _median(values - slope * (steps - steps[-1])[:, None])
     span = np.where(fitted, steps[-1] - steps[known.argmax(0)], none)
     return Line(level, slope, span)
+
+
+def _median(values: np.ndarray) -> np.ndarray:
+    """`np.nanmedian` along the first axis; it takes a tenth of the time for few values."""
+    ordered = np.sort(values, axis=0)  # NaN comes last
+    count, heads = (~np.isnan(values)).sum(0), np.arange(values.shape[1])
+    return (ordered[(count - 1) // 2, heads] + ordered[count // 2, heads]) / 2.0

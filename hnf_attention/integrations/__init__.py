@@ -1,8 +1,8 @@
-"""What ties a monitor to other people's tools: writers of its diagnoses, and callbacks for trainers.
+"""A monitor beside other people's tools: writers for trackers, and callbacks for trainers.
 
 Writers, for `AttentionStabilityMonitor(model, writers=[...])`: `JSONLWriter`, `TensorBoardWriter`, `WandbWriter`.
 `AttentionStabilityCallback` is for the Hugging Face `Trainer`; Lightning's has the same name in
-`hnf_attention.integrations.lightning`. A name's package is imported when the name is first used.
+`hnf_attention.integrations.lightning`. A tool's package is imported when its name here is first used.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """The module; an ImportError that names the extra to install where its package is missing."""
+    """Import the module. Raises ImportError, naming the extra to install, if its package is missing."""
     try:
         return import_module(module)
     except ImportError as error:

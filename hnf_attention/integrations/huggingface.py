@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..diagnosis import AttentionDiagnosis
 from .extras import require
 from .series import overall
 from .training import TrainingCallback, unwrapped
 
-TrainerCallback = require("transformers", "trainer").TrainerCallback
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+else:
+    TrainerCallback = require("transformers", "trainer").TrainerCallback
 
 
 class AttentionStabilityCallback(TrainingCallback, TrainerCallback):
@@ -17,11 +20,11 @@ class AttentionStabilityCallback(TrainingCallback, TrainerCallback):
 
     Arguments and attributes are those of `TrainingCallback`; `log_every=None` takes the Trainer's `logging_steps`.
     The whole model's numbers (`attn/normalized_entropy_min`, `attn/errors`, ...) join the loss in
-    `trainer.state.log_history` and in what is printed. `report_to` services have had their copy by then, so
-    give those a writer: `WandbWriter()` logs to the Trainer's own run.
+    `trainer.state.log_history` and in what is printed. The services of `report_to` have had their copy of the
+    logs by then, so give those a writer: `WandbWriter()` logs to the Trainer's own run.
     """
 
-    _logged: AttentionDiagnosis | None = None  # the latest snapshot that is in the Trainer's logs
+    _logged: AttentionDiagnosis | None = None  # the latest one that is in the Trainer's logs
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         cadence = max(1, int(state.logging_steps))
@@ -38,10 +41,10 @@ class AttentionStabilityCallback(TrainingCallback, TrainerCallback):
         self._end_step([(optimizer, lr_scheduler)])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        news = self.last_diagnosis is not None and self.last_diagnosis is not self._logged
-        if news and "loss" in logs:  # not those of an evaluation
-            self._logged = self.last_diagnosis
-            numbers = overall(self.last_diagnosis)
+        latest = self.last_diagnosis
+        if latest is not None and latest is not self._logged and "loss" in logs:  # not logs of an evaluation
+            self._logged = latest
+            numbers = overall(latest)
             logs.update(numbers)
             state.log_history[-1].update(numbers)  # a copy of `logs` that was made before
 

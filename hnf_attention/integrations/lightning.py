@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .extras import require
 from .series import overall
 from .training import TrainingCallback
 
-# Lightning's older name is a package of its own. Where both are there, callbacks of the one work in the other.
-_OLDER = find_spec("lightning") is None and find_spec("pytorch_lightning") is not None
-Callback = require("pytorch_lightning" if _OLDER else "lightning.pytorch", "lightning").Callback
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+else:
+    # Lightning's older name is a package of its own. Where both are installed, callbacks of one work in the other.
+    _OLDER = find_spec("lightning") is None and find_spec("pytorch_lightning") is not None
+    Callback = require("pytorch_lightning" if _OLDER else "lightning.pytorch", "lightning").Callback
 
 
 class AttentionStabilityCallback(TrainingCallback, Callback):
@@ -35,8 +38,8 @@ class AttentionStabilityCallback(TrainingCallback, Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Not in on_before_zero_grad: Lightning calls that between forward and backward, where weights that
-        # change would break the gradient. Here the optimizer and its schedulers have stepped.
+        # Not in on_before_zero_grad: Lightning calls that between forward and backward, where a change of
+        # weights would break the gradient. Here the optimizer and its schedulers have stepped.
         if trainer.global_step == self._optimizer_steps:  # gradients are being accumulated
             return self._rest()
         self._optimizer_steps = trainer.global_step

@@ -1,12 +1,12 @@
 """A diagnosis as named numbers and pictures: every writer takes them from here, under the same names.
 
-A name ends in what was taken over the heads: `attn/layer_03/normalized_entropy_min` is the normalized entropy of the
-layer's lowest head, each head's being its mean over rows. `attn/normalized_entropy_min` is that of the whole model.
+A name ends in what was taken over the heads. `attn/layer_03/normalized_entropy_min` is the normalized entropy of the
+layer's lowest head; each head's is its mean over rows. `attn/normalized_entropy_min` is that of the whole model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from ..diagnosis import AttentionDiagnosis
 PREFIX = "attn"
 
 _Reduce = Callable[[np.ndarray], np.floating]
-# Of every layer. Few: a model has up to a hundred layers, and a dashboard lists each of these series.
+# Of every layer. They are few: a model has up to a hundred layers, and a dashboard lists every series.
 SCALARS: dict[str, tuple[str, _Reduce]] = {
     "normalized_entropy_min": ("normalized_entropy", np.min),
     "normalized_entropy_mean": ("normalized_entropy", np.mean),
@@ -30,28 +30,28 @@ MODEL_SCALARS = SCALARS | {
 }
 # One value per head, as one histogram per layer.
 HISTOGRAMS = ("normalized_entropy", "max_abs_logit")
-# One value per head, as one picture of all layers. Each is brought to [0, 1] by a fixed scale, so that
-# pictures of two steps compare; scores are shown in decades, from 1 nat to where published runs diverged.
+# One value per head, as one picture of all layers. A fixed scale brings each to [0, 1], so that pictures of
+# two steps can be compared. Scores are shown in decades, from 1 nat to where published runs diverged.
 HEATMAPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "normalized_entropy": lambda values: values,
     "sink_mass": lambda values: values,
     "max_abs_logit": lambda values: np.log10(np.maximum(values, 1.0)) / 4.0,
 }
-_PICTURE_SIZE = 1024  # pixels, at most unless a model has more heads than fit
-_CELLS = 4, 16  # pixels, least and most
+_PICTURE_SIZE = 1024  # pixels; more only if a model has more heads than fit
+_CELLS = 4, 16  # pixels of a head's square, least and most
 
 
 class LayerKeys(Mapping[str, str]):
-    """Layer names to `layer_00`, `layer_01`, ...: numbered in the order they first ran, for a run's whole time."""
+    """Layer names to `layer_00`, `layer_01`, ...: numbered in the order they first ran. A number never changes."""
 
     def __init__(self) -> None:
         self._keys: dict[str, str] = {}
         self._digits = 2
 
     def add(self, layers: Iterable[str]) -> bool:
-        """Number the layers that are new; whether there were any."""
+        """Number the layers that are new. Returns whether there were any."""
         new = [layer for layer in layers if layer not in self._keys]
-        if not self._keys:  # later ones get what digits they need: a series keeps its name
+        if not self._keys:  # the first layers fix the digits, because a series has to keep its name
             self._digits = max(2, len(str(len(new) - 1)))
         for layer in new:
             self._keys[layer] = f"layer_{len(self._keys):0{self._digits}d}"
@@ -64,7 +64,7 @@ class LayerKeys(Mapping[str, str]):
     def __getitem__(self, layer: str) -> str:
         return self._keys[layer]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
 
     def __len__(self) -> int:
@@ -84,7 +84,7 @@ def overall(diagnosis: AttentionDiagnosis) -> dict[str, float]:
 
 
 def scalars(diagnosis: AttentionDiagnosis, keys: Mapping[str, str]) -> dict[str, float]:
-    """`overall`, and the same of every layer. A number that no head could give is left out."""
+    """`overall`, and the same for every layer. A number that no head has is left out."""
     numbers = overall(diagnosis)
     for layer, stats in diagnosis.stats.items():
         for name, (field, reduce) in SCALARS.items():
@@ -95,7 +95,10 @@ def scalars(diagnosis: AttentionDiagnosis, keys: Mapping[str, str]) -> dict[str,
 
 
 def histograms(diagnosis: AttentionDiagnosis, keys: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """`attn/layer_03/normalized_entropy` and the like: the finite values of a layer's heads, at least one."""
+    """`attn/layer_03/normalized_entropy` and the like: the finite values of a layer's heads.
+
+    A layer without a finite value is left out.
+    """
     arrays = {
         f"{PREFIX}/{keys[layer]}/{name}": _finite(getattr(stats, name))
         for layer, stats in diagnosis.stats.items()
@@ -107,8 +110,8 @@ def histograms(diagnosis: AttentionDiagnosis, keys: Mapping[str, str]) -> dict[s
 def heatmaps(diagnosis: AttentionDiagnosis, keys: Mapping[str, str]) -> dict[str, np.ndarray]:
     """`attn/normalized_entropy_heatmap` and the like: uint8 (height, width, 3), a square per head.
 
-    Layers from 0 downwards, heads to the right; dark is low, grey was not measured. Plain pixels, because
-    a labelled figure of a large model takes seconds to draw (`plot_entropy_heatmap` makes one).
+    Layers go from 0 downwards, heads to the right. Dark is low, grey was not measured. These are plain pixels,
+    because a labelled figure of a large model (`plot_entropy_heatmap`) takes seconds to draw.
     """
     return {f"{PREFIX}/{name}_heatmap": _heatmap(diagnosis, keys, name) for name in HEATMAPS}
 
@@ -129,7 +132,7 @@ def _heatmap(diagnosis: AttentionDiagnosis, keys: Mapping[str, str], name: str) 
 
 
 def kinds(diagnosis: AttentionDiagnosis) -> frozenset[tuple[str, int | None, str, str]]:
-    """What was found where, without the numbers: the same from one snapshot to the next unless there is news."""
+    """Which issues there are, without their numbers: they change from one snapshot to the next only with news."""
     return frozenset((i.layer, i.head, i.issue_type, i.severity) for i in diagnosis.issues)
 
 

@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 class TensorBoardWriter:
     """Writes each snapshot as scalars, histograms over heads, and heatmaps of all heads.
 
-    target: a folder for event files, or a `SummaryWriter`, which is flushed but stays the caller's to close.
-    Layers are numbered in the order they ran, `attn/layer_03/...`; the text `attn/layers` says which is
-    which, and `attn/issues` holds the issues whenever others were found than before.
-    Raises ImportError where tensorboard is not installed.
+    target: a folder for event files, or a `SummaryWriter`, which is flushed and left to the caller to close.
+    Layers are numbered in the order they ran, `attn/layer_03/...`; the text `attn/layers` says which is which.
+    The text `attn/issues` is written whenever the issues changed.
+    Raises ImportError if tensorboard is not installed.
     """
 
     def __init__(self, target: str | PathLike[str] | SummaryWriter):
         self._module = require("torch.utils.tensorboard", "tensorboard")
-        own = isinstance(target, (str, PathLike))
-        self._folder = fspath(target) if own else None
-        self._events: SummaryWriter | None = None if own else target
+        self._folder = fspath(target) if isinstance(target, (str, PathLike)) else None
+        self._events = None if isinstance(target, (str, PathLike)) else target
         self._keys = LayerKeys()
-        self._found: frozenset = frozenset()
+        self._issues: frozenset = frozenset()  # `kinds` of the diagnosis before
 
     def write(self, diagnosis: AttentionDiagnosis) -> None:
+        """Write a diagnosis, and flush."""
         if self._events is None:
             self._events = self._module.SummaryWriter(self._folder)
         events, step = self._events, diagnosis.step
@@ -45,14 +45,14 @@ class TensorBoardWriter:
             events.add_histogram(name, values, step)
         for name, pixels in heatmaps(diagnosis, self._keys).items():
             events.add_image(name, pixels, step, dataformats="HWC")
-        found = kinds(diagnosis)
-        if found != self._found:
+        issues = kinds(diagnosis)
+        if issues != self._issues:
             events.add_text(f"{PREFIX}/issues", indent(diagnosis.summary(), "    "), step)
-            self._found = found
+            self._issues = issues
         events.flush()
 
     def close(self) -> None:
-        """Close the event file, if it is the writer's own; a later snapshot starts another one."""
+        """Close the event file if it is the writer's own; a later snapshot starts another one."""
         if self._folder is not None and self._events is not None:
             self._events.close()
             self._events = None

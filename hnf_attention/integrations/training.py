@@ -12,7 +12,7 @@ from torch import nn
 
 from ..diagnosis import AttentionDiagnosis
 from ..interventions import apply_intervention
-from ..monitoring.monitor import AttentionStabilityMonitor
+from ..monitoring.monitor import AttentionStabilityMonitor, Writer
 from ..monitoring.process_groups import ProcessGroups
 
 if TYPE_CHECKING:
@@ -24,37 +24,37 @@ TENSOR_PARALLEL = ("tp", "tensor_parallel")  # the mesh dimension's name in tran
 # Monitors at work, by model. A training that ends by an exception may not tell its callbacks.
 _running: weakref.WeakKeyDictionary[nn.Module, weakref.ref] = weakref.WeakKeyDictionary()
 
-Optimizers = Sequence[tuple[torch.optim.Optimizer, Any]]  # each with its scheduler, a list of them, or None
+#: Each optimizer with its scheduler, a list of schedulers, or None.
+Optimizers = Sequence[tuple[torch.optim.Optimizer, Any]]
 
 
 class TrainingCallback:
     """Watches the attention of the model that a trainer trains, and treats it if asked to.
 
-    log_every: read out and judge every that many optimizer steps, whatever the gradient accumulation;
+    log_every: every that many optimizer steps is a log step, whatever the gradient accumulation.
         None for as often as the trainer itself logs.
-    record_every, sample: as for `AttentionStabilityMonitor`.
-    writers: likewise; in a process group only the main process writes.
-    ranks: as for `AttentionStabilityMonitor`; without them all processes of the run hold parts of the batch,
-        or of the heads along the dimension of the trainer's mesh that is named for tensor parallelism.
+    record_every, sample, writers: as for `AttentionStabilityMonitor`. In a process group only the main process
+        writes.
+    ranks: as for `AttentionStabilityMonitor`. None: all processes of the run hold parts of the batch, or parts of
+        the heads along the dimension of the trainer's mesh that is named for tensor parallelism.
     auto_intervene: at a log step, after the optimizer's step, carry out what the monitor proposes: QK-clip or
-        a temperature on weights, and, since a trainer's optimizers and schedulers are at hand here, a lower
-        learning rate (in the parameter groups, and in the base rates that schedulers compute from: the whole
-        rest of the schedule is scaled) or more attention dropout.
+        a temperature on weights, a lower learning rate, more attention dropout. The learning rate is scaled in the
+        parameter groups and in the schedulers' base rates, which scales the whole rest of the schedule.
 
-    monitor: the `AttentionStabilityMonitor` of the latest training, None before the first; what was done is in
-        its `applied`. last_diagnosis: the latest snapshot, or None.
+    monitor: the `AttentionStabilityMonitor` of the latest training, None before the first; its `applied` holds
+        what was done. last_diagnosis: the latest diagnosis, or None.
 
     Only training is measured: the monitor rests between an optimizer step and the next step's first batch,
-    where trainers evaluate. At the end of training the model runs its own attention again, `restore()` does it
-    at any other time; where a trainer does not report that it was ended by an exception, the model's next
-    training puts that right.
+    where trainers evaluate. At the end of training the model runs its own attention again; `restore()` does that
+    at any other time. A trainer may not report that an exception ended a training. The model's next training
+    then ends the old monitor.
     """
 
     def __init__(
         self,
         log_every: int | None = None,
         record_every: int | None = None,
-        writers: Iterable[Any] = (),
+        writers: Iterable[Writer] = (),
         auto_intervene: bool = False,
         sample: int | None = None,
         ranks: ProcessGroups | None = None,
@@ -62,11 +62,16 @@ class TrainingCallback:
         self.monitor: AttentionStabilityMonitor | None = None
         self.last_diagnosis: AttentionDiagnosis | None = None
         self._log_every = log_every
+        self._record_every = record_every
         self._writers = list(writers)
         self._auto_intervene = auto_intervene
+        self._sample = sample
         self._ranks = ranks
-        self._options = {"record_every": record_every, "auto_intervene": auto_intervene, "sample": sample}
         self._measures_next = False  # whether the step to come is to be measured
+
+    def __repr__(self) -> str:
+        state = "no training yet" if self.monitor is None else repr(self.monitor)
+        return f"{type(self).__name__}({state})"
 
     def restore(self) -> None:
         """End the monitoring; interventions stay applied. Safe to call twice."""
@@ -86,10 +91,12 @@ class TrainingCallback:
         self.monitor = AttentionStabilityMonitor(
             model,
             log_every=log_every if self._log_every is None else self._log_every,
+            record_every=self._record_every,
             writers=self._writers if main else (),
+            auto_intervene=self._auto_intervene,
+            sample=self._sample,
             step=step,
-            ranks=self._ranks or _ranks_of(mesh),
-            **self._options,
+            ranks=self._ranks or _groups_of(mesh),
         )
         _running[model] = weakref.ref(self.monitor)
         self.last_diagnosis = None
@@ -102,7 +109,7 @@ class TrainingCallback:
             self.monitor.instrumentation.measuring = self._measures_next
 
     def _rest(self) -> None:
-        """What runs from here on is no training, or not known to be."""
+        """What runs from here on is not training, or not known to be."""
         if self.monitor is not None:
             self.monitor.instrumentation.measuring = False
 
@@ -116,18 +123,20 @@ class TrainingCallback:
         if diagnosis is not None:
             self.last_diagnosis = diagnosis
             if self._auto_intervene:
-                self._carry_out_the_rest(diagnosis, optimizers)
+                self._carry_out_the_rest(self.monitor, diagnosis, optimizers)
         return diagnosis
 
-    def _carry_out_the_rest(self, diagnosis: AttentionDiagnosis, optimizers: Optimizers) -> None:
+    def _carry_out_the_rest(
+        self, monitor: AttentionStabilityMonitor, diagnosis: AttentionDiagnosis, optimizers: Optimizers
+    ) -> None:
         """What the monitor, which has changed the weights, leaves to those who have optimizers."""
-        rest = self.monitor.get_intervention(diagnosis)
+        rest = monitor.get_intervention(diagnosis)
         if rest is None or rest["action"] not in ("reduce_lr", "increase_dropout"):
             return
         try:
             for optimizer, scheduler in optimizers if rest["action"] == "reduce_lr" else [(None, None)]:
                 done = apply_intervention(optimizer, rest, scheduler=scheduler)
-                self.monitor.applied.append(done)
+                monitor.applied.append(done)
                 _log.warning(
                     "intervened at step %d: %s (%s)", diagnosis.step, done.description, rest["reason"]
                 )
@@ -136,12 +145,12 @@ class TrainingCallback:
             _log.warning("the attention monitor intervenes no more: %s failed", rest["action"], exc_info=True)
 
 
-def _ranks_of(mesh: DeviceMesh | None) -> ProcessGroups | None:
-    """The processes of the run; those that share a layer's heads are known from the trainer's mesh."""
-    names = mesh.mesh_dim_names or () if mesh is not None else ()
-    for name in TENSOR_PARALLEL:
-        if name in names and mesh[name].size() > 1:
-            return ProcessGroups.of_mesh(mesh, heads=name)
+def _groups_of(mesh: DeviceMesh | None) -> ProcessGroups | None:
+    """The processes of the run; the trainer's mesh tells which of them share a layer's heads."""
+    if mesh is not None:
+        for name in TENSOR_PARALLEL:
+            if name in (mesh.mesh_dim_names or ()) and mesh[name].size() > 1:
+                return ProcessGroups.of_mesh(mesh, heads=name)
     return ProcessGroups.of_world()
 
 

@@ -31,17 +31,18 @@ _COLUMNS = (
 class WandbWriter:
     """Logs each snapshot to a run: scalars, histograms over heads, heatmaps of all heads, a table of issues.
 
-    run: the run to log to. None: the one that is active at the first snapshot (the trainer's own, say); where
-        there is none, `wandb.init(**options)` starts one, which `close()` finishes: for instance
-        `WandbWriter(project="pretraining", mode="offline")`, which needs no network.
+    run: the run to log to. None takes the one that is active at the first snapshot, such as the trainer's own.
+        If there is none, `wandb.init(**options)` starts one, which `close()` finishes. For instance
+        `WandbWriter(project="pretraining", mode="offline")` needs no network.
 
     All series are drawn over `attn/step`, the training step, whatever the run's own step counter says. That
-    one goes on by one with every snapshot: a script that passes `step=` to `wandb.log` itself should not count
+    counter goes up by one with every snapshot, so a script that passes `step=` to `wandb.log` should not count
     in units longer than the monitor's `log_every`. Layers are numbered in the order they ran,
     `attn/layer_03/...`; `attn_layers` in the run's config says which is which. `attn/issues` is logged
-    whenever others were found than before.
-    Raises ImportError where wandb is not installed, TypeError for options beside a run; and at the first snapshot
-    InputError, in one line, where wandb starts no run, for want of a login above all.
+    whenever the issues changed.
+
+    Raises ImportError if wandb is not installed, TypeError for options beside a run. The first snapshot raises
+    InputError if wandb starts no run, above all for want of a login; its message is one line.
     """
 
     def __init__(self, run: wandb.Run | None = None, **options: Any):
@@ -52,9 +53,10 @@ class WandbWriter:
         self._prepared: wandb.Run | None = None  # the run whose metrics are defined
         self._own: wandb.Run | None = None  # the run that was started here
         self._keys = LayerKeys()
-        self._found: frozenset = frozenset()
+        self._issues: frozenset = frozenset()  # `kinds` of the diagnosis before
 
     def write(self, diagnosis: AttentionDiagnosis) -> None:
+        """Log a diagnosis."""
         run = self._current()
         if self._keys.add(diagnosis.stats):
             names = {key: display_name(layer) for key, layer in self._keys.names().items()}
@@ -65,26 +67,27 @@ class WandbWriter:
         caption = "layers from 0 downwards, heads to the right; dark is low, grey not measured"
         for name, pixels in heatmaps(diagnosis, self._keys).items():
             data[name] = self._module.Image(pixels, caption=caption)
-        found = kinds(diagnosis)
-        if found != self._found:  # each table is a file of its own, and a version of an artifact
+        issues = kinds(diagnosis)
+        if issues != self._issues:  # each table is a file of its own, and a version of an artifact
             data[f"{PREFIX}/issues"] = self._module.Table(list(_COLUMNS), _rows(diagnosis))
-            self._found = found
+            self._issues = issues
         run.log(data)
 
     def close(self) -> None:
-        """Finish the run, if it was started here; a later snapshot starts another one."""
+        """Finish the run if it was started here; a later snapshot starts another one."""
         if self._own is not None:
             self._own.finish()
             self._own = None
 
     def _current(self) -> wandb.Run:
-        run = next((run for run in (self._run, self._own, self._module.run) if run is not None), None)
+        candidates = (self._run, self._own, self._module.run)
+        run: wandb.Run | None = next((run for run in candidates if run is not None), None)
         if run is None:
             run = self._own = self._start()
         if run is not self._prepared:
             run.define_metric(_STEP)
             run.define_metric(f"{PREFIX}/*", step_metric=_STEP)
-            self._prepared, self._keys, self._found = run, LayerKeys(), frozenset()
+            self._prepared, self._keys, self._issues = run, LayerKeys(), frozenset()
         return run
 
     def _start(self) -> wandb.Run:

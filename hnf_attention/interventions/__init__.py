@@ -4,4 +4,4 @@ from .apply import Applied, apply_intervention
 from .intervention import Intervention
 from .policy import InterventionPolicy
 
-__all__ = ["InterventionPolicy", "Applied", "Intervention", "apply_intervention"]
+__all__ = ["Applied", "Intervention", "InterventionPolicy", "apply_intervention"]

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from ..names import display_name, named_modules
+from .intervention import Change, Intervention, positive
 
 # Names of the probability of *attention* dropout (residual and output dropouts have other names).
 NAMES = ("attn_dropout", "attention_dropout", "attn_drop", "attn_pdrop", "dropout_p", "dropout")
 MAXIMUM = 0.5  # more than this hides the layer rather than regularising it
+AMOUNT = 0.1  # added where the intervention names no amount
+
+
+def propose(layer: str, reason: str) -> Intervention:
+    """More attention dropout in one layer."""
+    return Intervention({"action": "increase_dropout", "layer": layer, "reason": reason})
 
 
 def raisable(model: nn.Module, layer: str) -> bool:
-    """Whether the layer has an attention dropout that is not at its maximum yet."""
+    """Whether the layer has an attention dropout below the maximum."""
     module = dict(named_modules(model)).get(layer)
     return module is not None and any(getattr(holder, name) < MAXIMUM for holder, name in _places(module))
 
 
-def increase(model: nn.Module, layer: str, amount: float) -> tuple[str, Callable[[], None]]:
-    """Add `amount` to the layer's attention dropout, up to MAXIMUM. Returns what was done and its undoing.
+def apply(model: nn.Module, intervention: Mapping[str, Any]) -> Change:
+    """Add the amount to the layer's attention dropout, up to MAXIMUM.
 
     Raises ValueError for an unknown layer, or one without an attention dropout.
     """
+    amount, layer = positive(intervention, "amount", AMOUNT), intervention.get("layer")
     modules = dict(named_modules(model))
     if layer not in modules:
         raise ValueError(f"expected 'layer' to name a module of the model, got {layer!r}")
@@ -41,7 +50,8 @@ def increase(model: nn.Module, layer: str, amount: float) -> tuple[str, Callable
             setattr(holder, name, value)
 
     put(after)
-    return f"attention dropout of {display_name(layer)}: {before[0]:g} -> {after[0]:g}", lambda: put(before)
+    text = f"attention dropout of {display_name(layer)}: {before[0]:g} -> {after[0]:g}"
+    return Change(text, lambda: put(before))
 
 
 def _places(module: nn.Module) -> list[tuple[nn.Module, str]]:

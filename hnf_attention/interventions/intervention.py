@@ -1,17 +1,16 @@
-"""What an intervention is: a dict that says which fix, where, how strong and why."""
+"""What an intervention is: a dict that says which fix, where, how strong and why; and what carrying it out gives."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 
-ACTIONS = ("reduce_lr", "increase_dropout", "qk_clip", "temperature")
 
-
-class Intervention(dict):
-    """A proposed fix, JSON-able. The monitor's own also knows its `model`, which is no item of it.
+class Intervention(dict[str, Any]):
+    """A proposed fix, JSON-able. A monitor's own also knows its `model`, which is not an item.
 
     reduce_lr: {'action', 'factor', 'reason'}.
     increase_dropout: {'action', 'layer', 'reason'} and optionally 'amount' (added probability).
@@ -24,33 +23,51 @@ class Intervention(dict):
         super().__init__(items)
         self.model = model
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[Intervention], tuple[dict[str, Any]]]:
         return Intervention, (dict(self),)
 
-
-def reduce_lr(factor: float, reason: str) -> Intervention:
-    """Multiply every learning rate by `factor`."""
-    return Intervention({"action": "reduce_lr", "factor": factor, "reason": reason})
-
-
-def increase_dropout(layer: str, reason: str) -> Intervention:
-    """More attention dropout in one layer."""
-    return Intervention({"action": "increase_dropout", "layer": layer, "reason": reason})
+    def __repr__(self) -> str:
+        items = {key: _short(key, value) for key, value in self.items()}
+        return f"Intervention({', '.join(f'{key}: {text}' for key, text in items.items())})"
 
 
-def qk_clip(
-    threshold: float,
-    layers: Mapping[str, Sequence[float | None]],
-    reason: str,
-    lr_factor: float | None = None,
-) -> Intervention:
-    """Scale down the query and key weights of each head whose scores exceed `threshold` (nats)."""
-    items = {"action": "qk_clip", "threshold": threshold, "layers": dict(layers)}
-    if lr_factor is not None:
-        items["lr_factor"] = lr_factor
-    return Intervention({**items, "reason": reason})
+class Change(NamedTuple):
+    """What was changed, in words, and what changes it back."""
+
+    description: str
+    undo: Callable[[], None]
 
 
-def temperature(layers: Mapping[str, Sequence[float]], reason: str) -> Intervention:
-    """Multiply the softmax temperature of each head by its factor (1 leaves a head alone)."""
-    return Intervention({"action": "temperature", "layers": dict(layers), "reason": reason})
+def shortened(text: str, limit: int = 300) -> str:
+    """The text, cut to at most that many characters."""
+    return text if len(text) <= limit else f"{text[: limit - 4]} ..."
+
+
+def numbers_by_layer(intervention: Mapping[str, Any]) -> Mapping[str, Sequence[float | None]]:
+    """The item 'layers': one number for each head of each layer. Raises ValueError for anything else."""
+    layers = intervention.get("layers")
+    if not isinstance(layers, Mapping) or not layers:
+        raise ValueError(f"expected 'layers' to map layer names to one number per head, got {layers!r}")
+    for layer, values in layers.items():
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise ValueError(f"expected one number per head for layer {layer!r}, got {values!r}")
+    return layers
+
+
+def positive(intervention: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """The item of that name. Raises ValueError unless it is a finite number > 0."""
+    return check_positive(repr(name), intervention.get(name, default))
+
+
+def check_positive(what: str, value: Any) -> float:
+    """The value as a float. Raises ValueError unless it is a finite number > 0."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"expected {what} to be a number > 0, got {value!r}")
+    return float(value)
+
+
+def _short(key: str, value: Any) -> str:
+    if key == "layers" and isinstance(value, Mapping):
+        return f"{len(value)} layers"
+    return shortened(str(value))

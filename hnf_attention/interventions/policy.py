@@ -9,16 +9,14 @@ from ..diagnosis import AttentionDiagnosis, StabilityIssue
 from ..diagnosis.heads import concatenate_heads
 from ..diagnosis.thresholds import threshold
 from ..diagnosis.trends import score_size
-from . import dropout, layout
-from .intervention import Intervention, increase_dropout, qk_clip, reduce_lr, temperature
+from . import dropout, layout, learning_rate, qk_clip, temperature
+from .intervention import Intervention
 
 # Applied at the first warning to 16 unstable runs of our own: QK-clip at 30 with the learning rate halved
 # resolved 69 % of them, QK-clip at 30 alone 38 %, a temperature of 8 times 38 %, the halved rate alone 25 %.
 CLIP_AT = 30.0
 LR_FACTOR = 0.5
 TEMPERATURE_FACTOR = 8.0
-# Snapshots after which the same cure may be proposed again. QK-clip is exempt: it is a rule for every step.
-COOLDOWN = int(threshold("trend_snapshots"))
 
 GROWTH = ("overflow_risk", "entropy_collapse", "vanishing_gradient")
 
@@ -26,11 +24,19 @@ GROWTH = ("overflow_risk", "entropy_collapse", "vanishing_gradient")
 class InterventionPolicy:
     """Proposes at most one intervention per diagnosis of `model`, and remembers what it proposed.
 
-    Acts on errors, and on warnings of heads whose scores clearly rise. Learning rates are cut only
-    when there is an overflow error (the alarm tier): on a stable run that costs loss. Once it has
-    proposed a QK-clip, it proposes one at every snapshot with scores above the limit, as in MuonClip.
-    It proposes only what the layers' layout allows; a layer that cannot be clipped leaves the rate.
-    Asked again about the same diagnosis, it answers the same.
+    It acts on errors, and on warnings of heads whose scores clearly rise. It proposes only what the layers'
+    layout allows.
+
+    - Rows that are not finite: cut the learning rate.
+    - Heads that grow or collapse, with scores above 30: QK-clip. From then on it is proposed at every snapshot
+      with such scores, as in MuonClip.
+    - Heads that collapse without such scores: a higher temperature.
+    - An overflow error: the learning rate is cut along with the clip. If no layer can be clipped, the learning
+      rate is cut instead. A warning never cuts it, because a cut costs loss on a stable run.
+    - Most heads of a layer are one-hot, and nothing grows: more attention dropout.
+
+    Each but QK-clip is proposed again only after `trend_snapshots` further snapshots. Asked twice about the same
+    diagnosis, it answers the same.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -39,6 +45,7 @@ class InterventionPolicy:
         self._proposed: dict[tuple[str, str], int] = {}  # (action, layer) -> step
 
     def propose(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
+        """The fix for this diagnosis, None for none."""
         proposed = self._choose(diagnosis)
         if proposed is not None:
             proposed.model = self._model
@@ -47,7 +54,7 @@ class InterventionPolicy:
     def _choose(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
         broken = [issue for issue in diagnosis.errors if issue.issue_type == "non_finite"]
         if broken:
-            return self._slow_down(
+            return self._cut_rate(
                 diagnosis,
                 f"{broken[0].evidence}. The weights may be corrupt already: restore the last checkpoint "
                 "with finite weights before going on at the lower rate",
@@ -55,16 +62,16 @@ class InterventionPolicy:
         acting = _acting(diagnosis)
         if acting or self._clipping:
             alarm = any(issue.issue_type == "overflow_risk" and issue.severity == "error" for issue in acting)
-            proposed = self._clip(diagnosis, acting, alarm) or self._warm(diagnosis, acting)
+            proposed = self._clip(diagnosis, acting, alarm) or self._raise_temperature(diagnosis, acting)
             if proposed is None and alarm:
                 why = f"{acting[0].evidence}. No layer with large scores has weights that can be clipped"
-                proposed = self._slow_down(diagnosis, why)
+                proposed = self._cut_rate(diagnosis, why)
             if proposed is not None:
                 return proposed
-        return self._loosen(diagnosis)
+        return self._raise_dropout(diagnosis)
 
-    def _slow_down(self, diagnosis: AttentionDiagnosis, why: str) -> Intervention | None:
-        return reduce_lr(LR_FACTOR, why) if self._due(diagnosis, "reduce_lr") else None
+    def _cut_rate(self, diagnosis: AttentionDiagnosis, why: str) -> Intervention | None:
+        return learning_rate.propose(LR_FACTOR, why) if self._due(diagnosis, "reduce_lr") else None
 
     def _clip(
         self, diagnosis: AttentionDiagnosis, acting: list[StabilityIssue], alarm: bool
@@ -79,36 +86,36 @@ class InterventionPolicy:
             return None
         self._clipping = True
         why = acting[0].evidence if acting else f"scores above {CLIP_AT:g} again at step {diagnosis.step}"
-        return qk_clip(
-            CLIP_AT, layers, why, LR_FACTOR if alarm and self._due(diagnosis, "reduce_lr") else None
-        )
+        lr_factor = LR_FACTOR if alarm and self._due(diagnosis, "reduce_lr") else None
+        return qk_clip.propose(CLIP_AT, layers, why, lr_factor)
 
-    def _warm(self, diagnosis: AttentionDiagnosis, acting: list[StabilityIssue]) -> Intervention | None:
-        """Collapse without large scores: there is nothing to clip, but a temperature flattens it."""
+    def _raise_temperature(
+        self, diagnosis: AttentionDiagnosis, acting: list[StabilityIssue]
+    ) -> Intervention | None:
+        """For a collapse without large scores: there is nothing to clip, and a temperature flattens it."""
         layers: dict[str, list[float]] = {}
         for issue in acting:
             heads = diagnosis.stats[issue.layer].num_heads
             sharp = issue.severity == "error" and issue.issue_type != "overflow_risk"
-            if not sharp or not self._scalable(issue.layer, heads):
+            if not sharp or issue.head is None or not self._scalable(issue.layer, heads):
                 continue
             if self._due(diagnosis, "temperature", issue.layer):
                 layers.setdefault(issue.layer, [1.0] * heads)[issue.head] = TEMPERATURE_FACTOR
         if not layers:
             return None
-        return temperature(layers, next(issue.evidence for issue in acting if issue.layer in layers))
+        return temperature.propose(layers, next(issue.evidence for issue in acting if issue.layer in layers))
 
-    def _loosen(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
-        """Layers most of whose heads are one-hot though nothing grows: attention dropout."""
-        spikes: dict[str, list[StabilityIssue]] = {}
+    def _raise_dropout(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
+        one_hot: dict[str, list[StabilityIssue]] = {}
         for issue in diagnosis.issues:
             if issue.issue_type == "one_hot_attention":
-                spikes.setdefault(issue.layer, []).append(issue)
-        for layer, issues in spikes.items():
+                one_hot.setdefault(issue.layer, []).append(issue)
+        for layer, issues in one_hot.items():
             share = len(issues) / diagnosis.stats[layer].num_heads
             if share < threshold("layer_share") or not dropout.raisable(self._model, layer):
                 continue
             if self._due(diagnosis, "increase_dropout", layer):
-                return increase_dropout(layer, issues[0].evidence)
+                return dropout.propose(layer, issues[0].evidence)
         return None
 
     def _scalable(self, layer: str, heads: int) -> bool:
@@ -119,11 +126,11 @@ class InterventionPolicy:
         return True
 
     def _due(self, diagnosis: AttentionDiagnosis, action: str, layer: str = "") -> bool:
-        """Whether the cool-down of this cure is over; if so, it counts as proposed now."""
+        """Whether this cure may be proposed (again); if so, it counts as proposed now."""
         last = self._proposed.get((action, layer))
         if last is not None and last != diagnosis.step:
             since = sum(snapshot.step > last for snapshot in diagnosis.history)
-            if since < COOLDOWN:
+            if since < threshold("trend_snapshots"):
                 return False
         self._proposed[action, layer] = diagnosis.step
         return True
@@ -133,5 +140,5 @@ def _acting(diagnosis: AttentionDiagnosis) -> list[StabilityIssue]:
     """Errors of growing or collapsing heads, and such warnings where the head's scores rise."""
     found = [issue for issue in diagnosis.issues if issue.issue_type in GROWTH]
     together = concatenate_heads(diagnosis.history, dict.fromkeys(issue.layer for issue in found))
-    rising = {heads.places[head] for heads in together for head in np.flatnonzero(heads.rising)}
+    rising = {heads.places[head] for heads in together for head in np.flatnonzero(heads.rising).tolist()}
     return [issue for issue in found if issue.severity == "error" or (issue.layer, issue.head) in rising]

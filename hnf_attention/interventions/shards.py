@@ -1,14 +1,18 @@
 """Weights that FSDP2 keeps in shards, scaled where they lie, without communication.
 
-Their values are in many processes, so a layer's rows are looked up in factors that stand for them.
+Their values are spread over many processes. A layer's rows are therefore looked up in factors that stand for them.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Shards:
@@ -16,12 +20,12 @@ class Shards:
 
     def __init__(self, layer: str):
         self._layer = layer
-        self._factors: list[tuple[Tensor, Tensor]] = []
+        self._factors: list[tuple[DTensor, Tensor]] = []
 
     @staticmethod
     def of(model: nn.Module, layer: str) -> Shards | None:
-        """None where `fully_shard` was not applied to the layer nor to a module around it."""
-        fsdp = sys.modules.get("torch.distributed.fsdp")  # a model sharded by it is not there without
+        """None if `fully_shard` was applied neither to the layer nor to a module around it."""
+        fsdp = sys.modules.get("torch.distributed.fsdp")  # imported already if it sharded the model
         names = layer.split(".") if layer else []
         around = (model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1))
         managed = fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in around)
@@ -45,7 +49,7 @@ class Shards:
         shape = [1] * parameter.dim()
         shape[dim] = parameter.shape[dim]
         factors = torch.ones(shape, dtype=torch.float64)
-        self._factors.append((parameter.detach(), factors))
+        self._factors.append((cast("DTensor", parameter.detach()), factors))
         return factors
 
     def multiply(self) -> None:
@@ -55,9 +59,10 @@ class Shards:
         for parameter, factors in self._factors:
             mesh, wide = parameter.device_mesh, torch.promote_types(parameter.dtype, torch.float32)
             whole = factors.to(parameter.device, wide)
-            # Each process has all factors, so cutting them as the parameter is takes no communication.
+            # Every process has all factors, so cutting them as the parameter is cut takes no communication.
+            wide_dims = [dim for dim in range(whole.dim()) if whole.shape[dim] > 1]
             cut = [
-                p if p.is_shard() and whole.shape[p.dim] > 1 else Replicate() for p in parameter.placements
+                p if any(p.is_shard(dim) for dim in wide_dims) else Replicate() for p in parameter.placements
             ]
             everywhere = [Replicate()] * mesh.ndim
             mine = DTensor.from_local(whole, mesh, everywhere, run_check=False).redistribute(mesh, cut)

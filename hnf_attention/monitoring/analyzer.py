@@ -1,4 +1,4 @@
-"""Post-hoc analysis: run a model on data, then ask what its attention did."""
+"""Analysis after training: run a model on data, then ask what its attention did."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ class AttentionAnalyzer:
                 model(batch)
         diagnosis = analyzer.diagnose()
 
-    `mark()` closes a stretch of forward passes (a checkpoint, a data set), so that the evolution over
-    the stretches can be plotted; each is one snapshot in `history`, numbered from 1.
+    `mark()` closes a stretch of forward passes (a checkpoint, a data set). Each stretch is one snapshot in
+    `history`, numbered from 1, so that the evolution over the stretches can be plotted.
     mode, sample: as for `instrument`, with its errors. Use `restore()` or a `with` block to end it.
     """
 
     def __init__(self, model: nn.Module, mode: str = "auto", sample: int | None = None):
         self.instrumentation: Instrumentation = instrument(model, mode=mode, sample=sample)
         self._recorder = Recorder(self.instrumentation, log_every=1)
+
+    def __repr__(self) -> str:
+        layers = len(self.instrumentation.coverage.measured)
+        return f"AttentionAnalyzer of {layers} measured layers: {len(self.history)} snapshots"
 
     @property
     def history(self) -> Sequence[Snapshot]:
@@ -43,7 +47,7 @@ class AttentionAnalyzer:
     def diagnose(self) -> AttentionDiagnosis:
         """Mark, and judge. Without new forward passes the last stretch is judged again.
 
-        Raises RuntimeError, naming what was and was not reached, if no attention was measured at all.
+        Raises RuntimeError if no attention was measured at all; it names what was reached and what was not.
         """
         if self._recorder.pending or not self.history:
             self.mark()

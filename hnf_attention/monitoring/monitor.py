@@ -1,11 +1,11 @@
-"""Watching a training run. Nothing in here may end it: a fault is logged once and its part switched off."""
+"""Watching a training run. A fault in here never ends it: the part that failed is logged once and switched off."""
 
 from __future__ import annotations
 
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -14,16 +14,27 @@ from ..diagnosis import AttentionDiagnosis, StabilityIssue, diagnose
 from ..diagnosis.issue import grouped, heads_text
 from ..errors import InputError
 from ..instrumentation import Instrumentation, instrument
-from ..interventions import Applied, Intervention, InterventionPolicy, apply_intervention
-from ..interventions.intervention import reduce_lr
+from ..interventions import Applied, Intervention, InterventionPolicy, apply_intervention, learning_rate
 from ..names import display_name
 from ..statistics.heads import Snapshot
 from .process_groups import ProcessGroups
 from .recorder import NothingMeasured, Recorder
 
 _log = logging.getLogger("hnf_attention")
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 WEIGHT_ACTIONS = ("qk_clip", "temperature")  # what auto_intervene does without being asked
+
+
+class DiagnosisWriter(Protocol):
+    """What a monitor needs of a writer; a `close()` without arguments is called if there is one."""
+
+    def write(self, diagnosis: AttentionDiagnosis, /) -> object:
+        """Take a diagnosis."""
+
+
+Writer = DiagnosisWriter | Callable[[AttentionDiagnosis], object]
 
 
 class AttentionStabilityMonitor:
@@ -38,24 +49,23 @@ class AttentionStabilityMonitor:
                 if intervention:
                     apply_intervention(optimizer, intervention)
 
-    log_every: read out and judge every that many steps.
+    log_every: every that many steps is a log step, which is measured, read and judged.
     record_every: which steps in between are measured as well: None for none, 1 for all, k for every k-th.
     writers: objects with a `write(diagnosis)` method, or callables; each gets every diagnosis. `restore()`
         calls the `close()` of those that have one. `hnf_attention.integrations` has some.
-    auto_intervene: at a log step, carry out what the monitor proposes on weights (QK-clip, temperature);
-        learning rates and dropout are left to `get_intervention`. What was done is in `applied`.
+    auto_intervene: at a log step, carry out what the monitor proposes on weights (QK-clip, temperature).
+        Learning rates and dropout are left to `get_intervention`. What was done is in `applied`.
     sample: as for `instrument`: where attention is probed, measure 1 of that many blocks of rows.
-    step: how many steps were done before, where a run resumes: their numbers go on from there.
-
-    A snapshot is made of every forward since the `on_step()` before it that was measured: evaluation counts
-    like training, whatever `model.training` says (a fine-tune may well train in eval mode). To leave an
-    evaluation out, set `monitor.instrumentation.measuring = False` for it and put its old value back.
-
-    ranks: the processes whose measurements are put together at each log step; without them each process of a
+    step: how many steps were done before, for a run that resumes; numbers go on from there.
+    ranks: the processes whose measurements are put together at each log step. Without it, each process of a
         process group judges its own part of the batch. All of them must call `on_step()` equally often.
 
+    A snapshot holds every measured forward since the last one. Evaluation counts like training, whatever
+    `model.training` says: some fine-tunes train in eval mode. To leave an evaluation out, set
+    `monitor.instrumentation.measuring = False` for it, and put the old value back after it.
+
     Raises ValueError or TypeError for bad arguments; `on_step` and `get_intervention` raise nothing.
-    New issues are logged once per (layer, head, kind), and again when a warning becomes an error.
+    New issues are logged once per (layer, head, type), and again when a warning becomes an error.
     """
 
     def __init__(
@@ -63,13 +73,13 @@ class AttentionStabilityMonitor:
         model: nn.Module,
         log_every: int = 100,
         record_every: int | None = None,
-        writers: Iterable[Any] = (),
+        writers: Iterable[Writer] = (),
         auto_intervene: bool = False,
         sample: int | None = None,
         step: int = 0,
         ranks: ProcessGroups | None = None,
     ):
-        self._writers = [_writer(number, writer) for number, writer in enumerate(writers)]
+        self._writers = [_writer_part(number, writer) for number, writer in enumerate(writers)]
         if auto_intervene:
             _check_auto_intervene(ranks)
         self.instrumentation: Instrumentation = instrument(model, sample=sample)
@@ -84,10 +94,19 @@ class AttentionStabilityMonitor:
         self._policy = InterventionPolicy(model)
         self._auto_intervene = auto_intervene
         self._heads_are_split = ranks is not None and ranks.heads is not None
+        # The latest diagnosis that auto_intervene treated, and what of its fix is left to the user.
         self._left_over: tuple[AttentionDiagnosis, Intervention | None] | None = None
         self._announced: set[tuple[str, int | None, str, str]] = set()
         self._off: set[str] = set()  # parts that failed, or were ended
         self._told_of_nothing = False
+
+    def __repr__(self) -> str:
+        cadence, off = self._recorder.cadence, f"; off: {', '.join(sorted(self._off))}" if self._off else ""
+        return (
+            f"AttentionStabilityMonitor of {type(self.model).__name__} at step {self.step}: "
+            f"log_every {cadence.log_every}, record_every {cadence.record_every}, "
+            f"{len(self.history)} snapshots, {len(self.applied)} interventions applied{off}"
+        )
 
     @property
     def history(self) -> Sequence[Snapshot]:
@@ -100,7 +119,7 @@ class AttentionStabilityMonitor:
         return self._recorder.step
 
     def on_step(self) -> AttentionDiagnosis | None:
-        """End a training step: call it after `optimizer.step()`. A diagnosis at log steps, else None."""
+        """End a training step: call it after `optimizer.step()`. Returns a diagnosis at log steps, else None."""
         snapshot = self._guarded("recording", self._advance)
         if snapshot is None:
             return None
@@ -108,8 +127,8 @@ class AttentionStabilityMonitor:
         if diagnosis is None:
             return None
         self._guarded("logging", self._announce, diagnosis.issues)
-        for name, write, _ in self._writers:
-            self._guarded(name, write, diagnosis)
+        for writer in self._writers:
+            self._guarded(writer.name, writer.write, diagnosis)
         if self._auto_intervene:
             self._guarded("auto_intervene", self._intervene, diagnosis)
         return diagnosis
@@ -117,10 +136,11 @@ class AttentionStabilityMonitor:
     def get_intervention(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
         """The fix for a diagnosis of this monitor, as a dict that `apply_intervention` takes; None for none.
 
-        With auto_intervene, what is left of it to do by hand. None where `ranks.heads` splits layers.
+        With auto_intervene, what is left to do by hand. None if `ranks.heads` splits layers: the diagnosis then
+        numbers heads over all processes, and this one holds the weights of some.
         """
         if self._heads_are_split:
-            return None  # the diagnosis numbers heads over all processes; the weights here are of some
+            return None
         if self._left_over is not None and self._left_over[0] is diagnosis:
             return self._left_over[1]
         return self._guarded("advice", self._policy.propose, diagnosis)
@@ -130,9 +150,9 @@ class AttentionStabilityMonitor:
         self._recorder.stop()
         self.instrumentation.restore()
         self._off.add("recording")
-        for name, _, close in self._writers:
-            if name not in self._off:  # one that failed has had its line in the log
-                self._guarded(f"closing of {name}", close)
+        for writer in self._writers:
+            if writer.name not in self._off:  # one that failed was logged already
+                self._guarded(f"closing of {writer.name}", writer.close)
         self._writers = []
 
     def __enter__(self) -> AttentionStabilityMonitor:
@@ -141,20 +161,26 @@ class AttentionStabilityMonitor:
     def __exit__(self, *_: object) -> None:
         self.restore()
 
-    def _guarded(self, part: str, action: Callable[..., Any], *arguments: Any) -> Any:
-        """The action's result; None once it has failed, after one line in the log."""
+    def _guarded(
+        self,
+        part: str,
+        action: Callable[_Arguments, _Result],
+        *args: _Arguments.args,
+        **kwargs: _Arguments.kwargs,
+    ) -> _Result | None:
+        """The action's result. None from its first failure on, which is logged."""
         if part in self._off:
             return None
         try:
-            return action(*arguments)
+            return action(*args, **kwargs)
         except Exception as error:  # of whatever kind: training goes on without this part
             self._off.add(part)
-            told = isinstance(error, InputError)  # says all there is to say
+            explained = isinstance(error, InputError)  # its message is all that there is to say
             _log.warning(
-                "the attention monitor goes on without its part %r, which failed%s",
+                "the attention monitor switched its part %r off, which failed%s; training goes on",
                 part,
-                f": {error}" if told else "",
-                exc_info=not told,
+                f": {error}" if explained else "",
+                exc_info=not explained,
             )
             return None
 
@@ -192,8 +218,26 @@ class AttentionStabilityMonitor:
         done = apply_intervention(None, on_weights, self.model)
         self.applied.append(done)
         _log.warning("intervened at step %d: %s (%s)", diagnosis.step, done.description, proposed["reason"])
-        slower = proposed.get("lr_factor")
-        self._left_over = diagnosis, None if slower is None else reduce_lr(slower, proposed["reason"])
+        factor = proposed.get("lr_factor")
+        rest = None if factor is None else learning_rate.propose(factor, proposed["reason"])
+        self._left_over = diagnosis, rest
+
+
+class _WriterPart(NamedTuple):
+    """A writer as a part of the monitor, with the name that it has in the log."""
+
+    name: str
+    write: Callable[[AttentionDiagnosis], object]
+    close: Callable[[], object]
+
+
+def _writer_part(number: int, writer: Writer) -> _WriterPart:
+    write = getattr(writer, "write", writer)
+    if not callable(write):
+        raise TypeError(f"expected writers with a write(diagnosis) method, or callables, got {writer!r}")
+    return _WriterPart(
+        f"writer {number} ({type(writer).__name__})", write, getattr(writer, "close", lambda: None)
+    )
 
 
 def _key(issue: StabilityIssue) -> tuple[str, int | None, str, str]:
@@ -201,24 +245,16 @@ def _key(issue: StabilityIssue) -> tuple[str, int | None, str, str]:
 
 
 def _check_auto_intervene(ranks: ProcessGroups | None) -> None:
-    """Raise ValueError where the processes of a group would not all make the same change."""
+    """Raise ValueError if the processes of a group would not all make the same change."""
     if _world_size() == 1:
         return
     if ranks is None or ranks.heads is not None or ranks.processes != _world_size():
         raise ValueError(
-            "expected auto_intervene=False, or ranks=ProcessGroups(batch=<the group of all processes>): each process "
-            f"would change its weights by its own statistics, got ranks={ranks}"
+            "expected auto_intervene=False, or ranks=ProcessGroups(batch=<the group of all processes>), "
+            f"got ranks={ranks}: each process would change its weights by its own statistics"
         )
 
 
 def _world_size() -> int:
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if ready else 1
-
-
-def _writer(number: int, writer: Any) -> tuple[str, Callable[[AttentionDiagnosis], Any], Callable[[], Any]]:
-    """Its name, and what writes and closes it."""
-    write = getattr(writer, "write", writer)
-    if not callable(write):
-        raise TypeError(f"expected writers with a write(diagnosis) method, or callables, got {writer!r}")
-    return f"writer {number} ({type(writer).__name__})", write, getattr(writer, "close", lambda: None)

@@ -1,9 +1,9 @@
-"""Head statistics of several processes as one: for each group an exchange of names and two collectives a snapshot."""
+"""Head statistics of several processes as one: each group exchanges names once and sums up twice per snapshot."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..statistics.heads import NUM_FIELDS, NUM_SUMS, SUM_FIELDS
+from ..statistics.heads import NUM_FIELDS, NUM_SUMS, SUM_FIELDS, HeadStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -19,36 +19,33 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """One layer's snapshot in one process; values are (NUM_FIELDS, H) fp64, as `HeadStats` holds them."""
+    """One layer's statistics in one process."""
 
     name: str
-    head_dim: int
-    dtype: str
-    sample_period: int
-    values: np.ndarray
+    stats: HeadStats
 
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """Which processes measure parts of one thing. Each of them has to read at the same steps.
+    """Which processes measure parts of one run. All of them have to read snapshots at the same steps.
 
     batch: processes that run the same heads on other sequences (DDP, FSDP).
     heads: processes that hold different heads of the same layers (tensor parallel, or a sequence exchanged
-        for heads around attention, as Ulysses does); the heads of the first member come first, and are
-        numbered from there on.
+        for heads around attention, as Ulysses does). Heads are numbered over all members, those of the first
+        member first.
     queries: processes that run the same heads on other queries of the same sequences, against all of their keys
-        (context parallel that gathers keys; a process may leave out keys that are hidden from its queries,
-        as long as one sees them all).
+        (context parallel that gathers keys). A process may leave out keys that are hidden from its queries,
+        as long as one process sees them all.
 
     A process without a batch, or without some layer (another pipeline stage), takes part with nothing.
-    Raises RuntimeError without torch.distributed, ValueError where all groups are None.
+    Raises RuntimeError without torch.distributed, ValueError if all groups are None.
     """
 
     batch: ProcessGroup | None = None
     heads: ProcessGroup | None = None
     queries: ProcessGroup | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError("expected torch.distributed to be initialised, got no process group")
         if self.batch is self.heads is self.queries is None:
@@ -56,14 +53,14 @@ class ProcessGroups:
 
     @staticmethod
     def of_world() -> ProcessGroups | None:
-        """All processes of the run with parts of the batch; None where there is one process."""
+        """All processes of the run, each with a part of the batch; None if there is only one process."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return None
         return ProcessGroups(batch=dist.group.WORLD)
 
     @staticmethod
     def of_mesh(mesh: DeviceMesh, heads: str | None = None, queries: str | None = None) -> ProcessGroups:
-        """The mesh dimensions of tensor and context parallelism; all others hold parts of the batch.
+        """heads, queries: the mesh dimensions of tensor and context parallelism; all others are batch.
 
         Raises ValueError for a name that the mesh does not have, or one that is given twice.
         """
@@ -74,27 +71,31 @@ class ProcessGroups:
         if heads is not None and heads == queries:
             raise ValueError(f"expected heads and queries to be different dimensions, got {heads!r} for both")
         others = tuple(name for name in names if name not in (heads, queries))
+        batch: ProcessGroup | None
         if len(others) > 1:
             batch = mesh[others]._flatten().get_group()
+        elif others:
+            batch = mesh[others[0]].get_group()
         else:
-            batch = mesh[others[0]].get_group() if others else None if names else mesh.get_group()
+            batch = None if names else mesh.get_group()
         return ProcessGroups(
             batch, *(None if name is None else mesh[name].get_group() for name in (heads, queries))
         )
 
     @property
     def processes(self) -> int:
-        """How many processes' measurements are one."""
+        """How many processes' measurements are put together."""
         groups = (self.batch, self.heads, self.queries)
         return math.prod(dist.get_world_size(group) for group in groups if group is not None)
 
     def combine(self, read: Callable[[], Iterable[Part]]) -> list[Part]:
-        """What `read` gives in all processes, the same in each, in the order of the first one that has it.
+        """Put together what `read` gives in all processes; every process gets the same list.
 
-        Raises RuntimeError in every process where `read` fails in one of them, or where processes of `batch`
-        or `queries` hold different numbers of heads of one layer: none is left waiting for another.
+        Raises RuntimeError in every process if `read` fails in one of them, or if processes of `batch`
+        or `queries` hold different numbers of heads of one layer. No process is left waiting for another.
         """
-        parts, fault = [], None
+        parts: list[Part] = []
+        fault: str | None = None
         try:
             parts = list(read())
         except Exception as error:
@@ -107,34 +108,41 @@ class ProcessGroups:
         return parts
 
 
-_Key = tuple[str, int, str]
-# Sums that every process of `queries` has whole: sequences are counted, and their keys squared, in each.
+_Key = tuple[str, int, str]  # layer, head dimension, dtype: parts that are alike in these are one
+# Sums that every process of `queries` has whole: each counts its sequences, and squares all of their keys.
 _OF_SEQUENCES = tuple(SUM_FIELDS.index(name) for name in ("sequences", "key_square"))
+
+
+class _Contribution(NamedTuple):
+    """What one process says of itself before anything is summed up."""
+
+    fault: str | None
+    layers: dict[_Key, tuple[int, int]]  # number of heads, sample period
 
 
 def _joined(
     parts: Sequence[Part], fault: str | None, group: ProcessGroup, shared: Sequence[int] | None
 ) -> tuple[list[Part], str | None]:
-    """shared: the sums that every member has whole; None where each member has heads of its own."""
-    split = shared is None
-    mine = {(p.name, p.head_dim, p.dtype): p for p in parts}
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    everyone: list[tuple[str | None, dict[_Key, tuple[int, int]]] | None] = [None] * size
-    described = {key: (p.values.shape[1], p.sample_period) for key, p in mine.items()}
-    dist.all_gather_object(everyone, (fault, described), group=group)
-    fault = next((theirs for theirs, _ in everyone if theirs is not None), None)
-    widths: dict[_Key, list[int]] = {}
+    """The parts of all members of a group, and the first fault of any.
+
+    shared: the sums that every member has whole; None if each member has heads of its own.
+    """
+    split, rank = shared is None, dist.get_rank(group)
+    mine = {(part.name, part.stats.head_dim, part.stats.dtype): part.stats for part in parts}
+    everyone = _exchange(fault, mine, group)
+    fault = next((theirs.fault for theirs in everyone if theirs.fault is not None), None)
+    widths: dict[_Key, list[int]] = {}  # number of heads in each member
     periods: dict[_Key, int] = {}
-    for member, (_, layers) in enumerate(everyone):
-        for key, (heads, period) in layers.items():
-            widths.setdefault(key, [0] * size)[member] = heads
+    for member, theirs in enumerate(everyone):
+        for key, (heads, period) in theirs.layers.items():
+            widths.setdefault(key, [0] * len(everyone))[member] = heads
             periods[key] = max(periods.get(key, 1), period)
-    for key, heads in widths.items():
-        if not split and len({number for number in heads if number}) > 1:
-            fault = fault or f"expected every process to hold as many heads of {key[0]}, got {heads}"
+    for key, each in widths.items():
+        if not split and len({heads for heads in each if heads}) > 1:
+            fault = fault or f"expected every process to hold as many heads of {key[0]}, got {each}"
     if fault is not None or not widths:
         return [], fault
-    total = {key: sum(heads) if split else max(heads) for key, heads in widths.items()}
+    total = {key: sum(each) if split else max(each) for key, each in widths.items()}
     packed = np.zeros((NUM_FIELDS, sum(total.values())))
     packed[NUM_SUMS:] = -np.inf
     start = 0
@@ -144,12 +152,23 @@ def _joined(
             packed[:, first : first + widths[key][rank]] = mine[key].values
         start += width
     _reduce(packed, shared or (), group)
-    ends = np.cumsum(list(total.values()))[:-1]
-    columns = np.split(packed, ends, axis=1)
-    return [Part(*key, periods[key], values) for key, values in zip(total, columns)], None
+    columns = np.split(packed, np.cumsum(list(total.values()))[:-1], axis=1)
+    return [
+        Part(name, HeadStats(values, head_dim, dtype, periods[name, head_dim, dtype]))
+        for (name, head_dim, dtype), values in zip(total, columns)
+    ], None
+
+
+def _exchange(fault: str | None, mine: Mapping[_Key, HeadStats], group: ProcessGroup) -> list[_Contribution]:
+    """What every member says of itself, by rank."""
+    described = {key: (stats.num_heads, stats.sample_period) for key, stats in mine.items()}
+    everyone = [_Contribution(fault, described)] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, everyone[0], group=group)
+    return everyone
 
 
 def _reduce(packed: np.ndarray, shared: Sequence[int], group: ProcessGroup) -> None:
+    """Sum up `packed` over the group in place; of maxima, and of the sums `shared`, take the largest."""
     device = "cuda" if "nccl" in dist.get_backend(group) else "cpu"
     largest = np.arange(NUM_FIELDS) >= NUM_SUMS
     largest[list(shared)] = True

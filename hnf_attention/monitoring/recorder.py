@@ -1,13 +1,14 @@
-"""When to measure, where to keep it, and when to read it out.
+"""Folds measurements into snapshots, and keeps the snapshots.
 
-Measurements are folded on the device they were made on. The host waits for a device once per log
-step: one packed copy of all layers' accumulators (one per device, where a model spans several).
+Measurements are folded on the device that they were made on. The host waits for a device once per log
+step, for one packed copy of all layers' accumulators (one per device, where a model spans several).
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..engine import fold
 from ..statistics.heads import SUM_FIELDS, HeadStats, Snapshot, new_accumulator
+from .cadence import Cadence
 from .process_groups import Part, ProcessGroups
 
 if TYPE_CHECKING:
@@ -33,15 +35,11 @@ class NothingMeasured(RuntimeError):
 
 
 class Recorder:
-    """Folds an instrumented model's measurements into `Snapshot`s.
+    """Folds an instrumented model's measurements into `Snapshot`s, at the steps that a `Cadence` says.
 
-    Steps are counted by `advance()`, from 1: the forward passes before the s-th call belong to step s.
-    Step s is a log step when `s % log_every == 0`: it is measured and read out. `record_every` says
-    which others are measured: None for none, 1 for all (running extremes over every step), k for
-    every k-th. On any other step the model runs its own attention. step: how many were done before, where
-    a run resumes. ranks: processes whose statistics a snapshot puts together.
-
-    Raises ValueError unless log_every is an int >= 1, record_every None or an int >= 1, step an int >= 0.
+    log_every, record_every, step: as for `Cadence`, with its errors. On a step that is not measured the model
+        runs its own attention.
+    ranks: the processes whose statistics a snapshot puts together.
     """
 
     def __init__(
@@ -52,13 +50,7 @@ class Recorder:
         step: int = 0,
         ranks: ProcessGroups | None = None,
     ):
-        _check_count("log_every", log_every, 1, "an int >= 1")
-        if record_every is not None:
-            _check_count("record_every", record_every, 1, "None or an int >= 1")
-        _check_count("step", step, 0, "an int >= 0")
-        self.log_every = log_every
-        self.record_every = record_every
-        self.step = step
+        self.cadence = Cadence(log_every, record_every, step)
         self.pending = False  # whether anything was recorded since the last snapshot
         #: The last HISTORY_LENGTH snapshots, oldest first.
         self.history: deque[Snapshot] = deque(maxlen=HISTORY_LENGTH)
@@ -66,31 +58,36 @@ class Recorder:
         self._ranks = ranks
         self._names: dict[_Kind, str] = {}
         self._accumulators: dict[tuple[_Kind, torch.device], Tensor] = {}
-        # The largest sample_period since the last snapshot, by name; of the snapshot before, where no Python
-        # has run since: the replays of a captured graph are folded all the same.
+        # The largest sample_period since the last snapshot, by name. If no Python has run since, it is that of
+        # the snapshot before: replays of a captured graph are folded all the same.
         self._periods: dict[str, int] = {}
         self._recorded: set[str] = set()  # the names recorded since the last snapshot
-        self._stopped = False
         instrumentation.on_measure = _weakly(self)
-        instrumentation.measuring = self._measures(step + 1)
+        instrumentation.measuring = self.cadence.measures_next
+
+    @property
+    def step(self) -> int:
+        """How many steps `advance()` has ended, and those done before."""
+        return self.cadence.step
 
     def advance(self) -> Snapshot | None:
         """End the current step. Returns its snapshot if it was a log step, else None.
 
-        Raises NothingMeasured at a log step before which nothing was measured; the step counts all
-        the same, and the next one goes on.
+        Raises NothingMeasured at a log step if nothing was measured since the last snapshot. The step counts
+        all the same, and the next one goes on.
         """
-        self.step += 1
-        self._instrumentation.measuring = self._measures(self.step + 1)
-        return self.read() if self.step % self.log_every == 0 else None
+        log_step = self.cadence.end_step()
+        self._instrumentation.measuring = self.cadence.measures_next
+        return self.read() if log_step else None
 
     def read(self) -> Snapshot:
-        """A snapshot of everything folded since the last snapshot, which starts anew after it.
+        """A snapshot of everything folded since the last one; folding starts anew after it.
 
-        Raises NothingMeasured, with the instrumentation's coverage if it never measured anything.
+        Raises NothingMeasured if there is nothing; the message holds the instrumentation's coverage if it never
+        measured anything.
         """
         parts = self._parts() if self._ranks is None else self._ranks.combine(self._parts)
-        layers = {name: HeadStats(values, *kind, period) for name, *kind, period, values in parts}
+        layers = {part.name: part.stats for part in parts}
         if not layers:
             raise NothingMeasured(self._why_nothing())
         self.pending = False
@@ -99,20 +96,9 @@ class Recorder:
         self.history.append(snapshot)
         return snapshot
 
-    def _parts(self) -> list[Part]:
-        """What was measured since the last snapshot, by layer; a layer on several devices is merged."""
-        found: dict[str, HeadStats] = {}
-        for kind, values in self._copy_to_host():
-            if not values[_SEEN].any():
-                continue  # known from an earlier snapshot, not run since
-            name, (_, _, head_dim, dtype) = self._names[kind], kind
-            stats = HeadStats(values, head_dim, _text(dtype), self._periods[name])
-            found[name] = found[name].merge(stats) if name in found else stats
-        return [Part(n, s.head_dim, s.dtype, s.sample_period, s.values) for n, s in found.items()]
-
     def stop(self) -> None:
         """Measure no further step: `advance()` goes on counting, the model runs its own attention."""
-        self._stopped = True
+        self.cadence.stop()
         self._instrumentation.measuring = False
 
     def record(self, measurement: Measurement) -> None:
@@ -135,11 +121,6 @@ class Recorder:
         self._recorded.add(name)
         self.pending = True
 
-    def _measures(self, step: int) -> bool:
-        if self._stopped:
-            return False
-        return step % self.log_every == 0 or (self.record_every is not None and step % self.record_every == 0)
-
     def _name(self, layer: str, heads: int, head_dim: int, dtype: torch.dtype) -> str:
         """The layer's name; further head counts, head dimensions or dtypes under it get names of their own.
 
@@ -148,6 +129,17 @@ class Recorder:
         """
         taken = layer in self._names.values()
         return f"{layer} [{heads} heads of {head_dim}, {_text(dtype)}]" if taken else layer
+
+    def _parts(self) -> list[Part]:
+        """What was measured since the last snapshot, by layer; a layer on several devices is merged."""
+        found: dict[str, HeadStats] = {}
+        for kind, values in self._copy_to_host():
+            if not values[_SEEN].any():
+                continue  # known from an earlier snapshot, not run since
+            name, (_, _, head_dim, dtype) = self._names[kind], kind
+            stats = HeadStats(values, head_dim, _text(dtype), self._periods[name])
+            found[name] = found[name].merge(stats) if name in found else stats
+        return [Part(name, stats) for name, stats in found.items()]
 
     @torch.no_grad()
     def _copy_to_host(self) -> list[tuple[_Kind, np.ndarray]]:
@@ -175,7 +167,7 @@ class Recorder:
         return f"expected a measured forward pass before step {self.step} is read, got none {since}"
 
 
-def _weakly(recorder: Recorder):
+def _weakly(recorder: Recorder) -> Callable[[Measurement], None]:
     """`recorder.record` without a reference cycle: an instrumentation ends when its last user is gone."""
     reference = weakref.ref(recorder)
 
@@ -189,8 +181,3 @@ def _weakly(recorder: Recorder):
 
 def _text(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _check_count(name: str, value: object, least: int, expected: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"expected {name} to be {expected}, got {value!r}")

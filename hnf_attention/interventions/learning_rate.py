@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .intervention import Change, Intervention
+
 _log = logging.getLogger("hnf_attention")
 
 
-def scale(optimizer: torch.optim.Optimizer, factor: float, scheduler: Any) -> tuple[str, Callable[[], None]]:
-    """Multiply every group's rate by `factor`. Returns what was done and its undoing.
+def propose(factor: float, reason: str) -> Intervention:
+    """Multiply every learning rate by `factor`."""
+    return Intervention({"action": "reduce_lr", "factor": factor, "reason": reason})
 
-    `initial_lr` is multiplied too; a scheduler that computes rates from `base_lrs` of its own
-    (LambdaLR) keeps the change only if it is given.
+
+def apply(optimizer: torch.optim.Optimizer, factor: float, scheduler: Any) -> Change:
+    """Multiply the rate of every parameter group by `factor`.
+
+    `initial_lr` is multiplied too. A scheduler that computes rates from its own `base_lrs` (LambdaLR) keeps
+    the change only if it is given.
     """
     if scheduler is None and any("initial_lr" in group for group in optimizer.param_groups):
         _log.warning(
-            "this optimizer has a learning-rate scheduler: one that computes rates from its own base_lrs "
-            "(LambdaLR) undoes the change at its next step, unless apply_intervention gets it as scheduler="
+            "this optimizer has a learning-rate scheduler, which may undo the change at its next step (LambdaLR "
+            "computes rates from its own base_lrs); hand it to apply_intervention as scheduler="
         )
     before = ", ".join(f"{float(group['lr']):g}" for group in optimizer.param_groups)
     _multiply(optimizer, factor, scheduler)
-    return f"learning rates ({before}) times {factor:g}", lambda: _multiply(optimizer, 1 / factor, scheduler)
+    return Change(
+        f"learning rates ({before}) times {factor:g}", lambda: _multiply(optimizer, 1 / factor, scheduler)
+    )
 
 
 def _multiply(optimizer: torch.optim.Optimizer, factor: float, scheduler: Any) -> None:
@@ -41,9 +49,9 @@ def _multiply(optimizer: torch.optim.Optimizer, factor: float, scheduler: Any) -
 
 
 def _with_base_rates(scheduler: Any) -> list[Any]:
-    """Of a scheduler, or a list of them, those that keep base rates.
+    """The schedulers that keep base rates, of one scheduler or a list of them.
 
-    Looked into are those made of others (SequentialLR, ChainedScheduler) and Accelerate's, which wraps one.
+    Schedulers made of others (SequentialLR, ChainedScheduler) and Accelerate's wrapper are looked into.
     """
     if isinstance(scheduler, (list, tuple)):
         parts = scheduler

@@ -10,6 +10,7 @@ from heads import head_stats, snapshot
 from hnf_attention.diagnosis import AttentionDiagnosis, StabilityIssue, diagnose
 from hnf_attention.diagnosis.issue import grouped, heads_text
 from hnf_attention.instrumentation import Coverage
+from hnf_attention.statistics.heads import Snapshot
 
 SHARP = {"normalized_entropy": 0.02, "max_weight": 0.9, "saturated_share": 0.7, "jacobian_trace_bound": 0.15}
 
@@ -102,3 +103,35 @@ def test_plots_are_figures_and_saved(broken, tmp_path):
 def test_plots_without_a_history(tmp_path):
     diagnosis = AttentionDiagnosis(issues=[], stats={"a": head_stats()})
     assert diagnosis.plot_entropy_heatmap().axes and diagnosis.plot_curvature_evolution().axes
+
+
+def test_a_long_history_is_printed_short():
+    layers = {f"blocks.{number}.attention": SHARP | {"heads": 16, "max_logit": 2e3} for number in range(8)}
+    first = snapshot(1, **layers)
+    diagnosis = diagnose([Snapshot(step, first.layers) for step in range(1, 401)])
+    assert len(diagnosis.issues) >= 2 * 8 * 16
+    text = repr(diagnosis)
+    assert len(text) < 2000 and "\n" not in text
+    assert text.startswith(
+        "AttentionDiagnosis of step 400: 8 layers, 128 heads; error: overflow_risk (128), "
+    )
+    assert text.endswith("history of 400 snapshots")
+    assert all(len(repr(issue)) < 200 for issue in diagnosis.issues)
+
+
+def test_a_diagnosis_without_issues_says_so():
+    healthy = AttentionDiagnosis(issues=[], stats={"a": head_stats()}, step=3, not_measured={"b": "why"})
+    assert repr(healthy) == (
+        "AttentionDiagnosis of step 3: 1 layers, 4 heads, 1 layers not measured; no issues; history of 0 snapshots"
+    )
+
+
+def test_an_issue_is_printed_in_one_line():
+    assert repr(issue("", 3, 2000.0)) == (
+        "StabilityIssue(error: overflow_risk in (the model itself) head 3, value 2000, threshold 1)"
+    )
+    assert "in a, value" in repr(issue("a", None, 2.0))
+
+
+def test_the_former_name_of_an_issue_type_becomes_todays():
+    assert issue("a", 0, 1.0, "attention_spike").issue_type == "one_hot_attention"

@@ -79,14 +79,14 @@ def test_one_sharp_head_of_a_healthy_model_is_left_alone(model):
     assert diagnose(history).has_issues() and proposal(model, history) is None
 
 
-def test_spikes_of_a_layer_without_growth_get_dropout():
+def test_one_hot_heads_without_growth_get_dropout():
     layer = t.BertModel(t.BertConfig(**SIZES))
     name = "encoder.layer.0.attention.self"
-    spiked = head_stats(max_weight=[0.97, 0.98, 0.2, 0.2])
-    history = [snapshot(1, **{name: spiked})]
+    one_hot = head_stats(max_weight=[0.97, 0.98, 0.2, 0.2])
+    history = [snapshot(1, **{name: one_hot})]
     wanted = proposal(layer, history)
     assert wanted["action"] == "increase_dropout" and wanted["layer"] == name
-    assert proposal(nn.ModuleDict({"a": PlainBlock("qkv")}), [snapshot(1, a=spiked)]) is None
+    assert proposal(nn.ModuleDict({"a": PlainBlock("qkv")}), [snapshot(1, a=one_hot)]) is None
     assert proposal(layer, [snapshot(1, **{name: head_stats(max_weight=[0.97, 0.2, 0.2, 0.2])})]) is None
 
 
@@ -96,7 +96,7 @@ def test_non_finite_numbers_get_a_lower_rate_and_advice(model):
     assert "restore the last checkpoint" in wanted["reason"]
 
 
-def test_layers_that_cannot_be_clipped_leave_the_learning_rate(model):
+def test_the_learning_rate_is_cut_if_no_layer_can_be_clipped(model):
     wanted = proposal(model, growing(normed=2000.0, a=5.0))
     assert wanted["action"] == "reduce_lr" and "weights that can be clipped" in wanted["reason"]
     both = proposal(model, growing(normed=2000.0, a=50.0))
@@ -105,14 +105,14 @@ def test_layers_that_cannot_be_clipped_leave_the_learning_rate(model):
 
 
 def test_a_clip_is_repeated_but_the_rate_is_cut_once_per_window(model):
-    adviser = InterventionPolicy(model)
+    policy = InterventionPolicy(model)
     history = growing(a=2000.0)
-    first = adviser.propose(diagnose(history))
-    assert adviser.propose(diagnose(history)) == first  # asked twice, answered the same
+    first = policy.propose(diagnose(history))
+    assert policy.propose(diagnose(history)) == first  # asked twice, answered the same
     cuts = []
     for step in range(11, 32):
         history.append(snapshot(step, a={"max_logit": 2000.0 + 200 * step}))
-        wanted = adviser.propose(diagnose(history))
+        wanted = policy.propose(diagnose(history))
         assert wanted["action"] == "qk_clip"
         if "lr_factor" in wanted:
             cuts.append(step)
@@ -120,16 +120,16 @@ def test_a_clip_is_repeated_but_the_rate_is_cut_once_per_window(model):
 
 
 def test_once_clipping_every_snapshot_above_the_threshold_is_clipped(model):
-    adviser = InterventionPolicy(model)
+    policy = InterventionPolicy(model)
     history = growing(a=2000.0)
-    adviser.propose(diagnose(history))
+    policy.propose(diagnose(history))
     history.append(snapshot(11, a={"max_logit": 31.0}, b={"max_logit": 29.0}))
     diagnosis = diagnose(history)
     assert not diagnosis.has_issues()
-    wanted = adviser.propose(diagnosis)
+    wanted = policy.propose(diagnosis)
     assert wanted["layers"] == {"a": [31.0] * 4} and "lr_factor" not in wanted
     history.append(snapshot(12, a={"max_logit": 30.0}))
-    assert adviser.propose(diagnose(history)) is None
+    assert policy.propose(diagnose(history)) is None
 
 
 def test_layers_that_are_no_modules_are_not_proposed(model):

@@ -3,13 +3,14 @@
 import pickle
 
 import numpy as np
-import processes
+import processes_groups
 import pytest
 import torch
 from attention_models import Model
 from heads import FakeInstrumentation
-from processes import BATCH, INPUTS, SIZE
+from processes_groups import BATCH, INPUTS, SIZE
 
+import hnf_attention
 from hnf_attention import AttentionStabilityMonitor, ProcessGroups
 from hnf_attention.monitoring.recorder import Recorder
 
@@ -21,8 +22,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(processes.main, (str(folder),), SIZE)
+    folder = tmp_path_factory.mktemp("groups")
+    torch.multiprocessing.spawn(processes_groups.main, (str(folder),), SIZE)
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(SIZE)]
 
 
@@ -91,7 +92,11 @@ def test_a_data_parallel_model_is_judged_and_treated_alike_everywhere(found):
         torch.testing.assert_close(treated, weight, rtol=1e-5, atol=1e-6)
 
 
-def test_without_torch_distributed_there_are_no_ranks():
+def test_the_former_name_is_the_same_class():
+    assert hnf_attention.Ranks is ProcessGroups
+
+
+def test_groups_need_torch_distributed():
     with pytest.raises(RuntimeError, match="expected torch.distributed to be initialised"):
         ProcessGroups(batch=None)
 

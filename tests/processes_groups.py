@@ -1,4 +1,4 @@
-"""What runs in each of four processes for test_ranks.py; what they find goes into a folder."""
+"""What runs in each of four processes for test_process_groups.py; what they find goes into a folder."""
 
 import pickle
 from pathlib import Path
@@ -55,7 +55,7 @@ def other_heads(rank):
 
 
 def one_that_fails(rank):
-    """What the others learn of it, at once."""
+    """The error that every process gets."""
     fake = FakeInstrumentation()
     recorder = Recorder(fake, 1, ranks=ProcessGroups(batch=dist.group.WORLD))
     fake.run("a", *BATCH)
@@ -75,7 +75,7 @@ def nothing_anywhere(rank):
 
 
 def data_parallel(rank):
-    """A model under DistributedDataParallel, monitored and, where it must be, treated alike everywhere."""
+    """A model under DistributedDataParallel, monitored, and treated alike in every process."""
     torch.manual_seed(0)
     model = Model()
     with torch.no_grad():

@@ -1,0 +1,159 @@
+"""A diagnosis: the issues at one step, and the numbers behind them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..names import display_name
+from ..statistics.heads import HeadStats, Snapshot
+from .issue import StabilityIssue, grouped, heads_text
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from matplotlib.figure import Figure
+
+#: What `to_dict` holds of each layer: one number per head.
+HEAD_FIELDS = (
+    "rows",
+    "judged_rows",
+    "nonfinite_rows",
+    "entropy",
+    "normalized_entropy",
+    "normalized_entropy_min",
+    "normalized_entropy_p10",
+    "saturated_share",
+    "max_weight",
+    "sink_mass",
+    "jacobian_trace_bound",
+    "normalized_entropy_stderr",
+    "saturated_share_stderr",
+    "max_weight_stderr",
+    "sink_mass_stderr",
+    "jacobian_trace_bound_stderr",
+    "logit_range",
+    "logit_range_max",
+    "max_logit",
+    "min_logit",
+    "query_norm",
+    "key_norm",
+    "log2_curvature",
+    "score_magnitude",
+    "error_bound",
+    "required_bits",
+    "typical_bits",
+)
+_LAYER_FIELDS = ("num_heads", "head_dim", "dtype", "sample_period")
+
+
+@dataclass(repr=False)
+class AttentionDiagnosis:
+    """The issues at one step, worst first, with the numbers that they came from.
+
+    stats: the latest snapshot, layer name to head statistics. history: the snapshots that the rules saw,
+    oldest first; `stats` is the last of them. not_measured: attention that was seen and not measured,
+    layer name to reason.
+    """
+
+    issues: list[StabilityIssue]
+    stats: dict[str, HeadStats]
+    step: int = 0
+    history: Sequence[Snapshot] = ()
+    not_measured: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        kinds = Counter(f"{issue.severity}: {issue.issue_type}" for issue in self.issues)
+        found = ", ".join(f"{kind} ({count})" for kind, count in kinds.items()) or "no issues"
+        missed = f", {len(self.not_measured)} layers not measured" if self.not_measured else ""
+        return (
+            f"AttentionDiagnosis of step {self.step}: {len(self.stats)} layers, {self._num_heads} heads{missed}; "
+            f"{found}; history of {len(self.history)} snapshots"
+        )
+
+    def has_issues(self) -> bool:
+        """Whether there is any issue, error or warning."""
+        return bool(self.issues)
+
+    @property
+    def errors(self) -> list[StabilityIssue]:
+        """Issues of severity "error", worst first."""
+        return [issue for issue in self.issues if issue.severity == "error"]
+
+    @property
+    def warnings(self) -> list[StabilityIssue]:
+        """Issues of severity "warning"."""
+        return [issue for issue in self.issues if issue.severity == "warning"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the history as JSON types: arrays are lists; NaN and infinities are None."""
+        return {
+            "step": self.step,
+            "healthy": not self.errors,
+            "issues": [_jsonable(asdict(issue)) for issue in self.issues],
+            "layers": {name: _jsonable(_layer_dict(stats)) for name, stats in self.stats.items()},
+            "not_measured": dict(self.not_measured),
+        }
+
+    def summary(self) -> str:
+        """The issues as text for people: one entry for each layer and type, with its worst head's evidence."""
+        measured = f"step {self.step}: {len(self.stats)} layers, {self._num_heads} heads measured"
+        lines = [f"{measured}; {len(self.errors)} errors, {len(self.warnings)} warnings"]
+        for group in grouped(self.issues):
+            worst = group[0]
+            lines.append(
+                f"{worst.severity}: {worst.issue_type} in {display_name(worst.layer)}{heads_text(group)}"
+            )
+            lines.append(f"    {worst.evidence}")
+            lines.append(f"    -> {worst.suggestion}")
+        if self.not_measured:
+            lines.append("not measured:")
+            lines += [f"    {display_name(name)}: {why}" for name, why in self.not_measured.items()]
+        return "\n".join(lines)
+
+    def plot_entropy_heatmap(self, path: str | PathLike[str] | None = None) -> Figure:
+        """Draw the normalized entropy of every head at the latest snapshot; saved to `path` if given."""
+        from .. import figures
+
+        return _saved(figures.entropy_heatmap(self._snapshots()[-1]), path)
+
+    def plot_curvature_evolution(self, path: str | PathLike[str] | None = None) -> Figure:
+        """Draw log2 of the HNF curvature bound over the snapshots, a line per layer; saved to `path` if given.
+
+        A single snapshot, as of an analyzer, gives a point for every head.
+        """
+        from .. import figures
+
+        return _saved(figures.curvature_evolution(self._snapshots()), path)
+
+    @property
+    def _num_heads(self) -> int:
+        return sum(stats.num_heads for stats in self.stats.values())
+
+    def _snapshots(self) -> list[Snapshot]:
+        return list(self.history) or [Snapshot(self.step, self.stats)]
+
+
+def _layer_dict(stats: HeadStats) -> dict[str, Any]:
+    return {name: getattr(stats, name) for name in (*_LAYER_FIELDS, *HEAD_FIELDS)}
+
+
+def _jsonable(items: dict[str, Any]) -> dict[str, Any]:
+    return {name: _jsonable_value(value) for name, value in items.items()}
+
+
+def _jsonable_value(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [_jsonable_value(item) for item in value.tolist()]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _saved(figure: Figure, path: str | PathLike[str] | None) -> Figure:
+    if path is not None:
+        figure.savefig(path)
+    return figure

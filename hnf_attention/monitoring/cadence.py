@@ -1,0 +1,46 @@
+"""Which training steps are measured, and at which a snapshot is read."""
+
+from __future__ import annotations
+
+
+class Cadence:
+    """Counts steps from 1: what runs before the s-th `end_step()` belongs to step s.
+
+    log_every: every that many steps is a log step, which is measured and read.
+    record_every: which other steps are measured: None for none, 1 for all, k for every k-th.
+    step: how many steps were done before, for a run that resumes.
+
+    Raises ValueError unless log_every is an int >= 1, record_every None or an int >= 1, step an int >= 0.
+    """
+
+    def __init__(self, log_every: int, record_every: int | None = None, step: int = 0):
+        _check_count("log_every", log_every, 1, "an int >= 1")
+        if record_every is not None:
+            _check_count("record_every", record_every, 1, "None or an int >= 1")
+        _check_count("step", step, 0, "an int >= 0")
+        self.log_every = log_every
+        self.record_every = record_every
+        self.step = step
+        self._stopped = False
+
+    @property
+    def measures_next(self) -> bool:
+        """Whether the step to come is measured."""
+        if self._stopped:
+            return False
+        step, others = self.step + 1, self.record_every
+        return step % self.log_every == 0 or (others is not None and step % others == 0)
+
+    def end_step(self) -> bool:
+        """Count a step. Returns whether it was a log step."""
+        self.step += 1
+        return self.step % self.log_every == 0
+
+    def stop(self) -> None:
+        """Measure no further step; counting goes on."""
+        self._stopped = True
+
+
+def _check_count(name: str, value: object, least: int, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"expected {name} to be {expected}, got {value!r}")
