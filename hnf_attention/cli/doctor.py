@@ -12,7 +12,7 @@ from ..engine import engines, library
 from ..engine.api import attention
 from ..engine.call import check
 from ..reference import attention as reference
-from ..report.versions import versions
+from ..versions import versions
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 112, 128, 192, 256)
 TESTED_HEAD_DIMS = (64, 128)

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..names import display_name
 from ..statistics.heads import HeadStats, Snapshot
+from .thresholds import threshold
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -134,7 +135,7 @@ class AttentionDiagnosis:
         """Normalized entropy of every head of every layer at the latest snapshot; saved to `path` if given."""
         from .. import figures
 
-        return _saved(figures.entropy_heatmap(self._snapshots()[-1]), path)
+        return _saved(figures.entropy_heatmap(self._snapshots()[-1], threshold("sink_mass")), path)
 
     def plot_curvature_evolution(self, path: str | PathLike[str] | None = None) -> Figure:
         """log2 of the HNF curvature bound over the snapshots, per layer; saved to `path` if given.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..diagnosis import AttentionDiagnosis
-from ..report.versions import versions
+from ..versions import versions
 from .series import LayerKeys
 
 FORMAT = 1
