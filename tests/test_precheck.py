@@ -13,8 +13,10 @@ from rich.console import Console
 transformers = pytest.importorskip("transformers")
 
 from hnf_attention import StabilityReport, check_attention_stability  # noqa: E402
-from hnf_attention.precheck.advice import Neighbour, down, neighbours, up, worst_ratio  # noqa: E402
-from hnf_attention.precheck.design import read_design  # noqa: E402
+from hnf_attention.precheck.advice import Neighbour, neighbours  # noqa: E402
+from hnf_attention.precheck.configuration import read_design  # noqa: E402
+from hnf_attention.precheck.predict import worst_layer  # noqa: E402
+from hnf_attention.precheck.rounding import rounded_down, rounded_up  # noqa: E402
 
 PLAIN = {"d_model": 128, "n_heads": 8, "seq_len": 256}
 SEED_KEYS = {
@@ -330,7 +332,7 @@ def test_margins_are_where_the_ratio_becomes_a_half():
 def test_two_changes_where_one_is_not_enough():
     design = read_design(PLAIN | {"d_model": 8192, "n_heads": 64, "seq_len": 1024, "temperature": 0.3})
     found = neighbours(design)
-    assert found and all(near.sigma_ratio < worst_ratio(design) for near in found)
+    assert found and all(near.sigma_ratio < worst_layer(design)[0] for near in found)
     assert any(" and " in near.change for near in found)
 
 
@@ -348,17 +350,17 @@ def test_the_printed_factor_of_the_temperature_is_enough():
 
 
 def test_numbers_of_three_digits_stay():
-    assert [up(x) for x in (1.1, 0.3, 1.0, np.float64(2.2), np.inf)] == [1.1, 0.3, 1.0, 2.2, np.inf]
-    assert [down(x) for x in (1.1, 0.3, 1.0, np.float64(2.2), np.inf)] == [1.1, 0.3, 1.0, 2.2, np.inf]
-    assert (up(1.2301), down(1.2399), up(0.0012301)) == (1.24, 1.23, 0.00124)
+    assert [rounded_up(x) for x in (1.1, 0.3, 1.0, np.float64(2.2), np.inf)] == [1.1, 0.3, 1.0, 2.2, np.inf]
+    assert [rounded_down(x) for x in (1.1, 0.3, 1.0, np.float64(2.2), np.inf)] == [1.1, 0.3, 1.0, 2.2, np.inf]
+    assert (rounded_up(1.2301), rounded_down(1.2399), rounded_up(0.0012301)) == (1.24, 1.23, 0.00124)
 
 
 @pytest.mark.parametrize(
     ("ratio", "margin", "end"),
     [
         (np.inf, 0.0, "sigma / sigma_c inf"),
-        (0.3, 0.5 / 0.3, "sigma / sigma_c 0.30, whose largest score is too large"),
-        (0.55, 0.5 / 0.55, "scores 1.1 times as spread as is stable"),
+        (0.3, 0.5 / 0.3, "sigma / sigma_c 0.30; the largest score is still too large"),
+        (0.55, 0.5 / 0.55, "the spread of scores is 1.1 times the stable one"),
     ],
 )
 def test_what_is_not_enough_says_by_what(ratio, margin, end):
