@@ -180,6 +180,26 @@ def test_a_sample_may_be_keyword_arguments_and_leaves_the_model_as_it_was():
     assert model.transformer.h[0].attn.training
 
 
+def test_attention_whose_queries_are_not_known_is_a_note():
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(vocab_size=100, hidden_size=32, n_layer=1, n_head=2)
+    report = check_attention_stability(
+        transformers.BloomForCausalLM(config), torch.randint(0, 100, (2, 32)), config
+    )
+    assert report["notes"][1].startswith("transformer.h.0.self_attention not measured: only its scores")
+    assert report["sources"]["sigma_ratio"] == "predicted: initialisation"
+
+
+def test_a_report_and_a_design_are_shown_in_one_line():
+    report = check_attention_stability(config=LARGE)
+    assert repr(report) == f"StabilityReport(stable, sigma_ratio {report['sigma_ratio']:.3g}, " + (
+        f"margin {report['margin']:.3g}, 36 layers)"
+    )
+    assert repr(StabilityReport()) == "StabilityReport(no verdict)"
+    gemma = read_design(transformers.Gemma2Config(), seq_len=8192)
+    assert "head_dim=256" in repr(gemma) and len(repr(gemma)) < 300
+
+
 def test_a_sample_that_cannot_run_is_a_note_and_the_weights_speak():
     report = check_attention_stability(tiny(), torch.full((1, 16), 10**6))
     assert "the model cannot run the sample" in report["notes"][0]

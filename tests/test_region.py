@@ -72,6 +72,12 @@ def test_table_and_figure(tmp_path):
     assert (tmp_path / "region.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_region_is_shown_in_one_line():
+    region = stability_region(BASE, dims=[128, 512], lengths=[64, 256], temperatures=[0.5, 4.0])
+    shown = "d_model 128 to 512, length 64 to 256, temperature 0.5 to 4"
+    assert repr(region) == f"StabilityRegion({shown}: {region.stable.mean():.0%} of 8 stable)"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

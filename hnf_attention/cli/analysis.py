@@ -89,7 +89,8 @@ def analyze(
     name: on the Hugging Face hub, or a local folder with model and tokenizer.
     window: tokens per window, special tokens included; None takes the model's own length, at most
         `texts.DEFAULT_WINDOW`.
-    batch_size: windows that run at once. max_windows: the rest of the text is left out.
+    batch_size: windows that run at once.
+    max_windows: the rest of the text is left out.
     progress: called with (windows done, windows in all).
 
     Raises InputError, with a message of one line, for whatever the user can put right.

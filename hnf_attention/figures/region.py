@@ -33,8 +33,11 @@ def stability_figure(
 
     A line is solid where the spread of the scores decides, dotted where the curvature does. Widths that no
     temperature makes stable are named beneath the title.
-    dims (d_model): (D,). lengths (visible keys): (L,). by_spread, by_curvature: (D, L), the least temperature
-    that keeps sigma / sigma_c under ratio_limit, and log2 curvature (bits) under curvature_limit; inf if none does.
+    dims: values of d_model, (D,).
+    lengths: visible keys, (L,).
+    by_spread, by_curvature: (D, L), the least temperature that keeps sigma / sigma_c under ratio_limit, and log2
+        curvature (bits) under curvature_limit; inf if none does.
+    mark: the design to show.
     """
     figure, axes = new_figure(7.2, 4.4)
     colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, len(dims)))

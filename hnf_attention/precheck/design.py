@@ -12,8 +12,10 @@ class Design:
     """One attention design. Lengths are in tokens.
 
     query_std, key_std: standard deviation of the projections' weights at initialisation.
-    scale: factor of q.k, 1 / temperature T. layer_scale: factor of `scale` in each layer; empty means 1.
-    qk_norm: q and k are normalised, with gains of 1. rotary: dimensions of a head that RoPE turns.
+    scale: factor of q.k, 1 / temperature T.
+    layer_scale: factor of `scale` in each layer; empty means 1.
+    qk_norm: q and k are normalised, with gains of 1.
+    rotary: dimensions of a head that RoPE turns.
     interleaved: RoPE turns neighbouring dimensions together, rather than halves; None if not known.
     windows: visible keys of each layer; empty means all.
     correlation: mean cosine between the first layer's inputs of two tokens.

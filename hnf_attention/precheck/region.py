@@ -31,9 +31,13 @@ class StabilityRegion:
     """Where sigma / sigma_c and the curvature stay under their limits: every temperature from a least one on.
 
     Temperatures are T / sqrt(head_dim); 1 is usual.
-    dims (d_model): (D,). lengths (visible keys): (L,). temperatures: (T,).
-    ratio_limit: of sigma / sigma_c. curvature_limit: of HNF's bound, bits.
-    by_spread, by_curvature: (D, L), the least temperature that keeps each limit. boundary: the larger of them.
+    dims: values of d_model, (D,).
+    lengths: visible keys, (L,).
+    temperatures: (T,).
+    ratio_limit: of sigma / sigma_c.
+    curvature_limit: of HNF's bound, bits.
+    by_spread, by_curvature: (D, L), the least temperature that keeps each limit.
+    boundary: (D, L), the larger of the two.
     stable: (T, D, L), whether a temperature is in the region.
     exact: whether the boundary is a closed form rather than the result of a bisection.
     """
@@ -118,7 +122,8 @@ def stability_region(
     lengths: visible keys; by default 1/8 to 8 times the design's.
     temperatures: T / sqrt(head_dim), of the grid `stable`; by default 1/4 to 8. The boundary does not depend on it.
     hold: what stays if d_model changes, "head_dim" or "n_heads".
-    ratio_limit: of sigma / sigma_c in the sharpest row of a hundred. curvature_limit: of HNF's bound, bits.
+    ratio_limit: of sigma / sigma_c in the sharpest row of a hundred.
+    curvature_limit: of HNF's bound, bits.
 
     Scores are proportional to 1 / T. So these boundaries are exact:
 

@@ -14,12 +14,15 @@ class StabilityReport(dict[str, Any]):
     """The report of `check_attention_stability`: a dict of plain numbers, strings, lists and dicts.
 
     verdict: "stable", "marginal" or "unstable".
-    sigma_ratio: spread of the scores over the critical one, worst layer. margin: how many times larger it may become.
+    sigma_ratio: spread of the scores over the critical spread, in the worst layer.
+    margin: how many times larger that spread may become.
     expected_logit_max: mean of a row's largest score over the row's mean, worst layer, nats.
     max_abs_logit: largest |score| of any layer, nats.
-    log2_curvature_bound: HNF's bound as the proposal writes it, bits; curvature_bound: 2 to that, or inf.
+    log2_curvature_bound: HNF's bound as the proposal writes it, bits.
+    curvature_bound: 2 to that, or inf.
     precision_bits_needed: significand bits of q, k and the weights that are proved to keep every output within
-        `tolerance` of the spread of its values. typical_bits_needed: bits that usually suffice.
+        `tolerance` of the spread of its values.
+    typical_bits_needed: significand bits that usually suffice for that.
     float16_safe: whether storing in fp16 is safe or usually safe, and no product q.k overflows.
     recommendations: sentences.
     neighbours: the nearest designs whose own verdict is stable, then those that help but are not enough.
@@ -27,8 +30,10 @@ class StabilityReport(dict[str, Any]):
     weight_logit_typical: with a model and no sample, the largest |score| on a few random tokens. It ranks heads as
         real text does.
     layers: one dict per layer; `weight_logit_bounds` and `weight_logit_typicals` hold one number per head.
-    dtypes: number format -> its verdict (`formats.format_verdicts`). margins: knob -> how far it may go alone.
-    issues: what the diagnosis of the sample found. design: the numbers of the design.
+    dtypes: number format -> its verdict (`formats.format_verdicts`).
+    margins: knob -> how far it may go alone.
+    issues: what the diagnosis of the sample found.
+    design: the numbers of the design.
     sources: where each number comes from: "measured", "predicted: ...", "assumed: ...", "proved: ...".
     notes: what could not be read or measured, and why.
     """
