@@ -161,7 +161,7 @@ def test_minilm_is_bounded_and_ranked_on_random_tokens():
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
-def test_random_tokens_change_nothing_but_what_is_known(family):
+def test_random_tokens_leave_the_model_and_the_generator_alone(family):
     if family == "t5":
         config = transformers.T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
         model = transformers.T5Model(config)
@@ -211,7 +211,7 @@ def test_norm_layers_are_read_by_running_them(kind, dtype):
     torch.testing.assert_close(norm.bias, bias, rtol=tolerance, atol=4 * tolerance)
 
 
-def test_what_is_no_norm_is_refused():
+def test_a_layer_that_is_not_a_norm_is_refused():
     with pytest.raises(ValueError, match="Linear is neither LayerNorm nor RMSNorm"):
         read_norm(nn.Linear(8, 8))
 

@@ -325,7 +325,7 @@ def test_advice_is_computed_and_its_designs_are_stable():
 @pytest.mark.parametrize(
     "config", [{"init_std": 0.3}, {"temperature": 0.07, "init_std": 0.05}, {"d_model": 2048}]
 )
-def test_what_is_offered_is_stable_as_printed_or_says_what_is_left(config):
+def test_an_offered_design_is_stable_with_its_printed_numbers_or_names_its_verdict(config):
     config = PLAIN | {"init_std": 0.08, "n_heads": 4} | config
     report = check_attention_stability(config=config)
     texts, checked = report["recommendations"][1:], 0
@@ -369,7 +369,7 @@ def test_the_printed_factor_of_the_temperature_is_enough():
             assert check_attention_stability(config=config | {"temperature": applied})["verdict"] == "stable"
 
 
-def test_numbers_of_three_digits_stay():
+def test_numbers_of_three_digits_are_not_rounded():
     assert [rounded_up(x) for x in (1.1, 0.3, 1.0, np.float64(2.2), np.inf)] == [1.1, 0.3, 1.0, 2.2, np.inf]
     assert [rounded_down(x) for x in (1.1, 0.3, 1.0, np.float64(2.2), np.inf)] == [1.1, 0.3, 1.0, 2.2, np.inf]
     assert (rounded_up(1.2301), rounded_down(1.2399), rounded_up(0.0012301)) == (1.24, 1.23, 0.00124)
@@ -383,6 +383,6 @@ def test_numbers_of_three_digits_stay():
         (0.55, 0.5 / 0.55, "the spread of scores is 1.1 times the stable one"),
     ],
 )
-def test_what_is_not_enough_says_by_what(ratio, margin, end):
+def test_a_change_that_is_not_enough_says_by_how_much(ratio, margin, end):
     text = str(Neighbour("length 8", ratio, margin, "unstable", 1.0))
     assert text.startswith("length 8 helps but is not enough: still unstable") and text.endswith(end)

@@ -87,7 +87,7 @@ def load_model(place: str, config: PretrainedConfig, dtype: torch.dtype) -> PreT
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """transformers without warnings and progress bars: errors are told by this package instead.
+    """transformers without warnings and progress bars; this package reports the errors itself.
 
     Raises InputError if transformers is not installed.
     """

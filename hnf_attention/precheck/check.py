@@ -35,8 +35,8 @@ def check_attention_stability(
         `model.config`. Alone it gives predictions for random weights.
     model: its weights give each head's expected spread of scores, and the largest score that any input can give.
         Without a sample it runs once on a few short sequences of random tokens, for the largest score to expect.
-    sample_input: token ids (B, N), whatever else the model takes, or a mapping for keyword arguments. The model
-        runs it once, measured. Without a model, its second dimension is the length.
+    sample_input: token ids (B, N), another input of the model, or a mapping for keyword arguments. The model runs
+        it once, measured. Without a model, its second dimension is the length.
     seq_len: visible keys; None takes the sample's length, else the configuration's.
     dtype: of q, k and v; None takes the model's.
     tolerance: the error of an output that rounding may cause, over the spread of the values; between 0 and 1.

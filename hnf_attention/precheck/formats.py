@@ -24,7 +24,7 @@ def format_verdicts(design: Design, worst: Scores, tolerance: float) -> dict[str
     overflows: steps that overflow and make the format unsafe.
     elsewhere: step -> the only kind of attention in which it overflows; the status does not count these.
     error_bound: proved limit of flash attention's error over the values' spread, for values from -1 to 1. Weights
-        are stored as they are; fp8 kernels scale them, and do better.
+        are stored unscaled; fp8 kernels scale them and have a smaller error.
     """
     sound, typical = _bits_needed(worst, tolerance)
     verdicts = {}

@@ -81,7 +81,9 @@ def read_norm(module: nn.Module) -> theory.Norm:
 
 def _after_attention(block: nn.Module, child: str) -> bool:
     """Whether this norm layer of the block comes after its attention, in spite of its name."""
-    if child == "self_attn_layer_norm":  # only OPT says where it is; in BART and its like it is after
+    if (
+        child == "self_attn_layer_norm"
+    ):  # before attention only in OPT, which says so; BART and similar models have it after
         return getattr(block, "do_layer_norm_before", False) is not True
     if isinstance(block, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
         return not block.norm_first

@@ -115,7 +115,7 @@ def capped_std(std: float, softcap: float | None) -> float:
 def _spread(design: Design, layer: int) -> tuple[float, float]:
     """score_std and row_std of `Scores`."""
     scale = design.scale_of(layer)
-    if design.qk_norm:  # |q| = |k| = sqrt(head_dim) whatever the weights, so all rows are alike
+    if design.qk_norm:  # |q| = |k| = sqrt(head_dim) for any weights, so all rows are alike
         std, factor = scale * math.sqrt(design.head_dim * (1.0 - design.correlation)), 1.0
     else:
         std = float(

@@ -17,7 +17,7 @@ from ...report.tables import STYLES, headline, indented, layer_table
 from .loss import LossSign, sign_now
 from .training import Config, Run
 
-_PLAIN_EVERY = 40  # steps between two lines where there is no terminal
+_PLAIN_EVERY = 40  # steps between two lines, without a terminal
 
 
 class View:
