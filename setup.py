@@ -1,6 +1,7 @@
 """Build script: metadata and packages. Tool settings live in pyproject.toml."""
 
 from pathlib import Path
+from runpy import run_path
 
 from setuptools import find_packages, setup
 
@@ -22,7 +23,7 @@ DOCS = [
 
 setup(
     name="hnf-attention",
-    version="0.2.0",
+    version=run_path(str(Path(__file__).with_name("hnf_attention") / "versions.py"))["__version__"],
     description="Attention that measures itself: exact softmax statistics, diagnosis and intervention",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -37,6 +38,7 @@ setup(
         *(f"hnf_attention.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"hnf_attention": "hnf_attention", "hnf_attention.kernels": "kernels"},
+    package_data={"hnf_attention": ["py.typed"]},
     install_requires=[
         "torch>=2.8",
         "triton>=3.4; platform_system == 'Linux'",

@@ -28,7 +28,7 @@ def draw(document: dict, folder: Path, suffix: str) -> list[Path]:
     if rows:
         figure = _chart(rows, _percent, "step time over plain", "overhead")
         for axes in figure.axes:
-            # Noise is of either sign near 0, eager attention far above: linear up to 1%, decades beyond.
+            # Linear up to 1%, because noise has either sign; logarithmic above, where eager attention is.
             axes.set_yscale("symlog", linthresh=1.0)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
             axes.axhline(0, color="#777777", linewidth=0.8)
@@ -77,7 +77,7 @@ def _panel(axes: Axes, rows: list[dict], value: Value) -> None:
             text = VARIANTS.get(name, name)
             axes.plot(*zip(*points), color=colour, label=text, **LINE)
         lost += [(x, name, colour) for x, f in found if isinstance(f, str)]
-    below: dict[int, int] = {}  # tokens -> how many stand there already
+    below: dict[int, int] = {}  # tokens -> labels above the next one
     for x, name, colour in lost:
         below[x] = below.get(x, -1) + 1
         place = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "top", "fontsize": 7}
@@ -90,7 +90,7 @@ def _panel(axes: Axes, rows: list[dict], value: Value) -> None:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    """The same bytes for the same results: no date, no random names of clip paths."""
+    """The same results give the same bytes: without a date, and without random names of clip paths."""
     with matplotlib.rc_context({"svg.hashsalt": "hnf-attention", "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None})
     return path

@@ -1,7 +1,8 @@
-"""What measuring costs a compiled model on a card, and whether it keeps its numbers: `python bench/compiled.py`.
+"""What measuring costs a compiled model on a card, and whether its numbers stay: `python bench/compiled.py`.
 
-Prints, for each mode of torch.compile, the time of a training step before, while (measuring, not measuring) and
-after it is instrumented, how far output and gradients moved, how many graphs were compiled, and the layers measured.
+Prints, for each mode of torch.compile, the time of a training step before the model is instrumented, while it is
+(measuring, and not measuring), and after; how far output and gradients moved; how many graphs were compiled; and
+how many layers were measured.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def step(run: nn.Module, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor
 
 
 def milliseconds(run: nn.Module, model: nn.Module, x: torch.Tensor, repeats: int) -> float:
-    """Of a training step, the median."""
+    """Median time of a training step."""
     times = []
     for _ in range(repeats):
         wait(x)
@@ -105,7 +106,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--small", action="store_true", help="a tiny model on the CPU, in the first of the modes only"
+        "--small", action="store_true", help="a tiny model on the CPU, in the first mode only"
     )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="of torch.compile")
     arguments = parser.parse_args()

@@ -5,7 +5,7 @@ from timing import matmul_tflops
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    # Measured here, at the end, so that the card is as warm as it was for what is compared with it.
+    # Measured at the end: the card is then as warm as it was for the benchmarks that are compared with this number.
     output_json["machine_info"] = machine() | {"matmul_tflops": matmul_tflops()}
     output_json["seed"] = 0
     output_json.pop("commit_info", None)

@@ -1,11 +1,11 @@
-"""Run the demo on several seeds, and its healthy counterpart, and record what came of each.
+"""Run the demo on several seeds, each beside a healthy control run, and record the results.
 
     python bench/demo_seeds.py OUT.json 0 1 2 3 4 5
 
-Each seed is run as `hnf-attention demo` runs it, with nothing chosen per seed. The control is the same
-model and data at the usual temperature and a tenth of the learning rate: the monitor should find no error
-there, and its loss should show no sign of trouble. Exit code 1 if a seed breaks a promise of the demo, or a
-control run has an error or such a sign.
+Each seed is run as `hnf-attention demo` runs it; nothing is chosen per seed. The control is the same model on
+the same data, at the usual temperature and a tenth of the learning rate. The monitor should find no error in it,
+and its loss should show no sign of trouble. Exit code 1 if a seed breaks a promise of the demo, or if a control
+run has an error or a sign of trouble.
 """
 
 import json
@@ -37,18 +37,18 @@ def demo(seed: int) -> dict:
 
 def control(seed: int) -> dict:
     config = replace(Config(seed=seed), sharpness=1.0, peak_learning_rate=Config().peak_learning_rate / 10)
-    findings = {"readings": 0, "with_warnings": 0, "with_errors": 0}
+    snapshots = {"readings": 0, "with_warnings": 0, "with_errors": 0}
 
     def count(_, diagnosis):
         if diagnosis is not None:
-            findings["readings"] += 1
-            findings["with_warnings"] += bool(diagnosis.warnings)
-            findings["with_errors"] += bool(diagnosis.errors)
+            snapshots["readings"] += 1
+            snapshots["with_warnings"] += bool(diagnosis.warnings)
+            snapshots["with_errors"] += bool(diagnosis.errors)
 
     losses = train(config, False, count).losses
     sign = first_sign(losses)
     shows = None if sign is None else asdict(sign)
-    return {"seed": seed, "loss_shows": shows, "final_loss": final(losses), **findings}
+    return {"seed": seed, "loss_shows": shows, "final_loss": final(losses), **snapshots}
 
 
 def row(result: dict, healthy: dict) -> str:
@@ -71,7 +71,7 @@ def row(result: dict, healthy: dict) -> str:
 def main(path: str, seeds: list[int]) -> int:
     torch.set_num_threads(1)
     results, controls = [], []
-    logging.getLogger("hnf_attention").addHandler(logging.NullHandler())  # the control's: counted instead
+    logging.getLogger("hnf_attention").addHandler(logging.NullHandler())  # the control's issues are counted
     columns = (
         "seed",
         "warning",
@@ -84,7 +84,7 @@ def main(path: str, seeds: list[int]) -> int:
         "treated",
         "gap",
     )
-    columns += ("control", "its readings with warnings, errors", "seconds")
+    columns += ("control", "its snapshots with warnings, errors", "seconds")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for seed in seeds:
         result, healthy = demo(seed), control(seed)

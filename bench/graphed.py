@@ -1,10 +1,10 @@
-"""What recording adds to a training step that is one CUDA graph: the device's time, where else the host decides.
+"""What recording adds to a training step that is captured as one CUDA graph, in the device's time.
 
     python bench/graphed.py OUT.json
 
 GPTs of GPT-2's shape (heads of 64) and of a billion parameters (heads of 128), bf16, one sequence a step. A step is
-forward, loss, backward and AdamW, captured once plain and once with every forward recorded; their replays take
-turns. The models are the demo's: transformers gives its attention a mask while a graph is captured.
+forward, loss, backward and AdamW. It is captured once plain and once with every forward recorded, and the replays
+of the two take turns. The models are the demo's, because transformers adds an attention mask during a capture.
 """
 
 import json
@@ -28,7 +28,7 @@ LENGTHS, ROUNDS, REPLAYS = (1024, 4096, 16384), 15, 5
 
 
 def captured(step) -> torch.cuda.CUDAGraph:
-    """`step()` as a graph; it has run on the side stream before, as capturing wants it."""
+    """`step()` as a graph. It runs on a side stream first, as a capture requires."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

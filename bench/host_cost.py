@@ -1,11 +1,10 @@
-"""The host's time for one attention call: PyTorch's own, not measured, measured and folded, and the parts.
+"""The host's time for one attention call: PyTorch's own, one that is not measured, and one that is measured and folded.
 
     python bench/host_cost.py [OUT.json]
 
-Microseconds of Python per call with nothing queued before it: what a step pays on top where the host, not
-the device, is the slower one. Calls require gradients, as in training. On a CUDA card everything is real.
-Without one PyTorch's attention and our kernels are replaced by nothing, so that what is left is the price
-of our own Python.
+Microseconds of Python per call, with nothing queued before it. A step pays this where the host is slower than
+the device. Calls require gradients, as in training. On a CUDA card everything is real. Without one, PyTorch's
+attention and our kernels are replaced by stubs, and the time is that of our own Python.
 """
 
 import json
@@ -30,7 +29,7 @@ from hnf_attention.monitoring.recorder import Recorder
 CUDA = torch.cuda.is_available()
 CALLS, ROUNDS = 50, 60
 SHAPE = (1, 12, 128, 64) if CUDA else (1, 12, 8, 64)
-# Microseconds over a plain call: DESIGN's targets for a step off the cadence, and for a recorded one.
+# Microseconds over a plain call that a step may cost if it is not measured, and if it is recorded.
 TARGETS = {"not measured": 2.0, "fused and folded": 40.0}
 
 
@@ -42,11 +41,11 @@ class Plain(nn.Module):
 
 
 class Attention(nn.Module):
-    """Its attention is replaced while it is instrumented; `measured` says whether that measures now."""
+    """An instrumented module: its attention is intercepted, and measured while its handle says so."""
 
     def __init__(self, mode: str):
         super().__init__()
-        self.handle = [instrument(self, mode=mode)]  # in a list: not a submodule, not in the state
+        self.handle = [instrument(self, mode=mode)]  # in a list: neither a submodule nor part of the state
         self.recorder = Recorder(self.handle[0], log_every=1_000_000, record_every=1)
 
     def forward(self, q, k, v):
@@ -54,10 +53,10 @@ class Attention(nn.Module):
 
 
 def without_arithmetic() -> None:
-    """Replace what runs on the device by results that are there already."""
+    """Replace the work of the device by results that exist already."""
     out = torch.zeros(SHAPE, dtype=torch.bfloat16)
     rows = [torch.zeros(SHAPE[:3]) for _ in range(4)]
-    # New tensors each time, as autograd's Function wants: detaching is the cheapest way to one.
+    # autograd's Function needs new tensors at each call, and detaching is the cheapest way to one.
     engines.forward = lambda *_: (out.detach(), *(row.detach() for row in rows), None)
     fold.fold = lambda *_: None
     functional.scaled_dot_product_attention = lambda *_, **__: out.detach()
@@ -65,7 +64,7 @@ def without_arithmetic() -> None:
 
 
 def per_call(actions: dict) -> dict[str, float]:
-    """Median microseconds of each (prepare, action, finish), in turn so that all see the same machine."""
+    """Median microseconds of each (prepare, action, finish). They take turns, so that all see the same machine."""
     times = {name: [] for name in actions}
     for _ in range(ROUNDS):
         for name, (prepare, action, finish) in actions.items():
@@ -81,7 +80,7 @@ def per_call(actions: dict) -> dict[str, float]:
 
 
 def measured(module: Attention, *inputs: torch.Tensor) -> tuple:
-    """Its call, measured while it is timed and only then."""
+    """The module's call, measured only while it is timed."""
     switch = partial(setattr, module.handle[0], "measuring")
     return partial(switch, True), partial(module, *inputs), partial(switch, False)
 

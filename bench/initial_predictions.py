@@ -2,13 +2,13 @@
 
     python bench/initial_predictions.py OUT.json [--layers 8] [--length 1024] [--dry]
 
-Models of real shapes, initialised by transformers, in fp32, with random tokens; deep ones are cut to so many layers.
-Only rows that see nearly all N keys are taken (the last sixteenth), over all heads: score_std, the root mean
-square spread within a row; row_max, the mean of a row's largest score over its mean; entropy, the mean, brought
-from a row's n keys to N by adding ln(N / n). The first layer is what the theory is about; deeper ones see tokens
-that have grown alike, and are told apart. Goals for the first layer: score_std within 5% (10% with grouped heads
-or RoPE), row_max within 5%, entropy within 0.05 nats where sigma is below sigma_c / 2. Exit code 1 if one is missed.
---dry: narrow models on a CPU.
+Models of real shapes run on random tokens, in fp32, as transformers initialises them; deep models are cut to that
+many layers. The last sixteenth of the rows counts, which see nearly all N keys, over all heads: score_std, the root
+mean square spread within a row; row_max, the mean of a row's largest score over the row's mean; entropy, the mean,
+brought from a row's n keys to N by adding ln(N / n). The theory is about the first layer. In deeper layers the
+tokens have grown alike, so these are reported apart. Goals for the first layer: score_std within 5% (10% with
+grouped heads or RoPE), row_max within 5%, entropy within 0.05 nats where sigma is below sigma_c / 2. Exit code 1 if
+a goal is missed. --dry: narrow models on a CPU.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from hnf_attention import check_attention_stability, instrument, theory
 from hnf_attention.engine import api
 from hnf_attention.instrumentation import Measurement
 
-ROWS = 16  # one row of so many is taken, the last ones
+ROWS = 16  # the last 1 / ROWS of the rows counts
 STD, STD_WITH_ROPE, ROW_MAX, ENTROPY = 0.05, 0.10, 0.05, 0.05  # goals
 
 
@@ -97,7 +97,7 @@ def _read(measurement: Measurement) -> dict[str, float]:
 def measure(
     config: PreTrainedConfig, batch: int, length: int, device: torch.device
 ) -> list[dict[str, float]]:
-    """What each layer's attention did, in order."""
+    """The measured numbers of each layer, in order."""
     torch.manual_seed(0)
     with device:
         model = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()

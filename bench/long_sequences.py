@@ -3,14 +3,14 @@
     python bench/long_sequences.py OUT.json [--lengths 131072 1048576] [--heads 8]
     python bench/long_sequences.py OUT.json --dry       # short sequences on a CPU: does it run
 
-One causal sequence of bf16, D = 128. Work of the forward: 4 * H * N * N * D / 2 floating-point operations
-(2.3e15 at a million tokens of 8 heads), half of that for a probe, three and a half times that with the
-backward. `extra_bytes` is the peak beyond inputs and results (q, k, v; out and four statistics, or the
-gradients): it has to grow with N and no faster, so the same number a row at every length.
+One causal sequence in bf16, D = 128. Work: 4 * H * N * N * D / 2 floating-point operations in the forward (2.3e15
+for a million tokens and 8 heads), half of that in a probe, 3.5 times that with the backward. `extra_bytes` is the
+peak of memory beyond inputs and results (q, k, v; out and four statistics, or the gradients). It may grow no faster
+than N, so `extra_bytes_a_row` is the same at every length.
 
-Checked are 64 rows of every head: the first, the last, those on either side of tile borders, and others
-spread over the sequence. Errors of statistics are relative to the largest value of 1 and up, and at most
-5e-5; the output's is at most twice that of SDPA in the same rows, plus one rounding. Exit code 1 if not.
+64 rows of every head are checked: the first, the last, those on either side of tile borders, and others spread over
+the sequence. Errors of statistics are relative to the largest true value, or absolute if that is below 1, and at most
+5e-5. The output's error is at most twice SDPA's in the same rows, plus one rounding. Exit code 1 if one is larger.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def exact(q, k, v, rows: list[int]) -> dict[str, torch.Tensor]:
 
 
 def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Largest difference, relative to the largest value of 1 and up; infinite where a number is missing."""
+    """Largest difference over the largest true value, or over 1 if that is larger; infinite for NaN."""
     off = float((got.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1))
     return off if off == off else float("inf")
 
@@ -88,7 +88,7 @@ def summary(time: Spent, results: int, flop: float, rows: int) -> dict:
 
 
 def twice(action) -> Spent:
-    """The second run's cost; the first one compiles."""
+    """The cost of the second run; the first one compiles."""
     action()
     return spent(action)
 

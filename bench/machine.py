@@ -1,4 +1,4 @@
-"""What every result file records beside its numbers."""
+"""The machine and the software that every result file records beside its numbers."""
 
 import platform
 from datetime import datetime, timezone

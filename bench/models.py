@@ -7,7 +7,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def config(name: str, length: int, tiny: bool) -> GPT2Config | LlamaConfig:
-    """GPT-2 124M or the shape of Llama 3.2 1B, or something tiny of the same family; without dropout."""
+    """GPT-2 124M, or the shape of Llama 3.2 1B, or a tiny model of the same family; all without dropout."""
     shape = {"bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
     if name == "gpt2":
         shape |= {"n_positions": length, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}

@@ -1,4 +1,4 @@
-"""What the forward and the training suite share: cases, inputs, and how one of them is timed."""
+"""What the forward and the training suite share: cases, inputs, and how a case is timed."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ import torch
 from peers import Unavailable
 from timing import spent
 
-TOKENS = 16384  # B * N, where a sequence is not longer
+TOKENS = 16384  # B * N, unless one sequence is longer
 HEADS = {64: 32, 128: 16, 256: 8}  # by head dimension: a model width of 2048
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
-ROUND = 20e-3  # seconds: rounds of ten calls up to 2 ms each, then of fewer
-# What SDPA says of a backend, and Inductor of FlexAttention, where the call is beyond it.
+ROUND = 20e-3  # seconds of one round; calls of up to 2 ms make rounds of ten
+# Errors of SDPA and of Inductor that mean: this backend, or FlexAttention, does not support the call.
 REFUSALS = ("No available kernel", "No valid triton configs", "out of resource")
 
 
@@ -69,7 +69,7 @@ CASES = [
 
 
 def pick(names, wanted) -> list:
-    """Parameters of a test: every case with each peer that `wanted(case, peer)`, peers of a case in turn."""
+    """Parameters of a test: every case with every peer for which `wanted(case, peer)` is true, case by case."""
     return [
         pytest.param(*case, name, id=f"{case.label}-{name}")
         for case in CASES
@@ -79,9 +79,9 @@ def pick(names, wanted) -> list:
 
 
 def measure(benchmark, run) -> None:
-    """Time `run` on the device's clock; skips what a peer does not compute, with the reason.
+    """Time `run` on the device's clock. A call that a peer does not support is skipped, with the reason.
 
-    Several calls a round queue up, so that the host's part of a launch hides behind the device's.
+    A round queues several calls, so that the host launches one while the device computes another.
     """
     try:
         run()  # compiles
@@ -91,10 +91,10 @@ def measure(benchmark, run) -> None:
         refusal = next((text for text in REFUSALS if text in str(reason)), None)
         if refusal is None:
             raise
-        pytest.skip(f"this peer does not take this call: {refusal}")
+        pytest.skip(f"this peer does not support this call: {refusal}")
     one = spent(run)
     benchmark.extra_info["peak_bytes"] = one.peak - one.before
-    del one  # and the result that it holds
+    del one  # it holds the result
     seconds = spent(run).device
     iterations = min(10, max(1, round(ROUND / seconds)))
     long = seconds > ROUND / 2

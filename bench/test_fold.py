@@ -1,12 +1,12 @@
-"""Device time of the fold of one layer's call, beside the forward that it follows, on one GPU.
+"""Device time of the fold of one layer's call, beside the time of the forward before it, on one GPU.
 
-Each timed run replays a graph of 20 calls: short ones would otherwise wait for the host.
+Each timed run replays a graph of 20 calls, because single short calls would wait for the host.
 
     python -m pytest bench/test_fold.py --benchmark-json=bench/results/fold_h200.json
 
-Bytes: q and k once per query head, 2 * 2 * B * H * N * D in bf16, and 16 a row of statistics; k of a
-group, and what the forward left there, come from the L2 cache. `extra_info["bytes"]` over the median is
-the rate, to be held against the card's memory bandwidth (4.3 TB/s measured on the H200).
+Bytes: q and k once per query head, 2 * 2 * B * H * N * D in bf16, and 16 per row of statistics. The keys that a group
+of heads shares, and what the forward left there, come from the L2 cache. `extra_info["bytes"]` over the median is
+the rate, to compare with the card's memory bandwidth (4.3 TB/s measured on the H200).
 """
 
 import pytest

@@ -1,15 +1,15 @@
-"""Forward time and peak memory of our attention with statistics beside every peer, on one GPU.
+"""Forward time and peak memory of our attention with statistics, beside every peer, on one GPU.
 
     python -m pytest bench/test_forward.py --benchmark-json=bench/results/forward_NAME.json
     python bench/report.py bench/results/forward_NAME.json
 
-Inputs are random bf16, B * N = 16k tokens (32k at N = 32k), a model width of 2048. Work: 4 * B * H * M *
-N * D floating-point operations (two products of 2 each), half of that under a causal mask. Bytes: q, k, v
-and out once each, 8 * B * H * N * D in bf16 without grouped heads. That is N / 4 operations a byte under a
-causal mask: at 1k near what an H100 does in the time of a byte (about 300), from 2k on far above it, so all
-kernels here are bound by arithmetic. The four core statistics add 16 bytes a row to the 2 * D of out.
+Inputs are random bf16, B * N = 16k tokens (32k at N = 32k), for a model width of 2048. Work: 4 * B * H * M * N * D
+floating-point operations (two products of 2 each), half of that under a causal mask. Bytes: q, k, v and out once
+each, 8 * B * H * N * D in bf16 without grouped heads. That is N / 4 operations per byte under a causal mask. An H100
+does about 300 operations in the time of a byte. So the kernels are near the balance at 1k, and bound by arithmetic
+from 2k on. The four core statistics add 16 bytes per row to the 2 * D bytes of out.
 
-A probe does half of the work (one product), 1/16 of the rows 1/32 of it; their rates count what they do.
+A probe does half of the work (one product); a probe of 1/16 of the rows does 1/32. Their rates count that work.
 `peak_bytes` is the most that one call allocates beyond its inputs, its results included.
 """
 
@@ -22,12 +22,12 @@ from timing import cuda_clock
 if not torch.cuda.is_available():
     pytest.skip("without a GPU there is nothing to time", allow_module_level=True)
 
-pytestmark = pytest.mark.filterwarnings("default")  # SDPA warns why it refuses a call, Inductor of much
+pytestmark = pytest.mark.filterwarnings("default")  # SDPA warns when it refuses a call, and Inductor often
 SHARE_OF_WORK = {"probe all": 1 / 2, "probe 1/16": 1 / 2 / PERIOD}
 
 
 def _wanted(case: Case, peer: str) -> bool:
-    """The core everywhere; what takes long to compile or to run, at two lengths or one."""
+    """Core peers run at every case; peers that take long to compile or to run, at one or two lengths."""
     if peer in CORE:
         return True
     chosen = case.heads == case.kv_heads and (case.is_causal or case.head_dim == 128)

@@ -3,11 +3,11 @@
     python -m pytest bench/test_training.py --benchmark-json=bench/results/training_NAME.json
     python bench/report.py bench/results/training_NAME.json
 
-Inputs are random bf16, B * N = 16k tokens (32k at N = 32k). Work: forward 4 * B * H * M * N * D
-floating-point operations and two and a half times as much in the backward (five products instead of two),
-half under a causal mask. Bytes: q, k, v and out once in the forward; those, their four gradients and lse in
-the backward: three times the forward's. "ours, entropy" adds a cotangent of entropy, which only our own
-backward kernel takes. `peak_bytes` is the most that one call allocates beyond its inputs and cotangents.
+Inputs are random bf16, B * N = 16k tokens (32k at N = 32k). Work: 4 * B * H * M * N * D floating-point operations in
+the forward, and 2.5 times as many in the backward (five products instead of two); half of both under a causal mask.
+Bytes: q, k, v and out once in the forward; these, their four gradients and lse in the backward; three times the
+forward's in all. "ours, entropy" adds a cotangent of entropy, which only our own backward kernel supports.
+`peak_bytes` is the most that one call allocates beyond its inputs and cotangents.
 """
 
 import pytest
@@ -19,17 +19,17 @@ from timing import cuda_clock
 if not torch.cuda.is_available():
     pytest.skip("without a GPU there is nothing to time", allow_module_level=True)
 
-pytestmark = pytest.mark.filterwarnings("default")  # SDPA warns why it refuses a call, Inductor of much
+pytestmark = pytest.mark.filterwarnings("default")  # SDPA warns when it refuses a call, and Inductor often
 ENTROPY = "ours, entropy"
-# The statistics that are compiled out have no backward of their own, and a probe has no output.
+# A probe has no output. A forward with fewer statistics has the same backward.
 TRAINED = [name for name in PEERS if name != "ours, lse only" and not name.startswith("probe")]
-# How many of a peer's results have a cotangent: our second one is entropy.
+# How many of a peer's results have a cotangent. Our second result is entropy.
 COTANGENTS = {ENTROPY: 2}
 LENGTHS_OF = {"flex": (8192,), ENTROPY: (8192,), "ours, extended": (8192,), "eager with weights": (2048,)}
 
 
 def _wanted(case: Case, peer: str) -> bool:
-    """The core everywhere; what takes long to compile or to run, at one length."""
+    """Core peers run at every case; peers that take long to compile or to run, at one length."""
     if peer in CORE:
         return True
     chosen = case.heads == case.kv_heads and (case.is_causal or (peer == ENTROPY and case.head_dim <= 128))

@@ -1,8 +1,8 @@
-"""Do `required_bits` suffice, and how many too many are they? Stored in fewer and fewer bits, on a CPU.
+"""Are `required_bits` enough, and how many too many are they? Numbers stored in fewer and fewer bits, on a CPU.
 
-Needed is the smallest number of bits from which on every larger one meets the tolerance. Three kinds: single rows
-of the families of bench/theory_rows.py, each with q and k, scores or weights stored; whole heads of 32 rows, from
-what a reading keeps of them; and rows hill-climbed towards the bound. bench/theory_soundness.py runs them.
+The need is the smallest number of bits from which on every larger one meets the tolerance. There are three kinds of
+cases: single rows of the families of bench/theory_rows.py, with q and k, scores or weights stored; whole heads of 32
+rows, from what a snapshot keeps of them; and rows hill-climbed towards the bound. bench/theory_soundness.py runs them.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ MOST_BITS = 45
 
 
 def needed_bits(stored: str, case: Case, tolerance: float) -> int:
-    """Bits from which on every number of bits up to MOST_BITS meets the tolerance, one row."""
+    """The bits from which on every number of bits up to MOST_BITS meets the tolerance, for one row."""
     true, extent = exact(case), case.v.amax(-2) - case.v.amin(-2)
     scores, _ = case.scores()
     enough = MOST_BITS
@@ -41,7 +41,8 @@ def needed_bits(stored: str, case: Case, tolerance: float) -> int:
 
 
 def predicted_bits(stored: str, case: Case, tolerance: float) -> tuple[float, ...]:
-    """From the row's largest numbers, with its largest weight and without, from the whole row, and the typical one."""
+    """Bits predicted from the row's largest numbers (with and without its largest weight), from the whole row, and
+    the typical bits."""
     scores, magnitude = (x[0].numpy() for x in case.scores())
     v, extent = case.v.numpy(), np.ptp(case.v.numpy(), axis=0)
     squares = (case.q.numpy() ** 2) @ (case.k.numpy() ** 2).T
@@ -50,7 +51,7 @@ def predicted_bits(stored: str, case: Case, tolerance: float) -> tuple[float, ..
         "scores": (np.abs(scores).max(), np.abs(scores), np.abs(scores)),
         "weights": ((np.abs(v).max(0) / extent).max(), 1.0, 1.0),
     }[stored]
-    # p_max is as wrong as fp64's scores.
+    # p_max is only as exact as scores in fp64.
     p_max = 1.0 / np.exp(scores - scores.max()).sum() - 2.0**-50 * (case.q.shape[-1] + 8) * magnitude.max()
     few = [theory.required_bits(stored, largest, tolerance, max_weight=weight) for weight in (p_max, None)]
     row = theory.required_bits_of_row(stored, scores, each, v, tolerance)
@@ -84,7 +85,7 @@ def bits_rows(cases: int, seed: int = 0) -> dict[str, dict]:
 
 
 def read(case: Case) -> HeadStats:
-    """What a reading keeps of a head."""
+    """What a snapshot keeps of a head."""
     query, key = (x[None, None].float() for x in (case.q, case.k))
     options = dict(attn_mask=None, is_causal=False, scale=None, window_size=None, softcap=None, sinks=None)
     accumulator = fold.new_accumulator(1, query.device)
@@ -94,7 +95,7 @@ def read(case: Case) -> HeadStats:
 
 
 def bits_heads(cases: int, seed: int = 0) -> dict[str, dict]:
-    """For q and k of full precision, and for those of bf16, of which 8 bits are always enough: as `bits_rows`."""
+    """As `bits_rows`, for q and k of full precision, and of bf16, where 8 bits are always enough."""
     excess: dict[str, list[tuple[float, float]]] = {"fp64": [], "bf16": []}
     names = list(FAMILIES)
     for i in range(cases):
@@ -116,9 +117,9 @@ def bits_heads(cases: int, seed: int = 0) -> dict[str, dict]:
 
 
 def climbed_bits(rows: int, steps: int) -> dict[str, float]:
-    """Rows made worse and worse: the largest move over what the bound's phi allows, q and k in 3, 6 and 9 bits.
+    """Rows made worse step by step: the largest move of an output over the bound, for q and k in 3, 6 and 9 bits.
 
-    The bound is that of the row's largest numbers and p_max, so an under-prediction is a move beyond it.
+    The bound is that of the row's largest numbers and p_max. A move beyond it is an under-prediction.
     """
     found = {"rows": 0, "under_predictions": 0, "closest": 0.0}
     for start, bits in enumerate((3, 6, 9)):

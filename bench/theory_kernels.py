@@ -1,15 +1,14 @@
-"""Are the theory's bounds bounds of real kernels? Attention on a card against fp64, row by row.
+"""Do the theory's bounds hold for real kernels? Attention on a card against fp64, row by row.
 
     python bench/theory_kernels.py OUT.json [rows]     # default 200,000 random rows a kernel and dtype
     python bench/theory_kernels.py OUT.json --dry      # a few rows, simulated roundings on a CPU
 
-Rows of bench/theory_rows.py's families in blocks of 128 queries that share keys, blocks of one shape in one call;
-rows hill-climbed towards the bound through the kernel itself; and rows of a trained model (MiniLM where its
-package is installed, else the demo's GPT, trained here). Kernels: our portable and Hopper forwards, SDPA by
-cuDNN and by FlashAttention-2, and eager attention, in bf16 and fp16. Their bounds are those of
-`Arithmetic.on_tensor_cores`. Kernels give rounded outputs only: "largest error / bound" takes from the error what
-that rounding may account for. The JSON has the form of bench/theory_soundness.py's. Exit code 1 if a bound is
-broken, or if no kernel ran.
+Rows come from the families of bench/theory_rows.py (blocks of 128 queries that share keys; blocks of one shape go in
+one call), from hill climbing towards the bound through the kernel itself, and from a trained model (MiniLM if its
+package is installed, else the demo's GPT, trained here). Kernels: our portable and Hopper forwards, SDPA by cuDNN and
+by FlashAttention-2, and eager attention, in bf16 and fp16. Their bounds are those of `Arithmetic.on_tensor_cores`.
+Kernels give rounded outputs only, so "largest error / bound" subtracts what that rounding may explain. The JSON has
+the form of bench/theory_soundness.py's. Exit code 1 if a bound is broken, or if no kernel ran.
 """
 
 import argparse
@@ -25,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # bounds are computed by a process on every core
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process on every core computes bounds
 
 
 root = Path(__file__).resolve().parents[1]
@@ -51,7 +50,7 @@ MEMORY = 2**31  # bytes of eager scores in one call
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 Parts = dict[str, Tally]  # family, "climbed" or "trained"
-# Which backend SDPA takes is a setting of the process: one call at a time.
+# SDPA's backend is a setting of the whole process, so only one call may run at a time.
 _ONE_CALL = threading.Lock()
 
 
@@ -85,7 +84,7 @@ def _hopper(q, k, v):
 
     options = _options(q, k, v)
     if not host.covers(q, k, v, options):
-        raise RuntimeError("the Hopper kernel does not take this call")
+        raise RuntimeError("the Hopper kernel does not support this call")
     return host.forward(q, k, v, options)[0]
 
 
@@ -112,20 +111,20 @@ def arithmetic_of(kind: str, dtype: torch.dtype) -> theory.Arithmetic:
 
 
 def run(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The output on the CPU, fp64. Raises RuntimeError where the kernel does not take the call."""
+    """The output on the CPU, fp64. Raises RuntimeError if the kernel does not support the call."""
     with _ONE_CALL, torch.no_grad():
         return kernel(*(x.unsqueeze(1) for x in (q, k, v))).squeeze(1).cpu().double()
 
 
 def nearest(rounded: Tensor, true: Tensor, dtype: torch.dtype) -> Tensor:
-    """The output before its rounding, taken as near to the true one as rounding to that number allows."""
+    """The number nearest to the true one that rounds to this output."""
     form, error = theory.number_format(dtype), rounded - true
     half = (2.0 ** (rounded.frexp().exponent.double() - form.bits)).clamp(min=form.smallest) / 2.0
     return true + error.sign() * (error.abs() - half).clamp(min=0.0)
 
 
 def judge(q: Tensor, k: Tensor, v: Tensor, outputs: dict[str, tuple[str, Tensor]]) -> dict[str, Tally]:
-    """One case in its storage format, and what each kernel made of it, by kernel."""
+    """Kernel -> tally of one case. outputs: kernel -> its kind of arithmetic, and its output."""
     case = Case(q.double(), k.double(), v.double())
     true, found, levels = exact(case), {}, {}
     for name, (kind, rounded) in outputs.items():
@@ -137,7 +136,7 @@ def judge(q: Tensor, k: Tensor, v: Tensor, outputs: dict[str, tuple[str, Tensor]
 
 
 def calls(cases: list[tuple[str, Case]], dtype: torch.dtype) -> Iterator[tuple[list[str], list[Tensor]]]:
-    """Cases of one shape together, as (their parts, [q, k, v]): (B, M or N, D) each, on the CPU."""
+    """Cases grouped by shape, as (their parts, [q, k, v]); (B, M or N, D) each, on the CPU."""
     groups: dict[tuple, list[tuple[str, Case]]] = defaultdict(list)
     for part, case in cases:
         groups[case.q.shape, case.k.shape].append((part, case))
@@ -150,7 +149,7 @@ def calls(cases: list[tuple[str, Case]], dtype: torch.dtype) -> Iterator[tuple[l
 
 
 class Campaign:
-    """Tallies by mode ("KERNEL, DTYPE") and part, and what kernels refused."""
+    """Tallies by mode ("KERNEL, DTYPE") and part, and the calls that kernels refused."""
 
     def __init__(self, dry: bool):
         self.kernels = kernels(dry)
@@ -164,7 +163,7 @@ class Campaign:
         self.found[mode][part] = merged([self.found[mode][part], tally])
 
     def cases(self, cases: list[tuple[str, Case]], pool: ProcessPoolExecutor) -> None:
-        """Every case through every kernel in both dtypes; its bounds come from the pool."""
+        """Run every case through every kernel in both dtypes; the pool computes the bounds."""
         for name, dtype in DTYPES.items():
             waiting = []
             for parts, tensors in calls(cases, dtype):
@@ -187,7 +186,7 @@ class Campaign:
         return outputs
 
     def climb(self, rows: int, steps: int, starts: int) -> None:
-        """Rows on their way up, `starts` of them, for every kernel and dtype."""
+        """Judge hill-climbed rows of every kernel and dtype, from `starts` starting points."""
         jobs = [
             (kernel, name, start) for kernel in self.kernels for name in DTYPES for start in range(starts)
         ]

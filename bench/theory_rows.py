@@ -1,6 +1,6 @@
-"""Attention rows to try the error bounds on: families of inputs, and rounded attention simulated on a CPU.
+"""Attention rows to test the error bounds on: families of inputs, and rounded attention simulated on a CPU.
 
-A case is q (M, D), k (N, D), v (N, D_v) in fp64, already numbers of the storage format, with scale D^-1/2.
+A case is q (M, D), k (N, D), v (N, D_v) in fp64, with numbers that the storage format holds exactly, and scale D^-1/2.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Case:
 
 
 def simulate(case: Case, dtype: torch.dtype, kind: str) -> tuple[Tensor, Tensor]:
-    """The output (..., M, D_v) as a kernel with fp32 sums computes it, and before its last rounding; fp64."""
+    """The output of a kernel with fp32 sums, (..., M, D_v) fp64, and the same before its last rounding."""
     q, k, v = (x.float() for x in (case.q, case.k, case.v))
     raw = q @ k.transpose(-1, -2)
     if kind == "eager":
@@ -41,7 +41,7 @@ def simulate(case: Case, dtype: torch.dtype, kind: str) -> tuple[Tensor, Tensor]
         p = scores.softmax(-1).to(dtype).float()
         out = p @ v
         return out.to(dtype).double(), out.double()
-    # Flash: the exponential's base is 2 and its constant folded in, as fused kernels do.
+    # Flash: as in fused kernels, the exponential has base 2, and its constant is folded into the scale.
     factor = torch.tensor(case.scale * 1.4426950408889634, dtype=torch.float32)
     top = torch.full_like(raw[..., :1], -torch.inf)
     total, out = torch.zeros_like(top), torch.zeros(*raw.shape[:-1], v.shape[-1])
@@ -58,7 +58,7 @@ def simulate(case: Case, dtype: torch.dtype, kind: str) -> tuple[Tensor, Tensor]
 
 
 def to_bits(x: Tensor, bits: int) -> Tensor:
-    """x rounded to that many significand bits."""
+    """x rounded to this many significand bits."""
     mantissa, exponent = torch.frexp(x)
     return torch.ldexp((mantissa * 2.0**bits).round() / 2.0**bits, exponent)
 
@@ -169,7 +169,7 @@ def make(family: str, seed: int, rows: int) -> Case:
     std = choose(STDS, (1.0,) * len(STDS))
     torch.manual_seed(seed)
     case = FAMILIES[family](draw, rows, n, d, d, std)
-    # Stored products must not overflow fp16: that is `overflow_paths`' business, not the bound's.
+    # Stored products must not overflow fp16: `overflow_paths` covers that, not the bound.
     product = (case.q @ case.k.T).abs().max()
     if product > LARGEST_PRODUCT:
         case.q *= LARGEST_PRODUCT / product

@@ -1,4 +1,4 @@
-"""Rows that are worse than chance: hill climbing towards the error bound, and trained models' own rows."""
+"""Rows that are worse than random ones: hill-climbed towards the error bound, and taken from trained models."""
 
 from collections.abc import Callable, Iterator
 
@@ -16,10 +16,11 @@ def climb(
     measure: Callable[[Case], torch.Tensor],
     value_dim: int | None = 4,
 ) -> Iterator[Case]:
-    """Cases of `rows` independent rows (rows, 1, D), each step's better than the last where one was found.
+    """Cases of `rows` independent rows (rows, 1, D), closer to the bound from step to step.
 
-    measure: error over bound of every row, (rows,). What is tried is yielded, accepted or not, so that
-    every row on the way is judged too. value_dim: None means D.
+    measure: error over bound of every row, (rows,).
+    value_dim: D_v; None means D.
+    Every case that is tried is yielded, accepted or not, so that all rows on the way are judged.
     """
     generator = torch.Generator().manual_seed(seed)
     n, d = SHAPES[seed % len(SHAPES)]
@@ -84,7 +85,7 @@ def minilm(windows: int, length: int) -> Iterator[Case]:
 def train_gpt(
     width: int, heads: int, length: int, sharpness: float, rate: float, steps: int, device: torch.device
 ) -> tuple[torch.nn.Module, Iterator[tuple[torch.Tensor, torch.Tensor]]]:
-    """The demo's GPT of 4 layers after so many steps of 16 windows, and the windows that would come next."""
+    """The demo's GPT with 4 layers after `steps` steps of 16 windows, and the windows that come next."""
     from hnf_attention.cli.demo.model import GPT, batches, standard_library_text
 
     torch.manual_seed(0)
@@ -101,9 +102,9 @@ def train_gpt(
 
 
 def trained_gpt(device: torch.device, steps: int, length: int) -> Iterator[Case]:
-    """q, k, v of every head of the demo's byte-level GPT (4 layers, 4 heads of 64), trained for `steps` first.
+    """q, k, v of every head of the demo's byte-level GPT (4 layers, 4 heads of 64) after `steps` steps; on the CPU.
 
-    At a quarter of the usual attention temperature, so that scores grow; it is part of q here. On the CPU.
+    It trains at a quarter of the usual attention temperature, so that scores grow. q includes that factor.
     """
     heads, sharpness = 4, 4.0
     model, data = train_gpt(64 * heads, heads, length, sharpness, 2e-3, steps, device)

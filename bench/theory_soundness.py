@@ -1,12 +1,11 @@
-"""Are the theory's bounds bounds, and how tight? Simulated roundings against fp64, on a CPU.
+"""Do the theory's bounds hold, and how tight are they? Simulated roundings against fp64, on a CPU.
 
     python bench/theory_soundness.py OUT.json [rows]
 
-Error bounds: `rows` (default 200,000) random rows a mode of 11 families, hill-climbed rows, and rows of a trained
-model, each in bf16 and fp16, flash and eager. Tightness is max bound / max |error| over the components of
-a row, rows whose
-output is exact (to fp32) left out. Bits: of 2,000 rows and of heads, see bench/theory_bits.py. Exit code 1 if a
-bound is broken, or bits that were said to be enough are not.
+Error bounds are tested on `rows` (default 200,000) random rows of 11 families per mode, on hill-climbed rows, and on
+rows of a trained model. A mode is bf16 or fp16, flash or eager. The tightness of a row is max bound / max |error| over
+its components; rows whose output is exact (to fp32) are left out. Bits are tested on 2,000 rows and on heads, see
+bench/theory_bits.py. Exit code 1 if a bound is broken, or if bits that should be enough are not.
 """
 
 import json
@@ -34,14 +33,14 @@ MOST_BROKEN = 5
 
 
 class Tally:
-    """Rows judged in one mode: how many, how many broken bounds, and the tightness of each level."""
+    """The rows judged in one mode: their number, the number of broken bounds, and the tightness of each level."""
 
     def __init__(self):
         self.rows = self.violations = 0
         self.ratios = {"row": [], "p_max": [], "norms": []}
         self.closest = 0.0  # largest error over bound, both before the output's rounding
         self.expected: list[np.ndarray] = []
-        self.broken: list[dict[str, float]] = []  # the first few outputs beyond a bound
+        self.broken: list[dict[str, float]] = []  # the first MOST_BROKEN outputs beyond a bound
 
     def to_dict(self) -> dict:
         found = {"rows": self.rows, "violations": self.violations, "closest": self.closest}
@@ -56,7 +55,10 @@ class Tally:
 
 
 def bounds(case: Case, arithmetic: theory.Arithmetic) -> dict[str, np.ndarray]:
-    """The three levels' bounds, row (..., D_v) and the others (..., 1) for every component, and `before_rounding`."""
+    """The bounds of the three levels, and of `before_rounding`.
+
+    Those of a whole row are (..., D_v). Those from p_max and from norms are (..., 1), one for all components.
+    """
     d, n = case.q.shape[-1], case.k.shape[-2]
     scores = case.scores()[0].numpy()
     value = case.v.numpy()[..., None, :, :]
@@ -93,7 +95,10 @@ def record(
     before: torch.Tensor,
     levels: dict[str, np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Add outputs (..., M, D_v), rounded and before that, to the tally; the error, and which rows have any."""
+    """Add outputs (..., M, D_v), after and before their rounding, to the tally.
+
+    Returns the errors, and which rows have one that is larger than fp32's rounding.
+    """
     error = (rounded - true).abs().numpy()
     tally.rows += int(np.prod(error.shape[:-1]))
     broken = ~(error <= levels["row"])
@@ -108,7 +113,7 @@ def record(
         tally.broken.append(at)
     tally.closest = max(tally.closest, float(reached.max()))
     worst = error.max(-1)
-    # Rows that come out exact, but for the last bit of an fp32 sum, say nothing about how tight a bound is.
+    # A row that is exact, except for the last bit of an fp32 sum, does not show how tight a bound is.
     moved = worst > 2.0**-22 * np.abs(true.numpy()).max(-1)
     for level, ratios in tally.ratios.items():
         ratios.append((levels[level].max(-1)[moved] / worst[moved]).ravel())
@@ -116,7 +121,7 @@ def record(
 
 
 def before_rounding(case: Case, arithmetic: theory.Arithmetic) -> np.ndarray:
-    """The bound of a row's fp32 output, (..., D_v): no error hides behind the last rounding."""
+    """The bound of a row's fp32 output, (..., D_v), before the last rounding, which could hide an error."""
     return _of_row(case, replace(arithmetic, output=theory.FORMATS["float32"]))
 
 
@@ -127,13 +132,13 @@ def _of_row(case: Case, arithmetic: theory.Arithmetic) -> np.ndarray:
 
 
 def ratio(error: np.ndarray, bound: np.ndarray) -> np.ndarray:
-    """Error over bound of each component; 1e9 of an error that is not finite or has a bound of 0."""
+    """Error over bound of each component; 1e9 for an error that is not finite or whose bound is 0."""
     found = np.divide(error, bound, out=np.where(error == 0, 0.0, np.inf), where=bound > 0)
     return np.where(np.isfinite(found), found, 1e9)
 
 
 def random_rows(rows: int, seed: int = 0) -> dict[str, dict[str, Tally]]:
-    """Mode -> family -> tally, of `rows` rows in each mode, the same ones."""
+    """Mode -> family -> tally. Each mode judges the same `rows` rows."""
     found = {f"{kind} {name}": {f: Tally() for f in FAMILIES} for name, kind in MODES}
     cases = max(1, rows // (len(FAMILIES) * ROWS_A_CASE))
     for number, family in enumerate(FAMILIES):

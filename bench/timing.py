@@ -1,4 +1,4 @@
-"""The device's own clock and the peak of its memory; on a CPU the host's clock, and no memory."""
+"""The device's own clock and the peak of its memory; on a CPU, the host's clock and no memory."""
 
 import statistics
 import time
@@ -23,7 +23,11 @@ def cuda_clock() -> float:
 
 
 class Spent(NamedTuple):
-    """device, host: seconds until the device was done. peak, before: bytes allocated; None without CUDA."""
+    """The cost of one action.
+
+    device, host: seconds until the device was done, by either clock.
+    peak, before: bytes allocated at most, and before the action; None without CUDA.
+    """
 
     result: Any
     device: float
@@ -33,7 +37,7 @@ class Spent(NamedTuple):
 
 
 def spent(action: Callable[[], Any]) -> Spent:
-    """What one action takes, started on an idle device; the peak is absolute."""
+    """Run one action on an idle device and measure it. The peak includes what was allocated before."""
     if not torch.cuda.is_available():
         begin = time.perf_counter()
         result = action()
@@ -58,15 +62,15 @@ def repeat(action: Callable[[], Any], times: int) -> None:
 
 
 def timed(step: Callable[[], Any], steps: int) -> dict[str, Any]:
-    """Milliseconds a step, of `steps` in a row, and the peak of their memory."""
+    """Milliseconds per step, over `steps` in a row, and the peak of their memory."""
     time = spent(lambda: repeat(step, steps))
     return {"ms": time.device / steps * 1e3, "host_ms": time.host / steps * 1e3, "peak_bytes": time.peak}
 
 
 def matmul_tflops(size: int = 8192) -> float | None:
-    """The ceiling that attention is held to: TFLOP/s of one bf16 product, 2 * size ** 3 operations.
+    """The ceiling that attention is compared with: TFLOP/s of one bf16 product of 2 * size ** 3 operations.
 
-    Random numbers, as everything here: the card clocks higher on zeros. None without CUDA.
+    The numbers are random, because the card clocks higher on zeros. None without CUDA.
     """
     if not torch.cuda.is_available():
         return None

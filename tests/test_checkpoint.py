@@ -11,8 +11,9 @@ transformers = pytest.importorskip("transformers")
 
 from hnf_attention import AttentionAnalyzer  # noqa: E402
 from hnf_attention.cli.demo.model import GPT, batches, standard_library_text  # noqa: E402
-from hnf_attention.precheck.checkpoint import _read, read_weights  # noqa: E402
-from hnf_attention.precheck.design import read_design  # noqa: E402
+from hnf_attention.precheck.checkpoint import read_weights  # noqa: E402
+from hnf_attention.precheck.configuration import read_design  # noqa: E402
+from hnf_attention.precheck.norms import read_norm  # noqa: E402
 from hnf_attention.precheck.random_tokens import random_token_maxima  # noqa: E402
 
 SIZES = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
@@ -137,8 +138,8 @@ def test_trained_models_are_bounded_and_ranked(one_thread):
     bound = np.concatenate([layer.bound.numpy() for layer in layers])
     largest = np.concatenate([layer.max_abs_logit for layer in stats.values()])
     assert not reasons and (largest <= bound).all() and np.median(bound / largest) < 4
-    drawn = random_token_maxima(model, 64)
-    typical = np.concatenate([drawn[layer.layer].numpy() for layer in layers])
+    maxima = random_token_maxima(model, 64)
+    typical = np.concatenate([maxima[layer.layer].numpy() for layer in layers])
     assert (typical <= bound).all() and 0.6 < np.median(typical / largest) < 1.2
     assert spearman(bound, largest) >= 0.85 and spearman(typical, largest) >= 0.85
 
@@ -160,7 +161,7 @@ def test_minilm_is_bounded_and_ranked_on_random_tokens():
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
-def test_random_tokens_change_nothing_but_what_is_known(family):
+def test_random_tokens_leave_the_model_and_the_generator_alone(family):
     if family == "t5":
         config = transformers.T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
         model = transformers.T5Model(config)
@@ -202,7 +203,7 @@ def test_norm_layers_are_read_by_running_them(kind, dtype):
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.randn(48) + 0.5)
-    norm = _read(module)
+    norm = read_norm(module)
     tolerance = 16 * torch.finfo(dtype).eps
     assert norm.centred == (kind is nn.LayerNorm)
     torch.testing.assert_close(norm.gain, module.weight.detach().double(), rtol=tolerance, atol=tolerance)
@@ -210,9 +211,9 @@ def test_norm_layers_are_read_by_running_them(kind, dtype):
     torch.testing.assert_close(norm.bias, bias, rtol=tolerance, atol=4 * tolerance)
 
 
-def test_what_is_no_norm_is_refused():
+def test_a_layer_that_is_not_a_norm_is_refused():
     with pytest.raises(ValueError, match="Linear is neither LayerNorm nor RMSNorm"):
-        _read(nn.Linear(8, 8))
+        read_norm(nn.Linear(8, 8))
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -238,4 +239,4 @@ def test_a_position_bias_that_a_stack_holds_under_a_name_of_its_own_is_refused(n
     ).eval()
     setattr(model, name, nn.Embedding(9, 4))
     layers, reasons = read_weights(model, read_design({"d_model": 32, "n_heads": 4, "seq_len": 20}))
-    assert not layers and f"through {name}.weight, which is not read" in reasons["layers.0.self_attn"]
+    assert not layers and f"through {name}.weight, which cannot be read" in reasons["layers.0.self_attn"]

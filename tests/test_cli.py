@@ -222,7 +222,7 @@ def test_an_interrupt_is_no_traceback(monkeypatch, capsys, tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hnf_attention.cli.demo.train", interrupted)
+    monkeypatch.setattr("hnf_attention.cli.demo.command.train", interrupted)
     assert main(["demo", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "hnf-attention: interrupted\n"
 

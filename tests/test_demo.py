@@ -184,7 +184,7 @@ def test_a_treated_run_is_the_untreated_one_until_it_is_treated():
     first = treated.interventions[0][0]
     assert untreated.losses[:first] == treated.losses[:first]
     assert untreated.losses[first:] != treated.losses[first:]
-    assert untreated.first_finding.step == treated.first_finding.step <= first
+    assert untreated.first_issue.step == treated.first_issue.step <= first
     assert [snapshot.step for snapshot in untreated.history] == list(range(2, 41, 2))
 
     def worst(run):
@@ -220,7 +220,7 @@ def test_the_demo_says_what_happened_and_leaves_it_on_disk(tmp_path):
     assert document["outcome"] == outcome.to_dict()
     assert document["config"]["steps"] == 40
     assert len(document["untreated"]["losses"]) == len(document["treated"]["losses"]) == 40
-    assert document["untreated"]["first_finding"]["step"] == outcome.warning_step
+    assert document["untreated"]["first_issue"]["step"] == outcome.warning_step
     assert final(document["treated"]["losses"]) == outcome.treated_loss
     assert document["treated"]["interventions"][0]["step"] == outcome.intervention_step
 

@@ -13,8 +13,10 @@ from rich.console import Console
 transformers = pytest.importorskip("transformers")
 
 from hnf_attention import StabilityReport, check_attention_stability  # noqa: E402
-from hnf_attention.precheck.advice import Neighbour, down, neighbours, up, worst_ratio  # noqa: E402
-from hnf_attention.precheck.design import read_design  # noqa: E402
+from hnf_attention.precheck.advice import Neighbour, neighbours  # noqa: E402
+from hnf_attention.precheck.configuration import read_design  # noqa: E402
+from hnf_attention.precheck.predict import worst_layer  # noqa: E402
+from hnf_attention.precheck.rounding import rounded_down, rounded_up  # noqa: E402
 
 PLAIN = {"d_model": 128, "n_heads": 8, "seq_len": 256}
 SEED_KEYS = {
@@ -178,6 +180,26 @@ def test_a_sample_may_be_keyword_arguments_and_leaves_the_model_as_it_was():
     assert model.transformer.h[0].attn.training
 
 
+def test_attention_whose_queries_are_not_known_is_a_note():
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(vocab_size=100, hidden_size=32, n_layer=1, n_head=2)
+    report = check_attention_stability(
+        transformers.BloomForCausalLM(config), torch.randint(0, 100, (2, 32)), config
+    )
+    assert report["notes"][1].startswith("transformer.h.0.self_attention not measured: only its scores")
+    assert report["sources"]["sigma_ratio"] == "predicted: initialisation"
+
+
+def test_a_report_and_a_design_are_shown_in_one_line():
+    report = check_attention_stability(config=LARGE)
+    assert repr(report) == f"StabilityReport(stable, sigma_ratio {report['sigma_ratio']:.3g}, " + (
+        f"margin {report['margin']:.3g}, 36 layers)"
+    )
+    assert repr(StabilityReport()) == "StabilityReport(no verdict)"
+    gemma = read_design(transformers.Gemma2Config(), seq_len=8192)
+    assert "head_dim=256" in repr(gemma) and len(repr(gemma)) < 300
+
+
 def test_a_sample_that_cannot_run_is_a_note_and_the_weights_speak():
     report = check_attention_stability(tiny(), torch.full((1, 16), 10**6))
     assert "the model cannot run the sample" in report["notes"][0]
@@ -303,7 +325,7 @@ def test_advice_is_computed_and_its_designs_are_stable():
 @pytest.mark.parametrize(
     "config", [{"init_std": 0.3}, {"temperature": 0.07, "init_std": 0.05}, {"d_model": 2048}]
 )
-def test_what_is_offered_is_stable_as_printed_or_says_what_is_left(config):
+def test_an_offered_design_is_stable_with_its_printed_numbers_or_names_its_verdict(config):
     config = PLAIN | {"init_std": 0.08, "n_heads": 4} | config
     report = check_attention_stability(config=config)
     texts, checked = report["recommendations"][1:], 0
@@ -330,7 +352,7 @@ def test_margins_are_where_the_ratio_becomes_a_half():
 def test_two_changes_where_one_is_not_enough():
     design = read_design(PLAIN | {"d_model": 8192, "n_heads": 64, "seq_len": 1024, "temperature": 0.3})
     found = neighbours(design)
-    assert found and all(near.sigma_ratio < worst_ratio(design) for near in found)
+    assert found and all(near.sigma_ratio < worst_layer(design)[0] for near in found)
     assert any(" and " in near.change for near in found)
 
 
@@ -347,20 +369,20 @@ def test_the_printed_factor_of_the_temperature_is_enough():
             assert check_attention_stability(config=config | {"temperature": applied})["verdict"] == "stable"
 
 
-def test_numbers_of_three_digits_stay():
-    assert [up(x) for x in (1.1, 0.3, 1.0, np.float64(2.2), np.inf)] == [1.1, 0.3, 1.0, 2.2, np.inf]
-    assert [down(x) for x in (1.1, 0.3, 1.0, np.float64(2.2), np.inf)] == [1.1, 0.3, 1.0, 2.2, np.inf]
-    assert (up(1.2301), down(1.2399), up(0.0012301)) == (1.24, 1.23, 0.00124)
+def test_numbers_of_three_digits_are_not_rounded():
+    assert [rounded_up(x) for x in (1.1, 0.3, 1.0, np.float64(2.2), np.inf)] == [1.1, 0.3, 1.0, 2.2, np.inf]
+    assert [rounded_down(x) for x in (1.1, 0.3, 1.0, np.float64(2.2), np.inf)] == [1.1, 0.3, 1.0, 2.2, np.inf]
+    assert (rounded_up(1.2301), rounded_down(1.2399), rounded_up(0.0012301)) == (1.24, 1.23, 0.00124)
 
 
 @pytest.mark.parametrize(
     ("ratio", "margin", "end"),
     [
         (np.inf, 0.0, "sigma / sigma_c inf"),
-        (0.3, 0.5 / 0.3, "sigma / sigma_c 0.30, whose largest score is too large"),
-        (0.55, 0.5 / 0.55, "scores 1.1 times as spread as is stable"),
+        (0.3, 0.5 / 0.3, "sigma / sigma_c 0.30; the largest score is still too large"),
+        (0.55, 0.5 / 0.55, "the spread of scores is 1.1 times the stable one"),
     ],
 )
-def test_what_is_not_enough_says_by_what(ratio, margin, end):
+def test_a_change_that_is_not_enough_says_by_how_much(ratio, margin, end):
     text = str(Neighbour("length 8", ratio, margin, "unstable", 1.0))
     assert text.startswith("length 8 helps but is not enough: still unstable") and text.endswith(end)

@@ -42,13 +42,13 @@ def test_the_grid_is_the_boundary_at_the_given_temperatures():
     assert (np.diff(region.stable.astype(int), axis=0) >= 0).all()  # warmer is never less stable
 
 
-def test_wider_needs_warmer_and_longer_stands_more_spread():
+def test_a_wider_model_needs_a_higher_temperature_and_a_longer_one_a_lower_one_by_spread():
     region = stability_region(BASE)
     assert (np.diff(region.by_spread, axis=0) > 0).all() and (np.diff(region.by_spread, axis=1) < 0).all()
     assert (np.diff(region.by_curvature, axis=1) > 0).all()
 
 
-def test_heads_may_be_held_in_place_of_their_size():
+def test_the_number_of_heads_can_be_held_instead_of_their_size():
     region = stability_region(BASE, dims=[64, 128], hold="n_heads")
     found = check_attention_stability(
         config=BASE | {"d_model": 64, "n_heads": 4, "temperature": float(region.by_spread[0, 3])}
@@ -56,7 +56,7 @@ def test_heads_may_be_held_in_place_of_their_size():
     assert found["sigma_ratio"] == pytest.approx(0.5)
 
 
-def test_norms_beyond_the_limit_leave_no_temperature():
+def test_no_temperature_is_stable_if_the_norms_alone_pass_the_limit():
     region = stability_region(BASE | {"init_std": 1e12})
     assert np.isinf(region.boundary).all() and not region.stable.any()
     document = json.loads(json.dumps(region.to_dict(), allow_nan=False))
@@ -70,6 +70,12 @@ def test_table_and_figure(tmp_path):
     assert lines[0] == "| d_model | 128 | 512 |" and lines[2].startswith("| 256 | ")
     region.plot(tmp_path / "region.png")
     assert (tmp_path / "region.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_region_is_shown_in_one_line():
+    region = stability_region(BASE, dims=[128, 512], lengths=[64, 256], temperatures=[0.5, 4.0])
+    shown = "d_model 128 to 512, length 64 to 256, temperature 0.5 to 4"
+    assert repr(region) == f"StabilityRegion({shown}: {region.stable.mean():.0%} of 8 stable)"
 
 
 @pytest.mark.parametrize(

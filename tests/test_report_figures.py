@@ -6,9 +6,20 @@ from heads import snapshot
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from hnf_attention import theory
-from hnf_attention.figures.heads import curvature_evolution, entropy_heatmap, max_logit_evolution
-from hnf_attention.figures.labels import layer_labels
+from hnf_attention.figures import curvature_evolution, layer_labels
+from hnf_attention.figures import entropy_heatmap as heatmap
+from hnf_attention.figures import max_logit_evolution as evolution
 from hnf_attention.statistics.heads import Snapshot
+
+SINK_MASS, LIMITS = 0.3, {"clipped": 100.0, "worse": 1e3, "diverged": 1e4}
+
+
+def entropy_heatmap(snapshot):
+    return heatmap(snapshot, SINK_MASS)
+
+
+def max_logit_evolution(history):
+    return evolution(history, LIMITS)
 
 
 @pytest.fixture
@@ -89,7 +100,7 @@ def test_max_logit_lines_are_the_worst_head_of_each_layer(history):
     assert "nats" in axes.get_ylabel()
 
 
-def test_max_logit_shows_published_limits_only_near_the_data(history):
+def test_max_logit_shows_limits_only_near_the_data(history):
     def limits(snapshots):
         lines = axes_of(max_logit_evolution(snapshots)).lines
         return [line.get_ydata()[0] for line in lines if line.get_linestyle() == "--"]

@@ -54,7 +54,7 @@ def test_a_row_is_the_mean_ratio_and_the_worst_head():
     assert row(text, "1.attn")[-1] == "error: overflow_risk"
 
 
-def test_further_kinds_of_findings_are_counted():
+def test_further_kinds_of_issues_are_counted():
     layers = snapshot(**{"h.1.attn": {}}).layers
     more = [ISSUE, replace(ISSUE, head=0), replace(ISSUE, issue_type="one_hot_attention", severity="warning")]
     assert "error: overflow_risk +1" in printed(layer_table(layers, more, ""))
@@ -79,11 +79,11 @@ def test_issues_say_where_why_and_what_to_do():
     ]
 
 
-def test_findings_are_cut_to_the_worst():
+def test_issues_are_cut_to_the_worst():
     issues = [replace(ISSUE, layer=f"h.{i}") for i in range(5)]
     text = printed(issue_list(issues, limit=2))
     assert "h.1 " in text and "h.2 " not in text
-    assert "... and 3 more like these" in text
+    assert "... and 3 more groups of issues" in text
 
 
 def test_no_issues_are_said():

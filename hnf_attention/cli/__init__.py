@@ -1,1 +1,1 @@
-"""The command line, one command a file."""
+"""The command line: one command a module, each with a `run(options)` that returns the exit code."""

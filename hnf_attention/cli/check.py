@@ -1,63 +1,75 @@
-"""What `hnf-attention check` reads: a JSON file, a model's folder or a name on the hub."""
+"""`hnf-attention check`: judge a design before training, from a JSON file, a model's folder or a name on the hub."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import InputError
-from ..precheck.check import check_attention_stability
-from ..precheck.design import read_design
-from ..precheck.region import StabilityRegion, stability_region
-from ..precheck.report import StabilityReport
-from .analyze import _load_model, _loading, _locate, _quiet_transformers
+from ..precheck import StabilityReport, check_attention_stability, read_design, stability_region
+from ..report.check import verdict
+from .exit_codes import FOUND, HEALTHY
+from .loading import config_of_numbers, load_config, load_model, locate, quiet_transformers
+from .output import check_target, for_people, write_document
 
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # as transformers names them
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the names that transformers gives to files of weights
+
+
+def run(options: argparse.Namespace) -> int:
+    check_target(options.json, "--json")
+    check_target(options.region, "--region")
+    console = for_people(options.json)
+    report, config = check(options.config, options.seq_len, options.dtype, options.weights)
+    console.print(verdict(report, options.config))
+    if options.region is not None:
+        design = read_design(config, seq_len=options.seq_len, dtype=options.dtype)
+        stability_region(design).plot(options.region)
+    write_document(options.json, report.to_dict())
+    return HEALTHY if report.healthy else FOUND
 
 
 def check(
     name: str, seq_len: int | None, dtype: str | None, with_weights: bool
-) -> tuple[StabilityReport, Any]:
-    """The report, and the configuration it was made from. Raises InputError for what the user can put right.
+) -> tuple[StabilityReport, dict[str, Any] | PretrainedConfig]:
+    """The report, and the configuration it was made from.
 
-    Of a folder with weights that are not asked for, a note says what they would add.
+    If a folder has weights that are not read, a note says what they would add.
+    Raises InputError for whatever the user can put right.
     """
     model = None
+    config: dict[str, Any] | PretrainedConfig
     if Path(name).is_file():
         config = read_json(Path(name))
         if with_weights:
             raise InputError(f"expected a model's folder or name for --weights, got the file {name}")
     else:
-        with _quiet_transformers():
-            from transformers import AutoConfig
-
-            place = _locate(name)
-            with _loading("the configuration", name):
-                config = AutoConfig.from_pretrained(place)
+        with quiet_transformers():
+            place = locate(name)
+            config = load_config(place, name)
             if with_weights:
-                model = _load_model(place, config, torch.float32)
+                model = load_model(place, config, torch.float32)
     try:
         report = check_attention_stability(model, None, config, seq_len=seq_len, dtype=dtype)
     except ValueError as error:
         raise InputError(f"{name}: {error}") from error
     if not with_weights and any(next(Path(name).glob(pattern), None) for pattern in WEIGHTS):
         report["notes"].append(
-            f"{name} has weights: --weights reads each head's spread of scores, and the largest that any input can give"
+            f"{name} has weights: --weights reads each head's spread of scores, and the largest score of any input"
         )
     return report, config
 
 
-def region_of(config: Any, seq_len: int | None, dtype: str | None) -> StabilityRegion:
-    return stability_region(read_design(config, seq_len=seq_len, dtype=dtype))
+def read_json(path: Path) -> dict[str, Any] | PretrainedConfig:
+    """A configuration, or plain numbers if the file names no `model_type`.
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A configuration or plain numbers from a file; what a model type leaves out, its class fills in.
-
-    Raises InputError for a file that is no JSON object.
+    Raises InputError for a file that is not a JSON object.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -69,8 +81,5 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"expected a JSON object in {path}, got a {type(config).__name__}")
     if "model_type" not in config:
         return config
-    with _quiet_transformers():
-        from transformers import AutoConfig
-
-        with _loading("the configuration", str(path)):
-            return AutoConfig.for_model(**config)
+    with quiet_transformers():
+        return config_of_numbers(config, str(path))

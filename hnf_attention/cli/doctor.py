@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from ..engine import engines, library
 from ..engine.api import attention
 from ..engine.call import check
 from ..reference import attention as reference
-from ..report.versions import versions
+from ..versions import versions
+from .exit_codes import FOUND, HEALTHY
+from .output import console
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 112, 128, 192, 256)
 TESTED_HEAD_DIMS = (64, 128)
@@ -123,3 +128,28 @@ def _trial(dtype: torch.dtype, head_dim: int, is_causal: bool) -> Trial:
 
 def _relative(got: Tensor, true: Tensor) -> float:
     return float((got.detach().double() - true).norm() / true.norm())
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print everything; the exit code says whether the self-test passed."""
+    screen = console(sys.stdout)
+    for name, version in software().items():
+        screen.print(f"{name} {version or 'not installed'}", highlight=False)
+    screen.print(card(), highlight=False)
+    table = Table("forward / backward", "head dimensions", title="Paths of a plain causal training step")
+    for path, taken in paths().items():
+        dtypes = dict.fromkeys(dtype for dtype, _ in taken)
+        dims = {t: ", ".join(str(d) for dtype, d in taken if dtype == t) for t in dtypes}
+        table.add_row(path, "\n".join(f"{str(t).removeprefix('torch.')}: {d}" for t, d in dims.items()))
+    screen.print(table)
+    columns = ("dtype", "head dim", "causal", "output", "statistics", "gradients", "")
+    table = Table(*columns, title=f"Errors against double precision, {LENGTH} tokens")
+    trials = list(self_test())
+    for trial in trials:
+        numbers = (f"{x:.1e}" for x in (trial.out, trial.statistics, trial.gradients))
+        name, causal = str(trial.dtype).removeprefix("torch."), "yes" if trial.is_causal else "no"
+        table.add_row(name, str(trial.head_dim), causal, *numbers, "ok" if trial.passed else "WRONG")
+    screen.print(table)
+    failed = sum(not trial.passed for trial in trials)
+    screen.print(f"{failed} of {len(trials)} self-tests failed" if failed else "self-test passed")
+    return FOUND if failed else HEALTHY

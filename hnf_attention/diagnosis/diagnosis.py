@@ -13,6 +13,7 @@ import numpy as np
 from ..names import display_name
 from ..statistics.heads import HeadStats, Snapshot
 from .issue import StabilityIssue, grouped, heads_text
+from .thresholds import threshold
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -120,7 +121,7 @@ class AttentionDiagnosis:
         """Draw the normalized entropy of every head at the latest snapshot; saved to `path` if given."""
         from .. import figures
 
-        return _saved(figures.entropy_heatmap(self._snapshots()[-1]), path)
+        return _saved(figures.entropy_heatmap(self._snapshots()[-1], threshold("sink_mass")), path)
 
     def plot_curvature_evolution(self, path: str | PathLike[str] | None = None) -> Figure:
         """Draw log2 of the HNF curvature bound over the snapshots, a line per layer; saved to `path` if given.

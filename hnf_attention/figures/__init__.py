@@ -1,6 +1,11 @@
-"""Figures of head statistics and of stability regions."""
+"""Figures of head statistics and of stability regions, drawn without pyplot: no global state, no display.
 
-from .heads import curvature_evolution, entropy_heatmap, max_logit_evolution
+Each function returns a `matplotlib.figure.Figure` with an Agg canvas; `figure.savefig(path)` writes it.
+Numbers that decide something (thresholds, limits) come from the caller.
+"""
+
+from .evolution import curvature_evolution, max_logit_evolution
+from .heatmap import entropy_heatmap
 from .labels import layer_labels
 from .region import stability_figure
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..diagnosis import AttentionDiagnosis
 from ..diagnosis.issue import FORMER_ISSUE_TYPES
-from ..report.versions import versions
+from ..versions import versions
 from .series import LayerKeys
 
 FORMAT = 2

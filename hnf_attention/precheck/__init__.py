@@ -1,7 +1,8 @@
 """Stability before training: from a configuration, a checkpoint, or one sample."""
 
 from .check import check_attention_stability
-from .design import Design, read_design
+from .configuration import read_design
+from .design import Design
 from .region import StabilityRegion, stability_region
 from .report import StabilityReport
 

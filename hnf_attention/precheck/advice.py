@@ -1,33 +1,33 @@
-"""Design advice by search: which change of heads, width, temperature, ... makes a design stable, with what margin."""
+"""Advice by search: which changes make a design stable, and by what margin."""
 
 from __future__ import annotations
 
-import decimal
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
-import numpy as np
-
 from .. import theory
 from .design import Design
-from .predict import SAFE_RATIO, largest_score, sigma_ratio, verdict
+from .moves import AFTER_TRAINING, Move, moves
+from .predict import SAFE_RATIO, STABLE, verdict, worst_layer
+from .rounding import rounded_up
 
-_SOFTCAPS = (50.0, 30.0, 20.0, 10.0)
-_STEPS = (-3, -2, -1, 1, 2, 3)  # powers of two by which sizes are changed
-AFTER_TRAINING = ("temperature", "qk_norm", "softcap", "seq_len")
-_LEAST_HEAD_DIM = 8  # fewer make rows unequal, and kernels need 8 or 16
+_LIMIT, _HELPFUL = 6, 3  # stable changes, and changes that only help, that are offered
+_LEAST_HELP = 0.95  # a change helps if it leaves less than this share of sigma / sigma_c
+_COARSE = 1.5  # doublings: further changes are not combined
+_Judged = tuple[tuple[str, ...], "Neighbour"]
 
 
 @dataclass(frozen=True)
 class Neighbour:
     """A design near the one asked about.
 
-    change: in words; its numbers are rounded, and are those that were judged. sigma_ratio: of its worst layer.
-    margin: SAFE_RATIO over it. verdict: what a check of the design says: "stable", "marginal" or "unstable".
-    distance: how far it is, in doublings; QK-norm counts as one, a soft-cap as one and a half.
+    change: the change in words. Its numbers are rounded, and the rounded design is the one that was judged.
+    sigma_ratio: of its worst layer. margin: SAFE_RATIO over it.
+    verdict: what a check of this design says: "stable", "marginal" or "unstable".
+    distance: how far the change goes, in doublings; QK-norm counts as 1, a soft-cap as 1.5.
     """
 
     change: str
@@ -40,86 +40,52 @@ class Neighbour:
         return asdict(self)
 
     def __str__(self) -> str:
-        if self.verdict == "stable":
+        if self.verdict == STABLE:
             return f"{self.change}: sigma / sigma_c {self.sigma_ratio:.2f}, margin {self.margin:.2f}"
         text = f"{self.change} helps but is not enough: still {self.verdict}, sigma / sigma_c {self.sigma_ratio:.2f}"
         if self.margin >= 1.0:
-            return f"{text}, whose largest score is too large"
+            return f"{text}; the largest score is still too large"
         if self.margin == 0.0:  # the ratio is infinite
             return text
-        return f"{text}, scores {up(1.0 / self.margin):.3g} times as spread as is stable"
-
-
-@dataclass(frozen=True)
-class _Move:
-    knob: str
-    text: str
-    design: Design
-    distance: float
-
-
-def worst_ratio(design: Design) -> float:
-    return max(sigma_ratio(design, layer) for layer in _different_layers(design))
-
-
-def _largest(design: Design) -> float:
-    return max(largest_score(design, layer) for layer in _different_layers(design))
-
-
-def _different_layers(design: Design) -> range:
-    return range(design.n_layers if design.layer_scale or design.windows else 1)
-
-
-def up(x: float) -> float:
-    """To three significant digits, of the number as it is printed: 1.1 stays 1.1. `down` likewise."""
-    return float(decimal.Context(prec=3, rounding=decimal.ROUND_UP).create_decimal(repr(float(x))))
-
-
-def down(x: float) -> float:
-    return float(decimal.Context(prec=3, rounding=decimal.ROUND_DOWN).create_decimal(repr(float(x))))
+        return f"{text}; the spread of scores is {rounded_up(1.0 / self.margin):.3g} times the stable one"
 
 
 def neighbours(
-    design: Design,
-    ratio: float | None = None,
-    largest: float | None = None,
-    *,
-    trained: bool = False,
-    limit: int = 6,
+    design: Design, ratio: float | None = None, largest: float | None = None, *, trained: bool = False
 ) -> list[Neighbour]:
-    """The nearest stable designs, one or two changes away, nearest first; of each kind of change the nearest.
+    """Designs one or two changes away: the nearest stable ones, then those that help but are not enough.
 
-    After them, up to three changes that help but are not enough alone. ratio, largest: what the design's own sigma
-    ratio and largest score were measured or read from weights to be, in place of the predicted ones: others are
-    judged by how their prediction differs from the design's. trained: without changes that a trained model
-    cannot have.
+    Of each kind of change, only the best is offered.
+    ratio, largest: the design's own sigma / sigma_c and largest |score| (nats), if they were measured or read from
+        weights. The prediction for each neighbour is then corrected by the same factor as the design's own.
+    trained: leaves out changes that are only possible before training.
     """
-    predicted = worst_ratio(design), _largest(design)
+    predicted = worst_layer(design)
     correction = [
         1.0 if known is None or guess == 0 else known / guess
         for known, guess in zip((ratio, largest), predicted, strict=True)
     ]
     now = predicted[0] * correction[0]
-    moves = [move for move in _moves(design, now) if not trained or move.knob in AFTER_TRAINING]
-    single = _best([_judged([move], move.design, correction) for move in moves])
-    enough = {kind[0] for kind, found in single.items() if found.verdict == "stable"}
-    # Two changes are only worth telling where neither would do alone.
-    coarse = [move for move in moves if move.distance <= 1.5 and move.knob not in enough]
-    double = []
-    for one, two in combinations(coarse, 2):
-        both = None if one.knob == two.knob else _apply_both(design, one, two)
-        if both is not None:
-            double.append(_judged([one, two], both, correction))
-    found = [*single.values(), *_best(double).values()]
-    stable = sorted((x for x in found if x.verdict == "stable"), key=lambda x: x.distance)
-    helpful = [x for x in single.values() if x.verdict != "stable" and x.sigma_ratio < 0.95 * now]
-    return stable[:limit] + sorted(helpful, key=lambda x: x.sigma_ratio)[:3]
+    tried = [move for move in moves(design, now) if not trained or move.knob in AFTER_TRAINING]
+    single = _best(_judged(design, tried, 1, correction))
+    # Two changes are offered only if neither is enough alone.
+    enough = {knobs[0] for knobs, found in single.items() if found.verdict == STABLE}
+    coarse = [move for move in tried if move.distance <= _COARSE and move.knob not in enough]
+    double = _best(_judged(design, coarse, 2, correction))
+    stable = [found for found in (*single.values(), *double.values()) if found.verdict == STABLE]
+    helpful = [
+        found
+        for found in single.values()
+        if found.verdict != STABLE and found.sigma_ratio < _LEAST_HELP * now
+    ]
+    nearest = sorted(stable, key=lambda found: found.distance)[:_LIMIT]
+    return nearest + sorted(helpful, key=lambda found: found.sigma_ratio)[:_HELPFUL]
 
 
 def margins(design: Design, ratio: float) -> dict[str, float]:
-    """How far each knob alone may go before sigma / sigma_c passes SAFE_RATIO, closed form.
+    """How far each knob alone may go before sigma / sigma_c passes SAFE_RATIO, in closed form.
 
-    temperature: least T / sqrt(head_dim). init_std, d_model: largest. seq_len: least number of keys.
+    temperature: the least T / sqrt(head_dim). init_std, d_model: the largest. seq_len: the least number of keys.
     """
     room = min(SAFE_RATIO / max(ratio, 1e-300), 1e100)
     found = {"temperature": design.relative_temperature / room}
@@ -127,108 +93,60 @@ def margins(design: Design, ratio: float) -> dict[str, float]:
         found["init_std"] = math.sqrt(design.query_std * design.key_std * room)
         found["d_model"] = design.d_model * room
     keys = min(design.keys(layer) for layer in range(design.n_layers))
-    # sigma / sqrt(2 ln n) = ratio now.
+    # sigma / sqrt(2 ln keys) is the ratio now, and sigma stays.
     exponent = math.log(keys) / room**2
     found["seq_len"] = math.exp(exponent) if exponent < 700 else math.inf
     return found
 
 
-def _judged(moves: list[_Move], design: Design, correction: list[float]) -> tuple[tuple[str, ...], Neighbour]:
-    ratio, largest = worst_ratio(design) * correction[0], _largest(design) * correction[1]
-    text = " and ".join(move.text for move in moves)
-    margin, distance = SAFE_RATIO / max(ratio, 1e-300), sum(move.distance for move in moves)
-    found = Neighbour(text, ratio, margin, verdict(ratio, largest), distance)
-    return tuple(move.knob for move in moves), found
-
-
-def _best(judged: list[tuple[tuple[str, ...], Neighbour]]) -> dict[tuple[str, ...], Neighbour]:
-    """Of each kind of change the nearest stable one, else the most stable one."""
-    best: dict[tuple[str, ...], Neighbour] = {}
-    for kind, found in judged:
-        other = best.get(kind)
-        if other is None or _order(found) < _order(other):
-            best[kind] = found
-    return best
-
-
-def _order(found: Neighbour) -> tuple[bool, float]:
-    return (False, found.distance) if found.verdict == "stable" else (True, -found.margin)
-
-
-def _moves(design: Design, ratio: float) -> Iterator[_Move]:
-    for step in _STEPS:
-        heads = design.n_heads * 2.0**step
-        if heads == int(heads) and heads >= 1 and design.d_model % int(heads) == 0:
-            new = design.with_heads(int(heads))
-            yield _Move("heads", f"{new.n_heads} heads (head_dim {new.head_dim})", new, abs(step))
-        width = design.d_model * 2.0**step
-        least = design.n_heads * min(_LEAST_HEAD_DIM, design.head_dim)
-        if width == int(width) and int(width) % design.n_heads == 0 and width >= least:
-            new = _with_width(design, int(width))
-            yield _Move("d_model", f"d_model {new.d_model} (head_dim {new.head_dim})", new, abs(step))
-        length = design.seq_len * 2.0**step
-        if length >= 2 and not design.windows:
-            new = replace(design, seq_len=int(length))
-            yield _Move("seq_len", f"length {new.seq_len}", new, abs(step))
-    needed = ratio / SAFE_RATIO  # what sigma has to fall by, in closed form
-    for factor in sorted({2.0, 4.0, needed} if needed > 1 else {2.0}):
-        if factor > 1.0:
-            temperature = up(design.relative_temperature * factor)
-            new = replace(design, scale=1.0 / (temperature * math.sqrt(design.head_dim)))
-            factor = temperature / design.relative_temperature
-            printed = up(float(f"{factor:.12g}"))  # less what the division adds
-            text = f"temperature x {printed:.3g} (T = {temperature:.3g} sqrt(head_dim))"
-            yield _Move("temperature", text, new, math.log2(factor))
-            if not design.qk_norm:
-                shrink = math.sqrt(factor)
-                query_std, key_std = down(design.query_std / shrink), down(design.key_std / shrink)
-                new = replace(design, query_std=query_std, key_std=key_std)
-                text = f"query and key weights initialised with {new.query_std:.3g}"
-                yield _Move("init", text, new, math.log2(factor))
-    if not design.qk_norm:
-        yield _Move("qk_norm", "QK-norm", replace(design, qk_norm=True), 1.0)
-    for cap in _SOFTCAPS:
-        if design.softcap is None or cap < design.softcap:
-            yield _Move("softcap", f"soft-cap {cap:g}", replace(design, softcap=cap), 1.5)
-
-
-def _with_width(design: Design, d_model: int) -> Design:
-    head_dim = d_model // design.n_heads
-    scale = design.scale * math.sqrt(design.head_dim / head_dim)
-    return replace(design, d_model=d_model, head_dim=head_dim, scale=scale)
-
-
-def _apply_both(design: Design, one: _Move, two: _Move) -> Design | None:
-    """The second move made on the first one's design; None where the two cannot be had together."""
-    base = one.design
-    if two.knob == "heads":
-        heads = two.design.n_heads
-        return base.with_heads(heads) if base.d_model % heads == 0 else None
-    if two.knob == "d_model":
-        width = two.design.d_model
-        return _with_width(base, width) if width % base.n_heads == 0 else None
-    changed = {
-        "seq_len": {"seq_len": two.design.seq_len},
-        "temperature": {"scale": base.scale * two.design.scale / design.scale},
-        "init": {"query_std": two.design.query_std, "key_std": two.design.key_std},
-        "qk_norm": {"qk_norm": True},
-        "softcap": {"softcap": two.design.softcap},
-    }
-    return replace(base, **changed[two.knob])
-
-
-def sentence(design: Design, ratio: float, keys: int) -> str:
+def explanation(design: Design, ratio: float, keys: int) -> str:
     """Why a design is not stable, in its own numbers."""
     critical = float(theory.critical_std(keys))
     factor = 1.0 if design.qk_norm else float(theory.row_spread(design.head_dim))
     temperature = design.relative_temperature * ratio / SAFE_RATIO
     text = (
         f"{design.d_model}-dim attention with {design.n_heads} heads at length {keys}: sigma / sigma_c is {ratio:.2f} "
-        f"(stable up to {SAFE_RATIO:g}); the spread of scores may be {SAFE_RATIO * critical:.2f} nats and is "
-        f"{ratio * critical:.2f} in the sharpest row of a hundred"
+        f"(stable up to {SAFE_RATIO:g}). In the sharpest row of a hundred the scores spread by "
+        f"{ratio * critical:.2f} nats; up to {SAFE_RATIO * critical:.2f} nats are stable."
     )
     if factor > 1.3:
-        text += f", {factor:.2f} times the mean because head_dim {design.head_dim} makes rows unequal"
-    if np.isfinite(temperature):
-        text += f". It takes a temperature of {up(temperature):.3g} sqrt(head_dim)"
-    return text + "."
+        text += f" That row spreads {factor:.2f} times the mean, because head_dim {design.head_dim} makes rows unequal."
+    if math.isfinite(temperature):
+        text += f" A temperature of {rounded_up(temperature):.3g} sqrt(head_dim) is enough."
+    return text
+
+
+def _judged(
+    design: Design, tried: Sequence[Move], together: int, correction: Sequence[float]
+) -> Iterable[_Judged]:
+    """The knobs and the verdict of every combination of so many changes of different knobs."""
+    for chosen in combinations(tried, together):
+        knobs = tuple(move.knob for move in chosen)
+        changed: Design | None = design
+        for move in chosen:
+            changed = None if changed is None else move.apply(changed)
+        if changed is None or len(set(knobs)) < together:
+            continue
+        ratio, largest = (x * factor for x, factor in zip(worst_layer(changed), correction, strict=True))
+        found = Neighbour(
+            change=" and ".join(move.text for move in chosen),
+            sigma_ratio=ratio,
+            margin=SAFE_RATIO / max(ratio, 1e-300),
+            verdict=verdict(ratio, largest),
+            distance=sum(move.distance for move in chosen),
+        )
+        yield knobs, found
+
+
+def _best(judged: Iterable[_Judged]) -> dict[tuple[str, ...], Neighbour]:
+    """For each kind of change the nearest stable one, else the most stable one."""
+    best: dict[tuple[str, ...], Neighbour] = {}
+    for knobs, found in judged:
+        other = best.get(knobs)
+        if other is None or _order(found) < _order(other):
+            best[knobs] = found
+    return best
+
+
+def _order(found: Neighbour) -> tuple[bool, float]:
+    return (False, found.distance) if found.verdict == STABLE else (True, -found.margin)

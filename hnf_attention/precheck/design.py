@@ -1,76 +1,25 @@
-"""What an attention design consists of, and how to read it from a configuration of any kind."""
+"""What an attention design consists of."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-from ..theory import number_format
-
-# Names that configurations use, tried in this order.
-ALIASES: dict[str, tuple[str, ...]] = {
-    "d_model": ("d_model", "hidden_size", "n_embd", "embed_dim", "dim", "width", "model_dim"),
-    "n_heads": (
-        "n_heads",
-        "num_attention_heads",
-        "n_head",
-        "num_heads",
-        "heads",
-        "encoder_attention_heads",
-    ),
-    "n_kv_heads": ("n_kv_heads", "num_key_value_heads", "num_kv_heads", "kv_heads"),
-    "head_dim": ("head_dim", "d_head", "d_kv", "attention_head_size"),
-    "n_layers": ("n_layers", "num_hidden_layers", "n_layer", "num_layers", "layers", "encoder_layers"),
-    "seq_len": (
-        "seq_len",
-        "max_position_embeddings",
-        "n_positions",
-        "n_ctx",
-        "max_seq_len",
-        "max_sequence_length",
-        "seq_length",
-        "context",
-    ),
-    "init_std": ("init_std", "initializer_range", "init_method_std"),
-    "softcap": ("softcap", "attn_logit_softcapping"),
-    "window": ("window", "sliding_window"),
-    "dtype": ("dtype", "torch_dtype"),
-}
-NEEDED = ("d_model", "n_heads", "seq_len")
-ASSUMED_STD = 0.02
-# Families whose attention normalises queries and keys without a field that says so.
-QK_NORM_TYPES = ("qwen3", "qwen3_moe", "qwen3_next", "gemma3", "gemma3_text", "olmo2", "olmo3", "olmoe")
-QK_NORM_FIELDS = ("qk_norm", "use_qk_norm", "qk_layernorm")
-# Which dimensions RoPE turns together; unknown to us in families that are in neither.
-HALVES = (
-    *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3"),
-    *(
-        "gemma3_text",
-        "gpt_neox",
-        "phi",
-        "phi3",
-        "olmo",
-        "olmo2",
-        "stablelm",
-        "falcon",
-        "starcoder2",
-        "granite",
-    ),
-    "smollm3",
-)
-INTERLEAVED = ("gptj", "codegen", "cohere", "cohere2", "glm", "glm4", "ernie4_5")
 
 
 @dataclass(frozen=True)
 class Design:
-    """One attention design. Lengths in tokens; `scale` multiplies q.k (1 / temperature T).
+    """One attention design. Lengths are in tokens.
 
-    query_std, key_std: of the projections' weights at initialisation. qk_norm: unit gains. rotary: how many
-    dimensions of a head RoPE turns. windows: visible keys of each layer. layer_scale: factor of `scale`.
-    correlation: mean cosine of the first layer's inputs of two tokens.
-    sources: field -> where its number comes from, "config: NAME", "assumed: ...", "given", "derived".
+    query_std, key_std: standard deviation of the projections' weights at initialisation.
+    scale: factor of q.k, 1 / temperature T.
+    layer_scale: factor of `scale` in each layer; empty means 1.
+    qk_norm: q and k are normalised, with gains of 1.
+    rotary: dimensions of a head that RoPE turns.
+    interleaved: RoPE turns neighbouring dimensions together, rather than halves; None if not known.
+    windows: visible keys of each layer; empty means all.
+    correlation: mean cosine between the first layer's inputs of two tokens.
+    sources: field -> where its number comes from: "config: NAME", "assumed: ...", "given", "derived: ...".
     """
 
     d_model: int
@@ -87,10 +36,10 @@ class Design:
     rotary: int = 0
     interleaved: bool | None = None
     dtype: str = "float32"
-    windows: tuple[int, ...] = ()
-    layer_scale: tuple[float, ...] = ()
+    windows: tuple[int, ...] = field(default=(), repr=False)
+    layer_scale: tuple[float, ...] = field(default=(), repr=False)
     correlation: float = 0.0
-    sources: dict[str, str] = field(default_factory=dict, compare=False)
+    sources: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def keys(self, layer: int) -> int:
         """Visible keys of the last query of a layer."""
@@ -108,184 +57,27 @@ class Design:
         """T / sqrt(head_dim): 1 is usual."""
         return self.temperature / math.sqrt(self.head_dim)
 
+    def at_temperature(self, relative: float) -> Design:
+        """The same design at another T / sqrt(head_dim)."""
+        return replace(self, scale=1.0 / (relative * math.sqrt(self.head_dim)))
+
     def with_heads(self, n_heads: int) -> Design:
         """The same width in another number of heads, at the same relative temperature and grouping."""
-        head_dim = self.d_model // n_heads
-        scale = self.scale * math.sqrt(self.head_dim / head_dim)
         kv = max(1, n_heads * self.n_kv_heads // self.n_heads)
-        return replace(self, n_heads=n_heads, n_kv_heads=kv, head_dim=head_dim, scale=scale)
+        return replace(self._resized(self.d_model, n_heads), n_kv_heads=kv)
 
+    def with_width(self, d_model: int) -> Design:
+        """Another width in the same number of heads, at the same relative temperature."""
+        return self._resized(d_model, self.n_heads)
 
-class _Reader:
-    """Looks fields up under all their names and remembers which one was there."""
-
-    def __init__(self, config: Any, given: Mapping[str, Any]):
-        self.config, self.given, self.sources = config, given, {}
-
-    def raw(self, name: str) -> Any:
-        if isinstance(self.config, Mapping):
-            return self.config.get(name)
-        return getattr(self.config, name, None)
-
-    def find(self, what: str, default: Any = None, why: str = "") -> Any:
-        if self.given.get(what) is not None:
-            self.sources[what] = "given"
-            return self.given[what]
-        for name in ALIASES[what]:
-            if name == "torch_dtype" and hasattr(self.config, "to_diff_dict"):
-                continue  # the old name of the same, which warns
-            value = self.raw(name)
-            if value is not None:
-                self.sources[what] = f"config: {name}"
-                return value
-        if what in NEEDED and default is None:
-            raise ValueError(
-                f"expected {what} in the configuration, got none of {', '.join(ALIASES[what])}"
-                + ("; give seq_len" if what == "seq_len" else "")
-            )
-        self.sources[what] = why
-        return default
-
-    def count(self, what: str, default: int | None = None, why: str = "") -> int:
-        value = self.find(what, default, why)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"expected {what} to be an integer of at least 1, got {value!r}")
-        return value
-
-    def positive(self, what: str, default: float | None, why: str) -> float | None:
-        value = self.find(what, default, why)
-        return value if value is None else positive(what, value)
+    def _resized(self, d_model: int, n_heads: int) -> Design:
+        head_dim = d_model // n_heads
+        scale = self.scale * math.sqrt(self.head_dim / head_dim)
+        return replace(self, d_model=d_model, n_heads=n_heads, head_dim=head_dim, scale=scale)
 
 
 def positive(what: str, value: Any) -> float:
+    """The value as a float. Raises ValueError unless it is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"expected {what} to be a finite number above 0, got {value!r}")
     return float(value)
-
-
-def read_design(config: Any, **given: Any) -> Design:
-    """A Hugging Face configuration, a mapping, or any object with such attributes, as a Design.
-
-    given: seq_len, dtype and the like, which win over the configuration (None counts as not given).
-    Beyond `ALIASES`, plain numbers may say `temperature` (T / sqrt(head_dim), 1 is usual), `scale`, `rope`, `qk_norm`.
-    Raises ValueError, with the names tried, for a needed field that is missing, and for sizes that are
-    no positive integers, heads that do not divide, or a dtype that is not known.
-    """
-    if config is None:
-        raise ValueError("expected a configuration, got None and a model without one")
-    if hasattr(config, "get_text_config"):  # a vision-language model's: its text part is what attends
-        config = config.get_text_config()
-    read = _Reader(config, given)
-    family = str(read.raw("model_type") or "")
-    d_model, n_heads = read.count("d_model"), read.count("n_heads")
-    head_dim = _head_dim(read, d_model, n_heads)
-    n_kv_heads = read.count("n_kv_heads", *_default_kv(read, n_heads))
-    if n_heads % n_kv_heads:
-        raise ValueError(f"expected n_kv_heads to divide the {n_heads} heads, got {n_kv_heads}")
-    n_layers = read.count("n_layers", 1, "assumed: 1")
-    seq_len = read.count("seq_len")
-    scale, layer_scale = _scale(read, head_dim, n_layers)
-    query_std, key_std = _init(read, family, d_model, head_dim)
-    dtype = number_format(read.find("dtype", "float32", "assumed: float32")).name
-    qk_norm = family in QK_NORM_TYPES or any(bool(read.raw(name)) for name in QK_NORM_FIELDS)
-    rotary = _rotary(read, head_dim)
-    return Design(
-        d_model=d_model,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=head_dim,
-        n_layers=n_layers,
-        seq_len=seq_len,
-        query_std=query_std,
-        key_std=key_std,
-        scale=scale,
-        softcap=read.positive("softcap", None, "none"),
-        qk_norm=qk_norm,
-        rotary=rotary,
-        interleaved=True if family in INTERLEAVED else False if family in HALVES else None,
-        dtype=dtype,
-        windows=_windows(read, n_layers, seq_len),
-        layer_scale=layer_scale,
-        correlation=_correlation(read),
-        sources=read.sources,
-    )
-
-
-def _head_dim(read: _Reader, d_model: int, n_heads: int) -> int:
-    if any(read.raw(name) is not None for name in ALIASES["head_dim"]) or read.given.get("head_dim"):
-        return read.count("head_dim")
-    if d_model % n_heads:
-        raise ValueError(f"expected n_heads to divide d_model, got {n_heads} heads and d_model {d_model}")
-    read.sources["head_dim"] = "derived: d_model / n_heads"
-    return d_model // n_heads
-
-
-def _default_kv(read: _Reader, n_heads: int) -> tuple[int, str]:
-    if read.raw("multi_query") and not read.raw("new_decoder_architecture"):
-        read.given = {**read.given, "n_kv_heads": 1}  # such configurations may name kv heads all the same
-        return 1, "config: multi_query"
-    return n_heads, "assumed: as many as heads"
-
-
-def _scale(read: _Reader, head_dim: int, n_layers: int) -> tuple[float, tuple[float, ...]]:
-    read.sources["scale"] = "derived: head_dim^-1/2"
-    scale = head_dim**-0.5
-    special = {
-        "scale": lambda x: positive("scale", x),
-        "attention_multiplier": lambda x: positive("attention_multiplier", x),
-        "query_pre_attn_scalar": lambda x: positive("query_pre_attn_scalar", x) ** -0.5,
-        "temperature": lambda x: head_dim**-0.5 / positive("temperature", x),
-    }
-    for name, convert in special.items():
-        value = read.given.get(name, read.raw(name))
-        # `temperature` of a Hugging Face configuration is that of sampling.
-        if value is not None and not (name == "temperature" and hasattr(read.config, "to_diff_dict")):
-            scale, read.sources["scale"] = convert(value), f"config: {name}"
-            break
-    family = read.raw("model_type")
-    if family in ("t5", "mt5", "umt5") or read.raw("scale_attn_weights") is False:
-        scale, read.sources["scale"] = 1.0, "config: unscaled"
-    if read.raw("scale_attn_by_inverse_layer_idx"):
-        return scale, tuple(1.0 / (layer + 1) for layer in range(n_layers))
-    return scale, ()
-
-
-def _init(read: _Reader, family: str, d_model: int, head_dim: int) -> tuple[float, float]:
-    if family in ("t5", "mt5", "umt5"):  # their own rule, in place of a scale
-        factor = float(read.raw("initializer_factor") or 1.0)
-        read.sources["init_std"] = "config: initializer_factor"
-        return factor * (d_model * head_dim) ** -0.5, factor * d_model**-0.5
-    std = read.positive("init_std", ASSUMED_STD, f"assumed: {ASSUMED_STD}")
-    return std, std
-
-
-def _rotary(read: _Reader, head_dim: int) -> int:
-    parameters = read.raw("rope_parameters")
-    turned = any(read.raw(name) for name in ("rope", "rope_theta", "rotary_dim", "rope_scaling"))
-    turned |= bool(parameters) or read.raw("position_embedding_type") == "rope"
-    if not turned:
-        return 0
-    if isinstance(read.raw("rotary_dim"), int):
-        return min(read.raw("rotary_dim"), head_dim)
-    share = read.raw("partial_rotary_factor") or read.raw("rotary_pct")
-    if share is None and isinstance(parameters, Mapping):
-        share = parameters.get("partial_rotary_factor")
-    return min(head_dim, max(2, int(head_dim * float(share or 1.0))))
-
-
-def _correlation(read: _Reader) -> float:
-    """A third of an input is the same for all tokens where it sums embeddings of word, position and segment."""
-    if not read.raw("type_vocab_size"):
-        return 0.0
-    read.sources["correlation"] = "config: type_vocab_size"
-    return 1.0 / 3.0
-
-
-def _windows(read: _Reader, n_layers: int, seq_len: int) -> tuple[int, ...]:
-    window = read.find("window", None, "none")
-    if window is None or read.raw("use_sliding_window") is False:
-        return ()
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"expected window to be an integer of at least 1, got {window!r}")
-    kinds = read.raw("layer_types") or ["sliding_attention"] * n_layers
-    return tuple(window if "sliding" in kind else seq_len for kind in list(kinds)[:n_layers])

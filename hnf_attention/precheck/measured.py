@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,40 +16,55 @@ from ..instrumentation import Measurement
 from ..monitoring.analyzer import AttentionAnalyzer
 from ..statistics.heads import JUDGED_MIN_KEYS
 
-_SHARE = 0.99  # of rows, as `theory.row_spread`
+_SHARE = 0.99  # of rows, as in `theory.row_spread`
 
 
 @dataclass(frozen=True)
 class MeasuredLayer:
-    """One layer's numbers of one sample, per head (H,) fp64; nats, over rows with at least 16 visible keys.
+    """One layer's numbers of one sample, per query head (H,) fp64, over rows with at least 16 visible keys.
 
-    score_std: root mean square spread within a row. sigma_ratio: of the row's spread over the critical one of
-    its visible keys, the 99th percentile of the rows. row_max: mean of a row's largest score over its mean.
-    max_abs_logit: largest |score| of any row. magnitude: scale max|q| max|k|. normalized_entropy: mean.
+    keys: the most visible keys of any row.
+    score_std: root mean square over the rows of the spread within a row, nats.
+    sigma_ratio: spread of a row over the critical spread of its visible keys, 99th percentile of the rows.
+    row_max: mean of a row's largest score over the row's mean, nats. max_abs_logit: largest |score| of any row, nats.
+    magnitude: scale max|q| max|k|, nats. normalized_entropy: mean over the rows.
     """
 
     layer: str
     keys: int
-    score_std: Tensor
-    sigma_ratio: Tensor
-    row_max: Tensor
-    max_abs_logit: Tensor
-    magnitude: Tensor
-    normalized_entropy: Tensor
+    score_std: Tensor = field(repr=False)
+    sigma_ratio: Tensor = field(repr=False)
+    row_max: Tensor = field(repr=False)
+    max_abs_logit: Tensor = field(repr=False)
+    magnitude: Tensor = field(repr=False)
+    normalized_entropy: Tensor = field(repr=False)
 
 
-def measure_sample(model: nn.Module, sample: Any) -> tuple[list[MeasuredLayer], AttentionDiagnosis]:
-    """Run the sample once and measure all attention on the way; errors as `run_measured`."""
+def measure_sample(
+    model: nn.Module, sample: Any
+) -> tuple[list[MeasuredLayer], dict[str, str], AttentionDiagnosis]:
+    """Run the sample once: its measured layers, layer -> reason for the others, and the diagnosis.
+
+    Raises ValueError as `run_measured`.
+    """
     layers: list[MeasuredLayer] = []
-    diagnosis = run_measured(model, sample, lambda measurement: layers.append(_read(measurement)))
-    return layers, diagnosis
+    reasons: dict[str, str] = {}
+
+    def read(measurement: Measurement) -> None:
+        try:
+            layers.append(_read(measurement))
+        except ValueError as error:
+            reasons[measurement.layer] = str(error)
+
+    diagnosis = run_measured(model, sample, read)
+    return layers, reasons, diagnosis
 
 
 def run_measured(model: nn.Module, sample: Any, read: Callable[[Measurement], None]) -> AttentionDiagnosis:
-    """Run the sample once, in evaluation mode and without gradients; `read` gets every attention call of it.
+    """Run the sample once, in evaluation mode and without gradients; `read` gets every attention call of the run.
 
-    sample: what the model takes, a mapping for keyword arguments.
-    Raises ValueError where the model cannot run the sample, or none of its attention can be measured.
+    sample: what the model takes; a mapping for keyword arguments.
+    Raises ValueError if the model cannot run the sample, or if none of its attention can be measured.
     """
     training = [module for module in model.modules() if module.training]
     with AttentionAnalyzer(model, mode="probe") as analyzer:
@@ -61,7 +76,8 @@ def run_measured(model: nn.Module, sample: Any, read: Callable[[Measurement], No
             nonlocal measured
             measured += 1
             read(measurement)
-            record(measurement)
+            if record is not None:
+                record(measurement)
 
         instrumentation.on_measure = both
         model.eval()
@@ -80,7 +96,10 @@ def run_measured(model: nn.Module, sample: Any, read: Callable[[Measurement], No
 
 def _read(measurement: Measurement) -> MeasuredLayer:
     query, key, options = measurement.query, measurement.key, measurement.options
+    if query is None or key is None or options is None:
+        raise ValueError("only its scores are known, not the queries and keys")
     rows = api.attend(query, key, None, options, extended=True)[1].detach()
+    assert rows.score_std is not None and rows.score_mean is not None  # of `extended=True`
     visible = measurement.visible_keys.expand(rows.lse.shape)
     least = min(JUDGED_MIN_KEYS, int(visible.max())) if visible.numel() else 1
     judged = (visible >= max(least, 2)) & rows.lse.isfinite()

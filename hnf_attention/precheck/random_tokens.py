@@ -1,4 +1,4 @@
-"""What a checkpoint's scores come to on random tokens: no data, but all its layers and its own arithmetic."""
+"""The largest scores of a checkpoint on random tokens: an estimate that takes no data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine import api
 from ..instrumentation import Measurement
 from .measured import run_measured
 
@@ -18,16 +17,16 @@ _SEED = 0
 def random_token_maxima(model: nn.Module, seq_len: int) -> dict[str, Tensor]:
     """Layer -> E max_ij |s_ij| of each query head on random tokens, (H,) fp64, nats.
 
-    The mean over SEQUENCES sequences of the largest score that each has. Tokens are independent and uniform over
-    the rows of the embedding table, min(seq_len, LENGTH) a sequence, the same at every call. NaN where scores are.
+    The mean over SEQUENCES sequences of the largest |score| in each. A sequence has min(seq_len, LENGTH) tokens,
+    independent and uniform over the rows of the embedding table, and the same at every call. A head whose scores
+    are NaN gives NaN. The model runs in evaluation mode, without gradients and with a random generator of its own.
 
-    An estimate with no guarantee, from the checkpoint alone: `theory.weight_logit_bound` holds for every input of
-    a norm layer, wherever it points; what reaches a layer lies in few directions, which weights of that layer do
-    not tell and a run through the layers before it does. It ranks heads as text does (bench/weight_bounds.py)
-    where texts are about as long. Evaluation mode, no gradients, no randomness but its own.
+    The estimate has no guarantee: `theory.weight_logit_bound` holds for every input of the norm layer, while real
+    inputs point in few directions, which only a run through the earlier layers shows. It ranks heads as real text
+    does (bench/weight_bounds.py), if the text is about as long.
 
-    Raises ValueError for a model without a table of token embeddings, that cannot run on token ids alone, or none
-    of whose attention can be measured.
+    Raises ValueError for a model without a table of token embeddings, a model that cannot run on token ids alone,
+    and a model none of whose attention can be measured.
     """
     table = _embedding(model)
     generator = torch.Generator().manual_seed(_SEED)
@@ -39,7 +38,7 @@ def random_token_maxima(model: nn.Module, seq_len: int) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def read(measurement: Measurement) -> None:
-        rows = api.attend(measurement.query, measurement.key, None, measurement.options)[1].detach()
+        rows = measurement.rows
         largest = torch.maximum(rows.max_logit.abs(), rows.min_logit.abs()).double().cpu()
         largest = torch.where(rows.lse.cpu() == -torch.inf, 0.0, largest).amax(2).mean(0)
         before = found.get(measurement.layer)
@@ -50,7 +49,7 @@ def random_token_maxima(model: nn.Module, seq_len: int) -> dict[str, Tensor]:
 
 
 def _embedding(model: nn.Module) -> nn.Embedding:
-    """The table that token ids are looked up in: the one the model names, else the largest that is not of positions."""
+    """The table of token embeddings: the one the model names, else the largest that is not for positions."""
     named = getattr(model, "get_input_embeddings", None)
     try:
         table = named() if callable(named) else None

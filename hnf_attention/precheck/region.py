@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .advice import _with_width
-from .design import Design, positive, read_design
+from .configuration import read_design
+from .design import Design, positive
 from .predict import SAFE_RATIO, predict_layer, sigma_ratio
 
 if TYPE_CHECKING:
@@ -21,17 +21,25 @@ if TYPE_CHECKING:
 # Bits. Own choice: GPT-2 starts at 7 to 14, LLaMA 7B at 34, GPT-NeoX 20B, whose spread is marginal, at 50.
 CURVATURE_LIMIT = 64.0
 _HOLDS = ("head_dim", "n_heads")
+_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of d_model, for the default widths
 _BISECTIONS = 60
-_EXPONENT = 2.0 / math.log(2.0)  # bits of curvature a nat of the largest score costs
+_BITS_A_NAT = 2.0 / math.log(2.0)  # bits of curvature that a nat of the largest score costs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StabilityRegion:
     """Where sigma / sigma_c and the curvature stay under their limits: every temperature from a least one on.
 
-    Temperatures are T / sqrt(head_dim), 1 is usual. dims (d_model): (D,), lengths: (L,), temperatures: (T,).
-    by_spread, by_curvature: (D, L), the least temperature that keeps each; boundary: the larger of them.
-    stable: (T, D, L), whether a temperature is in the region. exact: closed form rather than bisection.
+    Temperatures are T / sqrt(head_dim); 1 is usual.
+    dims: values of d_model, (D,).
+    lengths: visible keys, (L,).
+    temperatures: (T,).
+    ratio_limit: of sigma / sigma_c.
+    curvature_limit: of HNF's bound, bits.
+    by_spread, by_curvature: (D, L), the least temperature that keeps each limit.
+    boundary: (D, L), the larger of the two.
+    stable: (T, D, L), whether a temperature is in the region.
+    exact: whether the boundary is a closed form rather than the result of a bisection.
     """
 
     design: Design
@@ -44,6 +52,11 @@ class StabilityRegion:
     by_curvature: np.ndarray
     exact: bool
 
+    def __repr__(self) -> str:
+        axes = {"d_model": self.dims, "length": self.lengths, "temperature": self.temperatures}
+        spans = [f"{name} {values.min():g} to {values.max():g}" for name, values in axes.items()]
+        return f"StabilityRegion({', '.join(spans)}: {self.stable.mean():.0%} of {self.stable.size} stable)"
+
     @property
     def boundary(self) -> np.ndarray:
         return np.maximum(self.by_spread, self.by_curvature)
@@ -53,7 +66,7 @@ class StabilityRegion:
         return self.temperatures[:, None, None] >= self.boundary
 
     def table(self) -> str:
-        """The least stable temperature of every width and length, Markdown."""
+        """The least stable temperature of every width and length, as Markdown."""
         header = ["d_model", *(str(int(n)) for n in self.lengths)]
         rows = [[str(int(d)), *(f"{t:.3g}" for t in row)] for d, row in zip(self.dims, self.boundary)]
         lines = [header, ["---"] * len(header), *rows]
@@ -61,16 +74,25 @@ class StabilityRegion:
 
     def plot(self, path: str | PathLike[str] | None = None) -> Figure:
         """The least stable temperature over the lengths, one line a width; saved to `path` if given."""
-        from ..figures.region import stability_figure
+        from ..figures.region import Mark, stability_figure
 
-        figure = stability_figure(self)
+        design = self.design
+        figure = stability_figure(
+            self.dims,
+            self.lengths,
+            self.by_spread,
+            self.by_curvature,
+            ratio_limit=self.ratio_limit,
+            curvature_limit=self.curvature_limit,
+            mark=Mark(design.d_model, design.seq_len, design.relative_temperature),
+        )
         if path is not None:
             figure.savefig(path)
         return figure
 
     def to_dict(self) -> dict[str, Any]:
-        """Strict JSON types; a temperature that no value reaches is None."""
-        grids = {name: getattr(self, name) for name in ("by_spread", "by_curvature", "boundary")}
+        """Strict JSON types; None stands for a limit that no temperature keeps."""
+        grids = {"by_spread": self.by_spread, "by_curvature": self.by_curvature, "boundary": self.boundary}
         return {
             "dims": self.dims.tolist(),
             "lengths": self.lengths.tolist(),
@@ -79,7 +101,7 @@ class StabilityRegion:
             "curvature_limit": self.curvature_limit,
             "exact": self.exact,
             "stable": self.stable.tolist(),
-            **{name: np.where(np.isfinite(x), x, None).tolist() for name, x in grids.items()},
+            **{name: _finite(grid) for name, grid in grids.items()},
         }
 
 
@@ -95,19 +117,22 @@ def stability_region(
 ) -> StabilityRegion:
     """The stable region of designs like this one, at initialisation.
 
-    config: as for `check_attention_stability`, or a `Design`. dims: values of d_model, default 1/4 to 4 times
-    the design's. lengths: default 1/8 to 8 times. temperatures: T / sqrt(head_dim), default 1/4 to 8; those of
-    the grid `stable`, not of the boundary. hold: what a change of d_model leaves alone, "head_dim" or "n_heads".
-    ratio_limit: of sigma / sigma_c in the sharpest row of a hundred. curvature_limit: of HNF's bound, bits.
+    config: as for `check_attention_stability`, or a `Design`.
+    dims: values of d_model; by default 1/4 to 4 times the design's.
+    lengths: visible keys; by default 1/8 to 8 times the design's.
+    temperatures: T / sqrt(head_dim), of the grid `stable`; by default 1/4 to 8. The boundary does not depend on it.
+    hold: what stays if d_model changes, "head_dim" or "n_heads".
+    ratio_limit: of sigma / sigma_c in the sharpest row of a hundred.
+    curvature_limit: of HNF's bound, bits.
 
-    Scores are in proportion to 1 / T, and so
+    Scores are proportional to 1 / T. So these boundaries are exact:
 
         T >= T_0 (sigma / sigma_c at T_0) / limit,    T >= T_0 2 log2(e) max|s| / (limit - log2(|Q| |K| / d))
 
-    are exact (no temperature will do where the norms alone pass the curvature's limit). With a soft-cap,
-    spread and maximum are no longer in proportion, and both are found by bisection.
-    Raises ValueError as `read_design`, and for limits, sizes or temperatures that are not above 0, or dims that do
-    not divide into heads.
+    No temperature is enough if the norms alone pass the curvature's limit. With a soft-cap, spread and maximum are
+    not proportional to 1 / T, and both boundaries are found by bisection.
+    Raises ValueError as `read_design`, for limits, sizes and temperatures that are not above 0, and for dims that
+    do not divide into heads.
     """
     design = config if isinstance(config, Design) else read_design(config)
     if hold not in _HOLDS:
@@ -116,20 +141,26 @@ def stability_region(
         positive(name, value)
     design = replace(design, windows=(), layer_scale=(), n_layers=1)
     unit = design.n_heads if hold == "n_heads" else design.head_dim
-    factors = (0.25, 0.5, 1.0, 2.0, 4.0)
-    dims = _sizes("dims", dims, [round(design.d_model * f / unit) * unit for f in factors])
-    lengths = _sizes("lengths", lengths, [round(design.seq_len * 2.0**i) for i in range(-3, 4)])
+    widths = _sizes("dims", dims, [round(design.d_model * f / unit) * unit for f in _FACTORS])
+    keys = _sizes("lengths", lengths, [round(design.seq_len * 2.0**i) for i in range(-3, 4)])
     if temperatures is None:
         temperatures = np.geomspace(0.25, 8.0, 11).tolist()
     levels = np.array([positive("temperatures", float(t)) for t in temperatures])
-    bounds = np.empty((2, len(dims), len(lengths)))
-    for i, d_model in enumerate(dims):
+    bounds = np.empty((2, len(widths), len(keys)))
+    for i, d_model in enumerate(widths):
         wide = _widened(design, int(d_model), hold)
-        for j, length in enumerate(lengths):
+        for j, length in enumerate(keys):
             bounds[:, i, j] = _least(replace(wide, seq_len=int(length)), ratio_limit, curvature_limit)
-    exact = design.softcap is None
     return StabilityRegion(
-        design, dims, lengths, levels, float(ratio_limit), float(curvature_limit), bounds[0], bounds[1], exact
+        design=design,
+        dims=widths,
+        lengths=keys,
+        temperatures=levels,
+        ratio_limit=float(ratio_limit),
+        curvature_limit=float(curvature_limit),
+        by_spread=bounds[0],
+        by_curvature=bounds[1],
+        exact=design.softcap is None,
     )
 
 
@@ -144,35 +175,31 @@ def _widened(design: Design, d_model: int, hold: str) -> Design:
     if hold == "n_heads":
         if d_model % design.n_heads:
             raise ValueError(f"expected dims that divide into {design.n_heads} heads, got {d_model}")
-        return _with_width(design, d_model)
+        return design.with_width(d_model)
     if d_model % design.head_dim:
         raise ValueError(f"expected dims that divide into heads of {design.head_dim}, got {d_model}")
     heads = d_model // design.head_dim
     return replace(design, d_model=d_model, n_heads=heads, n_kv_heads=heads)
 
 
-def _at(design: Design, temperature: float) -> Design:
-    return replace(design, scale=design.head_dim**-0.5 / temperature)
-
-
 def _least(design: Design, ratio_limit: float, curvature_limit: float) -> tuple[float, float]:
     """The least temperatures by spread and by curvature."""
     if design.softcap is not None:
         return (
-            _bisect(lambda t: sigma_ratio(_at(design, t)) <= ratio_limit),
-            _bisect(lambda t: predict_layer(_at(design, t), 0).log2_curvature <= curvature_limit),
+            _bisect(lambda t: sigma_ratio(design.at_temperature(t)) <= ratio_limit),
+            _bisect(lambda t: predict_layer(design.at_temperature(t), 0).log2_curvature <= curvature_limit),
         )
-    usual = _at(design, 1.0)
-    exponent = _EXPONENT * predict_layer(usual, 0).max_abs_logit
-    # What the norms alone make of it, read where the scores are small: beside large ones its digits are lost.
-    warm = predict_layer(_at(design, max(1.0, exponent)), 0)
-    room = curvature_limit - (warm.log2_curvature - _EXPONENT * warm.max_abs_logit)
+    usual = design.at_temperature(1.0)
+    exponent = _BITS_A_NAT * predict_layer(usual, 0).max_abs_logit
+    # The share of the norms alone. It is read where the scores are small: beside large ones its digits are lost.
+    warm = predict_layer(design.at_temperature(max(1.0, exponent)), 0)
+    room = curvature_limit - (warm.log2_curvature - _BITS_A_NAT * warm.max_abs_logit)
     by_curvature = exponent / room if room > 0 else math.inf
     return sigma_ratio(usual) / ratio_limit, by_curvature
 
 
-def _bisect(holds: Any) -> float:
-    """The least temperature from which on `holds`, which is monotone, is true; 0 where it always is."""
+def _bisect(holds: Callable[[float], bool]) -> float:
+    """The least temperature from which on the monotone `holds` is true; 0 if it always is, inf if it never is."""
     low, high = math.log(1e-6), math.log(1e6)
     if holds(math.exp(low)):
         return 0.0
@@ -182,3 +209,7 @@ def _bisect(holds: Any) -> float:
         middle = (low + high) / 2.0
         low, high = (low, middle) if holds(math.exp(middle)) else (middle, high)
     return math.exp(high)
+
+
+def _finite(grid: np.ndarray) -> list[list[float | None]]:
+    return [[x if math.isfinite(x) else None for x in row] for row in grid.tolist()]

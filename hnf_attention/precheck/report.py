@@ -7,38 +7,55 @@ from typing import Any
 
 import numpy as np
 
-VERDICTS = ("stable", "marginal", "unstable")
+from .predict import UNSTABLE
 
 
-class StabilityReport(dict):
+class StabilityReport(dict[str, Any]):
     """The report of `check_attention_stability`: a dict of plain numbers, strings, lists and dicts.
 
-    expected_logit_max: mean of a row's largest score over its mean, worst layer, nats.
-    log2_curvature_bound: HNF's bound as the proposal writes it, bits; curvature_bound: 2 to that, or inf.
-    precision_bits_needed: significand bits in which q, k and the weights can be stored with every output
-        within `tolerance` of the spread of its values, proved; typical_bits_needed: that usually suffice.
+    verdict: "stable", "marginal" or "unstable".
+    sigma_ratio: spread of the scores over the critical spread, in the worst layer.
+    margin: how many times larger that spread may become.
+    expected_logit_max: mean of a row's largest score over the row's mean, worst layer, nats.
+    max_abs_logit: largest |score| of any layer, nats.
+    log2_curvature_bound: HNF's bound as the proposal writes it, bits.
+    curvature_bound: 2 to that, or inf.
+    precision_bits_needed: significand bits of q, k and the weights that are proved to keep every output within
+        `tolerance` of the spread of its values.
+    typical_bits_needed: significand bits that usually suffice for that.
     float16_safe: whether storing in fp16 is safe or usually safe, and no product q.k overflows.
-    verdict: "stable", "marginal" or "unstable"; sigma_ratio and margin: of the worst layer.
-    recommendations: sentences; neighbours: the nearest designs whose own verdict is stable, with their margins,
-        then what helps without being enough, with the verdict that is left.
-    weight_logit_bound: with a model, the largest |score| of any input, proved; weight_logit_typical: of a short
-        sequence of random tokens, which ranks heads as text does. Of each head in `layers`, with an s.
-    layers: one dict a layer. dtypes: number format -> verdict, with the overflows that make it unsafe and, apart,
-        those that only some code has. margins: knob -> how far it may go.
-    design: the numbers all this is for. sources: where each number comes from, "measured", "predicted" or
-        "assumed". notes: what could not be read or measured, and why.
+    recommendations: sentences.
+    neighbours: the nearest designs whose own verdict is stable, then those that help but are not enough.
+    weight_logit_bound: with a model, the largest |score| that any input can give, proved.
+    weight_logit_typical: with a model and no sample, the largest |score| on a few random tokens. It ranks heads as
+        real text does.
+    layers: one dict per layer; `weight_logit_bounds` and `weight_logit_typicals` hold one number per head.
+    dtypes: number format -> its verdict (`formats.format_verdicts`).
+    margins: knob -> how far it may go alone.
+    issues: what the diagnosis of the sample found.
+    design: the numbers of the design.
+    sources: where each number comes from: "measured", "predicted: ...", "assumed: ...", "proved: ...".
+    notes: what could not be read or measured, and why.
     """
+
+    def __repr__(self) -> str:
+        shown = [self.get("verdict", "no verdict")]
+        shown += [f"{key} {self[key]:.3g}" for key in ("sigma_ratio", "margin") if key in self]
+        counts = [(len(self.get(key, ())), key) for key in ("layers", "issues", "recommendations", "notes")]
+        shown += [f"{count} {key if count > 1 else key[:-1]}" for count, key in counts if count]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
     def healthy(self) -> bool:
-        return self["verdict"] != "unstable"
+        """Whether the verdict is stable or marginal."""
+        return bool(self["verdict"] != UNSTABLE)
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON types: infinities and NaN are None."""
-        return _plain(dict(self))
+        return {key: _plain(value) for key, value in self.items()}
 
     def overflows_elsewhere(self) -> list[str]:
-        """The overflows that the formats' statuses do not count, by the kind of attention that alone has them."""
+        """One line for each kind of attention that alone has some overflows, which no status counts."""
         formats: dict[str, list[str]] = {}
         for name, found in self["dtypes"].items():
             for where in dict.fromkeys(found["elsewhere"].values()):
@@ -55,8 +72,9 @@ class StabilityReport(dict):
             f"({self['sources']['sigma_ratio']})",
             f"largest score of a row {self['expected_logit_max']:.3g} nats ({self['sources']['expected_logit_max']}), "
             f"log2 curvature bound {self['log2_curvature_bound']:.3g}",
-            f"bits for q, k and weights: {self['precision_bits_needed']:.0f} proved, "
-            f"{self['typical_bits_needed']:.0f} usual, for errors of {self['tolerance']:g} of the values' spread",
+            f"bits for q, k and weights: {self['precision_bits_needed']:.0f} proved to suffice, "
+            f"{self['typical_bits_needed']:.0f} usually enough, for an error of {self['tolerance']:g} of the values' "
+            "spread",
         ]
         for name, found in self["dtypes"].items():
             overflows = f"; overflows: {', '.join(found['overflows'])}" if found["overflows"] else ""

@@ -1,1 +1,1 @@
-"""Pictures of head statistics."""
+"""Reports for a terminal: tables of layers, lists of issues, the check before training."""

@@ -1,33 +1,45 @@
-"""The pre-training check for a terminal."""
+"""The check before training, for a terminal."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..precheck.advice import down, up
+from ..precheck.report import StabilityReport
+from ..precheck.rounding import rounded_down, rounded_up
 from .tables import indented
-
-if TYPE_CHECKING:
-    from ..precheck.report import StabilityReport
 
 _STYLES = {"stable": "bold green", "marginal": "bold yellow", "unstable": "bold red"}
 _STATUS = {"safe": "green", "usually safe": "yellow", "unsafe": "red"}
-_LAYERS = 6  # layers with the same numbers are shown once, and no more than this many
+_LAYERS = 6  # rows of the table of layers; layers with the same numbers share a row
+_COLUMNS = {  # key of a layer's numbers -> column
+    "keys": "keys",
+    "score_std": "score\nstd",
+    "sigma_ratio": "sigma /\nsigma_c",
+    "expected_logit_max": "row max",
+    "max_abs_logit": "max\n|score|",
+    "normalized_entropy": "normalized\nentropy",
+    "log2_curvature": "log2\ncurvature",
+    "weight_logit_typical": "random tokens\nmax |score|",
+    "weight_logit_bound": "any input\n|score| <=",
+}
 
 
 def verdict(report: StabilityReport, name: str) -> RenderableType:
-    """Layers, number formats, margins, advice, and the verdict last."""
+    """Layers, number formats, margins, advice, and the verdict last. name: of the design."""
     parts: list[RenderableType] = [_layers(report, name), _formats(report)]
     parts += [Text(line, style="dim") for line in report.overflows_elsewhere()]
     parts.append(_margins(report))
     for text in report["recommendations"]:
         parts.append(indented(f"-> {text}"))
-    assumed = [f"{key[7:]} ({why})" for key, why in report["sources"].items() if why.startswith("assumed")]
+    assumed = [
+        f"{key.removeprefix('design.')} ({why})"
+        for key, why in report["sources"].items()
+        if why.startswith("assumed")
+    ]
     if assumed:
         parts.append(Text(f"assumed: {', '.join(assumed)}", style="dim"))
     parts += [Text(f"note: {note}", style="yellow") for note in report["notes"]]
@@ -40,37 +52,26 @@ def verdict(report: StabilityReport, name: str) -> RenderableType:
 def _layers(report: StabilityReport, name: str) -> Table:
     table = Table(title=Text(name), title_justify="left", header_style="bold", title_style="bold")
     table.add_column("layer", overflow="fold")
-    columns = {
-        "keys": "keys",
-        "score_std": "score\nstd",
-        "sigma_ratio": "sigma /\nsigma_c",
-        "expected_logit_max": "row max",
-        "max_abs_logit": "max\n|score|",
-        "normalized_entropy": "entropy\nratio",
-        "log2_curvature": "log2\ncurvature",
-        "weight_logit_typical": "random tokens\nmax |score|",
-        "weight_logit_bound": "any input\n|score| <=",
-    }
     rows = report["layers"]
-    shown = {key: title for key, title in columns.items() if any(key in row for row in rows)}
-    for title in shown.values():
+    columns = {key: title for key, title in _COLUMNS.items() if any(key in row for row in rows)}
+    for title in columns.values():
         table.add_column(title, justify="right")
-    told: dict[tuple[str, ...], list[str]] = {}
+    alike: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
-        numbers = tuple(f"{row[key]:.4g}" if key in row else "" for key in shown)
-        told.setdefault(numbers, []).append(row["layer"])
-    for numbers, layers in list(told.items())[:_LAYERS]:
+        numbers = tuple(f"{row[key]:.4g}" if key in row else "" for key in columns)
+        alike.setdefault(numbers, []).append(row["layer"])
+    for numbers, layers in list(alike.items())[:_LAYERS]:
         label = layers[0] if len(layers) == 1 else f"{layers[0]} and {len(layers) - 1} like it"
         table.add_row(Text(label), *numbers)
-    if len(told) > _LAYERS:
-        table.add_row(f"... {len(told) - _LAYERS} more", *[""] * len(shown))
+    if len(alike) > _LAYERS:
+        table.add_row(f"... {len(alike) - _LAYERS} more", *[""] * len(columns))
     return table
 
 
 def _formats(report: StabilityReport) -> Table:
-    title = f"q, k, v and weights stored in, for errors of {report['tolerance']:g} of the values' spread"
+    title = f"q, k, v and weights stored in a format, for an error of {report['tolerance']:g} of the values' spread"
     table = Table(title=title, title_justify="left", header_style="bold")
-    for column in ("format", "status", "bits", "usual need", "certain need", "error at most", "overflows"):
+    for column in ("format", "status", "bits", "usual need", "proved need", "error at most", "overflows"):
         table.add_column(column, justify="left" if column in ("format", "status", "overflows") else "right")
     for name, found in report["dtypes"].items():
         table.add_row(
@@ -87,10 +88,10 @@ def _formats(report: StabilityReport) -> Table:
 
 def _margins(report: StabilityReport) -> Text:
     words = {
-        "temperature": lambda x: f"temperature down to {up(x):.3g} sqrt(head_dim)",
-        "init_std": lambda x: f"query and key weights up to std {down(x):.3g}",
+        "temperature": lambda x: f"temperature down to {rounded_up(x):.3g} sqrt(head_dim)",
+        "init_std": lambda x: f"query and key weights up to std {rounded_down(x):.3g}",
         "d_model": lambda x: f"d_model up to {math.floor(x)}",
         "seq_len": lambda x: f"at least {math.ceil(x)} keys",
     }
     texts = [words[knob](x) for knob, x in report["margins"].items() if math.isfinite(x) and x < 1e9]
-    return Text(f"stable by the spread of scores, each alone: {', '.join(texts)}")
+    return Text(f"each alone keeps the spread of scores stable: {', '.join(texts)}")

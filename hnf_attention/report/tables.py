@@ -1,8 +1,8 @@
-"""Per-layer tables and issues for a terminal, as rich renderables."""
+"""A table of layers and a list of issues for a terminal, as rich renderables."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from rich.console import Group, RenderableType
@@ -17,28 +17,29 @@ from ..names import display_name
 from ..statistics.heads import HeadStats
 
 STYLES = {"error": "bold red", "warning": "yellow"}
+_COLUMNS = (
+    "heads",
+    "normalized\nentropy",
+    "lowest head\n(p10)",
+    "max\nweight",
+    "sink\nmass",
+    "max\n|score|",
+    "log2\ncurvature",
+    "error\nbound",
+    "bits\nneeded",
+)
 
 
 def layer_table(stats: Mapping[str, HeadStats], issues: Sequence[StabilityIssue], title: str) -> Table:
-    """One row per layer: the mean head's normalized entropy, the worst head's everything else, the issues."""
+    """One row per layer: the mean head's normalized entropy, the worst head's other numbers, the issues."""
     table = Table(title=Text(title), title_justify="left", header_style="bold", title_style="bold")
     table.add_column("layer", overflow="fold")
-    for name in (
-        "heads",
-        "entropy\nratio",
-        "lowest head\n(p10)",
-        "max\nweight",
-        "sink\nmass",
-        "max\n|score|",
-        "log2\ncurvature",
-        "error\nbound",
-        "bits\nneeded",
-    ):
+    for name in _COLUMNS:
         table.add_column(name, justify="right")
     table.add_column("issues", overflow="fold")
     for (name, layer), label in zip(stats.items(), layer_labels(stats), strict=True):
         table.add_row(
-            Text(label),  # a layer's name may hold brackets, which are no markup
+            Text(label),  # as text: a layer's name may hold brackets, which rich would take for markup
             str(layer.num_heads),
             _number(layer.normalized_entropy, np.mean, "{:.2f}"),
             _number(layer.normalized_entropy_p10, np.min, "{:.2f}"),
@@ -66,7 +67,7 @@ def issue_list(issues: Sequence[StabilityIssue], limit: int | None = None) -> Re
         lines.append(indented(f"threshold {worst.threshold:g}: {worst.source}", style="dim"))
         lines.append(indented(f"-> {worst.suggestion}"))
     if limit is not None and len(groups) > limit:
-        lines.append(Text(f"... and {len(groups) - limit} more like these", style="dim"))
+        lines.append(Text(f"... and {len(groups) - limit} more groups of issues", style="dim"))
     return Group(*lines)
 
 
@@ -76,7 +77,7 @@ def indented(text: str, style: str = "") -> Padding:
 
 
 def headline(group: Sequence[StabilityIssue]) -> str:
-    """'error: entropy_collapse in blocks.0.attention heads 0-3' of a group of issues."""
+    """One line for a group of issues: 'error: entropy_collapse in blocks.0.attention heads 0-3'."""
     worst = group[0]
     return f"{worst.severity}: {worst.issue_type} in {display_name(worst.layer)}{heads_text(group)}"
 
@@ -89,6 +90,6 @@ def _state(issues: Sequence[StabilityIssue]) -> Text:
     return Text(f"{worst.severity}: {worst.issue_type}{more}", style=STYLES[worst.severity])
 
 
-def _number(values: np.ndarray, reduce, form: str) -> str:
+def _number(values: np.ndarray, reduce: Callable[[np.ndarray], float], form: str) -> str:
     finite = values[np.isfinite(values)]
     return form.format(reduce(finite)) if finite.size else "-"

@@ -10,27 +10,34 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ... import figures
 from ...diagnosis import AttentionDiagnosis
-from ...report.versions import versions
+from ...diagnosis.thresholds import threshold
+from ...figures.canvas import dress, new_figure
+from ...versions import versions
 from .loss import FINAL_WINDOW
 from .outcome import Outcome
 from .training import Config, Run
 
 SCHEMA_VERSION = 1
 _UNTREATED, _TREATED = "#c0392b", "#2471a3"
+_PUBLISHED_LIMITS = {  # threshold of the diagnosis -> what happens there
+    "clip_logit": "QK-clip acts (Kimi K2)",
+    "deteriorating_logit": "loss suffers (Wortsman et al.)",
+    "diverged_logit": "published runs diverged",
+}
 
 
 def save(folder: Path, config: Config, untreated: Run, treated: Run, outcome: Outcome) -> list[Path]:
-    """Write everything into `folder` (made if missing); returns the paths. Raises OSError."""
+    """Write everything into `folder`, which is made if missing; returns the paths. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {"losses": loss_curves(untreated, treated, outcome)}
+    limits = {text: threshold(name) for name, text in _PUBLISHED_LIMITS.items()}
     for name, run in (("untreated", untreated), ("treated", treated)):
-        drawn[f"{name}_entropy"] = figures.entropy_heatmap(run.history[-1])
-        drawn[f"{name}_max_logit"] = figures.max_logit_evolution(run.history)
+        drawn[f"{name}_entropy"] = figures.entropy_heatmap(run.history[-1], threshold("sink_mass"))
+        drawn[f"{name}_max_logit"] = figures.max_logit_evolution(run.history, limits)
         drawn[f"{name}_curvature"] = figures.curvature_evolution(run.history)
     paths = []
     for name, figure in drawn.items():
@@ -55,22 +62,19 @@ def to_document(config: Config, untreated: Run, treated: Run, outcome: Outcome) 
 
 
 def loss_curves(untreated: Run, treated: Run, outcome: Outcome) -> Figure:
-    """Both losses over the steps, with the warning and the step at which the loss shows something."""
-    figure = Figure(figsize=(7.6, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    """Both losses over the steps; the warning, the alarm and the first sign in the loss are marked."""
+    figure, axes = new_figure(7.6, 4.2)
     for run, colour, label in ((untreated, _UNTREATED, "untreated"), (treated, _TREATED, "treated")):
         steps = range(1, len(run.losses) + 1)
         axes.plot(steps, run.losses, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(steps, _smoothed(run.losses), color=colour, linewidth=1.8, label=label)
     marks = [(outcome.warning_step, "warning"), (outcome.alarm_step, "alarm")]
-    marks.append(
-        (outcome.sign.step, f"the loss shows it ({outcome.sign.kind})") if outcome.sign else (None, "")
-    )
+    if outcome.sign is not None:
+        marks.append((outcome.sign.step, f"the loss shows it ({outcome.sign.kind})"))
     for place, (step, text) in enumerate(marks):
         if step is not None:
             axes.axvline(step, color="#555555", linewidth=0.9, linestyle="--")
-            left = step > 0.6 * len(untreated.losses)  # no room on its right
+            left = step > 0.6 * len(untreated.losses)  # there is no room for the text at the right
             axes.annotate(
                 f"{text}, step {step}",
                 (step, 1.0),
@@ -82,15 +86,12 @@ def loss_curves(untreated: Run, treated: Run, outcome: Outcome) -> Figure:
                 fontsize=8,
                 bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5},
             )
-    # The first steps fall from 5.5 nats and would flatten what matters.
+    # The first steps fall from 5.5 nats. On their scale the rest would look flat.
     later = [loss for run in (untreated, treated) for loss in _smoothed(run.losses)[FINAL_WINDOW:]]
-    shown = [loss for loss in later if math.isfinite(loss)]
-    if shown:
-        axes.set_ylim(min(shown) - 0.2, max(shown) + 0.4)
-    axes.set_xlabel("training step")
-    axes.set_ylabel("loss (nats per byte)")
-    axes.set_title("The same run, untreated and treated", loc="left", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
+    finite = [loss for loss in later if math.isfinite(loss)]
+    if finite:
+        axes.set_ylim(min(finite) - 0.2, max(finite) + 0.4)
+    dress(axes, "training step", "loss (nats per byte)", "The same run, untreated and treated")
     axes.legend(fontsize=8)
     return figure
 
@@ -103,7 +104,7 @@ def _smoothed(losses: Sequence[float], window: int = 10) -> list[float]:
 def _run(run: Run) -> dict[str, Any]:
     return {
         "losses": [loss if math.isfinite(loss) else None for loss in run.losses],
-        "first_finding": _diagnosis(run.first_finding),
+        "first_issue": _diagnosis(run.first_issue),
         "first_error": _diagnosis(run.first_error),
         "last_diagnosis": _diagnosis(run.last_diagnosis),
         "interventions": [{"step": step, **intervention} for step, intervention in run.interventions],

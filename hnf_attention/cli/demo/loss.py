@@ -1,11 +1,11 @@
-"""When a loss curve shows that something is wrong: the operational definition the demo is judged by.
+"""When a loss curve shows that something is wrong: the definition that the demo is judged by.
 
-All steps are counted from 1. A person watching the loss alone, without a healthy run beside it, could
-say so at the first of:
+Steps count from 1. A person who watches the loss alone, without a healthy run beside it, could see trouble at
+the first of these signs:
 - non-finite: the loss is NaN or infinite;
-- spike: it exceeds the mean of the SPIKE_WINDOW steps before it by SPIKE_SIGMA standard deviations
+- spike: the loss exceeds the mean of the SPIKE_WINDOW steps before it by SPIKE_SIGMA standard deviations
   (OLMo's definition of a spike);
-- stall: its mean over the last STALL_WINDOW steps is no lower than over the STALL_WINDOW before;
+- stall: the mean loss of the last STALL_WINDOW steps is no lower than that of the STALL_WINDOW before;
 - no progress: the run ends at or above the loss it started from.
 """
 
@@ -19,11 +19,11 @@ from statistics import fmean
 import numpy as np
 
 SPIKE_WINDOW = 128
-SPIKE_MIN_STEPS = 16  # of the window, once that many steps exist
+SPIKE_MIN_STEPS = 16  # early in a run, the window is as long as the run, but at least this long
 SPIKE_SIGMA = 6.0
-# Over 50 steps, the noise of these losses hides the progress of runs that are well: it fires on treated ones.
+# Over 50 steps, the noise of these losses hides the progress of healthy runs, and the sign shows in treated runs too.
 STALL_WINDOW = 100
-FINAL_WINDOW = 20  # steps that "the final loss" is the mean of
+FINAL_WINDOW = 20  # steps whose mean is "the final loss"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LossSign:
 
 
 def sign_now(losses: Sequence[float]) -> LossSign | None:
-    """What the loss of the latest step shows, in the light of those before; None while all is well."""
+    """The sign of trouble that the latest loss shows, compared with those before; None if there is none."""
     step, loss, before = len(losses), losses[-1], losses[-1 - SPIKE_WINDOW : -1]
     if not math.isfinite(loss):
         return LossSign(step, "non-finite", f"the loss is {loss}")
@@ -53,7 +53,7 @@ def sign_now(losses: Sequence[float]) -> LossSign | None:
 
 
 def first_sign(losses: Sequence[float]) -> LossSign | None:
-    """The first sign of trouble in the losses of steps 1, 2, ... of a whole run; None if it looks healthy."""
+    """The first sign of trouble in the losses of a whole run, from step 1 on; None if it looks healthy."""
     for step in range(1, len(losses) + 1):
         sign = sign_now(losses[:step])
         if sign is not None:
@@ -64,14 +64,14 @@ def first_sign(losses: Sequence[float]) -> LossSign | None:
 
 
 def final(losses: Sequence[float]) -> float:
-    """Mean loss of the last FINAL_WINDOW steps; NaN or inf if any of them is."""
+    """Mean loss of the last FINAL_WINDOW steps; not finite if any of them is not."""
     return fmean(losses[-FINAL_WINDOW:])
 
 
 def falls_behind(losses: Sequence[float], reference: Sequence[float], gap: float) -> int | None:
-    """The first step from which the loss stays `gap` above the reference's, FINAL_WINDOW-step means.
+    """The first step from which the loss stays `gap` above the reference's, both as means of FINAL_WINDOW steps.
 
-    That is hindsight: it needs the whole of both runs. None if the run does not end behind.
+    This is hindsight: it needs both whole runs. None if the run does not end behind.
     """
     first = None
     for step in range(min(len(losses), len(reference)), FINAL_WINDOW - 1, -1):

@@ -29,10 +29,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out
 
 
 class Block(nn.Module):
+    """A pre-norm layer: attention, then an MLP of four times the width."""
+
     def __init__(self, width: int, heads: int, sharpness: float):
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
@@ -65,9 +68,9 @@ class GPT(nn.Module):
 
 
 def standard_library_text(limit: int = TEXT_BYTES) -> Tensor:
-    """The first `limit` bytes of the running interpreter's own standard library, files in name order: uint8.
+    """The first `limit` bytes of this interpreter's standard library, its files in name order: (limit,) uint8.
 
-    Raises InputError where the interpreter comes without its sources.
+    Raises InputError if the interpreter comes without its sources.
     """
     folder = Path(sysconfig.get_paths()["stdlib"])
     text = bytearray()
@@ -84,7 +87,7 @@ def standard_library_text(limit: int = TEXT_BYTES) -> Tensor:
 
 
 def batches(text: Tensor, batch_size: int, context: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless random windows: inputs and next bytes, (batch_size, context) int64; the same for the same seed."""
+    """Endless random windows, the same for the same seed: inputs and next bytes, (batch_size, context) int64 each."""
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.arange(context + 1)
     while True:

@@ -1,4 +1,4 @@
-"""The demo's verdict: what was promised, what happened."""
+"""The demo's verdict: what it promised, and what happened."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .loss import LossSign, falls_behind, final, first_sign
 from .training import Run
 
 PROMISED_GAP = 0.25  # nats by which the treated run must end below the untreated one
-HINDSIGHT_GAP = 0.1  # nats behind the treated run that count as visible, with hindsight
+HINDSIGHT_GAP = 0.1  # nats behind the treated run that are visible with hindsight
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Two runs, judged. Losses are means over the last steps, in nats; steps count from 1."""
+    """The judgement of two runs. Losses are means over the last steps, in nats. Steps count from 1."""
 
     warning_step: int | None  # first issue of the untreated run
     alarm_step: int | None  # its first issue of severity error
@@ -28,27 +28,27 @@ class Outcome:
 
     @property
     def lead(self) -> int | None:
-        """Steps from the warning to the loss showing something; None without either of them."""
+        """Steps from the warning to the first sign in the loss; None if one of the two is missing."""
         if self.warning_step is None or self.sign is None:
             return None
         return self.sign.step - self.warning_step
 
     @property
     def gap(self) -> float:
-        """Nats by which the treated run ends below the untreated one; inf if only the latter broke."""
+        """Nats by which the treated run ends below the untreated one; inf if only the untreated loss is not finite."""
         if not math.isfinite(self.treated_loss):
             return -math.inf
         return self.untreated_loss - self.treated_loss if math.isfinite(self.untreated_loss) else math.inf
 
     @property
     def broken_promises(self) -> list[str]:
-        """What the demo set out to show and did not, in words; empty when it did."""
+        """One sentence for each thing that the demo promised and did not show."""
         broken = []
         if self.warning_step is None:
             broken.append("the monitor never warned")
         elif self.sign is None:
             broken.append("the untreated run's loss never showed any trouble")
-        elif self.lead <= 0:
+        elif self.sign.step <= self.warning_step:
             broken.append(
                 f"the loss showed trouble at step {self.sign.step}, the warning came at step {self.warning_step}"
             )
@@ -83,7 +83,7 @@ class Outcome:
 def judge(untreated: Run, treated: Run) -> Outcome:
     """Judge both runs of the demo, by the same signs."""
     return Outcome(
-        warning_step=None if untreated.first_finding is None else untreated.first_finding.step,
+        warning_step=None if untreated.first_issue is None else untreated.first_issue.step,
         alarm_step=None if untreated.first_error is None else untreated.first_error.step,
         sign=first_sign(untreated.losses),
         treated_sign=first_sign(treated.losses),

@@ -20,10 +20,10 @@ from .model import GPT, batches, standard_library_text
 
 @dataclass(frozen=True)
 class Config:
-    """The demo's model and its recipe, which breaks it.
+    """The demo's model, and the training recipe that breaks it.
 
-    The learning rate warms up to a peak that is ten times too high, and the attention temperature is
-    a sixteenth of the usual one, so that scores run away while the loss still falls.
+    The learning rate warms up to a peak that is ten times too high. The attention temperature is a sixteenth of
+    the usual one. So the scores run away while the loss still falls.
     """
 
     seed: int = 0
@@ -46,22 +46,26 @@ class Config:
 
 @dataclass
 class Run:
-    """What one run left behind; losses[i] is the loss of step i + 1."""
+    """The results of one run.
+
+    losses: losses[i] is the loss of step i + 1. interventions: step and intervention.
+    first_issue, first_error: the first diagnosis with an issue of any severity, and with an error.
+    """
 
     treated: bool
-    losses: list[float] = field(default_factory=list)
-    first_finding: AttentionDiagnosis | None = None  # of any severity
-    first_error: AttentionDiagnosis | None = None
-    last_diagnosis: AttentionDiagnosis | None = None
-    history: list[Snapshot] = field(default_factory=list)
-    interventions: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list, repr=False)
+    first_issue: AttentionDiagnosis | None = field(default=None, repr=False)
+    first_error: AttentionDiagnosis | None = field(default=None, repr=False)
+    last_diagnosis: AttentionDiagnosis | None = field(default=None, repr=False)
+    history: list[Snapshot] = field(default_factory=list, repr=False)
+    interventions: list[tuple[int, dict[str, Any]]] = field(default_factory=list, repr=False)
 
 
-Observer = Callable[[Run, "AttentionDiagnosis | None"], None]
+Observer = Callable[[Run, AttentionDiagnosis | None], None]
 
 
 def train(config: Config, treated: bool, observe: Observer) -> Run:
-    """Train from the seed; with `treated`, apply what the monitor proposes. Calls `observe` after each step."""
+    """Train from the seed; if `treated`, apply what the monitor proposes. `observe` is called after each step."""
     torch.manual_seed(config.seed)
     model = GPT(config.layers, config.width, config.heads, config.context, config.sharpness)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.peak_learning_rate, weight_decay=0.0)
@@ -84,7 +88,7 @@ def train(config: Config, treated: bool, observe: Observer) -> Run:
         if diagnosis is not None:
             run.last_diagnosis = diagnosis
             if diagnosis.has_issues():
-                run.first_finding = run.first_finding or diagnosis
+                run.first_issue = run.first_issue or diagnosis
                 if diagnosis.errors:
                     run.first_error = run.first_error or diagnosis
                 intervention = monitor.get_intervention(diagnosis) if treated else None

@@ -1,11 +1,11 @@
-"""What the demo shows while it trains: a live table and progress bar; without a terminal, plain lines."""
+"""What the demo shows while it trains: a live table and a progress bar, or plain lines without a terminal."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
@@ -17,13 +17,13 @@ from ...report.tables import STYLES, headline, indented, layer_table
 from .loss import LossSign, sign_now
 from .training import Config, Run
 
-_PLAIN_EVERY = 40  # steps between two lines where there is no terminal
+_PLAIN_EVERY = 40  # steps between two lines, without a terminal
 
 
 class View:
-    """Follows one run on a console: call `observe` after each step, within `with view.live():`.
+    """One run on a console: call `observe` after each step, inside `with view.live():`.
 
-    table: the latest per-layer table.
+    table: the latest table of layers.
     """
 
     def __init__(self, console: Console, config: Config, title: str):
@@ -33,7 +33,7 @@ class View:
         self._sign: LossSign | None = None
         self._interventions = 0
         self._described: set[str] = set()
-        self.table: Group | Text = Text("")
+        self.table: RenderableType = Text("")
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -44,8 +44,8 @@ class View:
         self._task = self._progress.add_task("training", total=config.steps)
         self._live: Live | None = None
 
-    def live(self) -> AbstractContextManager:
-        """The live display on a terminal; elsewhere nothing, and `observe` prints lines."""
+    def live(self) -> AbstractContextManager[object]:
+        """The live display; without a terminal there is none, and `observe` prints lines."""
         if not self._console.is_terminal:
             return nullcontext()
         self._live = Live(console=self._console, refresh_per_second=4)
@@ -55,10 +55,10 @@ class View:
         step, loss = len(run.losses), run.losses[-1]
         if diagnosis is not None:
             self.table = layer_table(diagnosis.stats, diagnosis.issues, f"{self._title}, step {step}")
-        if diagnosis is not None and diagnosis is run.first_finding:
-            self._print_finding(run, "EARLY WARNING", diagnosis)
+        if diagnosis is not None and diagnosis is run.first_issue:
+            self._print_issue(run, "EARLY WARNING", diagnosis)
         if diagnosis is not None and diagnosis is run.first_error:
-            self._print_finding(run, "ALARM", diagnosis)
+            self._print_issue(run, "ALARM", diagnosis)
         if len(run.interventions) > self._interventions:
             self._print_intervention(run)
         if self._sign is None:
@@ -72,7 +72,7 @@ class View:
             scores = [stats.max_abs_logit.max() for stats in run.last_diagnosis.stats.values()]
             self._console.print(f"step {step:4d}  loss {loss:.3f}  largest |score| {max(scores):.4g}")
 
-    def _print_finding(self, run: Run, title: str, diagnosis: AttentionDiagnosis) -> None:
+    def _print_issue(self, run: Run, title: str, diagnosis: AttentionDiagnosis) -> None:
         worst = grouped(diagnosis.issues)[0]
         self._console.print(Text(f"step {diagnosis.step}: {title} (loss {run.losses[-1]:.2f})", style="bold"))
         self._console.print(indented(headline(worst), style=STYLES[worst[0].severity]))
@@ -82,12 +82,12 @@ class View:
         step, intervention = run.interventions[-1]
         text = describe(intervention)
         self._interventions = len(run.interventions)
-        if text not in self._described:  # a QK-clip comes back at every snapshot; once is enough to read
+        if text not in self._described:  # QK-clip acts at every snapshot; it is printed once
             self._described.add(text)
             self._console.print(Text(f"step {step}: applied {text}", style="bold green"))
 
     def _print_sign(self, run: Run, sign: LossSign) -> None:
-        warned = run.first_finding
+        warned = run.first_issue
         lead = "without a warning" if warned is None else f"{sign.step - warned.step} steps after the warning"
         self._console.print(
             Text(f"step {sign.step}: THE LOSS SHOWS IT, {lead} ({sign.kind}: {sign.text})", style="bold")

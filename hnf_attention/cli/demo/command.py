@@ -1,0 +1,133 @@
+"""The two runs of the demo, what it prints, and its verdict."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from ...errors import InputError
+from ...report.tables import STYLES, issue_list
+from ..exit_codes import FOUND, HEALTHY
+from ..output import console as console_of
+from . import artifacts
+from .loss import FINAL_WINDOW
+from .outcome import HINDSIGHT_GAP, Outcome, judge
+from .training import Config, Run, train
+from .view import View, describe
+
+_MOST_ISSUES = 3
+_LOG = "monitor.log"
+
+
+def run(options: argparse.Namespace) -> int:
+    chosen = {} if options.steps is None else {"steps": options.steps}
+    outcome = run_demo(Config(seed=options.seed, **chosen), options.out, console_of(sys.stdout))
+    return FOUND if outcome.broken_promises else HEALTHY
+
+
+def run_demo(config: Config, out: Path, console: Console) -> Outcome:
+    """Train twice from one seed, untreated and treated; save figures, JSON and the monitor's log in `out`.
+
+    Raises InputError if the interpreter has no standard library sources, or if `out` cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / _LOG).write_bytes(b"")  # so that a failure shows before the training
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}") from error
+    console.print(
+        f"A {config.layers}-layer byte-level GPT learns this Python's standard library. Its learning rate "
+        f"warms up to {config.peak_learning_rate:g} and its attention runs at 1/{config.sharpness:g} of the "
+        f"usual temperature. Seed {config.seed}, {config.steps} steps, twice."
+    )
+    with _log_file(out / _LOG), _one_thread():
+        untreated = _train(config, False, console)
+        treated = _train(config, True, console)
+    issues = [] if untreated.last_diagnosis is None else untreated.last_diagnosis.issues
+    console.print(Text("\nWorst issues at the end of the untreated run", style="bold"))
+    console.print(issue_list(issues, limit=_MOST_ISSUES))
+    outcome = judge(untreated, treated)
+    paths = artifacts.save(out, config, untreated, treated, outcome)
+    _print_verdict(console, outcome, treated.interventions)
+    names = ", ".join([*(path.name for path in paths), _LOG])
+    console.print(f"\nSaved in {out}: {names}", highlight=False, markup=False)
+    return outcome
+
+
+def _train(config: Config, treated: bool, console: Console) -> Run:
+    title = "treated as the monitor proposes" if treated else "untreated"
+    console.print(Text(f"\nThe run, {title}", style="bold"))
+    view = View(console, config, title)
+    with view.live():
+        finished = train(config, treated, view.observe)
+    if not console.is_terminal:
+        console.print(view.table)
+    return finished
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The model is too small to gain from more threads. With one, sums are the same on every machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """Send the monitor's own log to a file, so that it does not disturb the display."""
+    logger = logging.getLogger("hnf_attention")
+    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+        handler.close()
+
+
+def _print_verdict(
+    console: Console, outcome: Outcome, interventions: list[tuple[int, dict[str, Any]]]
+) -> None:
+    lines = []
+    if outcome.warning_step is not None:
+        alarm = "" if outcome.alarm_step is None else f"; first error at step {outcome.alarm_step}"
+        lines.append(f"Warning at step {outcome.warning_step}{alarm}.")
+    if outcome.sign is not None:
+        lead = "" if outcome.lead is None else f", {outcome.lead} steps later"
+        lines.append(
+            f"The loss shows it at step {outcome.sign.step}{lead} ({outcome.sign.kind}: {outcome.sign.text})."
+        )
+    if outcome.hindsight_step is not None:
+        lines.append(
+            f"With hindsight: {HINDSIGHT_GAP} nat behind the treated run from step "
+            f"{outcome.hindsight_step} on."
+        )
+    if interventions:
+        kinds = "; ".join(dict.fromkeys(describe(intervention) for _, intervention in interventions))
+        lines.append(f"Treated from step {interventions[0][0]} on: {kinds}.")
+    lines.append(
+        f"Final loss (mean of {FINAL_WINDOW} steps): untreated {outcome.untreated_loss:.2f}, treated "
+        f"{outcome.treated_loss:.2f} nats per byte."
+    )
+    console.print(Text("\nVerdict", style="bold"))
+    for line in lines:
+        console.print(f"  {line}", highlight=False)
+    for broken in outcome.broken_promises:
+        console.print(Text(f"  Not as promised: {broken}.", style=STYLES["error"]))
+    if not outcome.broken_promises:
+        console.print(Text("  Seen before the loss showed it, and treated.", style="bold green"))

@@ -1,0 +1,161 @@
+"""From the evidence about a design's layers to the report: numbers, verdict, sources and recommendations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from ..diagnosis import AttentionDiagnosis
+from ..diagnosis.thresholds import threshold
+from . import predict
+from .advice import Neighbour, explanation, margins, neighbours
+from .checkpoint import LayerWeights
+from .design import Design
+from .formats import UNSAFE, format_verdicts
+from .measured import MeasuredLayer
+from .predict import MARGINAL, SAFE_RATIO, STABLE, UNSTABLE, VERDICTS, Scores
+from .report import StabilityReport
+
+_ALIKE = 0.3  # relative difference up to which a spread counts as that of random weights
+
+
+@dataclass
+class Evidence:
+    """What is known about the layers.
+
+    predicted: scores at initialisation. found: the best known scores (measured, else from weights, else predicted).
+    typical: layer -> the largest |score| of each head on random tokens, (H,).
+    """
+
+    predicted: list[Scores]
+    found: list[Scores] = field(default_factory=list)
+    weights: list[LayerWeights] = field(default_factory=list)
+    typical: dict[str, Tensor] = field(default_factory=dict)
+    measured: list[MeasuredLayer] = field(default_factory=list)
+    diagnosis: AttentionDiagnosis | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.found = self.found or self.predicted
+
+    @property
+    def trained(self) -> bool:
+        """Whether the weights are known, and the scores of most layers spread unlike those of random weights."""
+        pairs = list(zip(self.predicted, self.found, strict=False))
+        alike = [abs(was.score_std - now.score_std) <= _ALIKE * was.score_std for was, now in pairs]
+        return bool(self.weights) and 2 * sum(alike) < len(alike)
+
+
+def summarise(design: Design, evidence: Evidence, tolerance: float) -> StabilityReport:
+    """The report of `check_attention_stability`."""
+    found = evidence.found
+    worst = max(found, key=lambda scores: scores.sigma_ratio)
+    ratio, largest = worst.sigma_ratio, max(scores.max_abs_logit for scores in found)
+    log2_curvature = max(scores.log2_curvature for scores in found)
+    # Bits and bounds are for the layer with the largest scores, which need not be the least stable one.
+    heaviest = max(found, key=lambda scores: scores.magnitude)
+    heaviest = replace(heaviest, row_std=max(s.row_std for s in found), max_abs_logit=largest)
+    formats = format_verdicts(design, heaviest, tolerance)
+    near = neighbours(design, ratio, largest, trained=evidence.trained)
+    half = formats["float16"]
+    report = StabilityReport(
+        expected_logit_max=max(scores.expected_logit_max for scores in found),
+        curvature_bound=2.0**log2_curvature if log2_curvature < 1024 else math.inf,
+        log2_curvature_bound=log2_curvature,
+        precision_bits_needed=half["sound_bits"],
+        typical_bits_needed=half["typical_bits"],
+        float16_safe=half["status"] != UNSAFE,
+        recommendations=_recommendations(design, worst, near, evidence.diagnosis, formats, tolerance),
+        verdict=_verdict(evidence, ratio, largest),
+        sigma_ratio=ratio,
+        margin=SAFE_RATIO / ratio if ratio > 0 else math.inf,
+        max_abs_logit=largest,
+        tolerance=tolerance,
+        layers=_layers(evidence),
+        dtypes=formats,
+        margins=margins(design, ratio),
+        neighbours=[neighbour.to_dict() for neighbour in near],
+        issues=[] if evidence.diagnosis is None else [asdict(issue) for issue in evidence.diagnosis.issues],
+        design={key: value for key, value in asdict(design).items() if key != "sources"},
+        notes=evidence.notes,
+        sources=_sources(design, worst, evidence),
+    )
+    if evidence.weights:
+        report["weight_logit_bound"] = max(float(layer.bound.max()) for layer in evidence.weights)
+    if evidence.typical:
+        report["weight_logit_typical"] = max(float(heads.max()) for heads in evidence.typical.values())
+    return report
+
+
+def _verdict(evidence: Evidence, ratio: float, largest: float) -> str:
+    by_spread = predict.verdict(ratio, largest)
+    if evidence.diagnosis is None:
+        return by_spread
+    # Trained heads are sharp by design, beyond the spread that is stable for random weights.
+    if evidence.trained and by_spread == UNSTABLE and largest < threshold("deteriorating_logit"):
+        by_spread = MARGINAL
+    errors, warnings = evidence.diagnosis.errors, evidence.diagnosis.warnings
+    measured = UNSTABLE if errors else MARGINAL if warnings else STABLE
+    return max(by_spread, measured, key=VERDICTS.index)
+
+
+def _layers(evidence: Evidence) -> list[dict[str, Any]]:
+    bounds = {layer.layer: layer for layer in evidence.weights}
+    rows = []
+    for index, scores in enumerate(evidence.found):
+        row = scores.to_dict()
+        layer, typical = bounds.get(scores.layer), evidence.typical.get(scores.layer)
+        if layer is not None:
+            row["weight_logit_bound"] = float(layer.bound.max())
+            row["weight_logit_bounds"] = layer.bound.tolist()
+        if typical is not None:
+            row["weight_logit_typical"] = float(typical.max())
+            row["weight_logit_typicals"] = typical.tolist()
+        if evidence.measured or evidence.weights:
+            predicted = evidence.predicted[min(index, len(evidence.predicted) - 1)]
+            row["predicted_score_std"] = predicted.score_std
+        rows.append(row)
+    return rows
+
+
+def _sources(design: Design, worst: Scores, evidence: Evidence) -> dict[str, str]:
+    names = ("sigma_ratio", "expected_logit_max", "max_abs_logit", "log2_curvature_bound", "curvature_bound")
+    sources = dict.fromkeys((*names, "precision_bits_needed", "dtypes"), worst.source)
+    if evidence.weights:
+        sources["weight_logit_bound"] = "proved: weights, any input"
+    if evidence.typical:
+        sources["weight_logit_typical"] = "measured: random tokens"
+    return sources | {f"design.{name}": source for name, source in design.sources.items()}
+
+
+def _recommendations(
+    design: Design,
+    worst: Scores,
+    near: Sequence[Neighbour],
+    diagnosis: AttentionDiagnosis | None,
+    formats: dict[str, dict[str, Any]],
+    tolerance: float,
+) -> list[str]:
+    texts = []
+    if worst.sigma_ratio > SAFE_RATIO:
+        texts.append(explanation(design, worst.sigma_ratio, worst.keys))
+        texts += map(str, near)
+    for issue in [] if diagnosis is None else diagnosis.errors[:3]:
+        texts.append(f"{issue.evidence} -> {issue.suggestion}")
+    for name in dict.fromkeys((design.dtype, "float16")):
+        found = formats[name]
+        if found["status"] == UNSAFE:
+            fit = [other for other, x in formats.items() if x["status"] != UNSAFE]
+            texts.append(
+                f"{name} has {found['bits']} significand bits. An error of {tolerance:g} of the values' spread "
+                f"usually takes {found['typical_bits']:.0f} bits, and {found['sound_bits']:.0f} bits are proved to "
+                f"suffice. Store q, k and the weights in {' or '.join(fit[:3]) or 'a wider format than any known'}"
+                + (f". Overflows: {', '.join(found['overflows'])}" if found["overflows"] else "")
+            )
+    for step in formats[design.dtype]["overflows"]:
+        texts.append(f"{step} overflows: scale q before the product, or use a fused kernel")
+    return texts
