@@ -14,8 +14,9 @@ from .monitoring.monitor import AttentionStabilityMonitor
 from .monitoring.process_groups import ProcessGroups
 from .nn.multihead import MultiheadAttention
 from .precheck import StabilityRegion, StabilityReport, check_attention_stability, stability_region
-from .statistics.heads import HeadStats, RowStats
+from .statistics.heads import HeadStats
 from .statistics.merge import merge_attention
+from .statistics.rows import RowStats
 
 Ranks = ProcessGroups  # its name in version 0.1
 

@@ -17,7 +17,7 @@ from ..instrumentation import Coverage
 from ..monitoring.analyzer import AttentionAnalyzer
 from ..names import display_name
 from ..report.versions import versions
-from ..statistics.heads import JUDGED_MIN_KEYS
+from ..statistics.fields import JUDGED_MIN_KEYS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

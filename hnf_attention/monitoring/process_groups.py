@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..statistics.heads import NUM_FIELDS, NUM_SUMS, SUM_FIELDS
+from ..statistics.fields import NUM_FIELDS, NUM_SUMS, SUM_FIELDS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
