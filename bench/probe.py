@@ -29,7 +29,7 @@ from hnf_attention import attention, attention_stats
 from hnf_attention.kernels.portable import probe
 from hnf_attention.kernels.shared.tiles import Tiles
 from hnf_attention.reference import attention as reference
-from hnf_attention.reference import sampling
+from hnf_attention.reference import masks, sampling
 
 TOKENS, PERIOD = 16384, 16
 TIMED = [
@@ -64,7 +64,7 @@ def errors(case: Case, dtype: torch.dtype) -> dict[str, float]:
         for name in NAMES:
             got, wanted = getattr(rows, name).double(), getattr(exact, name)
             if index is not None:
-                wanted = sampling.take_rows(wanted, index)
+                wanted = masks.take_rows(wanted, index)
                 got, wanted = (torch.where(index >= 0, x, 0.0) for x in (got, wanted))
             if not torch.equal(got.isinf(), wanted.isinf()):
                 worst[name] = torch.inf

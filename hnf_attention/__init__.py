@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from .monitoring.process_groups import ProcessGroups
     from .nn.multihead import MultiheadAttention
     from .precheck import StabilityRegion, StabilityReport, check_attention_stability, stability_region
-    from .statistics.heads import HeadStats, RowStats
+    from .statistics.heads import HeadStats
     from .statistics.merge import merge_attention
+    from .statistics.rows import RowStats
 
     Ranks = ProcessGroups  # its name in version 0.1
 else:
@@ -42,8 +43,9 @@ else:
             "check_attention_stability",
             "stability_region",
         ),
-        ".statistics.heads": ("HeadStats", "RowStats"),
+        ".statistics.heads": ("HeadStats",),
         ".statistics.merge": ("merge_attention",),
+        ".statistics.rows": ("RowStats",),
     }
     _HOME = {name: module for module, names in _HOMES.items() for name in names}
     _ALIASES = {"Ranks": "ProcessGroups"}

@@ -10,7 +10,8 @@ import torch
 from hypothesis import strategies as st
 
 from hnf_attention import attention
-from hnf_attention.engine.call import Options, check
+from hnf_attention.engine.call import check
+from hnf_attention.reference.options import Options
 
 
 @dataclass(frozen=True)

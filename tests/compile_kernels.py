@@ -12,7 +12,7 @@ from hnf_attention.engine import fold
 from hnf_attention.kernels.measure import fold as fold_kernel
 from hnf_attention.kernels.portable import backward, forward, probe
 from hnf_attention.kernels.shared import launch, packing
-from hnf_attention.statistics.heads import RowStats
+from hnf_attention.statistics.rows import RowStats
 
 CASES = (
     Case(

@@ -7,15 +7,9 @@ from hnf_attention import attention_stats
 from hnf_attention.diagnosis import diagnose
 from hnf_attention.engine.call import check
 from hnf_attention.instrumentation import Coverage, Measurement
-from hnf_attention.statistics.heads import (
-    ERROR_FIELDS,
-    MAX_FIELDS,
-    NUM_SUMS,
-    SUM_FIELDS,
-    HeadStats,
-    Snapshot,
-    new_accumulator,
-)
+from hnf_attention.reference.fold import new_accumulator
+from hnf_attention.statistics.fields import ERROR_FIELDS, MAX_FIELDS, NUM_SUMS, SUM_FIELDS
+from hnf_attention.statistics.heads import HeadStats, Snapshot
 
 # A healthy head: spread attention, small scores.
 HEALTHY = dict(

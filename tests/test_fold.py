@@ -1,4 +1,4 @@
-"""The fold kernel against `stats.fold_rows`: interpreter on the CPU, for real on a GPU."""
+"""The fold kernel against its specification: interpreter on the CPU, for real on a GPU."""
 
 from dataclasses import replace
 
@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hnf_attention import attention_stats
 from hnf_attention.engine import fold
 from hnf_attention.reference import attention as reference
-from hnf_attention.statistics import heads as stats
+from hnf_attention.reference import fold as specification
+from hnf_attention.statistics import fields
 
 pytest.importorskip("triton", reason="Triton kernels need Linux")
 from hnf_attention.kernels.measure import fold as kernel
@@ -28,17 +29,17 @@ def _rows(q, k, options):
 def _check(q, k, options, slots=SLOTS, rows=None):
     """Two calls folded by the kernel and by the specification; returns the kernel's accumulator."""
     rows = _rows(q, k, options) if rows is None else rows
-    expected = stats.new_accumulator(q.shape[1], q.device)
+    expected = specification.new_accumulator(q.shape[1], q.device)
     got = expected.repeat(slots, 1, 1)
     for _ in range(2):  # the second call adds to the first
-        stats.fold_rows(expected, rows, *fold.measure(q, k, rows, options))
+        specification.fold_rows(expected, rows, specification.measure(q, k, rows, options))
         kernel.fold(got, q, k, rows, options)
     together = fold.collect([got])
     for name in COUNTS:
-        index = stats.SUM_FIELDS.index(name)
+        index = fields.SUM_FIELDS.index(name)
         assert torch.equal(together[index], expected[index]), name
     # A ratio on the edge of two bins may fall to either side; nothing else may move.
-    bins = slice(len(stats.SUM_FIELDS), stats.NUM_SUMS)
+    bins = slice(len(fields.SUM_FIELDS), fields.NUM_SUMS)
     assert (together[bins] - expected[bins]).abs().sum() <= 4
     together[bins] = expected[bins]
     torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-6)
@@ -101,7 +102,7 @@ def test_rows_that_nan_or_inf_reached_are_counted_only(name, device):
     q[1, 1, 40, 2] = torch.inf
     k[1, 0, 30] = torch.nan
     got = fold.collect([_check(q, k, case.options(*tensors))])
-    assert got[stats.SUM_FIELDS.index("nonfinite_rows")].sum() > 2
+    assert got[fields.SUM_FIELDS.index("nonfinite_rows")].sum() > 2
     assert not got.isnan().any()
 
 
@@ -126,12 +127,12 @@ def test_zero_lengths(shape, device):
     blank = accumulator.clone()
     fold.fold(accumulator, q, k, _rows(q, k, options), options)
     if num_keys == 0:  # five empty rows in each of two sequences
-        blank[0, stats.SUM_FIELDS.index("sequences")] = 2
+        blank[0, fields.SUM_FIELDS.index("sequences")] = 2
         squares = q.double().square().sum(3)
-        blank[0, stats.SUM_FIELDS.index("query_square")] = squares.sum((0, 2))
+        blank[0, fields.SUM_FIELDS.index("query_square")] = squares.sum((0, 2))
         tops = {"query_square": options.scale**2 * squares.amax((0, 2)), "num_keys": 0, "score_kind": 0}
         for name, value in tops.items():
-            blank[0, stats.NUM_SUMS + stats.MAX_FIELDS.index(name)] = value
+            blank[0, fields.NUM_SUMS + fields.MAX_FIELDS.index(name)] = value
     together = fold.collect([accumulator])
     torch.testing.assert_close(together, fold.collect([blank]), rtol=1e-6, atol=0)
 
@@ -149,7 +150,7 @@ def test_any_strides(stride, device):
     }
     q, k = (views[stride](x) for x in (q, k))
     rows = _rows(q, k, options)
-    got, expected = (stats.new_accumulator(q.shape[1], device).repeat(SLOTS, 1, 1) for _ in range(2))
+    got, expected = (specification.new_accumulator(q.shape[1], device).repeat(SLOTS, 1, 1) for _ in range(2))
     kernel.fold(got, q, k, rows, options)
     dense = (x.clone(memory_format=torch.contiguous_format) for x in (q, k))
     kernel.fold(expected, *dense, rows, options)
@@ -163,7 +164,7 @@ def test_the_same_bits_every_time(device):
     tensors = case.tensors(device=device)
     q, k, options = *tensors[:2], case.options(*tensors)
     rows = _rows(q, k, options)
-    blank = stats.new_accumulator(q.shape[1], device).repeat(kernel.SLOTS, 1, 1)
+    blank = specification.new_accumulator(q.shape[1], device).repeat(kernel.SLOTS, 1, 1)
     first = blank.clone()
     kernel.fold(first, q, k, rows, options)
     for _ in range(50 if ON_GPU else 1):
@@ -173,13 +174,13 @@ def test_the_same_bits_every_time(device):
 
 
 def test_collect_joins_layers_of_different_width(device):
-    parts = [stats.new_accumulator(heads, device).repeat(3, 1, 1) for heads in (2, 5)]
+    parts = [specification.new_accumulator(heads, device).repeat(3, 1, 1) for heads in (2, 5)]
     for number, part in enumerate(parts):
         part[0, 0] = 1 + number
         part[2, 0] = 10
-        part[1, stats.NUM_SUMS] = -3.0
+        part[1, fields.NUM_SUMS] = -3.0
     together = fold.collect(parts)
-    assert together.shape == (stats.NUM_FIELDS, 7)
+    assert together.shape == (fields.NUM_FIELDS, 7)
     assert together[0].tolist() == [11, 11, 12, 12, 12, 12, 12]
-    assert together[stats.NUM_SUMS].tolist() == [-3.0] * 7
-    assert (together[stats.NUM_SUMS + 1] == -torch.inf).all()
+    assert together[fields.NUM_SUMS].tolist() == [-3.0] * 7
+    assert (together[fields.NUM_SUMS + 1] == -torch.inf).all()

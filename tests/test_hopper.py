@@ -6,8 +6,8 @@ from cases import Case, oracle
 
 from hnf_attention import attention
 from hnf_attention.engine import engines, library
-from hnf_attention.engine.call import Options
 from hnf_attention.reference import attention as reference
+from hnf_attention.reference.options import Options
 
 pytest.importorskip("triton", reason="Triton kernels need Linux")
 from hnf_attention.kernels.portable import probe

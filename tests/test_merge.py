@@ -40,9 +40,7 @@ def splits(draw):
 def parts_of(case, blocks, q, k, v, mask, extended=True):
     """(out, rows) of each block of keys; what hides keys by position is given as a mask."""
     options = case.options(q, k, v, mask, None)
-    settings = {"is_causal": case.is_causal, "window_size": case.window_size}
-    rows = slice(0, q.shape[2])
-    seen = visible(rows, k.shape[2], attn_mask=options.attn_mask, device=q.device, **settings)
+    seen = visible(slice(0, q.shape[2]), k.shape[2], options, q.device)
     additive = mask is not None and mask.dtype != torch.bool
     keep = torch.where(seen, mask, -torch.inf) if additive else seen
     keywords = {"scale": case.scale, "softcap": case.softcap, "extended": extended}

@@ -13,7 +13,9 @@ from hnf_attention.engine import engines, fold, library
 from hnf_attention.engine.call import check
 from hnf_attention.reference import attention as reference
 from hnf_attention.reference import masks, sampling
-from hnf_attention.statistics import heads as stats
+from hnf_attention.reference.fold import new_accumulator
+from hnf_attention.statistics import fields
+from hnf_attention.statistics.rows import RowStats
 
 pytest.importorskip("triton", reason="Triton kernels need Linux")
 from hnf_attention.kernels.measure import fold as kernel
@@ -123,7 +125,7 @@ def test_a_sample_of_a_pack(phase, is_causal, device):
     taken = index >= 0
     for name, actual in zip((*CORE, *EXTENDED), (*core, *more)):
         close(actual, getattr(sampled, name), 2e-5, name)
-        wanted = sampling.take_rows(getattr(full, name), index)
+        wanted = masks.take_rows(getattr(full, name), index)
         close(actual[taken], wanted[taken], 2e-5, name)
 
 
@@ -151,13 +153,13 @@ def test_the_fold_of_a_pack_adds_up_its_sequences(mask, device):
         add(alone, part)
     got, expected = fold.collect([pack]), fold.collect([alone])
     for name in SUMS:
-        index = stats.SUM_FIELDS.index(name)
+        index = fields.SUM_FIELDS.index(name)
         torch.testing.assert_close(got[index], expected[index], msg=name, rtol=1e-5, atol=1e-6)
-    assert (got[stats.SUM_FIELDS.index("sequences")] == 4).all()
-    keys = stats.NUM_SUMS + stats.MAX_FIELDS.index("num_keys")
+    assert (got[fields.SUM_FIELDS.index("sequences")] == 4).all()
+    keys = fields.NUM_SUMS + fields.MAX_FIELDS.index("num_keys")
     assert (got[keys] == q.shape[2]).all(), "a pack is one call"
     got[keys] = expected[keys]
-    rest = slice(len(stats.SUM_FIELDS), None)
+    rest = slice(len(fields.SUM_FIELDS), None)
     torch.testing.assert_close(got[rest], expected[rest], rtol=1e-5, atol=1e-6)
 
 
@@ -194,9 +196,9 @@ def test_wrong_lengths_that_nobody_checked_stay_inside_the_tensors(numbers, devi
     assert out.isfinite().all() and entropy.isfinite().all()
     arguments = (q, k, v, options, out, lse, entropy, out, None, entropy, BACKWARD_TILES)
     assert all(x is None or x.isfinite().all() for x in backward.backward(*arguments, mask_gradient=True))
-    accumulator = stats.new_accumulator(q.shape[1], device).repeat(3, 1, 1)
-    kernel.fold(accumulator, q, k, stats.RowStats(lse, entropy, lse, lse), options)
-    assert accumulator[:, : stats.NUM_SUMS].isfinite().all()
+    accumulator = new_accumulator(q.shape[1], device).repeat(3, 1, 1)
+    kernel.fold(accumulator, q, k, RowStats(lse, entropy, lse, lse), options)
+    assert accumulator[:, : fields.NUM_SUMS].isfinite().all()
     assert reference.attention(q, k, None, options)[1].entropy.isfinite().all()
 
 

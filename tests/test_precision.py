@@ -11,7 +11,8 @@ from torch import nn
 
 from hnf_attention import AttentionStabilityMonitor, attention_stats, theory
 from hnf_attention.engine import fold
-from hnf_attention.statistics.heads import HeadStats, new_accumulator
+from hnf_attention.reference.fold import new_accumulator
+from hnf_attention.statistics.heads import HeadStats
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hnf_attention import attention, attention_stats
 from hnf_attention.engine import fold
 from hnf_attention.reference import attention as reference
-from hnf_attention.reference import sampling
+from hnf_attention.reference import masks, sampling
 
 pytest.importorskip("triton", reason="Triton kernels need Linux")
 from hnf_attention.kernels.portable import probe
@@ -131,7 +131,7 @@ def _check_sample(case, dtype, device, period, phase):
     full = reference.attention(q, k, None, options, extended=True)[1]
     taken = index >= 0
     for name in NAMES:
-        at_index = sampling.take_rows(getattr(full, name), index)
+        at_index = masks.take_rows(getattr(full, name), index)
         close(torch.where(taken, getattr(wanted, name), 0.0), torch.where(taken, at_index, 0.0), 2e-5, name)
         blank = {"lse": -torch.inf, "max_logit": -torch.inf, "min_logit": torch.inf}.get(name, 0.0)
         assert (getattr(wanted, name)[~taken] == blank).all(), name
@@ -192,7 +192,7 @@ def test_nan_stays_in_its_row(device):
         broken = torch.zeros(q.shape[:3], dtype=torch.bool, device=device)
         broken[1, 1, 70] = True
         if sample is not None:
-            broken = sampling.take_rows(broken, rows.row_index) & (rows.row_index >= 0)
+            broken = masks.take_rows(broken, rows.row_index) & (rows.row_index >= 0)
         assert all(torch.equal(getattr(rows, name).isnan(), broken) for name in NAMES[:-1])
         assert not rows.visible_keys[rows.lse != -torch.inf].sub(LONG.num_keys).any()
 
@@ -284,5 +284,5 @@ def test_measure_of_a_sample_agrees_with_the_extended_reference(name, device):
     close(sink_mass, rows.sink_mass, 1e-4, "sink_mass")
     assert torch.equal((visible == 0).expand(rows.lse.shape), rows.lse == -torch.inf)
     every, *_ = fold.measure(q, k, attention_stats(q, k, **keywords), options)
-    at_index = sampling.take_rows(every.expand(q.shape[:3]), rows.row_index)
+    at_index = masks.take_rows(every.expand(q.shape[:3]), rows.row_index)
     assert torch.equal(visible, torch.where(rows.row_index >= 0, at_index, 0))

@@ -8,9 +8,9 @@ import torch
 from cases import CASES, NON_FINITE, Case, break_a_key, oracle, packed_cases, random_cases
 from hypothesis import given, settings
 
-from hnf_attention.engine.call import Options
 from hnf_attention.reference import attention as reference
 from hnf_attention.reference import masks
+from hnf_attention.reference.options import Options
 
 PLAIN = Options(None, False, 1.0, None, None, None)
 
@@ -161,14 +161,9 @@ def test_visible_keys_counts_and_finds_the_first(name):
     case = CASES[name]
     tensors = case.tensors()
     q, k = tensors[:2]
-    settings = {
-        "attn_mask": case.options(*tensors).attn_mask,
-        "is_causal": case.is_causal,
-        "window_size": case.window_size,
-        "seqlens": case.options(*tensors).seqlens,
-    }
-    count, first = masks.visible_keys(q.shape[2], k.shape[2], device=q.device, **settings)
-    seen = masks.visible(slice(0, q.shape[2]), k.shape[2], device=q.device, **settings)
+    options = case.options(*tensors)
+    count, first = masks.visible_keys(q.shape[2], k.shape[2], options, q.device)
+    seen = masks.visible(slice(0, q.shape[2]), k.shape[2], options, q.device)
     torch.testing.assert_close(count.expand(seen.shape[:-1]), seen.sum(-1))
     expected = torch.where(seen.any(-1), seen.to(torch.uint8).argmax(-1), 0)
     torch.testing.assert_close(first.expand(seen.shape[:-1]), expected)
@@ -178,11 +173,11 @@ def test_visible_keys_counts_and_finds_the_first(name):
 @pytest.mark.parametrize("window_size", [None, 1, 4, 100])
 @pytest.mark.parametrize("seqlens", [None, [0], [0, 0, 1, 9, 9, 25], [0, 30]])
 def test_visible_keys_by_position_equals_the_mask(is_causal, window_size, seqlens):
-    settings = {"is_causal": is_causal, "window_size": window_size, "device": torch.device("cpu")}
     num_keys = 12 if seqlens is None else 30
-    settings["seqlens"] = None if seqlens is None else torch.tensor(seqlens)
-    count, first = masks.visible_keys(30, num_keys, attn_mask=None, **settings)
-    seen = masks.visible(slice(0, 30), num_keys, attn_mask=None, **settings)
+    seqlens = None if seqlens is None else torch.tensor(seqlens)
+    options = PLAIN._replace(is_causal=is_causal, window_size=window_size, seqlens=seqlens)
+    count, first = masks.visible_keys(30, num_keys, options, torch.device("cpu"))
+    seen = masks.visible(slice(0, 30), num_keys, options, torch.device("cpu"))
     assert torch.equal(count, seen.sum(-1))
     assert torch.equal(first, torch.where(seen.any(-1), seen.to(torch.uint8).argmax(-1), 0))
 

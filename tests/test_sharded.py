@@ -25,7 +25,7 @@ from sharded_models import (
 )
 
 from hnf_attention import AttentionStabilityMonitor, apply_intervention, attention
-from hnf_attention.statistics.heads import SUM_FIELDS
+from hnf_attention.statistics.fields import SUM_FIELDS
 
 pytest.importorskip("transformers.distributed", reason="needs a transformers that splits models itself")
 pytestmark = pytest.mark.skipif(

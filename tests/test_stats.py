@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hnf_attention import attention_stats
-from hnf_attention.engine import fold
-from hnf_attention.statistics.heads import (
+from hnf_attention.reference.fold import Measured, fold_rows, measure, new_accumulator
+from hnf_attention.statistics.fields import (
     HISTOGRAM_BINS,
     JUDGED_MIN_KEYS,
     MAX_FIELDS,
@@ -19,17 +19,15 @@ from hnf_attention.statistics.heads import (
     NUM_SUMS,
     SATURATED_ENTROPY,
     SUM_FIELDS,
-    HeadStats,
-    RowStats,
-    fold_rows,
-    new_accumulator,
 )
+from hnf_attention.statistics.heads import HeadStats, Snapshot
+from hnf_attention.statistics.rows import RowStats
 
 
 def folded(query, key, accumulator=None, **options):
     rows = attention_stats(query, key, **options)
     accumulator = new_accumulator(query.shape[1], "cpu") if accumulator is None else accumulator
-    fold_rows(accumulator, rows, *fold.measure(query, key, rows, checked(query, key, **options)))
+    fold_rows(accumulator, rows, measure(query, key, rows, checked(query, key, **options)))
     return accumulator
 
 
@@ -51,7 +49,7 @@ def rows_of(entropy, max_logit=None, min_logit=None, lse=None):
 def fold_one(rows, visible):
     accumulator = new_accumulator(1, "cpu")
     zeros = torch.zeros_like(rows.entropy)
-    fold_rows(accumulator, rows, torch.tensor(visible), zeros, zeros, zeros)
+    fold_rows(accumulator, rows, Measured(torch.tensor(visible), zeros, zeros, zeros))
     return head_stats(accumulator)
 
 
@@ -239,7 +237,7 @@ def test_standard_errors_are_the_spread_of_the_means():
     rows = RowStats(torch.zeros_like(entropy), entropy, torch.zeros_like(entropy), torch.zeros_like(entropy))
     accumulator = new_accumulator(500, "cpu")
     zeros = torch.zeros_like(entropy)
-    fold_rows(accumulator, rows, visible, zeros, zeros, zeros)
+    fold_rows(accumulator, rows, Measured(visible, zeros, zeros, zeros))
     stats = HeadStats(accumulator.numpy(), 8, "float32", sample_period=16)
     off = stats.normalized_entropy - ratio.mean((1, 2)).numpy()
     assert np.sqrt((off**2).mean() / (stats.normalized_entropy_stderr**2).mean()) == pytest.approx(
@@ -265,3 +263,6 @@ def test_printed_statistics_are_sizes_and_ranges():
     )
     assert len(repr(stats)) < 160
     assert "normalized_entropy not finite" in repr(head_stats(new_accumulator(2, "cpu")))
+    layers = {f"model.layers.{i}.self_attn": stats for i in range(400)}
+    names = "model.layers.0.self_attn, ..., model.layers.399.self_attn"
+    assert repr(Snapshot(7, layers)) == f"Snapshot at step 7: 1600 heads in 400 layers ({names})"

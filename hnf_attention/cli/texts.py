@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..statistics.heads import JUDGED_MIN_KEYS
+from ..statistics.fields import JUDGED_MIN_KEYS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

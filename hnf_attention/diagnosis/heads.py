@@ -8,7 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-from ..statistics.heads import MAX_FIELDS, NUM_FIELDS, NUM_SUMS, SUM_FIELDS, HeadStats, Snapshot
+from ..statistics.fields import MAX_FIELDS, NUM_FIELDS, NUM_SUMS, SUM_FIELDS
+from ..statistics.heads import HeadStats, Snapshot
 from .thresholds import threshold
 from .trends import Line, score_size, theil_sen
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..statistics.heads import SATURATED_ENTROPY
+from ..statistics.fields import SATURATED_ENTROPY
 
 _RUNS = "own calibration on 158 small training runs (calibrated on one seed, judged on held-out seeds)"
 _MINILM = (

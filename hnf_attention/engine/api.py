@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..reference import attention as reference
 from ..reference import sampling
-from ..statistics.heads import EXTENDED_FIELDS, RowStats
+from ..statistics.fields import EXTENDED_FIELDS
+from ..statistics.rows import RowStats
 from ..tracing import untraced
 from . import engines
 from .call import Options, check, check_sample

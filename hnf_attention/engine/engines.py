@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..reference import attention as reference
-from ..statistics.heads import EXTENDED_FIELDS, RowStats
+from ..statistics.fields import EXTENDED_FIELDS
+from ..statistics.rows import RowStats
 from . import library
 from .call import Options
 

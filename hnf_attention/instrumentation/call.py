@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import api
-from ..engine.call import Options, check
+from ..engine.call import check
+from ..reference.options import Options
 
 EAGER, COMPILED = "eager", "compiled"  # the places where a call may run
 

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from ..engine import api, engines
-from ..engine.call import Options
 from ..names import display_name, named_modules
+from ..reference.options import Options
 from ..reference.sampling import effective_period
-from ..statistics.heads import RowStats
+from ..statistics.rows import RowStats
 from ..tracing import unwatched
 from . import observer, scores
 from .call import EAGER, AttentionCall, Unmeasurable

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..engine import fold
-from ..engine.call import Options
 from ..engine.fold import Measured
-from ..statistics.heads import RowStats
+from ..reference.options import Options
+from ..statistics.rows import RowStats
 
 
 class Measurement:

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..engine.call import Options
 from ..engine.fold import Measured
 from ..reference import attention as reference
 from ..reference import masks, sampling
-from ..statistics.heads import RowStats
+from ..reference.options import Options
+from ..statistics.rows import RowStats
 from .call import AttentionCall, Unmeasurable
 from .measurement import Measurement
 
@@ -57,7 +57,7 @@ def modified(
     wide = key.to(dtype)
 
     def of_chunk(rows: Tensor) -> tuple[Tensor, Tensor]:
-        plain = reference._score_rows(query, wide, rows, options)
+        plain = reference.score_rows(query, wide, rows, options)
         scores, seen = call.modify(plain.scores, rows.clamp(min=0))
         return scores, seen & plain.seen
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..statistics.heads import NUM_FIELDS, NUM_SUMS, SUM_FIELDS, HeadStats
+from ..statistics.fields import NUM_FIELDS, NUM_SUMS, SUM_FIELDS
+from ..statistics.heads import HeadStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from ..engine import fold
-from ..statistics.heads import SUM_FIELDS, HeadStats, Snapshot, new_accumulator
+from ..reference.fold import new_accumulator
+from ..statistics.fields import SUM_FIELDS
+from ..statistics.heads import HeadStats, Snapshot
 from .cadence import Cadence
 from .process_groups import Part, ProcessGroups
 

@@ -12,7 +12,7 @@ from ..engine import api
 from ..instrumentation import observer
 from ..instrumentation.call import AttentionCall, Unmeasurable
 from ..instrumentation.interceptors import multihead, sdpa
-from ..statistics.heads import RowStats
+from ..statistics.rows import RowStats
 from ..tracing import transformed
 
 

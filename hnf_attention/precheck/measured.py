@@ -14,7 +14,7 @@ from ..diagnosis import AttentionDiagnosis
 from ..engine import api
 from ..instrumentation import Measurement
 from ..monitoring.analyzer import AttentionAnalyzer
-from ..statistics.heads import JUDGED_MIN_KEYS
+from ..statistics.fields import JUDGED_MIN_KEYS
 
 _SHARE = 0.99  # of rows, as in `theory.row_spread`
 

@@ -1,12 +1,12 @@
 """The specification: attention and its row statistics in plain PyTorch.
 
-Everything else in this project is judged against this file. It is chunked over queries, so memory is
+Everything else in this project is judged against this file. It takes queries in chunks, so memory is
 O(chunk x N), and it serves as the CPU path. Half-precision inputs are computed in fp32, fp64 inputs in
-fp64. `attention` is differentiable by autograd in `out`, `lse` and `entropy`; `backward` is the same
-gradient written out, which recomputes the scores instead of keeping them.
+fp64. `attention` is differentiable by autograd in `out`, `lse` and `entropy`. `backward` is the same
+gradient written out: it recomputes the scores instead of keeping them.
 
-The running state of a row is m (shift), l = sum exp(s - m), w = sum exp(s - m) (s - m); then
-lse = m + log l and entropy = log l - w / l. Entropy is never taken as lse - E[s]: at |s| = 1e4 that
+The running state of a row is m (shift), l = sum exp(s - m), w = sum exp(s - m) (s - m). Then
+lse = m + log l and entropy = log l - w / l. Entropy is never computed as lse - E[s]: at |s| = 1e4 that
 loses seven digits.
 """
 
@@ -17,19 +17,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine.call import Options
-from ..statistics.heads import RowStats
-from .masks import mask_rows, row_chunks, visible
-from .sampling import take_rows
+from ..statistics.rows import RowStats
+from .masks import mask_rows, row_chunks, take_rows, visible
+from .options import Options
 
 
-class _Scores(NamedTuple):
-    """Scores of some query rows against all keys, (B, H, rows, N); hidden entries of `scores` are 0."""
+class Scores(NamedTuple):
+    """Scores of some query rows against all keys, (B, H, rows, N), nats; hidden entries of `scores` are 0."""
 
     scores: Tensor
     seen: Tensor  # broadcastable bool
-    slope: Tensor | None  # d score / d (scale * q.k) of the soft-cap
-    capped: Tensor | None  # (B, H, rows): the soft-cap made a visible inf finite
+    slope: Tensor | None = None  # d score / d (scale * q.k) of the soft-cap
+    capped: Tensor | None = None  # (B, H, rows) bool: the soft-cap made a visible inf finite
 
 
 def compute_dtype(query: Tensor) -> torch.dtype:
@@ -57,30 +56,26 @@ def _group(x: Tensor, kv_heads: int) -> Tensor:
     return x.reshape(batch, kv_heads, heads // max(1, kv_heads) * rows, width)
 
 
-def _score_rows(query: Tensor, key: Tensor, rows: slice | Tensor, options: Options) -> _Scores:
+def score_rows(query: Tensor, key: Tensor, rows: slice | Tensor, options: Options) -> Scores:
+    """Scores of some rows: query (B, H, M, D), key (B, H_kv, N, D) in the dtype to compute in.
+
+    rows: a slice, or the row numbers of a sample, int64 (B, H, M_s), of which -1 sees no key.
+    """
     num_keys = key.shape[2]
-    part = (query[:, :, rows] if isinstance(rows, slice) else take_rows(query, rows)).to(key.dtype)
+    part = take_rows(query, rows).to(key.dtype)
+    seen = visible(rows, num_keys, options, query.device)
+    mask = options.attn_mask
+    bias = None if mask is None or mask.dtype == torch.bool else mask_rows(mask, rows)
     scores = _group(part, key.shape[1]) @ key.transpose(-1, -2) * options.scale
     scores = scores.reshape(*part.shape[:3], num_keys)
     slope = capped = None
     if options.softcap is not None:
-        capped = scores.isinf()
+        capped = (scores.isinf() & seen).any(-1)
         tanh = (scores / options.softcap).tanh()
         scores, slope = options.softcap * tanh, 1 - tanh.square()
-    seen = visible(
-        rows,
-        num_keys,
-        attn_mask=options.attn_mask,
-        is_causal=options.is_causal,
-        window_size=options.window_size,
-        seqlens=options.seqlens,
-        device=query.device,
-    )
-    if options.attn_mask is not None and options.attn_mask.dtype != torch.bool:
-        scores = scores + mask_rows(options.attn_mask, rows).to(scores.dtype)
-    if capped is not None:
-        capped = (capped & seen).any(-1)
-    return _Scores(torch.where(seen, scores, 0.0), seen, slope, capped)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    return Scores(torch.where(seen, scores, 0.0), seen, slope, capped)
 
 
 def attention(
@@ -92,40 +87,41 @@ def attention(
     extended: bool = False,
     index: Tensor | None = None,
 ) -> tuple[Tensor | None, RowStats]:
-    """Attention output (B, H, M, D_v) in the query's dtype, or None without a value, and its row statistics.
+    """Attention output (B, H, M, D_v), an `empty_output` filled, or None without a value, and its row statistics.
 
-    index: take these rows only, int64 (B, H, M_s), -1 for an empty row; M_s then stands for M.
+    index: compute these rows only, int64 (B, H, M_s), -1 for an empty row; M_s then stands for M.
     """
     dtype = compute_dtype(query)
     batch, heads, num_queries, _ = query.shape
     num_queries = num_queries if index is None else index.shape[2]
+    out = None if value is None else empty_output(query, value.shape[3])
     key = key.to(dtype)
     value = None if value is None else value.to(dtype)
     chunks = row_chunks(num_queries, key.shape[2], batch * heads)
     parts = [
-        _attend_rows(_score_rows(query, key, rows, options), value, options.sinks, extended)
+        _attend_rows(score_rows(query, key, rows, options), value, options.sinks, extended)
         for rows in (chunk if index is None else index[:, :, chunk] for chunk in chunks)
     ]
     if not parts:
-        out = None if value is None else query.new_zeros(batch, heads, 0, value.shape[-1])
         blanks = [query.new_zeros(batch, heads, 0, dtype=dtype) for _ in range(9 if extended else 4)]
         visible_keys = blanks[0].long() if extended else None
         return out, RowStats(*blanks, visible_keys=visible_keys, row_index=index)
-    columns = [None if column[0] is None else torch.cat(column, 2) for column in zip(*parts, strict=True)]
-    out = None if columns[0] is None else columns[0].to(query.dtype)
-    return out, RowStats(*columns[1:], row_index=index)
+    outs, *columns = zip(*parts, strict=True)
+    if out is not None:
+        out.copy_(torch.cat(outs, 2))
+    return out, RowStats(*(torch.cat(column, 2) for column in columns), row_index=index)
 
 
 def of_scores(scores: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
-    """(lse, entropy, max_logit, min_logit) of scores (B, H, M, N) that are there already.
+    """(lse, entropy, max_logit, min_logit), (B, H, M) each, of scores (B, H, M, N) that are known already.
 
     seen: boolean, which of them are visible; the others are 0 in `scores`.
     """
-    return _attend_rows(_Scores(scores, seen, None, None), None, None, False)[1:]
+    return _attend_rows(Scores(scores, seen), None, None, False)[1:]
 
 
 def _attend_rows(
-    part: _Scores, value: Tensor | None, sinks: Tensor | None, extended: bool
+    part: Scores, value: Tensor | None, sinks: Tensor | None, extended: bool
 ) -> tuple[Tensor | None, ...]:
     """Output and statistics of some rows, as (out, *RowStats fields)."""
     scores, seen = part.scores, part.seen
@@ -150,9 +146,9 @@ def _attend_rows(
         z_sink = torch.where(z_sink == -torch.inf, 0.0, z_sink)  # a sink of -inf is no sink: 0 * -inf
         l_i, w_i = l_i + e_sink, w_i + e_sink * z_sink
     l_safe = torch.where(empty, 1.0, l_i)
-    # NaN or inf in q or k ends in l or w, whichever way it came; it must not hide behind a maximum.
+    # NaN or inf in q or k always reaches l or w, but not always the maximum.
     broken = (l_i + w_i).isnan() & ~empty
-    if part.capped is not None:  # tanh(inf) is 1: the output stays finite, the statistics must tell
+    if part.capped is not None:  # tanh(inf) is 1: the output stays finite, the statistics must show it
         broken = broken | part.capped
 
     def finish(numbers: Tensor, if_empty: float) -> Tensor:
@@ -245,7 +241,8 @@ def backward(
 ) -> Gradients:
     """Gradients from the cotangents of out, lse and entropy; memory O(chunk x N).
 
-    mask_gradient: also that of the additive mask, summed where the mask broadcasts.
+    out (B, H, M, D_v), lse and entropy (B, H, M): what `attention` returned. A cotangent of None is 0.
+    mask_gradient: also that of the additive mask, summed over the dimensions that the mask broadcasts.
     """
     dtype = compute_dtype(query)
     key_c = key.to(dtype)
@@ -260,7 +257,7 @@ def backward(
     kv_heads = key.shape[1]
     batch, heads, num_queries, _ = query.shape
     for rows in row_chunks(num_queries, key.shape[2], batch * heads):
-        scores, seen, slope, _ = _score_rows(query, key_c, rows, options)
+        scores, seen, slope, _ = score_rows(query, key_c, rows, options)
         log_p = torch.where(seen, scores - lse[:, :, rows, None], -torch.inf)
         p = log_p.exp()
         inner = -offset[:, :, rows, None]

@@ -40,11 +40,3 @@ def row_index(
     block = stratum * period + (phase + (fraction * period >> 16)) % period
     rows = block * BLOCK_ROWS + place % BLOCK_ROWS
     return torch.where(rows < num_queries, rows, -1)
-
-
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x, (B, H, M) or (B, H, M, C), at the rows of a sample; row 0 stands in where there is none."""
-    index = index.clamp(min=0)
-    if x.dim() == 4:
-        index = index[..., None].expand(*index.shape, x.shape[3])
-    return x.gather(2, index)

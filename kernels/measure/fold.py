@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ...reference.sampling import BLOCK_ROWS
-from ...statistics.heads import (
+from ...statistics.fields import (
     HISTOGRAM_BINS,
     JUDGED_MIN_KEYS,
     MAX_FIELDS,

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...statistics.heads import EXTENDED_FIELDS
+from ...statistics.fields import EXTENDED_FIELDS
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
