@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..compat import child, own_parameter
 from .shards import Shards
 
 SEPARATE = (
@@ -205,7 +206,7 @@ def _rows(module: nn.Module, layer: str, name: str, shards: Shards | None) -> li
     Factors for them, (outputs, 1) and (outputs,), where they are sharded.
     """
     projection = getattr(module, name)
-    weight = projection._parameters.get("weight")
+    weight = own_parameter(projection, "weight")
     conv1d = type(projection).__name__ == "Conv1D"  # transformers' own: weight (inputs, outputs)
     plain = (isinstance(projection, nn.Linear) or conv1d) and weight is not None
     if not plain or not weight.is_floating_point() or weight.dim() != 2:
@@ -265,7 +266,7 @@ def _key_heads(module: nn.Module, num_heads: int) -> int:
 
 
 def _is_module(module: nn.Module, name: str) -> bool:
-    return isinstance(module._modules.get(name), nn.Module)
+    return child(module, name) is not None
 
 
 def _refuse_qk_norm(module: nn.Module, layer: str) -> None:
@@ -274,7 +275,7 @@ def _refuse_qk_norm(module: nn.Module, layer: str) -> None:
         for name, child in module.named_children()
         if QK_NORM.search(name) and ("norm" in name or "ln" in name) and not isinstance(child, nn.Identity)
     ]
-    if "logit_scale" in module._parameters:  # cosine attention normalises without a module
+    if own_parameter(module, "logit_scale") is not None:  # cosine attention normalises without a module
         norms.append("logit_scale")
     if norms:
         raise ValueError(

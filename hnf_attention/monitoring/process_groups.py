@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..compat import flattened
 from ..statistics.heads import NUM_FIELDS, NUM_SUMS, SUM_FIELDS
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class ProcessGroups:
             raise ValueError(f"expected heads and queries to be different dimensions, got {heads!r} for both")
         others = tuple(name for name in names if name not in (heads, queries))
         if len(others) > 1:
-            batch = mesh[others]._flatten().get_group()
+            batch = flattened(mesh[others]).get_group()
         else:
             batch = mesh[others[0]].get_group() if others else None if names else mesh.get_group()
         return ProcessGroups(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import theory
+from .. import compat, theory
 from ..interventions import layout
 from .design import Design
 from .positions import position_bias
@@ -130,8 +130,8 @@ def _norm_before(model: nn.Module, name: str) -> theory.Norm:
         if type(block).__name__.endswith("T5LayerSelfAttention"):
             return _read(block.layer_norm)
         for child in BEFORE:
-            norm = block._modules.get(child)
-            if isinstance(norm, nn.Module):
+            norm = compat.child(block, child)
+            if norm is not None:
                 if _after(block, child):
                     raise ValueError(
                         f"its block normalises after attention ({child}): its input is not bounded"
@@ -158,7 +158,7 @@ def _bert_norm(model: nn.Module, path: str) -> nn.Module:
         return model.get_submodule(f"{match[1]}{int(match[2]) - 1}.output.LayerNorm")
     root = match[1].removesuffix("encoder.layer.")
     body = model.get_submodule(root.rstrip("."))
-    embeddings = body._modules.get("embeddings")
+    embeddings = compat.child(body, "embeddings")
     if hasattr(body, "embeddings_project") or embeddings is None or not hasattr(embeddings, "LayerNorm"):
         raise ValueError("no norm layer known in front of the first block")
     return embeddings.LayerNorm
@@ -202,9 +202,8 @@ def _width(module: nn.Module) -> int:
 
 def _qk_limit(module: nn.Module, names: tuple[str, ...], dim: int, design: Design) -> float | None:
     """Largest length of a head's query (or key) after its norm layer; None where there is none."""
-    norm = next(
-        (module._modules[name] for name in names if isinstance(module._modules.get(name), nn.Module)), None
-    )
+    children = (compat.child(module, name) for name in names)
+    norm = next((each for each in children if each is not None), None)
     if norm is None or isinstance(norm, nn.Identity):
         if design.qk_norm:
             raise ValueError("the configuration says QK-norm, but no norm layer of queries and keys is known")
