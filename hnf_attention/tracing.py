@@ -1,23 +1,26 @@
-"""Whether something watches a call that must see operators, and may not see numbers."""
+"""What else runs a call: a compiler, a transform of torch.func, a dispatch mode, a trace."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+
+from . import compat
 
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)})
+_NO_CONTEXT = nullcontext()
 
 
 def transformed() -> bool:
-    """Whether a compiler or a functorch transform runs the call: its tensors are none to measure."""
+    """Whether a compiler or a transform of torch.func runs the call. Its tensors then have no numbers to measure."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        # What Dynamo keeps as one call is opened when its graph is lowered, by running it (seen in torch 2.11).
-        or torch._guards.TracingContext.try_get() is not None
+        or compat.functorch_transform()
+        # Dynamo keeps some calls whole. They run when their graph is lowered (torch 2.11 and later).
+        or compat.lowered_graph() is not None
     )
 
 
@@ -27,29 +30,21 @@ def traced() -> bool:
 
 
 def untraced(*tensors: Tensor | None) -> bool:
-    """Whether nothing but autograd watches this call, so that it need not pass through torch.library.
+    """Whether autograd alone sees the call, so that it can do without the operators of torch.library.
 
-    The operators cost some 50 microseconds of the host's time a call; they are there for what traces,
-    transforms or intercepts the call.
+    An operator costs the host some 50 microseconds a call. Compilers, transforms and dispatch modes need it.
     """
     if transformed():
         return False
-    watched = (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-    return not watched and all(type(x) in _PLAIN_TYPES for x in tensors)
+    seen = compat.dispatch_modes() or compat.jit_trace() is not None or compat.current_level() >= 0
+    return not seen and all(type(x) in _PLAIN_TYPES for x in tensors)
 
 
-def unwatched() -> AbstractContextManager:
-    """Operators inside are seen by no dispatch mode: selective checkpointing would miss them in its second forward."""
-    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else _NOTHING
-
-
-_NOTHING = nullcontext()
+def without_dispatch_modes() -> AbstractContextManager[Any]:
+    """Hide the operators inside from dispatch modes: a selective checkpoint counts the operators that it sees."""
+    return compat.without_dispatch_modes() if compat.dispatch_modes() else _NO_CONTEXT
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether its numbers can be looked at: not those on another device, for which the host would wait."""
+    """Whether the host can read the tensor's numbers without waiting for another device."""
     return tensor.device.type == "cpu" and untraced(tensor)

@@ -106,7 +106,8 @@ class FakeInstrumentation:
             return
         rows = attention_stats(query, key, **options)
         self.coverage.measured[layer] = "probe"
-        self.on_measure(Measurement(layer, rows.detach(), query, key, checked(query, key, **options)))
+        call = query, key, checked(query, key, **options)
+        self.on_measure(Measurement(layer, rows.detach(), query.shape[3], query.dtype, 1, *call))
 
 
 def queries_and_keys(heads=2, rows=20, head_dim=8, batch=1, seed=0, scale=1.0, dtype=torch.float32):

@@ -14,8 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention as by_name
 from transformers.integrations import flex_attention as transformers_flex
 
 from hnf_attention import AttentionStabilityMonitor, instrument
-from hnf_attention.instrumentation import scores
-from hnf_attention.instrumentation.interceptors import flex_call as interceptor
+from hnf_attention.instrumentation import flex_call, scores
 from hnf_attention.reference import masks
 
 pytestmark = pytest.mark.usefixtures("one_thread", "unfused")
@@ -70,7 +69,7 @@ def test_statistics_are_those_of_the_modified_scores(case, kv_heads, chunks, mon
     if chunks != "one":
         monkeypatch.setattr(masks, "CHUNK_ELEMENTS", 26 * 8 * 7)
     if chunks == "without a mask that is":
-        monkeypatch.setattr(interceptor, "MASK_ELEMENTS", 0)
+        monkeypatch.setattr(flex_call, "MASK_ELEMENTS", 0)
     score_mod, mask_mod = CASES[case]
     query, key, value = tensors(kv_heads)
     options = dict(score_mod=score_mod, enable_gqa=kv_heads == 2, scale=0.5)

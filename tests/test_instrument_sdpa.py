@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from attention_models import LAYERS, Attention, Direct, Model, x
 from torch import nn
 
-from hnf_attention.instrumentation import handle as implementation
-from hnf_attention.instrumentation import instrument
+from hnf_attention.instrumentation import instrument, measurer
 
 ORIGINAL = F.scaled_dot_product_attention
 
@@ -191,7 +190,7 @@ def test_a_fault_between_forward_and_recomputation_breaks_no_checkpoint(mode):
 def test_faults_of_the_monitor_end_measuring_not_the_run(mode, monkeypatch, caplog):
     model, inputs = Model(), x()
     plain = model(inputs)
-    real = implementation.api.attend
+    real = measurer.api.attend
     calls = []
 
     def sometimes(*args, **kwargs):
@@ -201,7 +200,7 @@ def test_faults_of_the_monitor_end_measuring_not_the_run(mode, monkeypatch, capl
         return real(*args, **kwargs)
 
     with instrument(model, mode=mode) as handle, caplog.at_level(logging.WARNING, "hnf_attention"):
-        monkeypatch.setattr(implementation.api, "attend", sometimes)
+        monkeypatch.setattr(measurer.api, "attend", sometimes)
         for _ in range(3):
             torch.testing.assert_close(model(inputs), plain)
     assert len(caplog.records) == 1
@@ -249,7 +248,7 @@ def test_not_measuring_is_the_models_own_attention(monkeypatch):
             raise AssertionError("work was done off cadence")
 
         with monkeypatch.context() as patch:
-            patch.setattr(implementation.observer, "running_owner", never)
+            patch.setattr(measurer.observer, "running_owner", never)
             patch.setattr(handle, "attend", never)
             model(inputs)
         assert not handle.latest

@@ -11,6 +11,7 @@ from typing import Optional, Tuple  # noqa: UP035 (torch 2.8 infers operator sch
 import torch
 from torch import Tensor
 
+from .. import compat
 from ..reference import attention as reference
 from ..reference import sampling
 from ..statistics.fields import EXTENDED_FIELDS
@@ -126,7 +127,7 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Floating tensors in the dtype that autocast gives SDPA's inputs; fp64 is left alone, as there."""
     first = tensors[0] if isinstance(tensors[0], Tensor) else None
     # A tenth of what the question below costs; it does not ask MPS, for one.
-    if first is not None and first.is_cuda and not torch._C._is_any_autocast_enabled():
+    if first is not None and first.is_cuda and not compat.any_autocast():
         return tensors
     device = "cpu" if first is None else first.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):

@@ -11,6 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
+from .. import compat
 from ..reference.attention import Gradients
 from .call import Options
 
@@ -41,9 +42,10 @@ def choose(query: Tensor, key: Tensor, value: Tensor | None, options: Options) -
 @functools.cache
 def _available(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
-    if not torch.backends.cuda.is_flash_attention_available() or capability < (8, 0):
+    flash = compat.flash_backward is not None and torch.backends.cuda.is_flash_attention_available()
+    if not flash or capability < (8, 0):
         return None
-    cudnn = torch.backends.cudnn.is_available() and capability[0] == 9
+    cudnn = compat.cudnn_backward is not None and torch.backends.cudnn.is_available() and capability[0] == 9
     return CUDNN if cudnn else FLASH
 
 
@@ -64,12 +66,12 @@ def backward(
     lengths = num_queries, num_keys, 0.0, options.is_causal
     nothing = _nothing(query.device)
     if kind == CUDNN:
-        gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        gradients = compat.cudnn_backward(
             d_out, query, key, value, out, lse[..., None], nothing, nothing, None, None, None, *lengths,
             scale=options.scale,
         )  # fmt: skip
     else:
-        gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        gradients = compat.flash_backward(
             d_out, query, key, value, out, lse, None, None, *lengths, nothing, nothing, scale=options.scale
         )
     return Gradients(*gradients, None)

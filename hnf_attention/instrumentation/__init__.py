@@ -1,4 +1,8 @@
-"""How a model's attention is reached: Hugging Face's attention interface and PyTorch's SDPA."""
+"""Instrumentation: every attention call of a model is intercepted and measured, and the model stays as it is.
+
+The data goes one way: an interceptor describes a call, the observer of its layer has the engine compute it, and
+`on_measure` gets the `Measurement`.
+"""
 
 from .coverage import Coverage
 from .handle import Instrumentation, instrument

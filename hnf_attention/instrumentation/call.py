@@ -1,4 +1,4 @@
-"""One attention call, in the layout and the words of `hnf_attention.attention`, whichever interceptor it came by."""
+"""One attention call, in the layout and the words of `hnf_attention.attention`, whichever interceptor caught it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EAGER, COMPILED = "eager", "compiled"  # the places where a call may run
 class Unmeasurable(Exception):
     """This call cannot be measured, for a reason that the coverage report repeats.
 
-    `lasting` is True where the reason holds for every later call of the layer.
+    lasting: the reason holds for every later call of the layer.
     """
 
     def __init__(self, reason: str, *, lasting: bool = False):
@@ -27,19 +27,22 @@ class Unmeasurable(Exception):
         self.lasting = lasting
 
 
-@dataclass(slots=True, eq=False)  # made for every measured call: frozen would cost four times as much
+@dataclass(
+    slots=True, eq=False, repr=False
+)  # made for every measured call: frozen would cost four times as much
 class AttentionCall:
     """query (B, H, M, D), key (B, H_kv, N, D), value (B, H_kv, N, D_v), and what shapes the scores.
 
     attn_mask: boolean (True = attend) or additive with -inf for hidden keys, outside autograd.
-    interceptor: where the call was caught, for the coverage report.
-    from_output: our output (B, H, M, D_v) as what the model's own attention returns.
+    interceptor: which one caught the call, for the coverage report.
+    from_output: makes what the model's own attention returns of our output (B, H, M, D_v).
     not_fused: why our attention must not take the place of the model's in this call; None if it may.
-    prefer_fused: whether `mode="auto"` may take it.
-    check: compares the model's own attention with ours, once per layer; True when it could decide.
-    modify: a function over the scores that comes last, where it can be named by nothing else here; of scores
-        (B, H, R, N), fp32 or fp64, and the numbers of their queries, int64 (B, H, R), it makes the scores and
-        which are visible, boolean. Such a call is probed in plain PyTorch.
+    probe_preferred: why mode="auto" probes a call that our attention could take; None if it takes the call.
+    check: compares the model's own attention with ours, once per layer. True once it could decide; raises
+        Unmeasurable where they differ.
+    modify: changes and hides the finished scores, where no field above can say how. It gets scores (B, H, R, N), fp32
+        or fp64, and the numbers of their queries, int64 (B, H, R), and returns scores and which are visible, boolean.
+        Such a call is probed in plain PyTorch.
     place: EAGER or COMPILED.
     """
 
@@ -54,10 +57,20 @@ class AttentionCall:
     interceptor: str
     from_output: Callable[[Tensor], Any]
     not_fused: str | None
-    prefer_fused: bool
+    probe_preferred: str | None
     check: Callable[[AttentionCall], bool] | None = None
     modify: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     place: str = EAGER
+
+    def __repr__(self) -> str:
+        options = {"is_causal": self.is_causal, "scale": self.scale, "softcap": self.softcap}
+        tensors = {"attn_mask": self.attn_mask, "sinks": self.sinks}
+        shown = [f"{name}={value}" for name, value in options.items() if value]
+        shown += [f"{name} {tuple(value.shape)}" for name, value in tensors.items() if value is not None]
+        return (
+            f"AttentionCall of {self.interceptor}: query {tuple(self.query.shape)}, key {tuple(self.key.shape)}, "
+            + ", ".join([str(self.query.dtype).removeprefix("torch."), *shown])
+        )
 
     def keywords(self) -> dict[str, Any]:
         """Keyword arguments of `attention` and `attention_stats`."""
@@ -71,7 +84,7 @@ class AttentionCall:
 
     def cast(self) -> None:
         """Bring the tensors to the dtype that the model's attention computes in."""
-        self.query, self.key, self.value, self.attn_mask = api._autocast(
+        self.query, self.key, self.value, self.attn_mask = api._autocast(  # type: ignore[assignment]
             self.query, self.key, self.value, self.attn_mask
         )
 
@@ -91,7 +104,7 @@ class AttentionCall:
 
 
 def require_plain(**tensors: Tensor | None) -> None:
-    """Raise Unmeasurable for what is no ordinary dense tensor with numbers in it."""
+    """Raise Unmeasurable for a tensor that is not an ordinary dense one with numbers in it."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -104,10 +117,10 @@ def require_plain(**tensors: Tensor | None) -> None:
 
 
 def hide(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask whose hidden keys are hidden for good, in a dtype that `attention` takes beside `dtype`.
+    """A mask whose hidden keys are at -inf, in a dtype that `attention` takes beside `dtype`.
 
-    Models write "hidden" as torch.finfo(dtype).min in an additive mask. Left there it would count as
-    a visible key with a score of -1e38, so everything below half of it becomes -inf.
+    Models hide a key with torch.finfo(dtype).min in an additive mask. Kept as it is, the key would count as visible,
+    with a score of -1e38. Everything below half of that number becomes -inf.
     """
     if not mask.is_floating_point():
         return mask
@@ -116,7 +129,7 @@ def hide(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def why_not_fused(dropout_p: float, *biases: Tensor | None) -> str | None:
-    """The reasons that both interceptors share for leaving the output to the model's own attention."""
+    """Why the output is left to the model's own attention, as far as dropout and additive masks decide; else None."""
     if dropout_p > 0:
         return "dropout"
     if any(bias is not None and bias.requires_grad for bias in biases):

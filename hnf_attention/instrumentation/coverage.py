@@ -8,21 +8,25 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..compat import attention_implementation
 from ..names import display_name
 
 _ATTENTION = re.compile("attention|attn", re.IGNORECASE)
 _MEASURED_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Coverage:
     """Layer names: `measured` says how each one is measured, `not_measured` why it is not.
 
-    A layer is in both where only some of its calls can be measured.
+    A layer of which only some calls can be measured is in both. `str()` is a report with one line per layer.
     """
 
     measured: Mapping[str, str]
     not_measured: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        return f"Coverage({len(self.measured)} measured, {len(self.not_measured)} not measured)"
 
     def __str__(self) -> str:
         width = max((len(display_name(name)) for name in (*self.measured, *self.not_measured)), default=0)
@@ -44,11 +48,11 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def unreached(attention: Mapping[str, nn.Module], measured: Mapping[str, str]) -> dict[str, str]:
-    """Attention modules of which nothing was measured, with what is known about the reason.
+    """Attention modules of which nothing was measured, by name, with what is known about the reason.
 
-    A module counts as reached when it, a module inside it, or an attention module around it was
-    measured. (A container that is no attention module vouches for itself only: otherwise one
-    scaled_dot_product_attention in a model's own forward would hide every layer below it.)
+    A module is reached if it, a module inside it, or an attention module around it was measured. A measured module
+    that is no attention module counts for itself only: a scaled_dot_product_attention in a model's own forward says
+    nothing about the layers inside the model.
     """
 
     def reached(name: str) -> bool:
@@ -62,7 +66,7 @@ def unreached(attention: Mapping[str, nn.Module], measured: Mapping[str, str]) -
 
 
 def _reason(module: nn.Module) -> str:
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    implementation = attention_implementation(module)
     if implementation not in _MEASURED_IMPLEMENTATIONS:
         return (
             f"attn_implementation={implementation!r} is not measured; load the model with "

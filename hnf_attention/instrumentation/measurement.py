@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
@@ -11,98 +13,75 @@ from ..reference.options import Options
 from ..statistics.rows import RowStats
 
 
+@dataclass(
+    slots=True, eq=False, repr=False
+)  # made for every measured call: frozen would cost four times as much
 class Measurement:
     """One attention call, measured; B, H, M are its batch, query heads and queries.
 
-    layer: name of the module in the instrumented model.
+    layer: the module's name in the instrumented model.
     rows: row statistics, (B, H, M) each, outside autograd; of a sample, (B, H, M_s) with `row_index`.
+    head_dim: D, 1 where it is not known. dtype: of the tensors that the scores are computed from.
     sample_period: 1 where all rows were measured, p where one block of rows of every p was.
-    head_dim: D, 1 where it is not known. dtype: the one that scores are computed from.
-    query (B, H, M, D), key (B, H_kv, N, D), options: the call itself, with the model's own tensors; None
-        in `Instrumentation.latest`, which keeps no tensor of the model alive, and where the call was
-        caught at its softmax.
+    query (B, H, M, D), key (B, H_kv, N, D), options: the call itself, with the model's own tensors.
+    beside: what a fold needs beside the rows, where the call is not kept. `Instrumentation.latest` keeps no tensor of
+        the model alive, and a call that was caught at its softmax has no known query and key.
 
-    The properties are computed when they are first read, from the call.
+    Either the call or `beside` is there. The properties are computed from the call whenever they are read.
     """
 
-    __slots__ = (
-        "_measured",
-        "dtype",
-        "head_dim",
-        "key",
-        "layer",
-        "options",
-        "query",
-        "rows",
-        "sample_period",
-    )
+    layer: str
+    rows: RowStats
+    head_dim: int
+    dtype: torch.dtype
+    sample_period: int = 1
+    query: Tensor | None = None
+    key: Tensor | None = None
+    options: Options | None = None
+    beside: Measured | None = None
 
-    def __init__(
-        self,
-        layer: str,
-        rows: RowStats,
-        query: Tensor,
-        key: Tensor,
-        options: Options,
-        sample_period: int = 1,
-    ):
-        self.layer, self.rows, self.sample_period = layer, rows, sample_period
-        self.query: Tensor | None = query
-        self.key: Tensor | None = key
-        self.options: Options | None = options
-        self.head_dim, self.dtype = query.shape[3], query.dtype
-        self._measured: Measured | None = None
-
-    @classmethod
-    def of_scores(
-        cls,
-        layer: str,
-        rows: RowStats,
-        measured: Measured,
-        head_dim: int,
-        dtype: torch.dtype,
-        sample_period: int = 1,
-    ) -> Measurement:
-        """Of a call of which everything is known already, or will never be."""
-        self = cls.__new__(cls)
-        self.layer, self.rows, self.sample_period = layer, rows, sample_period
-        self.query = self.key = self.options = None
-        self.head_dim, self.dtype, self._measured = head_dim, dtype, measured
-        return self
+    def __repr__(self) -> str:
+        lse, sampled = self.rows.lse, f", 1/{self.sample_period} of all" if self.sample_period > 1 else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"Measurement of {self.layer!r}: {tuple(lse.shape)} rows{sampled}, "
+            f"head dimension {self.head_dim}, {dtype} on {lse.device}"
+        )
 
     @property
     def visible_keys(self) -> Tensor:
         """int64, broadcastable to the rows: how many keys each query may attend to."""
-        return self._read().visible_keys
+        return beside_rows(self).visible_keys
 
     @property
     def sink_mass(self) -> Tensor:
-        """As the rows, weight on the first visible key plus the learned sink's."""
-        return self._read().sink_mass
+        """As the rows: weight on the first visible key plus the learned sink's."""
+        return beside_rows(self).sink_mass
 
     @property
     def query_norm(self) -> Tensor:
         """(B, H), Frobenius norm of a head's Q over a sequence; NaN where Q is not known."""
-        return self._read().query_square.sum(-1).sqrt()
+        return beside_rows(self).query_square.sum(-1).sqrt()
 
     @property
     def key_norm(self) -> Tensor:
-        """(B, H), Frobenius norm of the K that a query head sees, over a sequence; NaN likewise."""
-        return self._read().key_square.sum(-1).sqrt()
+        """(B, H), Frobenius norm of the K that a query head sees, over a sequence; NaN where K is not known."""
+        return beside_rows(self).key_square.sum(-1).sqrt()
 
-    def fold_into(self, accumulator: Tensor) -> None:
-        """Add the call to its layer's accumulator."""
-        if self.query is None:
-            fold.fold_measured(accumulator, self.rows, self._measured)
-        else:
-            fold.fold(accumulator, self.query, self.key, self.rows, self.options)
 
-    def release(self) -> None:
-        """Compute what is not yet computed, and let go of the model's tensors."""
-        self._read()
-        self.query = self.key = self.options = None
+def beside_rows(measurement: Measurement) -> Measured:
+    """What a fold needs beside the row statistics, computed from the call if it is not there.
 
-    def _read(self) -> Measured:
-        if self._measured is None:
-            self._measured = fold.measure(self.query, self.key, self.rows, self.options)
-        return self._measured
+    Raises ValueError for a measurement with neither.
+    """
+    if measurement.beside is not None:
+        return measurement.beside
+    query, key, options = measurement.query, measurement.key, measurement.options
+    if query is None or key is None or options is None:
+        raise ValueError("expected a measurement with its call or with `beside`, got neither")
+    return fold.measure(query, key, measurement.rows, options)
+
+
+def without_call(measurement: Measurement) -> Measurement:
+    """The same numbers, without the model's tensors."""
+    return replace(measurement, query=None, key=None, options=None, beside=beside_rows(measurement))

@@ -1,6 +1,7 @@
-"""Who is measured: which module belongs to which instrumentation, and what runs in this thread.
+"""Who measures which module, and what an interceptor calls back.
 
-Everything here is weak: neither a model nor an instrumentation is kept alive by being known here.
+An interceptor finds the module that makes a call, and with it the `Observer` that measures the module. References
+here are weak: neither a model nor its observer is kept alive by being known.
 """
 
 from __future__ import annotations
@@ -10,31 +11,62 @@ import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from .call import AttentionCall
-    from .handle import Instrumentation
+from .. import compat
+from .call import EAGER, AttentionCall
+from .measurement import Measurement
 
-_MODULE_CALL = nn.Module._call_impl.__code__
-
-_owners: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref, str]] = weakref.WeakKeyDictionary()
 TRANSFORMED = "it runs inside a transform of torch.func"
-#: ids of the instrumentations that measure now: empty, and every interceptor leads to the original.
-measuring: set[int] = set()
+_MODULE_CALL = compat.module_call_code
+
+
+class Observer(Protocol):
+    """Measures the attention of one model. None of its methods raises an error of its own into the model."""
+
+    @property
+    def measuring(self) -> bool:
+        """Whether calls are measured now."""
+
+    def attend(self, layer: str, describe: Callable[[], AttentionCall], original: Callable[[], Any]) -> Any:
+        """Run one attention call of `layer`, measure it, and return what `original()` returns or our output like it.
+
+        describe: makes the call's description. original: the model's own attention. Each is called at most once.
+        """
+
+    def observe(
+        self, layer: str, interceptor: str, measure: Callable[[], Measurement], place: str = EAGER
+    ) -> None:
+        """Take in what `measure()` gives of an attention that the model computed by itself, EAGER or COMPILED."""
+
+    def note(self, layer: str, reason: str) -> None:
+        """List `layer`, or some of its calls, as not measured."""
+
+    def note_slowed(self, layer: str) -> None:
+        """Say in the coverage that `layer` gave up PyTorch's inference fast path to be measured."""
+
+
+#: ids of the observers that measure now. While it is empty, an interceptor goes to the original at once.
+active: set[int] = set()
+_registry: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Observer], str]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class Owner(NamedTuple):
-    instrumentation: Instrumentation
-    layer: str  # the module's name in the instrumented model
+    """A module with its observer. layer: the module's name in the instrumented model."""
+
+    observer: Observer
+    layer: str
     module: nn.Module
 
 
 class Heads(NamedTuple):
-    """Numbers of heads that a model gave to the Hugging Face interface, which may re-arrange them."""
+    """Numbers of query and key heads that a model gave to transformers, which may rearrange them for PyTorch."""
 
     owner: Owner
     query: int
@@ -42,12 +74,16 @@ class Heads(NamedTuple):
 
 
 class _Thread(threading.local):
-    """What the call that is running on this thread has said of itself; whoever sets it puts it back."""
+    """What is known of the call that runs on this thread. Whoever sets an attribute puts it back.
 
-    suspended = False  # attention inside is part of a call that is being measured already
-    heads: Heads | None = None  # of the scaled_dot_product_attention inside
-    # Where attention inside is not an instrumentation's: what takes (original, *arguments) of a call of
-    # scaled_dot_product_attention, and what takes the description of one that computes its own weights.
+    suspended: the call is measured already, and attention inside is part of it.
+    heads: of the scaled_dot_product_attention inside, where transformers makes it.
+    receiver: takes (original, *arguments) of a scaled_dot_product_attention inside, in place of any observer.
+    probe: takes the description of a multi_head_attention_forward inside, likewise.
+    """
+
+    suspended = False
+    heads: Heads | None = None
     receiver: Callable[..., Any] | None = None
     probe: Callable[[AttentionCall], None] | None = None
 
@@ -55,78 +91,84 @@ class _Thread(threading.local):
 thread = _Thread()
 
 
-def register(modules: dict[str, nn.Module], instrumentation: Instrumentation) -> None:
-    """Make `instrumentation` the owner of these modules."""
-    reference = weakref.ref(instrumentation)
+def register(modules: dict[str, nn.Module], observer: Observer) -> None:
+    """Give these modules, by their names in the model, to `observer`."""
+    reference = weakref.ref(observer)
     for name, module in modules.items():
-        _owners[module] = (reference, name)
+        _registry[module] = (reference, name)
 
 
 def forget(module: nn.Module) -> None:
-    _owners.pop(module, None)
+    """Take the module from its observer."""
+    _registry.pop(module, None)
 
 
 def owner(module: nn.Module) -> Owner | None:
-    """The instrumentation of this very module (a deep copy of it has none)."""
-    entry = _owners.get(module)
-    instrumentation = None if entry is None else entry[0]()
-    return None if instrumentation is None else Owner(instrumentation, entry[1], module)
+    """The module's owner; a copy of the module has none."""
+    entry = _registry.get(module)
+    if entry is None:
+        return None
+    observer = entry[0]()
+    return None if observer is None else Owner(observer, entry[1], module)
 
 
-def owned(instrumentation: Instrumentation) -> list[nn.Module]:
-    """The modules of an instrumentation that are still alive."""
-    return [module for module, (reference, _) in list(_owners.items()) if reference() is instrumentation]
+def modules_of(observer: Observer) -> list[nn.Module]:
+    """The modules of an observer that are still alive."""
+    return [module for module, (reference, _) in list(_registry.items()) if reference() is observer]
 
 
 def run(
     original: Callable[..., Any],
-    args: tuple,
+    args: tuple[Any, ...],
     kwargs: dict[str, Any],
     describe: Callable[..., AttentionCall],
     find: Callable[..., Owner | None] | None = None,
 ) -> Any:
     """Run an intercepted attention call `original(*args, **kwargs)`, measured where somebody measures it.
 
-    describe: makes the call's description, of the same arguments. find: whose it is, as for `measurer`.
+    describe: makes the call's description from the same arguments. find: as for `measuring_owner`.
     """
-    # Steps that are not measured pay for this branch.
-    owner = measurer(find, *args, **kwargs) if measuring else None
+    # A step that is not measured pays for this branch alone.
+    owner = measuring_owner(find, *args, **kwargs) if active else None
     if owner is None:
         return original(*args, **kwargs)
-    build, plain = partial(describe, *args, **kwargs), partial(original, *args, **kwargs)
-    return owner.instrumentation.attend(owner.layer, build, plain)
+    described, plain = partial(describe, *args, **kwargs), partial(original, *args, **kwargs)
+    return owner.observer.attend(owner.layer, described, plain)
 
 
-def measurer(find: Callable[..., Owner | None] | None = None, /, *args: Any, **kwargs: Any) -> Owner | None:
-    """Who measures the attention that is called here; None where nobody does.
+def measuring_owner(
+    find: Callable[..., Owner | None] | None = None, /, *args: Any, **kwargs: Any
+) -> Owner | None:
+    """The owner that measures the attention called here, None where nobody does.
 
-    find: whose the call with these arguments is; where it is left out, the running module's owner's.
+    find: finds the owner from the call's arguments; None takes the running module's owner.
     """
-    if not measuring or thread.suspended or thread.receiver is not None or torch._C._get_tracing_state():
+    if not active or thread.suspended or thread.receiver is not None or compat.jit_trace():
         return None
     found = running_owner() if find is None else find(*args, **kwargs)
-    return found if found is not None and found.instrumentation.measuring else None
+    return found if found is not None and found.observer.measuring else None
 
 
 def list_transformed(find: Callable[..., Owner | None] | None = None, /, *args: Any, **kwargs: Any) -> None:
-    """List the call that runs here where it is a transform of torch.func's: its tensors are none to measure.
+    """List the layer that makes this call if a transform of torch.func runs it: its tensors cannot be measured.
 
-    find: whose it is, as for `measurer`.
+    find: as for `measuring_owner`.
     """
-    in_a_compiler = torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
-    found = None if in_a_compiler else measurer(find, *args, **kwargs)
+    compiles = torch.compiler.is_compiling() or compat.lowered_graph() is not None
+    found = None if compiles else measuring_owner(find, *args, **kwargs)
     if found is not None:
-        found.instrumentation.note(found.layer, TRANSFORMED)
+        found.observer.note(found.layer, TRANSFORMED)
 
 
 def running_owner(which: Callable[[nn.Module], bool] | None = None) -> Owner | None:
-    """The owner of the innermost instrumented module whose call is on this thread's Python stack.
+    """The owner of the innermost instrumented module that is running on this thread.
 
-    which: of the innermost one of which this is true.
-    The stack is right where a hook is not: in the recomputation of a checkpoint, in autograd's
-    threads, and after an exception. Only frames of `nn.Module._call_impl` are opened.
+    which: passes over modules for which it is False.
+
+    Running modules are read from the Python stack, from frames of `compat.module_call_code`. Hooks would be wrong in
+    the second forward of a checkpoint, in autograd's threads, and after an exception; the stack is right in all three.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _MODULE_CALL:
             module = frame.f_locals["self"]

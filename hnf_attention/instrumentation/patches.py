@@ -1,9 +1,8 @@
-"""Replacing a function in place, and putting it back: exact, shared, and never over somebody else."""
+"""Replacing a function in place and putting it back: exact, shared, and never over somebody else's replacement."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import operator
 import threading
@@ -13,47 +12,59 @@ from typing import Any
 
 from torch import nn
 
+from ..compat import dynamo
+
 _lock = threading.RLock()  # re-entrant: a garbage collection inside it may release a patch
 _MARK = "_hnf_attention_patch"
 
 
 class Patch:
-    """A function replaced while at least one user holds it.
+    """A function that stays replaced while at least one user holds it.
 
-    A second user of the same place shares the first one's replacement. The last `release` puts the
-    original back, unless somebody else has replaced ours meanwhile: theirs stays, and ours, which
-    they may still call, hands every call on to the original.
+    A second user of the same place shares the first one's replacement. The last `release` puts the original back.
+    If somebody else has replaced ours meanwhile, theirs stays; ours, which they may call, then leads to the original.
+
+    read, write: get and set the function in its place. replacement: makes ours from the original.
     """
 
-    def __init__(self, read: Callable[[], Callable], write: Callable[[Callable], None]):
+    def __init__(
+        self,
+        read: Callable[[], Callable[..., Any]],
+        write: Callable[[Any], None],
+        replacement: Callable[[Any], Callable[..., Any]],
+    ):
+        dynamo.fill_function_table()
         self._read, self._write = read, write
         self._users = 0
+        self._original = read()
+        self._ours = replacement(self._original)
+        setattr(self._ours, _MARK, self)
+        write(self._ours)
 
     @staticmethod
     def acquire(
-        read: Callable[[], Callable],
-        write: Callable[[Callable], None],
-        replacement: Callable[[Callable], Callable],
+        read: Callable[[], Callable[..., Any]],
+        write: Callable[[Any], None],
+        replacement: Callable[[Any], Callable[..., Any]],
     ) -> Patch:
-        """Replace what `read` returns by `replacement(original)`, or share the patch already there."""
+        """The patch of this place: the one that is there, or a new one."""
         with _lock:
             current = read()
-            patch = getattr(current, _MARK, None)
+            patch: Patch | None = getattr(current, _MARK, None)
             # The mark alone proves nothing: functools.wraps copies it to a wrapper around ours.
             if patch is None or patch._ours is not current:
-                _dynamo_table()
-                patch = Patch(read, write)
-                patch._original, patch._ours = current, replacement(current)
-                setattr(patch._ours, _MARK, patch)
-                write(patch._ours)
+                patch = Patch(read, write, replacement)
             patch._users += 1
             return patch
 
     @staticmethod
     def everywhere(
-        place: Any, name: str, replacement: Callable[[Callable], Callable], modules: Iterable[nn.Module]
+        place: Any,
+        name: str,
+        replacement: Callable[[Any], Callable[..., Any]],
+        modules: Iterable[nn.Module],
     ) -> list[Patch]:
-        """Replace the attribute `name` of `place`, and every global that the files of these modules imported it as."""
+        """Patch the attribute `name` of `place`, and every global that the files of these modules imported it as."""
         inherited = None if name in vars(place) else getattr(place, name)
         write = functools.partial(_write, place, name, inherited)
         first = Patch.acquire(functools.partial(getattr, place, name), write, replacement)
@@ -61,45 +72,38 @@ class Patch:
         for space in namespaces(modules):
             if space is vars(place):
                 continue
-            for name, value in list(space.items()):
+            for imported, value in list(space.items()):
                 patch = getattr(value, _MARK, None) if isinstance(value, FunctionType) else None
                 if value is first._original or (patch is not None and patch._original is first._original):
-                    read = functools.partial(operator.getitem, space, name)
-                    write = functools.partial(operator.setitem, space, name)
-                    patches.append(Patch.acquire(read, write, replacement))
+                    patches.append(Patch.acquire(*of_item(space, imported), replacement))
         return patches
 
     def release(self) -> None:
-        """Give up one use; the last one restores the original."""
+        """Give up one use. The last one restores the original."""
         with _lock:
             self._users -= 1
             if self._users == 0 and self._read() is self._ours:
                 self._write(self._original)
-                table = _dynamo_table()
-                if self._ours in table():  # it was made anew meanwhile
-                    table.cache_clear()
+                dynamo.renew_function_table(self._ours)
 
 
-def _dynamo_table() -> Callable[[], dict]:
-    """The table of torch's own functions, which Dynamo puts into its graphs without looking inside.
-
-    It is made once, from what stands under their names, and has to be made before ours do: Dynamo is to look
-    inside of those. Whoever makes an optimizer or a Hugging Face model has imported Dynamo already.
-    """
-    table = importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map
-    table()
-    return table
+def of_item(
+    space: dict[str, Any], name: str
+) -> tuple[Callable[[], Callable[..., Any]], Callable[[Any], None]]:
+    """How a patch reads and writes one item of a namespace."""
+    read: Callable[[], Any] = functools.partial(operator.getitem, space, name)
+    return read, functools.partial(operator.setitem, space, name)
 
 
-def _write(place: Any, name: str, inherited: Any, function: Callable) -> None:
-    if function is inherited:  # as a class has it from its base
+def _write(place: Any, name: str, inherited: Any, function: Callable[..., Any]) -> None:
+    if function is inherited:  # a class has it from its base
         delattr(place, name)
     else:
         setattr(place, name, function)
 
 
 def methods(cls: type) -> Iterator[FunctionType]:
-    """The methods of a module's class and of its bases below nn.Module."""
+    """The methods of a module's class and of its bases below nn.Module, without their wrappers."""
     for base in cls.__mro__:
         if base is nn.Module:
             return
@@ -117,7 +121,7 @@ def namespaces(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
 
 
 def classes(modules: Iterable[nn.Module]) -> set[type]:
-    """The classes of these modules and their bases, those of torch.nn left out."""
+    """The classes of these modules and their bases, without those of torch.nn."""
     found = {
         base for cls in {type(x) for x in modules} for base in cls.__mro__ if issubclass(base, nn.Module)
     }

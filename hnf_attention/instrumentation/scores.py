@@ -16,7 +16,7 @@ from ..statistics.rows import RowStats
 from .call import AttentionCall, Unmeasurable
 from .measurement import Measurement
 
-# What models write for "hidden": -inf, -1e9 or the smallest number of a dtype, which no score comes near.
+# Models hide a key with -inf, -1e9 or the smallest number of a dtype. No score comes near.
 NEVER_A_SCORE = -5e8
 MOST_SCORES = 1 << 34  # of a call whose scores are modified: about a second of a large GPU's memory traffic
 
@@ -24,14 +24,15 @@ MOST_SCORES = 1 << 34  # of a call whose scores are modified: about a second of 
 def given(
     layer: str, parts: Iterable[tuple[Tensor, Tensor]], num_keys: int, head_dim: int, dtype: torch.dtype
 ) -> Measurement:
-    """The measurement of scores whose queries and keys nobody has seen.
+    """The measurement of scores whose queries and keys are not known.
 
     parts: (scores, seen) of chunks of rows, as for `_of_rows`. dtype: of the model's scores.
     """
-    *core, visible, sink_mass = _together(parts)
+    lse, entropy, max_logit, min_logit, visible, sink_mass = _together(parts)
     unknown = torch.full((), math.nan, device=visible.device).expand(*visible.shape[:2], num_keys)
-    measured = Measured(visible, sink_mass, unknown[..., :1], unknown, scale=math.inf, score_kind=2)
-    return Measurement.of_scores(layer, RowStats(*core), measured, head_dim, dtype)
+    beside = Measured(visible, sink_mass, unknown[..., :1], unknown, scale=math.inf, score_kind=2)
+    rows = RowStats(lse, entropy, max_logit, min_logit)
+    return Measurement(layer, rows, head_dim, dtype, beside=beside)
 
 
 def modified(
@@ -39,10 +40,13 @@ def modified(
 ) -> Measurement:
     """The measurement of a call with a function over its scores, `call.modify`.
 
-    Of the sample (period, phase) of its rows. Memory is that of some tensors of masks.CHUNK_ELEMENTS.
-    Raises Unmeasurable where more than MOST_SCORES scores would be computed.
+    (period, phase): the sample of its rows, as `attention_stats` takes it. Memory is that of some tensors of
+    masks.CHUNK_ELEMENTS. Raises Unmeasurable if more than MOST_SCORES scores would be computed, or if the call has
+    no function over its scores.
     """
-    query, key = call.query, call.key
+    query, key, modify = call.query, call.key, call.modify
+    if modify is None:
+        raise Unmeasurable("no function over its scores is known")
     batch, heads, num_queries, head_dim = query.shape
     if period == 1:
         index = torch.arange(num_queries, device=query.device).expand(batch, heads, -1)
@@ -58,17 +62,20 @@ def modified(
 
     def of_chunk(rows: Tensor) -> tuple[Tensor, Tensor]:
         plain = reference.score_rows(query, wide, rows, options)
-        scores, seen = call.modify(plain.scores, rows.clamp(min=0))
+        scores, seen = modify(plain.scores, rows.clamp(min=0))
         return scores, seen & plain.seen
 
     chunks = masks.row_chunks(index.shape[2], key.shape[2], batch * heads)
-    *core, visible, sink_mass = _together(of_chunk(index[:, :, chunk]) for chunk in chunks)
+    parts = (of_chunk(index[:, :, chunk]) for chunk in chunks)
+    lse, entropy, max_logit, min_logit, visible, sink_mass = _together(parts)
+    rows = RowStats(lse, entropy, max_logit, min_logit, row_index=None if period == 1 else index)
     group = heads // key.shape[1]
-    squares = (x.to(dtype).square().sum(-1) for x in (query, key.repeat_interleave(group, 1)))
-    rows = RowStats(*core, row_index=None if period == 1 else index)
-    # How large q and k make the scores is not known: no bound of their rounding may be told.
-    measured = Measured(visible, sink_mass, *squares, scale=math.inf, score_kind=2)
-    return Measurement.of_scores(layer, rows, measured, head_dim, query.dtype, period)
+    query_square, key_square = (
+        x.to(dtype).square().sum(-1) for x in (query, key.repeat_interleave(group, 1))
+    )
+    # How large q and k make the scores is not known, so no bound of their rounding is told.
+    beside = Measured(visible, sink_mass, query_square, key_square, scale=math.inf, score_kind=2)
+    return Measurement(layer, rows, head_dim, query.dtype, period, beside=beside)
 
 
 def _together(parts: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:

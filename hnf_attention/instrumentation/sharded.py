@@ -1,4 +1,4 @@
-"""Attention over DTensors, whose parts lie in many processes: the part in this one, where it is whole heads."""
+"""Attention over DTensors, whose parts lie in many processes: this process measures its part, if it is whole heads."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def is_sharded(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def local(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> list[Tensor | None]:
-    """What this process has of DTensors (B, H, rows, D) and a mask that broadcasts over them; no communication.
+def local(query: Any, key: Any, value: Any, attn_mask: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """This process's parts of DTensors (B, H, rows, D) and of a mask that broadcasts over them; no communication.
 
     Raises Unmeasurable unless all are split alike, evenly, and by batch or by heads along every mesh dimension.
     """
@@ -32,7 +32,7 @@ def local(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -
         where = tensor.placements if is_sharded(tensor) and tensor.device_mesh == mesh else None
         if where != placements or tensor.dim() != 4:
             raise Unmeasurable(f"query is split as {placements}, {name} as {where or type(tensor).__name__}")
-    pieces = {0: [], 1: []}
+    pieces: dict[int, list[int]] = {0: [], 1: []}
     for placement, size in zip(placements, mesh.shape):
         if type(placement) is Shard and placement.dim in pieces:
             pieces[placement.dim].append(size)
@@ -42,16 +42,16 @@ def local(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -
         for dim, sizes in pieces.items():
             if tensor.shape[dim] % math.prod(sizes):
                 raise Unmeasurable(f"{name} {tuple(tensor.shape)} is split unevenly over processes")
-    parts = [tensor.to_local() for tensor in tensors.values()]
+    parts = query.to_local(), key.to_local(), value.to_local()
     if attn_mask is None:
-        return [*parts, None]
+        return *parts, None
     if not is_sharded(attn_mask) or attn_mask.device_mesh != mesh:
         raise Unmeasurable(f"query is split over processes, attn_mask is a {type(attn_mask).__name__}")
     lacking = 4 - attn_mask.dim()  # leading sizes that it broadcasts over
-    wanted = []
+    wanted: list[Shard | Replicate] = []
     for placement, there in zip(placements, attn_mask.placements):
         own = placement.dim - lacking if type(placement) is Shard else -1
         wanted.append(Shard(own) if own >= 0 and attn_mask.shape[own] > 1 else Replicate())
         if there != wanted[-1] and not there.is_replicate():
             raise Unmeasurable(f"query is split as {placements}, attn_mask as {attn_mask.placements}")
-    return [*parts, attn_mask.redistribute(mesh, wanted).to_local()]
+    return *parts, attn_mask.redistribute(mesh, wanted).to_local()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..compat import device_mesh
 from ..diagnosis import AttentionDiagnosis
 from .extras import require
 from .series import overall
@@ -29,7 +30,7 @@ class AttentionStabilityCallback(TrainingCallback, TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         cadence = max(1, int(state.logging_steps))
         model = unwrapped(model)
-        mesh = getattr(model, "_device_mesh", None)  # of a model that transformers itself distributed
+        mesh = device_mesh(model)
         self._begin(model, cadence, state.global_step, state.is_world_process_zero, mesh)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

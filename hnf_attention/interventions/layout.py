@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from ..compat import child, own_parameter
 from .projections import Projections, linear_rows, parameter_rows
 from .shards import Shards
 
@@ -190,7 +191,7 @@ def _key_heads(module: nn.Module, num_heads: int) -> int:
 
 
 def _is_module(module: nn.Module, name: str) -> bool:
-    return isinstance(module._modules.get(name), nn.Module)
+    return child(module, name) is not None
 
 
 def _refuse_qk_norm(module: nn.Module, layer: str) -> None:
@@ -199,7 +200,7 @@ def _refuse_qk_norm(module: nn.Module, layer: str) -> None:
         for name, child in module.named_children()
         if QK_NORM.search(name) and ("norm" in name or "ln" in name) and not isinstance(child, nn.Identity)
     ]
-    if "logit_scale" in module._parameters:  # cosine attention normalises without a module
+    if own_parameter(module, "logit_scale") is not None:  # cosine attention normalises without a module
         norms.append("logit_scale")
     if norms:
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import inner_schedulers
 from .intervention import Change, Intervention
 
 _log = logging.getLogger("hnf_attention")
@@ -55,9 +56,8 @@ def _with_base_rates(scheduler: Any) -> list[Any]:
     """
     if isinstance(scheduler, (list, tuple)):
         parts = scheduler
-    elif hasattr(scheduler, "_schedulers"):
-        parts = scheduler._schedulers
     else:
-        parts = [scheduler.scheduler] if hasattr(scheduler, "scheduler") else []
+        wrapped = [scheduler.scheduler] if hasattr(scheduler, "scheduler") else []
+        parts = inner_schedulers(scheduler) or wrapped
     inner = [part for each in parts for part in _with_base_rates(each)]
     return [*inner, scheduler] if hasattr(scheduler, "base_lrs") else inner

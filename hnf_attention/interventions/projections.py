@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..compat import own_parameter
 from .shards import Shards
 
 
@@ -49,7 +50,7 @@ def linear_rows(module: nn.Module, layer: str, name: str, shards: Shards | None)
     Raises ValueError for anything but a linear layer with floating-point weights of its own.
     """
     projection = getattr(module, name)
-    weight = projection._parameters.get("weight")
+    weight = own_parameter(projection, "weight")
     conv1d = type(projection).__name__ == "Conv1D"  # transformers' own: weight (inputs, outputs)
     plain = (isinstance(projection, nn.Linear) or conv1d) and weight is not None
     if not plain or not weight.is_floating_point() or weight.dim() != 2:

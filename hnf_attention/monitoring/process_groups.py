@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..compat import flattened
 from ..statistics.fields import NUM_FIELDS, NUM_SUMS, SUM_FIELDS
 from ..statistics.heads import HeadStats
 
@@ -74,7 +75,7 @@ class ProcessGroups:
         others = tuple(name for name in names if name not in (heads, queries))
         batch: ProcessGroup | None
         if len(others) > 1:
-            batch = mesh[others]._flatten().get_group()
+            batch = flattened(mesh[others]).get_group()
         elif others:
             batch = mesh[others[0]].get_group()
         else:

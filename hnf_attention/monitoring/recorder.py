@@ -116,7 +116,11 @@ class Recorder:
             with torch.inference_mode(False):
                 accumulator = fold.new_accumulator(num_heads, device)
             self._accumulators[key] = accumulator
-        measurement.fold_into(accumulator)
+        if measurement.beside is None:
+            query, key, options = measurement.query, measurement.key, measurement.options
+            fold.fold(accumulator, query, key, measurement.rows, options)
+        else:
+            fold.fold_measured(accumulator, measurement.rows, measurement.beside)
         name = self._names[kind]
         earlier = self._periods[name] if name in self._recorded else 1
         self._periods[name] = max(earlier, measurement.sample_period)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .. import theory
+from .. import compat, theory
 from ..interventions import layout
 from .design import Design
 from .norms import norm_before, read_norm
@@ -112,9 +112,8 @@ def _scale(model: nn.Module, module: nn.Module, design: Design, index: int, dim:
 
 def _qk_limit(module: nn.Module, names: tuple[str, ...], design: Design) -> float | None:
     """Largest length of a head's query (or key) after its norm layer; None if it has none."""
-    norm = next(
-        (module._modules[name] for name in names if isinstance(module._modules.get(name), nn.Module)), None
-    )
+    children = (compat.child(module, name) for name in names)
+    norm = next((each for each in children if each is not None), None)
     if norm is None or isinstance(norm, nn.Identity):
         if design.qk_norm:
             raise ValueError("the configuration says QK-norm, but no norm layer of queries and keys is known")

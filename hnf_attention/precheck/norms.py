@@ -7,7 +7,7 @@ import re
 import torch
 from torch import nn
 
-from .. import theory
+from .. import compat, theory
 
 # The norm layer in front of a block's attention, by its name beside the attention.
 BEFORE_ATTENTION = (
@@ -37,8 +37,8 @@ def norm_before(model: nn.Module, name: str) -> theory.Norm:
         if type(block).__name__.endswith("T5LayerSelfAttention"):
             return read_norm(block.get_submodule("layer_norm"))
         for child in BEFORE_ATTENTION:
-            norm = block._modules.get(child)
-            if isinstance(norm, nn.Module):
+            norm = compat.child(block, child)
+            if norm is not None:
                 if _after_attention(block, child):
                     raise ValueError(
                         f"its block normalises after attention ({child}): its input is not bounded"
@@ -99,7 +99,7 @@ def _bert_norm(model: nn.Module, path: str) -> nn.Module:
         return model.get_submodule(f"{match[1]}{int(match[2]) - 1}.output.LayerNorm")
     root = match[1].removesuffix("encoder.layer.")
     body = model.get_submodule(root.rstrip("."))
-    norm = getattr(body._modules.get("embeddings"), "LayerNorm", None)
+    norm = getattr(compat.child(body, "embeddings"), "LayerNorm", None)
     if hasattr(body, "embeddings_project") or not isinstance(norm, nn.Module):
         raise ValueError("no norm layer is known in front of the first block")
     return norm

@@ -1,24 +1,26 @@
 """FlexAttention in a compiled graph: an operator beside it, which measures when the graph runs.
 
-Of the functions over its scores the graph has what Dynamo traced of them: graphs too, which take the tensors and
-numbers that the functions held as arguments. The operator is given these as they are at each run, and finds the
-graphs by what they compute, so that the same graph of another process means the same.
+Dynamo traces the functions over its scores into graphs of their own. What the functions hold, tensors and numbers,
+comes into these as arguments. The operator gets the arguments as they are at each run, and finds the graphs by a hash
+of their code, so that a graph that another process compiled means the same here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch.nn.attention import flex_attention as flex
 
+from ... import compat
+from ...compat import dynamo
 from ..call import AttentionCall, Unmeasurable
-from ..interceptors.flex_call import Mod, described
-from . import operators
+from ..flex_call import Mod, described
+from . import layers, operators, tracer
 
 _UNREAD = "functions over its scores that cannot be read there"
 
@@ -26,29 +28,29 @@ _log = logging.getLogger("hnf_attention")
 
 
 class _Functions(NamedTuple):
-    """A score_mod, None where it changes nothing, and a mask_mod, with what comes after their own arguments.
+    """A score_mod, None where it changes nothing, and a mask_mod, None where it hides nothing.
 
-    are_tensors: of these, in order, which are tensors; the others are numbers. of_scores: how many are score_mod's.
+    Both take what they hold after their own arguments. are_tensors: which of that, in order, are tensors; the others
+    are numbers. of_scores: how many of them are score_mod's.
     """
 
     score_mod: fx.GraphModule | None
-    mask_mod: fx.GraphModule
+    mask_mod: fx.GraphModule | None
     are_tensors: tuple[bool, ...]
     of_scores: int
 
-    def bound(self, tensors: list[Tensor], numbers: list[int]) -> tuple[Mod | None, Mod]:
+    def bound(self, tensors: Sequence[Tensor], numbers: Sequence[int]) -> tuple[Mod | None, Mod | None]:
         each = iter(tensors), iter(numbers)
         held = [next(each[0] if is_tensor else each[1]) for is_tensor in self.are_tensors]
-        mask_mod = _with(self.mask_mod, held[self.of_scores :])
-        return None if self.score_mod is None else _with(self.score_mod, held[: self.of_scores]), mask_mod
+        return _with(self.score_mod, held[: self.of_scores]), _with(self.mask_mod, held[self.of_scores :])
 
 
 #: By a hash of their code.
 _known: dict[str, _Functions] = {}
 
 
-def _with(function: fx.GraphModule, held: list[Any]) -> Mod:
-    return lambda *own: function(*own, *held)
+def _with(function: fx.GraphModule | None, held: list[Any]) -> Mod | None:
+    return None if function is None else lambda *own: function(*own, *held)
 
 
 def beside(
@@ -60,69 +62,61 @@ def beside(
     scale: float | None,
     sinks: Tensor | None,
 ) -> None:
-    """Leave the operator in the graph, after the call of flex_attention; traced."""
-    from torch._dynamo.comptime import comptime
-
-    layer, _heads = operators.running(query, key, value, sinks, numbers=(scale,))
-    if layer is not None:
-        functions, tensors, numbers = None, [], []
-        comptime(_read)
-        if functions is None:
-            operators.unmeasured(layer, _UNREAD)
-        else:
-            blocks, sizes = [], []
-            if block_mask is not None:
-                full = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
-                blocks = [
-                    block_mask.kv_num_blocks,
-                    block_mask.kv_indices,
-                    *(x for x in full if x is not None),
-                ]
-                sizes = [*block_mask.seq_lengths, *block_mask.BLOCK_SIZE]
-            inputs = operators.inputs(query, key, value)
-            sinks = operators.detached(sinks)
-            _operator(layer, *inputs, blocks, sizes, functions, tensors, numbers, scale, sinks, interceptor)
+    """Leave the operator in the graph, after the call of flex_attention. To be traced; `_read` sets local variables."""
+    layer, _heads = tracer.find_layer(query, key, value, sinks, numbers=(scale,))
+    if layer is None:
+        return
+    functions: str | None = None
+    tensors: list[Tensor] = []
+    numbers: list[int] = []
+    dynamo.comptime()(_read)
+    if functions is None:
+        operators.unmeasured(layer, _UNREAD)
+        return
+    blocks: list[Tensor] = []
+    sizes: list[int] = []
+    if block_mask is not None:
+        full = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
+        blocks = [block_mask.kv_num_blocks, block_mask.kv_indices, *(x for x in full if x is not None)]
+        sizes = [*block_mask.seq_lengths, *block_mask.BLOCK_SIZE]
+    inputs = operators.inputs(query, key, value)
+    sinks = operators.detached(sinks)
+    _operator(layer, *inputs, blocks, sizes, functions, tensors, numbers, scale, sinks, interceptor)
 
 
 def _read(context: Any) -> None:
-    """Set the locals of `beside` by the flex_attention that was traced last. No error may come out."""
+    """Set the local variables of `beside` by the flex_attention that was traced last. No error may come out."""
     try:
-        tracer = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
-        tracer.symbolic_locals.update(_functions_of(tracer))
+        frame = dynamo.Frame(context)
+        frame.assign(_functions_of(frame))
     except Exception as error:  # another version of Dynamo
         _log.warning("hnf-attention does not reach flex_attention in this compiled graph", exc_info=error)
 
 
-def _functions_of(tracer: Any) -> dict[str, Any]:
-    from torch._dynamo.variables import ConstantVariable, ListVariable, SymNodeVariable
-    from torch._dynamo.variables.builder import wrap_fx_proxy
-
-    graph, output = tracer.output.current_tracer, tracer.output
-    calls = (x for x in reversed(graph.graph.nodes) if x.target is torch.ops.higher_order.flex_attention)
-    call = next(calls, None)
+def _functions_of(frame: dynamo.Frame) -> dict[str, Any]:
+    """The local variables of `beside`, by name, as Dynamo's variables."""
+    call = frame.last_call(torch.ops.higher_order.flex_attention)
     if call is None:  # Dynamo could not trace its functions, and broke the graph
         return {}
-    _query, _key, _value, score_mod, block_mask, _scale, _options, of_scores, of_mask = call.args
-    functions = [output.nn_modules[x.target] for x in (score_mod, block_mask[-1])]
-    held = [(fx.Proxy(node, graph), node.meta["example_value"]) for node in (*of_scores, *of_mask)]
-    known = all(isinstance(value, (Tensor, torch.SymInt)) for _, value in held)
+    arguments: Any = call.args
+    _query, _key, _value, score_mod, block_mask, _scale, _options, of_scores, of_mask = arguments
+    functions = [frame.subgraph(node) for node in (score_mod, block_mask[-1])]
+    held = [*of_scores, *of_mask]
+    values = [frame.example(node) for node in held]
+    known = all(isinstance(value, (Tensor, torch.SymInt)) for value in values)
     if not known or any(node.op == "get_attr" for function in functions for node in function.graph.nodes):
         return {}
-    tensors, numbers, are_tensors = [], [], [isinstance(value, Tensor) for _, value in held]
-    for (proxy, value), is_tensor in zip(held, are_tensors):
-        if is_tensor:
-            detached = output.create_proxy("call_method", "detach", (proxy,), {})
-            tensors.append(wrap_fx_proxy(tracer, detached))
-        else:
-            numbers.append(SymNodeVariable(proxy, value))
+    are_tensors = [isinstance(value, Tensor) for value in values]
+    tensors = [frame.detached(node) for node, is_tensor in zip(held, are_tensors) if is_tensor]
+    numbers = [frame.number(node) for node, is_tensor in zip(held, are_tensors) if not is_tensor]
     code = "".join(function.code for function in functions)
     name = hashlib.sha256(f"{code}{are_tensors}".encode()).hexdigest()
-    score_mod, mask_mod = (_bare(function) for function in functions)
-    _known[name] = _Functions(score_mod, mask_mod, tuple(are_tensors), len(of_scores))
+    bare_score_mod, bare_mask_mod = map(_bare, functions)
+    _known[name] = _Functions(bare_score_mod, bare_mask_mod, tuple(are_tensors), len(of_scores))
     return {
-        "functions": ConstantVariable.create(name),
-        "tensors": ListVariable(tensors),
-        "numbers": ListVariable(numbers),
+        "functions": dynamo.constant(name),
+        "tensors": dynamo.sequence(tensors),
+        "numbers": dynamo.sequence(numbers),
     }
 
 
@@ -151,37 +145,38 @@ def _measure(
     interceptor: str,
 ) -> None:
     """What the operator does when its graph runs."""
-    owner = operators.owner_of(layer)
+    owner = layers.owner_of(layer)
     if owner is None:
         return
 
-    def build() -> AttentionCall:
+    def describe() -> AttentionCall:
         known = _known.get(functions)
         if known is None:
             raise Unmeasurable(f"a compiled graph calls it with {_UNREAD}")
         score_mod, mask_mod = known.bound(tensors, numbers)
-        block_mask = None
-        if blocks:
-            block_mask = flex.BlockMask.from_kv_blocks(
-                *blocks,
-                seq_lengths=tuple(sizes[:2]),
-                BLOCK_SIZE=tuple(sizes[2:]),
-                mask_mod=mask_mod,
-                compute_q_blocks=False,
-            )
-        options = {"compiled": True, "scale": scale, "sinks": sinks}
-        return described(interceptor, query, key, value, score_mod, block_mask, **options)
+        block_mask = _block_mask(blocks, sizes, mask_mod) if blocks else None
+        return described(
+            interceptor, query, key, value, score_mod, block_mask, compiled=True, scale=scale, sinks=sinks
+        )
 
-    with _vmap_works():
-        operators.measure(owner, build)
+    with compat.vmap_in_operators():
+        operators.measure(owner, describe)
 
 
-def _vmap_works() -> AbstractContextManager:
-    """Functions over the scores are evaluated by vmap, which graphs of the default backend leave out of operators."""
-    leaving_out = torch._C._dispatch_tls_local_exclude_set()
-    for name in ("FuncTorchBatched", "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode"):
-        leaving_out -= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), leaving_out)
+def _block_mask(blocks: list[Tensor], sizes: list[int], mask_mod: Mod | None) -> flex.BlockMask:
+    num_queries, num_keys, height, width = sizes
+    count, index, *full = blocks
+    full_count, full_index = full or (None, None)
+    return flex.BlockMask.from_kv_blocks(
+        count,
+        index,
+        full_count,
+        full_index,
+        seq_lengths=(num_queries, num_keys),
+        BLOCK_SIZE=(height, width),
+        mask_mod=mask_mod,
+        compute_q_blocks=False,
+    )
 
 
 _operator = operators.operator(

@@ -1,1 +1,1 @@
-"""Where attention calls are caught, one library a file."""
+"""Interceptors: each replaces the attention functions of one library, and hands their calls to an observer."""

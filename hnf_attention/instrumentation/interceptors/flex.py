@@ -1,16 +1,15 @@
-"""The fifth interceptor: every call of `torch.nn.attention.flex_attention.flex_attention`.
+"""Catches every call of `torch.nn.attention.flex_attention.flex_attention`.
 
-Users mostly call what torch.compile made of it, before anything was instrumented. Calling that runs no Python
-of PyTorch's that could be replaced, so the compiled function itself is, where the files or the classes of the
-model's modules hold it. One that a module holds itself stays, as the model is not changed; it is listed.
-Inside a model that is compiled an operator beside the call measures it.
+Users mostly call the function that torch.compile made of it, before anything was instrumented. A compiled function
+runs nothing of PyTorch's that could be replaced, so it is replaced itself, in the files and classes of the model's
+modules. If a module holds it in an attribute, it stays and is listed: the model is not changed. In a compiled model,
+an operator beside the call measures it.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
@@ -18,28 +17,28 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention as flex
 
+from ...compat import dynamo
 from ...tracing import traced, transformed
 from .. import observer
 from ..call import AttentionCall
 from ..compiled import flex as flex_compiled
-from ..patches import Patch, classes, namespaces
-from .flex_call import Mod, described
+from ..flex_call import Mod, described
+from ..patches import Patch, classes, namespaces, of_item
 
 NAME = "flex_attention"
-_COMPILED = "_torchdynamo_orig_callable"  # what torch.compile leaves on the function that it returns
 
 
 def install(modules: Iterable[nn.Module]) -> list[Patch]:
-    """Put the interceptor in place, also where files and classes of these modules hold the function, until released."""
+    """Replace the function, also where files and classes of these modules hold it, until the patches are released."""
     patches = Patch.everywhere(flex, NAME, functools.partial(_interceptor, compiled=False), modules)
     for read, write in _held_by_files_and_classes(modules):
-        compiled = hasattr(read(), _COMPILED)
+        compiled = dynamo.is_compiled(read())
         patches.append(Patch.acquire(read, write, functools.partial(_interceptor, compiled=compiled)))
     return patches
 
 
 def unreachable(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """By the names of modules that hold a flex_attention in an attribute of theirs: that it is not measured."""
+    """Why the modules that hold a flex_attention in an attribute are not measured, by their names."""
     return {
         layer: f"its attribute {name!r} is a flex_attention that is called past every replacement; "
         "only one that its file or its class holds is measured"
@@ -50,19 +49,18 @@ def unreachable(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def _is_flex(value: Any) -> bool:
-    """Whether it is the function, ours in its place, or a compiled one of either."""
+    """Whether it is flex_attention, our replacement, or what torch.compile made of one of them."""
     return isinstance(value, FunctionType) and inspect.unwrap(value) is inspect.unwrap(flex.flex_attention)
 
 
-def _held_by_files_and_classes(modules: Iterable[nn.Module]) -> Iterator[tuple[Callable, Callable]]:
-    """How to read and write each place, but for the globals that Patch.everywhere knows."""
+def _held_by_files_and_classes(
+    modules: Iterable[nn.Module],
+) -> Iterator[tuple[Callable[[], Any], Callable[[Any], None]]]:
+    """How to read and write each place, without the globals that Patch.everywhere finds."""
     for space in namespaces(modules):
         for name, value in list(space.items()):
-            if _is_flex(value) and hasattr(value, _COMPILED):
-                yield (
-                    functools.partial(operator.getitem, space, name),
-                    functools.partial(operator.setitem, space, name),
-                )
+            if _is_flex(value) and dynamo.is_compiled(value):
+                yield of_item(space, name)
     for cls in classes(modules):
         for name, value in list(vars(cls).items()):
             static = isinstance(value, staticmethod)
@@ -70,7 +68,7 @@ def _held_by_files_and_classes(modules: Iterable[nn.Module]) -> Iterator[tuple[C
                 yield functools.partial(getattr, cls, name), functools.partial(_set, cls, name, static)
 
 
-def _set(cls: type, name: str, static: bool, function: Callable) -> None:
+def _set(cls: type, name: str, static: bool, function: Callable[..., Any]) -> None:
     setattr(cls, name, staticmethod(function) if static else function)
 
 
@@ -87,8 +85,8 @@ def _interceptor(original: Callable[..., Any], *, compiled: bool) -> Callable[..
             return result
         return observer.run(original, args, kwargs, describe)
 
-    # What torch.compile left on the original: Dynamo would trace that in place of the interceptor.
-    flex_attention.__dict__.pop("_torchdynamo_inline", None)
+    # functools.wraps copied the attributes of a compiled original, which Dynamo would trace in place of this function.
+    dynamo.let_trace(flex_attention)
     return flex_attention
 
 
@@ -103,7 +101,7 @@ def _described(
     *_: Any,
     **__: Any,
 ) -> AttentionCall:
-    """flex_attention's arguments as one call; those that change no score are left out."""
+    """The description of one call, from its arguments. Those after `scale` change no score."""
     return described(NAME, query, key, value, score_mod, block_mask, compiled=compiled, scale=scale)
 
 
@@ -117,5 +115,5 @@ def _beside(
     *_: Any,
     **__: Any,
 ) -> None:
-    """Leave the operator in the graph; traced."""
+    """Leave the operator in the graph. To be traced."""
     flex_compiled.beside(NAME, query, key, value, block_mask, scale, None)

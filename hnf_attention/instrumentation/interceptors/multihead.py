@@ -1,11 +1,11 @@
-"""The third interceptor: `nn.MultiheadAttention`, and the Transformer layers made of it.
+"""Catches `nn.MultiheadAttention`, and the Transformer layers made of it, where they pass SDPA by.
 
-With need_weights=False it calls scaled_dot_product_attention, which is the first interceptor. Two ways lead past
-that one. Asked for its weights it multiplies by hand: such a call keeps its own arithmetic, and is described
-by running it once more without weights, as far as the arguments of scaled_dot_product_attention, so that
-PyTorch's own code projects, adds biases and merges masks. And in inference it, `nn.TransformerEncoderLayer`
-and `nn.TransformerEncoder` may hand everything to one C++ function: inside a model that measures they are
-told that this fast path is off.
+With need_weights=False it calls scaled_dot_product_attention, which has an interceptor of its own. With
+need_weights=True it multiplies by hand. Such a call keeps its own arithmetic. Its description comes from a second run
+without weights, which stops at the arguments of scaled_dot_product_attention: PyTorch's own code has projected, added
+biases and merged masks by then. In inference, `nn.MultiheadAttention`, `nn.TransformerEncoderLayer` and
+`nn.TransformerEncoder` may call one C++ function for everything. Inside a model that measures they are told that this
+fast path is off.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn import functional
 from ...tracing import traced, transformed
 from .. import observer
 from ..call import AttentionCall, Unmeasurable
-from ..compiled import operators
+from ..compiled import tracer
 from ..patches import Patch
 from . import sdpa
 
@@ -33,7 +33,7 @@ _NEED_WEIGHTS, _IS_CAUSAL = 15, 24  # places among the arguments of multi_head_a
 
 
 def install() -> list[Patch]:
-    """Put both interceptors in place until the patches are released."""
+    """Replace both functions until the patches are released."""
     return [
         *Patch.everywhere(functional, FORWARD, _forward_interceptor, ()),
         *Patch.everywhere(torch.backends.mha, FAST_PATH, _fast_path_interceptor, ()),
@@ -44,10 +44,10 @@ def _fast_path_interceptor(original: Callable[[], bool]) -> Callable[[], bool]:
     @functools.wraps(original)
     def get_fastpath_enabled() -> bool:
         if transformed():
-            # A backward would not have let it be taken.
+            # With gradients enabled, PyTorch does not take the fast path.
             slowed = original() and not torch.is_grad_enabled()
             if traced():
-                return original() and operators.running(slowed=slowed)[0] is None
+                return original() and tracer.find_layer(slowed=slowed)[0] is None
             if slowed:
                 observer.list_transformed()
             return original()
@@ -55,18 +55,18 @@ def _fast_path_interceptor(original: Callable[[], bool]) -> Callable[[], bool]:
             return original()
         if observer.thread.receiver is not None:
             return False
-        owner = observer.measurer()
+        owner = observer.measuring_owner()
         if owner is None:
             return True
-        if not torch.is_grad_enabled():  # else it would not have been taken
-            owner.instrumentation.slowed.add(owner.layer)
+        if not torch.is_grad_enabled():  # with gradients, PyTorch does not take the fast path
+            owner.observer.note_slowed(owner.layer)
         return False
 
     return get_fastpath_enabled
 
 
 def _forward_interceptor(original: Callable[..., Any]) -> Callable[..., Any]:
-    # Dynamo keeps this function as one call, and looks into a copy of it.
+    # Dynamo puts this function into a graph without tracing it. It traces a copy.
     opened = FunctionType(original.__code__, original.__globals__, original.__name__, original.__defaults__)
     opened.__kwdefaults__ = original.__kwdefaults__
     described = functools.partial(_described, original)
@@ -74,7 +74,7 @@ def _forward_interceptor(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
         if transformed():
-            if traced() and operators.running()[0] is not None:
+            if traced() and tracer.find_layer()[0] is not None:
                 return opened(*args, **kwargs)
             observer.list_transformed()
             return original(*args, **kwargs)
@@ -89,7 +89,7 @@ def _forward_interceptor(original: Callable[..., Any]) -> Callable[..., Any]:
     return multi_head_attention_forward
 
 
-def _weights_wanted(args: tuple, kwargs: dict[str, Any]) -> bool:
+def _weights_wanted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return args[_NEED_WEIGHTS] if len(args) > _NEED_WEIGHTS else kwargs.get("need_weights", True)
 
 
@@ -97,7 +97,7 @@ def _weights_wanted(args: tuple, kwargs: dict[str, Any]) -> bool:
 def receiving(
     receiver: Callable[..., Any], probe: Callable[[AttentionCall], None] | None = None
 ) -> Iterator[None]:
-    """Hand this thread's attention inside to these two; see `observer.thread`."""
+    """Hand this thread's attention inside to these two, as `observer.thread` says."""
     thread = observer.thread
     before = thread.receiver, thread.probe
     thread.receiver, thread.probe = receiver, probe
@@ -108,14 +108,14 @@ def receiving(
 
 
 class _Reached(BaseException):
-    """Ends a call of multi_head_attention_forward at its attention. No handler of errors may take it."""
+    """Stops a call of multi_head_attention_forward at its attention. No handler of errors may catch it."""
 
 
 @torch.no_grad()
 def _described(original: Callable[..., Any], *given: Any, **kwargs: Any) -> AttentionCall:
-    """The attention of a call of `multi_head_attention_forward`, which is not computed."""
+    """The description of the attention in a call of `multi_head_attention_forward`, which is not computed."""
     args = list(given)
-    # With weights the mask alone decides; without them is_causal may take the place of the mask.
+    # With weights, the mask alone decides. Without them, is_causal may take the place of the mask.
     for place, name in ((_NEED_WEIGHTS, "need_weights"), (_IS_CAUSAL, "is_causal")):
         if len(args) > place:
             args[place] = False
@@ -127,7 +127,7 @@ def _described(original: Callable[..., Any], *given: Any, **kwargs: Any) -> Atte
         found.append(sdpa.call_of(None, *call, **options))
         raise _Reached
 
-    # A weight that is cast in here must not be handed, without its history, to the call itself.
+    # Autocast keeps a weight that it casts, here without its history. The call itself must not be given that copy.
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -1,8 +1,8 @@
-"""The first interceptor: every call of `torch.nn.functional.scaled_dot_product_attention`.
+"""Catches every call of `torch.nn.functional.scaled_dot_product_attention`.
 
-`nn.MultiheadAttention` with need_weights=False and Hugging Face's "sdpa" come this way too. The function
-is replaced for the whole process while something is instrumented; calls that do not come from an
-instrumented, measuring model go to the original after one branch.
+`nn.MultiheadAttention` with need_weights=False and "sdpa" of transformers call it too. The function is replaced for
+the whole process while something is instrumented. A call outside of a model that measures goes to the original after
+one branch.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from torch.nn import functional
 from ...tracing import traced, transformed
 from .. import observer, sharded
 from ..call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
-from ..compiled import operators
+from ..compiled import layers, operators, tracer
 from ..patches import Patch
 
 NAME = "scaled_dot_product_attention"
+UNDER_A_MASK = "under a mask, a probe beside PyTorch's kernel is cheaper"
 CONTEXT_PARALLEL = "torch.distributed.tensor.experimental."
 
 
 def install(modules: Iterable[nn.Module] = ()) -> list[Patch]:
-    """Put the interceptor in place, also where files of these modules imported the function, until it is released."""
+    """Replace the function, also where files of these modules imported it, until the patches are released."""
     return Patch.everywhere(functional, NAME, _interceptor, modules)
 
 
 def _interceptor(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    # PyTorch's context parallel puts a function of its own here, which exchanges keys with other processes.
+    # Context parallelism of PyTorch puts a function here that exchanges keys with other processes.
     describe = _of_a_ring if getattr(original, "__module__", "").startswith(CONTEXT_PARALLEL) else call_of
 
     def described(*args: Any, **kwargs: Any) -> AttentionCall:
@@ -73,8 +74,8 @@ def _beside(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> None:
-    """Leave the operator in the graph; traced."""
-    layer, heads = operators.running(query, key, value, attn_mask, numbers=(scale,))
+    """Leave the operator in the graph. To be traced."""
+    layer, heads = tracer.find_layer(query, key, value, attn_mask, numbers=(scale,))
     if layer is not None:
         query, key, value = operators.inputs(query, key, value)
         mask = operators.detached(attn_mask)
@@ -93,13 +94,13 @@ def _measure(
     heads: list[int] | None,
 ) -> None:
     """What the operator does when its graph runs."""
-    owner = operators.owner_of(layer)
+    owner = layers.owner_of(layer)
     if owner is not None:
         known = None if heads is None else observer.Heads(owner, *heads)
-        build = functools.partial(
+        describe = functools.partial(
             call_of, known, query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa
         )
-        operators.measure(owner, build)
+        operators.measure(owner, describe)
 
 
 _operator = operators.operator(
@@ -121,14 +122,19 @@ def call_of(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> AttentionCall:
-    """SDPA's arguments as one call; `heads` is what the Hugging Face interceptor knows of them, if it was there."""
+    """The description of one call, from its arguments. heads: of a call that transformers makes, None for any other.
+
+    Raises Unmeasurable for tensors that cannot be measured.
+    """
     not_fused = why_not_fused(dropout_p, attn_mask)
     if heads is None and type(query) is not Tensor and sharded.is_sharded(query):
         query, key, value, attn_mask = sharded.local(query, key, value, attn_mask)
         not_fused = sharded.NOT_FUSED
     require_plain(query=query, key=key, value=value, attn_mask=attn_mask)
     if attn_mask is not None and is_causal:
-        not_fused = "both attn_mask and is_causal"  # some versions raise for it, and must come to do so
+        not_fused = (
+            "both attn_mask and is_causal"  # some versions of torch raise for it, and have to be called
+        )
     if attn_mask is not None:
         with torch.no_grad():
             attn_mask = hide(attn_mask.detach(), query.dtype)
@@ -140,7 +146,6 @@ def call_of(
             raise Unmeasurable("query and key have different heads without enable_gqa")
         most = max(query.shape[1], key.shape[1])
         query, key, value = (x.expand(-1, most, -1, -1) for x in (query, key, value))
-
     return AttentionCall(
         query=query,
         key=key,
@@ -153,47 +158,49 @@ def call_of(
         interceptor=NAME if heads is None else "transformers sdpa",
         from_output=lambda out: out if len(shape) == 3 else out.reshape(*shape, out.shape[-1]),
         not_fused=not_fused,
-        # A user mask costs our kernels two to three times what it costs SDPA, more than a probe beside it.
-        prefer_fused=attn_mask is None,
+        # A mask slows our kernels by more than a probe beside PyTorch's costs.
+        probe_preferred=None if attn_mask is None else UNDER_A_MASK,
     )
 
 
 def _four_dimensional(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
-    """(B, H, rows, C) tensors, a mask that broadcasts to them, and the output's shape less its last size.
+    """(B, H, rows, C) tensors, a mask that broadcasts to them, and the output's shape without its last size.
 
-    SDPA takes any number of leading sizes and broadcasts them; (M, D) and (B, M, D) have one head.
+    scaled_dot_product_attention takes any number of leading sizes and broadcasts them. (M, D) and (B, M, D) have one
+    head.
     """
-    tensors = (query, key, value)
     dims = query.dim()
     if dims == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]:
-        # What models do; the rest below costs the host ten times more.
-        return *tensors, attn_mask, (query.shape[0], max(x.shape[1] for x in tensors), query.shape[2])
+        # Nearly every model's shapes. The general case below costs the host ten times more.
+        shape = query.shape[0], max(query.shape[1], key.shape[1], value.shape[1]), query.shape[2]
+        return query, key, value, attn_mask, shape
+    tensors = [query, key, value]
     if dims < 2 or key.dim() != dims or value.dim() != dims:
         raise Unmeasurable(f"query, key and value have {[x.dim() for x in tensors]} dimensions")
     if dims < 4:
-        tensors = tuple(x[None, None] if dims == 2 else x[:, None] for x in tensors)
+        tensors = [x[None, None] if dims == 2 else x[:, None] for x in tensors]
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask[:, None]
     batch = torch.broadcast_shapes(*(x.shape[:-3] for x in tensors))
     heads = max(x.shape[-3] for x in tensors)
-    shape = (*batch, heads, query.shape[-2])
+    sizes: tuple[int, ...] = (*batch, heads, query.shape[-2])
     if dims < 4:
-        shape = (*batch[: dims - 2], query.shape[-2])
+        sizes = (*batch[: dims - 2], query.shape[-2])
     if attn_mask is not None and attn_mask.dim() > 3 and len(batch) > 1:
         attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, len(batch) - 1)
     query, key, value = (x.expand(*batch, *x.shape[-3:]).flatten(0, len(batch) - 1) for x in tensors)
-    return query, key, value, attn_mask, shape
+    return query, key, value, attn_mask, sizes
 
 
 def _ungroup(
     heads: observer.Heads, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Undo what transformers does to grouped-query heads, so that every query head stays itself.
+    """Undo what transformers does to grouped-query heads, so that each query head is measured by itself.
 
-    It either repeats the key heads, or, for one query token, packs the query heads of a group into
-    query rows, which here would make one measured head of a whole group.
+    transformers repeats the key heads, or packs the query heads of a group into the rows of one head if there is one
+    query token.
     """
     group = heads.query // heads.key
     if query.shape[1] != heads.query:

@@ -1,9 +1,8 @@
-"""The fourth interceptor: attention written by hand, caught at its softmax.
+"""Catches attention that is written by hand, at its softmax.
 
-The scores are there already, so the statistics are taken from them: of a softmax over the last dimension of
-(B, H, M, N) or (B * H, M, N) scores inside a module whose class is named like attention, or of scores in
-blocks of queries, (B, H, blocks, M, N) or (B, blocks, H, M, N). Its queries and keys are never seen, so
-norms and curvature stay unknown.
+The statistics are taken from the scores, which the model has computed. Measured is a softmax over the last dimension
+inside a module whose class is named like attention: over scores (B, H, M, N) or (B * H, M, N), or in blocks of queries,
+(B, H, blocks, M, N) or (B, blocks, H, M, N). Its queries and keys are not known, and neither are norms and curvature.
 """
 
 from __future__ import annotations
@@ -16,20 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ... import compat
 from ...reference import attention as reference
 from ...reference import masks
 from ...tracing import traced, transformed
 from .. import observer
 from ..call import COMPILED, Unmeasurable
-from ..compiled import operators
+from ..compiled import layers, operators, tracer
 from ..coverage import is_attention
 from ..measurement import Measurement
 from ..patches import Patch
 from ..scores import NEVER_A_SCORE, given
 
 INTERCEPTOR = "softmax"
-# What models write for "hidden" beside NEVER_A_SCORE and below: -1e4, or fp16's smallest number in wider
-# scores, which are told from scores only where those are ordinary.
+# Some models hide a key with -1e4, or with fp16's smallest number in wider scores. Such a number counts as hidden only
+# beside scores that are ordinary.
 LOW, ORDINARY = -9e3, 3e3
 _HEADS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "nhead", "heads", "num_attn_heads")
 _HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "d_k", "d_head", "dim_head")
@@ -37,11 +37,11 @@ _WIDTH = ("embed_dim", "hidden_size", "d_model", "n_embd", "all_head_size", "inn
 
 
 def install(modules: Iterable[nn.Module]) -> list[Patch]:
-    """Put the interceptor in place at the three names of softmax, and where files of these modules imported one."""
+    """Replace softmax under its three names, and where files of these modules imported one."""
     modules = list(modules)
     places = [functional, torch, torch.Tensor]
-    # A function is pickled by its name, which must lead to it. Where a module holds F.softmax, the name is left
-    # alone: the function calls the method, which is caught all the same.
+    # A function is pickled by its name, which must lead to it. If a module holds F.softmax, that name is left alone:
+    # the function calls the method of the tensor, which is caught.
     if any(value is functional.softmax for module in modules for value in vars(module).values()):
         places.remove(functional)
     return [patch for place in places for patch in Patch.everywhere(place, "softmax", _interceptor, modules)]
@@ -56,15 +56,15 @@ def _interceptor(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             else:
                 observer.list_transformed(_owner, *args, **kwargs)
             return original(*args, **kwargs)
-        # As in `observer.run`: steps that are not measured pay for this branch.
-        owner = observer.measurer(_owner, *args, **kwargs) if observer.measuring else None
+        # As in `observer.run`: a step that is not measured pays for this branch alone.
+        owner = observer.measuring_owner(_owner, *args, **kwargs) if observer.active else None
         if owner is None:
             return original(*args, **kwargs)
-        observer.thread.suspended = True  # one name calls the other
+        observer.thread.suspended = True  # one name of softmax calls another
         try:
             result = original(*args, **kwargs)
-            # A checkpoint's second forward runs inside a backward, and is no new call.
-            if torch._C._current_graph_task_id() == -1:
+            # Inside a backward it is the second forward of a checkpoint.
+            if compat.running_backward() == -1:
                 _observe(owner, *args, **kwargs)
         finally:
             observer.thread.suspended = False
@@ -74,26 +74,26 @@ def _interceptor(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _beside(input: Any = None, dim: Any = None, *_: Any, **__: Any) -> None:
-    """Leave the operator in the graph; traced."""
+    """Leave the operator in the graph. To be traced."""
     if _may_be_attention(input, dim):
-        layer, _heads = operators.running(input, attention_only=True)
+        layer, _heads = tracer.find_layer(input, attention_only=True)
         if layer is not None:
             _operator(layer, input.detach())
 
 
 def _measure(layer: Tensor, scores: Tensor) -> None:
     """What the operator does when its graph runs."""
-    owner = operators.owner_of(layer)
+    owner = layers.owner_of(layer)
     if owner is not None:
         measured = functools.partial(_measured, owner.layer, owner.module, scores)
-        owner.instrumentation.observe(owner.layer, INTERCEPTOR, measured, COMPILED)
+        owner.observer.observe(owner.layer, INTERCEPTOR, measured, COMPILED)
 
 
 _operator = operators.operator("observe_softmax", "Tensor scores", _measure)
 
 
 def _may_be_attention(input: Any, dim: Any) -> bool:
-    """Whether it is over the last dimension of what may be scores."""
+    """Whether the softmax is over the last dimension of a tensor that may hold scores."""
     if not isinstance(input, Tensor) or input.dim() < 3 or not input.is_floating_point():
         return False
     return dim in (-1, input.dim() - 1)
@@ -108,7 +108,7 @@ def _owner(input: Any = None, dim: Any = None, *_: Any, **__: Any) -> observer.O
 
 def _observe(owner: observer.Owner, input: Tensor, *_: Any, **__: Any) -> None:
     measured = functools.partial(_measured, owner.layer, owner.module, input.detach())
-    owner.instrumentation.observe(owner.layer, INTERCEPTOR, measured)
+    owner.observer.observe(owner.layer, INTERCEPTOR, measured)
 
 
 @torch.no_grad()
@@ -135,19 +135,19 @@ def _measured(layer: str, module: nn.Module, scores: Tensor) -> Measurement:
 
 
 def _with_visible(scores: Tensor, ordinary: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores of some rows, fp32 or fp64, and which of them are those of visible keys.
+    """(scores of some rows, fp32 or fp64; which of them belong to visible keys).
 
     ordinary: boolean (B, H, 1, 1), whether all scores of the head above LOW are small.
     """
     extreme = max(NEVER_A_SCORE, torch.finfo(scores.dtype).min / 2)
     scores = scores.to(reference.compute_dtype(scores))
-    # A row all of whose scores are low has run away, and so has a head with large ones beside them.
+    # A row with low scores alone has run away, and so has a head with large scores beside the low ones.
     masked = (ordinary & (scores.amax(3, keepdim=True) > LOW)) & (scores < LOW)
     return scores, ~((scores < extreme) | masked)  # NaN is visible
 
 
 def _number(module: nn.Module, names: tuple[str, ...]) -> int | None:
-    """The first of these attributes, of the module or of its config, that is a number."""
+    """The first of these attributes, of the module or of its config, that is a positive int."""
     for place in (module, getattr(module, "config", None)):
         for name in names:
             number = getattr(place, name, None)
@@ -157,6 +157,7 @@ def _number(module: nn.Module, names: tuple[str, ...]) -> int | None:
 
 
 def _head_dim(module: nn.Module, heads: int) -> int:
+    """D of the module, 1 where neither it nor its config tells."""
     width = _number(module, _WIDTH)
     return _number(module, _HEAD_DIM) or (1 if width is None or width % heads else width // heads)
 

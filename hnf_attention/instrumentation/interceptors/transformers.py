@@ -1,18 +1,15 @@
-"""The second interceptor: attention functions of Hugging Face transformers.
+"""Catches the attention functions of Hugging Face transformers.
 
-A model looks its attention function up under the name in `config._attn_implementation`, and uses that
-same name to choose how masks are built (AttentionMaskInterface), and, in many model files, to choose
-code (sparse indexers, cache tricks, `output_attentions`) by comparing it with "sdpa" or "eager". A
-function registered under a name of its own would lose padding and sliding windows, silently change
-the second, and on models that do not support `set_attn_implementation` only cause a warning. So no
-name is changed here: what lies *behind* the names is replaced.
+A model looks its attention function up under the name in `config._attn_implementation`. By that name it also chooses
+how masks are built (AttentionMaskInterface), and many model files choose code by comparing it with "sdpa" or "eager"
+(sparse indexers, cache tricks, `output_attentions`). A function under a name of its own would lose padding and sliding
+windows, and change that code silently. So every name stays, and the functions *behind* the names are replaced.
 
-- "sdpa": the entry of AttentionInterface. It announces the module and its heads, and the call that
-  it makes to scaled_dot_product_attention is measured there, with the very mask and options that the
-  library of whatever version derives from its keywords.
-- "flex_attention": likewise the entry, described from its keywords, of which it makes its score_mod.
-- "eager": the function of the model's own file, a global of that file. It is described from its
-  keywords, and the description is checked once per layer against what the function computes.
+- "sdpa": the entry of AttentionInterface. It announces the module and its heads. Its call of
+  scaled_dot_product_attention is measured there, with the mask and options that this version of transformers makes.
+- "flex_attention": likewise the entry, described from its keywords, from which transformers makes a score_mod.
+- "eager": the function of the model's own file, a global of that file. It is described from its keywords. Once per
+  layer, the description is compared with what the function computes.
 """
 
 from __future__ import annotations
@@ -20,10 +17,8 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -31,22 +26,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from ...engine import api
+from ... import compat
 from ...tracing import traced, transformed
 from .. import observer
 from ..call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
 from ..compiled import flex as flex_compiled
-from ..compiled import operators
-from ..patches import Patch, methods
-from .flex_call import described
+from ..compiled import layers, operators, tracer
+from ..equivalence import check_equivalence
+from ..flex_call import described
+from ..patches import Patch, methods, of_item
 
 EAGER = "eager_attention_forward"  # or a name that ends so
 FLEX_INTERCEPTOR = "transformers flex_attention"
-CHECKED_ROWS = 64
+EAGER_STAYS = 'mode="auto" leaves eager attention as it is'
 
 
 def install(modules: Iterable[nn.Module]) -> list[Patch]:
-    """Put the interceptor in place, for "sdpa" everywhere and for "eager" in the files of these modules."""
+    """Replace the entries of AttentionInterface, and eager functions in the files of these modules, until released."""
     from transformers import AttentionInterface
 
     patches = [
@@ -61,10 +57,8 @@ def install(modules: Iterable[nn.Module]) -> list[Patch]:
             _flex_interceptor,
         ),
     ]
-    for place, name in _eager_functions({type(module) for module in modules}):
-        read = functools.partial(operator.getitem, place, name)
-        write = functools.partial(operator.setitem, place, name)
-        patches.append(Patch.acquire(read, write, _eager_interceptor))
+    for namespace, name in _eager_functions({type(module) for module in modules}):
+        patches.append(Patch.acquire(*of_item(namespace, name), _eager_interceptor))
     return patches
 
 
@@ -78,12 +72,12 @@ def _eager_functions(classes: set[type]) -> list[tuple[dict[str, Any], str]]:
     return list(found.values())
 
 
-def _argument(args: tuple, kwargs: dict[str, Any], index: int, name: str) -> Any:
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: str) -> Any:
     return args[index] if len(args) > index else kwargs[name]
 
 
-def _heads(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
-    """Of queries and keys."""
+def _heads(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """How many heads queries and keys have."""
     return _argument(args, kwargs, 1, "query").shape[1], _argument(args, kwargs, 2, "key").shape[1]
 
 
@@ -96,9 +90,9 @@ def _sdpa_interceptor(original: Callable[..., Any]) -> Callable[..., Any]:
     def sdpa_attention_forward(*args: Any, **kwargs: Any) -> Any:
         if transformed():
             if traced():
-                return operators.announced(_heads(args, kwargs), original, args, kwargs)
+                return tracer.announced(_heads(args, kwargs), original, args, kwargs)
             return original(*args, **kwargs)
-        owner = observer.measurer(_owner, *args, **kwargs)
+        owner = observer.measuring_owner(_owner, *args, **kwargs)
         if owner is None:
             return original(*args, **kwargs)
         thread = observer.thread
@@ -122,7 +116,7 @@ def _eager_interceptor(original: Callable[..., Any]) -> Callable[..., Any]:
         if transformed():
             if traced():
                 _beside_eager(label, names, dict(zip(names, args)) | kwargs)
-                return operators.announced(None, original, args, kwargs)
+                return tracer.announced(None, original, args, kwargs)
             observer.list_transformed(_owner, *args, **kwargs)
             return original(*args, **kwargs)
         return observer.run(original, args, kwargs, describe, _owner)
@@ -131,12 +125,12 @@ def _eager_interceptor(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _beside_eager(label: str, names: tuple[str, ...], given: dict[str, Any]) -> None:
-    """Leave the operator in the graph; traced. names: the function's parameters."""
+    """Leave the operator in the graph. To be traced. names: the function's parameters."""
     query, key, value, mask = (given.get(name) for name in names[1:5])
     bias, sinks = given.get("position_bias"), given.get("s_aux")
     numbers = given.get("scaling"), given.get("softcap")
-    layer, _ = operators.running(query, key, value, mask, bias, sinks, numbers=numbers)
-    if layer is not None:
+    layer, _ = tracer.find_layer(query, key, value, mask, bias, sinks, numbers=numbers)
+    if layer is not None and query is not None and key is not None and value is not None:
         query, key, value = operators.inputs(query, key, value)
         mask, bias, sinks = operators.detached(mask), operators.detached(bias), operators.detached(sinks)
         masked = given.get("head_mask") is not None
@@ -157,13 +151,13 @@ def _measure(
     label: str,
 ) -> None:
     """What the operator does when its graph runs."""
-    owner = operators.owner_of(layer)
+    owner = layers.owner_of(layer)
     if owner is None:
         return
     original = _functions[label]
     parameters = inspect.signature(original).parameters
-    options = {"position_bias": bias, "s_aux": sinks, "scaling": scaling, "softcap": softcap}
-    options = {name: value for name, value in options.items() if value is not None}
+    given = {"position_bias": bias, "s_aux": sinks, "scaling": scaling, "softcap": softcap}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if "dropout" in parameters:
         options["dropout"] = 0.0
     if head_mask:
@@ -190,7 +184,8 @@ def _bound_call(
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             options |= options.pop(parameter.name, {})
-    return _eager_call(original, signature.parameters, *bound.args[:5], options)
+    module, query, key, value, mask = bound.args[:5]
+    return _eager_call(original, signature.parameters, module, query, key, value, mask, options)
 
 
 def _eager_call(
@@ -205,9 +200,9 @@ def _eager_call(
 ) -> AttentionCall:
     """What an eager attention function computes, from its arguments; options: those after the first five.
 
-    Every one of them has (module, query, key, value, attention_mask, scaling, dropout, **ignored), adds
-    the mask to the scores, and `position_bias` and `softcap` where it declares them. It never applies
-    `is_causal` or `sliding_window`: the mask carries both.
+    Every such function takes (module, query, key, value, attention_mask, scaling, dropout, **ignored) and adds the mask
+    to the scores. It applies `position_bias` and `softcap` if they are among its parameters. It ignores `is_causal` and
+    `sliding_window`: the mask carries both.
     """
     bias, softcap = (options.get(x) if x in parameters else None for x in ("position_bias", "softcap"))
     require_plain(query=query, key=key, value=value, attention_mask=mask, position_bias=bias)
@@ -228,8 +223,8 @@ def _eager_call(
         interceptor="transformers eager",
         from_output=lambda out: (out.transpose(1, 2).contiguous(), None),
         not_fused=not_fused,
-        prefer_fused=False,
-        check=functools.partial(_same_function, original, module, mask, options),
+        probe_preferred=EAGER_STAYS,
+        check=functools.partial(check_equivalence, original, module, mask, options),
     )
 
 
@@ -238,7 +233,7 @@ def _flex_interceptor(original: Callable[..., Any]) -> Callable[..., Any]:
     def flex_attention_forward(*args: Any, **kwargs: Any) -> Any:
         if transformed():
             if traced():
-                result = operators.announced(None, original, args, kwargs)
+                result = tracer.announced(None, original, args, kwargs)
                 _beside_flex(*args, **kwargs)
                 return result
             observer.list_transformed(_owner, *args, **kwargs)
@@ -260,7 +255,7 @@ def _beside_flex(
     *_: Any,
     **__: Any,
 ) -> None:
-    """Leave the operator in the graph; traced. What is added to the scores is in the score_mod that was traced."""
+    """Leave the operator in the graph. To be traced. The traced score_mod holds all that is added to scores."""
     block_mask = attention_mask if isinstance(attention_mask, BlockMask) else None
     flex_compiled.beside(FLEX_INTERCEPTOR, query, key, value, block_mask, scaling, s_aux)
 
@@ -279,22 +274,33 @@ def _flex_call(
     head_mask: Tensor | None = None,  # of transformers 4
     **_: Any,
 ) -> AttentionCall:
-    """What transformers' flex_attention computes: the soft-cap first, then the mask and the bias are added."""
+    """What transformers' flex_attention computes: the soft-cap comes first, then the mask and the bias are added."""
     if head_mask is not None:
         raise Unmeasurable("a head_mask was given")
-    mask, block_mask = attention_mask, None
-    if isinstance(mask, BlockMask):
-        mask, block_mask = None, mask
+    mask = block_mask = None
+    if isinstance(attention_mask, BlockMask):
+        block_mask = attention_mask
+    else:
+        mask = attention_mask
     require_plain(query=query, key=key, attention_mask=mask, position_bias=position_bias)
     if mask is not None:
-        mask = mask[:, :1].to(query.dtype)  # one head's, and added even where it is boolean
-    mask = _combined(mask, position_bias, query, key)
-    options = {"scale": scaling, "sinks": s_aux, "softcap": softcap, "attn_mask": mask}
-    return described(FLEX_INTERCEPTOR, query, key, value, None, block_mask, compiled=True, **options)
+        mask = mask[:, :1].to(query.dtype)  # of one head; a boolean one is added too
+    return described(
+        FLEX_INTERCEPTOR,
+        query,
+        key,
+        value,
+        block_mask=block_mask,
+        compiled=True,
+        scale=scaling,
+        sinks=s_aux,
+        attn_mask=_combined(mask, position_bias, query, key),
+        softcap=softcap,
+    )
 
 
 def _dropout(module: nn.Module, options: dict[str, Any]) -> float:
-    """The probability in force; a function that is not told it may take it from the module."""
+    """The dropout probability in force. A function without such an option may take it from the module."""
     if not module.training:
         return 0.0
     own = (child.p for child in module.modules() if isinstance(child, nn.Dropout))
@@ -303,80 +309,13 @@ def _dropout(module: nn.Module, options: dict[str, Any]) -> float:
 
 @torch.no_grad()
 def _combined(mask: Tensor | None, bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """One additive mask from both; a mask for a longer cache is cut to the keys there are."""
+    """One additive mask from both. A mask that was made for a longer cache is cut to the keys there are."""
     masks = [hide(x.detach()[..., : key.shape[2]], query.dtype) for x in (mask, bias) if x is not None]
     return functools.reduce(operator.add, masks) if masks else None
 
 
 def _weights_wanted(module: nn.Module, options: dict[str, Any]) -> bool:
-    """Whether the caller of the model asked for attention weights, which fused attention has not."""
+    """Whether the model's caller may want attention weights, which our attention does not compute."""
     config = getattr(module, "config", None)
-    if options.get("output_attentions") or getattr(config, "output_attentions", False):
-        return True
-    capturing = sys.modules.get("transformers.utils.output_capturing")
-    collector = getattr(capturing, "_active_collector", None)
-    if collector is None:  # transformers 4 does not tell its attention functions
-        return True
-    return any("attentions" in kind for kind in collector.get() or ())
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Without the dropout of the module itself, which would also draw from the model's random numbers."""
-    modes = {child: child.training for child in module.modules()}
-    try:
-        for child in modes:
-            child.training = False
-        yield
-    finally:
-        for child, training in modes.items():
-            child.training = training
-
-
-@torch.no_grad()
-def _same_function(
-    original: Callable[..., Any],
-    module: nn.Module,
-    mask: Tensor | None,
-    options: dict[str, Any],
-    call: AttentionCall,
-) -> bool:
-    """Compare what `original` computes with what `call` says, on the last rows of the first sequence.
-
-    In double precision, so that no rounding is mistaken for a difference. True when they agree, False
-    when there is nothing finite to compare; raises Unmeasurable when they differ.
-    """
-    wide = torch.float32 if call.query.device.type == "mps" else torch.float64
-
-    def part(x: Tensor | None, of_rows: bool = True) -> Tensor | None:
-        if x is None:
-            return None
-        x = x[:1, :, -CHECKED_ROWS:] if of_rows and x.shape[2] > 1 else x[:1]
-        return x.to(wide) if x.is_floating_point() else x
-
-    query, key, value = part(call.query), part(call.key, False), part(call.value, False)
-    options = dict(options)
-    if "dropout" in options:
-        options["dropout"] = 0.0
-    if "position_bias" in options:
-        options["position_bias"] = part(options["position_bias"])
-    with torch.autocast(query.device.type, enabled=False), _evaluating(module):
-        theirs = original(module, query, key, value, part(mask), **options)[0].transpose(1, 2)
-        ours, stats = api.attention(
-            query, key, value, **call.keywords() | {"attn_mask": part(call.attn_mask)}
-        )
-    occupied = stats.lse != -torch.inf
-    if not occupied.any():
-        return False
-    difference = (theirs - ours).abs().amax(-1)[occupied].max()
-    # A softmax in single precision moves a weight by its score's rounding.
-    scores = torch.maximum(stats.max_logit.abs(), stats.min_logit.abs())[occupied].max()
-    tolerance = 1e-5 * value.abs().max() * (1 + scores)
-    if not (difference - tolerance).isfinite():
-        return False
-    if difference > tolerance:
-        raise Unmeasurable(
-            f"its eager attention function computes something else (outputs differ by {difference:.1e})",
-            lasting=True,
-        )
-    return True
+    asked = options.get("output_attentions") or getattr(config, "output_attentions", False)
+    return bool(asked) or compat.collects_attention_weights()

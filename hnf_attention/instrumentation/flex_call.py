@@ -1,27 +1,28 @@
-"""What a call of flex_attention computes, as one call of `hnf_attention.attention`.
+"""A call of flex_attention as one call of `hnf_attention.attention`.
 
-Scores are changed and hidden by functions of (batch, head, query, key), which PyTorch's own `create_mask`
-evaluates at every place: the keys that a BlockMask leaves once, into a boolean mask of up to MASK_ELEMENTS
-bytes, or else, as scores under a score_mod are, chunk by chunk of the rows.
+Functions of (batch, head, query, key) change and hide its scores. PyTorch's own `create_mask` evaluates them at every
+place. The keys that a BlockMask leaves visible become a boolean mask of up to MASK_ELEMENTS bytes. A larger mask, and
+scores that a score_mod changes, are evaluated chunk by chunk of the rows.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from ...reference import masks
-from ..call import AttentionCall, Unmeasurable, require_plain
-from ..scores import NEVER_A_SCORE
+from ..reference import masks
+from .call import AttentionCall, Unmeasurable, require_plain
+from .scores import NEVER_A_SCORE
 
 NOT_FUSED = "flex_attention keeps its own output"
 MASK_ELEMENTS = 1 << 28
 
-Mod = Callable[..., Tensor]  # (batch, head, query, key), after a score if it is a score_mod
+Mod = Callable[..., Tensor]  # of (batch, head, query, key), after a score if it is a score_mod
 
 
 @torch.no_grad()
@@ -39,13 +40,13 @@ def described(
     attn_mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> AttentionCall:
-    """One call of these; the last three are what transformers' function adds to the scores by itself.
+    """The description of one call. The last three are what transformers' function adds to the scores by itself.
 
-    compiled: whether compiled kernels run it, which skip the blocks that a BlockMask leaves out; the unfused
+    compiled: whether compiled kernels run the call. They skip the blocks that a BlockMask leaves out; the unfused
         implementation asks its mask_mod everywhere. The two differ where the blocks were not made from it.
     """
     require_plain(query=query, key=key, value=value)
-    if key.shape[0] == 1:  # as paged keys are, which all sequences share
+    if key.shape[0] == 1:  # all sequences share the keys, as with paged keys
         key, value = (x.expand(query.shape[0], -1, -1, -1) for x in (key, value))
     call = AttentionCall(
         query=query,
@@ -59,7 +60,7 @@ def described(
         interceptor=interceptor,
         from_output=lambda out: out,  # never asked for
         not_fused=NOT_FUSED,
-        prefer_fused=False,
+        probe_preferred=NOT_FUSED,
     )
     _add_mods(call, score_mod, block_mask, compiled)
     return call
@@ -70,35 +71,41 @@ def _add_mods(
 ) -> None:
     if block_mask is not None and len(block_mask.shape) != 4:
         raise Unmeasurable(f"its block_mask has {len(block_mask.shape)} dimensions, not 4")
-    visible = None if block_mask is None else _visible(block_mask, compiled)
-    shape = () if block_mask is None else (*block_mask.shape[:2], call.query.shape[2], call.key.shape[2])
-    if score_mod is None and visible is None:
+    if block_mask is None:
+        if score_mod is not None:
+            _modify_scores(call, score_mod, None)
         return
+    visible = _visible(block_mask, compiled)
+    shape = (*block_mask.shape[:2], call.query.shape[2], call.key.shape[2])
     if score_mod is None and call.attn_mask is None and torch.Size(shape).numel() <= MASK_ELEMENTS:
         call.attn_mask = _boolean(visible, shape, call.query.device)
-    elif call.sinks is not None:
+    else:
+        _modify_scores(call, score_mod, visible)
+
+
+def _modify_scores(call: AttentionCall, score_mod: Mod | None, visible: Mod | None) -> None:
+    if call.sinks is not None:
         raise Unmeasurable(
             "its learned sinks come with a function over its scores, or with a block_mask too large to be written out"
         )
-    else:
-        call.modify = functools.partial(_modify, score_mod, visible)
+    call.modify = functools.partial(_modify, score_mod, visible)
 
 
 def _visible(block_mask: flex.BlockMask, compiled: bool) -> Mod:
-    """Where a query sees a key: a mask_mod."""
+    """A mask_mod that says where a query sees a key."""
     if not compiled:
         return block_mask.mask_mod
     partial = _in_blocks(block_mask, block_mask.kv_num_blocks, block_mask.kv_indices)
     visible = flex.and_masks(partial, block_mask.mask_mod)
-    if block_mask.full_kv_num_blocks is None:
+    full_count, full_index = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
+    if full_count is None or full_index is None:
         return visible
     # In full blocks the kernels do not ask mask_mod.
-    full = _in_blocks(block_mask, block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
-    return flex.or_masks(full, visible)
+    return flex.or_masks(_in_blocks(block_mask, full_count, full_index), visible)
 
 
 def _in_blocks(block_mask: flex.BlockMask, count: Tensor, index: Tensor) -> Mod:
-    """Whether a query and a key lie in one of these blocks."""
+    """A mask_mod that says whether a query and a key lie in one of these blocks."""
     height, width = block_mask.BLOCK_SIZE
     only = flex.BlockMask.from_kv_blocks(
         count, index, BLOCK_SIZE=(height, width), seq_lengths=block_mask.seq_lengths, compute_q_blocks=False
@@ -113,7 +120,7 @@ def _in_blocks(block_mask: flex.BlockMask, count: Tensor, index: Tensor) -> Mod:
 
 
 def _boolean(visible: Mod, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The mask, boolean of this shape, (B or 1, H or 1, M, N)."""
+    """The boolean mask of `visible`, of this shape, (B or 1, H or 1, M, N)."""
     batch, heads, num_queries, num_keys = shape
     mask = torch.empty(shape, dtype=torch.bool, device=device)
     for rows in masks.row_chunks(num_queries, num_keys, batch * heads):
@@ -130,8 +137,10 @@ def _boolean(visible: Mod, shape: tuple[int, ...], device: torch.device) -> Tens
 def _modify(
     score_mod: Mod | None, visible: Mod | None, scores: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`AttentionCall.modify` of these two. A score that is made very low is taken for a hidden one."""
-    evaluate = functools.partial(flex.create_mask, B=scores.shape[0], H=scores.shape[1], device=scores.device)
+    """`AttentionCall.modify` of these two. A score that is made very low counts as hidden."""
+    evaluate: Callable[..., Any] = functools.partial(
+        flex.create_mask, B=scores.shape[0], H=scores.shape[1], device=scores.device
+    )
     sizes = {"Q_LEN": scores.shape[2], "KV_LEN": scores.shape[3]}
     seen = torch.ones_like(scores, dtype=torch.bool)
     if visible is not None:

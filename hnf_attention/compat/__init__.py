@@ -1,0 +1,50 @@
+"""Every private name of torch and transformers that this project uses, one function or constant each.
+
+A private name may change in any release. Each entry therefore says what it answers, and what happens in a version
+without it. Tried with torch 2.8 to 2.13 and transformers 4.57 to 5. Importing this imports torch alone.
+`tests/test_compat.py` shows which public behaviour each entry carries.
+
+`dynamo` is imported by its own name: it holds what only torch.compile's tracer needs.
+"""
+
+from .torch import (
+    any_autocast,
+    child,
+    cudnn_backward,
+    current_level,
+    dispatch_modes,
+    flash_backward,
+    flattened,
+    functorch_transform,
+    inner_schedulers,
+    jit_trace,
+    lowered_graph,
+    module_call_code,
+    own_parameter,
+    running_backward,
+    vmap_in_operators,
+    without_dispatch_modes,
+)
+from .transformers import attention_implementation, collects_attention_weights, device_mesh
+
+__all__ = [
+    "any_autocast",
+    "attention_implementation",
+    "child",
+    "collects_attention_weights",
+    "cudnn_backward",
+    "current_level",
+    "device_mesh",
+    "dispatch_modes",
+    "flash_backward",
+    "flattened",
+    "functorch_transform",
+    "inner_schedulers",
+    "jit_trace",
+    "lowered_graph",
+    "module_call_code",
+    "own_parameter",
+    "running_backward",
+    "vmap_in_operators",
+    "without_dispatch_modes",
+]

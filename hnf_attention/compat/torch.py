@@ -1,0 +1,147 @@
+"""Private names of torch that run with the model's calls.
+
+A name that every call asks for is bound here to torch's own function, so that no Python frame lies around it.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def _find(path: str, missing: Any) -> Any:
+    """What torch has at `path`, or `missing` in a version without it."""
+    try:
+        return operator.attrgetter(path)(torch)
+    except AttributeError:
+        return missing
+
+
+functorch_transform: Callable[[], bool] = _find("_C._are_functorch_transforms_active", lambda: False)
+"""Whether a transform of torch.func (vmap, grad, ...) runs the call.
+
+Missing: False. Measuring then fails on the transform's tensors, and coverage gives that as the reason.
+"""
+
+lowered_graph: Callable[[], object | None] = _find("_guards.TracingContext.try_get", lambda: None)
+"""The graph that torch.compile lowers at this moment by running it; None outside of that.
+
+Missing: None. Calls that Dynamo kept whole are then measured with the tensors of the lowering, which have no numbers.
+"""
+
+dispatch_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack", lambda: 0)
+"""How many dispatch modes (selective checkpoints, FLOP counters, ...) see the operators of the call.
+
+Missing: 0. Dispatch modes then see the operations of a measurement as if the model ran them.
+"""
+
+jit_trace: Callable[[], object | None] = _find(
+    "_C._get_tracing_state", lambda: torch.jit.is_tracing() or None
+)
+"""The trace that torch.jit.trace records at this moment; None outside of one.
+
+Missing: torch.jit.is_tracing answers, in two Python frames more.
+"""
+
+without_dispatch_modes: Callable[[], AbstractContextManager[Any]] = _find(
+    "utils._python_dispatch._disable_current_modes", nullcontext
+)
+"""A context in which no dispatch mode sees the operators.
+
+Missing: dispatch modes see them. A selective checkpoint then fails in its backward, for operators it did not count.
+"""
+
+current_level: Callable[[], int] = functools.partial(getattr, torch.autograd.forward_ad, "_current_level", -1)
+"""The level of forward-mode differentiation that the call is in, -1 outside of it.
+
+Missing: -1. `attention()` under forward-mode differentiation then drops the tangents without an error.
+"""
+
+running_backward: Callable[[], int] = _find("_C._current_graph_task_id", lambda: -1)
+"""The number of the backward pass that makes the call, -1 outside of one.
+
+Missing: -1. The second forward of an activation checkpoint is then recorded like the first.
+"""
+
+any_autocast: Callable[[], bool] = _find("_C._is_any_autocast_enabled", lambda: True)
+"""Whether autocast is on for some device; it leaves out MPS. Ten times cheaper than the question about one device.
+
+Missing: True. Every call then asks about its own device.
+"""
+
+module_call_code: CodeType = getattr(nn.Module, "_call_impl", nn.Module.__call__).__code__
+"""The code of the function that runs a module's hooks and its forward; its frame's local `self` is the module.
+
+Missing: the code of `nn.Module.__call__`, which runs around it.
+"""
+
+cudnn_backward: Any = _find("ops.aten._scaled_dot_product_cudnn_attention_backward", None)
+"""cuDNN's backward of attention. Missing: None, and FlashAttention's is used."""
+
+flash_backward: Any = _find("ops.aten._scaled_dot_product_flash_attention_backward", None)
+"""FlashAttention's backward of attention. Missing: None, and this project's own kernel is used."""
+
+
+def vmap_in_operators() -> AbstractContextManager[Any]:
+    """A context in which vmap works inside an operator that a compiled graph runs.
+
+    Graphs of the default backend exclude the dispatch keys of vmap from their operators. Missing: they stay excluded.
+    Measuring a compiled flex_attention call with functions over its scores then fails, and coverage says so.
+    """
+    try:
+        excluded = torch._C._dispatch_tls_local_exclude_set()
+        for name in ("FuncTorchBatched", "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode"):
+            excluded -= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+        return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+    except AttributeError:
+        return nullcontext()
+
+
+def child(module: nn.Module, name: str) -> nn.Module | None:
+    """The child module of that name, None where there is none; no property of the class is run.
+
+    Missing: looked up among the named children, where a child with two names has the first one only.
+    """
+    children = getattr(module, "_modules", None)
+    return (dict(module.named_children()) if children is None else children).get(name)
+
+
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter that the module itself registered under that name; parametrisations compute theirs anew.
+
+    Missing: looked up among the named parameters, where a parameter with two names has the first one only.
+    """
+    parameters = getattr(module, "_parameters", None)
+    return (dict(module.named_parameters(recurse=False)) if parameters is None else parameters).get(name)
+
+
+def inner_schedulers(scheduler: object) -> list[Any]:
+    """The learning-rate schedulers inside a SequentialLR or ChainedScheduler, [] for any other.
+
+    Missing: []. A lasting cut of the learning rate then ends when the next scheduler inside takes over.
+    """
+    return list(getattr(scheduler, "_schedulers", ()))
+
+
+def flattened(mesh: DeviceMesh) -> DeviceMesh:
+    """The processes of all dimensions of a mesh as one dimension.
+
+    Missing: raises RuntimeError; a `ProcessGroups` made of groups needs no mesh.
+    """
+    flatten = getattr(mesh, "_flatten", None)
+    if flatten is None:
+        raise RuntimeError(
+            f"torch {torch.__version__} cannot join the dimensions {mesh.mesh_dim_names} of a device mesh: "
+            "give ProcessGroups their process group"
+        )
+    return flatten()

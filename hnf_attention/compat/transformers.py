@@ -1,0 +1,34 @@
+"""Private names of Hugging Face transformers. Nothing of it is imported here."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+
+def attention_implementation(module: nn.Module) -> str | None:
+    """The attention implementation ("sdpa", "eager", ...) that the module's config chooses.
+
+    Missing: None. Coverage then lists the module with a general reason.
+    """
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
+def collects_attention_weights() -> bool:
+    """Whether the running model collects attention weights for its caller.
+
+    Missing, as in transformers 4: True. Eager attention then always keeps its own output, with the weights.
+    """
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    collector = getattr(capturing, "_active_collector", None)
+    return collector is None or any("attentions" in kind for kind in collector.get() or ())
+
+
+def device_mesh(model: nn.Module) -> Any:
+    """The device mesh over which transformers itself distributed the model, None for any other model.
+
+    Missing: None. Statistics of its processes are then not put together unless `ranks` says how.
+    """
+    return getattr(model, "_device_mesh", None)

@@ -1,0 +1,76 @@
+"""Whether an eager attention function computes what its description says: both run on a few rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine import api
+from .call import AttentionCall, Unmeasurable
+
+CHECKED_ROWS = 64
+
+
+@torch.no_grad()
+def check_equivalence(
+    original: Callable[..., Any],
+    module: nn.Module,
+    mask: Tensor | None,
+    options: Mapping[str, Any],
+    call: AttentionCall,
+) -> bool:
+    """Compare what `original` computes with what `call` says, on the last CHECKED_ROWS rows of the first sequence.
+
+    original: called as transformers calls it, (module, query, key, value, mask, **options), each tensor as in `call`.
+    Both compute in double precision (single on MPS), so that no rounding counts as a difference.
+
+    True if they agree, False if there is nothing finite to compare. Raises Unmeasurable if they differ.
+    """
+    wide = torch.float32 if call.query.device.type == "mps" else torch.float64
+
+    def last_rows(x: Tensor) -> Tensor:
+        x = x[:1, :, -CHECKED_ROWS:] if x.shape[2] > 1 else x[:1]
+        return x.to(wide) if x.is_floating_point() else x
+
+    query, key, value = last_rows(call.query), call.key[:1].to(wide), call.value[:1].to(wide)
+    options = dict(options)
+    if "dropout" in options:
+        options["dropout"] = 0.0
+    if options.get("position_bias") is not None:
+        options["position_bias"] = last_rows(options["position_bias"])
+    its_mask, our_mask = (None if x is None else last_rows(x) for x in (mask, call.attn_mask))
+    with torch.autocast(query.device.type, enabled=False), _evaluating(module):
+        theirs = original(module, query, key, value, its_mask, **options)[0].transpose(1, 2)
+        ours, stats = api.attention(query, key, value, **call.keywords() | {"attn_mask": our_mask})
+    occupied = stats.lse != -torch.inf
+    if not occupied.any():
+        return False
+    difference = (theirs - ours).abs().amax(-1)[occupied].max()
+    # A softmax in single precision moves a weight by the rounding of its score.
+    scores = torch.maximum(stats.max_logit.abs(), stats.min_logit.abs())[occupied].max()
+    tolerance = 1e-5 * value.abs().max() * (1 + scores)
+    if not (difference - tolerance).isfinite():
+        return False
+    if difference > tolerance:
+        raise Unmeasurable(
+            f"its eager attention function computes something else (outputs differ by {difference:.1e})",
+            lasting=True,
+        )
+    return True
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without the module's own dropout, which would also draw from the model's random numbers."""
+    modes = {child: child.training for child in module.modules()}
+    try:
+        for child in modes:
+            child.training = False
+        yield
+    finally:
+        for child, training in modes.items():
+            child.training = training

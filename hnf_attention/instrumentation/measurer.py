@@ -1,0 +1,237 @@
+"""Runs the attention calls of one model and measures them: the `Observer` behind an `Instrumentation`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .. import compat
+from ..engine import api, engines
+from ..names import display_name
+from ..reference.options import Options
+from ..reference.sampling import effective_period
+from ..statistics.rows import RowStats
+from ..tracing import without_dispatch_modes
+from . import observer, scores
+from .call import EAGER, AttentionCall, Unmeasurable
+from .measurement import Measurement, without_call
+
+_log = logging.getLogger("hnf_attention")
+
+
+@dataclass
+class _Layer:
+    """What is known of one layer from its calls so far.
+
+    checked: its own attention function was compared with ours.
+    fused_failed, measuring_failed: our attention failed there; its calls are not measured any more.
+    described: the places (EAGER, COMPILED) where calls of it, or inside it, had query and key.
+    probed: how many calls were probed, which is the phase of the next sample.
+    """
+
+    checked: bool = False
+    fused_failed: bool = False
+    measuring_failed: bool = False
+    described: set[str] = field(default_factory=set)
+    probed: int = 0
+
+
+class Measurer:
+    """The part of an `Instrumentation` that interceptors call back, as `observer.Observer` says.
+
+    mode, sample: as `instrument` takes them.
+    on_measure: gets the `Measurement` of each attention call; the second forward of a checkpoint is no call of its own.
+        While it is None, `latest` keeps the last measurement of each layer.
+    """
+
+    def __init__(self, mode: str, sample: int | None):
+        self.mode = mode
+        self.sample = sample
+        self.on_measure: Callable[[Measurement], None] | None = None
+        self.latest: dict[str, Measurement] = {}
+        self._layers: dict[str, _Layer] = {}
+        self._measured: dict[str, str] = {}
+        self._problems: dict[str, str] = {}
+        self._slowed: set[str] = set()
+
+    def note(self, layer: str, reason: str) -> None:
+        """List `layer`, or some of its calls, as not measured."""
+        self._problems[layer] = reason
+
+    def note_slowed(self, layer: str) -> None:
+        """Say in the coverage that `layer` gave up PyTorch's inference fast path to be measured."""
+        self._slowed.add(layer)
+
+    def attend(self, layer: str, describe: Callable[[], AttentionCall], original: Callable[[], Any]) -> Any:
+        """Run one attention call of `layer`, measure it, and return what `original()` returns or our output like it.
+
+        Only errors of the model's own attention come out. Any other error ends the measuring of this layer.
+        """
+        state = self._layers.get(layer)
+        if state is None:
+            state = self._layers[layer] = _Layer()
+        thread = observer.thread
+        before, thread.suspended = thread.suspended, True
+        try:
+            if compat.running_backward() != -1:  # the second forward of a checkpoint
+                return self._repeat(state, describe, original)
+            if state.measuring_failed and (state.fused_failed or self.mode == "probe"):
+                return original()
+            return self._run(layer, state, describe, original)
+        finally:
+            thread.suspended = before
+
+    def _run(
+        self,
+        layer: str,
+        state: _Layer,
+        describe: Callable[[], AttentionCall],
+        original: Callable[[], Any],
+    ) -> Any:
+        result = call = options = rows = failure = None
+        done = fused = False
+        output: Any  # there is one, as the call has a value
+        try:
+            with without_dispatch_modes():
+                call = describe()
+                if call.check is not None and not state.checked:
+                    state.checked = call.check(call)
+                call.cast()
+                options = call.validated()
+            fused = not state.fused_failed and self._takes(call)
+            if fused:
+                output, rows = api.attend(call.query, call.key, call.value, options, detached=True)
+                result, done = call.from_output(output), True
+        except Exception as error:  # of any kind: the model's own attention still has to run
+            failure = error.with_traceback(None)
+        if not done:
+            result = original()
+            state.fused_failed |= failure is not None and not isinstance(failure, Unmeasurable)
+        if failure is None and call is not None and options is not None and not state.measuring_failed:
+            try:
+                with without_dispatch_modes():
+                    self._measure(layer, state, call, options, rows)
+            except Exception as error:  # the monitor never ends a run
+                failure = error.with_traceback(None)
+            else:
+                self._measured[layer] = self._how(call, fused)
+        if failure is not None:
+            self._give_up(layer, state, failure)
+        return result
+
+    def _repeat(
+        self, state: _Layer, describe: Callable[[], AttentionCall], original: Callable[[], Any]
+    ) -> Any:
+        """Run the second forward of a checkpoint as the first one ran, so that it saves the same tensors; no record.
+
+        Only our own errors are caught: the second forward of a checkpoint ends by raising one.
+        """
+        if self.mode == "probe" or state.fused_failed:
+            return original()
+        try:
+            with without_dispatch_modes():
+                call = describe()
+                call.cast()
+        except Unmeasurable:
+            return original()
+        if not self._takes(call):
+            return original()
+        output: Any = api.attend(call.query, call.key, call.value, call.validated(), detached=True)[0]
+        return call.from_output(output)
+
+    def _takes(self, call: AttentionCall) -> bool:
+        """Whether our attention computes this call's output. Only properties of the call decide."""
+        if call.not_fused is not None:
+            return False
+        return self.mode == "fused" or (
+            self.mode == "auto"
+            and call.probe_preferred is None
+            and engines.kernels_cover(call.query, call.value)
+        )
+
+    def _how(self, call: AttentionCall, fused: bool) -> str:
+        """What the coverage says of a measured call."""
+        if fused:
+            return f"fused ({call.interceptor})"
+        reason = self._why_probed(call)
+        share = "" if self.sample in (None, 1) else f" of 1/{self.sample} of the rows"
+        return f"probe{share}{'' if reason is None else f': {reason}'} ({call.interceptor})"
+
+    def _why_probed(self, call: AttentionCall) -> str | None:
+        """Why our attention did not take a call that it could have taken; None if it could not, or was not asked to."""
+        if self.mode == "fused":
+            return call.not_fused
+        reason = call.not_fused or call.probe_preferred
+        could = reason is not None and self.mode == "auto" and engines.kernels_cover(call.query, call.value)
+        return reason if could else None
+
+    def _measure(
+        self, layer: str, state: _Layer, call: AttentionCall, options: Options, rows: RowStats | None
+    ) -> None:
+        if rows is None:
+            measurement = self._probe(layer, state, call, options)
+        else:
+            query = call.query
+            measurement = Measurement(layer, rows, query.shape[3], query.dtype, 1, query, call.key, options)
+        if call.place not in state.described:
+            self._note_described(layer, call.place)
+        self._deliver(measurement)
+
+    @torch.no_grad()
+    def _probe(self, layer: str, state: _Layer, call: AttentionCall, options: Options) -> Measurement:
+        """Measure all rows or the next sample of them."""
+        phase, state.probed = state.probed, state.probed + 1
+        query, key = call.query, call.key
+        period = 1 if self.sample is None else effective_period(self.sample, query.shape[2])
+        if call.modify is not None:
+            return scores.modified(layer, call, options, period, phase)
+        if period == 1:
+            rows = api.attend(query, key, None, options)[1]
+        else:
+            rows = api.attend_sample(query, key, options, (period, phase))
+        return Measurement(layer, rows, query.shape[3], query.dtype, period, query, key, options)
+
+    def _note_described(self, layer: str, place: str) -> None:
+        """Note at the layer and at all modules around it that its calls are measured with query and key."""
+        for outer in (layer, *(layer[:i] for i, letter in enumerate(layer) if letter == "."), ""):
+            self._layers.setdefault(outer, _Layer()).described.add(place)
+
+    def observe(
+        self, layer: str, interceptor: str, measure: Callable[[], Measurement], place: str = EAGER
+    ) -> None:
+        """Take in what `measure()` gives of an attention that the model computed by itself. No error comes out.
+
+        place: where it ran. A softmax in a module whose attention is caught there with query and key is something else.
+        """
+        state = self._layers.setdefault(layer, _Layer())
+        if state.measuring_failed or place in state.described:
+            return
+        try:
+            with without_dispatch_modes():
+                self._deliver(measure())
+        except Exception as error:  # the monitor never ends a run
+            self._give_up(layer, state, error.with_traceback(None))
+        else:
+            self._measured[layer] = f"probe ({interceptor})"
+
+    def _deliver(self, measurement: Measurement) -> None:
+        if self.on_measure is None:
+            self.latest[measurement.layer] = without_call(measurement)
+        else:
+            self.on_measure(measurement)
+
+    def _give_up(self, layer: str, state: _Layer, failure: Exception) -> None:
+        if isinstance(failure, Unmeasurable):
+            self._problems[layer] = str(failure)
+            if not failure.lasting:
+                return
+        else:
+            self._problems[layer] = f"measuring failed: {type(failure).__name__}: {failure}"
+            _log.warning("hnf-attention stopped measuring %s: %s", display_name(layer), self._problems[layer])
+        state.measuring_failed = True
+        state.fused_failed |= isinstance(failure, Unmeasurable)
+        self._measured.pop(layer, None)
