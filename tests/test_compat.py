@@ -31,7 +31,7 @@ from hnf_attention import (
 from hnf_attention.compat import dynamo
 from hnf_attention.engine import library
 from hnf_attention.engine.call import check
-from hnf_attention.interventions.intervention import qk_clip, reduce_lr
+from hnf_attention.interventions import learning_rate, qk_clip
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -266,7 +266,7 @@ class Projected(nn.Module):
         return F.scaled_dot_product_attention(q, k, k)
 
 
-CLIP = qk_clip(30.0, {"0": [120.0] * 4}, "large scores", None)
+CLIP = qk_clip.propose(30.0, {"0": [120.0] * 4}, "large scores", None)
 
 
 @carried_by("child")
@@ -291,7 +291,7 @@ def test_a_cut_learning_rate_stays_cut_in_every_scheduler_inside():
     schedulers = torch.optim.lr_scheduler
     parts = [schedulers.ConstantLR(optimizer, 1.0, 1), schedulers.LambdaLR(optimizer, lambda step: 1.0)]
     scheduler = schedulers.SequentialLR(optimizer, parts, [2])
-    apply_intervention(optimizer, reduce_lr(0.25, ""), scheduler=scheduler)
+    apply_intervention(optimizer, learning_rate.propose(0.25, ""), scheduler=scheduler)
     for _ in range(4):
         optimizer.step()
         scheduler.step()
