@@ -6,8 +6,9 @@ elsewhere there is one. `collect` adds the slots up; every slot obeys the laws o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +49,22 @@ def new_accumulator(num_heads: int, device: torch.device) -> Tensor:
     return stats.new_accumulator(num_heads, device).repeat(slots, 1, 1)
 
 
+@functools.cache
+def kernel_layout() -> Any:
+    """Where the fold kernel finds each field; a field that only one side knows is a TypeError."""
+    kernel = engines.kernel("measure.fold")
+    sums = {name: place for place, name in enumerate(stats.SUM_FIELDS)}
+    maxima = {name: NUM_SUMS + place for place, name in enumerate(stats.MAX_FIELDS)}
+    return kernel.Layout(
+        sums=kernel.SumFields(**sums),
+        histogram=len(sums),
+        bins=stats.HISTOGRAM_BINS,
+        maxima=kernel.MaxFields(**maxima),
+        judged_min_keys=stats.JUDGED_MIN_KEYS,
+        saturated=stats.SATURATED_ENTROPY,
+    )
+
+
 def fold(accumulator: Tensor, query: Tensor, key: Tensor, rows: RowStats, options: Options) -> None:
     """Add one call to its layer's accumulator: by one kernel launch on CUDA (a second one scans a user mask).
 
@@ -58,7 +75,7 @@ def fold(accumulator: Tensor, query: Tensor, key: Tensor, rows: RowStats, option
         return
     if engines.kernels_cover(query, None):
         with engines.on_device(query):
-            engines.kernel("measure.fold").fold(accumulator, query, key, rows, options)
+            engines.kernel("measure.fold").fold(accumulator, query, key, rows, options, kernel_layout())
     else:
         fold_measured(accumulator, rows, measure(query, key, rows, options))
 
