@@ -139,7 +139,7 @@ def attend(
     """One block of query rows against part `part` of PARTS of its first `num_keys` keys: the state and the output."""
     kv_head = head // PLAN.group
     offs_m = start_m + tl.arange(0, PLAN.block_m)
-    mask_ptr = mask_of_head(call.mask, batch, head, PLAN)
+    mask_ptr = mask_of_head(call, batch, head, PLAN)
     q = load_tile(q_desc, batch, head, start_m, PLAN.block_m, PLAN.block_d)
     state = start_state(PLAN.block_m, PLAN.extended)
     acc = tl.full([PLAN.block_m, PLAN.block_dv], 0.0, tl.float32)

@@ -94,7 +94,7 @@ def dkv_kernel(
     tiles = query_range(start_n, call, window, PLAN)
     for member in tl.range(0, PLAN.group):
         head = kv_head * PLAN.group + member
-        mask_ptr = mask_of_head(call.mask, batch, head, PLAN)
+        mask_ptr = mask_of_head(call, batch, head, PLAN)
         for masked in tl.static_range(2):
             # A user mask leaves no unmasked tile.
             if masked or not PLAN.has_mask:

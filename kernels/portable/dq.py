@@ -79,7 +79,7 @@ def dq_kernel(
     offs_m = start_m + tl.arange(0, PLAN.block_m)
     inside = offs_m < call.num_queries
     row = bh.to(tl.int64) * call.num_queries + offs_m
-    mask_ptr = mask_of_head(call.mask, batch, head, PLAN)
+    mask_ptr = mask_of_head(call, batch, head, PLAN)
     if PLAN.has_d_scores:
         d_scores_ptr += bh.to(tl.int64) * call.num_queries * call.num_keys
     q = load_tile(q_desc, batch, head, start_m, PLAN.block_m, PLAN.block_d)

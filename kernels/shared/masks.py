@@ -25,7 +25,8 @@ class Call(NamedTuple):
     """The numbers of one attention call, its mask and its sequences, as kernels take them.
 
     `heads` and the number of (batch, head) pairs, `num_bh`, count what the kernel's programs are spread over: query
-    heads, or key heads. The window is a parameter of its own, because Triton specialises on integers in a tuple.
+    heads, or key heads. The window is a parameter of its own, because Triton specialises on integers in a tuple. The
+    fields of the `Mask` stand here one by one, because Triton 3.6 loses an integer 1 in a tuple within a tuple.
     """
 
     num_bh: int
@@ -34,7 +35,11 @@ class Call(NamedTuple):
     num_keys: int
     scale: float
     softcap: float  # 0 without one
-    mask: Mask
+    mask_ptr: Any
+    mask_stride_b: int
+    mask_stride_h: int
+    mask_stride_m: int
+    mask_stride_n: int
     bounds_ptr: Any  # of `sequence_bounds`; None without packed sequences
 
 
@@ -57,17 +62,17 @@ def call_of(query: torch.Tensor, key: torch.Tensor, options: Options) -> Call:
         num_keys,
         options.scale,
         options.softcap or 0.0,
-        mask_of(options.attn_mask, (batch, heads, num_queries, num_keys)),
+        *mask_of(options.attn_mask, (batch, heads, num_queries, num_keys)),
         sequence_bounds(options.seqlens, num_keys),
     )
 
 
 @triton.jit
-def mask_of_head(mask, batch, head, PLAN: tl.constexpr):
+def mask_of_head(call, batch, head, PLAN: tl.constexpr):
     """A pointer to the mask's rows of one (batch, head)."""
-    mask_ptr = mask.ptr
+    mask_ptr = call.mask_ptr
     if PLAN.has_mask:
-        mask_ptr += batch.to(tl.int64) * mask.stride_b + head.to(tl.int64) * mask.stride_h
+        mask_ptr += batch.to(tl.int64) * call.mask_stride_b + head.to(tl.int64) * call.mask_stride_h
     return mask_ptr
 
 
@@ -134,7 +139,7 @@ def cap_and_mask(s, rows, columns, call, window, mask_ptr, PLAN: tl.constexpr, M
             rows, columns, call.num_queries, call.num_keys, window, call.bounds_ptr, PLAN, PLAN.is_packed
         )
         if PLAN.has_mask:
-            offsets = rows.to(tl.int64) * call.mask.stride_m + columns.to(tl.int64) * call.mask.stride_n
+            offsets = rows.to(tl.int64) * call.mask_stride_m + columns.to(tl.int64) * call.mask_stride_n
             tile = tl.load(mask_ptr + offsets, mask=seen, other=0)
             if PLAN.has_bias:
                 bias = tile.to(tl.float32)
