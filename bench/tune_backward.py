@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from hnf_attention.engine.call import check
-from hnf_attention.kernels.portable.backward import backward, plan
+from hnf_attention.kernels.portable.backward import backward, prepare
 from hnf_attention.kernels.portable.forward import forward
 from hnf_attention.kernels.shared.tiles import Tiles
 from hnf_attention.reference import attention as reference
@@ -121,7 +121,7 @@ def compile_and_judge(job):
     try:
         arguments, expected = small(*case)
         # The other kernel is not launched, and its own tiles are of no interest.
-        gradients, launches = plan(*arguments, (tiles, tiles))
+        gradients, launches = prepare(*arguments, (tiles, tiles))
         compiled = launches[KERNELS.index(kernel)]()
         names = ("query",) if kernel == "dq" else ("key", "value")
         errors = [
@@ -161,7 +161,7 @@ def sweep(case, judged):
         for tiles in TILES[kernel, head_dim]:
             row = {"kernel": kernel, "tiles": list(tiles), **judged[kernel, tiles, case]}
             if "problem" not in row and row["error"] < TOLERANCE and row["spills"] <= SPILLS:
-                launch = plan(*arguments, (tiles, tiles))[1][KERNELS.index(kernel)]
+                launch = prepare(*arguments, (tiles, tiles))[1][KERNELS.index(kernel)]
                 row["ms"] = milliseconds(launch)
                 rows.append(row)
             record["rows"].append(row)

@@ -49,7 +49,8 @@ def compile_all(case: Case) -> None:
     probe.probe(q, k, options, parts=2)
     gradients = (torch.empty_like(out), None, torch.zeros_like(rows[0]))
     backward.backward(q, k, v, options, out, *rows[:2], *gradients)
-    fold_kernel.fold(fold.new_accumulator(q.shape[1], q.device), q, k, RowStats(*rows), options)
+    accumulator = fold.new_accumulator(q.shape[1], q.device)
+    fold_kernel.fold(accumulator, q, k, RowStats(*rows), options, fold.kernel_layout())
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ def _check(q, k, options, slots=SLOTS, rows=None):
     got = expected.repeat(slots, 1, 1)
     for _ in range(2):  # the second call adds to the first
         specification.fold_rows(expected, rows, specification.measure(q, k, rows, options))
-        kernel.fold(got, q, k, rows, options)
+        kernel.fold(got, q, k, rows, options, fold.kernel_layout())
     together = fold.collect([got])
     for name in COUNTS:
         index = fields.SUM_FIELDS.index(name)
@@ -151,9 +151,9 @@ def test_any_strides(stride, device):
     q, k = (views[stride](x) for x in (q, k))
     rows = _rows(q, k, options)
     got, expected = (specification.new_accumulator(q.shape[1], device).repeat(SLOTS, 1, 1) for _ in range(2))
-    kernel.fold(got, q, k, rows, options)
+    kernel.fold(got, q, k, rows, options, fold.kernel_layout())
     dense = (x.clone(memory_format=torch.contiguous_format) for x in (q, k))
-    kernel.fold(expected, *dense, rows, options)
+    kernel.fold(expected, *dense, rows, options, fold.kernel_layout())
     # On a card other strides and alignments compile to other loads, and sums of squares to another order.
     torch.testing.assert_close(got, expected, rtol=1e-6 if ON_GPU else 0.0, atol=0.0)
 
@@ -166,10 +166,10 @@ def test_the_same_bits_every_time(device):
     rows = _rows(q, k, options)
     blank = specification.new_accumulator(q.shape[1], device).repeat(kernel.SLOTS, 1, 1)
     first = blank.clone()
-    kernel.fold(first, q, k, rows, options)
+    kernel.fold(first, q, k, rows, options, fold.kernel_layout())
     for _ in range(50 if ON_GPU else 1):
         again = blank.clone()
-        kernel.fold(again, q, k, rows, options)
+        kernel.fold(again, q, k, rows, options, fold.kernel_layout())
         assert torch.equal(again, first)
 
 

@@ -1,4 +1,4 @@
-"""Launching what Triton compiled before: looked up by the caller's key, never where alignment is in doubt."""
+"""Launching what Triton compiled before: looked up by the classes of the arguments."""
 
 import pytest
 import torch
@@ -7,18 +7,20 @@ pytest.importorskip("triton", reason="Triton kernels need Linux")
 from hnf_attention.kernels.shared import launch as module
 from hnf_attention.kernels.shared.launch import launch
 
+DEVICE = torch.device("cpu")
+
 
 class Kernel:
     """A stand-in for a jitted function; compiles at each call, and says which way it was launched."""
 
     def __init__(self, compiles=True):
-        self.fn = lambda: None
+        self.fn = lambda x, number, window, PLAN: None
         self.compiles = compiles
         self.ways = []
 
     def __getitem__(self, grid):
-        def run(*arguments, **constants):
-            self.ways.append(("compiled", grid, len(arguments), constants))
+        def run(*arguments, **options):
+            self.ways.append(("compiled", grid, len(arguments), options))
             return Compiled(self) if self.compiles else None
 
         return run
@@ -37,6 +39,10 @@ def _nothing_kept(monkeypatch):
     monkeypatch.setattr(module, "_compiled", {})
 
 
+def start(kernel, x, number=8, window=3, plan="a", **options):
+    launch(kernel, (2, 1, 1), plan, DEVICE, {"x": x, "number": number}, {"window": window}, **options)
+
+
 def ways(kernel):
     return [way[0] for way in kernel.ways]
 
@@ -44,38 +50,64 @@ def ways(kernel):
 def test_the_second_launch_of_a_kind_takes_what_the_first_compiled():
     kernel, x = Kernel(), torch.zeros(32)
     for scale in (0.5, 0.7):
-        launch(kernel, (2, 1, 1), ("a",), (x, 8, scale), {"BLOCK": 16}, num_warps=4)
+        start(kernel, x, scale, num_warps=4)
     first, second = kernel.ways
-    assert first == ("compiled", (2, 1, 1), 3, {"BLOCK": 16, "num_warps": 4, **module.FUSED})
-    assert second == ("kept", (2, 1, 1), 4)  # constants are arguments like any other
+    assert first == ("compiled", (2, 1, 1), 4, {"num_warps": 4, **module.FUSED})
+    assert second == ("kept", (2, 1, 1), 4)
 
 
-def test_other_kinds_constants_and_kernels_are_compiled_anew():
+def test_other_plans_options_and_kernels_are_compiled_anew():
     kernel, other, x = Kernel(), Kernel(), torch.zeros(32)
-    launch(kernel, (1, 1, 1), ("a",), (x,), {"BLOCK": 16})
-    launch(kernel, (1, 1, 1), ("b",), (x,), {"BLOCK": 16})
-    launch(kernel, (1, 1, 1), ("a",), (x,), {"BLOCK": 32})
-    launch(other, (1, 1, 1), ("a",), (x,), {"BLOCK": 16})
+    start(kernel, x)
+    start(kernel, x, plan="b")
+    start(kernel, x, num_warps=8)
+    start(other, x)
     assert ways(kernel) == ["compiled"] * 3 and ways(other) == ["compiled"]
 
 
-def test_a_tensor_that_is_not_aligned_goes_the_long_way_and_is_not_kept():
-    kernel, x = Kernel(), torch.zeros(33)
-    for tensor in (x[1:], torch.nn.Parameter(x)[1:], x[:32], x[1:], x[:32]):
-        launch(kernel, (1, 1, 1), ("a",), (tensor,), {})
-    assert ways(kernel) == ["compiled", "compiled", "compiled", "compiled", "kept"]
+@pytest.mark.parametrize(
+    ("one", "same", "different"),
+    [
+        (8, 24, 16),
+        (32, 48, 1),
+        (1, 1, 2),
+        (17, 2**31 - 1, 2**31 + 1),
+        (16, 0, 2**32),
+        ((None, 8), (None, 9), (None, 16)),
+        (torch.zeros(8), torch.zeros(3), torch.zeros(9)[1:]),
+        (torch.zeros(8), torch.nn.Parameter(torch.zeros(8)), torch.zeros(8, dtype=torch.float16)),
+        (None, None, 0.5),
+    ],
+)
+def test_a_class_is_what_triton_specialises_on(one, same, different):
+    kernel, x = Kernel(), torch.zeros(32)
+    for argument in (one, same, different):
+        start(kernel, x, argument)
+    assert ways(kernel) == ["compiled", "kept", "compiled"]
+
+
+def test_a_number_that_is_not_specialised_on_counts_by_its_width():
+    kernel, x = Kernel(), torch.zeros(32)
+    for window in (1, 16, 7, 2**31):
+        start(kernel, x, window=window)
+    assert ways(kernel) == ["compiled", "kept", "kept", "compiled"]
+
+
+def test_arguments_stand_in_the_order_of_the_parameters():
+    with pytest.raises(TypeError, match="expected arguments"):
+        launch(Kernel(), (1, 1, 1), "a", DEVICE, {"number": 8, "x": torch.zeros(32)}, {"window": 3})
 
 
 def test_the_interpreter_compiles_nothing():
     kernel, x = Kernel(compiles=False), torch.zeros(32)
     for _ in range(2):
-        launch(kernel, (1, 1, 1), ("a",), (x,), {})
+        start(kernel, x)
     assert ways(kernel) == ["compiled"] * 2
 
 
 def test_what_is_kept_is_bounded(monkeypatch):
     monkeypatch.setattr(module, "_LIMIT", 3)
     kernel, x = Kernel(), torch.zeros(32)
-    for length in range(10):
-        launch(kernel, (1, 1, 1), (length,), (x,), {})
+    for plan in range(10):
+        start(kernel, x, plan=plan)
     assert len(module._compiled) <= 3

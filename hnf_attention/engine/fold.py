@@ -6,7 +6,9 @@ elsewhere there is one. `collect` adds the slots up; every slot obeys the laws o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from ..reference import fold as reference
 from ..reference.fold import Measured, measure
 from ..reference.options import Options
+from ..statistics import fields
 from ..statistics.fields import NUM_SUMS
 from ..statistics.rows import RowStats
 from . import engines
@@ -27,6 +30,22 @@ def new_accumulator(num_heads: int, device: torch.device) -> Tensor:
     return reference.new_accumulator(num_heads, device).repeat(slots, 1, 1)
 
 
+@functools.cache
+def kernel_layout() -> Any:
+    """Where the fold kernel finds each field; a field that only one side knows is a TypeError."""
+    kernel = engines.kernel("measure.fold")
+    sums = {name: place for place, name in enumerate(fields.SUM_FIELDS)}
+    maxima = {name: NUM_SUMS + place for place, name in enumerate(fields.MAX_FIELDS)}
+    return kernel.Layout(
+        sums=kernel.SumFields(**sums),
+        histogram=len(sums),
+        bins=fields.HISTOGRAM_BINS,
+        maxima=kernel.MaxFields(**maxima),
+        judged_min_keys=fields.JUDGED_MIN_KEYS,
+        saturated=fields.SATURATED_ENTROPY,
+    )
+
+
 def fold(accumulator: Tensor, query: Tensor, key: Tensor, rows: RowStats, options: Options) -> None:
     """Add one call to its layer's accumulator: by one kernel launch on CUDA (a second one scans a user mask).
 
@@ -37,7 +56,7 @@ def fold(accumulator: Tensor, query: Tensor, key: Tensor, rows: RowStats, option
         return
     if engines.kernels_cover(query, None):
         with engines.on_device(query):
-            engines.kernel("measure.fold").fold(accumulator, query, key, rows, options)
+            engines.kernel("measure.fold").fold(accumulator, query, key, rows, options, kernel_layout())
     else:
         fold_measured(accumulator, rows, measure(query, key, rows, options))
 

@@ -17,9 +17,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.shared.results import Gradients, empty_output, sink_gradient
 from ..statistics.rows import RowStats
 from .masks import mask_rows, row_chunks, take_rows, visible
 from .options import Options
+
+__all__ = [
+    "Gradients",
+    "attention",
+    "backward",
+    "compute_dtype",
+    "empty_output",
+    "of_scores",
+    "sink_gradient",
+    "softmax_offset",
+]
 
 
 class Scores(NamedTuple):
@@ -34,20 +46,6 @@ class Scores(NamedTuple):
 def compute_dtype(query: Tensor) -> torch.dtype:
     """The dtype that scores and statistics are held in."""
     return torch.float64 if query.dtype == torch.float64 else torch.float32
-
-
-def empty_output(query: Tensor, value_dim: int) -> Tensor:
-    """Memory for an output (B, H, M, D_v): laid out as the query is, like SDPA's.
-
-    Where the heads lie within a position (a projection's transposed output), so they do in the result,
-    and a model's own transposition back costs no copy.
-    """
-    batch, heads, num_queries, _ = shape = query.shape
-    shape = (*shape[:3], value_dim)
-    if query.stride(1) < query.stride(2):
-        strides = (num_queries * heads * value_dim, value_dim, heads * value_dim, 1)
-        return torch.empty_strided(shape, strides, dtype=query.dtype, device=query.device)
-    return query.new_empty(shape)
 
 
 def _group(x: Tensor, kv_heads: int) -> Tensor:
@@ -192,16 +190,6 @@ def _attend_rows(
     return out, *core, *(finish(numbers, 0.0) for numbers in more), visible_keys
 
 
-class Gradients(NamedTuple):
-    """Gradients in the inputs' dtypes; None where there is no such input."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor | None
-    sinks: Tensor | None
-    mask: Tensor | None = None  # the additive mask's, on request
-
-
 def softmax_offset(
     delta: Tensor | None, lse: Tensor, entropy: Tensor, d_lse: Tensor | None, d_entropy: Tensor | None
 ) -> Tensor:
@@ -214,15 +202,6 @@ def softmax_offset(
     if d_lse is not None:
         offset = offset - d_lse
     return offset if d_entropy is None else offset + d_entropy * entropy
-
-
-def sink_gradient(sinks: Tensor, lse: Tensor, offset: Tensor, d_entropy: Tensor | None) -> Tensor:
-    """Gradient of the learned sinks (H,): the sink is a key without a value, so its dp is 0."""
-    log_p = sinks.to(lse.dtype)[None, :, None] - lse
-    inner = -offset if d_entropy is None else -offset - d_entropy * log_p
-    weightless = (lse == -torch.inf) | (log_p == -torch.inf)
-    per_row = torch.where(weightless, 0.0, log_p.exp() * inner)
-    return per_row.sum((0, 2)).to(sinks.dtype)
 
 
 def backward(

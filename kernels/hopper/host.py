@@ -7,13 +7,14 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ...reference.attention import empty_output
-from ..shared import descriptors, softmax
+from ..shared import descriptors
 from ..shared.launch import launch
-from ..shared.tiles import HEAD_GROUP
+from ..shared.results import empty_output, new_rows
+from ..shared.softmax import LOG2_E
+from ..shared.tiles import HEAD_GROUP, block_dim, ceil_div
 from .kernel import BLOCK_M, BLOCK_N, HALF_M, Plan, hopper_kernel
 
-_LOG2_E = softmax.LOG2_E.value
+_LOG2_E = LOG2_E.value
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 _EARLY = {(64, True)}  # widths and causalities at which Plan.early won in bench/tune_hopper.py
 
@@ -45,11 +46,11 @@ def _new_schedule(
     int32: the programs' offsets into this tensor (one more than programs), then `bh * num_blocks + block`.
     """
     programs = torch.cuda.get_device_properties(device).multi_processor_count
-    num_blocks = softmax.ceil_div(num_queries, BLOCK_M)
+    num_blocks = ceil_div(num_queries, BLOCK_M)
 
     def cost(block: int) -> int:
         keys = min(num_keys, (block + 1) * BLOCK_M) if is_causal else num_keys
-        return softmax.ceil_div(keys, BLOCK_N) + 1  # a block's beginning and end cost about one step
+        return ceil_div(keys, BLOCK_N) + 1  # a block's beginning and end cost about one step
 
     loads = [(0, program) for program in range(programs)]
     tiles: list[list[int]] = [[] for _ in range(programs)]
@@ -74,7 +75,7 @@ def _new_schedule(
 
 
 def _width(head_dim: int) -> int:
-    return max(64, softmax.block_dim(head_dim))
+    return max(64, block_dim(head_dim))
 
 
 @functools.cache
@@ -100,27 +101,36 @@ def forward(query, key, value, options, chosen=None):
     """`forward.forward` for the calls that `covers` accepts; `chosen` takes the place of the tuned plan."""
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, num_keys, value_dim = *key.shape[1:3], value.shape[3]
-    rows = softmax.new_rows((batch, heads, num_queries), query.device, extended=False, blank=False)
+    rows = new_rows((batch, heads, num_queries), query.device, extended=False, blank=False)
     out = empty_output(query, value_dim)
     numbers = (batch * heads, num_queries, num_keys, options.is_causal, query.device)
     schedule, programs = _schedules.get(numbers) or _new_schedule(*numbers)
     chosen = chosen or plan(head_dim, value_dim, options.is_causal, num_keys % BLOCK_N > 0, True)
-    arguments = (
-        _describe(query, HALF_M, chosen.block_d),
-        _describe(key, BLOCK_N, chosen.block_d),
-        _describe(value, BLOCK_N, chosen.block_dv),
-        _describe(out, HALF_M, chosen.block_dv),
-        schedule,
-        *rows[:4],
-        heads,
-        heads // kv_heads,
-        num_queries,
-        num_keys,
-        softmax.ceil_div(num_queries, BLOCK_M),
-        options.scale * _LOG2_E,
-        options.scale,
-    )
     launch(
-        hopper_kernel, (programs, 1, 1), (query.device, query.dtype), arguments, {"PLAN": chosen}, num_warps=4
+        hopper_kernel,
+        (programs, 1, 1),
+        chosen,
+        query.device,
+        {
+            "q_desc": _describe(query, HALF_M, chosen.block_d),
+            "k_desc": _describe(key, BLOCK_N, chosen.block_d),
+            "v_desc": _describe(value, BLOCK_N, chosen.block_dv),
+            "out_desc": _describe(out, HALF_M, chosen.block_dv),
+            "schedule_ptr": schedule,
+            "lse_ptr": rows.lse,
+            "entropy_ptr": rows.entropy,
+            "max_ptr": rows.max_logit,
+            "min_ptr": rows.min_logit,
+            "unit": options.scale * _LOG2_E,
+            "to_natural": options.scale,
+        },
+        {
+            "heads": heads,
+            "group": heads // kv_heads,
+            "num_queries": num_queries,
+            "num_keys": num_keys,
+            "num_blocks": ceil_div(num_queries, BLOCK_M),
+        },
+        num_warps=4,
     )
-    return out, *rows
+    return out, *rows[:5]

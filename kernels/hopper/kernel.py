@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..shared import softmax
+from ..shared.softmax import State
 from .assembly import RESCALE_32, RESCALE_32_OPERANDS, RESCALE_64, RESCALE_64_OPERANDS
 
 HALF_M = 64  # query rows of a consumer
@@ -290,12 +291,12 @@ def _consumer(
             weighted = gl.convert_layout(gl.sum(w_i, 1), ROW, assert_trivial=True)
             least = m_i + gl.convert_layout(gl.min(low, 1), ROW, assert_trivial=True) / unit
             core, _more, normalise = softmax_finish(
-                m_i, total, weighted, least, (), unit, to_natural, 0.0, False, False
+                State(m_i, total, weighted, least, ()), unit, to_natural, 0.0, False, False
             )
-            lse, entropy, max_logit, min_logit = core
-            gl.store(entropy_ptr + row, entropy, mask=inside)
-            gl.store(max_ptr + row, max_logit, mask=inside)
-            gl.store(min_ptr + row, min_logit, mask=inside)
+            gl.store(entropy_ptr + row, core.entropy, mask=inside)
+            gl.store(max_ptr + row, core.max_logit, mask=inside)
+            gl.store(min_ptr + row, core.min_logit, mask=inside)
+            lse = core.lse
         else:
             lse = m_i * to_natural + gl.log2(total) * _LN_2
             normalise = 1.0 / total
@@ -330,13 +331,13 @@ def hopper_kernel(
     entropy_ptr,
     max_ptr,
     min_ptr,
+    unit,
+    to_natural,
     heads,
     group,
     num_queries,
     num_keys,
     num_blocks,
-    unit,
-    to_natural,
     PLAN: gl.constexpr,
 ):
     dtype: gl.constexpr = q_desc.dtype

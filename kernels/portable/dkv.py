@@ -1,13 +1,14 @@
 """dk and dv: every key block walks the queries that see it, of all the heads that share its key head.
 
-Tiles are transposed (keys x queries), so that P^T and dS^T come out of one product in the registers
-that the next one reads them from.
+Tiles are transposed (keys x queries): the products then leave P^T and dS^T in the registers from which the next
+products read them.
 """
 
 import triton
 import triton.language as tl
 
-from ..shared.softmax import NO_MASK, load_rows, load_tile, scheduled_block
+from ..shared.masks import mask_of_head
+from ..shared.tiles import load_rows, load_tile, scheduled_block
 from .gradient import query_range, softmax_gradient, softmax_weights, walk_bounds, walk_position
 
 
@@ -17,85 +18,48 @@ def _walk_queries(
     dv,
     k,
     v,
-    q_desc,
-    do_desc,
+    query_descs,
+    row_descs,
     tiles,
     batch,
     head,
     bh,
     offs_n,
-    scaled_lse_desc,
-    offset_desc,
-    scaled_d_entropy_desc,
-    num_queries,
-    num_keys,
-    scale,
-    softcap,
+    call,
     window,
-    bounds_ptr,
     mask_ptr,
-    stride_mask_m,
-    stride_mask_n,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    PACKED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MASK: tl.constexpr,
-    NATURAL: tl.constexpr,
-    HAS_D_OUT: tl.constexpr,
-    HAS_D_ENTROPY: tl.constexpr,
+    PLAN: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    BOTH_ENDS: tl.constexpr = CAUSAL or WINDOWED or PACKED
+    """dk and dv with the queries of one range and head; bh: batch * query heads + query head."""
+    q_desc, do_desc = query_descs
+    scaled_lse_desc, offset_desc, scaled_d_entropy_desc = row_descs
+    BOTH_ENDS: tl.constexpr = PLAN.is_causal or PLAN.hides_both_ends
     begin, end = walk_bounds(tiles, BOTH_ENDS, MASKED)
-    for start in tl.range(begin, end, BLOCK_M):
+    for start in tl.range(begin, end, PLAN.block_m):
         start_m = walk_position(start, tiles, BOTH_ENDS, MASKED)
-        offs_m = start_m + tl.arange(0, BLOCK_M)
+        offs_m = start_m + tl.arange(0, PLAN.block_m)
         # Loads that follow each other share one barrier.
-        q = load_tile(q_desc, batch, head, start_m, BLOCK_M, BLOCK_D)
+        q = load_tile(q_desc, batch, head, start_m, PLAN.block_m, PLAN.block_d)
         do = q
-        if HAS_D_OUT:
-            do = load_tile(do_desc, batch, head, start_m, BLOCK_M, BLOCK_DV)
+        if PLAN.has_d_out:
+            do = load_tile(do_desc, batch, head, start_m, PLAN.block_m, PLAN.block_dv)
         qk = tl.dot(k, q.T, input_precision="ieee")
         dp = 0.0
-        if HAS_D_OUT:
+        if PLAN.has_d_out:
             dp = tl.dot(v, do.T, input_precision="ieee")
-        scaled_lse = load_rows(scaled_lse_desc, bh, start_m, BLOCK_M)
-        offset = load_rows(offset_desc, bh, start_m, BLOCK_M)
+        scaled_lse = load_rows(scaled_lse_desc, bh, start_m, PLAN.block_m)
+        offset = load_rows(offset_desc, bh, start_m, PLAN.block_m)
         scaled_d_entropy = 0.0
-        if HAS_D_ENTROPY:
-            scaled_d_entropy = load_rows(scaled_d_entropy_desc, bh, start_m, BLOCK_M)[None, :]
+        if PLAN.has_d_entropy:
+            scaled_d_entropy = load_rows(scaled_d_entropy_desc, bh, start_m, PLAN.block_m)[None, :]
         p, t, slope = softmax_weights(
-            qk,
-            offs_m[None, :],
-            offs_n[:, None],
-            scaled_lse[None, :],
-            num_queries,
-            num_keys,
-            scale,
-            softcap,
-            window,
-            bounds_ptr,
-            mask_ptr,
-            stride_mask_m,
-            stride_mask_n,
-            CAUSAL,
-            WINDOWED,
-            PACKED,
-            SOFTCAP,
-            MASK,
-            NATURAL,
-            MASKED,
+            qk, offs_m[None, :], offs_n[:, None], scaled_lse[None, :], call, window, mask_ptr, PLAN, MASKED
         )
         # Issued before ds is computed, so that the product and the arithmetic overlap.
-        if HAS_D_OUT:
+        if PLAN.has_d_out:
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        ds, _ = softmax_gradient(
-            p, t, slope, dp, offset[None, :], scaled_d_entropy, SOFTCAP, HAS_D_ENTROPY, MASKED
-        )
+        ds, _ = softmax_gradient(p, t, slope, dp, offset[None, :], scaled_d_entropy, PLAN, MASKED)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
@@ -111,102 +75,53 @@ def dkv_kernel(
     scaled_lse_desc,
     offset_desc,
     scaled_d_entropy_desc,
-    bounds_ptr,
-    mask_ptr,
-    stride_mask_b,
-    stride_mask_h,
-    stride_mask_m,
-    stride_mask_n,
-    num_bh,
-    kv_heads,
-    num_queries,
-    num_keys,
-    scale,
-    softcap,
+    call,
     window,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    HEAD_GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    PACKED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MASK: tl.constexpr,
-    NATURAL: tl.constexpr,
-    HAS_D_OUT: tl.constexpr,
-    HAS_D_ENTROPY: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
-    """dk and dv of one block of keys; `num_bh` and `kv_heads` count key heads."""
-    start_n, bh = scheduled_block(num_keys, BLOCK_N, HEAD_GROUP, False)
-    if bh >= num_bh:
+    """dk and dv of one block of keys; `call` counts key heads."""
+    start_n, bh = scheduled_block(call.num_keys, PLAN.block_n, False)
+    if bh >= call.num_bh:
         return
-    batch, kv_head = bh // kv_heads, bh % kv_heads
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    k = load_tile(k_desc, batch, kv_head, start_n, BLOCK_N, BLOCK_D)
+    batch, kv_head = bh // call.heads, bh % call.heads
+    offs_n = start_n + tl.arange(0, PLAN.block_n)
+    k = load_tile(k_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_d)
     v = k
-    if HAS_D_OUT:
-        v = load_tile(v_desc, batch, kv_head, start_n, BLOCK_N, BLOCK_DV)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    tiles = query_range(
-        start_n, num_queries, window, bounds_ptr, BLOCK_M, BLOCK_N, CAUSAL, WINDOWED, PACKED, MASK
-    )
-    for member in tl.range(0, GROUP):
-        head = kv_head * GROUP + member
-        head_mask_ptr = mask_ptr
-        if MASK != NO_MASK:
-            head_mask_ptr += batch.to(tl.int64) * stride_mask_b + head.to(tl.int64) * stride_mask_h
+    if PLAN.has_d_out:
+        v = load_tile(v_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_dv)
+    dk = tl.full([PLAN.block_n, PLAN.block_d], 0.0, tl.float32)
+    dv = tl.full([PLAN.block_n, PLAN.block_dv], 0.0, tl.float32)
+    tiles = query_range(start_n, call, window, PLAN)
+    for member in tl.range(0, PLAN.group):
+        head = kv_head * PLAN.group + member
+        mask_ptr = mask_of_head(call, batch, head, PLAN)
         for masked in tl.static_range(2):
-            # A user mask leaves no tile that needs no masking.
-            if masked or MASK == NO_MASK:
+            # A user mask leaves no unmasked tile.
+            if masked or not PLAN.has_mask:
                 dk, dv = _walk_queries(
                     dk,
                     dv,
                     k,
                     v,
-                    q_desc,
-                    do_desc,
+                    (q_desc, do_desc),
+                    (scaled_lse_desc, offset_desc, scaled_d_entropy_desc),
                     tiles,
                     batch,
                     head,
-                    batch * (kv_heads * GROUP) + head,
+                    batch * (call.heads * PLAN.group) + head,
                     offs_n,
-                    scaled_lse_desc,
-                    offset_desc,
-                    scaled_d_entropy_desc,
-                    num_queries,
-                    num_keys,
-                    scale,
-                    softcap,
+                    call,
                     window,
-                    bounds_ptr,
-                    head_mask_ptr,
-                    stride_mask_m,
-                    stride_mask_n,
-                    BLOCK_M,
-                    BLOCK_D,
-                    BLOCK_DV,
-                    CAUSAL,
-                    WINDOWED,
-                    PACKED,
-                    SOFTCAP,
-                    MASK,
-                    NATURAL,
-                    HAS_D_OUT,
-                    HAS_D_ENTROPY,
+                    mask_ptr,
+                    PLAN,
                     masked == 1,
                 )
-    inside_keys = (offs_n < num_keys)[:, None]
-    row = (bh.to(tl.int64) * num_keys + offs_n)[:, None]
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
-    dk = (dk * scale).to(dk_ptr.dtype.element_ty)
-    tl.store(dk_ptr + row * HEAD_DIM + offs_d, dk, mask=inside_keys & (offs_d < HEAD_DIM))
-    if HAS_D_OUT:
-        offs_dv = tl.arange(0, BLOCK_DV)[None, :]
+    inside_keys = (offs_n < call.num_keys)[:, None]
+    row = (bh.to(tl.int64) * call.num_keys + offs_n)[:, None]
+    offs_d = tl.arange(0, PLAN.block_d)[None, :]
+    dk = (dk * call.scale).to(dk_ptr.dtype.element_ty)
+    tl.store(dk_ptr + row * PLAN.head_dim + offs_d, dk, mask=inside_keys & (offs_d < PLAN.head_dim))
+    if PLAN.has_d_out:
+        offs_dv = tl.arange(0, PLAN.block_dv)[None, :]
         dv = dv.to(dv_ptr.dtype.element_ty)
-        tl.store(dv_ptr + row * VALUE_DIM + offs_dv, dv, mask=inside_keys & (offs_dv < VALUE_DIM))
+        tl.store(dv_ptr + row * PLAN.value_dim + offs_dv, dv, mask=inside_keys & (offs_dv < PLAN.value_dim))

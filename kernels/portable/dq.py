@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from ..shared.softmax import NO_MASK, key_range, load_rows, load_tile, scheduled_block
+from ..shared.masks import key_range, mask_of_head
+from ..shared.tiles import load_rows, load_tile, scheduled_block
 from .gradient import softmax_gradient, softmax_weights, walk_bounds, walk_position
 
 
@@ -18,75 +19,37 @@ def _walk_keys(
     batch,
     kv_head,
     offs_m,
-    scaled_lse,
-    offset,
-    scaled_d_entropy,
-    num_queries,
-    num_keys,
-    scale,
-    softcap,
+    row,
+    call,
     window,
-    bounds_ptr,
     mask_ptr,
-    stride_mask_m,
-    stride_mask_n,
     d_scores_ptr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    PACKED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MASK: tl.constexpr,
-    NATURAL: tl.constexpr,
-    HAS_D_OUT: tl.constexpr,
-    HAS_D_ENTROPY: tl.constexpr,
-    HAS_D_SCORES: tl.constexpr,
+    PLAN: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    BOTH_ENDS: tl.constexpr = WINDOWED or PACKED
+    """dq with the keys of one range; row: (scaled_lse, offset, scaled_d_entropy) of the queries."""
+    scaled_lse, offset, scaled_d_entropy = row
+    BOTH_ENDS: tl.constexpr = PLAN.hides_both_ends
     begin, end = walk_bounds(tiles, BOTH_ENDS, MASKED)
-    for start in tl.range(begin, end, BLOCK_N):
+    for start in tl.range(begin, end, PLAN.block_n):
         start_n = walk_position(start, tiles, BOTH_ENDS, MASKED)
         # Loads that follow each other share one barrier.
-        k = load_tile(k_desc, batch, kv_head, start_n, BLOCK_N, BLOCK_D)
+        k = load_tile(k_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_d)
         v = k
-        if HAS_D_OUT:
-            v = load_tile(v_desc, batch, kv_head, start_n, BLOCK_N, BLOCK_DV)
+        if PLAN.has_d_out:
+            v = load_tile(v_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_dv)
         qk = tl.dot(q, k.T, input_precision="ieee")
         dp = 0.0
-        if HAS_D_OUT:
+        if PLAN.has_d_out:
             dp = tl.dot(do, v.T, input_precision="ieee")
-        offs_n = start_n + tl.arange(0, BLOCK_N)
+        offs_n = start_n + tl.arange(0, PLAN.block_n)
         p, t, slope = softmax_weights(
-            qk,
-            offs_m[:, None],
-            offs_n[None, :],
-            scaled_lse,
-            num_queries,
-            num_keys,
-            scale,
-            softcap,
-            window,
-            bounds_ptr,
-            mask_ptr,
-            stride_mask_m,
-            stride_mask_n,
-            CAUSAL,
-            WINDOWED,
-            PACKED,
-            SOFTCAP,
-            MASK,
-            NATURAL,
-            MASKED,
+            qk, offs_m[:, None], offs_n[None, :], scaled_lse, call, window, mask_ptr, PLAN, MASKED
         )
-        ds, d_score = softmax_gradient(
-            p, t, slope, dp, offset, scaled_d_entropy, SOFTCAP, HAS_D_ENTROPY, MASKED
-        )
-        if HAS_D_SCORES:
-            inside = (offs_m[:, None] < num_queries) & (offs_n[None, :] < num_keys)
-            pointers = d_scores_ptr + offs_m[:, None].to(tl.int64) * num_keys + offs_n[None, :]
+        ds, d_score = softmax_gradient(p, t, slope, dp, offset, scaled_d_entropy, PLAN, MASKED)
+        if PLAN.has_d_scores:
+            inside = (offs_m[:, None] < call.num_queries) & (offs_n[None, :] < call.num_keys)
+            pointers = d_scores_ptr + offs_m[:, None].to(tl.int64) * call.num_keys + offs_n[None, :]
             tl.store(pointers, d_score.to(d_scores_ptr.dtype.element_ty), mask=inside)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
@@ -103,75 +66,46 @@ def dq_kernel(
     scaled_lse_desc,
     offset_desc,
     scaled_d_entropy_desc,
-    bounds_ptr,
-    mask_ptr,
-    stride_mask_b,
-    stride_mask_h,
-    stride_mask_m,
-    stride_mask_n,
-    num_bh,
-    heads,
-    num_queries,
-    num_keys,
-    scale,
-    softcap,
+    call,
     window,
-    HEAD_DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    HEAD_GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    PACKED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MASK: tl.constexpr,
-    NATURAL: tl.constexpr,
-    HAS_D_OUT: tl.constexpr,
-    HAS_D_ENTROPY: tl.constexpr,
-    HAS_D_SCORES: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
-    """dq of one block of queries, and d_scores (B, H, M, N) if wanted; `num_bh`, `heads` count query heads."""
-    start_m, bh = scheduled_block(num_queries, BLOCK_M, HEAD_GROUP, True)
-    if bh >= num_bh:
+    """dq of one block of queries, and d_scores (B, H, M, N) if wanted; `call` counts query heads."""
+    start_m, bh = scheduled_block(call.num_queries, PLAN.block_m, True)
+    if bh >= call.num_bh:
         return
-    batch, head = bh // heads, bh % heads
-    kv_head = head // GROUP
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    inside = offs_m < num_queries
-    row = bh.to(tl.int64) * num_queries + offs_m
-    if MASK != NO_MASK:
-        mask_ptr += batch.to(tl.int64) * stride_mask_b + head.to(tl.int64) * stride_mask_h
-    if HAS_D_SCORES:
-        d_scores_ptr += bh.to(tl.int64) * num_queries * num_keys
-    q = load_tile(q_desc, batch, head, start_m, BLOCK_M, BLOCK_D)
+    batch, head = bh // call.heads, bh % call.heads
+    kv_head = head // PLAN.group
+    offs_m = start_m + tl.arange(0, PLAN.block_m)
+    inside = offs_m < call.num_queries
+    row = bh.to(tl.int64) * call.num_queries + offs_m
+    mask_ptr = mask_of_head(call, batch, head, PLAN)
+    if PLAN.has_d_scores:
+        d_scores_ptr += bh.to(tl.int64) * call.num_queries * call.num_keys
+    q = load_tile(q_desc, batch, head, start_m, PLAN.block_m, PLAN.block_d)
     do = q
-    if HAS_D_OUT:
-        do = load_tile(do_desc, batch, head, start_m, BLOCK_M, BLOCK_DV)
-    scaled_lse = load_rows(scaled_lse_desc, bh, start_m, BLOCK_M)[:, None]
-    offset = load_rows(offset_desc, bh, start_m, BLOCK_M)[:, None]
+    if PLAN.has_d_out:
+        do = load_tile(do_desc, batch, head, start_m, PLAN.block_m, PLAN.block_dv)
+    scaled_lse = load_rows(scaled_lse_desc, bh, start_m, PLAN.block_m)[:, None]
+    offset = load_rows(offset_desc, bh, start_m, PLAN.block_m)[:, None]
     scaled_d_entropy = 0.0
-    if HAS_D_ENTROPY:
-        scaled_d_entropy = load_rows(scaled_d_entropy_desc, bh, start_m, BLOCK_M)[:, None]
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if PLAN.has_d_entropy:
+        scaled_d_entropy = load_rows(scaled_d_entropy_desc, bh, start_m, PLAN.block_m)[:, None]
+    dq = tl.full([PLAN.block_m, PLAN.block_d], 0.0, tl.float32)
     tiles = key_range(
         start_m,
-        num_queries,
-        num_keys,
+        call.num_queries,
+        call.num_keys,
         window,
-        bounds_ptr,
-        BLOCK_M,
-        BLOCK_N,
-        CAUSAL,
-        WINDOWED,
-        PACKED,
-        MASK,
+        call.bounds_ptr,
+        PLAN.block_m,
+        PLAN.block_n,
+        PLAN.is_causal,
+        PLAN,
     )
     for masked in tl.static_range(2):
-        # A user mask leaves no tile that needs no masking.
-        if masked or MASK == NO_MASK:
+        # A user mask leaves no unmasked tile.
+        if masked or not PLAN.has_mask:
             dq = _walk_keys(
                 dq,
                 q,
@@ -182,34 +116,15 @@ def dq_kernel(
                 batch,
                 kv_head,
                 offs_m,
-                scaled_lse,
-                offset,
-                scaled_d_entropy,
-                num_queries,
-                num_keys,
-                scale,
-                softcap,
+                (scaled_lse, offset, scaled_d_entropy),
+                call,
                 window,
-                bounds_ptr,
                 mask_ptr,
-                stride_mask_m,
-                stride_mask_n,
                 d_scores_ptr,
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_DV,
-                CAUSAL,
-                WINDOWED,
-                PACKED,
-                SOFTCAP,
-                MASK,
-                NATURAL,
-                HAS_D_OUT,
-                HAS_D_ENTROPY,
-                HAS_D_SCORES,
+                PLAN,
                 masked == 1,
             )
-    offs_d = tl.arange(0, BLOCK_D)
-    pointers = dq_ptr + row[:, None] * HEAD_DIM + offs_d[None, :]
-    dq = (dq * scale).to(dq_ptr.dtype.element_ty)
-    tl.store(pointers, dq, mask=inside[:, None] & (offs_d[None, :] < HEAD_DIM))
+    offs_d = tl.arange(0, PLAN.block_d)
+    pointers = dq_ptr + row[:, None] * PLAN.head_dim + offs_d[None, :]
+    dq = (dq * call.scale).to(dq_ptr.dtype.element_ty)
+    tl.store(pointers, dq, mask=inside[:, None] & (offs_d[None, :] < PLAN.head_dim))

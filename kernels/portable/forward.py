@@ -1,120 +1,54 @@
 """Attention output and row statistics in one pass."""
 
+import torch
 import triton
 import triton.language as tl
 
-from ...reference.attention import empty_output
-from ..shared.descriptors import describe
+from ..shared.descriptors import describe, strided
 from ..shared.launch import launch
-from ..shared.softmax import block_dim, ceil_div, new_rows, scheduled_block
-from ..shared.tiles import forward_tiles, grid_1d
-from .attend import attend, call_arguments, finish, store_rows
+from ..shared.masks import call_of
+from ..shared.plan import Options
+from ..shared.results import empty_output, new_rows
+from ..shared.tiles import Tiles, ceil_div, forward_tiles, grid_1d, scheduled_block
+from .attend import attend, attend_plan, finish, store_rows
 
 
 @triton.jit(do_not_specialize=["window"])
-def _forward_kernel(
-    q_desc,
-    k_desc,
-    v_desc,
-    out_ptr,
-    lse_ptr,
-    entropy_ptr,
-    max_ptr,
-    min_ptr,
-    more_ptr,
-    stride_more,
-    stride_out_b,
-    stride_out_h,
-    stride_out_m,
-    mask_ptr,
-    sink_ptr,
-    bounds_ptr,
-    stride_mask_b,
-    stride_mask_h,
-    stride_mask_m,
-    stride_mask_n,
-    num_bh,
-    heads,
-    num_queries,
-    num_keys,
-    scale,
-    softcap,
-    window,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HEAD_GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    PACKED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr,
-    MASK: tl.constexpr,
-    NATURAL: tl.constexpr,
-    EXACT: tl.constexpr,
-    EXTENDED: tl.constexpr,
-):
-    start_m, bh = scheduled_block(num_queries, BLOCK_M, HEAD_GROUP, True)
-    if bh >= num_bh:
+def _forward_kernel(q_desc, k_desc, v_desc, out, rows, sink_ptr, call, window, PLAN: tl.constexpr):
+    """The output and the statistics of one block of queries."""
+    start_m, bh = scheduled_block(call.num_queries, PLAN.block_m, True)
+    if bh >= call.num_bh:
         return
-    m_i, l_i, w_i, low, more, acc = attend(
-        q_desc,
-        k_desc,
-        v_desc,
-        mask_ptr,
-        bounds_ptr,
-        stride_mask_b,
-        stride_mask_h,
-        stride_mask_m,
-        stride_mask_n,
-        bh // heads,
-        bh % heads,
-        start_m,
-        num_queries,
-        num_keys,
-        scale,
-        softcap,
-        window,
-        GROUP,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_D,
-        BLOCK_DV,
-        CAUSAL,
-        WINDOWED,
-        PACKED,
-        SOFTCAP,
-        MASK,
-        NATURAL,
-        EXACT,
-        EXTENDED,
-        True,
-    )
+    batch, head = bh // call.heads, bh % call.heads
+    state, acc = attend(q_desc, k_desc, v_desc, call, window, batch, head, start_m, call.num_keys, PLAN)
     core, more, normalise = finish(
-        m_i, l_i, w_i, low, more, sink_ptr, bh % heads, scale, SINKS, NATURAL, EXTENDED
+        state, sink_ptr, head, call.scale, PLAN.has_sinks, PLAN.natural, PLAN.extended
     )
-    out = acc * normalise[:, None]
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    row = bh.to(tl.int64) * num_queries + offs_m
-    inside = offs_m < num_queries
-    store_rows(
-        core, more, lse_ptr, entropy_ptr, max_ptr, min_ptr, more_ptr, stride_more, row, inside, EXTENDED
-    )
-    offs_d = tl.arange(0, BLOCK_DV)
-    out_ptr += (bh // heads).to(tl.int64) * stride_out_b + (bh % heads).to(tl.int64) * stride_out_h
-    pointers = out_ptr + offs_m[:, None].to(tl.int64) * stride_out_m + offs_d[None, :]
-    inside_out = inside[:, None] & (offs_d[None, :] < VALUE_DIM)
-    tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=inside_out)
+    result = acc * normalise[:, None]
+    offs_m = start_m + tl.arange(0, PLAN.block_m)
+    row = bh.to(tl.int64) * call.num_queries + offs_m
+    inside = offs_m < call.num_queries
+    store_rows(core, more, rows, row, inside, PLAN.extended)
+    offs_d = tl.arange(0, PLAN.block_dv)
+    out_ptr = out.ptr + batch.to(tl.int64) * out.stride_b + head.to(tl.int64) * out.stride_h
+    pointers = out_ptr + offs_m[:, None].to(tl.int64) * out.stride_m + offs_d[None, :]
+    inside_out = inside[:, None] & (offs_d[None, :] < PLAN.value_dim)
+    tl.store(pointers, result.to(out_ptr.dtype.element_ty), mask=inside_out)
 
 
-def forward(query, key, value, options, tiles=None, extended=False):
-    """(out, lse, entropy, max_logit, min_logit, more), the last as `primitives.new_rows` says.
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    options: Options,
+    tiles: Tiles | None = None,
+    extended: bool = False,
+) -> tuple[torch.Tensor | None, ...]:
+    """(out, lse, entropy, max_logit, min_logit, more).
 
     query (B, H, M, D), key (B, H_kv, N, D), value (B, H_kv, N, D_v); D, D_v <= 256; fp16, bf16 or
-    fp32; any strides. Statistics are fp32 (B, H, M). `options` are validated `Options`.
+    fp32; any strides. out: (B, H, M, D_v), see `empty_output`. Statistics are fp32 (B, H, M). more: the fields of
+    `Extended`, fp32 (6, B, H, M), or None. `tiles` take the place of the tuned ones.
     """
     batch, heads, num_queries, head_dim = query.shape
     num_keys, value_dim = value.shape[2:]
@@ -122,21 +56,24 @@ def forward(query, key, value, options, tiles=None, extended=False):
     idle = batch * heads * num_queries * num_keys == 0
     rows = new_rows((batch, heads, num_queries), query.device, extended, blank=idle)
     if idle:
-        return out.zero_(), *rows
+        return out.zero_(), *rows[:5]
     tiles = tiles or forward_tiles(head_dim, value_dim, query.dtype, options, extended)
-    shared, constants, kind, launched = call_arguments(query, key, options, extended, tiles)
-    arguments = (
-        describe(query, tiles.block_m),
-        describe(key, tiles.block_n),
-        describe(value, tiles.block_n),
-        out,
-        *rows,
-        rows[0].numel(),
-        *out.stride()[:3],
-        *shared,
+    launch(
+        _forward_kernel,
+        (grid_1d(ceil_div(num_queries, tiles.block_m), batch * heads), 1, 1),
+        attend_plan(query, key, value_dim, options, extended, tiles),
+        query.device,
+        {
+            "q_desc": describe(query, tiles.block_m),
+            "k_desc": describe(key, tiles.block_n),
+            "v_desc": describe(value, tiles.block_n),
+            "out": strided(out),
+            "rows": rows,
+            "sink_ptr": options.sinks,
+            "call": call_of(query, key, options),
+        },
+        {"window": options.window_size or 0},
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
     )
-    constants = {"VALUE_DIM": value_dim, "BLOCK_DV": block_dim(value_dim), **constants}
-    grid = (grid_1d(ceil_div(num_queries, tiles.block_m), batch * heads), 1, 1)
-    kind = (*kind, rows[0].numel(), out.stride())
-    launch(_forward_kernel, grid, kind, arguments, constants, **launched)
-    return out, *rows
+    return out, *rows[:5]

@@ -1,9 +1,26 @@
-"""Tiles of tensors for the bulk-copy engine."""
+"""Tensors as kernels take them: as descriptors for the bulk-copy engine, or as a pointer and strides."""
+
+from typing import Any, NamedTuple
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .softmax import block_dim, ceil_div
+from .tiles import block_dim, ceil_div
+
+
+class Strided(NamedTuple):
+    """A pointer and strides, or None and zeros."""
+
+    ptr: Any
+    stride_b: int
+    stride_h: int
+    stride_m: int
+    stride_d: int
+
+
+def strided(x: torch.Tensor | None) -> Strided:
+    """x (B, H, L, D) for loads and stores of single elements."""
+    return Strided(None, 0, 0, 0, 0) if x is None else Strided(x, *x.stride())
 
 
 def describe(x: torch.Tensor, rows: int, width: int | None = None, kind: type = TensorDescriptor):

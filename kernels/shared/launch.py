@@ -1,46 +1,79 @@
-"""Repeated launches at a third of the host's time: the compiled kernel is kept, and called as it is."""
+"""Repeated launches at a third of the host's time: the compiled kernel is kept and called directly."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-_NUMBERS = {int, float, type(None)}
-# Exponents are one multiply-add of the score: what the kernels were tuned and tested with, Triton's default as long
-# as nobody changes it.
+# The kernels were tuned and tested with fused multiply-adds. This is Triton's default; a user can change the default.
 FUSED = {"enable_fp_fusion": True}
-# Shapes vary in few ways in training; where they do not (every length its own), start anew now and then.
+# Training sees few shapes. Where it sees many, the table starts anew now and then.
 _LIMIT = 4096
+_INT32 = 1 << 31
+_NOTHING: Mapping[str, int] = MappingProxyType({})
 _compiled: dict[Hashable, Any] = {}
+
+
+def classes(arguments: Iterable[Any], found: list[Hashable]) -> None:
+    """Append the class of every argument to `found`: what Triton specialises a compiled kernel on.
+
+    For an integer: whether it is 1, whether 16 divides it, and its width. For a tensor: its dtype, and whether 16
+    divides its address. For a descriptor: its dtype (its block follows from the kernel's plan). For a tuple: the
+    classes of what is in it. Floating numbers are all of one class.
+    """
+    for argument in arguments:
+        kind = type(argument)
+        if kind is int:
+            if argument == 1:
+                found.append(1)
+            else:
+                divisible = 2 if argument & 15 else 16
+                found.append(divisible if -_INT32 <= argument < _INT32 else -divisible)
+        elif argument is None or kind is float:
+            found.append(kind)
+        elif isinstance(argument, torch.Tensor):
+            found.append((argument.dtype, "unaligned") if argument.data_ptr() & 15 else argument.dtype)
+        elif isinstance(argument, tuple):
+            classes(argument, found)
+        else:
+            found.append(argument.base.dtype)
 
 
 def launch(
     kernel: Any,
     grid: tuple[int, int, int],
-    key: tuple[Hashable, ...],
-    arguments: Sequence[Any],
-    constants: dict[str, Any],
-    **options: int,
-) -> None:
-    """`kernel[grid](*arguments, **constants, **options)`, but looking up by `key` what Triton compiled for it.
+    plan: Hashable,
+    device: torch.device,
+    arguments: Mapping[str, Any],
+    numbers: Mapping[str, int] = _NOTHING,
+    **options: int | None,
+) -> Any:
+    """`kernel[grid](**arguments, **numbers, plan, **options)`; returns the compiled kernel, None in the interpreter.
 
-    Triton works that out anew at each launch, from every argument. key: the device (which is current),
-    and whatever the dtypes and integers among the arguments, and `options`, follow from; floating
-    numbers and addresses are no part of it: where a tensor does not start at 16 bytes, Triton decides.
-    constants: in the kernel's own order, after all arguments.
+    Triton finds out anew at each launch what it has compiled. Here the compiled kernel is looked up by the `classes`
+    of the arguments, so a new length of the same class is no new kernel.
+
+    plan: the kernel's last parameter, a constant. device: the current one. numbers: integers that the kernel is not
+    specialised on (its `do_not_specialize`). Arguments and numbers stand in the order of the kernel's parameters.
+    options: Triton's own, such as num_warps.
     """
-    addresses = 0
-    for argument in arguments:
-        if type(argument) not in _NUMBERS and isinstance(argument, torch.Tensor):
-            addresses |= argument.data_ptr()
-    key = (kernel.fn, *key, *constants.values())
-    compiled = None if addresses % 16 else _compiled.get(key)
+    key: list[Hashable] = [kernel.fn, plan, device, *options.values()]
+    classes(arguments.values(), key)
+    for number in numbers.values():
+        key.append(-_INT32 <= number < _INT32)
+    place = tuple(key)
+    compiled = _compiled.get(place)
     if compiled is not None:
-        compiled[grid](*arguments, *constants.values())
-        return
-    compiled = kernel[grid](*arguments, **constants, **options, **FUSED)
-    if compiled is None or addresses % 16:  # the interpreter compiles nothing
-        return
-    if len(_compiled) >= _LIMIT:
-        _compiled.clear()
-    _compiled[key] = compiled
+        compiled[grid](*arguments.values(), *numbers.values(), plan)
+        return compiled
+    code = kernel.fn.__code__
+    names = code.co_varnames[: code.co_argcount]
+    if names[:-1] != (*arguments, *numbers):
+        raise TypeError(f"expected arguments {names[:-1]}, got {(*arguments, *numbers)}")
+    compiled = kernel[grid](*arguments.values(), *numbers.values(), plan, **options, **FUSED)
+    if compiled is not None:
+        if len(_compiled) >= _LIMIT:
+            _compiled.clear()
+        _compiled[place] = compiled
+    return compiled

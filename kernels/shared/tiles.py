@@ -1,10 +1,12 @@
-"""Tile shapes by head dimension, dtype and causality: pinned, no autotuning at run time."""
+"""Tile shapes by head dimension, dtype and causality (pinned, nothing is tuned at run time), and tiles in kernels."""
 
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 
-from .softmax import block_dim, ceil_div
+from .plan import Options
 
 
 class Tiles(NamedTuple):
@@ -73,9 +75,19 @@ _BACKWARD_FLOAT = {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles
 
 # Query blocks of this many heads run side by side: their keys and values stay in the L2 cache.
 HEAD_GROUP = 8
+_HEAD_GROUP = tl.constexpr(HEAD_GROUP)
 
 
-def has_edges(options) -> bool:
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)  # triton.cdiv is for kernels: it costs the host several times as much
+
+
+def block_dim(head_dim: int) -> int:
+    """The tile width of a head dimension: a power of two, at least 16 (the smallest matrix product)."""
+    return max(16, 1 << (head_dim - 1).bit_length())  # Triton's own helper costs the host 4 microseconds
+
+
+def has_edges(options: Options) -> bool:
     """What the tables call causal. Borders of packed sequences are like the diagonal: small blocks waste less."""
     return options.is_causal or options.seqlens is not None
 
@@ -91,7 +103,7 @@ def _masked_tiles(width: int, mask: torch.Tensor) -> Tiles:
 
 
 def forward_tiles(
-    head_dim: int, value_dim: int, dtype: torch.dtype, options, extended: bool = False
+    head_dim: int, value_dim: int, dtype: torch.dtype, options: Options, extended: bool = False
 ) -> Tiles:
     width = _width(head_dim, value_dim)
     if dtype == torch.float32:
@@ -103,7 +115,7 @@ def forward_tiles(
     return _FORWARD_HALF[width, has_edges(options)]
 
 
-def probe_tiles(head_dim: int, dtype: torch.dtype, options, extended: bool = False) -> Tiles:
+def probe_tiles(head_dim: int, dtype: torch.dtype, options: Options, extended: bool = False) -> Tiles:
     """Tiles of the probe; its query blocks divide a sample's."""
     width = _width(head_dim, 16)
     if dtype == torch.float32:
@@ -112,7 +124,7 @@ def probe_tiles(head_dim: int, dtype: torch.dtype, options, extended: bool = Fal
 
 
 def backward_tiles(
-    head_dim: int, value_dim: int, dtype: torch.dtype, options, mask_gradient: bool = False
+    head_dim: int, value_dim: int, dtype: torch.dtype, options: Options, mask_gradient: bool = False
 ) -> BackwardTiles:
     width = _width(head_dim, value_dim)
     if dtype == torch.float32:
@@ -124,3 +136,29 @@ def backward_tiles(
 def grid_1d(num_blocks: int, num_heads: int) -> int:
     """Programs of a launch over (block, batch * head); the kernels order them by `HEAD_GROUP`."""
     return num_blocks * ceil_div(num_heads, HEAD_GROUP) * HEAD_GROUP
+
+
+@triton.jit
+def scheduled_block(length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """(first position, batch * head) of this program: HEAD_GROUP heads side by side, the long blocks first.
+
+    Under a causal mask the long ones are the last query blocks and the first key blocks. If the last group is not
+    full, some programs get a batch * head that does not exist.
+    """
+    num_blocks = tl.cdiv(length, BLOCK)
+    group = tl.program_id(0) // (_HEAD_GROUP * num_blocks)
+    inside = tl.program_id(0) % (_HEAD_GROUP * num_blocks)
+    block = inside // _HEAD_GROUP
+    if LAST_FIRST:
+        block = num_blocks - 1 - block
+    return block * BLOCK, group * _HEAD_GROUP + inside % _HEAD_GROUP
+
+
+@triton.jit
+def load_tile(desc, batch, head, row, ROWS: tl.constexpr, COLS: tl.constexpr):
+    return desc.load([batch, head, row, 0]).reshape(ROWS, COLS)
+
+
+@triton.jit
+def load_rows(desc, batch_head, row, ROWS: tl.constexpr):
+    return desc.load([batch_head, row]).reshape(ROWS)
