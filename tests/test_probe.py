@@ -45,6 +45,7 @@ def test_all_rows_match_the_oracle(case, dtype, device):
     _check(case, dtype, device)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(case=random_cases())
 def test_all_rows_match_the_oracle_anywhere(case):
@@ -157,6 +158,7 @@ def test_a_sample_matches_the_reference(change, period, phase, device):
     _check_sample(replace(LONG, **change), torch.float32, device, period, phase)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     case=random_cases(), num_queries=st.integers(1, 300), period=st.integers(1, 5), phase=st.integers(0, 9)

@@ -1,0 +1,101 @@
+"""Which options the quick suite must launch each kernel with, and the check at its end that it did."""
+
+from ast import literal_eval
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pytest
+from interpreter import dtype, leaves, record_launches
+
+BOTH = frozenset({False, True})
+FLOATS = frozenset({"float32", "float16"})  # the interpreter has no products of bf16 matrices
+
+#: Compile-time options by name, and the values that every kernel with such an option must be launched with.
+OPTIONS: dict[str, frozenset] = {
+    **dict.fromkeys(("causal", "windowed", "packed", "softcap", "sinks", "extended", "sampled"), BOTH),
+    **dict.fromkeys(("natural", "exact", "has_d_out", "has_d_lse", "has_d_entropy", "has_d_scores"), BOTH),
+    **dict.fromkeys(("table", "bias"), BOTH),
+    "mask": frozenset({0, 1, 2}),  # none, boolean, additive
+}
+#: Kernels, and the dtypes of tensors that each must be launched with.
+KERNELS: dict[str, frozenset] = {
+    "_forward_kernel": FLOATS,
+    "_probe_kernel": FLOATS,
+    "_join_kernel": frozenset({"float32"}),
+    "_prepare_rows_kernel": FLOATS,
+    "dq_kernel": FLOATS,
+    "dkv_kernel": FLOATS,
+    "_fold_kernel": FLOATS | {"bfloat16"},
+    "_scan_mask_kernel": frozenset({"bool", "float32"}),
+    "_bounds_kernel": frozenset({"int32", "int64"}),
+}
+#: Values that no caller can ask a kernel for.
+IMPOSSIBLE: dict[tuple[str, str], frozenset] = {}
+
+Seen = Mapping[str, Mapping[str, set]]
+
+
+def missing(seen: Seen) -> list[str]:
+    """A line for each kernel, option value and dtype that was not launched."""
+    found = [f"{kernel} is not in KERNELS" for kernel in sorted(seen.keys() - KERNELS.keys())]
+    for kernel, dtypes in KERNELS.items():
+        if kernel not in seen:
+            found.append(f"{kernel} was not launched")
+            continue
+        required = {name: values for name, values in OPTIONS.items() if name in seen[kernel]} | {
+            "dtype": dtypes
+        }
+        for name, values in required.items():
+            absent = values - seen[kernel].get(name, set()) - IMPOSSIBLE.get((kernel, name), frozenset())
+            found += [f"{kernel} was not launched with {name}={value}" for value in sorted(absent)]
+    return found
+
+
+class LaunchedOptions:
+    """Fails a run of the whole quick suite that leaves an option of a kernel out."""
+
+    def __init__(self) -> None:
+        self.seen: defaultdict[str, defaultdict[str, set]] = defaultdict(lambda: defaultdict(set))
+        self.whole = True
+        self.missing: list[str] = []
+        record_launches(self.add)
+
+    def add(self, kernel: str, arguments: dict[str, Any]) -> None:
+        options = self.seen[kernel]
+        for argument, value in arguments.items():
+            for name, leaf in leaves(argument.lower(), value):
+                if dtype(leaf) is not None:
+                    options["dtype"].add(str(dtype(leaf)).removeprefix("torch."))
+                elif name.lower() in OPTIONS:
+                    options[name.lower()].add(leaf)
+
+    def pytest_deselected(self, items: Iterable[pytest.Item]) -> None:
+        self.whole &= all("slow" in item.keywords for item in items)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        config = session.config
+        if hasattr(config, "workeroutput"):  # a worker of pytest-xdist sees a part of the suite
+            launched = {kernel: dict(options) for kernel, options in self.seen.items()}
+            config.workeroutput["launched"] = repr((self.whole, launched))
+            return
+        self.whole &= config.args_source is config.ArgsSource.TESTPATHS
+        if self.whole and not session.testsfailed and not config.option.collectonly:
+            self.missing = missing(self.seen)
+            session.exitstatus = session.exitstatus or bool(self.missing)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        if "launched" not in node.workeroutput:  # it ended early
+            return
+        whole, launched = literal_eval(node.workeroutput["launched"])
+        self.whole &= whole
+        for kernel, options in launched.items():
+            for name, values in options.items():
+                self.seen[kernel][name] |= values
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self.missing:
+            terminalreporter.section("options of kernels that the quick suite left out")
+            for line in self.missing:
+                terminalreporter.write_line(line)
