@@ -43,7 +43,9 @@ def record_launches(record: Callable[[str, dict[str, Any]], None]) -> None:
     run = InterpretedFunction.run
 
     def recorded(kernel: Any, *arguments: Any, **keywords: Any) -> Any:
-        record(kernel.fn.__name__, dict(zip(kernel.arg_names, arguments)) | keywords)
+        named = dict(zip(kernel.arg_names, arguments))
+        named |= {name: value for name, value in keywords.items() if name in kernel.arg_names}
+        record(kernel.fn.__name__, named)
         return run(kernel, *arguments, **keywords)
 
     InterpretedFunction.run = recorded

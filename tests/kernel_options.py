@@ -8,47 +8,45 @@ from typing import Any
 import pytest
 from interpreter import dtype, leaves, record_launches
 
-BOTH = frozenset({False, True})
 FLOATS = frozenset({"float32", "float16"})  # the interpreter has no products of bf16 matrices
 
-#: Compile-time options by name, and the values that every kernel with such an option must be launched with.
-OPTIONS: dict[str, frozenset] = {
-    **dict.fromkeys(("causal", "windowed", "packed", "softcap", "sinks", "extended", "sampled"), BOTH),
-    **dict.fromkeys(("natural", "exact", "has_d_out", "has_d_lse", "has_d_entropy", "has_d_scores"), BOTH),
-    **dict.fromkeys(("table", "bias"), BOTH),
-    "mask": frozenset({0, 1, 2}),  # none, boolean, additive
-}
 #: Kernels, and the dtypes of tensors that each must be launched with.
-KERNELS: dict[str, frozenset] = {
-    "_forward_kernel": FLOATS,
-    "_probe_kernel": FLOATS,
-    "_join_kernel": frozenset({"float32"}),
-    "_prepare_rows_kernel": FLOATS,
+KERNELS: dict[str, frozenset[str]] = {
+    "forward_kernel": FLOATS,
+    "probe_kernel": FLOATS,
+    "join_kernel": frozenset({"float32"}),
+    "prepare_rows_kernel": FLOATS,
     "dq_kernel": FLOATS,
     "dkv_kernel": FLOATS,
-    "_fold_kernel": FLOATS | {"bfloat16"},
-    "_scan_mask_kernel": frozenset({"bool", "float32"}),
-    "_bounds_kernel": frozenset({"int32", "int64"}),
+    "fold_kernel": FLOATS | {"bfloat16"},
+    "scan_mask_kernel": frozenset({"uint8", "float32"}),  # boolean masks are read as bytes
+    "bounds_kernel": frozenset({"int32", "int64"}),
 }
-#: Values that no caller can ask a kernel for.
-IMPOSSIBLE: dict[tuple[str, str], frozenset] = {}
+#: Kernel and option: the value that no caller can ask for.
+IMPOSSIBLE: dict[tuple[str, str], bool] = {}
 
 Seen = Mapping[str, Mapping[str, set]]
 
 
 def missing(seen: Seen) -> list[str]:
-    """A line for each kernel, option value and dtype that was not launched."""
+    """A line for each kernel, dtype and compile-time choice that was not launched.
+
+    A choice is any boolean among a kernel's constants; a launch must have been seen with it and one without it.
+    """
     found = [f"{kernel} is not in KERNELS" for kernel in sorted(seen.keys() - KERNELS.keys())]
     for kernel, dtypes in KERNELS.items():
         if kernel not in seen:
             found.append(f"{kernel} was not launched")
             continue
-        required = {name: values for name, values in OPTIONS.items() if name in seen[kernel]} | {
-            "dtype": dtypes
-        }
-        for name, values in required.items():
-            absent = values - seen[kernel].get(name, set()) - IMPOSSIBLE.get((kernel, name), frozenset())
-            found += [f"{kernel} was not launched with {name}={value}" for value in sorted(absent)]
+        for name in sorted(dtypes - seen[kernel]["dtype"]):
+            found.append(f"{kernel} was not launched with dtype={name}")
+        for option, values in sorted(seen[kernel].items()):
+            absent = {False, True} - values if option != "dtype" else set()
+            found += [
+                f"{kernel} was not launched with {option}={value}"
+                for value in sorted(absent)
+                if IMPOSSIBLE.get((kernel, option)) is not value
+            ]
     return found
 
 
@@ -62,13 +60,13 @@ class LaunchedOptions:
         record_launches(self.add)
 
     def add(self, kernel: str, arguments: dict[str, Any]) -> None:
-        options = self.seen[kernel]
+        options = self.seen[kernel.lstrip("_")]
         for argument, value in arguments.items():
-            for name, leaf in leaves(argument.lower(), value):
+            for name, leaf in leaves(argument, value):
                 if dtype(leaf) is not None:
                     options["dtype"].add(str(dtype(leaf)).removeprefix("torch."))
-                elif name.lower() in OPTIONS:
-                    options[name.lower()].add(leaf)
+                elif isinstance(leaf, bool):
+                    options[name].add(leaf)
 
     def pytest_deselected(self, items: Iterable[pytest.Item]) -> None:
         self.whole &= all("slow" in item.keywords for item in items)
