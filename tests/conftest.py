@@ -5,14 +5,32 @@ import os
 import pytest
 import torch
 
-# Read by Triton when it is imported, so it must be set here, before any test imports a kernel.
-if not torch.cuda.is_available():
+ON_GPU = torch.cuda.is_available()
+# Tensors are tiny, so a second thread costs more time than it saves, here and in processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+# Triton reads this when it is imported, so it is set before any test imports a kernel.
+if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(2)
+
+
+def pytest_configure(config):
+    """Prepare the interpreter, and check at the end that the quick suite launched every option of every kernel."""
+    if ON_GPU:
+        return
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return
+    from interpreter import patch_language_once
+    from kernel_options import LaunchedOptions
+
+    patch_language_once()
+    config.pluginmanager.register(LaunchedOptions(), "launched-options")
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
+    if ON_GPU:
         return
     skip = pytest.mark.skip(reason="without a GPU")
     for item in items:
@@ -31,4 +49,4 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if ON_GPU else "cpu"

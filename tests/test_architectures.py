@@ -15,8 +15,19 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask"),
 ]
 
+#: One of each kind for every combination of interceptors, and of what changes the scores. The rest are slow.
+QUICK = """AST; BEiT; BERT; BLIP; BLOOM; CANINE; CLIP; Data2Vec vision; DeepSeek-V2; DiffLlama; Falcon; GIT; GPT-2;
+Gemma 2; I-BERT; JetMoE; LLaMA; LongT5; Mistral; Mllama; PVT; ProphetNet; Qwen3; SEW-D; SigLIP; SigLIP vision;
+Speech2Text; Swin; Switch; T5; WavLM; XLNet; gpt-oss"""
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+
+def _names():
+    quick = QUICK.replace("\n", " ").split("; ")
+    assert ARCHITECTURES.keys() >= set(quick)
+    return [pytest.param(x, marks=() if x in quick else pytest.mark.slow) for x in ARCHITECTURES]
+
+
+@pytest.mark.parametrize("name", _names())
 def test_is_measured_and_unchanged(name):
     architecture = ARCHITECTURES[name]
     if not architecture.exists:
@@ -47,6 +58,7 @@ def test_at_least_60_are_measured_with_softmax_attention():
         assert word in specials
 
 
+@pytest.mark.slow
 def test_the_page_has_the_table_of_these_results():
     if not PAGE.is_file():
         pytest.skip("the documentation is in the checkout only")

@@ -12,6 +12,7 @@ KERNELS = """_bounds_kernel _forward_kernel _join_kernel _prepare_rows_kernel _p
 dkv_kernel dq_kernel fold_kernel"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="every other test compiles them here")
 def test_the_portable_kernels_compile_for_sm_90(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

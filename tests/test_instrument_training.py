@@ -166,7 +166,12 @@ def test_probes_change_nothing(family):
     assert all(map(torch.equal, measured_weights, weights))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+QUICK = ("nanoGPT", "nn.Transformer")
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in FAMILIES]
+)
 def test_fused_attention_is_one_more_choice_of_kernel(family, monkeypatch):
     """Its losses lie as near to those of some plain training as plain trainings with other kernels do.
 

@@ -30,6 +30,17 @@ CALLS = {
     "padding": {"key_padding_mask": torch.arange(S) >= torch.tensor([[7], [9]]), "need_weights": False},
     "padding, weights": {"key_padding_mask": torch.arange(S) >= torch.tensor([[7], [9]])},
 }
+QUICK_CALLS = ("weights", "padding")  # with every option; the plain module gets every call
+PAIRS = [
+    pytest.param(
+        options,
+        call,
+        id=f"{kind}-{name}",
+        marks=() if kind == "plain" or name in QUICK_CALLS else pytest.mark.slow,
+    )
+    for kind, options in OPTIONS.items()
+    for name, call in CALLS.items()
+]
 
 
 def inputs(options, unbatched=False):
@@ -75,8 +86,7 @@ def same(results, expected):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("options", "call"), PAIRS)
 def test_the_drop_in_gives_what_the_original_gives(options, call, training):
     torch.manual_seed(0)
     original = nn.MultiheadAttention(E, H, **options).train(training)
@@ -149,8 +159,7 @@ def test_errors_are_those_of_the_original_and_leave_nothing_behind():
 
 @pytest.mark.parametrize("mode", ["probe", "fused"])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("options", "call"), PAIRS)
 def test_instrumented(options, call, training, mode):
     torch.manual_seed(0)
     module = nn.MultiheadAttention(E, H, **options).train(training)

@@ -41,6 +41,7 @@ def lengths(numbers, device=DEVICE):
     return torch.tensor(numbers, dtype=torch.int32, device=device)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(case=packed_cases())
 def test_kernels_match_the_oracle_anywhere(case):

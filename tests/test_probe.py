@@ -45,6 +45,7 @@ def test_all_rows_match_the_oracle(case, dtype, device):
     _check(case, dtype, device)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(case=random_cases())
 def test_all_rows_match_the_oracle_anywhere(case):
@@ -52,12 +53,17 @@ def test_all_rows_match_the_oracle_anywhere(case):
 
 
 @pytest.mark.parametrize(
-    "name", ["causal", "causal window", "softcap", "empty rows", "additive mask", "packed everything"]
+    ("name", "dtype"),
+    [
+        ("plain", torch.float16),
+        *((name, torch.float32) for name in ("causal", "causal window", "softcap", "empty rows")),
+        *((name, torch.float32) for name in ("additive mask", "packed everything")),
+    ],
 )
-def test_keys_split_over_programs_give_the_same(name, device):
+def test_keys_split_over_programs_give_the_same(name, dtype, device):
     """Into more parts than some rows see tiles: those have parts without a key."""
     case = CASES[name]
-    tensors = case.tensors(device=device)
+    tensors = case.tensors(dtype, device)
     options = case.options(*tensors)
     core = probe.probe(*tensors[:2], options, TILES, parts=3)[:4]
     for name, actual, wanted in zip(NAMES, core, oracle(case, *tensors)[1:]):
@@ -157,6 +163,7 @@ def test_a_sample_matches_the_reference(change, period, phase, device):
     _check_sample(replace(LONG, **change), torch.float32, device, period, phase)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     case=random_cases(), num_queries=st.integers(1, 300), period=st.integers(1, 5), phase=st.integers(0, 9)

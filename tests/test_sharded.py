@@ -37,7 +37,7 @@ of_two = pytest.mark.parametrize("found", [2], indirect=True)
 WHERE_QUERIES_ARE_SPLIT = [not name.endswith("_blocks") for name in SUM_FIELDS]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def found(request, tmp_path_factory):
     """By scenario, what each process found."""
     folder = tmp_path_factory.mktemp("sharded")
