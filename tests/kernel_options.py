@@ -24,7 +24,10 @@ KERNELS: dict[str, frozenset[str]] = {
 }
 #: Kernel and option: the value that no caller can ask for.
 IMPOSSIBLE: dict[tuple[str, str], bool] = {
-    ("dkv_kernel", "has_d_scores"): True,  # the gradient of a mask is written once, beside that of the queries
+    (
+        "dkv_kernel",
+        "has_d_scores",
+    ): True,  # the gradient of a mask is written once, beside that of the queries
     ("scan_mask_kernel", "has_mask"): False,
 }
 

@@ -52,8 +52,8 @@ def linear_rows(module: nn.Module, layer: str, name: str, shards: Shards | None)
     projection = getattr(module, name)
     weight = own_parameter(projection, "weight")
     conv1d = type(projection).__name__ == "Conv1D"  # transformers' own: weight (inputs, outputs)
-    plain = (isinstance(projection, nn.Linear) or conv1d) and weight is not None
-    if not plain or not weight.is_floating_point() or weight.dim() != 2:
+    plain = isinstance(projection, nn.Linear) or conv1d
+    if not plain or weight is None or not weight.is_floating_point() or weight.dim() != 2:
         raise _not_its_own(f"{layer}.{name}", projection)
     rows = parameter_rows(weight, f"{layer}.{name}", shards, dim=1 if conv1d else 0)
     rows = rows.t() if conv1d else rows

@@ -108,19 +108,20 @@ class Recorder:
         rows = measurement.rows.lse
         num_heads, device = rows.shape[1], rows.device
         kind = (measurement.layer, num_heads, measurement.head_dim, measurement.dtype)
-        key = (kind, device)
-        accumulator = self._accumulators.get(key)
+        place = (kind, device)
+        accumulator = self._accumulators.get(place)
         if accumulator is None:
             self._names.setdefault(kind, self._name(*kind))
             # Made inside inference mode, it could not be added to outside of it.
             with torch.inference_mode(False):
                 accumulator = fold.new_accumulator(num_heads, device)
-            self._accumulators[key] = accumulator
-        if measurement.beside is None:
-            query, key, options = measurement.query, measurement.key, measurement.options
-            fold.fold(accumulator, query, key, measurement.rows, options)
-        else:
+            self._accumulators[place] = accumulator
+        if measurement.beside is not None:
             fold.fold_measured(accumulator, measurement.rows, measurement.beside)
+        else:
+            query, key, options = measurement.query, measurement.key, measurement.options
+            assert query is not None and key is not None and options is not None  # for the type checker
+            fold.fold(accumulator, query, key, measurement.rows, options)
         name = self._names[kind]
         earlier = self._periods[name] if name in self._recorded else 1
         self._periods[name] = max(earlier, measurement.sample_period)
