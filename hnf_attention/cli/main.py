@@ -195,9 +195,11 @@ def _doctor(options: argparse.Namespace) -> int:
     console.print(doctor.card(), highlight=False)
     table = Table("forward / backward", "head dimensions", title="Paths of a plain causal training step")
     for path, taken in doctor.paths().items():
-        dtypes = dict.fromkeys(dtype for dtype, _ in taken)
-        dims = {t: ", ".join(str(d) for dtype, d in taken if dtype == t) for t in dtypes}
-        table.add_row(path, "\n".join(f"{str(t).removeprefix('torch.')}: {d}" for t, d in dims.items()))
+        table.add_row(path, doctor.by_dtype(taken))
+    console.print(table)
+    table = Table("engine: reason", "head dimensions", title="Why no faster engine is taken")
+    for reason, refused in doctor.reasons().items():
+        table.add_row(reason, refused)
     console.print(table)
     columns = ("dtype", "head dim", "causal", "output", "statistics", "gradients", "")
     table = Table(*columns, title=f"Errors against double precision, {doctor.LENGTH} tokens")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...engine import api
+from ...engine.call import autocast
 from .. import observer
 from ..call import COMPILED, AttentionCall
 from ..coverage import is_attention
@@ -131,7 +131,7 @@ unmeasured = operator("list_unmeasured", "str reason", _unmeasured)
 
 def inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """As the attention beside the operator takes them: autocast does not reach into a compiled graph."""
-    return api._autocast(query.detach(), key.detach(), value.detach())
+    return autocast(query.detach(), key.detach(), value.detach())
 
 
 def detached(tensor: Tensor | None) -> Tensor | None:
