@@ -57,7 +57,7 @@ def without_arithmetic() -> None:
     out = torch.zeros(SHAPE, dtype=torch.bfloat16)
     rows = [torch.zeros(SHAPE[:3]) for _ in range(4)]
     # autograd's Function needs new tensors at each call, and detaching is the cheapest way to one.
-    engines.forward = lambda *_: (out.detach(), *(row.detach() for row in rows), None)
+    engines.forward = lambda _: (out.detach(), *(row.detach() for row in rows), None)
     fold.fold = lambda *_: None
     functional.scaled_dot_product_attention = lambda *_, **__: out.detach()
     Plain.original = staticmethod(functional.scaled_dot_product_attention)

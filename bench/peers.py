@@ -13,7 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hnf_attention import attention, attention_stats
 from hnf_attention.engine import engines
-from hnf_attention.engine.call import check
+from hnf_attention.engine.call import Call, check
+from hnf_attention.engine.card import card_of
 
 PERIOD = 16  # "probe 1/16"
 EAGER_LIMIT = 32e9  # bytes: the eager peer's N x N matrices beyond this are not worth a card's memory
@@ -105,8 +106,9 @@ def _lse_only(q, k, v, is_causal):
     options = check(
         q, k, v, attn_mask=None, is_causal=is_causal, scale=None, window_size=None, softcap=None, sinks=None
     )
-    if not host.covers(q, k, v, options):
-        raise Unavailable("only the Hopper kernel is compiled without statistics, and it does not take this")
+    reason = engines.hopper_supports(Call(q, k, v, options), card_of(q.device))
+    if reason is not None:
+        raise Unavailable(f"only the Hopper kernel is compiled without statistics: {reason}")
     plan = host.plan(q.shape[3], v.shape[3], is_causal, k.shape[2] % host.BLOCK_N > 0, False)
     return host.forward(q, k, v, options, plan)[:2]
 
@@ -126,7 +128,7 @@ def _peers():
         yield "sdpa cudnn", _sdpa_by(SDPBackend.CUDNN_ATTENTION)
     if cuda and torch.backends.cuda.is_flash_attention_available():
         yield "sdpa flash", _sdpa_by(SDPBackend.FLASH_ATTENTION)
-    if cuda and engines.hopper_is_tested(torch.device("cuda", 0)):
+    if cuda and engines.hopper_runs_on(card_of(torch.device("cuda", 0))) is None:
         yield "ours, lse only", _lse_only
     yield "ours, extended", _ours(extended=True)
     yield "probe all", _probe(None)

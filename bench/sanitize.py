@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hnf_attention import attention, attention_stats
 from hnf_attention.engine import engines, fold
-from hnf_attention.engine.call import check
+from hnf_attention.engine.call import Call, check
 
 HEAD_DIMS = (64, 80, 128)
 HEADS, KV_HEADS, QUERIES, KEYS = 4, 2, 300, 300
@@ -76,7 +76,8 @@ ACTIONS: tuple[Callable, ...] = (forward, extended, probe, training, folded)
 
 def path_of(head_dim: int) -> str:
     query, key, value = inputs(head_dim)
-    return engines.forward_path(query, key, value, options_of(query, key, value), extended=False)
+    call = Call(query, key, value, options_of(query, key, value))
+    return engines.choose(engines.FORWARD, call).name
 
 
 def done(action: Callable, *tensors: Tensor, **keywords) -> None:

@@ -42,7 +42,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hnf_attention import theory
 from hnf_attention.engine import engines
-from hnf_attention.engine.call import check
+from hnf_attention.engine.call import Call, check
+from hnf_attention.engine.card import card_of
 
 ROWS_A_CASE = 128  # queries of one block: full tiles of every kernel
 BLOCK = 32  # keys: the smallest step of any of the kernels, so the most blocks
@@ -83,8 +84,9 @@ def _hopper(q, k, v):
     from hnf_attention.kernels.hopper import host
 
     options = _options(q, k, v)
-    if not host.covers(q, k, v, options):
-        raise RuntimeError("the Hopper kernel does not support this call")
+    reason = engines.hopper_supports(Call(q, k, v, options), card_of(q.device))
+    if reason is not None:
+        raise RuntimeError(f"the Hopper kernel does not take this call: {reason}")
     return host.forward(q, k, v, options)[0]
 
 
@@ -97,7 +99,7 @@ def kernels(dry: bool) -> dict[str, tuple[str, Kernel]]:
     if dry:
         return {f"simulated {kind}": (kind, _simulated(kind)) for kind in ("flash", "eager")}
     found = {"ours, portable": ("flash", _portable)}
-    if engines.hopper_is_tested(torch.device("cuda", 0)):
+    if engines.hopper_runs_on(card_of(torch.device("cuda", 0))) is None:
         found["ours, Hopper"] = ("flash", _hopper)
     found["SDPA, cuDNN"] = ("flash", _sdpa(SDPBackend.CUDNN_ATTENTION))
     found["SDPA, FA2"] = ("flash", _sdpa(SDPBackend.FLASH_ATTENTION))

@@ -5,9 +5,10 @@ import torch
 from cases import Case, oracle
 
 from hnf_attention import attention
-from hnf_attention.engine import engines, library
+from hnf_attention.engine import engines
+from hnf_attention.engine.call import BackwardInputs, Call
+from hnf_attention.engine.card import card_of
 from hnf_attention.reference import attention as reference
-from hnf_attention.reference.options import Options
 
 pytest.importorskip("triton", reason="Triton kernels need Linux")
 from hnf_attention.kernels.portable import probe
@@ -34,8 +35,9 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def host():
-    if not engines.hopper_is_tested(torch.device("cuda", 0)):
-        pytest.skip("not a card and Triton version that the Hopper forward is used on")
+    reason = engines.hopper_runs_on(card_of(torch.device("cuda", 0)))
+    if reason is not None:
+        pytest.skip(reason)
     from hnf_attention.kernels.hopper import host
 
     return host
@@ -63,7 +65,7 @@ def test_forward_matches_the_oracle(host, case, dtype, is_causal):
     case = Case(**{**case.__dict__, "is_causal": is_causal})
     tensors = case.tensors(dtype, "cuda")
     options = case.options(*tensors)
-    assert engines.forward_path(*tensors[:3], options, False) == engines.HOPPER
+    assert engines.choose(engines.FORWARD, Call(*tensors[:3], options)).name == engines.HOPPER
     agree(host, case, tensors)
 
 
@@ -85,7 +87,8 @@ def test_scores_that_rise_from_tile_to_tile(host, rise, head_dim):
 def test_output_rows_that_are_no_multiple_of_16_bytes_take_another_path(host):
     case = Case(1, 2, 1, 200, 200, 64, 20)
     q, k, v, *_ = case.tensors(torch.bfloat16, "cuda")
-    assert engines.forward_path(q, k, v, case.options(q, k, v, None, None), False) == engines.TRITON
+    call = Call(q, k, v, case.options(q, k, v, None, None))
+    assert engines.choose(engines.FORWARD, call).name == engines.TRITON
     out = attention(q, k, v)[0]
     wanted = attention(q.double(), k.double(), v.double())[0]
     assert (out.double() - wanted).abs().max() <= TOLERANCE[torch.bfloat16]
@@ -140,18 +143,19 @@ def test_forward_writes_the_same_bits_a_thousand_times(host):
     assert differences.item() == 0
 
 
-@pytest.mark.parametrize("kind", [library.CUDNN, library.FLASH])
+@pytest.mark.parametrize("engine", engines.BACKWARD[:2], ids=["cudnn", "flash"])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_library_backward_takes_our_output_and_lse(kind, is_causal, head_dim):
-    if library._available(torch.device("cuda", 0)) not in (kind, library.CUDNN):
-        pytest.skip(f"no {kind} backward here")
+def test_library_backward_takes_our_output_and_lse(engine, is_causal, head_dim):
     case = Case(2, 3, 1, 333, 333, head_dim, head_dim, is_causal=is_causal, transposed=True)
     q, k, v, *_ = case.tensors(torch.bfloat16, "cuda")
-    options: Options = case.options(q, k, v, None, None)
+    call = Call(q, k, v, case.options(q, k, v, None, None))
+    reason = engine.supports(call, card_of(q.device))
+    if reason is not None:
+        pytest.skip(reason)
     out, rows = attention(q, k, v, is_causal=is_causal)
     d_out = torch.randn_like(out)
-    got = library.backward(kind, q, k, v, options, out, rows.lse, d_out)
+    got = engine.run(call, BackwardInputs(out, rows.lse, rows.entropy, d_out, None, None), False)
     exact = [x.double() for x in (q, k, v)]
     out64, rows64 = reference.attention(*exact, case.options(*exact, None, None))
     wanted = reference.backward(

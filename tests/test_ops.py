@@ -11,8 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hnf_attention
 from hnf_attention import attention, attention_stats
-from hnf_attention.engine import api, fold
+from hnf_attention.engine import api, operators
+from hnf_attention.engine.call import Call
 from hnf_attention.reference import attention as reference
+from hnf_attention.reference.fold import measure
 
 MEASURED = ["causal", "causal window", "everything", "empty rows", "bool mask by head"]
 MEASURED += ["packed window", "packed everything"]
@@ -107,11 +109,12 @@ def test_max_and_min_are_not_differentiable():
 def test_opcheck(name, device):
     case = CASES[name]
     q, k, v, mask, sinks = case.tensors(device=device)
-    o = case.options(q, k, v, mask, sinks)
+    options = case.options(q, k, v, mask, sinks)
     q.requires_grad_()
     for extended in (False, True):
-        torch.library.opcheck(api._forward_op, (q, k, v, *api._flat(o), extended))
-    torch.library.opcheck(api._sample_op, (q.detach(), k, *api._flat(o), True, 2, 1))
+        torch.library.opcheck(operators.forward_op, operators.flat(Call(q, k, v, options, extended)))
+    query, key, _, *others = operators.flat(Call(q.detach(), k, None, options, True))
+    torch.library.opcheck(operators.sample_op, (query, key, *others, 2, 1))
 
 
 def test_compiles_to_a_full_graph(device):
@@ -156,7 +159,7 @@ def _never(*_, **__):
 
 def test_what_traces_the_call_sees_the_operator(monkeypatch):
     q, k, v, *_ = Case().tensors()
-    monkeypatch.setattr(api._EagerAttention, "attach", _never)
+    monkeypatch.setattr(operators.EagerAttention, "attach", _never)
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(x) for x in (q, k, v)]
         out, rows = attention(*fakes)
@@ -206,7 +209,7 @@ def test_measure_agrees_with_the_extended_reference(name, device):
     q, k, v, mask, sinks = case.tensors(device=device)
     keywords = case.keywords(mask, sinks)
     rows = attention_stats(q, k, extended=True, **keywords)
-    visible, sink_mass, query_square, key_square, sequences, *_ = fold.measure(
+    visible, sink_mass, query_square, key_square, sequences, *_ = measure(
         q, k, rows, case.options(q, k, v, mask, sinks)
     )
     torch.testing.assert_close(sink_mass, rows.sink_mass, rtol=1e-4, atol=1e-5)

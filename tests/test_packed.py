@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hnf_attention import attention, attention_stats
-from hnf_attention.engine import engines, fold, library
-from hnf_attention.engine.call import check
+from hnf_attention.engine import engines, fold
+from hnf_attention.engine.call import Call, check
 from hnf_attention.reference import attention as reference
 from hnf_attention.reference import masks, sampling
 from hnf_attention.reference.fold import new_accumulator
@@ -239,9 +239,9 @@ def test_nothing_waits_for_the_device():
 @pytest.mark.gpu
 def test_neither_the_hopper_forward_nor_the_library_takes_a_pack():
     q, k, v, *_ = Case(1, 2, 1, 256, 256, 64, 64).tensors(torch.bfloat16, "cuda")
-    options = Case(seqlens=(0, 100, 256)).options(q, k, v, None, None)
-    assert engines.forward_path(q, k, v, options, False) == engines.TRITON
-    assert library.choose(q, k, v, options) is None
+    call = Call(q, k, v, Case(seqlens=(0, 100, 256)).options(q, k, v, None, None))
+    assert engines.choose(engines.FORWARD, call).name == engines.TRITON
+    assert engines.choose(engines.BACKWARD, call).name == engines.TRITON
 
 
 @pytest.mark.gpu

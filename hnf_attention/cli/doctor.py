@@ -1,4 +1,4 @@
-"""`hnf-attention doctor`: what this machine is, which path each head dimension takes, and a self-test."""
+"""`hnf-attention doctor`: what this machine is, which engine each head dimension takes and why, and a self-test."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from ..engine import engines, library
+from ..engine import engines
 from ..engine.api import attention
-from ..engine.call import check
+from ..engine.call import Call, check
+from ..engine.card import card_of, current_device
 from ..reference import attention as reference
+from ..reference.options import Options
 from ..versions import versions
 from .exit_codes import FOUND, HEALTHY
 from .output import console
@@ -30,7 +32,10 @@ STATISTICS_TOLERANCE = 2e-5
 
 @dataclass(frozen=True)
 class Trial:
-    """One self-test against the fp64 reference: errors relative by norm, of statistics the largest absolute."""
+    """One self-test against the fp64 reference.
+
+    out and gradients: relative errors, by norm. statistics: the largest absolute error, nats.
+    """
 
     dtype: torch.dtype
     head_dim: int
@@ -46,14 +51,6 @@ class Trial:
         return self.out <= allowed and self.gradients <= allowed and self.statistics <= STATISTICS_TOLERANCE
 
 
-def device() -> torch.device:
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-
-
 def software() -> dict[str, str | None]:
     """Versions of Python, of the packages this project computes with, and of cuDNN."""
     found = versions("hnf-attention", "torch", "triton", "numpy", "transformers")
@@ -64,27 +61,49 @@ def software() -> dict[str, str | None]:
 
 def card() -> str:
     """The device's name, compute capability and memory, or that there is none."""
-    if not torch.cuda.is_available():
+    found = card_of(current_device())
+    if found.vendor is None:
         return "no CUDA card: attention runs in PyTorch, in chunks"
-    properties = torch.cuda.get_device_properties(device())
-    memory = properties.total_memory / 2**30
-    return f"{properties.name}, compute capability {properties.major}.{properties.minor}, {memory:.0f} GiB"
+    return f"{found.name}, compute capability {found.compute}, {found.memory / 2**30:.0f} GiB"
 
 
 def paths() -> dict[str, list[tuple[torch.dtype, int]]]:
     """Which (dtype, head dimension) takes which "forward / backward" path, for plain causal training calls."""
     found: dict[str, list[tuple[torch.dtype, int]]] = {}
+    for dtype, head_dim, call in _plain_calls():
+        engine = [engines.choose(each, call).name for each in (engines.FORWARD, engines.BACKWARD)]
+        found.setdefault(" / ".join(engine), []).append((dtype, head_dim))
+    return found
+
+
+def reasons() -> dict[str, str]:
+    """Why a faster engine was not taken, "engine: reason", and in which of the calls of `paths`."""
+    found: dict[str, dict[tuple[torch.dtype, int], None]] = {}
+    for dtype, head_dim, call in _plain_calls():
+        for name, reason in engines.explain(call, engines.FORWARD) + engines.explain(call, engines.BACKWARD):
+            if reason is not None:
+                found.setdefault(f"{name}: {reason}", {})[dtype, head_dim] = None
+    all_calls = len(OUTPUT_TOLERANCE) * len(HEAD_DIMS)
+    return {
+        text: "all" if len(calls) == all_calls else by_dtype(list(calls)) for text, calls in found.items()
+    }
+
+
+def by_dtype(taken: list[tuple[torch.dtype, int]]) -> str:
+    """The head dimensions of each dtype, a dtype a line."""
+    dims: dict[torch.dtype, list[str]] = {}
+    for dtype, head_dim in taken:
+        dims.setdefault(dtype, []).append(str(head_dim))
+    return "\n".join(
+        f"{str(dtype).removeprefix('torch.')}: {', '.join(each)}" for dtype, each in dims.items()
+    )
+
+
+def _plain_calls() -> Iterator[tuple[torch.dtype, int, Call]]:
     for dtype in OUTPUT_TOLERANCE:
         for head_dim in HEAD_DIMS:
-            q = torch.empty(1, 1, 256, head_dim, dtype=dtype, device=device())
-            options = _options(q, True)
-            forward = engines.forward_path(q, q, q, options, False)
-            kind = library.choose(q, q, q, options)
-            backward = f"PyTorch's {kind} backward" if kind else forward
-            if backward == engines.HOPPER:
-                backward = engines.TRITON
-            found.setdefault(f"{forward} / {backward}", []).append((dtype, head_dim))
-    return found
+            q = torch.empty(1, 1, 256, head_dim, dtype=dtype, device=current_device())
+            yield dtype, head_dim, Call(q, q, q, _options(q, True))
 
 
 def self_test() -> Iterator[Trial]:
@@ -95,7 +114,7 @@ def self_test() -> Iterator[Trial]:
                 yield _trial(dtype, head_dim, is_causal)
 
 
-def _options(q: Tensor, is_causal: bool):
+def _options(q: Tensor, is_causal: bool) -> Options:
     return check(
         q, q, q, attn_mask=None, is_causal=is_causal, scale=None, window_size=None, softcap=None, sinks=None
     )
@@ -104,7 +123,7 @@ def _options(q: Tensor, is_causal: bool):
 def _trial(dtype: torch.dtype, head_dim: int, is_causal: bool) -> Trial:
     generator = torch.Generator().manual_seed(0)
     shape = (1, 2, LENGTH, head_dim)
-    q, k, v, d_out = (torch.randn(shape, generator=generator).to(device(), dtype) for _ in range(4))
+    q, k, v, d_out = (torch.randn(shape, generator=generator).to(current_device(), dtype) for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out, rows = attention(*leaves, is_causal=is_causal)
     gradients = torch.autograd.grad(out, leaves, d_out)
@@ -138,9 +157,11 @@ def run(options: argparse.Namespace) -> int:
     screen.print(card(), highlight=False)
     table = Table("forward / backward", "head dimensions", title="Paths of a plain causal training step")
     for path, taken in paths().items():
-        dtypes = dict.fromkeys(dtype for dtype, _ in taken)
-        dims = {t: ", ".join(str(d) for dtype, d in taken if dtype == t) for t in dtypes}
-        table.add_row(path, "\n".join(f"{str(t).removeprefix('torch.')}: {d}" for t, d in dims.items()))
+        table.add_row(path, by_dtype(taken))
+    screen.print(table)
+    table = Table("engine: reason", "head dimensions", title="Why no faster engine is taken")
+    for reason, refused in reasons().items():
+        table.add_row(reason, refused)
     screen.print(table)
     columns = ("dtype", "head dim", "causal", "output", "statistics", "gradients", "")
     table = Table(*columns, title=f"Errors against double precision, {LENGTH} tokens")

@@ -1,24 +1,13 @@
-"""`attention()` and `attention_stats()`: validate, dispatch, differentiate.
+"""The public calls: check the arguments, then run the call."""
 
-CUDA tensors take the Triton kernels where these cover the call, everything else the reference. Both
-stand behind `torch.library` operators with fake kernels and autograd, so that
-`torch.compile(fullgraph=True)` sees one opaque node.
-"""
-# No `from __future__ import annotations` here: torch.library reads the annotations themselves.
+from __future__ import annotations
 
-from typing import Optional, Tuple  # noqa: UP035 (torch 2.8 infers operator schemas from these only)
-
-import torch
 from torch import Tensor
 
-from .. import compat
-from ..reference import attention as reference
-from ..reference import sampling
-from ..statistics.fields import EXTENDED_FIELDS
+from ..reference.options import Options
 from ..statistics.rows import RowStats
-from ..tracing import untraced
-from . import engines
-from .call import Options, check, check_sample
+from .call import Call, check_sample, prepare
+from .operators import run, run_sample
 
 
 def attention(
@@ -64,8 +53,7 @@ def attention(
     chunked PyTorch path on every device. Under autocast, inputs are cast as SDPA casts them.
     Raises ValueError or TypeError (expected, got) before anything runs.
     """
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
-    options = check(
+    call = prepare(
         query,
         key,
         value,
@@ -76,8 +64,9 @@ def attention(
         softcap=softcap,
         sinks=sinks,
         seqlens=seqlens,
+        extended=extended,
     )
-    return attend(query, key, value, options, extended=extended)
+    return run(call)
 
 
 def attention_stats(
@@ -105,8 +94,7 @@ def attention_stats(
         pack as a whole, across their borders.
         The result is compact, (B, H, M_s) with `row_index` saying which rows, and not differentiable.
     """
-    query, key, attn_mask = _autocast(query, key, attn_mask)
-    options = check(
+    call = prepare(
         query,
         key,
         None,
@@ -117,24 +105,9 @@ def attention_stats(
         softcap=softcap,
         sinks=sinks,
         seqlens=seqlens,
+        extended=extended,
     )
-    if sample is None:
-        return attend(query, key, None, options, extended=extended)[1]
-    return attend_sample(query, key, options, check_sample(sample), extended=extended)
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Floating tensors in the dtype that autocast gives SDPA's inputs; fp64 is left alone, as there."""
-    first = tensors[0] if isinstance(tensors[0], Tensor) else None
-    # A tenth of what the question below costs; it does not ask MPS, for one.
-    if first is not None and first.is_cuda and not compat.any_autocast():
-        return tensors
-    device = "cpu" if first is None else first.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    wanted = (torch.float16, torch.bfloat16, torch.float32)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in wanted else t for t in tensors)
+    return run(call)[1] if sample is None else run_sample(call, check_sample(sample))
 
 
 def attend(
@@ -146,239 +119,15 @@ def attend(
     extended: bool = False,
     detached: bool = False,
 ) -> tuple[Tensor | None, RowStats]:
-    """`attention` for a call that `check` has accepted, in the dtype it is to be computed in.
+    """`attention` of tensors and options that `check` has accepted, in the dtype to compute in.
 
     detached: the statistics are outside autograd. Without a value the output is None or has no elements.
     """
-    if not untraced(query, key, value):
-        out, *rows = _forward_op(query, key, value, *_flat(options), extended)
-        rows = _rows(*rows)
-        return out, rows.detach() if detached else rows
-    differentiable = (query, key, value, options.attn_mask, options.sinks)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
-        return _EagerAttention.attach(*differentiable, options, extended, detached)
-    out, *rows = engines.forward(query, key, value, options, extended)
-    return out, _rows(*rows)
+    return run(Call(query, key, value, options, extended), detached)
 
 
-@torch.no_grad()
 def attend_sample(
     query: Tensor, key: Tensor, options: Options, sample: tuple[int, int], *, extended: bool = False
 ) -> RowStats:
-    """`attention_stats` of a sample (period, phase) of the rows, for a call as `attend` takes it."""
-    period, phase = sample
-    period = sampling.effective_period(period, query.shape[2])
-    if untraced(query, key):
-        return _rows(*_sample_rows(query, key, options, extended, period, phase % period))
-    return _rows(*_sample_op(query, key, *_flat(options), extended, period, phase % period))
-
-
-def _flat(options: Options) -> tuple:
-    """As the operators take them, which know no dataclass."""
-    o = options
-    return o.attn_mask, o.sinks, o.seqlens, o.is_causal, o.scale, o.window_size, o.softcap
-
-
-def _rows(lse, entropy, max_logit, min_logit, more: Tensor | None, index: Tensor | None = None) -> RowStats:
-    core = (lse, entropy, max_logit, min_logit)
-    if more is None or more.dim() == 1:
-        return RowStats(*core, row_index=index)
-    *numbers, visible_keys = more.unbind(0)
-    return RowStats(*core, *numbers, visible_keys.long(), index)
-
-
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Optional[Tensor],  # noqa: UP045
-    attn_mask: Optional[Tensor],  # noqa: UP045
-    sinks: Optional[Tensor],  # noqa: UP045
-    seqlens: Optional[Tensor],  # noqa: UP045
-    is_causal: bool,
-    scale: float,
-    window_size: Optional[int],  # noqa: UP045
-    softcap: Optional[float],  # noqa: UP045
-    extended: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
-    options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks, seqlens)
-    out, *core, more = engines.forward(query, key, value, options, extended)
-    return _placeholder(out, query), *core, _placeholder(more, query)
-
-
-def _placeholder(x: Tensor | None, query: Tensor) -> Tensor:
-    """An operator returns tensors only: what is not there has no elements."""
-    return query.new_empty(0) if x is None else x
-
-
-_forward_op = torch.library.custom_op("hnf_attention::forward", _forward, mutates_args=())
-
-
-@_forward_op.register_fake
-def _(query, key, value, attn_mask, sinks, seqlens, is_causal, scale, window_size, softcap, extended):
-    out = None if value is None else reference.empty_output(query, value.shape[3])
-    return _placeholder(out, query), *_fake_rows(query, query.shape[2], extended)
-
-
-def _fake_rows(query: Tensor, num_rows: int, extended: bool) -> list[Tensor]:
-    dtype, shape = reference.compute_dtype(query), (*query.shape[:2], num_rows)
-    shapes = [shape] * 4 + [(len(EXTENDED_FIELDS), *shape) if extended else (0,)]
-    return [query.new_empty(shape, dtype=dtype) for shape in shapes]
-
-
-def _sample(
-    query: Tensor,
-    key: Tensor,
-    attn_mask: Optional[Tensor],  # noqa: UP045
-    sinks: Optional[Tensor],  # noqa: UP045
-    seqlens: Optional[Tensor],  # noqa: UP045
-    is_causal: bool,
-    scale: float,
-    window_size: Optional[int],  # noqa: UP045
-    softcap: Optional[float],  # noqa: UP045
-    extended: bool,
-    period: int,
-    phase: int,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
-    options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks, seqlens)
-    *core, more, index = _sample_rows(query, key, options, extended, period, phase)
-    return *core, _placeholder(more, query), index
-
-
-def _sample_rows(
-    query: Tensor, key: Tensor, options: Options, extended: bool, period: int, phase: int
-) -> tuple[Tensor | None, ...]:
-    """(lse, entropy, max_logit, min_logit, more, row_index) of a sample; `period` is an effective one."""
-    if engines.kernels_cover(query, None):
-        with engines.on_device(query):
-            return engines.kernel("portable.probe").probe(
-                query, key, options, extended=extended, sample=(period, phase)
-            )
-    index = sampling.row_index(*query.shape[:3], period, phase, query.device)
-    with engines.no_autocast(query):
-        rows = reference.attention(query, key, None, options, extended=extended, index=index)[1]
-    return *engines.packed(rows, extended), index
-
-
-_sample_op = torch.library.custom_op("hnf_attention::sample", _sample, mutates_args=())
-
-
-@_sample_op.register_fake
-def _(query, key, attn_mask, sinks, seqlens, is_causal, scale, window_size, softcap, extended, period, phase):
-    num_rows = sampling.num_rows(query.shape[2], period)
-    index = query.new_empty((*query.shape[:2], num_rows), dtype=torch.int64)
-    return *_fake_rows(query, num_rows, extended), index
-
-
-def _gradients(
-    query: Tensor,
-    key: Tensor,
-    value: Optional[Tensor],  # noqa: UP045
-    attn_mask: Optional[Tensor],  # noqa: UP045
-    sinks: Optional[Tensor],  # noqa: UP045
-    seqlens: Optional[Tensor],  # noqa: UP045
-    is_causal: bool,
-    scale: float,
-    window_size: Optional[int],  # noqa: UP045
-    softcap: Optional[float],  # noqa: UP045
-    out: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    d_out: Optional[Tensor],  # noqa: UP045
-    d_lse: Optional[Tensor],  # noqa: UP045
-    d_entropy: Optional[Tensor],  # noqa: UP045
-    *,
-    mask_gradient: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
-    options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks, seqlens)
-    cotangents = (out, lse, entropy, d_out, d_lse, d_entropy)
-    gradients = engines.backward(query, key, value, options, *cotangents, mask_gradient=mask_gradient)
-    # Contiguous, as the fake kernel says.
-    return tuple(_placeholder(None if g is None else g.contiguous(), query) for g in gradients)
-
-
-_gradients_op = torch.library.custom_op("hnf_attention::backward", _gradients, mutates_args=())
-
-
-@_gradients_op.register_fake
-def _(query, key, value, attn_mask, sinks, *_, mask_gradient):
-    def like(x):
-        contiguous = None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-        return _placeholder(contiguous, query)
-
-    return like(query), like(key), like(value), like(sinks), like(attn_mask if mask_gradient else None)
-
-
-def _setup_context(ctx, inputs, output):
-    query, key, value, attn_mask, sinks, seqlens, *ctx.options, _extended = inputs
-    out, lse, entropy, *others = output
-    ctx.mark_non_differentiable(*others)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, attn_mask, sinks, seqlens, out, lse, entropy)
-
-
-def _backward(ctx, d_out, d_lse, d_entropy, *_):
-    *inputs, out, lse, entropy = ctx.saved_tensors
-    _query, _key, value, _mask, sinks, _seqlens = inputs
-    if d_out is None and d_lse is None and d_entropy is None:
-        return (None,) * 11
-    cotangents = (out, lse, entropy, d_out, d_lse, d_entropy)
-    learns_mask = ctx.needs_input_grad[3]
-    d_query, d_key, d_value, d_sinks, d_mask = _gradients_op(
-        *inputs, *ctx.options, *cotangents, mask_gradient=learns_mask
-    )
-    return (
-        d_query,
-        d_key,
-        None if value is None else d_value,
-        d_mask if learns_mask else None,
-        None if sinks is None else d_sinks,
-        *(None,) * 6,
-    )
-
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-class _EagerAttention(torch.autograd.Function):
-    """The operators' forward and backward without torch.library between them and autograd.
-
-    Every tensor that passes through autograd costs the host a few microseconds, so only what is
-    differentiable does.
-    """
-
-    @classmethod
-    def attach(cls, query, key, value, attn_mask, sinks, options, extended, detached):
-        """(out, rows) of a call of which something requires a gradient."""
-        rest = []
-        # `apply`, less its own search for the transforms that `untraced` has ruled out.
-        apply = super(torch.autograd.Function, cls).apply
-        results = apply(query, key, value, attn_mask, sinks, options, extended, detached, rest)
-        if detached:
-            return results, _rows(*rest)
-        out, lse, entropy = results
-        return out, _rows(lse, entropy, *rest)
-
-    @staticmethod
-    def forward(ctx, query, key, value, attn_mask, sinks, options, extended, detached, rest):
-        out, *rows = engines.forward(query, key, value, options, extended)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, attn_mask, sinks, options.seqlens, out, *rows[:2])
-        ctx.options = options if options.plain else options._replace(attn_mask=None, sinks=None, seqlens=None)
-        rest += rows if detached else rows[2:]
-        return out if detached else (out, *rows[:2])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_out, d_lse=None, d_entropy=None):
-        query, key, value, attn_mask, sinks, seqlens, out, lse, entropy = ctx.saved_tensors
-        if d_out is None and d_lse is None and d_entropy is None:
-            return (None,) * 9
-        options = ctx.options
-        if not attn_mask is sinks is seqlens is None:
-            options = options._replace(attn_mask=attn_mask, sinks=sinks, seqlens=seqlens)
-        cotangents = (out, lse, entropy, d_out, d_lse, d_entropy)
-        gradients = engines.backward(
-            query, key, value, options, *cotangents, mask_gradient=ctx.needs_input_grad[3]
-        )
-        d_query, d_key, d_value, d_sinks, d_mask = gradients
-        return d_query, d_key, d_value, d_mask, d_sinks, *(None,) * 4
+    """`attention_stats` of a sample (period, phase) of the rows, for tensors and options as `attend` takes them."""
+    return run_sample(Call(query, key, None, options, extended), sample)

@@ -1,16 +1,57 @@
-"""Every shape, dtype and device error of the attention functions, raised once, before anything runs."""
+"""One attention call, checked: every error of shape, dtype and device is raised here, before anything runs."""
 
 from __future__ import annotations
 
 import math
 from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import compat
 from ..reference.options import Options
 from ..statistics.checks import FLOAT_DTYPES, check_dense, check_sinks, expected
 from ..tracing import readable
+
+
+class Call(NamedTuple):
+    """What the attention functions compute from: checked, in the dtype it is computed in.
+
+    query (B, H, M, D), key (B, H_kv, N, D), value (B, H_kv, N, D_v), or None if only statistics are wanted.
+    options: what shapes the scores. extended: whether the extended statistics are wanted.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor | None
+    options: Options
+    extended: bool = False
+
+    @property
+    def largest_head_dim(self) -> int:
+        """The larger one of D and D_v."""
+        head_dim = self.query.shape[3]
+        return head_dim if self.value is None else max(head_dim, self.value.shape[3])
+
+    @property
+    def dtype(self) -> str:
+        """The name of the tensors' dtype: "float32", "bfloat16", ..."""
+        return str(self.query.dtype).removeprefix("torch.")
+
+
+class BackwardInputs(NamedTuple):
+    """What a backward needs beside its call: results of the forward, and their cotangents; a None is 0.
+
+    out (B, H, M, D_v), lse and entropy (B, H, M) in nats; each cotangent has the shape of its result.
+    """
+
+    out: Tensor
+    lse: Tensor
+    entropy: Tensor
+    d_out: Tensor | None
+    d_lse: Tensor | None
+    d_entropy: Tensor | None
 
 
 def _check_tensor(name: str, tensor: Tensor, query: Tensor) -> None:
@@ -74,13 +115,58 @@ def _check_seqlens(seqlens: Tensor, query: Tensor, num_keys: int) -> Tensor:
 
 
 def check_sample(sample: object) -> tuple[int, int]:
-    """Raise TypeError or ValueError for what is no (period, phase); return it."""
-    pair = isinstance(sample, tuple) and len(sample) == 2
-    if not pair or any(not isinstance(x, int) or isinstance(x, bool) for x in sample):
-        raise expected("sample to be None or a tuple of two ints (period, phase)", sample, TypeError)
-    if sample[0] < 1 or sample[1] < 0:
-        raise expected("a sample period >= 1 and phase >= 0", sample)
-    return sample
+    """`sample`, a (period, phase) of two ints; raises TypeError or ValueError for anything else."""
+    match sample:
+        case (int() as period, int() as phase) if bool not in (type(period), type(phase)):
+            if period < 1 or phase < 0:
+                raise expected("a sample period >= 1 and phase >= 0", sample)
+            return period, phase
+    raise expected("sample to be None or a tuple of two ints (period, phase)", sample, TypeError)
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    *,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    window_size: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    seqlens: Tensor | None,
+    extended: bool,
+) -> Call:
+    """The arguments of `attention`, cast as autocast wants them and checked; raises as `check` does."""
+    query, key, value, attn_mask = autocast(query, key, value, attn_mask)
+    options = check(
+        query,
+        key,
+        value,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+        window_size=window_size,
+        softcap=softcap,
+        sinks=sinks,
+        seqlens=seqlens,
+    )
+    return Call(query, key, value, options, extended)
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Floating tensors in the dtype that autocast gives SDPA's inputs; fp64, and what is no tensor, is unchanged."""
+    first = tensors[0] if isinstance(tensors[0], Tensor) else None
+    # This asks all devices but MPS at once, at a tenth of the cost of asking one.
+    if first is not None and first.is_cuda and not compat.any_autocast():
+        return tensors
+    device = "cpu" if first is None else first.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    wanted = (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in wanted else t for t in tensors)
 
 
 def check(
@@ -96,11 +182,12 @@ def check(
     sinks: Tensor | None,
     seqlens: Tensor | None = None,
 ) -> Options:
-    """Raise ValueError or TypeError for input the attention functions do not take; return `Options`.
+    """The options of a call that the attention functions take.
 
     query (B, H, M, D), key (B, H_kv, N, D), value (B, H_kv, N, D_v), H a multiple of H_kv.
+    Raises ValueError or TypeError (expected, got) for any other input.
     """
-    # Every measured call comes through here: no text is made, and no shape is read twice, before an error.
+    # Every measured call comes through here. It makes no text before an error and reads no shape twice.
     _check_tensor("query", query, query)
     _check_tensor("key", key, query)
     batch, heads, num_queries, head_dim = query.shape

@@ -1,139 +1,238 @@
-"""Which implementation computes a call, and the call: the one place that knows cards, versions and coverage."""
+"""What computes a call: ordered lists of engines, the fastest first, and why each one does not take it."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import logging
-from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference import attention as reference
-from ..statistics.fields import EXTENDED_FIELDS
-from ..statistics.rows import RowStats
+from ..reference import sampling
 from . import library
-from .call import Options
+from .call import BackwardInputs, Call
+from .card import NO_CARD, NVIDIA, Card, card_of, on_device
 
 HOPPER, TRITON, REFERENCE = "Hopper kernel", "Triton kernel", "PyTorch reference"
+CUDNN, FLASH = "PyTorch's cudnn backward", "PyTorch's flash backward"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-KERNEL_MAX_HEAD_DIM = 256
-# The Hopper forward is written in Gluon, whose interface changes between versions of Triton: it is used
+KERNEL_HEAD_DIM, HOPPER_HEAD_DIM = 256, 128  # the largest
+HOPPER_ROWS = 64  # one of two groups of warps would have no queries with as few
+# The Hopper forward is written in Gluon, whose interface changes between versions of Triton. It is used
 # with those that the GPU tests were run on.
-HOPPER_TRITON = ("3.6.",)
+HOPPER_TRITON = "3.6"
 _log = logging.getLogger("hnf_attention")
 
+Results = tuple[Any, ...]  # of Tensor or None, see `forward` and `sample`
 
-@functools.cache
-def kernel(name: str) -> ModuleType:
-    """A module of `kernels`, which import Triton; an import statement would cost each call several microseconds."""
-    return importlib.import_module(f"..kernels.{name}", __package__)
+
+class Engine(NamedTuple):
+    """One way to compute a call.
+
+    supports: of a call and its card, None if this engine computes it, else the reason, one clause to be printed.
+    run: computes it; `forward`, `sample` and `backward` say from what.
+    """
+
+    name: str
+    supports: Callable[[Call, Card], str | None]
+    run: Callable[..., Any]
+
+
+def forward(call: Call) -> Results:
+    """(out, lse, entropy, max_logit, min_logit, more) of a checked call, by the first engine that supports it.
+
+    out: None without a value, else (B, H, M, D_v) in the query's layout. The statistics are (B, H, M).
+    more: None, or the EXTENDED_FIELDS, (6, B, H, M).
+    """
+    engine = choose(FORWARD, call)
+    _say_once(engine.name, call.query.dtype, call.query.shape[3], call.query.device.type)
+    return engine.run(call)
+
+
+def sample(call: Call, period: int, phase: int) -> Results:
+    """(lse, entropy, max_logit, min_logit, more, row_index) of the sample (period, phase) of a call's rows.
+
+    period: an effective one, of `sampling.effective_period`.
+    """
+    return choose(SAMPLE, call).run(call, period, phase)
+
+
+def backward(call: Call, inputs: BackwardInputs, mask_gradient: bool = False) -> reference.Gradients:
+    """The gradients of a call, as `reference.backward` gives them."""
+    if call.value is None:
+        inputs = inputs._replace(d_out=None)
+    # PyTorch's kernels know of no statistics.
+    output_only = inputs.d_out is not None and inputs.d_lse is None and inputs.d_entropy is None
+    return choose(BACKWARD if output_only else STATISTICS_BACKWARD, call).run(call, inputs, mask_gradient)
+
+
+def choose(engines: Sequence[Engine], call: Call) -> Engine:
+    """The first engine that supports the call; the reference, the last one of each list, supports all."""
+    card = card_of(call.query.device)
+    for engine in engines:
+        if engine.supports(call, card) is None:
+            return engine
+    raise ValueError(f"expected an engine that supports every call, got {[e.name for e in engines]}")
+
+
+def explain(call: Call, engines: Sequence[Engine] | None = None) -> list[tuple[str, str | None]]:
+    """(engine, why it does not take the call) for each faster engine; last the one that does, with None.
+
+    engines: FORWARD if None.
+    """
+    card = card_of(call.query.device)
+    reasons: list[tuple[str, str | None]] = []
+    for engine in FORWARD if engines is None else engines:
+        reason = engine.supports(call, card)
+        reasons.append((engine.name, reason))
+        if reason is None:
+            break
+    return reasons
 
 
 def kernels_cover(query: Tensor, value: Tensor | None) -> bool:
     """Whether the portable Triton kernels take these tensors."""
-    largest = max(query.shape[3], 0 if value is None else value.shape[3])
-    return query.is_cuda and query.dtype in KERNEL_DTYPES and largest <= KERNEL_MAX_HEAD_DIM
+    return _kernels_refuse(query, value, card_of(query.device)) is None
+
+
+def triton_supports(call: Call, card: Card) -> str | None:
+    """Why the portable Triton kernels do not compute a call on that card; None if they do."""
+    return _kernels_refuse(call.query, call.value, card)
+
+
+def _kernels_refuse(query: Tensor, value: Tensor | None, card: Card) -> str | None:
+    if card.vendor is None:
+        return NO_CARD
+    if card.triton is None:
+        return "Triton is not installed"
+    if query.dtype not in KERNEL_DTYPES:
+        return f"needs fp16, bf16 or fp32, got {str(query.dtype).removeprefix('torch.')}"
+    largest = query.shape[3] if value is None else max(query.shape[3], value.shape[3])
+    return f"head dimension {largest} exceeds {KERNEL_HEAD_DIM}" if largest > KERNEL_HEAD_DIM else None
+
+
+def hopper_runs_on(card: Card) -> str | None:
+    """Why the Hopper forward does not run on a card; None if it does."""
+    if card.vendor != NVIDIA:
+        return NO_CARD if card.vendor is None else "needs an NVIDIA card"
+    if card.capability != (9, 0):
+        return f"needs compute capability 9.0, this card has {card.compute}"
+    if card.triton is None:
+        return "Triton is not installed"
+    tested = card.triton.startswith(f"{HOPPER_TRITON}.")
+    return None if tested else f"Triton {card.triton} is untested ({HOPPER_TRITON} is)"
+
+
+def hopper_supports(call: Call, card: Card) -> str | None:
+    """Why the Hopper forward does not compute a call on that card; None if it does."""
+    reason = hopper_runs_on(card)
+    if reason is not None:
+        return reason
+    query, key, value, options, extended = call
+    if value is None:
+        return "needs values: this call asks for statistics alone"
+    if extended:
+        return "does not compute the extended statistics"
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"needs fp16 or bf16, got {call.dtype}"
+    if call.largest_head_dim > HOPPER_HEAD_DIM:
+        return f"head dimension {call.largest_head_dim} exceeds {HOPPER_HEAD_DIM}"
+    if value.shape[3] % 8:  # rows of the output are written 16 bytes at a time
+        return f"the values' head dimension {value.shape[3]} is not a multiple of 8"
+    if query.shape[2] <= HOPPER_ROWS:
+        return f"needs more than {HOPPER_ROWS} queries, got {query.shape[2]}"
+    if key.shape[2] == 0 or query.numel() == 0:
+        return "the call is empty"
+    if options.scale <= 0:
+        return "needs a positive scale"
+    return None if options.plain else "takes no mask, window, soft-cap, sinks or packed sequences"
+
+
+def reference_supports(call: Call, card: Card) -> None:
+    """The reference computes every call, on any device."""
 
 
 @functools.cache
-def hopper_is_tested(device: torch.device) -> bool:
-    """Whether this is a card and a Triton version that the Hopper forward was tested on."""
-    import triton
-
-    tested = triton.__version__.startswith(HOPPER_TRITON)
-    return tested and torch.cuda.get_device_capability(device) == (9, 0)
+def kernel(name: str) -> Any:
+    """A module of `kernels`, which import Triton. An import statement would cost each call several microseconds."""
+    return importlib.import_module(f"..kernels.{name}", __package__)
 
 
-def forward_path(query: Tensor, key: Tensor, value: Tensor | None, options: Options, extended: bool) -> str:
-    """HOPPER, TRITON or REFERENCE: what computes the output and the statistics of a validated call."""
-    if not kernels_cover(query, value):
-        return REFERENCE
-    tested = not extended and value is not None and hopper_is_tested(query.device)
-    return HOPPER if tested and kernel("hopper.host").covers(query, key, value, options) else TRITON
+def _hopper_forward(call: Call) -> Results:
+    with on_device(call.query):
+        return kernel("hopper.host").forward(*call[:4])
 
 
-@functools.cache
-def _say_once(path: str, dtype: torch.dtype, head_dim: int, device: str) -> None:
-    _log.debug("attention of head dimension %d in %s on %s is computed by: %s", head_dim, dtype, device, path)
-
-
-def forward(
-    query: Tensor, key: Tensor, value: Tensor | None, options: Options, extended: bool
-) -> tuple[Tensor | None, ...]:
-    """(out, lse, entropy, max_logit, min_logit, more) of a validated call.
-
-    out: None without a value; else `reference.empty_output` filled. more: None, or (6, B, H, M), the
-    EXTENDED_FIELDS.
-    """
-    path = forward_path(query, key, value, options, extended)
-    _say_once(path, query.dtype, query.shape[3], query.device.type)
-    if path == REFERENCE:
-        with no_autocast(query):
-            out, rows = reference.attention(query, key, value, options, extended=extended)
-        if out is not None:
-            out = reference.empty_output(query, value.shape[3]).copy_(out)
-        return out, *packed(rows, extended)
+def _triton_forward(call: Call) -> Results:
+    query, key, value, options, extended = call
     with on_device(query):
-        if path == HOPPER:
-            return kernel("hopper.host").forward(query, key, value, options)
         if value is None:
             return None, *kernel("portable.probe").probe(query, key, options, extended=extended)[:-1]
         return kernel("portable.forward").forward(query, key, value, options, extended=extended)
 
 
-def backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    options: Options,
-    out: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    d_out: Tensor | None,
-    d_lse: Tensor | None,
-    d_entropy: Tensor | None,
-    *,
-    mask_gradient: bool = False,
-) -> reference.Gradients:
-    """`reference.backward` by the fastest kernel that computes it."""
-    d_out = None if value is None else d_out
-    cotangents = (out, lse, entropy, d_out, d_lse, d_entropy)
-    if not kernels_cover(query, value):
-        with no_autocast(query):
-            return reference.backward(query, key, value, options, *cotangents, mask_gradient=mask_gradient)
+def _triton_sample(call: Call, period: int, phase: int) -> Results:
+    query, key, _, options, extended = call
     with on_device(query):
-        if d_out is not None and d_lse is None and d_entropy is None:
-            kind = library.choose(query, key, value, options)
-            if kind is not None:
-                return library.backward(kind, query, key, value, options, out, lse, d_out)
-        return kernel("portable.backward").backward(
-            query, key, value, options, *cotangents, mask_gradient=mask_gradient
-        )
+        return kernel("portable.probe").probe(query, key, options, extended=extended, sample=(period, phase))
 
 
-def packed(rows: RowStats, extended: bool) -> tuple[Tensor | None, ...]:
-    """Row statistics as the kernels return them: four tensors, and the extended ones as a fifth, or None.
-
-    Numbers of keys are exact there up to 2^24 in fp32.
-    """
-    more = None
-    if extended:
-        more = torch.stack([getattr(rows, name).to(rows.lse.dtype) for name in EXTENDED_FIELDS])
-    return rows.lse, rows.entropy, rows.max_logit, rows.min_logit, more
+def _triton_backward(call: Call, inputs: BackwardInputs, mask_gradient: bool) -> reference.Gradients:
+    with on_device(call.query):
+        return kernel("portable.backward").backward(*call[:4], *inputs, mask_gradient=mask_gradient)
 
 
-def on_device(query: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device; entering the one that is current already is not free."""
-    index = query.device.index
-    return _HERE if index == torch.cuda.current_device() else torch.cuda.device(index)
+def _reference_forward(call: Call) -> Results:
+    with _no_autocast(call.query):
+        out, rows = reference.attention(*call[:4], extended=call.extended)
+    return out, *rows.pack(call.extended)
 
 
-_HERE = nullcontext()
+def _reference_sample(call: Call, period: int, phase: int) -> Results:
+    query, key, _, options, extended = call
+    index = sampling.row_index(*query.shape[:3], period, phase, query.device)
+    with _no_autocast(query):
+        rows = reference.attention(query, key, None, options, extended=extended, index=index)[1]
+    return *rows.pack(extended), index
 
 
-def no_autocast(query: Tensor) -> torch.autocast:
+def _reference_backward(call: Call, inputs: BackwardInputs, mask_gradient: bool) -> reference.Gradients:
+    with _no_autocast(call.query):
+        return reference.backward(*call[:4], *inputs, mask_gradient=mask_gradient)
+
+
+def _no_autocast(query: Tensor) -> torch.autocast:
     """The reference chooses its own precision: autocast must not round its products again."""
     return torch.autocast(query.device.type, enabled=False)
+
+
+@functools.cache
+def _say_once(engine: str, dtype: torch.dtype, head_dim: int, device: str) -> None:
+    _log.debug(
+        "attention of head dimension %d in %s on %s is computed by: %s", head_dim, dtype, device, engine
+    )
+
+
+FORWARD = (
+    Engine(HOPPER, hopper_supports, _hopper_forward),
+    Engine(TRITON, triton_supports, _triton_forward),
+    Engine(REFERENCE, reference_supports, _reference_forward),
+)
+SAMPLE = (
+    Engine(TRITON, triton_supports, _triton_sample),
+    Engine(REFERENCE, reference_supports, _reference_sample),
+)
+# For cotangents of lse or entropy; the first two of BACKWARD take a cotangent of the output alone.
+STATISTICS_BACKWARD = (
+    Engine(TRITON, triton_supports, _triton_backward),
+    Engine(REFERENCE, reference_supports, _reference_backward),
+)
+BACKWARD = (
+    Engine(CUDNN, library.cudnn_supports, library.cudnn_backward),
+    Engine(FLASH, library.flash_supports, library.flash_backward),
+    *STATISTICS_BACKWARD,
+)

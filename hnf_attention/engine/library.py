@@ -1,4 +1,4 @@
-"""Gradients of attention from PyTorch's own kernels: faster than ours where only the output has a cotangent.
+"""Gradients of attention from PyTorch's own kernels: faster than ours for a cotangent of the output alone.
 
 Both take *our* output and natural-log lse in place of what their own forward saved: the backward
 recomputes the softmax weights as exp(scores - lse) and needs nothing else.
@@ -13,68 +13,88 @@ from torch import Tensor
 
 from .. import compat
 from ..reference.attention import Gradients
-from .call import Options
+from .call import BackwardInputs, Call
+from .card import NO_CARD, NVIDIA, Card
 
-CUDNN, FLASH = "cudnn", "flash"
 _HALF = (torch.float16, torch.bfloat16)
+CUDNN_HEAD_DIM, FLASH_HEAD_DIM = 128, 256  # the largest
 
 
-def choose(query: Tensor, key: Tensor, value: Tensor | None, options: Options) -> str | None:
-    """CUDNN or FLASH where that kernel computes this call's gradients, else None.
-
-    None under `torch.use_deterministic_algorithms(True)`: neither promises the same bits every time.
-    """
-    if value is None or not options.plain or query.dtype not in _HALF or not query.is_cuda:
-        return None
-    if torch.are_deterministic_algorithms_enabled() or min(query.numel(), key.numel(), value.numel()) == 0:
-        return None
-    head_dim, value_dim = query.shape[3], value.shape[3]
-    if head_dim % 8 or value_dim % 8 or (options.is_causal and query.shape[2] != key.shape[2]):
-        return None
-    if not all(x.stride(3) == 1 for x in (query, key, value)):
-        return None
-    kind = _available(query.device)
-    if kind == CUDNN and max(head_dim, value_dim) <= 128:
-        return CUDNN
-    return FLASH if kind and head_dim == value_dim <= 256 else None
+def cudnn_supports(call: Call, card: Card) -> str | None:
+    """Why cuDNN's backward does not compute the gradients of a call on that card; None if it does."""
+    if card.vendor != NVIDIA:
+        return NO_CARD if card.vendor is None else "needs an NVIDIA card"
+    if card.capability[0] != 9:
+        return f"needs compute capability 9.x, this card has {card.compute}"
+    if not card.has_cudnn or compat.cudnn_backward is None:
+        return "this PyTorch has no cuDNN"
+    if call.largest_head_dim > CUDNN_HEAD_DIM:
+        return f"head dimension {call.largest_head_dim} exceeds {CUDNN_HEAD_DIM}"
+    return _refused_by_both(call, card)
 
 
-@functools.cache
-def _available(device: torch.device) -> str | None:
-    capability = torch.cuda.get_device_capability(device)
-    flash = compat.flash_backward is not None and torch.backends.cuda.is_flash_attention_available()
-    if not flash or capability < (8, 0):
-        return None
-    cudnn = compat.cudnn_backward is not None and torch.backends.cudnn.is_available() and capability[0] == 9
-    return CUDNN if cudnn else FLASH
+def flash_supports(call: Call, card: Card) -> str | None:
+    """Why FlashAttention's backward in PyTorch does not compute them; None if it does."""
+    if card.vendor is None:
+        return NO_CARD
+    if card.capability < (8, 0):
+        return f"needs compute capability 8.0, this card has {card.compute}"
+    if call.largest_head_dim > FLASH_HEAD_DIM:
+        return f"head dimension {call.largest_head_dim} exceeds {FLASH_HEAD_DIM}"
+    if call.value is not None and call.value.shape[3] != call.query.shape[3]:
+        return f"q has head dimension {call.query.shape[3]}, v has {call.value.shape[3]}"
+    return _refused_by_both(call, card)
 
 
-def backward(
-    kind: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    options: Options,
-    out: Tensor,
-    lse: Tensor,
-    d_out: Tensor,
-) -> Gradients:
-    """`reference.backward` for a cotangent of the output alone; `kind` is what `choose` returned."""
-    # An expanded cotangent (of a sum, say) has strides that they do not take.
-    d_out = d_out if d_out.is_contiguous() or d_out.stride() == out.stride() else d_out.contiguous()
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    lengths = num_queries, num_keys, 0.0, options.is_causal
+def _refused_by_both(call: Call, card: Card) -> str | None:
+    query, key, value, options, _ = call
+    if value is None:
+        return "there is no output to differentiate"
+    if not options.plain:
+        return "takes no mask, window, soft-cap, sinks or packed sequences"
+    if query.dtype not in _HALF:
+        return f"needs fp16 or bf16, got {call.dtype}"
+    if torch.are_deterministic_algorithms_enabled():
+        return "torch.use_deterministic_algorithms(True) is set, and its bits may differ between runs"
+    if min(query.numel(), key.numel(), value.numel()) == 0:
+        return "the call is empty"
+    if query.shape[3] % 8 or value.shape[3] % 8:
+        return "needs head dimensions that are multiples of 8"
+    if options.is_causal and query.shape[2] != key.shape[2]:
+        return "needs as many queries as keys under a causal mask"
+    if not (query.stride(3) == key.stride(3) == value.stride(3) == 1):
+        return "needs q, k and v with an inner stride of 1"
+    has_flash = card.has_flash and compat.flash_backward is not None
+    return None if has_flash else "this PyTorch has no FlashAttention"
+
+
+def cudnn_backward(call: Call, inputs: BackwardInputs, mask_gradient: bool = False) -> Gradients:
+    """`reference.backward` for a cotangent of the output alone, by cuDNN's kernel."""
+    query, key, value, options, _ = call
     nothing = _nothing(query.device)
-    if kind == CUDNN:
-        gradients = compat.cudnn_backward(
-            d_out, query, key, value, out, lse[..., None], nothing, nothing, None, None, None, *lengths,
-            scale=options.scale,
-        )  # fmt: skip
-    else:
-        gradients = compat.flash_backward(
-            d_out, query, key, value, out, lse, None, None, *lengths, nothing, nothing, scale=options.scale
-        )
+    gradients = compat.cudnn_backward(
+        _cotangent(inputs), query, key, value, inputs.out, inputs.lse[..., None], nothing, nothing,
+        None, None, None, query.shape[2], key.shape[2], 0.0, options.is_causal, scale=options.scale,
+    )  # fmt: skip
     return Gradients(*gradients, None)
+
+
+def flash_backward(call: Call, inputs: BackwardInputs, mask_gradient: bool = False) -> Gradients:
+    """`reference.backward` for a cotangent of the output alone, by FlashAttention's kernel."""
+    query, key, value, options, _ = call
+    nothing = _nothing(query.device)
+    gradients = compat.flash_backward(
+        _cotangent(inputs), query, key, value, inputs.out, inputs.lse, None, None,
+        query.shape[2], key.shape[2], 0.0, options.is_causal, nothing, nothing, scale=options.scale,
+    )  # fmt: skip
+    return Gradients(*gradients, None)
+
+
+def _cotangent(inputs: BackwardInputs) -> Tensor:
+    """The output's cotangent with strides that both kernels take: an expanded one (of a sum) is copied."""
+    out, d_out = inputs.out, inputs.d_out
+    assert d_out is not None
+    return d_out if d_out.is_contiguous() or d_out.stride() == out.stride() else d_out.contiguous()
 
 
 @functools.cache

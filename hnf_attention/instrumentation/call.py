@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine import api
-from ..engine.call import check
+from ..engine.call import autocast, check
 from ..reference.options import Options
 
 EAGER, COMPILED = "eager", "compiled"  # the places where a call may run
@@ -84,7 +83,7 @@ class AttentionCall:
 
     def cast(self) -> None:
         """Bring the tensors to the dtype that the model's attention computes in."""
-        self.query, self.key, self.value, self.attn_mask = api._autocast(  # type: ignore[assignment]
+        self.query, self.key, self.value, self.attn_mask = autocast(
             self.query, self.key, self.value, self.attn_mask
         )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..tracing import readable
 from . import shares
 from .checks import check_sinks, expected
+from .fields import EXTENDED_FIELDS
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,32 @@ class RowStats:
         """The same numbers, outside the autograd graph."""
         values = (getattr(self, f.name) for f in fields(self))
         return RowStats(*(None if v is None else v.detach() for v in values))
+
+    def pack(self, extended: bool) -> tuple[Tensor | None, ...]:
+        """As the kernels return them: (lse, entropy, max_logit, min_logit, more).
+
+        more: with `extended` the EXTENDED_FIELDS, (6, B, H, M) in the dtype of `lse`, else None.
+        """
+        more = None
+        if extended:
+            more = torch.stack([getattr(self, name).to(self.lse.dtype) for name in EXTENDED_FIELDS])
+        return self.lse, self.entropy, self.max_logit, self.min_logit, more
+
+    @staticmethod
+    def unpack(
+        lse: Tensor,
+        entropy: Tensor,
+        max_logit: Tensor,
+        min_logit: Tensor,
+        more: Tensor | None = None,
+        row_index: Tensor | None = None,
+    ) -> RowStats:
+        """What `pack` gave. Numbers of keys are exact there up to 2^24 in fp32."""
+        core = (lse, entropy, max_logit, min_logit)
+        if more is None:
+            return RowStats(*core, row_index=row_index)
+        *numbers, visible_keys = more.unbind(0)
+        return RowStats(*core, *numbers, visible_keys.long(), row_index)
 
 
 def value_range(name: str, values: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""The sm_90 forward on the host: what it covers, how it is scheduled, and its launch."""
+"""The sm_90 forward on the host: how it is scheduled, and its launch."""
 
 import functools
 import heapq
@@ -17,20 +17,6 @@ from .kernel import BLOCK_M, BLOCK_N, HALF_M, Plan, hopper_kernel
 _LOG2_E = LOG2_E.value
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 _EARLY = {(64, True)}  # widths and causalities at which Plan.early won in bench/tune_hopper.py
-
-
-def covers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options) -> bool:
-    """Whether this kernel computes the call; on which cards and Triton versions, `dispatch.py` says."""
-    return (
-        query.dtype in _DTYPES
-        and max(query.shape[3], value.shape[3]) <= 128
-        and value.shape[3] % 8 == 0  # rows of the output are written 16 bytes at a time
-        and query.shape[2] > HALF_M  # fewer queries leave a consumer without work
-        and key.shape[2] > 0
-        and query.numel() > 0
-        and options.scale > 0
-        and options.plain
-    )
 
 
 # Never dropped: a captured graph goes on reading its schedule, or copying it from the host's memory.
@@ -98,7 +84,7 @@ def _describe(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
 
 
 def forward(query, key, value, options, chosen=None):
-    """`forward.forward` for the calls that `covers` accepts; `chosen` takes the place of the tuned plan."""
+    """`forward.forward` for the calls that the Hopper engine supports; `chosen` takes the place of the tuned plan."""
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, num_keys, value_dim = *key.shape[1:3], value.shape[3]
     rows = new_rows((batch, heads, num_queries), query.device, extended=False, blank=False)

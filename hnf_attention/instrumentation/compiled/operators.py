@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...engine import api
+from ...engine.call import autocast
 from .. import observer
 from ..call import COMPILED, AttentionCall
 from . import layers
@@ -55,7 +55,7 @@ unmeasured = operator("list_unmeasured", "str reason", _list_unmeasured)
 
 def inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
     """These tensors as the attention beside the operator takes them. Autocast does not reach into a compiled graph."""
-    return api._autocast(query.detach(), key.detach(), value.detach())
+    return autocast(query.detach(), key.detach(), value.detach())
 
 
 def detached(tensor: Tensor | None) -> Tensor | None:

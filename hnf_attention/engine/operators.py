@@ -1,0 +1,268 @@
+"""Calls as operators of torch.library, and as a node of autograd without them.
+
+A compiler, a transform or a dispatch mode sees one operator with a fake kernel and a gradient, so that
+`torch.compile(fullgraph=True)` keeps a call whole. Any other call goes to its engine directly.
+"""
+# No `from __future__ import annotations` here: torch.library reads the annotations themselves.
+
+from collections.abc import Sequence
+from typing import Any, List, Optional, Tuple  # noqa: UP035 (torch 2.8 infers operator schemas from these only)
+
+import torch
+from torch import Tensor
+
+from ..reference import sampling
+from ..reference.attention import compute_dtype, empty_output
+from ..reference.options import Options
+from ..statistics.fields import EXTENDED_FIELDS
+from ..statistics.rows import RowStats
+from ..tracing import untraced
+from . import engines
+from .call import BackwardInputs, Call
+
+FlatCall = tuple[
+    Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None,
+    bool, float, int | None, float | None, bool,
+]  # fmt: skip
+
+
+def run(call: Call, detached: bool = False) -> tuple[Tensor | None, RowStats]:
+    """The output and the row statistics of a checked call.
+
+    detached: the statistics are outside autograd. Without a value the output is None or has no elements.
+    """
+    query, key, value, options, _ = call
+    if not untraced(query, key, value):
+        out, *rows = forward_op(*flat(call))
+        stats = _unpacked(rows)
+        return out, stats.detach() if detached else stats
+    if torch.is_grad_enabled():
+        differentiable = (query, key, value, options.attn_mask, options.sinks)
+        if any(x is not None and x.requires_grad for x in differentiable):
+            return EagerAttention.attach(call, detached)
+    out, *rows = engines.forward(call)
+    return out, RowStats.unpack(*rows)
+
+
+@torch.no_grad()
+def run_sample(call: Call, sample: tuple[int, int]) -> RowStats:
+    """The row statistics of a sample (period, phase) of a checked call's rows."""
+    period = sampling.effective_period(sample[0], call.query.shape[2])
+    phase = sample[1] % period
+    if untraced(call.query, call.key):
+        return RowStats.unpack(*engines.sample(call, period, phase))
+    query, key, _, *others = flat(call)
+    return _unpacked(sample_op(query, key, *others, period, phase))
+
+
+def flat(call: Call) -> FlatCall:
+    """A call as the operators take it, which know no classes of ours."""
+    query, key, value, o, extended = call
+    shape = (o.is_causal, o.scale, o.window_size, o.softcap)
+    return query, key, value, o.attn_mask, o.sinks, o.seqlens, *shape, extended
+
+
+def _call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    attn_mask: Tensor | None,
+    sinks: Tensor | None,
+    seqlens: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    window_size: int | None,
+    softcap: float | None,
+    extended: bool = False,
+) -> Call:
+    """The call that `flat` took apart."""
+    options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks, seqlens)
+    return Call(query, key, value, options, extended)
+
+
+def _placeholder(x: Tensor | None, query: Tensor) -> Tensor:
+    """An operator returns tensors only: one without elements stands for None."""
+    return query.new_empty(0) if x is None else x
+
+
+def _unpacked(rows: Sequence[Tensor]) -> RowStats:
+    """Row statistics from an operator's results."""
+    lse, entropy, max_logit, min_logit, more, *index = rows
+    return RowStats.unpack(lse, entropy, max_logit, min_logit, None if more.dim() == 1 else more, *index)
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Optional[Tensor],  # noqa: UP045
+    attn_mask: Optional[Tensor],  # noqa: UP045
+    sinks: Optional[Tensor],  # noqa: UP045
+    seqlens: Optional[Tensor],  # noqa: UP045
+    is_causal: bool,
+    scale: float,
+    window_size: Optional[int],  # noqa: UP045
+    softcap: Optional[float],  # noqa: UP045
+    extended: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
+    shape = (is_causal, scale, window_size, softcap)
+    out, *core, more = engines.forward(_call(query, key, value, attn_mask, sinks, seqlens, *shape, extended))
+    return _placeholder(out, query), *core, _placeholder(more, query)
+
+
+forward_op = torch.library.custom_op("hnf_attention::forward", _forward, mutates_args=())
+
+
+@forward_op.register_fake
+def _(query, key, value, attn_mask, sinks, seqlens, is_causal, scale, window_size, softcap, extended):
+    out = None if value is None else empty_output(query, value.shape[3])
+    return _placeholder(out, query), *_fake_rows(query, query.shape[2], extended)
+
+
+def _fake_rows(query: Tensor, num_rows: int, extended: bool) -> list[Tensor]:
+    dtype, shape = compute_dtype(query), (*query.shape[:2], num_rows)
+    shapes = [shape] * 4 + [(len(EXTENDED_FIELDS), *shape) if extended else (0,)]
+    return [query.new_empty(shape, dtype=dtype) for shape in shapes]
+
+
+def _sample(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Optional[Tensor],  # noqa: UP045
+    sinks: Optional[Tensor],  # noqa: UP045
+    seqlens: Optional[Tensor],  # noqa: UP045
+    is_causal: bool,
+    scale: float,
+    window_size: Optional[int],  # noqa: UP045
+    softcap: Optional[float],  # noqa: UP045
+    extended: bool,
+    period: int,
+    phase: int,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
+    shape = (is_causal, scale, window_size, softcap)
+    call = _call(query, key, None, attn_mask, sinks, seqlens, *shape, extended)
+    *core, more, index = engines.sample(call, period, phase)
+    return *core, _placeholder(more, query), index
+
+
+sample_op = torch.library.custom_op("hnf_attention::sample", _sample, mutates_args=())
+
+
+@sample_op.register_fake
+def _(query, key, attn_mask, sinks, seqlens, is_causal, scale, window_size, softcap, extended, period, phase):
+    num_rows = sampling.num_rows(query.shape[2], period)
+    index = query.new_empty((*query.shape[:2], num_rows), dtype=torch.int64)
+    return *_fake_rows(query, num_rows, extended), index
+
+
+def _gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Optional[Tensor],  # noqa: UP045
+    attn_mask: Optional[Tensor],  # noqa: UP045
+    sinks: Optional[Tensor],  # noqa: UP045
+    seqlens: Optional[Tensor],  # noqa: UP045
+    is_causal: bool,
+    scale: float,
+    window_size: Optional[int],  # noqa: UP045
+    softcap: Optional[float],  # noqa: UP045
+    results: List[Tensor],  # noqa: UP006
+    cotangents: List[Optional[Tensor]],  # noqa: UP006, UP045
+    mask_gradient: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
+    shape = (is_causal, scale, window_size, softcap)
+    call = _call(query, key, value, attn_mask, sinks, seqlens, *shape)
+    gradients = engines.backward(call, BackwardInputs(*results, *cotangents), mask_gradient)
+    # Contiguous, as the fake kernel says.
+    d_query, d_key, d_value, d_sinks, d_mask = (
+        _placeholder(None if g is None else g.contiguous(), query) for g in gradients
+    )
+    return d_query, d_key, d_value, d_sinks, d_mask
+
+
+gradients_op = torch.library.custom_op("hnf_attention::backward", _gradients, mutates_args=())
+
+
+@gradients_op.register_fake
+def _(query, key, value, attn_mask, sinks, *others):
+    mask_gradient = others[-1]
+
+    def like(x):
+        contiguous = None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        return _placeholder(contiguous, query)
+
+    return like(query), like(key), like(value), like(sinks), like(attn_mask if mask_gradient else None)
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, attn_mask, sinks, seqlens, *ctx.options, _extended = inputs
+    out, lse, entropy, *others = output
+    ctx.mark_non_differentiable(*others)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, attn_mask, sinks, seqlens, out, lse, entropy)
+
+
+def _backward(ctx, d_out, d_lse, d_entropy, *_):
+    *inputs, out, lse, entropy = ctx.saved_tensors
+    _query, _key, value, _mask, sinks, _seqlens = inputs
+    if d_out is None and d_lse is None and d_entropy is None:
+        return (None,) * 11
+    learns_mask = ctx.needs_input_grad[3]
+    d_query, d_key, d_value, d_sinks, d_mask = gradients_op(
+        *inputs, *ctx.options, [out, lse, entropy], [d_out, d_lse, d_entropy], learns_mask
+    )
+    return (
+        d_query,
+        d_key,
+        None if value is None else d_value,
+        d_mask if learns_mask else None,
+        None if sinks is None else d_sinks,
+        *(None,) * 6,
+    )
+
+
+forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class EagerAttention(torch.autograd.Function):
+    """The operators' forward and backward, without torch.library between them and autograd.
+
+    Every tensor that passes through autograd costs the host a few microseconds, so only what is
+    differentiable does.
+    """
+
+    @classmethod
+    def attach(cls, call: Call, detached: bool) -> tuple[Tensor | None, RowStats]:
+        """`run` of a call whose tensors require a gradient."""
+        query, key, value, options, _ = call
+        rest: list[Any] = []
+        # `apply`, without its search for the transforms that `untraced` has ruled out.
+        apply = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
+        results = apply(query, key, value, options.attn_mask, options.sinks, call, detached, rest)
+        if detached:
+            return results, RowStats.unpack(*rest)
+        out, lse, entropy = results
+        return out, RowStats.unpack(lse, entropy, *rest)
+
+    @staticmethod
+    def forward(ctx, query, key, value, attn_mask, sinks, call, detached, rest):
+        out, *rows = engines.forward(call)
+        options = call.options
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, attn_mask, sinks, options.seqlens, out, *rows[:2])
+        ctx.options = options if options.plain else options._replace(attn_mask=None, sinks=None, seqlens=None)
+        rest += rows if detached else rows[2:]
+        return out if detached else (out, *rows[:2])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out, d_lse=None, d_entropy=None):
+        query, key, value, attn_mask, sinks, seqlens, out, lse, entropy = ctx.saved_tensors
+        if d_out is None and d_lse is None and d_entropy is None:
+            return (None,) * 8
+        options = ctx.options
+        if not attn_mask is sinks is seqlens is None:
+            options = options._replace(attn_mask=attn_mask, sinks=sinks, seqlens=seqlens)
+        inputs = BackwardInputs(out, lse, entropy, d_out, d_lse, d_entropy)
+        call = Call(query, key, value, options)
+        d_query, d_key, d_value, d_sinks, d_mask = engines.backward(call, inputs, ctx.needs_input_grad[3])
+        return d_query, d_key, d_value, d_mask, d_sinks, *(None,) * 3
