@@ -21,14 +21,15 @@ from hnf_attention import (
     compat,
     instrument,
 )
-from hnf_attention.engine import library
-from hnf_attention.engine.call import check
+from hnf_attention.engine import engines
+from hnf_attention.engine.call import BackwardInputs, Call, check
 from hnf_attention.interventions import learning_rate, qk_clip
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),  # PyTorch's own, under vmap
 ]
+LIBRARY_BACKWARDS = pytest.mark.parametrize("engine", engines.BACKWARD[:2], ids=["cudnn", "flash"])
 
 
 # What runs with a call
@@ -167,24 +168,25 @@ def test_a_call_has_the_name_of_the_innermost_module_that_runs():
 
 
 @carried_by("cudnn_backward", "flash_backward")
-@pytest.mark.parametrize("kind", [library.CUDNN, library.FLASH])
-def test_pytorchs_backward_takes_the_arguments_that_it_is_given(kind):
+@LIBRARY_BACKWARDS
+def test_pytorchs_backward_takes_the_arguments_that_it_is_given(engine):
     query, key, value = (torch.empty(2, 4, 128, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))
     options = dict(attn_mask=None, is_causal=True, scale=None, window_size=None, softcap=None, sinks=None)
+    call = Call(query, key, value, check(query, key, value, **options))
     lse = torch.empty(2, 4, 128, device="meta")
-    call = query, key, value, check(query, key, value, **options)
-    gradients = library.backward(kind, *call, torch.empty_like(query), lse, torch.empty_like(query))
+    inputs = BackwardInputs(torch.empty_like(query), lse, lse, torch.empty_like(query), None, None)
+    gradients = engine.run(call, inputs)
     assert [g.shape for g in gradients[:3]] == [x.shape for x in (query, key, value)]
 
 
 @pytest.mark.gpu
 @carried_by("cudnn_backward", "flash_backward")
-@pytest.mark.parametrize("kind", [library.CUDNN, library.FLASH])
-def test_pytorchs_backward_gives_the_gradients(kind, monkeypatch):
+@LIBRARY_BACKWARDS
+def test_pytorchs_backward_gives_the_gradients(engine, monkeypatch):
     shape = dict(device="cuda", dtype=torch.bfloat16, requires_grad=True)
     leaves = [torch.randn(2, 4, 128, 64, **shape) for _ in range(3)]
     expected = torch.autograd.grad(F.scaled_dot_product_attention(*leaves).sum(), leaves)
-    monkeypatch.setattr(library, "choose", lambda *_: kind)
+    monkeypatch.setattr(engines, "BACKWARD", [engine])
     got = torch.autograd.grad(attention(*leaves)[0].sum(), leaves)
     for ours, theirs in zip(got, expected):
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)

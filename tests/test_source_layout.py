@@ -12,11 +12,6 @@ if not (ROOT / "kernels").is_dir():
     pytest.skip("the sources are in the checkout only", allow_module_level=True)
 
 MAX_LINES, MAX_PARAMETERS, MAX_FLAT_FILES = 400, 16, 8
-#: Functions that take more, and why.
-MANY_PARAMETERS = {
-    "_gradients": "torch.library makes the operator's schema of its parameters",
-    "hopper_kernel": "one more than 16; a change of its arguments waits for a card",
-}
 
 
 def test_no_module_imports_itself_by_way_of_others():
@@ -30,8 +25,7 @@ def test_files_are_short():
 
 def test_functions_take_few_parameters():
     many = {x.name: str(p) for p in files(ROOT) for x in functions(p) if num_parameters(x) > MAX_PARAMETERS}
-    assert {name: path for name, path in many.items() if name not in MANY_PARAMETERS} == {}
-    assert MANY_PARAMETERS.keys() <= many.keys(), "an exception that nothing needs"
+    assert many == {}
 
 
 def test_few_files_lie_flat_in_the_package():

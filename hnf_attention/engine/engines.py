@@ -94,6 +94,15 @@ def explain(call: Call, engines: Sequence[Engine] | None = None) -> list[tuple[s
     return reasons
 
 
+def why_slower(call: Call) -> str | None:
+    """Why the fastest forward of a card does not take a call, "not by the Hopper kernel: ..."; None if it does."""
+    if not call.query.is_cuda:
+        return None
+    fastest = FORWARD[0]
+    reason = fastest.supports(call, card_of(call.query.device))
+    return None if reason is None else f"not by the {fastest.name}: {reason}"
+
+
 def kernels_cover(query: Tensor, value: Tensor | None) -> bool:
     """Whether the portable Triton kernels take these tensors."""
     return _kernels_refuse(query, value, card_of(query.device)) is None

@@ -11,6 +11,7 @@ import torch
 
 from .. import compat
 from ..engine import api, engines
+from ..engine.call import Call
 from ..names import display_name
 from ..reference.options import Options
 from ..reference.sampling import effective_period
@@ -118,7 +119,7 @@ class Measurer:
             except Exception as error:  # the monitor never ends a run
                 failure = error.with_traceback(None)
             else:
-                self._measured[layer] = self._how(call, fused)
+                self._measured[layer] = self._how(call, options, fused)
         if failure is not None:
             self._give_up(layer, state, failure)
         return result
@@ -153,10 +154,11 @@ class Measurer:
             and engines.kernels_cover(call.query, call.value)
         )
 
-    def _how(self, call: AttentionCall, fused: bool) -> str:
+    def _how(self, call: AttentionCall, options: Options, fused: bool) -> str:
         """What the coverage says of a measured call."""
         if fused:
-            return f"fused ({call.interceptor})"
+            slower = engines.why_slower(Call(call.query, call.key, call.value, options))
+            return f"fused{'' if slower is None else f'; {slower}'} ({call.interceptor})"
         reason = self._why_probed(call)
         share = "" if self.sample in (None, 1) else f" of 1/{self.sample} of the rows"
         return f"probe{share}{'' if reason is None else f': {reason}'} ({call.interceptor})"

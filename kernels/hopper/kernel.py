@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..shared import softmax
 from ..shared.softmax import State
 from .assembly import RESCALE_32, RESCALE_32_OPERANDS, RESCALE_64, RESCALE_64_OPERANDS
+from .channel import new_channel
 
 HALF_M = 64  # query rows of a consumer
 BLOCK_M = 2 * HALF_M
@@ -117,10 +118,9 @@ def _tile(schedule_ptr, index, heads, group, num_blocks, num_keys, PLAN: gl.cons
 
 
 @gluon.jit
-def _producer(descriptors, buffers, barriers, schedule_ptr, sizes, PLAN: gl.constexpr):
+def _producer(descriptors, buffers, channel, schedule_ptr, sizes, PLAN: gl.constexpr):
     q_desc, k_desc, v_desc, _out_desc = descriptors
     q_s, k_s, v_s, _out_s = buffers
-    full, empty = barriers
     heads, group, _num_queries, num_keys, num_blocks = sizes
     first = gl.load(schedule_ptr + gl.program_id(0))
     last = gl.load(schedule_ptr + gl.program_id(0) + 1)
@@ -136,9 +136,9 @@ def _producer(descriptors, buffers, barriers, schedule_ptr, sizes, PLAN: gl.cons
             schedule_ptr, index, heads, group, num_blocks, num_keys, PLAN
         )
         for j in range(num_tiles):
-            stage = step % PLAN.stages
-            mbarrier.wait(empty.index(stage), (step // PLAN.stages & 1) ^ 1)
-            ready = full.index(stage)
+            channel.wait_empty(step)
+            stage = channel.stage(step)
+            ready = channel.ready(step)
             if j > 0:
                 mbarrier.expect(ready, K_BYTES + V_BYTES)
             else:
@@ -158,11 +158,11 @@ def _producer(descriptors, buffers, barriers, schedule_ptr, sizes, PLAN: gl.cons
             v_start = (num_tiles - 1 - j) * _BLOCK_N
             tma.async_copy_global_to_shared(k_desc, [batch, kv_head, v_start, 0], ready, k_s.index(stage))
             step += 1
-    stage = step % PLAN.stages
-    mbarrier.wait(empty.index(stage), (step // PLAN.stages & 1) ^ 1)
-    mbarrier.expect(full.index(stage), V_BYTES)
+    channel.wait_empty(step)
+    ready = channel.ready(step)
+    mbarrier.expect(ready, V_BYTES)
     place = [v_batch, v_head, v_start, 0]
-    tma.async_copy_global_to_shared(v_desc, place, full.index(stage), v_s.index(stage))
+    tma.async_copy_global_to_shared(v_desc, place, ready, v_s.index(channel.stage(step)))
 
 
 @gluon.jit
@@ -201,14 +201,12 @@ def _output(buffers, step, a, acc, PLAN: gl.constexpr):
 
 @gluon.jit
 def _consumer(
-    HALF: gl.constexpr, descriptors, buffers, barriers, schedule_ptr, sizes, rows, PLAN: gl.constexpr
+    HALF: gl.constexpr, descriptors, buffers, channel, schedule_ptr, sizes, results, PLAN: gl.constexpr
 ):
     _q_desc, _k_desc, _v_desc, out_desc = descriptors
     q_s, _k_s, _v_s, out_s = buffers
-    full, empty = barriers
     heads, group, num_queries, num_keys, num_blocks = sizes
-    lse_ptr, entropy_ptr, max_ptr, min_ptr, unit, to_natural = rows
-    STAGES: gl.constexpr = PLAN.stages
+    lse_ptr, entropy_ptr, max_ptr, min_ptr, unit, to_natural = results
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PLAN.block_dv, 16])
     P_L: gl.constexpr = gl.DistributedLinearLayout(
@@ -222,11 +220,11 @@ def _consumer(
     last = gl.load(schedule_ptr + gl.program_id(0) + 1)
 
     step = 0
-    mbarrier.wait(full.index(0), 0)
+    channel.wait_full(0)
     donor = gl.full([_HALF_M, _BLOCK_N], 0.0, gl.float32, S_L)
     scores = _scores(HALF, buffers, 0, 0, donor, PLAN)
     s = warpgroup_mma_wait(0, [scores])
-    mbarrier.arrive(empty.index(0), count=1)
+    channel.release(0)
     for index in range(first, last):
         count = index - first
         batch, head, _kv_head, start_m, num_tiles = _tile(
@@ -253,18 +251,16 @@ def _consumer(
         acc = gl.full([_HALF_M, PLAN.block_dv], 0.0, gl.float32, O_L)
         alpha = gl.full([_HALF_M], 1.0, gl.float32, ROW)
         step += 1
-        mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
+        channel.wait_full(step)
         for _ in range(1, num_tiles):
             a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
             scores = _scores(HALF, buffers, count, step, p, PLAN)
             acc = _rescale(acc, alpha, PLAN)  # while the scores are computed
             product = _output(buffers, step, a, acc, PLAN)
             s = warpgroup_mma_wait(1, [scores])
-            done = step % STAGES
             step += 1
-            ready = full.index(step % STAGES)
             if PLAN.early:
-                mbarrier.wait(ready, step // STAGES & 1)
+                channel.wait_full(step)
             m_i, l_i, w_i, low, p, alpha = _softmax(s, m_i, l_i, w_i, low, unit, PLAN, P_L)
             # Left alone, the assembler moves the wait for the product to among the exponentials: a branch
             # parts them, which is always taken, or never.
@@ -272,9 +268,9 @@ def _consumer(
                 if num_keys < 0:
                     gl.store(lse_ptr, 0.0)
             elif num_keys > 0:
-                mbarrier.wait(ready, step // STAGES & 1)
+                channel.wait_full(step)
             acc = warpgroup_mma_wait(0, [product])
-            mbarrier.arrive(empty.index(done), count=1)
+            channel.release(step - 1)
         a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
         acc = _rescale(acc, alpha, PLAN)
         product = _output(buffers, step, a, acc, PLAN)
@@ -308,16 +304,8 @@ def _consumer(
         fence_async_shared()
         tma.async_copy_shared_to_global(out_desc, [batch, head, start_m, 0], staged)
         s = warpgroup_mma_wait(0, [scores])
-        mbarrier.arrive(empty.index(step % STAGES), count=1)
+        channel.release(step)
     tma.store_wait(pendings=0)
-
-
-@gluon.jit
-def _ring(STAGES: gl.constexpr, COUNT: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(barriers.index(stage), count=COUNT)
-    return barriers
 
 
 @gluon.jit(do_not_specialize=["heads", "group", "num_queries", "num_keys", "num_blocks"])
@@ -327,10 +315,7 @@ def hopper_kernel(
     v_desc,
     out_desc,
     schedule_ptr,
-    lse_ptr,
-    entropy_ptr,
-    max_ptr,
-    min_ptr,
+    rows,
     unit,
     to_natural,
     heads,
@@ -347,16 +332,17 @@ def hopper_kernel(
         gl.allocate_shared_memory(dtype, [PLAN.stages, 1, 1, _BLOCK_N, PLAN.block_dv], v_desc.layout),
         gl.allocate_shared_memory(dtype, [2, 1, 1, _HALF_M, PLAN.block_dv], out_desc.layout),
     )
-    barriers = (_ring(PLAN.stages, 1), _ring(PLAN.stages, 2))
+    channel = new_channel(PLAN.stages, 2)
     descriptors = (q_desc, k_desc, v_desc, out_desc)
     sizes = (heads, group, num_queries, num_keys, num_blocks)
-    rows = (lse_ptr, entropy_ptr, max_ptr, min_ptr, unit, to_natural)
+    lse_ptr, entropy_ptr, max_ptr, min_ptr = rows
+    results = (lse_ptr, entropy_ptr, max_ptr, min_ptr, unit, to_natural)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consumer, (_FIRST, descriptors, buffers, barriers, schedule_ptr, sizes, rows, PLAN)),
-            (_consumer, (_SECOND, descriptors, buffers, barriers, schedule_ptr, sizes, rows, PLAN)),
-            (_producer, (descriptors, buffers, barriers, schedule_ptr, sizes, PLAN)),
+            (_consumer, (_FIRST, descriptors, buffers, channel, schedule_ptr, sizes, results, PLAN)),
+            (_consumer, (_SECOND, descriptors, buffers, channel, schedule_ptr, sizes, results, PLAN)),
+            (_producer, (descriptors, buffers, channel, schedule_ptr, sizes, PLAN)),
         ],
         [4, 1],
         [240, 24],
