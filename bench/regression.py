@@ -1,6 +1,6 @@
 """Compare this checkout with an older one on a card: the same bits, and at what speed.
 
-    python bench/regression.py OLD_TREE OUT.json
+    python bench/regression.py OLD_TREE OUT.json [PART_OF_A_NAME ...]
 
 Seeded cases run through the public `attention` and `attention_stats`. First all cases of both trees are computed, by
 several processes, which also compile. Outputs, statistics and gradients are compared bit by bit (NaN equals NaN).
@@ -198,10 +198,11 @@ def main() -> None:
         for shard in range(SHARDS):
             old, new = (torch.load(files[tree, shard], weights_only=True)["tensors"] for tree in trees)
             same |= {name: equal(torch, old[name], new[name]) for name in new}
-        names = list(same)
+        parts = sys.argv[3:] or [""]
+        names = [name for name in same if any(part in name for part in parts)]
         for number in range(ROUNDS + MORE_ROUNDS):
             if number == ROUNDS:
-                names = [name for name in same if abs(ratio(times, name) - 1) > ALLOWED]
+                names = [name for name in names if abs(ratio(times, name) - 1) > ALLOWED]
             for tree, path in trees.items():
                 file = Path(folder) / "times.pt"
                 if start(path, file, None, names).wait():

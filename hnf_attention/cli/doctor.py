@@ -54,6 +54,7 @@ class Trial:
 def software() -> dict[str, str | None]:
     """Versions of Python, of the packages this project computes with, and of cuDNN."""
     found = versions("hnf-attention", "torch", "triton", "numpy", "transformers")
+    found["torch"] = str(torch.__version__)  # names its build, which the package's version leaves out
     found["cuda"] = torch.version.cuda
     found["cudnn"] = str(torch.backends.cudnn.version()) if torch.cuda.is_available() else None
     return found
