@@ -219,14 +219,11 @@ def check(
         window_size = max(1, min(int(window_size), num_queries + num_keys))
     if softcap is not None:
         softcap = _check_number("softcap", softcap, positive=True)
+    scale = head_dim**-0.5 if scale is None else _check_number("scale", scale, positive=False)
+    if attn_mask is not None:
+        attn_mask = _check_mask(attn_mask, query, num_keys)
+    if seqlens is not None:
+        seqlens = _check_seqlens(seqlens, query, num_keys)
     if sinks is not None:
         check_sinks(sinks, query)
-    return Options(
-        None if attn_mask is None else _check_mask(attn_mask, query, num_keys),
-        is_causal,
-        head_dim**-0.5 if scale is None else _check_number("scale", scale, positive=False),
-        window_size,
-        softcap,
-        sinks,
-        None if seqlens is None else _check_seqlens(seqlens, query, num_keys),
-    )
+    return Options(attn_mask, is_causal, scale, window_size, softcap, sinks, seqlens)

@@ -1,12 +1,12 @@
-"""Calls as operators of torch.library, and as a node of autograd without them.
+"""Calls as operators of torch.library.
 
 A compiler, a transform or a dispatch mode sees one operator with a fake kernel and a gradient, so that
-`torch.compile(fullgraph=True)` keeps a call whole. Any other call goes to its engine directly.
+`torch.compile(fullgraph=True)` keeps a call whole. Any other call goes to its engine directly, or to autograd's node.
 """
 # No `from __future__ import annotations` here: torch.library reads the annotations themselves.
 
 from collections.abc import Sequence
-from typing import Any, List, Optional, Tuple  # noqa: UP035 (torch 2.8 infers operator schemas from these only)
+from typing import List, Optional, Tuple  # noqa: UP035 (torch 2.8 infers operator schemas from these only)
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..statistics.fields import EXTENDED_FIELDS
 from ..statistics.rows import RowStats
 from ..tracing import untraced
 from . import engines
+from .autograd import EagerAttention
 from .call import BackwardInputs, Call
 
 FlatCall = tuple[
@@ -221,48 +222,3 @@ def _backward(ctx, d_out, d_lse, d_entropy, *_):
 
 
 forward_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-class EagerAttention(torch.autograd.Function):
-    """The operators' forward and backward, without torch.library between them and autograd.
-
-    Every tensor that passes through autograd costs the host a few microseconds, so only what is
-    differentiable does.
-    """
-
-    @classmethod
-    def attach(cls, call: Call, detached: bool) -> tuple[Tensor | None, RowStats]:
-        """`run` of a call whose tensors require a gradient."""
-        query, key, value, options, _ = call
-        rest: list[Any] = []
-        # `apply`, without its search for the transforms that `untraced` has ruled out.
-        apply = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
-        results = apply(query, key, value, options.attn_mask, options.sinks, call, detached, rest)
-        if detached:
-            return results, RowStats.unpack(*rest)
-        out, lse, entropy = results
-        return out, RowStats.unpack(lse, entropy, *rest)
-
-    @staticmethod
-    def forward(ctx, query, key, value, attn_mask, sinks, call, detached, rest):
-        out, *rows = engines.forward(call)
-        options = call.options
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, attn_mask, sinks, options.seqlens, out, *rows[:2])
-        ctx.options = options if options.plain else options._replace(attn_mask=None, sinks=None, seqlens=None)
-        rest += rows if detached else rows[2:]
-        return out if detached else (out, *rows[:2])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_out, d_lse=None, d_entropy=None):
-        query, key, value, attn_mask, sinks, seqlens, out, lse, entropy = ctx.saved_tensors
-        if d_out is None and d_lse is None and d_entropy is None:
-            return (None,) * 8
-        options = ctx.options
-        if not attn_mask is sinks is seqlens is None:
-            options = options._replace(attn_mask=attn_mask, sinks=sinks, seqlens=seqlens)
-        inputs = BackwardInputs(out, lse, entropy, d_out, d_lse, d_entropy)
-        call = Call(query, key, value, options)
-        d_query, d_key, d_value, d_sinks, d_mask = engines.backward(call, inputs, ctx.needs_input_grad[3])
-        return d_query, d_key, d_value, d_mask, d_sinks, *(None,) * 3
