@@ -129,11 +129,12 @@ def _trial(dtype: torch.dtype, head_dim: int, is_causal: bool) -> Trial:
     out, rows = attention(*leaves, is_causal=is_causal)
     gradients = torch.autograd.grad(out, leaves, d_out)
 
-    exact = [x.detach().double() for x in leaves]
-    options = _options(exact[0], is_causal)
-    true_out, true_rows = reference.attention(*exact, options)
+    q, k, v = (x.detach().double() for x in leaves)
+    options = _options(q, is_causal)
+    true_out, true_rows = reference.attention(q, k, v, options)
+    assert true_out is not None
     true = reference.backward(
-        *exact, options, true_out, true_rows.lse, true_rows.entropy, d_out.double(), None, None
+        q, k, v, options, true_out, true_rows.lse, true_rows.entropy, d_out.double(), None, None
     )
     names = ("lse", "entropy", "max_logit", "min_logit")
     return Trial(

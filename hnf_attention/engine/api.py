@@ -66,7 +66,7 @@ def attention(
         seqlens=seqlens,
         extended=extended,
     )
-    return run(call)
+    return run(call)  # type: ignore[return-value]  # a call with a value has an output
 
 
 def attention_stats(

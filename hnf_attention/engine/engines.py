@@ -211,7 +211,7 @@ def _reference_sample(call: Call, period: int, phase: int) -> Results:
 
 def _reference_backward(call: Call, inputs: BackwardInputs, mask_gradient: bool) -> reference.Gradients:
     with _no_autocast(call.query):
-        return reference.backward(*call[:4], *inputs, mask_gradient=mask_gradient)
+        return reference.backward(*call[:4], *inputs, mask_gradient=mask_gradient)  # type: ignore[arg-type]
 
 
 def _no_autocast(query: Tensor) -> torch.autocast:

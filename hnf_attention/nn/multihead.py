@@ -55,6 +55,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             self._probe(call)
             return original(*args, **kwargs)
         call.cast()
+        out: Any  # there is one, as the call has a value
         out, self.row_stats = api.attend(call.query, call.key, call.value, call.validated(), detached=True)
         return call.from_output(out)
 

@@ -12,7 +12,8 @@ loses seven digits.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,16 +102,16 @@ def attention(
         for rows in (chunk if index is None else index[:, :, chunk] for chunk in chunks)
     ]
     if not parts:
-        blanks = [query.new_zeros(batch, heads, 0, dtype=dtype) for _ in range(9 if extended else 4)]
-        visible_keys = blanks[0].long() if extended else None
-        return out, RowStats(*blanks, visible_keys=visible_keys, row_index=index)
+        blank = query.new_zeros(batch, heads, 0, dtype=dtype)
+        more = [blank] * 5 + [blank.long()] if extended else []
+        return out, replace(RowStats(*[blank] * 4, *more), row_index=index)
     outs, *columns = zip(*parts, strict=True)
     if out is not None:
         out.copy_(torch.cat(outs, 2))
-    return out, RowStats(*(torch.cat(column, 2) for column in columns), row_index=index)
+    return out, replace(RowStats(*(torch.cat(column, 2) for column in columns)), row_index=index)
 
 
-def of_scores(scores: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
+def of_scores(scores: Tensor, seen: Tensor) -> tuple[Any, ...]:
     """(lse, entropy, max_logit, min_logit), (B, H, M) each, of scores (B, H, M, N) that are known already.
 
     seen: boolean, which of them are visible; the others are 0 in `scores`.
@@ -225,8 +226,10 @@ def backward(
     """
     dtype = compute_dtype(query)
     key_c = key.to(dtype)
-    value_c = None if value is None or d_out is None else value.to(dtype)
-    delta = None if value_c is None else (d_out.to(dtype) * out.to(dtype)).sum(-1)
+    value_c = delta = None
+    if value is not None and d_out is not None and out is not None:
+        value_c = value.to(dtype)
+        delta = (d_out.to(dtype) * out.to(dtype)).sum(-1)
     offset = softmax_offset(delta, lse, entropy, d_lse, d_entropy)
     d_query = torch.zeros_like(query, dtype=dtype)
     d_key = torch.zeros_like(key_c)
@@ -240,7 +243,7 @@ def backward(
         log_p = torch.where(seen, scores - lse[:, :, rows, None], -torch.inf)
         p = log_p.exp()
         inner = -offset[:, :, rows, None]
-        if value_c is not None:
+        if value_c is not None and d_value is not None and d_out is not None:
             d_rows = _group(d_out[:, :, rows].to(dtype), kv_heads)
             d_value += _group(p, kv_heads).transpose(-1, -2) @ d_rows
             inner = inner + (d_rows @ value_c.transpose(-1, -2)).reshape(p.shape)
@@ -259,7 +262,7 @@ def backward(
     return Gradients(
         d_query.to(query.dtype),
         d_key.to(key.dtype),
-        None if d_value is None else d_value.to(value.dtype),
+        None if d_value is None else d_value.to(query.dtype),
         None if options.sinks is None else sink_gradient(options.sinks, lse, offset, d_entropy),
-        None if d_mask is None else d_mask.to(mask.dtype),
+        None if mask is None or d_mask is None else d_mask.to(mask.dtype),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +20,18 @@ class HeadPrecision:
 
     head_dim: int
     dtype: str
-    sampled: bool
-    num_heads: int
-    max_abs_logit: np.ndarray
+
+    @property
+    @abstractmethod
+    def sampled(self) -> bool: ...
+
+    @property
+    @abstractmethod
+    def num_heads(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def max_abs_logit(self) -> np.ndarray: ...
 
     @abstractmethod
     def _mean(self, name: str, over: str) -> np.ndarray: ...
@@ -64,7 +74,7 @@ class HeadPrecision:
         """
         size, kind = self.score_magnitude, self._max("score_kind")
         keys = int(np.nan_to_num(self._max("num_keys")).max(initial=0.0))
-        known = {}
+        known: dict[str, Any] = {}
         if self.sampled:  # rows that nobody saw may have larger scores, and other weights
             top = np.full_like(size, np.inf)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +93,8 @@ class RowStats:
     def detach(self) -> RowStats:
         """The same numbers, outside the autograd graph."""
         values = (getattr(self, f.name) for f in fields(self))
-        return RowStats(*(None if v is None else v.detach() for v in values))
+        detached: Any = (None if v is None else v.detach() for v in values)
+        return RowStats(*detached)
 
     def pack(self, extended: bool) -> tuple[Tensor | None, ...]:
         """As the kernels return them: (lse, entropy, max_logit, min_logit, more).
@@ -118,7 +120,8 @@ class RowStats:
         if more is None:
             return RowStats(*core, row_index=row_index)
         *numbers, visible_keys = more.unbind(0)
-        return RowStats(*core, *numbers, visible_keys.long(), row_index)
+        values: list[Any] = [*core, *numbers, visible_keys.long(), row_index]
+        return RowStats(*values)
 
 
 def value_range(name: str, values: np.ndarray) -> str:

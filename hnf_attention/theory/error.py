@@ -71,7 +71,7 @@ def forward_error_bound(
         eta = eta + _stored(np.abs(s) + eta, head_dim**-0.5 if scale is None else scale, storage)
     eta = np.where(visible, eta, 0.0)
     worst = eta.max(-1, initial=0.0)[..., None]
-    any_key = visible.any(-1)[..., None]
+    any_key = visible.any(-1, keepdims=True)
     lowest, highest, total = _extent(v, visible)
     spread = np.where(any_key, highest - lowest, 0.0)
     largest = np.maximum(np.abs(lowest), np.abs(highest))
@@ -257,7 +257,7 @@ def _floor(
     total: np.ndarray, p_max: np.ndarray, eta: np.ndarray, g: float, arithmetic: Arithmetic
 ) -> np.ndarray:
     """What weights that underflow cost; total: sum|v_j|."""
-    share = 1.0
+    share: float | np.ndarray = 1.0
     if not arithmetic.normalised:
         share = np.where(eta > 1.0, 1.0, np.minimum(1.0, p_max * np.exp(2.0 * np.minimum(eta, 1.0))))
     return (arithmetic.storage.smallest / 2.0 + _FLUSH) * total * share * (1.0 + 2.0 * g)

@@ -40,7 +40,7 @@ def score_std(
     """
     head_dim = np.asarray(head_dim, np.float64)
     scale = head_dim**-0.5 if scale is None else np.asarray(scale, np.float64)
-    product = np.asarray(d_model, np.float64) * query_std * np.asarray(key_std, np.float64)
+    product = np.asarray(d_model, np.float64) * np.asarray(query_std) * np.asarray(key_std, np.float64)
     return scale * np.sqrt(head_dim) * product * np.square(gain) * np.sqrt(1.0 - np.asarray(correlation))
 
 

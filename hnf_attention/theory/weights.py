@@ -118,14 +118,14 @@ def weight_logit_bound(
     width = a.shape[2]
     if query_limit is not None or key_limit is not None:
         bound = _length(a, a0, query_limit) * _length(b, b0, key_limit)
-    elif rotary and interleaved is None:
-        bound = _length(a, a0, None) * _length(b, b0, None)
-    elif rotary:
+    elif rotary and interleaved is not None:
         pairs = _pairs(a.shape[1], rotary, interleaved)
         shares = [_pair_norms(weight, constant, pairs) for weight, constant in ((a, a0), (b, b0))]
         c = (shares[1] / shares[0].clamp(min=1e-30)).clamp(1e-6, 1e6).sqrt()
         balanced = _length(a * c[..., None], a0 * c, None) * _length(b / c[..., None], b0 / c, None)
         bound = torch.minimum(balanced, _length(a, a0, None) * _length(b, b0, None))
+    elif rotary:
+        bound = _length(a, a0, None) * _length(b, b0, None)
     else:
         crossed = (b.transpose(1, 2) @ a0[..., None]).norm(dim=(1, 2))
         crossed = crossed + (a.transpose(1, 2) @ b0[..., None]).norm(dim=(1, 2))
