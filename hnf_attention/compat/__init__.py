@@ -1,7 +1,7 @@
 """Every private name of torch and transformers that this project uses, one function or constant each.
 
 A private name may change in any release. Each entry therefore says what it answers, and what happens in a version
-without it. Tried with torch 2.8 to 2.13 and transformers 4.57 to 5. Importing this imports torch alone.
+without it. The tests ran with torch 2.11 and 2.13 and with transformers 5. Importing this imports torch alone.
 `tests/test_compat.py` shows which public behaviour each entry carries.
 
 `dynamo` is imported by its own name: it holds what only torch.compile's tracer needs.

@@ -26,9 +26,8 @@ class Unmeasurable(Exception):
         self.lasting = lasting
 
 
-@dataclass(
-    slots=True, eq=False, repr=False
-)  # made for every measured call: frozen would cost four times as much
+# Made for every measured call: frozen would cost four times as much.
+@dataclass(slots=True, eq=False, repr=False)
 class AttentionCall:
     """query (B, H, M, D), key (B, H_kv, N, D), value (B, H_kv, N, D_v), and what shapes the scores.
 
@@ -36,13 +35,14 @@ class AttentionCall:
     interceptor: which one caught the call, for the coverage report.
     from_output: makes what the model's own attention returns of our output (B, H, M, D_v).
     not_fused: why our attention must not take the place of the model's in this call; None if it may.
-    probe_preferred: why mode="auto" probes a call that our attention could take; None if it takes the call.
+    probe_preferred: why mode="auto" leaves the output to the model although `not_fused` is None; None if it does not.
     check: compares the model's own attention with ours, once per layer. True once it could decide; raises
         Unmeasurable where they differ.
     modify: changes and hides the finished scores, where no field above can say how. It gets scores (B, H, R, N), fp32
         or fp64, and the numbers of their queries, int64 (B, H, R), and returns scores and which are visible, boolean.
         Such a call is probed in plain PyTorch.
     place: EAGER or COMPILED.
+    window_size: as in `attention`: only keys with |i - j| < window_size are visible.
     """
 
     query: Tensor
@@ -60,9 +60,11 @@ class AttentionCall:
     check: Callable[[AttentionCall], bool] | None = None
     modify: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     place: str = EAGER
+    window_size: int | None = None
 
     def __repr__(self) -> str:
-        options = {"is_causal": self.is_causal, "scale": self.scale, "softcap": self.softcap}
+        names = ("is_causal", "scale", "window_size", "softcap")
+        options = {name: getattr(self, name) for name in names}
         tensors = {"attn_mask": self.attn_mask, "sinks": self.sinks}
         shown = [f"{name}={value}" for name, value in options.items() if value]
         shown += [f"{name} {tuple(value.shape)}" for name, value in tensors.items() if value is not None]
@@ -77,6 +79,7 @@ class AttentionCall:
             "attn_mask": self.attn_mask,
             "is_causal": self.is_causal,
             "scale": self.scale,
+            "window_size": self.window_size,
             "softcap": self.softcap,
             "sinks": self.sinks,
         }
@@ -96,7 +99,7 @@ class AttentionCall:
             attn_mask=self.attn_mask,
             is_causal=self.is_causal,
             scale=self.scale,
-            window_size=None,
+            window_size=self.window_size,
             softcap=self.softcap,
             sinks=self.sinks,
         )

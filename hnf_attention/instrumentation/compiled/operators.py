@@ -1,7 +1,7 @@
 """The operators that stand beside attention in a compiled graph, and measure it when the graph runs.
 
-An operator says that it changes the layer's tensor, which keeps it in the graph. It has no gradient. In a backward,
-where a checkpoint may run it a second time, it does nothing.
+An operator declares that it writes to the layer's tensor. A compiler therefore keeps it in the graph. It has no
+gradient. A checkpoint may run it a second time, in a backward: there it does nothing.
 """
 
 from __future__ import annotations

@@ -45,9 +45,9 @@ def announced(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Call `original`. This frame tells attention inside how many heads its queries and keys have.
+    """Call `original`. `find_layer` sees this frame, and learns how many heads queries and keys of the call have.
 
-    heads: None where all attention inside is part of a call that is measured already.
+    heads: None if an operator measures the call already. Attention inside of it then leaves no operator.
     """
     return original(*args, **kwargs)
 
@@ -60,7 +60,7 @@ def find_layer(
 ) -> tuple[Tensor | None, Any]:
     """(the layer's tensor for an operator, None if no operator is wanted; the heads that were announced).
 
-    To be traced, never to be run. `_find` sets the local variables.
+    For code that Dynamo traces. While Dynamo traces this function, `_find` sets its local variables.
 
     tensors, numbers: what the operator would be given. A number of numpy is a tensor here.
     attention_only: take only modules whose class is named like attention.
