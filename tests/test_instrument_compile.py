@@ -89,7 +89,14 @@ def compare(model, run, backend=BACKEND, interceptor=None, exact=True):
 
 
 @pytest.mark.parametrize(
-    "order", ["compiled first", "run before", "instrumented first", "in place", "blocks"]
+    "order",
+    [
+        "compiled first",
+        "run before",
+        "instrumented first",
+        "in place",
+        pytest.param("blocks", marks=pytest.mark.slow),
+    ],
 )
 def test_every_order_is_measured_and_puts_itself_back(order):
     model, inputs = Model(), x()
@@ -137,6 +144,7 @@ def test_log_steps_and_the_steps_between_share_one_graph():
         apply_intervention(None, clip, run)
 
 
+@pytest.mark.slow
 def test_instrumenting_again_and_again_compiles_twice():
     model, inputs = Model(), x()
     run = compiled(model)
@@ -198,13 +206,22 @@ INTERCEPTORS = {
 }
 
 
-@pytest.mark.parametrize("make, interceptor", INTERCEPTORS.values(), ids=INTERCEPTORS)
+QUICK = ("causal", "softmax", "multihead")
+
+
+@pytest.mark.parametrize(
+    "make, interceptor",
+    [
+        pytest.param(*case, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, case in INTERCEPTORS.items()
+    ],
+)
 def test_a_graph_is_measured_like_the_model_and_computes_what_it_did(make, interceptor):
     inputs = x()
     compare(make(), lambda run: run(inputs), interceptor=interceptor)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_hugging_face_with_grouped_heads_and_padding(implementation):
     config = copy.deepcopy(LLAMA)
     config._attn_implementation = implementation
@@ -217,6 +234,7 @@ def test_hugging_face_with_grouped_heads_and_padding(implementation):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="without a C++ compiler")
 def test_the_default_backend_keeps_its_numbers():
     inputs = x()
@@ -322,6 +340,7 @@ def test_a_graph_from_before_notices_that_its_model_is_instrumented_beside_anoth
         assert not theirs.latest
 
 
+@pytest.mark.slow
 def test_copies_are_not_taken_for_the_model():
     model, inputs = Model(), x()
     run = compiled(model)

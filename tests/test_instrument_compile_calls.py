@@ -129,7 +129,7 @@ class Region(Mixing):
     forward = torch.compiler.nested_compile_region(Mixing.forward)
 
 
-@pytest.mark.parametrize("kind", [Branching, Repeating])
+@pytest.mark.parametrize("kind", [Branching, pytest.param(Repeating, marks=pytest.mark.slow)])
 def test_what_a_higher_order_operator_runs_is_listed(kind):
     model, inputs = kind(), x().detach()
     run = compiled(model)
@@ -200,6 +200,7 @@ def test_arguments_of_a_function_around_the_model_are_not_guarded(whose):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_compiled_model_is_measured_once_it_is_instrumented_itself():
     model, inputs = Model(), x()
     with instrument(model):

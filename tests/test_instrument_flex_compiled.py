@@ -112,7 +112,7 @@ def test_what_the_functions_hold_is_read_at_every_run():
     assert list(handle.coverage.measured) == [""]
 
 
-@pytest.mark.parametrize("what", ["another Dynamo", "another process"])
+@pytest.mark.parametrize("what", ["another Dynamo", pytest.param("another process", marks=pytest.mark.slow)])
 def test_one_that_cannot_be_read_is_listed_and_strict_raises(what, monkeypatch, caplog):
     if what == "another Dynamo":
         monkeypatch.setattr(flex_compiled, "_functions_of", lambda tracer: 1 / 0)
@@ -136,6 +136,7 @@ def broken(score, b, h, i, j):
     return 2.0 * score
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Dynamo's own, about what it cannot trace
 def test_one_that_dynamo_cannot_trace_is_listed_without_an_error(caplog):
     model, args = Plain(), tensors()

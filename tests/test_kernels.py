@@ -45,7 +45,7 @@ def _check_forward(case, dtype, device):
         for name, actual, wanted in zip(("lse", "entropy", "max_logit", "min_logit"), got[1:], expected[1:]):
             assert actual.dtype == torch.float32
             close(actual, wanted, 1e-5 + bend, name)
-    for name, actual, wanted in zip(EXTENDED, got[5], extended_oracle(case, *tensors)):
+    for name, actual, wanted in zip(EXTENDED, got[5], extended_oracle(case, *tensors), strict=True):
         close(actual, wanted, 2e-5 + bend, name)
 
 

@@ -52,7 +52,10 @@ def test_kernels_match_the_oracle_anywhere(case):
     expected = oracle(case, *tensors)
     close(got[0], expected[0], 1e-5, "out")  # under a soft-cap scores round in proportion to it
     for name, actual, wanted in zip(
-        (*CORE, *EXTENDED), (*got[1:], *more), (*expected[1:], *extended_oracle(case, *tensors))
+        (*CORE, *EXTENDED),
+        (*got[1:], *more),
+        (*expected[1:], *extended_oracle(case, *tensors)),
+        strict=True,
     ):
         close(actual, wanted, 2e-5, name)
     for name, actual, wanted in zip(CORE, probe.probe(q, k, options, TILES), expected[1:]):
@@ -124,7 +127,7 @@ def test_a_sample_of_a_pack(phase, is_causal, device):
     sampled = reference.attention(q, k, None, options, extended=True, index=index)[1]
     full = reference.attention(q, k, None, options, extended=True)[1]
     taken = index >= 0
-    for name, actual in zip((*CORE, *EXTENDED), (*core, *more)):
+    for name, actual in zip((*CORE, *EXTENDED), (*core, *more), strict=True):
         close(actual, getattr(sampled, name), 2e-5, name)
         wanted = masks.take_rows(getattr(full, name), index)
         close(actual[taken], wanted[taken], 2e-5, name)

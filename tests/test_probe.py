@@ -33,7 +33,7 @@ def _check(case, dtype, device):
     *core, nothing, index = probe.probe(*tensors[:2], options, TILES)
     assert nothing is None and index is None
     *again, more, _ = probe.probe(*tensors[:2], options, TILES, extended=True)
-    for name, actual, wanted in zip(NAMES, (*again, *more), expected):
+    for name, actual, wanted in zip(NAMES, (*again, *more), expected, strict=True):
         assert actual.dtype == torch.float32
         close(actual, wanted, 2e-5, name)
     for name, actual, wanted in zip(NAMES, core, expected):
@@ -130,7 +130,7 @@ def _check_sample(case, dtype, device, period, phase):
     wanted_index = sampling.row_index(*q.shape[:3], period, phase, q.device)
     assert index.dtype == torch.int64 and torch.equal(index, wanted_index)
     wanted = reference.attention(q, k, None, options, extended=True, index=wanted_index)[1]
-    for name, actual in zip(NAMES, (*core, *more)):
+    for name, actual in zip(NAMES, (*core, *more), strict=True):
         close(actual, getattr(wanted, name), 2e-5, name)
     if not case.num_keys:
         return
@@ -213,7 +213,7 @@ def test_spreads_do_not_depend_on_a_common_shift(shift, device):
     *core, more, _ = _probe_extended(q, k)
     *moved_core, moved_more, _ = _probe_extended(*moved)
     rounding = 4 * torch.finfo(torch.float32).eps * shift
-    for name, actual, wanted in zip(EXTENDED, moved_more, more):
+    for name, actual, wanted in zip(EXTENDED, moved_more, more, strict=True):
         close(actual, wanted + shift if name == "score_mean" else wanted, rounding, name)
     close(moved_core[1], core[1], rounding, "entropy")
     close(moved_core[0], core[0] + shift, rounding, "lse")

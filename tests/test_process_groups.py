@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
+# Quick tests of processes are those of test_sharded.py.
+@pytest.fixture(scope="module", params=[pytest.param("spawned", marks=pytest.mark.slow)])
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("groups")
     torch.multiprocessing.spawn(processes_groups.main, (str(folder),), SIZE)

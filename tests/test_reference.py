@@ -5,12 +5,25 @@ from dataclasses import fields
 
 import pytest
 import torch
-from cases import CASES, NON_FINITE, Case, break_a_key, oracle, packed_cases, random_cases
+from cases import (
+    CASES,
+    EXTENDED,
+    NON_FINITE,
+    Case,
+    break_a_key,
+    extended_oracle,
+    oracle,
+    packed_cases,
+    random_cases,
+)
 from hypothesis import given, settings
 
+from hnf_attention.kernels.shared.results import Core, Extended
 from hnf_attention.reference import attention as reference
 from hnf_attention.reference import masks
 from hnf_attention.reference.options import Options
+from hnf_attention.statistics import fields as names
+from hnf_attention.statistics.rows import RowStats
 
 PLAIN = Options(None, False, 1.0, None, None, None)
 
@@ -23,10 +36,21 @@ def _run(case, dtype=torch.float64, extended=False):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_matches_the_oracle(case):
-    tensors, out, rows = _run(case)
+    tensors, out, rows = _run(case, extended=True)
     got = (out, rows.lse, rows.entropy, rows.max_logit, rows.min_logit)
-    for actual, expected in zip(got, oracle(case, *tensors)):
+    for actual, expected in zip(got, oracle(case, *tensors), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    for name, expected in zip(EXTENDED, extended_oracle(case, *tensors), strict=True):
+        actual = getattr(rows, name).to(expected.dtype)
+        torch.testing.assert_close(
+            actual, expected, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_statistics_have_one_order_of_names():
+    """The reference and the kernels return them by place."""
+    assert names.EXTENDED_FIELDS == EXTENDED == Extended._fields
+    assert tuple(field.name for field in fields(RowStats)) == (*Core._fields, *EXTENDED, "row_index")
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

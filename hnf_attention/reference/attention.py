@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.shared.results import Gradients, empty_output, sink_gradient
+from ..statistics.fields import EXTENDED_FIELDS
 from ..statistics.rows import RowStats
 from .masks import mask_rows, row_chunks, take_rows, visible
 from .options import Options
@@ -103,8 +104,8 @@ def attention(
     ]
     if not parts:
         blank = query.new_zeros(batch, heads, 0, dtype=dtype)
-        more = [blank] * 5 + [blank.long()] if extended else []
-        return out, replace(RowStats(*[blank] * 4, *more), row_index=index)
+        more = blank.expand(len(EXTENDED_FIELDS), *blank.shape) if extended else None
+        return out, RowStats.unpack(blank, blank, blank, blank, more, index)
     outs, *columns = zip(*parts, strict=True)
     if out is not None:
         out.copy_(torch.cat(outs, 2))

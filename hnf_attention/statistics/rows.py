@@ -119,9 +119,9 @@ class RowStats:
         core = (lse, entropy, max_logit, min_logit)
         if more is None:
             return RowStats(*core, row_index=row_index)
-        *numbers, visible_keys = more.unbind(0)
-        values: list[Any] = [*core, *numbers, visible_keys.long(), row_index]
-        return RowStats(*values)
+        extended: dict[str, Any] = dict(zip(EXTENDED_FIELDS, more.unbind(0)))
+        extended["visible_keys"] = extended["visible_keys"].long()
+        return RowStats(*core, row_index=row_index, **extended)
 
 
 def value_range(name: str, values: np.ndarray) -> str:
