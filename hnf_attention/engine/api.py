@@ -87,11 +87,11 @@ def attention_stats(
 
     Same arguments, errors and differentiability (`lse` and `entropy`) as `attention`, and
 
-    sample: (period, phase), ints >= 1 and >= 0: measure blocks of 64 query rows, one of every `period`
-        consecutive ones; a sequence with fewer blocks gives one of all of them. Phases that follow each
-        other take other blocks, and `period` of them every row (just once, where there are as many
-        blocks). Each (batch, head) takes blocks of its own. Of packed sequences, blocks are cut from the
-        pack as a whole, across their borders.
+    sample: (period, phase), ints >= 1 and >= 0: measure one of every `period` consecutive blocks of 64 query
+        rows; a sequence with fewer blocks gives one block. Consecutive phases take different blocks.
+        `period` of them cover every row, exactly once if there are at least `period` blocks. Each (batch,
+        head) takes blocks of its own. Of packed sequences, blocks are cut from the pack as a whole, across
+        their borders.
         The result is compact, (B, H, M_s) with `row_index` saying which rows, and not differentiable.
     """
     call = prepare(

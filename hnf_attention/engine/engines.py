@@ -21,7 +21,7 @@ HOPPER, TRITON, REFERENCE = "Hopper kernel", "Triton kernel", "PyTorch reference
 CUDNN, FLASH = "PyTorch's cudnn backward", "PyTorch's flash backward"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KERNEL_HEAD_DIM, HOPPER_HEAD_DIM = 256, 128  # the largest
-HOPPER_ROWS = 64  # one of two groups of warps would have no queries with as few
+HOPPER_ROWS = 64  # with so few queries, one of two groups of warps has none
 # The Hopper forward is written in Gluon, whose interface changes between versions of Triton. It is used
 # with those that the GPU tests were run on.
 HOPPER_TRITON = "3.6"

@@ -41,15 +41,16 @@ def required_bits(
 
     which is 2 atanh eps for p_max up to (1 + eps) / 2, and more for sharper rows. Proof: a component moves by at
     most its spread times max |p'(S) - p(S)| over sets S of keys. Scores that move by at most D give a set of
-    weight x at most x E / (x E + 1 - x), E = e^2D: a gain of phi(x) = x (1 - x) (E - 1) / (1 + x (E - 1)). What S loses
-    its complement gains, and one of the two does not hold the largest weight: x <= r = 1 - p_max for one of them, for
-    the other phi(1 - x), which is at most phi(x) where x <= 1/2. So the move is at most max phi over [0, min(r, 1/2)].
-    phi is concave with its top tanh(D / 2) at 1 / (1 + e^D); phi(x) = eps, solved for D, is least at (1 - eps) / 2.
+    weight x at most x E / (x E + 1 - x), E = e^2D: a gain of phi(x) = x (1 - x) (E - 1) / (1 + x (E - 1)). What S
+    loses, its complement gains. One of the two lacks the largest weight: its weight x is at most r = 1 - p_max, its
+    gain at most phi(x). The other gains at most phi(1 - x), which is at most phi(x) where x <= 1/2. So the move is at
+    most max phi over [0, min(r, 1/2)]. phi is concave with its top tanh(D / 2) at 1 / (1 + e^D). The D that solves
+    phi(x) = eps is least at x = (1 - eps) / 2.
     Nothing less would do: rows of these numbers whose roundings all have the worst signs need all the bits
     (tests/test_theory_bits.py).
 
     tolerance: above 0; from 1 on, one bit will do. Arguments broadcast; sizes up to the largest double.
-    Grows with log2 of the scores, never with the scores themselves, as the seed's log2(kappa n^2 / eps) does.
+    Grows with log2 of the scores; the HNF proposal's log2(kappa n^2 / eps) grows with the scores themselves.
     Nothing is taken to underflow; the value of a learned sink, 0, is one of the values. Source: own derivation.
     `required_bits_of_row` is the tighter one. Raises ValueError for another `stored`, a negative size or
     tolerance <= 0.
@@ -57,7 +58,7 @@ def required_bits(
     size, eps = _checked(stored, size, tolerance)
     rest = np.float64(1.0)
     if max_weight is not None:
-        # fp64 rounds a p_max near 1 to it, and knows it to its scores' rounding: a rest that e^2D makes large.
+        # Where fp64 rounds p_max to 1, 1 - p_max is up to the scores' rounding, and e^2D makes it large.
         known = np.minimum(1.0 if stored == "weights" else size, 1e300)
         rest = 1.0 - np.asarray(max_weight, np.float64) + 2.0**-52 * (4.0 * known + 8.0)
         rest = np.where(np.isnan(rest), 1.0, np.clip(rest, 0.0, 1.0))

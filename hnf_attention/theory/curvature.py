@@ -1,4 +1,4 @@
-"""HNF curvature of attention: the seed's bound, in log2 (its exponential overflows any float), and HNF's own."""
+"""HNF curvature of attention: the HNF proposal's bound, in log2 (its exponential overflows floats), and HNF's own."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def hnf_curvature(
     sqrt 2 / (3 sqrt 3), at p = (0.211, 0.789), so 2.6 times less is likely true.
 
     query_norm, key_norm: spectral norms of a head's Q and K; Frobenius norms give an upper bound as well.
-    scale: None means head_dim^-1/2. A forward quantity: it does not grow with the scores beyond the norms'
-    squares. What grows exponentially, `hnf_curvature_bound`, is the conditioning of the inverse.
+    scale: None means head_dim^-1/2. A forward quantity: it grows only with the squared norms.
+    `hnf_curvature_bound`, the conditioning of the inverse, grows exponentially with the scores.
     Arguments broadcast; float64, per squared unit of q and k. Raises ValueError as `hnf_curvature_bound`.
     """
     arrays = _checked(head_dim, {"query_norm": query_norm, "key_norm": key_norm})

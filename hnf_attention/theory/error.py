@@ -44,9 +44,9 @@ def forward_error_bound(
         |error| <= max(|rd(o + E) - o|, |rd(o - E) - o|),  E = E1 + E2,  rd: rounding to the output's format
 
     u_j is the weights' rounding, except that a flash weight which must round to 1 (the maximum's) has none
-    but its own error. tau is half the smallest number of the format, tau' = tau + 2^-126, and w is what
-    an absolute error of a weight is divided by: 1 where weights are normalised first, else sum e^z, w at
-    most min(1, p_max e^(2 max eta)). The tanh is total variation under bounded errors of the scores.
+    but its own error. tau is half the smallest number of the format, tau' = tau + 2^-126. w multiplies an
+    absolute error of a weight: 1 where weights are normalised first, else 1 / sum e^z, at most
+    min(1, p_max e^(2 max eta)). The tanh is total variation under bounded errors of the scores.
     Counted for both usual orders: scale, then subtract the maximum (|m| does not enter), and one fused
     multiply-add with scale * log2(e) folded in, whose rounded product with m differs between blocks.
     An exponential errs by at most two ulps (4u), also those that rescale earlier blocks.
@@ -141,7 +141,7 @@ def forward_error_bound_from_norms(
     least, p_max = (np.asarray(1.0 if x is None else x, np.float64) for x in pair)
     if max_weight is not None:
         capped = np.minimum(eta, _LARGE)
-        # A p_max that fp64 rounds to 1 leaves a rest of its scores' rounding, which e^(2 eta) makes large.
+        # Where fp64 rounds p_max to 1, 1 - p_max is up to the scores' rounding, and e^(2 eta) makes it large.
         rest = np.minimum(1.0 - least + 2.0**-52 * (4.0 * top + 8.0), 1.0)
         sharp = np.exp(capped) * np.expm1(capped) * 2.0 * least * rest
         share = np.where((least >= 0.5) & (eta < _LARGE), np.minimum(share, sharp), share)
@@ -163,9 +163,9 @@ def expected_error(
 
         rms^2 = sum_j (p_max r(P_j))^2 v_j^2 + sum_j (p_j t_j (v_j - o_j))^2 + r(o)^2
 
-    with r(x) = ulp(x) / sqrt(12), zero where x is a number of the format (the maximum's weight, exactly 1
-    before normalisation), and t_j^2 = (u A_j / 2)^2, with stored scores + r(s_j)^2, and once more unless scale
-    (here given, or taken as no power of two) makes the second rounding exact. Arguments as there.
+    with r(x) = ulp(x) / sqrt(12), but 0 for the maximum's weight, exactly 1 before normalisation.
+    t_j^2 = (u A_j / 2)^2, plus r(s_j)^2 per rounding of a stored score: two, or one if `scale` is given as a
+    power of two. Arguments as there.
     An estimate with no guarantee: rounding errors are taken as independent, so ties, common signs and
     rows of one key are not covered. For bf16 and fp16; in fp32 the order of the sums decides, which no
     formula knows: ValueError.

@@ -117,9 +117,10 @@ def expected_entropy(std: ArrayLike, keys: ArrayLike) -> np.ndarray:
         E log Z = int (e^-t - phi(t)^n) dt / t,   phi(t) = E exp(-t e^(sigma g)),
         E H = E log Z - d/d log sigma of it = E log Z - n int phi^(n-1) E[sigma g e^(sigma g) exp(-t e^(sigma g))] dt
 
-    in log t, with the trapezoidal rule. From sigma = 40 on by the gap of the two largest scores: E H = pi^2 r /
-    (6 sigma) (1 + c / sigma), r = n (n - 1) int density^2 distribution^(n-2), the density of the gap of unit
-    Gaussians at 0, c from the quadrature. Source: own derivation from the Laplace transform of log Z.
+    in log t, with the trapezoidal rule. From sigma = 40 on, the gap of the two largest scores decides:
+    E H = pi^2 r / (6 sigma) (1 + c / sigma). r = n (n - 1) int density^2 distribution^(n-2) is its density at 0
+    for unit Gaussians. c matches the quadrature at 40.
+    Source: own derivation from the Laplace transform of log Z.
     """
     std, n = np.broadcast_arrays(np.asarray(std, np.float64), _keys(keys))
     if (std < 0).any():
@@ -136,7 +137,7 @@ def _entropy(std: float, n: float) -> float:
         return full
     if std > _SHARP:
         at = np.pi**2 / 6.0 * _gap_density(n) / np.array([_SHARP, std])
-        # What a third score adds falls with 1 / sigma once more; its size is the one at the handover.
+        # A third score's share falls as 1 / sigma; the quadrature at _SHARP gives its size.
         third = (_entropy(_SHARP, n) / at[0] - 1.0) * _SHARP / std
         return float(min(full, at[1] * (1.0 + third)))
     g = np.linspace(-9.0, 9.0, 721)

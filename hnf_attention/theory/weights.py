@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Norms are taken in fp64 of weights that a model multiplies in less: a share of the bound for that, and for
-# the norm layer's own rounding. 2^-7 covers bf16 activations (two roundings of 2^-8 on each side).
+# Norms are computed in fp64, but a model multiplies in less. This share of the bound covers that, and the norm
+# layer's rounding. 2^-7 covers bf16 activations (two roundings of 2^-8 on each side).
 ROUNDING = {torch.float32: 2.0**-18, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-6}
 
 
