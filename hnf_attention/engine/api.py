@@ -48,8 +48,8 @@ def attention(
 
     Returns the output (B, H, M, D_v) in the query's dtype and `RowStats` of (B, H, M) tensors.
     `out`, `lse` and `entropy` are differentiable in query, key, value, sinks and an additive mask. The
-    mask's gradient is summed to its shape; on a GPU that takes memory for one number per score, (B, H, M, N),
-    of the mask's dtype, or of fp32 where the mask broadcasts. fp64 and head dimensions above 256 use the
+    mask's gradient is summed to its shape. On a GPU that takes memory: one number per score, (B, H, M, N), in
+    the mask's dtype, or in fp32 if the mask broadcasts. fp64 and head dimensions above 256 use the
     chunked PyTorch path on every device. Under autocast, inputs are cast as SDPA casts them.
     Raises ValueError or TypeError (expected, got) before anything runs.
     """

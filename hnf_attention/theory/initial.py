@@ -45,7 +45,7 @@ def score_std(
 
 
 def critical_std(keys: ArrayLike) -> np.ndarray:
-    """sigma_c = sqrt(2 ln n), nats: beyond it a row's weight is held by a few keys. inf for one key.
+    """sigma_c = sqrt(2 ln n), nats: beyond it a few keys hold a row's weight. inf for one key.
 
     Source: the freezing transition of the random energy model, Derrida, Phys. Rev. B 24, 1981.
     """
@@ -74,7 +74,7 @@ def critical_temperature(
 
 
 def row_spread(head_dim: ArrayLike, share: float = 0.99) -> np.ndarray:
-    """By what factor the sigma of a row exceeds the root mean square one, at that share of the rows.
+    """Quantile of a row's sigma over the root mean square sigma: this share of the rows lies below it.
 
     A row's sigma follows |q|, and |q|^2 / its mean is chi-squared with d_head degrees of freedom over
     d_head: few dimensions make rows unequal (d_head = 2: factor 2.15 for one row in a hundred; 64: 1.21).
@@ -104,8 +104,8 @@ def expected_max_logit(std: ArrayLike, keys: ArrayLike) -> np.ndarray:
 def entropy_law(std: ArrayLike, keys: ArrayLike) -> np.ndarray:
     """Entropy of a row of n Gaussian scores over ln n, in closed form: 1 - (sigma / sigma_c)^2, at least 0.
 
-    The limit of many keys. Low by up to 0.03 at sigma_c / 2 for n >= 256, where `expected_entropy` is exact;
-    from sigma_c on it is 0 where rows of a real length still have entropy. 1 for one key.
+    The limit of many keys; `expected_entropy` is exact. For n >= 256 this is low by up to 0.03 at sigma_c / 2.
+    From sigma_c on it is 0, though rows of a real length still have entropy. 1 for one key.
     Source: the random energy model, Derrida 1981.
     """
     return np.maximum(1.0 - np.square(np.asarray(std, np.float64) / critical_std(keys)), 0.0)
