@@ -4,7 +4,7 @@
 
 Models of real shapes run on random tokens, in fp32, as transformers initialises them; deep models are cut to that
 many layers. The last sixteenth of the rows counts, which see nearly all N keys, over all heads: score_std, the root
-mean square spread within a row; row_max, the mean of a row's largest score over the row's mean; entropy, the mean,
+mean square spread within a row; row_max, the mean of a row's largest score minus its mean score; entropy, the mean,
 brought from a row's n keys to N by adding ln(N / n). The theory is about the first layer. In deeper layers the
 tokens have grown alike, so these are reported apart. Goals for the first layer: score_std within 5% (10% with
 grouped heads or RoPE), row_max within 5%, entropy within 0.05 nats where sigma is below sigma_c / 2. Exit code 1 if

@@ -27,7 +27,7 @@ MARKED = re.compile(r"(<!-- (\S+) table of (\S+) -->\n).*?(<!-- end -->)", re.DO
 
 
 def fill(text: str, root: Path) -> str:
-    """The text with every marked table made anew; one whose file is not there is left as it is.
+    """The text with every marked table made anew; a table without its file stays as it is.
 
     Raises ValueError for a marked table that its file does not have.
     """

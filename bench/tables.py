@@ -1,4 +1,4 @@
-"""Markdown tables of result files; what a file holds decides which there are.
+"""Markdown tables of result files; a file's content decides which.
 
 forward and training suites: "core", our attention beside SDPA's at every case; "others", what ran at some.
 bench/whole_step.py: "overhead" and "memory"; "summary", the shortest and longest sequences of each model.
@@ -44,7 +44,7 @@ def machine_line(document: dict) -> str:
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    """Without the columns that no row has anything in."""
+    """A table without its empty columns."""
     kept = [i for i in range(len(header)) if any(row[i] != DASH for row in rows)]
     lines = [header, ["---"] * len(header), *rows]
     joined = ["|".join(f" {line[i]} " for i in kept) for line in lines]
@@ -105,7 +105,7 @@ def _attention(groups: dict[str, dict[str, dict]], ceiling: float | None) -> dic
 
 
 def _others(group: str, peers: dict[str, dict], others: list[str]) -> list[str]:
-    """Times of SDPA and ours; of the others over SDPA's, with the memory of the call where it is known."""
+    """Times of SDPA and ours; the others' times over SDPA's, with the call's memory if it is known."""
     default = _median(peers, "sdpa default")
     row = [group, _ms(default), _ms(_median(peers, "ours"))]
     for name in others:

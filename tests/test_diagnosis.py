@@ -93,8 +93,8 @@ def test_what_rounding_does_is_told_where_it_is_known():
     large = {"max_logit": 200.0, "query_size": 40.0, "dtype": "bfloat16"}
     layer = head_stats(**large)
     told = found([snapshot(1, a=layer)], "overflow_risk")[0].evidence
-    assert f"rounding costs up to {layer.error_bound[0]:.2g} of the largest |v|" in told
-    assert f"q and k need {layer.typical_bits[0]:.0f} to {layer.required_bits[0]:.0f} bits" in told
+    assert f"rounding error up to {layer.error_bound[0]:.2g} of the largest |v|" in told
+    assert f"q, k need {layer.typical_bits[0]:.0f} bits, {layer.required_bits[0]:.0f} at worst" in told
     assert len(told) < 240
     unseen = found([snapshot(1, a=large | {"query_size": np.nan})], "overflow_risk")[0].evidence
     assert "rounding" not in unseen and "nan" not in unseen

@@ -45,7 +45,7 @@ def let_trace(function: Callable[..., Any]) -> None:
 def fill_function_table() -> Callable[[], dict[Any, Any]] | None:
     """Have Dynamo look up torch's functions that it puts into graphs untraced; None if it has no table of them.
 
-    It looks them up once, by name. A function that stands under such a name by then would not be traced.
+    It looks them up once, by name. It would not trace a replacement that is already under such a name.
     Missing: a process that compiles for the first time while a model is instrumented measures nothing in its graphs.
     """
     try:

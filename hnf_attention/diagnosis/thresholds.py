@@ -84,7 +84,7 @@ THRESHOLDS: dict[str, Threshold] = {
         3, "trend windows", "own choice: a collapse further ahead than this is not forecast either"
     ),
     "forecast_entropy": Threshold(
-        0.5, "of log(visible keys)", "own choice: no collapse is forecast for a head above half its entropy"
+        0.5, "of log(visible keys)", "own choice: no collapse is forecast above half of the maximal entropy"
     ),
     "sink_mass": Threshold(
         0.3,

@@ -48,8 +48,8 @@ def attention(
 
     Returns the output (B, H, M, D_v) in the query's dtype and `RowStats` of (B, H, M) tensors.
     `out`, `lse` and `entropy` are differentiable in query, key, value, sinks and an additive mask. The
-    mask's gradient is summed to its shape; on a GPU that takes memory for one number per score, (B, H, M, N),
-    of the mask's dtype, or of fp32 where the mask broadcasts. fp64 and head dimensions above 256 use the
+    mask's gradient is summed to its shape. On a GPU that takes memory: one number per score, (B, H, M, N), in
+    the mask's dtype, or in fp32 if the mask broadcasts. fp64 and head dimensions above 256 use the
     chunked PyTorch path on every device. Under autocast, inputs are cast as SDPA casts them.
     Raises ValueError or TypeError (expected, got) before anything runs.
     """
@@ -87,11 +87,11 @@ def attention_stats(
 
     Same arguments, errors and differentiability (`lse` and `entropy`) as `attention`, and
 
-    sample: (period, phase), ints >= 1 and >= 0: measure blocks of 64 query rows, one of every `period`
-        consecutive ones; a sequence with fewer blocks gives one of all of them. Phases that follow each
-        other take other blocks, and `period` of them every row (just once, where there are as many
-        blocks). Each (batch, head) takes blocks of its own. Of packed sequences, blocks are cut from the
-        pack as a whole, across their borders.
+    sample: (period, phase), ints >= 1 and >= 0: measure one of every `period` consecutive blocks of 64 query
+        rows; a sequence with fewer blocks gives one block. Consecutive phases take different blocks.
+        `period` of them cover every row, exactly once if there are at least `period` blocks. Each (batch,
+        head) takes blocks of its own. Of packed sequences, blocks are cut from the pack as a whole, across
+        their borders.
         The result is compact, (B, H, M_s) with `row_index` saying which rows, and not differentiable.
     """
     call = prepare(

@@ -156,7 +156,7 @@ def prepare(
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Floating tensors in the dtype that autocast gives SDPA's inputs; fp64, and what is no tensor, is unchanged."""
+    """Floating tensors in the dtype that autocast gives SDPA's inputs; fp64 and anything but tensors stay unchanged."""
     first = tensors[0] if isinstance(tensors[0], Tensor) else None
     # This asks all devices but MPS at once, at a tenth of the cost of asking one.
     if first is not None and first.is_cuda and not compat.any_autocast():

@@ -63,7 +63,7 @@ def current_device() -> torch.device:
 
 def on_device(query: Tensor) -> AbstractContextManager[Any]:
     """Make the query's CUDA device current, for Triton launches there."""
-    # Entering the device that is current already takes host time.
+    # Entering a device costs host time, even if it is current.
     index = query.device.index
     return _HERE if index == torch.cuda.current_device() else torch.cuda.device(index)
 

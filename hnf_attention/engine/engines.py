@@ -21,7 +21,7 @@ HOPPER, TRITON, REFERENCE = "Hopper kernel", "Triton kernel", "PyTorch reference
 CUDNN, FLASH = "PyTorch's cudnn backward", "PyTorch's flash backward"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KERNEL_HEAD_DIM, HOPPER_HEAD_DIM = 256, 128  # the largest
-HOPPER_ROWS = 64  # one of two groups of warps would have no queries with as few
+HOPPER_ROWS = 64  # with so few queries, one of two groups of warps has none
 # The Hopper forward is written in Gluon, whose interface changes between versions of Triton. It is used
 # with those that the GPU tests were run on.
 HOPPER_TRITON = "3.6"
@@ -33,7 +33,7 @@ Results = tuple[Any, ...]  # of Tensor or None, see `forward` and `sample`
 class Engine(NamedTuple):
     """One way to compute a call.
 
-    supports: of a call and its card, None if this engine computes it, else the reason, one clause to be printed.
+    supports: (call, card) -> None if this engine computes the call, else the reason, one clause to be printed.
     run: computes it; `forward`, `sample` and `backward` say from what.
     """
 
@@ -80,7 +80,7 @@ def choose(engines: Sequence[Engine], call: Call) -> Engine:
 
 
 def explain(call: Call, engines: Sequence[Engine] | None = None) -> list[tuple[str, str | None]]:
-    """(engine, why it does not take the call) for each faster engine; last the one that does, with None.
+    """(engine, why it does not take the call), fastest first, up to the engine that takes it: its reason is None.
 
     engines: FORWARD if None.
     """

@@ -1,7 +1,7 @@
 """One attention call folded into its heads' statistics, where the call ran: no host synchronisation.
 
 An accumulator is (slots, NUM_FIELDS, H) fp64: on CUDA the programs of the fold kernel own a slot each,
-elsewhere there is one. `collect` adds the slots up; every slot obeys the laws of `reference.fold.fold_rows`.
+elsewhere there is one. `collect` merges the slots; every slot obeys the laws of `reference.fold.fold_rows`.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ def fold(accumulator: Tensor, query: Tensor, key: Tensor, rows: RowStats, option
 
 @torch.no_grad()
 def fold_measured(accumulator: Tensor, rows: RowStats, measured: Measured) -> None:
-    """`fold` of a call of which these are known already, on any device, in PyTorch's own operations."""
+    """`fold` of a call whose measured numbers are known already, on any device, in PyTorch's own operations."""
     reference.fold_rows(accumulator[0], rows, measured)
 
 
 def collect(accumulators: Sequence[Tensor]) -> Tensor:
-    """The slots of accumulators on one device added up: (NUM_FIELDS, sum of their H), in their order."""
+    """Merge the slots of accumulators on one device: (NUM_FIELDS, sum of their H), heads in their order."""
     together = torch.cat(list(accumulators), 2)
     return torch.cat([together[:, :NUM_SUMS].sum(0), together[:, NUM_SUMS:].amax(0)])

@@ -1,7 +1,8 @@
 """Calls as operators of torch.library.
 
 A compiler, a transform or a dispatch mode sees one operator with a fake kernel and a gradient, so that
-`torch.compile(fullgraph=True)` keeps a call whole. Any other call goes to its engine directly, or to autograd's node.
+`torch.compile(fullgraph=True)` keeps a call whole. A call that nothing traces goes to its engine directly, or to
+autograd's node.
 """
 # No `from __future__ import annotations` here: torch.library reads the annotations themselves.
 
@@ -57,7 +58,7 @@ def run_sample(call: Call, sample: tuple[int, int]) -> RowStats:
 
 
 def flat(call: Call) -> FlatCall:
-    """A call as the operators take it, which know no classes of ours."""
+    """A call in the types that operators take: they know no classes of ours."""
     query, key, value, o, extended = call
     shape = (o.is_causal, o.scale, o.window_size, o.softcap)
     return query, key, value, o.attn_mask, o.sinks, o.seqlens, *shape, extended

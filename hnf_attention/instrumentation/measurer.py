@@ -207,7 +207,7 @@ class Measurer:
     ) -> None:
         """Take in what `measure()` gives of an attention that the model computed by itself. No error comes out.
 
-        place: where it ran. A softmax in a module whose attention is caught there with query and key is something else.
+        place: where it ran. If attention in its module is caught there with query and key, a softmax is skipped.
         """
         state = self._layers.setdefault(layer, _Layer())
         if state.measuring_failed or place in state.described:

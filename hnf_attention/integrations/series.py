@@ -132,7 +132,7 @@ def _heatmap(diagnosis: AttentionDiagnosis, keys: Mapping[str, str], name: str) 
 
 
 def kinds(diagnosis: AttentionDiagnosis) -> frozenset[tuple[str, int | None, str, str]]:
-    """Which issues there are, without their numbers: they change from one snapshot to the next only with news."""
+    """Which issues there are, without their numbers: this changes only if an issue or its severity does."""
     return frozenset((i.layer, i.head, i.issue_type, i.severity) for i in diagnosis.issues)
 
 

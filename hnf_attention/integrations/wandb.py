@@ -35,11 +35,10 @@ class WandbWriter:
         If there is none, `wandb.init(**options)` starts one, which `close()` finishes. For instance
         `WandbWriter(project="pretraining", mode="offline")` needs no network.
 
-    All series are drawn over `attn/step`, the training step, whatever the run's own step counter says. That
-    counter goes up by one with every snapshot, so a script that passes `step=` to `wandb.log` should not count
-    in units longer than the monitor's `log_every`. Layers are numbered in the order they ran,
-    `attn/layer_03/...`; `attn_layers` in the run's config says which is which. `attn/issues` is logged
-    whenever the issues changed.
+    All series are drawn over `attn/step`, the training step, whatever the run's own step counter says. Every
+    snapshot raises that counter by one. A script that passes `step=` to `wandb.log` has to count at least as
+    fast. Layers are numbered in the order they ran, `attn/layer_03/...`; `attn_layers` in the run's config says
+    which is which. `attn/issues` is logged whenever the issues changed.
 
     Raises ImportError if wandb is not installed, TypeError for options beside a run. The first snapshot raises
     InputError if wandb starts no run, above all for want of a login; its message is one line.

@@ -33,8 +33,8 @@ def find(model: nn.Module, layer: str, num_heads: int, *, scaling: bool = True) 
     """The query and key projections of the attention layer with that name.
 
     They are looked for in the module and, if it has none, in the one around it.
-    scaling: the weights are to be scaled. Only then are layers with QK-norm refused, whose scores do not follow
-        their weights, and sharded weights found, which have no values here.
+    scaling: the weights are to be scaled. This refuses layers with QK-norm, whose scores do not follow their weights.
+        It finds sharded weights too, as factors in place of values.
     Raises ValueError if there is no such module, if its layout is not known for certain, or if its weights
     are not there (meta device).
     """

@@ -26,7 +26,7 @@ class MeasuredLayer:
     keys: the most visible keys of any row.
     score_std: root mean square over the rows of the spread within a row, nats.
     sigma_ratio: spread of a row over the critical spread of its visible keys, 99th percentile of the rows.
-    row_max: mean of a row's largest score over the row's mean, nats. max_abs_logit: largest |score| of any row, nats.
+    row_max: mean of a row's largest score minus its mean score, nats. max_abs_logit: largest |score| of any row, nats.
     magnitude: scale max|q| max|k|, nats. normalized_entropy: mean over the rows.
     """
 

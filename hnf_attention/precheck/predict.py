@@ -26,7 +26,8 @@ class Scores:
     score_std: root mean square over the rows of the spread within a row. row_std: the spread of the sharpest row
         of a hundred.
     sigma_ratio: row_std over the critical spread of `keys` keys; stable up to 0.5, unstable from 1 on.
-    expected_logit_max: mean of a row's largest score over the row's mean. max_abs_logit: largest |score| of a sequence.
+    expected_logit_max: mean of a row's largest score minus its mean score.
+    max_abs_logit: largest |score| of a sequence.
     magnitude: scale |q| |k| of the longest q and k of a sequence.
     normalized_entropy: expected entropy over ln(keys).
     log2_curvature: HNF's bound, in bits.

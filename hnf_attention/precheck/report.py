@@ -16,7 +16,7 @@ class StabilityReport(dict[str, Any]):
     verdict: "stable", "marginal" or "unstable".
     sigma_ratio: spread of the scores over the critical spread, in the worst layer.
     margin: how many times larger that spread may become.
-    expected_logit_max: mean of a row's largest score over the row's mean, worst layer, nats.
+    expected_logit_max: mean of a row's largest score minus its mean score, worst layer, nats.
     max_abs_logit: largest |score| of any layer, nats.
     log2_curvature_bound: HNF's bound as the proposal writes it, bits.
     curvature_bound: 2 to that, or inf.
@@ -55,7 +55,7 @@ class StabilityReport(dict[str, Any]):
         return {key: _plain(value) for key, value in self.items()}
 
     def overflows_elsewhere(self) -> list[str]:
-        """One line for each kind of attention that alone has some overflows, which no status counts."""
+        """One line for each kind of attention with overflows that no other has; no status counts them."""
         formats: dict[str, list[str]] = {}
         for name, found in self["dtypes"].items():
             for where in dict.fromkeys(found["elsewhere"].values()):

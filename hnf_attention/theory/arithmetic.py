@@ -73,7 +73,7 @@ class Arithmetic:
     normalised: whether weights are rounded after they were divided by their sum (eager), or before (flash).
     block: keys per step of the online softmax; 0 where the row is taken at once.
     accumulation: relative error of one addition in the matrix products, FP32_UNIT or TENSOR_CORE_UNIT.
-    output: of the result; None means storage. fp32 shows the error before the last rounding.
+    output: of the result; None means storage. fp32 leaves the last rounding out.
     """
 
     storage: Format

@@ -3,8 +3,8 @@
 Tolerance eps: error of the output over the spread max v - min v of that component. "Bits" are those of
 `Format.bits`, the implicit one included: bf16 has 8, fp16 11, fp32 24; rounding errs by u = 2^-bits, relative.
 
-stored, and what it means to round it: "query_key", both q and k; "scores"; "weights", e^(s - max s) before
-it is divided by the sum of unrounded ones, as flash attention does (the maximum's, 1, is exact).
+stored: what is rounded. "query_key", both q and k; "scores"; "weights", e^(s - max s) before the division by
+the sum of unrounded ones, as in flash attention (the maximum's, 1, is exact).
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from numpy.typing import ArrayLike
 STORED = ("query_key", "scores", "weights")
 TOLERANCE = 0.01  # the tolerance of required bits that are reported without one being asked for
 _RMS = 0.4246  # root mean square of a relative rounding error over its unit, mantissas log-uniform
-# Standard deviations of the rounding error that typical bits leave room for: the largest of a row's
-# components has to meet the tolerance, at this and at every larger number of bits. Calibrated in
-# bench/theory_soundness.py.
+# Typical bits leave room for so many standard deviations of the rounding error: all components of a row have to
+# meet the tolerance, with these bits and with more. Calibrated in bench/theory_soundness.py.
 _DEVIATIONS = 1.6
 _MOST = 1100  # bits: beyond it there is no double to round to
 
@@ -27,37 +26,38 @@ def required_bits(
 ) -> np.ndarray:
     """Bits in which storing something cannot move any output by more than the tolerance. Proved, float64.
 
-    size, and the largest unit u that does, where D is how far the scores may move, `_allowed_move`:
+    size, and the largest unit u that keeps the tolerance; D, `_allowed_move`, is how far the scores may move:
         "query_key": A = largest scale * sum_c |q_c k_jc| (or scale |q| max|k|), nats: scores move by
             (2u + u^2) A, so u = sqrt(1 + D / A) - 1;
         "scores": largest |s|, nats: they move by u |s|, so u = D / |s|;
         "weights": max|v| / (max v - min v), 1 for one-signed v from 0 on, larger where v has an offset:
             all but the maximum's are rounded, so the output moves by at most u sum p_j |v_j| over the
             others, and u = eps / (size (1 - p_max)).
-    bits = ceil(-log2 u), at least 1. max_weight: p_max where known, of many rows the smallest, to the rounding
-    of scores in fp64 (what is known less well has to be lowered by that); None or NaN: anything.
+    bits = ceil(-log2 u), at least 1. max_weight: p_max where known, of many rows the smallest, exact up
+    to the rounding of scores in fp64 (lower it by any larger error); None or NaN: unknown.
 
         D = (log1p(eps / x) - log1p(-eps / (1 - x))) / 2,    x = min(1 - p_max, (1 - eps) / 2)
 
     which is 2 atanh eps for p_max up to (1 + eps) / 2, and more for sharper rows. Proof: a component moves by at
     most its spread times max |p'(S) - p(S)| over sets S of keys. Scores that move by at most D give a set of
-    weight x at most x E / (x E + 1 - x), E = e^2D: a gain of phi(x) = x (1 - x) (E - 1) / (1 + x (E - 1)). What S loses
-    its complement gains, and one of the two does not hold the largest weight: x <= r = 1 - p_max for one of them, for
-    the other phi(1 - x), which is at most phi(x) where x <= 1/2. So the move is at most max phi over [0, min(r, 1/2)].
-    phi is concave with its top tanh(D / 2) at 1 / (1 + e^D); phi(x) = eps, solved for D, is least at (1 - eps) / 2.
-    Nothing less would do: rows of these numbers whose roundings all have the worst signs need all the bits
+    weight x at most x E / (x E + 1 - x), E = e^2D: a gain of phi(x) = x (1 - x) (E - 1) / (1 + x (E - 1)). What S
+    loses, its complement gains. One of the two lacks the largest weight: its weight x is at most r = 1 - p_max, its
+    gain at most phi(x). The other gains at most phi(1 - x), which is at most phi(x) where x <= 1/2. So the move is at
+    most max phi over [0, min(r, 1/2)]. phi is concave with its top tanh(D / 2) at 1 / (1 + e^D). The D that solves
+    phi(x) = eps is least at x = (1 - eps) / 2.
+    The bits are tight: some row of these numbers needs all of them if every rounding has the worst sign
     (tests/test_theory_bits.py).
 
     tolerance: above 0; from 1 on, one bit will do. Arguments broadcast; sizes up to the largest double.
-    Grows with log2 of the scores, never with the scores themselves, as the seed's log2(kappa n^2 / eps) does.
-    Nothing is taken to underflow; the value of a learned sink, 0, is one of the values. Source: own derivation.
+    Grows with log2 of the scores; the HNF proposal's log2(kappa n^2 / eps) grows with the scores themselves.
+    Assumes no underflow. With a learned sink, 0 counts as one of the values. Source: own derivation.
     `required_bits_of_row` is the tighter one. Raises ValueError for another `stored`, a negative size or
     tolerance <= 0.
     """
     size, eps = _checked(stored, size, tolerance)
     rest = np.float64(1.0)
     if max_weight is not None:
-        # fp64 rounds a p_max near 1 to it, and knows it to its scores' rounding: a rest that e^2D makes large.
+        # Where fp64 rounds p_max to 1, 1 - p_max is up to the scores' rounding, and e^2D makes it large.
         known = np.minimum(1.0 if stored == "weights" else size, 1e300)
         rest = 1.0 - np.asarray(max_weight, np.float64) + 2.0**-52 * (4.0 * known + 8.0)
         rest = np.where(np.isnan(rest), 1.0, np.clip(rest, 0.0, 1.0))
@@ -128,18 +128,18 @@ def required_bits_of_row(
 ) -> np.ndarray:
     """Bits that keep every component of a row's output within the tolerance, from the whole row: (...).
 
-    scores: (..., N), nats, -inf hides a key. value: (..., N, D_v). size, (..., N): how far a score moves
-    per unit u: A_j = scale * sum_c |q_c k_jc| for "query_key" (twice that, and u^2 A_j, is added here), |s_j|
-    for "scores", not read for "weights". The fewest bits at which
+    scores: (..., N), nats, -inf hides a key. value: (..., N, D_v). size, (..., N): for "query_key" A_j = scale
+    * sum_c |q_c k_jc| (scores move by (2u + u^2) A_j), for "scores" |s_j| (they move by u |s_j|), not read for
+    "weights". The fewest bits at which
 
         min(sum p_j expm1(D_j) |v_j - o| / sum p_j e^-D_j, max phi (max v - min v)) <= eps (max v - min v)
 
-    for scores, D_j their move and phi as in `required_bits`, at most tanh(max D / 2); sum p_j |v_j| u over all
-    keys but the maxima for weights. Proved.
+    D_j is the move of a score; phi, as in `required_bits`, is at most tanh(max D / 2). For "weights" the left side
+    is u sum p_j |v_j| over all keys but the maxima. Proved.
 
     typical: root mean square moves t_j = 1.6 * 0.42 u size_j in place of the largest, taken as independent:
     sum (p_j (e^t_j - 1) / (1 + p_j (e^t_j - 1)))^2 (v_j - o)^2 <= (eps spread)^2, with size_j =
-    sqrt(2) scale sqrt(sum_c (q_c k_jc)^2) for "query_key". An estimate; measured beside `_DEVIATIONS`.
+    sqrt(2) scale sqrt(sum_c (q_c k_jc)^2) for "query_key". An estimate, calibrated with `_DEVIATIONS`.
     Components whose v has no spread need no bits. Source: own derivation. Raises ValueError as `required_bits`.
     """
     size, eps = _checked(stored, size, tolerance)

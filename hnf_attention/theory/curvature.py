@@ -1,4 +1,4 @@
-"""HNF curvature of attention: the seed's bound, in log2 (its exponential overflows any float), and HNF's own."""
+"""HNF curvature of attention: the HNF proposal's bound, in log2 (its exponential overflows floats), and HNF's own."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def hnf_curvature_bound(
         log2 kappa = log2 |Q| + log2 |K| - log2 d + 2 log2(e) max|Q K^T| / sqrt(d).
 
     query_norm, key_norm: norms of a head's Q and K over the sequence, >= 0. The equation takes
-    spectral norms; a sequence's Frobenius norms are upper bounds of them (by at most sqrt(d)), so with
-    those the result is an upper bound as well, by at most log2(d). `HeadStats` holds the root mean
-    square of Frobenius norms over the sequences, which stands for a typical sequence of the batch.
+    spectral norms; a sequence's Frobenius norms are larger by a factor of at most sqrt(d). They give
+    an upper bound too, higher by at most log2(d). `HeadStats` holds the root mean square of Frobenius norms
+    over the sequences, which stands for a typical sequence of the batch.
     head_dim: d, an integer >= 1.
     max_abs_logit: largest |score| of the head, nats. With the usual scale that is max|Q K^T| / sqrt(d);
     a soft-cap or a bias is part of the score, as the softmax sees it.
@@ -42,12 +42,12 @@ def hnf_curvature(
         kappa = |D2 f| / 2 <= scale^2 (|Q|^2 + |K|^2) / (2 sqrt 2) + scale / 4,    f(Q, K) = softmax(scale Q K^T)
 
     From D2 f[h, h] = D2 softmax[dS, dS] + J d2S with |dS| <= scale sqrt(|Q|^2 + |K|^2) |h|, |d2S| <= scale
-    |h|^2, |J| <= 1/2 and |D2 softmax| <= 1/sqrt 2; the supremum of the last found numerically is 0.2722 =
-    sqrt 2 / (3 sqrt 3), at p = (0.211, 0.789), so 2.6 times less is likely true.
+    |h|^2, |J| <= 1/2 and |D2 softmax| <= 1/sqrt 2. Numerically the last one's supremum is 0.2722 =
+    sqrt 2 / (3 sqrt 3), at p = (0.211, 0.789): the first term is likely 2.6 times too large.
 
     query_norm, key_norm: spectral norms of a head's Q and K; Frobenius norms give an upper bound as well.
-    scale: None means head_dim^-1/2. A forward quantity: it does not grow with the scores beyond the norms'
-    squares. What grows exponentially, `hnf_curvature_bound`, is the conditioning of the inverse.
+    scale: None means head_dim^-1/2. A forward quantity: it grows only with the squared norms.
+    `hnf_curvature_bound`, the conditioning of the inverse, grows exponentially with the scores.
     Arguments broadcast; float64, per squared unit of q and k. Raises ValueError as `hnf_curvature_bound`.
     """
     arrays = _checked(head_dim, {"query_norm": query_norm, "key_norm": key_norm})

@@ -43,13 +43,13 @@ def forward_error_bound(
         rel_j = (1 + u_j) (1 + g)^2 (1 + 2u) / (1 - g) - 1,  g = (N + 3 blocks + 3) a, as Higham's gamma
         |error| <= max(|rd(o + E) - o|, |rd(o - E) - o|),  E = E1 + E2,  rd: rounding to the output's format
 
-    u_j is the weights' rounding, except that a flash weight which must round to 1 (the maximum's) has none
-    but its own error. tau is half the smallest number of the format, tau' = tau + 2^-126, and w is what
-    an absolute error of a weight is divided by: 1 where weights are normalised first, else sum e^z, w at
-    most min(1, p_max e^(2 max eta)). The tanh is total variation under bounded errors of the scores.
-    Counted for both usual orders: scale, then subtract the maximum (|m| does not enter), and one fused
+    u_j is the weights' rounding. A flash weight that must round to 1 (the maximum's) errs only by its distance
+    from 1. tau is half the smallest number of the format, tau' = tau + 2^-126. w multiplies an absolute error
+    of a weight: 1 where weights are normalised first, else 1 / sum e^z, at most
+    min(1, p_max e^(2 max eta)). The tanh is total variation under bounded errors of the scores.
+    Covers both usual orders: scale, then subtract the maximum (|m| does not enter), and one fused
     multiply-add with scale * log2(e) folded in, whose rounded product with m differs between blocks.
-    An exponential errs by at most two ulps (4u), also those that rescale earlier blocks.
+    Every exponential errs by at most two ulps (4u), also one that rescales earlier blocks.
 
     The error grows linearly in |s| until it saturates at the spread of v. Overflow is another matter, see
     `overflow_paths`. Never inf or NaN for finite scores up to 1e30 and beyond. A row without a visible key
@@ -84,8 +84,8 @@ def forward_error_bound(
 
     unit = np.full_like(s, arithmetic.weight_unit)
     if not arithmetic.normalised:
-        # A weight lies at most this far below the computed maximum, or above it where a fused
-        # multiply-add leaves e^(small) there; 1 - e^-x and e^x - 1 are at most expm1(x).
+        # A score lies at most this far below the computed maximum, or above it after a fused multiply-add.
+        # Both 1 - e^-x and e^x - 1 are at most expm1(x).
         top = np.max(np.where(visible, s + eta, -np.inf), -1, keepdims=True, initial=-np.inf)
         near_one = np.expm1(np.clip(np.where(visible, top - s + eta, 1.0), 0.0, 1.0))
         unit = np.where(near_one <= arithmetic.weight_unit / 2.0, np.minimum(near_one, unit), unit)
@@ -96,7 +96,7 @@ def forward_error_bound(
     summed = summed + _floor(total, p.max(-1, initial=0.0)[..., None], worst, g, arithmetic)
 
     before = moved + summed
-    # o is known to fp64 here: its own error, from scores 2^-29 of fp32's, is far below this share of E.
+    # o is computed in fp64. Its error, from score errors 2^-29 of fp32's, is far below this share of E.
     slack = 2.0**-20 * before + (keys + 8) * 2.0**-52 * largest
     before = before + slack
     edges = out + before, out - before
@@ -120,10 +120,9 @@ def forward_error_bound_from_norms(
 
     magnitude: largest A_j, or scale * max|q| max|k|, nats. value_max: max|v|; value_range: max v - min v of
     a component, at most 2 max|v|. keys: N. max_abs_score: where known, else the magnitude. max_weight:
-    p_max where known, to the rounding of scores in fp64 (what is known less well has to be lowered by that);
-    of many rows a pair, the smallest and the largest. The mean distance of v from o is
-    at most half its range, and with p_max >= 1/2 at most 2 p_max (1 - p_max) of it: a collapsed row is a
-    well conditioned one.
+    p_max where known, exact up to the rounding of scores in fp64 (lower it by any larger error); of many rows
+    a pair, the smallest and the largest. The mean distance of v from o is at most half its range, and with
+    p_max >= 1/2 at most 2 p_max (1 - p_max) of it: a collapsed row is a well conditioned one.
 
         E2 = min(tanh(eta / 2), e^eta expm1(eta) 2 p_max (1 - p_max)) range,    E1 with max|v|,
         |error| <= (E1 + E2)(1 + u_out) + u_out max|v| + tau
@@ -141,7 +140,7 @@ def forward_error_bound_from_norms(
     least, p_max = (np.asarray(1.0 if x is None else x, np.float64) for x in pair)
     if max_weight is not None:
         capped = np.minimum(eta, _LARGE)
-        # A p_max that fp64 rounds to 1 leaves a rest of its scores' rounding, which e^(2 eta) makes large.
+        # Where fp64 rounds p_max to 1, 1 - p_max is up to the scores' rounding, and e^(2 eta) makes it large.
         rest = np.minimum(1.0 - least + 2.0**-52 * (4.0 * top + 8.0), 1.0)
         sharp = np.exp(capped) * np.expm1(capped) * 2.0 * least * rest
         share = np.where((least >= 0.5) & (eta < _LARGE), np.minimum(share, sharp), share)
@@ -163,9 +162,10 @@ def expected_error(
 
         rms^2 = sum_j (p_max r(P_j))^2 v_j^2 + sum_j (p_j t_j (v_j - o_j))^2 + r(o)^2
 
-    with r(x) = ulp(x) / sqrt(12), zero where x is a number of the format (the maximum's weight, exactly 1
-    before normalisation), and t_j^2 = (u A_j / 2)^2, with stored scores + r(s_j)^2, and once more unless scale
-    (here given, or taken as no power of two) makes the second rounding exact. Arguments as there.
+    with P_j = e^z_j, which flash attention rounds; eager attention rounds p_j, and has r(p_j) for p_max r(P_j).
+    r(x) = ulp(x) / sqrt(12), but 0 for the maximum's weight, exactly 1 before normalisation.
+    t_j^2 = (u A_j / 2)^2, plus r(s_j)^2 per rounding of a stored score: two, or one if `scale` is given as a
+    power of two. Arguments as there.
     An estimate with no guarantee: rounding errors are taken as independent, so ties, common signs and
     rows of one key are not covered. For bf16 and fp16; in fp32 the order of the sums decides, which no
     formula knows: ValueError.

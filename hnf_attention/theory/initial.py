@@ -45,7 +45,7 @@ def score_std(
 
 
 def critical_std(keys: ArrayLike) -> np.ndarray:
-    """sigma_c = sqrt(2 ln n), nats: beyond it a row's weight is held by a few keys. inf for one key.
+    """sigma_c = sqrt(2 ln n), nats: beyond it a few keys hold a row's weight. inf for one key.
 
     Source: the freezing transition of the random energy model, Derrida, Phys. Rev. B 24, 1981.
     """
@@ -74,7 +74,7 @@ def critical_temperature(
 
 
 def row_spread(head_dim: ArrayLike, share: float = 0.99) -> np.ndarray:
-    """By what factor the sigma of a row exceeds the root mean square one, at that share of the rows.
+    """Quantile of a row's sigma over the root mean square sigma: this share of the rows lies below it.
 
     A row's sigma follows |q|, and |q|^2 / its mean is chi-squared with d_head degrees of freedom over
     d_head: few dimensions make rows unequal (d_head = 2: factor 2.15 for one row in a hundred; 64: 1.21).
@@ -104,8 +104,8 @@ def expected_max_logit(std: ArrayLike, keys: ArrayLike) -> np.ndarray:
 def entropy_law(std: ArrayLike, keys: ArrayLike) -> np.ndarray:
     """Entropy of a row of n Gaussian scores over ln n, in closed form: 1 - (sigma / sigma_c)^2, at least 0.
 
-    The limit of many keys. Low by up to 0.03 at sigma_c / 2 for n >= 256, where `expected_entropy` is exact;
-    from sigma_c on it is 0 where rows of a real length still have entropy. 1 for one key.
+    The limit of many keys; `expected_entropy` is exact. For n >= 256 this is low by up to 0.03 at sigma_c / 2.
+    From sigma_c on it is 0, though rows of a real length still have entropy. 1 for one key.
     Source: the random energy model, Derrida 1981.
     """
     return np.maximum(1.0 - np.square(np.asarray(std, np.float64) / critical_std(keys)), 0.0)
@@ -117,9 +117,10 @@ def expected_entropy(std: ArrayLike, keys: ArrayLike) -> np.ndarray:
         E log Z = int (e^-t - phi(t)^n) dt / t,   phi(t) = E exp(-t e^(sigma g)),
         E H = E log Z - d/d log sigma of it = E log Z - n int phi^(n-1) E[sigma g e^(sigma g) exp(-t e^(sigma g))] dt
 
-    in log t, with the trapezoidal rule. From sigma = 40 on by the gap of the two largest scores: E H = pi^2 r /
-    (6 sigma) (1 + c / sigma), r = n (n - 1) int density^2 distribution^(n-2), the density of the gap of unit
-    Gaussians at 0, c from the quadrature. Source: own derivation from the Laplace transform of log Z.
+    in log t, with the trapezoidal rule. From sigma = 40 on, the gap of the two largest scores decides:
+    E H = pi^2 r / (6 sigma) (1 + c / sigma). r = n (n - 1) int density^2 distribution^(n-2) is its density at 0
+    for unit Gaussians. c matches the quadrature at 40.
+    Source: own derivation from the Laplace transform of log Z.
     """
     std, n = np.broadcast_arrays(np.asarray(std, np.float64), _keys(keys))
     if (std < 0).any():
@@ -136,7 +137,7 @@ def _entropy(std: float, n: float) -> float:
         return full
     if std > _SHARP:
         at = np.pi**2 / 6.0 * _gap_density(n) / np.array([_SHARP, std])
-        # What a third score adds falls with 1 / sigma once more; its size is the one at the handover.
+        # A third score's share falls as 1 / sigma; the quadrature at _SHARP gives its size.
         third = (_entropy(_SHARP, n) / at[0] - 1.0) * _SHARP / std
         return float(min(full, at[1] * (1.0 + third)))
     g = np.linspace(-9.0, 9.0, 721)

@@ -34,15 +34,15 @@ class OverflowPath:
 def overflow_paths(
     dtype: object, max_abs_score: float, scale: float, keys: int, *, compute_dtype: object = "float32"
 ) -> list[OverflowPath]:
-    """Every step of one attention call that overflows or could, worst first: name the path, not the number.
+    """Every step of one attention call that could overflow, worst first, and which attention computes it.
 
     max_abs_score: largest |s|, nats. scale: of q.k. keys: N visible keys. dtype: of storage, in which eager
     attention keeps products and scores. compute_dtype: of the softmax.
 
     Steps, all of them from the formats alone (IEEE 754; OCP fp8):
         raw product q.k = |s| / scale in dtype, against its largest number (fp16: 65504);
-        scaled score plus a finite mask value (finfo.min): any negative score makes it -inf, a whole masked
-            row of which is NaN; in fp16 it takes a score below -16, half an ulp of 65504;
+        scaled score plus a finite mask value (finfo.min), against half an ulp of the largest number (fp16:
+            16): a score below minus that gives -inf, and NaN in a row masked as a whole;
         exp without subtracting the maximum, in dtype and in compute_dtype: log of the largest number (fp16
             11.09, bf16 and fp32 88.72). Library kernels subtract it: "NaN from a logit of 89.3" is only
             right for a softmax written by hand;

@@ -1,8 +1,8 @@
 """Scores that weights allow, from a checkpoint alone: a bound that holds for any data, and what to expect.
 
-A head's query is q = A x + a, its key k = B y + b, where x and y are what the norm layer in front makes of two
-tokens before its gain: |x| <= sqrt(width), zero mean under LayerNorm. Gain and bias of that layer are folded in:
-A = W_q diag(gain) (I - 1 1^T / width, under LayerNorm), a = W_q bias + b_q. Scores s = scale q.k, nats.
+A head's query is q = A x + a, its key k = B y + b, where x and y are two tokens as the norm layer in front
+normalises them, before its gain: |x| <= sqrt(width), zero mean under LayerNorm. That layer's gain and bias are
+folded in: A = W_q diag(gain) (I - 1 1^T / width, under LayerNorm), a = W_q bias + b_q. Scores s = scale q.k, nats.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Norms are taken in fp64 of weights that a model multiplies in less: a share of the bound for that, and for
-# the norm layer's own rounding. 2^-7 covers bf16 activations (two roundings of 2^-8 on each side).
+# Norms are computed in fp64, but a model multiplies in less. This share of the bound covers that, and the norm
+# layer's rounding. 2^-6 covers bf16 activations (two roundings of 2^-8 on each side).
 ROUNDING = {torch.float32: 2.0**-18, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-6}
 
 
@@ -99,14 +99,14 @@ def weight_logit_bound(
 
         |s| <= scale (width |A^T B|_2 + sqrt(width) (|B^T a| + |A^T b|) + |a.b|)
 
-    rotary: how many of D dimensions RoPE turns, in pairs (i, i + rotary / 2), or (2i, 2i + 1) where
-    interleaved, or in unknown ones where that is None, with C = 1. A rotation keeps the lengths of pairs but
-    turns A against B, so that only
+    rotary: how many of D dimensions RoPE turns. Pairs are (i, i + rotary / 2), or (2i, 2i + 1) if `interleaved`;
+    None means unknown pairs, and C = 1 below. A rotation keeps the lengths of pairs but turns A against B, so
+    that only
 
         |s| <= scale (sqrt(width) |C A|_2 + |C a|) (sqrt(width) |C^-1 B|_2 + |C^-1 b|)
 
-    holds, for any C that scales pairs: the better of C = 1 and of the one that makes a pair's share of A and B
-    equal. Dimensions that are not turned are taken as turned, which only loosens the bound.
+    holds, for any C that scales pairs. Of C = 1 and the C that gives A and B equal shares of each pair, the
+    better one counts. Dimensions that are not turned are taken as turned, which only loosens the bound.
     query_limit, key_limit: of |q| and |k| after QK-norm (`Norm.limit`): |s| <= scale query_limit key_limit.
     softcap: |s| <= softcap. bias: largest |bias| added to a score, (H,) or one for all, after the
     soft-cap.
@@ -195,5 +195,5 @@ def _pair_sums(square: Tensor, pairs: Tensor) -> Tensor:
 
 
 def _pair_norms(weight: Tensor, constant: Tensor, pairs: Tensor) -> Tensor:
-    """Each dimension's pair's root mean square output, (H, D)."""
+    """Root mean square output of the pair that each dimension belongs to, (H, D)."""
     return _pair_sums(weight.square().sum(-1) + constant.square(), pairs)[:, pairs].sqrt()

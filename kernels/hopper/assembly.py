@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 
 
 def _rescaling(count: int) -> tuple[gl.constexpr, gl.constexpr]:
-    """A thread's `count` numbers times alpha of their rows, which change every second number.
+    """A thread's `count` numbers times their rows' alpha; the row changes after every two numbers.
 
     Where alpha is 1 in all rows of the warp, a branch leads past the products.
     """

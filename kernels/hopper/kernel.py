@@ -262,8 +262,8 @@ def _consumer(
             if PLAN.early:
                 channel.wait_full(step)
             m_i, l_i, w_i, low, p, alpha = _softmax(s, m_i, l_i, w_i, low, unit, PLAN, P_L)
-            # Left alone, the assembler moves the wait for the product to among the exponentials: a branch
-            # parts them, which is always taken, or never.
+            # A branch, always or never taken, keeps the assembler from moving the wait for the product in among
+            # the exponentials.
             if PLAN.early:
                 if num_keys < 0:
                     gl.store(lse_ptr, 0.0)

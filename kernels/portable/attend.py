@@ -94,7 +94,7 @@ def _walk_keys(
     to_natural = 1.0 if PLAN.natural else call.scale
     unit = to_natural * LOG2_E
     lo, hi = tiles
-    # Otherwise a row that has seen no key yet meets one at the first place of a range.
+    # If False, a row's first visible key is the first key of a range.
     SCATTERED: tl.constexpr = MASKED and PLAN.scattered
     for start_n in tl.range(lo, hi, PLAN.block_n):
         k = load_tile(k_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_d)

@@ -50,8 +50,8 @@ _MASKED_HALF = {
 _MASKED_UNALIGNED_HALF = Tiles(64, 32, 4, 2)  # at 128
 # The extended state spills beside anything but small tiles (read offline; not timed yet).
 _EXTENDED_HALF = {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 3), 256: Tiles(64, 32, 8, 2)}
-# Of packed sequences it spills 0.5 to 1.5 KB there, and next to nothing in these, with an output or without one
-# (read offline; not timed yet).
+# With packed sequences those tiles spill 0.5 to 1.5 KB, these next to nothing, with or without an output
+# (bench/offline.py; not timed yet).
 _EXTENDED_PACKED_HALF = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 8, 2)}
 # A probe has no output to hold, so small tiles leave room for many programs (read offline; not timed yet).
 # A sample's blocks have 64 rows.

@@ -93,6 +93,4 @@ def _rounding(bound: float, bits: float, usual: float) -> str:
     """What the scores cost in precision (`error_bound`, `typical_bits`, `required_bits`), if it is known."""
     if not np.isfinite(bound + bits):
         return ""
-    return (
-        f"; rounding costs up to {bound:.2g} of the largest |v|, q and k need {usual:.0f} to {bits:.0f} bits"
-    )
+    return f"; rounding error up to {bound:.2g} of the largest |v|; q, k need {usual:.0f} bits, {bits:.0f} at worst"

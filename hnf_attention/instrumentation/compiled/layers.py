@@ -55,7 +55,7 @@ def mark(modules: Collection[nn.Module]) -> None:
 
 
 def mark_compiled(modules: Collection[nn.Module]) -> None:
-    """`mark`, if graphs of these modules exist: graphs with an operator come into use again, others go out of it."""
+    """`mark`, if graphs of these modules exist: those with our operator run again, those without it no longer."""
     if any(module in _traced for module in modules):
         mark(modules)
 

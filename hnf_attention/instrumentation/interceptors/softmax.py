@@ -141,7 +141,7 @@ def _with_visible(scores: Tensor, ordinary: Tensor) -> tuple[Tensor, Tensor]:
     """
     extreme = max(NEVER_A_SCORE, torch.finfo(scores.dtype).min / 2)
     scores = scores.to(reference.compute_dtype(scores))
-    # A row with low scores alone has run away, and so has a head with large scores beside the low ones.
+    # Low scores hide no key if the row has no others, or if its head has large ones: these scores grew.
     masked = (ordinary & (scores.amax(3, keepdim=True) > LOW)) & (scores < LOW)
     return scores, ~((scores < extreme) | masked)  # NaN is visible
 
