@@ -1,4 +1,4 @@
-"""The figure of a stability region: the least stable temperature over length and width."""
+"""The figure of a stability region: the lowest stable temperature by length and width."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def described(
     """The description of one call. The last three are what transformers' function adds to the scores by itself.
 
     compiled: whether compiled kernels run the call. They skip the blocks that a BlockMask leaves out; the unfused
-        implementation asks its mask_mod everywhere. The two differ where the blocks were not made from it.
+        implementation asks its mask_mod everywhere. They differ if the blocks do not follow from mask_mod.
     """
     require_plain(query=query, key=key, value=value)
     if key.shape[0] == 1:  # all sequences share the keys, as with paged keys

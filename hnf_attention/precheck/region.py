@@ -66,14 +66,14 @@ class StabilityRegion:
         return self.temperatures[:, None, None] >= self.boundary
 
     def table(self) -> str:
-        """The least stable temperature of every width and length, as Markdown."""
+        """The lowest stable temperature of every width and length, as Markdown."""
         header = ["d_model", *(str(int(n)) for n in self.lengths)]
         rows = [[str(int(d)), *(f"{t:.3g}" for t in row)] for d, row in zip(self.dims, self.boundary)]
         lines = [header, ["---"] * len(header), *rows]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def plot(self, path: str | PathLike[str] | None = None) -> Figure:
-        """The least stable temperature over the lengths, one line a width; saved to `path` if given."""
+        """The lowest stable temperature over the lengths, one line a width; saved to `path` if given."""
         from ..figures.region import Mark, stability_figure
 
         design = self.design

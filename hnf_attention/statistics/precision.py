@@ -95,7 +95,7 @@ class HeadPrecision:
         """No row's largest weight is smaller; 0 where not all rows were seen."""
         if self.sampled:
             return np.zeros(self.num_heads)
-        # A weight is as wrong as the scores it is computed from, relative, and the difference of lse and maximum.
+        # A weight's relative error is the absolute error of its scores and of the maximum minus lse.
         size = (self.head_dim + 8.0) * self.score_magnitude + 3.0 * self.max_abs_logit + 16.0
         return np.clip(-self._max("neg_max_weight") - 2.0 * theory.TENSOR_CORE_UNIT * size, 0.0, 1.0)
 
@@ -111,7 +111,7 @@ class HeadPrecision:
 
     @property
     def typical_bits(self) -> np.ndarray:
-        """Bits that usually do, in the most sensitive of the weights that the rows have: `theory.typical_bits`."""
+        """Bits that usually suffice for the most sensitive max_weight in the rows' range: `theory.typical_bits`."""
         least, most = -self._max("neg_max_weight"), self._max("max_weight")
         weight = np.clip(_MOST_SENSITIVE, least, np.fmax(least, most))
         spread = np.sqrt(weight * (1.0 - weight) * (1.0 - weight**2)) / 4.0

@@ -57,7 +57,7 @@ def required_bits(
     size, eps = _checked(stored, size, tolerance)
     rest = np.float64(1.0)
     if max_weight is not None:
-        # Where fp64 rounds p_max to 1, 1 - p_max is up to the scores' rounding, and e^2D makes it large.
+        # fp64 may round p_max to 1: add the scores' rounding to 1 - p_max, because e^2D multiplies it.
         known = np.minimum(1.0 if stored == "weights" else size, 1e300)
         rest = 1.0 - np.asarray(max_weight, np.float64) + 2.0**-52 * (4.0 * known + 8.0)
         rest = np.where(np.isnan(rest), 1.0, np.clip(rest, 0.0, 1.0))

@@ -140,7 +140,7 @@ def forward_error_bound_from_norms(
     least, p_max = (np.asarray(1.0 if x is None else x, np.float64) for x in pair)
     if max_weight is not None:
         capped = np.minimum(eta, _LARGE)
-        # Where fp64 rounds p_max to 1, 1 - p_max is up to the scores' rounding, and e^(2 eta) makes it large.
+        # fp64 may round p_max to 1: add the scores' rounding to 1 - p_max, because e^(2 eta) multiplies it.
         rest = np.minimum(1.0 - least + 2.0**-52 * (4.0 * top + 8.0), 1.0)
         sharp = np.exp(capped) * np.expm1(capped) * 2.0 * least * rest
         share = np.where((least >= 0.5) & (eta < _LARGE), np.minimum(share, sharp), share)

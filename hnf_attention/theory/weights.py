@@ -105,8 +105,8 @@ def weight_logit_bound(
 
         |s| <= scale (sqrt(width) |C A|_2 + |C a|) (sqrt(width) |C^-1 B|_2 + |C^-1 b|)
 
-    holds, for any C that scales pairs. Of C = 1 and the C that gives A and B equal shares of each pair, the
-    better one counts. Dimensions that are not turned are taken as turned, which only loosens the bound.
+    holds, for any C that scales pairs. The smaller bound counts: C = 1, or the C that gives A and B equal
+    norms on each pair. Dimensions that are not turned are taken as turned, which only loosens the bound.
     query_limit, key_limit: of |q| and |k| after QK-norm (`Norm.limit`): |s| <= scale query_limit key_limit.
     softcap: |s| <= softcap. bias: largest |bias| added to a score, (H,) or one for all, after the
     soft-cap.

@@ -107,7 +107,7 @@ def softmax_gradient(p, t, slope, dp, offset, scaled_d_entropy, PLAN: tl.constex
     if PLAN.has_softcap:
         ds = d_score * slope
     if MASKED:
-        # Of a hidden key t is infinite and dp may be NaN. p is exactly 0 there, so the mask is not kept until here.
+        # A hidden key has infinite t, and dp may be NaN. Its p is exactly 0, so p == 0 replaces the mask here.
         ds = tl.where(p == 0.0, p, ds)
         d_score = tl.where(p == 0.0, p, d_score)
     return ds, d_score

@@ -58,8 +58,8 @@ _EXTENDED_PACKED_HALF = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2), 256:
 _PROBE_HALF = {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(64, 64, 4, 2)}
 # fp32 products run on the plain units; small tiles keep the accumulators in registers.
 _FORWARD_FLOAT = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(32, 32, 8, 1)}
-# The backward, half precision, by (tile width, causal), from bench/tune_backward.py. Nothing here spills
-# inside its unmasked loop; two programs of four warps (D = 128) to four (dq at D = 64) share an SM.
+# The backward, half precision, by (tile width, causal), from bench/tune_backward.py. No unmasked
+# loop here spills. Two (D = 128) to four (dq at D = 64) programs of four warps share an SM.
 _BACKWARD_HALF = {
     (64, True): BackwardTiles(dq=Tiles(64, 64, 4, 2), dkv=Tiles(64, 64, 4, 2)),
     (64, False): BackwardTiles(dq=Tiles(64, 64, 4, 2), dkv=Tiles(64, 64, 4, 2)),
