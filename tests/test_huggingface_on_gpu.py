@@ -38,9 +38,7 @@ def test_auto_takes_fused_for_sdpa_on_a_gpu(use_reentrant):
         seen = []
         instrumentation.on_measure = lambda measurement: seen.append(measurement.layer)
         fused = step()
-    assert set(instrumentation.coverage.measured.values()) == {
-        fused_path("needs more than 64 queries, got 28")
-    }
+    assert set(instrumentation.coverage.measured.values()) == {fused_path("needs more than 64 queries")}
     assert seen == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
     for got, expected in zip(fused, plain):
         torch.testing.assert_close(got, expected, rtol=0.1, atol=0.03 * float(expected.abs().max()))

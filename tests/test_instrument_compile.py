@@ -1,7 +1,6 @@
 """torch.compile: measured in whichever order, never compiled again for it, and the model's numbers are its own."""
 
 import copy
-import pickle
 import shutil
 
 import pytest
@@ -192,32 +191,24 @@ class Multihead(nn.Module):
         return self.attention(inputs, inputs, inputs, need_weights=self.need_weights)[0]
 
 
+SDPA = "probe (scaled_dot_product_attention)"
 INTERCEPTORS = {
-    "causal": (lambda: Model(is_causal=True), "probe (scaled_dot_product_attention)"),
-    "masked": (
-        lambda: Model(attn_mask=torch.ones(20, 20).tril().bool()),
-        "probe (scaled_dot_product_attention)",
-    ),
-    "dropout": (lambda: Model(False, dropout_p=0.3), "probe (scaled_dot_product_attention)"),
-    "by name": (lambda: nn.Sequential(ByNameAttention()), "probe (scaled_dot_product_attention)"),
+    "causal": (lambda: Model(is_causal=True), SDPA),
+    "masked": (lambda: Model(attn_mask=torch.ones(20, 20).tril().bool()), SDPA),
+    "dropout": (lambda: Model(False, dropout_p=0.3), SDPA),
+    "by name": (lambda: nn.Sequential(ByNameAttention()), SDPA),
     "softmax": (lambda: nn.Sequential(SoftmaxAttention()), "probe (softmax)"),
-    "multihead": (lambda: Multihead(False), "probe (scaled_dot_product_attention)"),
+    "multihead": (lambda: Multihead(False), SDPA),
     "multihead with weights": (lambda: Multihead(True), None),  # by its softmax in a graph
 }
-
-
 QUICK = ("causal", "softmax", "multihead")
 
 
 @pytest.mark.parametrize(
-    "make, interceptor",
-    [
-        pytest.param(*case, id=name, marks=() if name in QUICK else pytest.mark.slow)
-        for name, case in INTERCEPTORS.items()
-    ],
+    "name", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in INTERCEPTORS]
 )
-def test_a_graph_is_measured_like_the_model_and_computes_what_it_did(make, interceptor):
-    inputs = x()
+def test_a_graph_is_measured_like_the_model_and_computes_what_it_did(name):
+    (make, interceptor), inputs = INTERCEPTORS[name], x()
     compare(make(), lambda run: run(inputs), interceptor=interceptor)
 
 
@@ -338,20 +329,6 @@ def test_a_graph_from_before_notices_that_its_model_is_instrumented_beside_anoth
             assert list(handle.latest) == LAYERS
         run(inputs)
         assert not theirs.latest
-
-
-@pytest.mark.slow
-def test_copies_are_not_taken_for_the_model():
-    model, inputs = Model(), x()
-    run = compiled(model)
-    with instrument(model) as handle:
-        run(inputs)
-        handle.latest.clear()
-        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            compiled(twin)(inputs)
-        assert not handle.latest
-        run(inputs)
-        assert list(handle.latest) == LAYERS
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -1,6 +1,7 @@
 """torch.compile: whatever else stands in a traced call, measuring adds no guard and no error to it."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -218,3 +219,17 @@ def test_a_graph_that_is_used_again_still_has_its_fast_path_off():
         with instrument(layer) as handle, torch.no_grad():
             run(x())
         assert "inference fast path off" in handle.coverage.measured["self_attn"]
+
+
+@pytest.mark.slow
+def test_copies_are_not_taken_for_the_model():
+    model, inputs = Model(), x()
+    run = compiled(model)
+    with instrument(model) as handle:
+        run(inputs)
+        handle.latest.clear()
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            compiled(twin)(inputs)
+        assert not handle.latest
+        run(inputs)
+        assert list(handle.latest) == LAYERS

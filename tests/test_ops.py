@@ -8,6 +8,7 @@ from cases import CASES, Case
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import hnf_attention
 from hnf_attention import attention, attention_stats
@@ -115,6 +116,34 @@ def test_opcheck(name, device):
         torch.library.opcheck(operators.forward_op, operators.flat(Call(q, k, v, options, extended)))
     query, key, _, *others = operators.flat(Call(q.detach(), k, None, options, True))
     torch.library.opcheck(operators.sample_op, (query, key, *others, 2, 1))
+
+
+@pytest.mark.parametrize("extended", [False, True])
+def test_opcheck_of_no_queries(extended):
+    q, k = torch.randn(1, 2, 0, 4), torch.randn(1, 2, 5, 4)
+    options = Case().options(q, k, k, None, None)
+    torch.library.opcheck(operators.forward_op, operators.flat(Call(q, k, k, options, extended)))
+    rows = attention(q, k, k, extended=extended)[1]
+    assert rows.lse is not rows.entropy
+
+
+def test_derivatives_of_the_operators_gradient():
+    """The operator is there where a dispatch mode sees the call."""
+    q, k, v, *_ = Case().tensors()
+    one = q[:1, :1, :3, :].contiguous().requires_grad_()
+    k, v = (x[:1, :1] for x in (k, v))
+
+    def out(q):
+        return attention(q, k, v)[0]
+
+    expected = torch.autograd.functional.jacobian(out, one)
+    with FlopCounterMode(display=False):
+        got = torch.autograd.functional.jacobian(out, one, vectorize=True)
+        torch.testing.assert_close(got, expected)
+        scale = torch.ones((), requires_grad=True)
+        (first,) = torch.autograd.grad((out(one) * scale).square().sum(), one, create_graph=True)
+        with pytest.raises(RuntimeError, match="backward"):
+            first.sum().backward(inputs=[scale])
 
 
 def test_compiles_to_a_full_graph(device):

@@ -107,6 +107,7 @@ def test_no_sequences_make_every_row_empty(length):
     ("sample", "error", "words"),
     [
         (16, TypeError, r"tuple of two ints \(period, phase\), got 16"),
+        ([16, 0], TypeError, "tuple of two ints"),
         ((16, 0, 0), TypeError, "tuple of two ints"),
         ((16, 0.5), TypeError, "tuple of two ints"),
         ((True, 0), TypeError, "tuple of two ints"),

@@ -81,7 +81,7 @@ def reasons() -> dict[str, str]:
     """Why a faster engine was not taken, "engine: reason", and in which of the calls of `paths`."""
     found: dict[str, dict[tuple[torch.dtype, int], None]] = {}
     for dtype, head_dim, call in _plain_calls():
-        for name, reason in engines.explain(call, engines.FORWARD) + engines.explain(call, engines.BACKWARD):
+        for name, reason in engines.explain(engines.FORWARD, call) + engines.explain(engines.BACKWARD, call):
             if reason is not None:
                 found.setdefault(f"{name}: {reason}", {})[dtype, head_dim] = None
     all_calls = len(OUTPUT_TOLERANCE) * len(HEAD_DIMS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -34,11 +35,6 @@ class Call(NamedTuple):
         head_dim = self.query.shape[3]
         return head_dim if self.value is None else max(head_dim, self.value.shape[3])
 
-    @property
-    def dtype(self) -> str:
-        """The name of the tensors' dtype: "float32", "bfloat16", ..."""
-        return str(self.query.dtype).removeprefix("torch.")
-
 
 class BackwardInputs(NamedTuple):
     """What a backward needs beside its call: results of the forward, and their cotangents; a None is 0.
@@ -52,6 +48,22 @@ class BackwardInputs(NamedTuple):
     d_out: Tensor | None
     d_lse: Tensor | None
     d_entropy: Tensor | None
+
+
+# Reasons of engines: asked of every call, so each text is made once.
+
+
+@functools.cache
+def not_half(dtype: torch.dtype) -> str | None:
+    """Why a kernel of half precision does not take a dtype; None if it does."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return None if half else f"needs fp16 or bf16, got {str(dtype).removeprefix('torch.')}"
+
+
+@functools.cache
+def too_wide(head_dim: int, largest: int) -> str | None:
+    """Why a kernel does not take a head dimension; None if it does."""
+    return f"head dimension {head_dim} exceeds {largest}" if head_dim > largest else None
 
 
 def _check_tensor(name: str, tensor: Tensor, query: Tensor) -> None:
@@ -117,7 +129,7 @@ def _check_seqlens(seqlens: Tensor, query: Tensor, num_keys: int) -> Tensor:
 def check_sample(sample: object) -> tuple[int, int]:
     """`sample`, a (period, phase) of two ints; raises TypeError or ValueError for anything else."""
     match sample:
-        case (int() as period, int() as phase) if bool not in (type(period), type(phase)):
+        case tuple((int() as period, int() as phase)) if bool not in (type(period), type(phase)):
             if period < 1 or phase < 0:
                 raise expected("a sample period >= 1 and phase >= 0", sample)
             return period, phase

@@ -1,4 +1,4 @@
-"""The card that a call runs on: vendor, compute capability, Triton. Nothing else asks the machine for these."""
+"""The card that a call runs on: vendor, compute capability, memory, Triton's version."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NO_CARD = "needs a CUDA card"  # why no kernel takes tensors of another device
 _HERE = nullcontext()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # `card_of` makes one a device, which is quick to hash by its identity
 class Card:
     """One device. A CPU, or any device that is not CUDA's or ROCm's, has no vendor.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..reference import attention as reference
 from ..reference import sampling
 from . import library
-from .call import BackwardInputs, Call
+from .call import BackwardInputs, Call, not_half, too_wide
 from .card import NO_CARD, NVIDIA, Card, card_of, on_device
 
 HOPPER, TRITON, REFERENCE = "Hopper kernel", "Triton kernel", "PyTorch reference"
@@ -25,6 +25,7 @@ HOPPER_ROWS = 64  # with so few queries, one of two groups of warps has none
 # The Hopper forward is written in Gluon, whose interface changes between versions of Triton. It is used
 # with those that the GPU tests were run on.
 HOPPER_TRITON = "3.6"
+FEW_QUERIES = f"needs more than {HOPPER_ROWS} queries"
 _log = logging.getLogger("hnf_attention")
 
 Results = tuple[Any, ...]  # of Tensor or None, see `forward` and `sample`
@@ -79,14 +80,11 @@ def choose(engines: Sequence[Engine], call: Call) -> Engine:
     raise ValueError(f"expected an engine that supports every call, got {[e.name for e in engines]}")
 
 
-def explain(call: Call, engines: Sequence[Engine] | None = None) -> list[tuple[str, str | None]]:
-    """(engine, why it does not take the call), fastest first, up to the engine that takes it: its reason is None.
-
-    engines: FORWARD if None.
-    """
+def explain(engines: Sequence[Engine], call: Call) -> list[tuple[str, str | None]]:
+    """(engine, why it does not take the call), fastest first, up to the engine that takes it: its reason is None."""
     card = card_of(call.query.device)
     reasons: list[tuple[str, str | None]] = []
-    for engine in FORWARD if engines is None else engines:
+    for engine in engines:
         reason = engine.supports(call, card)
         reasons.append((engine.name, reason))
         if reason is None:
@@ -121,9 +119,10 @@ def _kernels_refuse(query: Tensor, value: Tensor | None, card: Card) -> str | No
     if query.dtype not in KERNEL_DTYPES:
         return f"needs fp16, bf16 or fp32, got {str(query.dtype).removeprefix('torch.')}"
     largest = query.shape[3] if value is None else max(query.shape[3], value.shape[3])
-    return f"head dimension {largest} exceeds {KERNEL_HEAD_DIM}" if largest > KERNEL_HEAD_DIM else None
+    return too_wide(largest, KERNEL_HEAD_DIM)
 
 
+@functools.cache
 def hopper_runs_on(card: Card) -> str | None:
     """Why the Hopper forward does not run on a card; None if it does."""
     if card.vendor != NVIDIA:
@@ -146,19 +145,18 @@ def hopper_supports(call: Call, card: Card) -> str | None:
         return "needs values: this call asks for statistics alone"
     if extended:
         return "does not compute the extended statistics"
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        return f"needs fp16 or bf16, got {call.dtype}"
-    if call.largest_head_dim > HOPPER_HEAD_DIM:
-        return f"head dimension {call.largest_head_dim} exceeds {HOPPER_HEAD_DIM}"
+    if not options.plain:
+        return "takes no mask, window, soft-cap, sinks or packed sequences"
+    reason = not_half(query.dtype) or too_wide(call.largest_head_dim, HOPPER_HEAD_DIM)
+    if reason is not None:
+        return reason
     if value.shape[3] % 8:  # rows of the output are written 16 bytes at a time
-        return f"the values' head dimension {value.shape[3]} is not a multiple of 8"
+        return "needs values with a head dimension that is a multiple of 8"
     if query.shape[2] <= HOPPER_ROWS:
-        return f"needs more than {HOPPER_ROWS} queries, got {query.shape[2]}"
+        return FEW_QUERIES
     if key.shape[2] == 0 or query.numel() == 0:
         return "the call is empty"
-    if options.scale <= 0:
-        return "needs a positive scale"
-    return None if options.plain else "takes no mask, window, soft-cap, sinks or packed sequences"
+    return None if options.scale > 0 else "needs a positive scale"
 
 
 def reference_supports(call: Call, card: Card) -> None:

@@ -20,12 +20,13 @@ from ..statistics import fields
 from ..statistics.fields import NUM_SUMS
 from ..statistics.rows import RowStats
 from . import engines
+from .card import card_of
 
 
 def new_accumulator(num_heads: int, device: torch.device) -> Tensor:
     """An empty fold for calls on `device`."""
     slots = 1
-    if device.type == "cuda":
+    if card_of(device).triton is not None:
         slots = engines.kernel("measure.fold").SLOTS
     return reference.new_accumulator(num_heads, device).repeat(slots, 1, 1)
 

@@ -13,47 +13,55 @@ from torch import Tensor
 
 from .. import compat
 from ..reference.attention import Gradients
-from .call import BackwardInputs, Call
+from .call import BackwardInputs, Call, not_half, too_wide
 from .card import NO_CARD, NVIDIA, Card
 
-_HALF = (torch.float16, torch.bfloat16)
 CUDNN_HEAD_DIM, FLASH_HEAD_DIM = 128, 256  # the largest
 
 
 def cudnn_supports(call: Call, card: Card) -> str | None:
     """Why cuDNN's backward does not compute the gradients of a call on that card; None if it does."""
+    return _cudnn_runs_on(card) or _refused_by_both(call) or too_wide(call.largest_head_dim, CUDNN_HEAD_DIM)
+
+
+def flash_supports(call: Call, card: Card) -> str | None:
+    """Why PyTorch's FlashAttention does not compute the gradients of a call on that card; None if it does."""
+    reason = _flash_runs_on(card) or _refused_by_both(call) or too_wide(call.largest_head_dim, FLASH_HEAD_DIM)
+    if reason is None and call.value is not None and call.value.shape[3] != call.query.shape[3]:
+        return f"q has head dimension {call.query.shape[3]}, v has {call.value.shape[3]}"
+    return reason
+
+
+@functools.cache
+def _cudnn_runs_on(card: Card) -> str | None:
     if card.vendor != NVIDIA:
         return NO_CARD if card.vendor is None else "needs an NVIDIA card"
     if card.capability[0] != 9:
         return f"needs compute capability 9.x, this card has {card.compute}"
     if not card.has_cudnn or compat.cudnn_backward is None:
         return "this PyTorch has no cuDNN"
-    if call.largest_head_dim > CUDNN_HEAD_DIM:
-        return f"head dimension {call.largest_head_dim} exceeds {CUDNN_HEAD_DIM}"
-    return _refused_by_both(call, card)
+    return None if card.has_flash else "this PyTorch has no FlashAttention"
 
 
-def flash_supports(call: Call, card: Card) -> str | None:
-    """Why FlashAttention's backward in PyTorch does not compute them; None if it does."""
+@functools.cache
+def _flash_runs_on(card: Card) -> str | None:
     if card.vendor is None:
         return NO_CARD
     if card.capability < (8, 0):
         return f"needs compute capability 8.0, this card has {card.compute}"
-    if call.largest_head_dim > FLASH_HEAD_DIM:
-        return f"head dimension {call.largest_head_dim} exceeds {FLASH_HEAD_DIM}"
-    if call.value is not None and call.value.shape[3] != call.query.shape[3]:
-        return f"q has head dimension {call.query.shape[3]}, v has {call.value.shape[3]}"
-    return _refused_by_both(call, card)
+    has_flash = card.has_flash and compat.flash_backward is not None
+    return None if has_flash else "this PyTorch has no FlashAttention"
 
 
-def _refused_by_both(call: Call, card: Card) -> str | None:
+def _refused_by_both(call: Call) -> str | None:
     query, key, value, options, _ = call
     if value is None:
         return "there is no output to differentiate"
     if not options.plain:
         return "takes no mask, window, soft-cap, sinks or packed sequences"
-    if query.dtype not in _HALF:
-        return f"needs fp16 or bf16, got {call.dtype}"
+    reason = not_half(query.dtype)
+    if reason is not None:
+        return reason
     if torch.are_deterministic_algorithms_enabled():
         return "torch.use_deterministic_algorithms(True) is set, and its bits may differ between runs"
     if min(query.numel(), key.numel(), value.numel()) == 0:
@@ -64,8 +72,7 @@ def _refused_by_both(call: Call, card: Card) -> str | None:
         return "needs as many queries as keys under a causal mask"
     if not (query.stride(3) == key.stride(3) == value.stride(3) == 1):
         return "needs q, k and v with an inner stride of 1"
-    has_flash = card.has_flash and compat.flash_backward is not None
-    return None if has_flash else "this PyTorch has no FlashAttention"
+    return None
 
 
 def cudnn_backward(call: Call, inputs: BackwardInputs, mask_gradient: bool = False) -> Gradients:

@@ -24,7 +24,7 @@ from .call import BackwardInputs, Call
 
 FlatCall = tuple[
     Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None,
-    bool, float, int | None, float | None, bool,
+    bool, int | None, list[float], bool,
 ]  # fmt: skip
 
 
@@ -60,8 +60,8 @@ def run_sample(call: Call, sample: tuple[int, int]) -> RowStats:
 def flat(call: Call) -> FlatCall:
     """A call in the types that operators take: they know no classes of ours."""
     query, key, value, o, extended = call
-    shape = (o.is_causal, o.scale, o.window_size, o.softcap)
-    return query, key, value, o.attn_mask, o.sinks, o.seqlens, *shape, extended
+    numbers = [o.scale] if o.softcap is None else [o.scale, o.softcap]
+    return query, key, value, o.attn_mask, o.sinks, o.seqlens, o.is_causal, o.window_size, numbers, extended
 
 
 def _call(
@@ -72,13 +72,15 @@ def _call(
     sinks: Tensor | None,
     seqlens: Tensor | None,
     is_causal: bool,
-    scale: float,
     window_size: int | None,
-    softcap: float | None,
+    numbers: list[float],
     extended: bool = False,
 ) -> Call:
-    """The call that `flat` took apart."""
-    options = Options(attn_mask, is_causal, scale, window_size, softcap, sinks, seqlens)
+    """The call that `flat` took apart. numbers: the scale, and the soft-cap if there is one."""
+    scale, *softcap = numbers
+    options = Options(
+        attn_mask, is_causal, scale, window_size, softcap[0] if softcap else None, sinks, seqlens
+    )
     return Call(query, key, value, options, extended)
 
 
@@ -101,12 +103,11 @@ def _forward(
     sinks: Optional[Tensor],  # noqa: UP045
     seqlens: Optional[Tensor],  # noqa: UP045
     is_causal: bool,
-    scale: float,
     window_size: Optional[int],  # noqa: UP045
-    softcap: Optional[float],  # noqa: UP045
+    numbers: List[float],  # noqa: UP006
     extended: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
-    shape = (is_causal, scale, window_size, softcap)
+    shape = (is_causal, window_size, numbers)
     out, *core, more = engines.forward(_call(query, key, value, attn_mask, sinks, seqlens, *shape, extended))
     return _placeholder(out, query), *core, _placeholder(more, query)
 
@@ -115,7 +116,7 @@ forward_op = torch.library.custom_op("hnf_attention::forward", _forward, mutates
 
 
 @forward_op.register_fake
-def _(query, key, value, attn_mask, sinks, seqlens, is_causal, scale, window_size, softcap, extended):
+def _(query, key, value, attn_mask, sinks, seqlens, is_causal, window_size, numbers, extended):
     out = None if value is None else empty_output(query, value.shape[3])
     return _placeholder(out, query), *_fake_rows(query, query.shape[2], extended)
 
@@ -133,14 +134,13 @@ def _sample(
     sinks: Optional[Tensor],  # noqa: UP045
     seqlens: Optional[Tensor],  # noqa: UP045
     is_causal: bool,
-    scale: float,
     window_size: Optional[int],  # noqa: UP045
-    softcap: Optional[float],  # noqa: UP045
+    numbers: List[float],  # noqa: UP006
     extended: bool,
     period: int,
     phase: int,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
-    shape = (is_causal, scale, window_size, softcap)
+    shape = (is_causal, window_size, numbers)
     call = _call(query, key, None, attn_mask, sinks, seqlens, *shape, extended)
     *core, more, index = engines.sample(call, period, phase)
     return *core, _placeholder(more, query), index
@@ -150,7 +150,7 @@ sample_op = torch.library.custom_op("hnf_attention::sample", _sample, mutates_ar
 
 
 @sample_op.register_fake
-def _(query, key, attn_mask, sinks, seqlens, is_causal, scale, window_size, softcap, extended, period, phase):
+def _(query, key, attn_mask, sinks, seqlens, is_causal, window_size, numbers, extended, period, phase):
     num_rows = sampling.num_rows(query.shape[2], period)
     index = query.new_empty((*query.shape[:2], num_rows), dtype=torch.int64)
     return *_fake_rows(query, num_rows, extended), index
@@ -164,16 +164,20 @@ def _gradients(
     sinks: Optional[Tensor],  # noqa: UP045
     seqlens: Optional[Tensor],  # noqa: UP045
     is_causal: bool,
-    scale: float,
     window_size: Optional[int],  # noqa: UP045
-    softcap: Optional[float],  # noqa: UP045
-    results: List[Tensor],  # noqa: UP006
-    cotangents: List[Optional[Tensor]],  # noqa: UP006, UP045
+    numbers: List[float],  # noqa: UP006
+    out: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    d_out: Optional[Tensor],  # noqa: UP045
+    d_lse: Optional[Tensor],  # noqa: UP045
+    d_entropy: Optional[Tensor],  # noqa: UP045
     mask_gradient: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
-    shape = (is_causal, scale, window_size, softcap)
+    shape = (is_causal, window_size, numbers)
     call = _call(query, key, value, attn_mask, sinks, seqlens, *shape)
-    gradients = engines.backward(call, BackwardInputs(*results, *cotangents), mask_gradient)
+    inputs = BackwardInputs(out, lse, entropy, d_out, d_lse, d_entropy)
+    gradients = engines.backward(call, inputs, mask_gradient)
     # Contiguous, as the fake kernel says.
     d_query, d_key, d_value, d_sinks, d_mask = (
         _placeholder(None if g is None else g.contiguous(), query) for g in gradients
@@ -207,10 +211,10 @@ def _backward(ctx, d_out, d_lse, d_entropy, *_):
     *inputs, out, lse, entropy = ctx.saved_tensors
     _query, _key, value, _mask, sinks, _seqlens = inputs
     if d_out is None and d_lse is None and d_entropy is None:
-        return (None,) * 11
+        return (None,) * 10
     learns_mask = ctx.needs_input_grad[3]
     d_query, d_key, d_value, d_sinks, d_mask = gradients_op(
-        *inputs, *ctx.options, [out, lse, entropy], [d_out, d_lse, d_entropy], learns_mask
+        *inputs, *ctx.options, out, lse, entropy, d_out, d_lse, d_entropy, learns_mask
     )
     return (
         d_query,
@@ -218,7 +222,7 @@ def _backward(ctx, d_out, d_lse, d_entropy, *_):
         None if value is None else d_value,
         d_mask if learns_mask else None,
         None if sinks is None else d_sinks,
-        *(None,) * 6,
+        *(None,) * 5,
     )
 
 

@@ -116,10 +116,9 @@ class Measurer:
             try:
                 with without_dispatch_modes():
                     self._measure(layer, state, call, options, rows)
+                self._measured[layer] = self._how(call, options, fused)
             except Exception as error:  # the monitor never ends a run
                 failure = error.with_traceback(None)
-            else:
-                self._measured[layer] = self._how(call, options, fused)
         if failure is not None:
             self._give_up(layer, state, failure)
         return result

@@ -103,9 +103,9 @@ def attention(
         for rows in (chunk if index is None else index[:, :, chunk] for chunk in chunks)
     ]
     if not parts:
-        blank = query.new_zeros(batch, heads, 0, dtype=dtype)
-        more = blank.expand(len(EXTENDED_FIELDS), *blank.shape) if extended else None
-        return out, RowStats.unpack(blank, blank, blank, blank, more, index)
+        lse, entropy, high, low = (query.new_zeros(batch, heads, 0, dtype=dtype) for _ in range(4))
+        more = query.new_zeros(len(EXTENDED_FIELDS), batch, heads, 0, dtype=dtype) if extended else None
+        return out, RowStats.unpack(lse, entropy, high, low, more, index)
     outs, *columns = zip(*parts, strict=True)
     if out is not None:
         out.copy_(torch.cat(outs, 2))

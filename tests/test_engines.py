@@ -1,0 +1,148 @@
+"""Which engine a call takes on which card, and the reasons against the faster ones. No card is needed."""
+
+import pytest
+import torch
+
+from hnf_attention.engine import engines
+from hnf_attention.engine.call import Call, check
+from hnf_attention.engine.card import NO_CARD, NVIDIA, Card
+
+H200 = Card("H200", NVIDIA, (9, 0), triton="3.6.0", has_flash=True, has_cudnn=True)
+A100 = Card("A100", NVIDIA, (8, 0), triton="3.6.0", has_flash=True, has_cudnn=True)
+T4 = Card("T4", NVIDIA, (7, 5), triton="3.6.0")
+MI300 = Card("MI300", "AMD", (9, 4), triton="3.6.0", has_flash=True)
+OTHER_TRITON = Card("H200", NVIDIA, (9, 0), triton="3.7.1", has_flash=True, has_cudnn=True)
+WITHOUT_TRITON = Card("H200", NVIDIA, (9, 0), has_flash=True, has_cudnn=True)
+CPU = Card("cpu")
+HOPPER, TRITON, REFERENCE = engines.HOPPER, engines.TRITON, engines.REFERENCE
+SHAPES = "takes no mask, window, soft-cap, sinks or packed sequences"
+
+
+def call(
+    dtype=torch.bfloat16,
+    queries=256,
+    keys=256,
+    head_dim=64,
+    value_dim=64,
+    extended=False,
+    value=True,
+    **options,
+):
+    q = torch.empty(1, 2, queries, head_dim, dtype=dtype)
+    k, v = (torch.empty(1, 2, keys, width, dtype=dtype) for width in (head_dim, value_dim))
+    v = v if value else None
+    names = ("attn_mask", "scale", "window_size", "softcap", "sinks")
+    return Call(q, k, v, check(q, k, v, **dict.fromkeys(names) | {"is_causal": True} | options), extended)
+
+
+FORWARD = [
+    (H200, {}, {HOPPER: None}),
+    (H200, {"dtype": torch.float32}, {HOPPER: "needs fp16 or bf16, got float32", TRITON: None}),
+    (H200, {"head_dim": 256}, {HOPPER: "head dimension 256 exceeds 128", TRITON: None}),
+    (
+        H200,
+        {"value_dim": 60},
+        {HOPPER: "needs values with a head dimension that is a multiple of 8", TRITON: None},
+    ),
+    (H200, {"queries": 64}, {HOPPER: "needs more than 64 queries", TRITON: None}),
+    (H200, {"keys": 0}, {HOPPER: "the call is empty", TRITON: None}),
+    (H200, {"window_size": 9}, {HOPPER: SHAPES, TRITON: None}),
+    (H200, {"scale": -1.0}, {HOPPER: "needs a positive scale", TRITON: None}),
+    (H200, {"extended": True}, {HOPPER: "does not compute the extended statistics", TRITON: None}),
+    (H200, {"value": False}, {HOPPER: "needs values: this call asks for statistics alone", TRITON: None}),
+    (
+        H200,
+        {"head_dim": 320},
+        {
+            HOPPER: "head dimension 320 exceeds 128",
+            TRITON: "head dimension 320 exceeds 256",
+            REFERENCE: None,
+        },
+    ),
+    (
+        H200,
+        {"dtype": torch.float64},
+        {
+            HOPPER: "needs fp16 or bf16, got float64",
+            TRITON: "needs fp16, bf16 or fp32, got float64",
+            REFERENCE: None,
+        },
+    ),
+    (A100, {}, {HOPPER: "needs compute capability 9.0, this card has 8.0", TRITON: None}),
+    (MI300, {}, {HOPPER: "needs an NVIDIA card", TRITON: None}),
+    (OTHER_TRITON, {}, {HOPPER: "Triton 3.7.1 is untested (3.6 is)", TRITON: None}),
+    (
+        WITHOUT_TRITON,
+        {},
+        {HOPPER: "Triton is not installed", TRITON: "Triton is not installed", REFERENCE: None},
+    ),
+    (CPU, {}, {HOPPER: NO_CARD, TRITON: NO_CARD, REFERENCE: None}),
+]
+CUDNN, FLASH = engines.CUDNN, engines.FLASH
+BACKWARD = [
+    (H200, {}, {CUDNN: None}),
+    (
+        H200,
+        {"head_dim": 256},
+        {CUDNN: "head dimension 256 exceeds 128", FLASH: "q has head dimension 256, v has 64", TRITON: None},
+    ),
+    (H200, {"head_dim": 256, "value_dim": 256}, {CUDNN: "head dimension 256 exceeds 128", FLASH: None}),
+    (H200, {"softcap": 5.0}, {CUDNN: SHAPES, FLASH: SHAPES, TRITON: None}),
+    (
+        H200,
+        {"dtype": torch.float32},
+        {CUDNN: "needs fp16 or bf16, got float32", FLASH: "needs fp16 or bf16, got float32", TRITON: None},
+    ),
+    (
+        H200,
+        {"keys": 255},
+        dict.fromkeys((CUDNN, FLASH), "needs as many queries as keys under a causal mask") | {TRITON: None},
+    ),
+    (
+        H200,
+        {"value_dim": 60},
+        dict.fromkeys((CUDNN, FLASH), "needs head dimensions that are multiples of 8") | {TRITON: None},
+    ),
+    (A100, {}, {CUDNN: "needs compute capability 9.x, this card has 8.0", FLASH: None}),
+    (
+        T4,
+        {},
+        {
+            CUDNN: "needs compute capability 9.x, this card has 7.5",
+            FLASH: "needs compute capability 8.0, this card has 7.5",
+            TRITON: None,
+        },
+    ),
+    (MI300, {}, {CUDNN: "needs an NVIDIA card", FLASH: None}),
+    (CPU, {}, dict.fromkeys((CUDNN, FLASH, TRITON), NO_CARD) | {REFERENCE: None}),
+]
+CASES = [
+    pytest.param(engines_, *case, id=f"{name} {case[0].name} {case[1]}")
+    for name, engines_, cases in (
+        ("forward", engines.FORWARD, FORWARD),
+        ("backward", engines.BACKWARD, BACKWARD),
+    )
+    for case in cases
+]
+
+
+@pytest.mark.parametrize("engines_, card, options, expected", CASES)
+def test_the_first_engine_that_supports_a_call_takes_it(engines_, card, options, expected, monkeypatch):
+    monkeypatch.setattr(engines, "card_of", lambda device: card)
+    made = call(**options)
+    assert dict(engines.explain(engines_, made)) == expected
+    assert engines.choose(engines_, made).name == list(expected)[-1]
+
+
+def test_deterministic_algorithms_take_no_kernel_that_adds_in_any_order(monkeypatch):
+    monkeypatch.setattr(engines, "card_of", lambda device: H200)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert engines.choose(engines.BACKWARD, call()).name == TRITON
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_constants_of_the_hopper_kernel_are_its_own():
+    kernel = pytest.importorskip("hnf_attention.kernels.hopper.kernel")
+    assert kernel.HALF_M == engines.HOPPER_ROWS
