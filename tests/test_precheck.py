@@ -120,6 +120,15 @@ def test_bad_configurations_are_refused_in_one_line(config, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_name_that_nothing_asks_for_is_a_note():
+    numbers = {"d_model": 64, "n_heads": 4, "seq_len": 128, "rope": True}
+    assert check_attention_stability(None, None, numbers)["notes"] == []
+    misspelt = numbers | {"init_sd": 0.5, "qknorm": True, "n_head": 8}
+    notes = check_attention_stability(None, None, misspelt)["notes"]
+    assert notes == ["not used: init_sd", "not used: n_head", "not used: qknorm"]
+    assert check_attention_stability(None, None, transformers.GPT2Config())["notes"] == []
+
+
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match=r"shape \(batch, length, ...\), got \(4,\)"):
         check_attention_stability(None, torch.zeros(4), PLAIN)

@@ -37,7 +37,11 @@ class Coverage:
                 lines.append(f"{title} ({len(layers)}):")
                 lines += [f"  {display_name(name):<{width}}  {text}" for name, text in layers.items()]
         if not self.measured:
-            lines.insert(0, "nothing measured yet: no forward has run, or none of its attention was reached")
+            lines.insert(
+                0,
+                "nothing measured yet: no forward has run, or none of its attention was reached "
+                '(a softmax is taken for attention in modules whose class is named like "attention" or "attn")',
+            )
         return "\n".join(lines)
 
 

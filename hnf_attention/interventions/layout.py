@@ -176,7 +176,8 @@ def _class_name(module: nn.Module) -> str:
 def _head_size(layer: str, rows: int, heads: int) -> int:
     if rows % heads:
         raise ValueError(
-            f"expected the projection rows of layer {layer!r} to divide by {heads} heads, got {rows}"
+            f"expected layer {layer!r}, whose projections have {rows} rows, to have heads of one size, got {heads} "
+            "heads of queries, keys and values together"
         )
     return rows // heads
 

@@ -57,6 +57,7 @@ def check_attention_stability(
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     design = read_design(config, seq_len=seq_len or _length(sample_input), dtype=dtype)
     evidence = Evidence([predict_layer(design, layer) for layer in range(design.n_layers)])
+    evidence.notes += [f"not used: {name}" for name in design.unused]
     if model is not None:
         _read_model(evidence, model, sample_input, design)
     return summarise(design, evidence, tolerance)

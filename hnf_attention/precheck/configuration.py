@@ -72,19 +72,22 @@ _T5 = ("t5", "mt5", "umt5")
 
 
 class _Reader:
-    """Finds each field under one of its names; `sources` remembers which."""
+    """Finds each field under one of its names; `sources` remembers which. asked: every name that was looked up."""
 
     def __init__(self, config: Any, given: Mapping[str, Any]):
         self.config, self.given = config, given
         self.sources: dict[str, str] = {}
+        self.asked: set[str] = set()
 
     def raw(self, name: str) -> Any:
+        self.asked.add(name)
         if isinstance(self.config, Mapping):
             return self.config.get(name)
         return getattr(self.config, name, None)
 
     def find(self, what: str, default: Any = None, why: str = "") -> Any:
         if self.given.get(what) is not None:
+            self.asked.update(ALIASES[what])
             self.sources[what] = "given"
             return self.given[what]
         for name in ALIASES[what]:
@@ -123,7 +126,10 @@ def read_design(config: Any, **given: Any) -> Design:
     integer, heads that do not divide the width, and an unknown dtype.
     """
     if config is None:
-        raise ValueError("expected a configuration, got None, and no model that has one")
+        raise ValueError(
+            "expected a configuration, got None, and a model without a `.config`: give one, such as "
+            '{"d_model": 768, "n_heads": 12, "seq_len": 1024}'
+        )
     if hasattr(config, "get_text_config"):  # of a vision-language model, the text part attends
         config = config.get_text_config()
     read = _Reader(config, given)
@@ -138,8 +144,11 @@ def read_design(config: Any, **given: Any) -> Design:
     scale, layer_scale = _scale(read, head_dim, n_layers)
     query_std, key_std = _init(read, family, d_model, head_dim)
     dtype = number_format(read.find("dtype", "float32", "assumed: float32")).name
-    qk_norm = family in QK_NORM_TYPES or any(bool(read.raw(name)) for name in QK_NORM_FIELDS)
+    qk_norm = any([bool(read.raw(name)) for name in QK_NORM_FIELDS]) or family in QK_NORM_TYPES
     rotary = _rotary(read, head_dim)
+    softcap, windows = read.positive("softcap", None, "none"), _windows(read, n_layers, seq_len)
+    correlation = _correlation(read)
+    plain = isinstance(config, Mapping) and not family  # a family's configuration has many other fields
     return Design(
         d_model=d_model,
         n_heads=n_heads,
@@ -150,15 +159,16 @@ def read_design(config: Any, **given: Any) -> Design:
         query_std=query_std,
         key_std=key_std,
         scale=scale,
-        softcap=read.positive("softcap", None, "none"),
+        softcap=softcap,
         qk_norm=qk_norm,
         rotary=rotary,
         interleaved=True if family in INTERLEAVED else False if family in HALVES else None,
         dtype=dtype,
-        windows=_windows(read, n_layers, seq_len),
+        windows=windows,
         layer_scale=layer_scale,
-        correlation=_correlation(read),
+        correlation=correlation,
         sources=read.sources,
+        unused=tuple(sorted(set(config) - read.asked)) if plain else (),
     )
 
 
@@ -215,7 +225,7 @@ def _init(read: _Reader, family: str, d_model: int, head_dim: int) -> tuple[floa
 
 def _rotary(read: _Reader, head_dim: int) -> int:
     parameters = read.raw("rope_parameters")
-    turned = any(read.raw(name) for name in ("rope", "rope_theta", "rotary_dim", "rope_scaling"))
+    turned = any([read.raw(name) for name in ("rope", "rope_theta", "rotary_dim", "rope_scaling")])
     turned |= bool(parameters) or read.raw("position_embedding_type") == "rope"
     if not turned:
         return 0

@@ -19,6 +19,7 @@ class Design:
     interleaved: RoPE turns neighbouring dimensions together, rather than halves; None if not known.
     windows: visible keys of each layer; empty means all.
     correlation: mean cosine between the first layer's inputs of two tokens.
+    unused: names in a mapping of plain numbers that nothing asks for.
     sources: field -> where its number comes from: "config: NAME", "assumed: ...", "given", "derived: ...".
     """
 
@@ -40,6 +41,7 @@ class Design:
     layer_scale: tuple[float, ...] = field(default=(), repr=False)
     correlation: float = 0.0
     sources: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    unused: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def keys(self, layer: int) -> int:
         """Visible keys of the last query of a layer."""

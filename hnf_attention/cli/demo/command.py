@@ -119,7 +119,7 @@ def _print_verdict(
         )
     if interventions:
         kinds = "; ".join(dict.fromkeys(describe(intervention) for _, intervention in interventions))
-        lines.append(f"Treated from step {interventions[0][0]} on: {kinds}.")
+        lines.append(f"Treated from step {interventions[0][0]} on, at {len(interventions)} steps: {kinds}.")
     lines.append(
         f"Final loss (mean of {FINAL_WINDOW} steps): untreated {outcome.untreated_loss:.2f}, treated "
         f"{outcome.treated_loss:.2f} nats per byte."
