@@ -186,12 +186,15 @@ Attn = type("GPTBigCodeAttention", (Strange,), {})
             Strange(q_proj=nn.Conv1d(8, 8, 1), k_proj=nn.Linear(8, 8)),
             "linear layer with its own .*got torch.nn.modules.conv.Conv1d",
         ),
-        (Strange(q_proj=nn.Linear(8, 9), k_proj=nn.Linear(8, 8)), "divide by 2 heads, got 9"),
+        (
+            Strange(q_proj=nn.Linear(8, 9), k_proj=nn.Linear(8, 8)),
+            "9 rows, to have heads of one size, got 2 heads",
+        ),
         (
             Strange(q_proj=nn.Linear(8, 8), k_proj=nn.Linear(8, 6)),
             "2 query heads of 4 .* got .* 8 .* 6 outputs",
         ),
-        (Strange(qkv=nn.Linear(8, 20)), "divide by 6 heads, got 20"),
+        (Strange(qkv=nn.Linear(8, 20)), "20 rows, to have heads of one size, got 6 heads"),
         (Strange(proj=nn.Linear(8, 8)), "known layout .* got Strange with \\['proj'\\]"),
     ],
 )

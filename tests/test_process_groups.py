@@ -20,7 +20,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-# Quick tests of processes are those of test_sharded.py.
 @pytest.fixture(scope="module", params=[pytest.param("spawned", marks=pytest.mark.slow)])
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("groups")

@@ -28,16 +28,19 @@ from hnf_attention import AttentionStabilityMonitor, apply_intervention, attenti
 from hnf_attention.statistics.fields import SUM_FIELDS
 
 pytest.importorskip("transformers.distributed", reason="needs a transformers that splits models itself")
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-    reason="needs torch.distributed with gloo",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+        reason="needs torch.distributed with gloo",
+    ),
+]
 of_two = pytest.mark.parametrize("found", [2], indirect=True)
 # Blocks of 64 rows begin anew in each process.
 WHERE_QUERIES_ARE_SPLIT = [not name.endswith("_blocks") for name in SUM_FIELDS]
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, 4])
 def found(request, tmp_path_factory):
     """By scenario, what each process found."""
     folder = tmp_path_factory.mktemp("sharded")

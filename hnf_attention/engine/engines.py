@@ -201,7 +201,8 @@ def _reference_forward(call: Call) -> Results:
 
 def _reference_sample(call: Call, period: int, phase: int) -> Results:
     query, key, _, options, extended = call
-    index = sampling.row_index(*query.shape[:3], period, phase, query.device)
+    batch, heads, num_queries, _ = query.shape
+    index = sampling.row_index(batch, heads, num_queries, period, phase, query.device)
     with _no_autocast(query):
         rows = reference.attention(query, key, None, options, extended=extended, index=index)[1]
     return *rows.pack(extended), index

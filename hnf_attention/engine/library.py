@@ -79,22 +79,22 @@ def cudnn_backward(call: Call, inputs: BackwardInputs, mask_gradient: bool = Fal
     """`reference.backward` for a cotangent of the output alone, by cuDNN's kernel."""
     query, key, value, options, _ = call
     nothing = _nothing(query.device)
-    gradients = compat.cudnn_backward(
+    d_query, d_key, d_value = compat.cudnn_backward(
         _cotangent(inputs), query, key, value, inputs.out, inputs.lse[..., None], nothing, nothing,
         None, None, None, query.shape[2], key.shape[2], 0.0, options.is_causal, scale=options.scale,
     )  # fmt: skip
-    return Gradients(*gradients, None)
+    return Gradients(d_query, d_key, d_value, None)
 
 
 def flash_backward(call: Call, inputs: BackwardInputs, mask_gradient: bool = False) -> Gradients:
     """`reference.backward` for a cotangent of the output alone, by FlashAttention's kernel."""
     query, key, value, options, _ = call
     nothing = _nothing(query.device)
-    gradients = compat.flash_backward(
+    d_query, d_key, d_value = compat.flash_backward(
         _cotangent(inputs), query, key, value, inputs.out, inputs.lse, None, None,
         query.shape[2], key.shape[2], 0.0, options.is_causal, nothing, nothing, scale=options.scale,
     )  # fmt: skip
-    return Gradients(*gradients, None)
+    return Gradients(d_query, d_key, d_value, None)
 
 
 def _cotangent(inputs: BackwardInputs) -> Tensor:
