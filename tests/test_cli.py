@@ -31,6 +31,7 @@ def one_line(capsys, code):
     return captured.err
 
 
+@pytest.mark.slow
 def test_demo_that_is_too_short_to_show_anything_says_so(tmp_path, capsys):
     assert main(["demo", "--steps", "20", "--seed", "3", "--out", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr().out

@@ -155,7 +155,8 @@ def test_instrumenting_again_and_again_compiles_twice():
     assert graphs() == 2
 
 
-def test_a_process_that_has_compiled_nothing_yet_looks_into_the_doors():
+@pytest.mark.slow
+def test_a_process_that_has_compiled_nothing_yet_looks_into_the_interceptors():
     model = SoftmaxAttention()
     torch._dynamo.trace_rules.clear_lru_cache()  # as in a new process
     with instrument(model) as handle:
@@ -164,6 +165,7 @@ def test_a_process_that_has_compiled_nothing_yet_looks_into_the_doors():
     assert not handle.coverage.not_measured
 
 
+@pytest.mark.slow
 def test_blocks_that_share_a_graph_keep_their_names():
     model = nn.Sequential(*(Block() for _ in range(5)))
     for block in model:
@@ -201,7 +203,7 @@ INTERCEPTORS = {
     "multihead": (lambda: Multihead(False), SDPA),
     "multihead with weights": (lambda: Multihead(True), None),  # by its softmax in a graph
 }
-QUICK = ("causal", "softmax", "multihead")
+QUICK = ("causal", "softmax")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,8 @@ def test_a_graph_is_measured_like_the_model_and_computes_what_it_did(name):
     compare(make(), lambda run: run(inputs), interceptor=interceptor)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_hugging_face_with_grouped_heads_and_padding(implementation):
     config = copy.deepcopy(LLAMA)
     config._attn_implementation = implementation
@@ -232,6 +235,7 @@ def test_the_default_backend_keeps_its_numbers():
     compare(Model(is_causal=True), lambda run: run(inputs), backend="inductor")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("inside", [True, False])
 def test_the_second_forward_of_a_checkpoint_is_not_measured(use_reentrant, inside):
@@ -319,6 +323,7 @@ def test_the_layer_is_found_behind_graph_breaks_and_around_compiled_functions():
         assert not handle.coverage.not_measured
 
 
+@pytest.mark.slow
 def test_a_graph_from_before_notices_that_its_model_is_instrumented_beside_another():
     other, model, inputs = Model(), Model(), x()
     run = compiled(model)
@@ -331,6 +336,7 @@ def test_a_graph_from_before_notices_that_its_model_is_instrumented_beside_anoth
         assert not theirs.latest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False])
 def test_an_exported_program_holds_nothing_of_it(strict):
     model = Model().eval()

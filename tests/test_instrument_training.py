@@ -166,12 +166,8 @@ def test_probes_change_nothing(family):
     assert all(map(torch.equal, measured_weights, weights))
 
 
-QUICK = ("nn.Transformer",)
-
-
-@pytest.mark.parametrize(
-    "family", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in FAMILIES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_fused_attention_is_one_more_choice_of_kernel(family, monkeypatch):
     """Its losses lie as near to those of some plain training as plain trainings with other kernels do.
 

@@ -172,7 +172,8 @@ def test_a_sample_matches_the_reference_anywhere(case, num_queries, period, phas
     _check_sample(replace(case, num_queries=num_queries), torch.float32, DEVICE, period, phase)
 
 
-@pytest.mark.parametrize("period", [pytest.param(2, marks=pytest.mark.slow), 16])
+@pytest.mark.slow
+@pytest.mark.parametrize("period", [2, 16])
 def test_a_period_of_samples_is_the_measurement_of_all_rows(period, device):
     case = replace(LONG, is_causal=True)
     q, k, *_ = case.tensors(device=device)

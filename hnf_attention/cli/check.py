@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> int:
     if options.region is not None:
         design = read_design(config, seq_len=options.seq_len, dtype=options.dtype)
         stability_region(design).plot(options.region)
+        console.print(f"figure: {options.region}", highlight=False)
     write_document(options.json, report.to_dict())
     return HEALTHY if report.healthy else FOUND
 

@@ -70,7 +70,9 @@ class View:
             self._live.update(Group(self.table, self._progress))
         elif run.last_diagnosis is not None and (step % _PLAIN_EVERY == 0 or step == self._steps):
             scores = [stats.max_abs_logit.max() for stats in run.last_diagnosis.stats.values()]
-            self._console.print(f"step {step:4d}  loss {loss:.3f}  largest |score| {max(scores):.4g}")
+            self._console.print(
+                f"step {step:4d}  loss {loss:.3f}  largest |score| of any head {max(scores):.4g}"
+            )
 
     def _print_issue(self, run: Run, title: str, diagnosis: AttentionDiagnosis) -> None:
         worst = grouped(diagnosis.issues)[0]
