@@ -191,7 +191,8 @@ def test_check_refuses_bad_input_in_one_line(tmp_path, capsys):
     good = plain(tmp_path)
     assert "expected a dtype among" in one_line(capsys, main(["check", good, "--dtype", "int3"]))
     assert "no such folder" in one_line(capsys, main(["check", "./nowhere"]))
-    assert "no such file" in one_line(capsys, main(["check", "nowhere.json"]))
+    missing = one_line(capsys, main(["check", "nowhere.json"]))
+    assert "cannot read the configuration nowhere.json: No such file" in missing
     assert "for --weights" in one_line(capsys, main(["check", good, "--weights"]))
     lost = str(tmp_path / "no" / "a.png")
     assert "expected --region in an existing folder" in one_line(

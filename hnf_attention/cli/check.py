@@ -46,8 +46,9 @@ def check(
     """
     model = None
     config: dict[str, Any] | PretrainedConfig
-    if Path(name).is_file():
-        config = read_json(Path(name))
+    path = Path(name)
+    if path.is_file() or (path.suffix == ".json" and not path.is_dir()):  # no name on the hub ends like this
+        config = read_json(path)
         if with_weights:
             raise InputError(f"expected a model's folder or name for --weights, got the file {name}")
     else:

@@ -20,8 +20,6 @@ def locate(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
-    if path.suffix == ".json":
-        raise InputError(f"expected a JSON file or a model, got {name}: no such file")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         raise InputError(
             f"expected a model's name on the Hugging Face hub or its folder, got {name}: no such folder"
