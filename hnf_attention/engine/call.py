@@ -51,6 +51,7 @@ class BackwardInputs(NamedTuple):
 
 
 # Reasons of engines: asked of every call, so each text is made once.
+NOT_PLAIN = "takes no mask, window, soft-cap, sinks or packed sequences"
 
 
 @functools.cache
@@ -142,29 +143,15 @@ def prepare(
     value: Tensor | None,
     *,
     attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    window_size: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    seqlens: Tensor | None,
     extended: bool,
+    **shape: Any,
 ) -> Call:
-    """The arguments of `attention`, cast as autocast wants them and checked; raises as `check` does."""
+    """The arguments of `attention`, cast as autocast wants them and checked; raises as `check` does.
+
+    shape: what else `check` takes.
+    """
     query, key, value, attn_mask = autocast(query, key, value, attn_mask)
-    options = check(
-        query,
-        key,
-        value,
-        attn_mask=attn_mask,
-        is_causal=is_causal,
-        scale=scale,
-        window_size=window_size,
-        softcap=softcap,
-        sinks=sinks,
-        seqlens=seqlens,
-    )
-    return Call(query, key, value, options, extended)
+    return Call(query, key, value, check(query, key, value, attn_mask=attn_mask, **shape), extended)
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:

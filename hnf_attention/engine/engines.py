@@ -14,7 +14,7 @@ from torch import Tensor
 from ..reference import attention as reference
 from ..reference import sampling
 from . import library
-from .call import BackwardInputs, Call, not_half, too_wide
+from .call import NOT_PLAIN, BackwardInputs, Call, not_half, too_wide
 from .card import NO_CARD, NVIDIA, Card, card_of, on_device
 
 HOPPER, TRITON, REFERENCE = "Hopper kernel", "Triton kernel", "PyTorch reference"
@@ -146,7 +146,7 @@ def hopper_supports(call: Call, card: Card) -> str | None:
     if extended:
         return "does not compute the extended statistics"
     if not options.plain:
-        return "takes no mask, window, soft-cap, sinks or packed sequences"
+        return NOT_PLAIN
     reason = not_half(query.dtype) or too_wide(call.largest_head_dim, HOPPER_HEAD_DIM)
     if reason is not None:
         return reason

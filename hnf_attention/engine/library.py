@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import compat
 from ..reference.attention import Gradients
-from .call import BackwardInputs, Call, not_half, too_wide
+from .call import NOT_PLAIN, BackwardInputs, Call, not_half, too_wide
 from .card import NO_CARD, NVIDIA, Card
 
 CUDNN_HEAD_DIM, FLASH_HEAD_DIM = 128, 256  # the largest
@@ -58,7 +58,7 @@ def _refused_by_both(call: Call) -> str | None:
     if value is None:
         return "there is no output to differentiate"
     if not options.plain:
-        return "takes no mask, window, soft-cap, sinks or packed sequences"
+        return NOT_PLAIN
     reason = not_half(query.dtype)
     if reason is not None:
         return reason

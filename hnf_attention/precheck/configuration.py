@@ -72,7 +72,10 @@ _T5 = ("t5", "mt5", "umt5")
 
 
 class _Reader:
-    """Finds each field under one of its names; `sources` remembers which. asked: every name that was looked up."""
+    """Finds each field under one of its names; `sources` remembers which.
+
+    asked: every name that was looked up. Alternatives are therefore looked up all, in a list, before `any` judges them.
+    """
 
     def __init__(self, config: Any, given: Mapping[str, Any]):
         self.config, self.given = config, given
