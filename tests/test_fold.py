@@ -11,6 +11,7 @@ from hnf_attention import attention_stats
 from hnf_attention.engine import fold
 from hnf_attention.reference import attention as reference
 from hnf_attention.reference import fold as specification
+from hnf_attention.reference import measured
 from hnf_attention.statistics import fields
 
 pytest.importorskip("triton", reason="Triton kernels need Linux")
@@ -32,7 +33,7 @@ def _check(q, k, options, slots=SLOTS, rows=None):
     expected = specification.new_accumulator(q.shape[1], q.device)
     got = expected.repeat(slots, 1, 1)
     for _ in range(2):  # the second call adds to the first
-        specification.fold_rows(expected, rows, specification.measure(q, k, rows, options))
+        specification.fold_rows(expected, rows, measured.measure(q, k, rows, options))
         kernel.fold(got, q, k, rows, options, fold.kernel_layout())
     together = fold.collect([got])
     for name in COUNTS:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..reference import fold as reference
-from ..reference.fold import Measured, measure
+from ..reference.measured import Measured, measure
 from ..reference.options import Options
 from ..statistics import fields
 from ..statistics.fields import NUM_SUMS
