@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import compat
-from ..engine import api, engines
+from ..engine import api, engines, fold
 from ..engine.call import Call
 from ..names import display_name
+from ..reference.context import Context, hidden_keys, largest
 from ..reference.options import Options
 from ..reference.sampling import effective_period
 from ..statistics.rows import RowStats
@@ -20,6 +22,7 @@ from ..tracing import without_dispatch_modes
 from . import observer, scores
 from .call import EAGER, AttentionCall, Unmeasurable
 from .measurement import Measurement, without_call
+from .padding import Padding
 
 _log = logging.getLogger("hnf_attention")
 
@@ -32,6 +35,7 @@ class _Layer:
     fused_failed, measuring_failed: our attention failed there; its calls are not measured any more.
     described: the places (EAGER, COMPILED) where calls of it, or inside it, had query and key.
     probed: how many calls were probed, which is the phase of the next sample.
+    keys: batch and number of keys of the last call.
     """
 
     checked: bool = False
@@ -39,6 +43,7 @@ class _Layer:
     measuring_failed: bool = False
     described: set[str] = field(default_factory=set)
     probed: int = 0
+    keys: tuple[int, int] | None = None
 
 
 class Measurer:
@@ -54,6 +59,7 @@ class Measurer:
         self.sample = sample
         self.on_measure: Callable[[Measurement], None] | None = None
         self.latest: dict[str, Measurement] = {}
+        self.padding = Padding()
         self._layers: dict[str, _Layer] = {}
         self._measured: dict[str, str] = {}
         self._problems: dict[str, str] = {}
@@ -95,7 +101,7 @@ class Measurer:
     ) -> Any:
         result = call = options = rows = failure = None
         done = fused = False
-        output: Any  # there is one, as the call has a value
+        output: Any = None
         try:
             with without_dispatch_modes():
                 call = describe()
@@ -111,11 +117,14 @@ class Measurer:
             failure = error.with_traceback(None)
         if not done:
             result = original()
+            output = None
             state.fused_failed |= failure is not None and not isinstance(failure, Unmeasurable)
         if failure is None and call is not None and options is not None and not state.measuring_failed:
             try:
                 with without_dispatch_modes():
-                    self._measure(layer, state, call, options, rows)
+                    if output is None and result is not None:
+                        output = _output(call, result)
+                    self._measure(layer, state, call, options, rows, output)
                 self._measured[layer] = self._how(call, options, fused)
             except Exception as error:  # the monitor never ends a run
                 failure = error.with_traceback(None)
@@ -171,13 +180,24 @@ class Measurer:
         return reason if could else None
 
     def _measure(
-        self, layer: str, state: _Layer, call: AttentionCall, options: Options, rows: RowStats | None
+        self,
+        layer: str,
+        state: _Layer,
+        call: AttentionCall,
+        options: Options,
+        rows: RowStats | None,
+        output: Tensor | None,
     ) -> None:
+        """rows: of the fused pass, None for a call to be probed. output: (B, H or 1, M, any), None if not known."""
+        query, key = call.query, call.key
+        continues = state.keys == (query.shape[0], key.shape[2] - query.shape[2])
+        state.keys = query.shape[0], key.shape[2]
         if rows is None:
             measurement = self._probe(layer, state, call, options)
         else:
-            query = call.query
-            measurement = Measurement(layer, rows, query.shape[3], query.dtype, 1, query, call.key, options)
+            measurement = Measurement(layer, rows, query.shape[3], query.dtype, 1, query, key, options)
+        if measurement.beside is None:
+            measurement.context = self._context(layer, call, options, measurement.rows, output, continues)
         if call.place not in state.described:
             self._note_described(layer, call.place)
         self._deliver(measurement)
@@ -195,6 +215,30 @@ class Measurer:
         else:
             rows = api.attend_sample(query, key, options, (period, phase))
         return Measurement(layer, rows, query.shape[3], query.dtype, period, query, key, options)
+
+    @torch.no_grad()
+    def _context(
+        self,
+        layer: str,
+        call: AttentionCall,
+        options: Options,
+        rows: RowStats,
+        output: Tensor | None,
+        continues: bool,
+    ) -> Context:
+        """Which rows of the call count, and what became of it."""
+        query, key = call.query, call.key
+        batch, _, num_queries, _ = query.shape
+        hidden = hidden_keys(options, batch, num_queries, key.shape[2])
+        left_out = self.padding.left_out(layer, batch, num_queries, key.shape[2], hidden)
+        return Context(
+            left_out,
+            hidden,
+            fold.shared_key(query, key, rows, options, left_out),
+            largest(call.value) if call.value.shape[1] == key.shape[1] else None,
+            None if output is None else largest(output),
+            continues,
+        )
 
     def _note_described(self, layer: str, place: str) -> None:
         """Note at the layer and at all modules around it that its calls are measured with query and key."""
@@ -236,3 +280,11 @@ class Measurer:
         state.measuring_failed = True
         state.fused_failed |= isinstance(failure, Unmeasurable)
         self._measured.pop(layer, None)
+
+
+def _output(call: AttentionCall, result: Any) -> Tensor | None:
+    """The output of the model's own attention, (B, H or 1, M, any); None where it is not known."""
+    output = None if call.output_of is None else call.output_of(result)
+    batch, heads, num_queries, _ = call.query.shape
+    shapes = [(batch, most, num_queries) for most in (1, heads)]
+    return output if isinstance(output, Tensor) and tuple(output.shape[:3]) in shapes else None
