@@ -19,6 +19,8 @@ PLAIN, BIASED, OTHER = 0, 1, 2  # kinds of scores, see `Measured.score_kind`
 class NonFinite(NamedTuple):
     """Which queries (B, H, M), keys and values (B, H, N) and outputs (B, H, M) hold NaN or inf; boolean.
 
+    Queries and keys are judged by their squared lengths, which numbers above 1e19 overflow too.
+
     H may be 1 for all heads, M is M_s for outputs if the rows are a sample. None where it is not known.
     """
 
@@ -81,8 +83,8 @@ def measure(
     group = max(1, heads // max(1, key.shape[1]))
     query_square, key_square = (_squares(x, out, rows) for x, out in ((query, left_out), (key, hidden)))
     nonfinite = NonFinite(
-        ~query.isfinite().all(-1),
-        (~key.isfinite().all(-1)).repeat_interleave(group, 1),
+        ~_squares(query, None, rows).isfinite(),
+        (~_squares(key, None, rows).isfinite()).repeat_interleave(group, 1),
         _not_finite(context.value_size, group),
         _not_finite(context.out_size),
     )

@@ -77,12 +77,10 @@ def _lengths(
             skipped = tl.load(skip_ptr + b * skip_stride_b + row * skip_stride_m, mask=row < length, other=1)
             counts = counts & (skipped == 0)
         squares = tl.full([PLAN.block], 0.0, tl.float32)
-        residue = tl.full([PLAN.block], 0.0, tl.float32)
         for start in tl.static_range(0, BLOCK_D, COLUMNS):
             values = _load_columns(pointers, start + tl.arange(0, COLUMNS), row < length, PLAN.head_dim)
             squares += tl.sum(values * values, 1)
-            residue += tl.sum(values - values, 1)
-        broken += (residue != 0.0).to(tl.int32)
+        broken += _is_broken(squares).to(tl.int32)
         squares = tl.where(counts, squares, 0.0)
         total += tl.where(row >= first, _without_nan(squares), 0.0)
         top = tl.maximum(top, _largest(squares, row < length))
@@ -144,14 +142,10 @@ def _visible_keys(m, inside, table, table_ptr, call, window, PLAN: tl.constexpr)
 
 @triton.jit
 def _products(q_rows, first_rows, shared_row, inside, visible, num_keys, PLAN: tl.constexpr):
-    """q.k of each row with its first visible key and with the shared key, squared lengths, and what is NaN or inf.
-
-    The last is not 0 for a row of q that holds NaN or inf.
-    """
+    """q.k of each row with its first visible key and with the shared key, and squared lengths of the rows of q."""
     on_first = tl.full([PLAN.block], 0.0, tl.float32)
     on_shared = tl.full([PLAN.block], 0.0, tl.float32)
     squares = tl.full([PLAN.block], 0.0, tl.float32)
-    residue = tl.full([PLAN.block], 0.0, tl.float32)
     BLOCK_D: tl.constexpr = PLAN.block_d
     COLUMNS: tl.constexpr = PLAN.columns
     width = tl.where(num_keys > 0, PLAN.head_dim, 0)
@@ -166,8 +160,7 @@ def _products(q_rows, first_rows, shared_row, inside, visible, num_keys, PLAN: t
         k = tl.load(shared_row + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
         on_shared += tl.sum(q * k, 1)
         squares += tl.sum(q * q, 1)
-        residue += tl.sum(q - q, 1)
-    return on_first, on_shared, squares, residue
+    return on_first, on_shared, squares
 
 
 @triton.jit
@@ -269,11 +262,11 @@ def fold_kernel(
             first_rows += first.to(tl.int64) * k.stride_m
         q_rows = q_ptr + b * q.stride_b + m.to(tl.int64) * q.stride_m
         shared_row = k_rows + tl.maximum(shared, 0) * k.stride_m
-        on_first, on_shared, squares, residue = _products(
+        on_first, on_shared, squares = _products(
             q_rows, first_rows, shared_row, inside, visible, num_keys, PLAN
         )
         if not PLAN.is_sampled:
-            broken_queries += (residue != 0.0).to(tl.int32)
+            broken_queries += _is_broken(squares).to(tl.int32)
             squares = tl.where(left_out, 0.0, squares)
             query_squares += _without_nan(squares)
             top_query = tl.maximum(top_query, _largest(squares, inside))
