@@ -15,6 +15,7 @@ from ..engine import api, engines, fold
 from ..engine.call import Call
 from ..names import display_name
 from ..reference.context import Context, hidden_keys, largest
+from ..reference.masks import take_rows
 from ..reference.options import Options
 from ..reference.sampling import effective_period
 from ..statistics.rows import RowStats
@@ -198,6 +199,8 @@ class Measurer:
             measurement = Measurement(layer, rows, query.shape[3], query.dtype, 1, query, key, options)
         if measurement.beside is None:
             measurement.context = self._context(layer, call, options, measurement.rows, output, continues)
+        else:
+            self._leave_out(measurement, query.shape[2])
         if call.place not in state.described:
             self._note_described(layer, call.place)
         self._deliver(measurement)
@@ -240,6 +243,21 @@ class Measurer:
             continues,
         )
 
+    def _leave_out(self, measurement: Measurement, num_queries: int) -> None:
+        """Leave out the rows that are not judged, in a measurement that is complete but for them."""
+        beside, index = measurement.beside, measurement.rows.row_index
+        if beside is None:
+            return
+        batch, heads = measurement.rows.lse.shape[:2]
+        hidden = beside.left_out[:, 0] if index is None and beside.left_out is not None else None
+        left_out = self.padding.left_out(
+            measurement.layer, batch, num_queries, beside.key_square.shape[2], hidden
+        )
+        rows = None if left_out is None else left_out[:, None]
+        if rows is not None and index is not None:
+            rows = take_rows(rows.expand(-1, heads, -1), index)
+        measurement.beside = beside._replace(left_out=rows)
+
     def _note_described(self, layer: str, place: str) -> None:
         """Note at the layer and at all modules around it that its calls are measured with query and key."""
         for outer in (layer, *(layer[:i] for i, letter in enumerate(layer) if letter == "."), ""):
@@ -257,7 +275,9 @@ class Measurer:
             return
         try:
             with without_dispatch_modes():
-                self._deliver(measure())
+                measurement = measure()
+                self._leave_out(measurement, measurement.rows.lse.shape[2])
+                self._deliver(measurement)
         except Exception as error:  # the monitor never ends a run
             self._give_up(layer, state, error.with_traceback(None))
         else:
