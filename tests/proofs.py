@@ -52,13 +52,13 @@ def first_tensor(output):
 def contradiction(model, arguments, layer, projections):
     """What contradicts the projections of the layer, None for nothing; and how its scores were seen."""
     heads, how = projections.num_heads, set()
+    measured = []
 
     def run():
-        measured = []
+        measured.clear()
         torch.manual_seed(0)  # ViLT draws patches
         softmaxes = _Softmaxes(model.get_submodule(layer))
-        with instrument(model, mode="probe") as handle, torch.no_grad(), softmaxes:
-            handle.on_measure = lambda x: measured.append(x) if x.layer == layer else None
+        with torch.no_grad(), softmaxes:
             output = first_tensor(model(**arguments))
         first = measured[0]
         if first.query is not None:
@@ -73,4 +73,6 @@ def contradiction(model, arguments, layer, projections):
         rows = first.rows
         return torch.stack([rows.max_logit, rows.min_logit], -1).double(), output
 
-    return trial.contradiction(run, projections), how
+    with instrument(model, mode="probe") as handle:
+        handle.on_measure = lambda x: measured.append(x) if x.layer == layer else None
+        return trial.contradiction(run, projections), how

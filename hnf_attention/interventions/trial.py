@@ -94,13 +94,15 @@ def contradiction(run: Run, projections: Projections) -> str | None:
     part = change(2 * ones)[0]  # what the weights contribute to the scores
     size = part.abs().amax((0, 2, 3))
     if not bool((size > _SMALLEST).all()):
-        return "its scores stay as they are when its query weights are doubled, as with QK-norm"
+        return (
+            "scores stay as they are when a head's query weights double (QK-norm, or another order of rows)"
+        )
 
     def differ(found: Tensor, expected: Tensor) -> bool:
         return not bool(((found - expected).abs().amax((0, 2, 3)) <= _TOLERANCE * size).all())
 
     if differ(change(4 * ones)[0], 3 * part):
-        return "its scores do not grow in proportion to its query weights"
+        return "scores do not grow in proportion to query weights (a clamp, a soft-cap, or another order of rows)"
     codes = torch.arange(1, heads + 1)
     chosen = [
         (codes >> bit & 1).double() for bit in range(heads.bit_length())
