@@ -90,7 +90,7 @@ class KeyBias(Attention):
         return F.scaled_dot_product_attention(q, k, F.pad(v, (0, 1)), scale=DIM**-0.5)[..., :DIM]
 
 
-class Softmaxed(Attention):
+class SoftmaxAttention(Attention):
     """Written out. bias: of the scores, (H, M, N). cap: a soft-cap."""
 
     def __init__(self, bias=None, cap=None):
@@ -279,17 +279,25 @@ def trained():
 
 
 #: Rests of a head: it looks at one key when it has nothing to say (Gu et al., arXiv 2410.10781).
-REST = "half of the heads rest on one key, which holds 0.8 of the weight; the others read content"
+REST = "heads rest on one key with 0.95 of the weight and read content with the rest, as in trained models"
 START = "weights as they start: nearly uniform attention"
 EVEN = "scores of content near 1"
 
 HEALTHY = {
-    "sink on the first key": Healthy(REST, patterns(sink(0), sink(0), None, None)),
-    "sink on the last key": Healthy(REST, patterns(sink(-1), sink(-1), None, None)),
-    "sink in the middle": Healthy(REST, patterns(sink(30), sink(30), None, None)),
-    "sinks on registers": Healthy(REST, patterns(register, register, None, None)),
-    "two sinks": Healthy(REST, patterns(sink(0), sink(-1), None, None)),
-    "causal sink on the first key": Healthy(REST, patterns(sink(0), sink(0), None, None, causal=True)),
+    "sink on the first key": Healthy(REST, patterns(*3 * [sink(0)], None, weight=0.95)),
+    "sink on the last key": Healthy(REST, patterns(*3 * [sink(-1)], None, weight=0.95)),
+    "sink in the middle": Healthy(REST, patterns(*3 * [sink(30)], None, weight=0.95)),
+    "sinks on registers": Healthy(REST, patterns(*3 * [register], None, weight=0.95)),
+    "sharp sinks on the first key": Healthy(
+        "two heads give 0.99 to one key, as many of GPT-2's do; two read content",
+        patterns(sink(0), sink(0), None, None, weight=0.99),
+    ),
+    "sharp sinks on the last key": Healthy(
+        "likewise, on [SEP] (Clark et al., arXiv 1906.04341)",
+        patterns(sink(-1), sink(-1), None, None, weight=0.99),
+    ),
+    "two sinks": Healthy(REST, patterns(sink(0), sink(-1), sink(0), None, weight=0.95)),
+    "causal sink on the first key": Healthy(REST, patterns(*3 * [sink(0)], None, causal=True, weight=0.95)),
     "mild sinks everywhere": Healthy(
         "every head gives half of its weight to the first key and reads content with the rest",
         patterns(*[sink(0)] * 4, weight=0.5),
@@ -317,12 +325,13 @@ HEALTHY = {
         "one number on a whole row is invisible to the softmax; else " + EVEN, layer(KeyBias)
     ),
     "key bias, written out": Healthy(
-        "likewise, before a softmax of its own", layer(lambda: Softmaxed(bias=torch.tensor(60.0)))
+        "likewise, before a softmax of its own", layer(lambda: SoftmaxAttention(bias=torch.tensor(60.0)))
     ),
     "ALiBi": Healthy(
-        "slopes from 1/4 down to 2^-8, as published for 4 heads", layer(lambda: Softmaxed(bias=alibi()))
+        "slopes from 1/4 down to 2^-8, as published for 4 heads",
+        layer(lambda: SoftmaxAttention(bias=alibi())),
     ),
-    "soft-cap": Healthy("scores near 1 under a cap of 30", layer(lambda: Softmaxed(cap=30.0))),
+    "soft-cap": Healthy("scores near 1 under a cap of 30", layer(lambda: SoftmaxAttention(cap=30.0))),
     "QK-norm": Healthy("gains of 1: no score passes 4", layer(QKNorm)),
     "grouped queries": Healthy(EVEN, layer(lambda: Attention(groups=2))),
     "shared block": Healthy("one block, run four times, " + EVEN, layer(Repeated)),

@@ -63,6 +63,7 @@ def test_look_alikes_are_contradicted(name, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_most_architectures_are_treated():
     treated = set()
     for name, architecture in ARCHITECTURES.items():
