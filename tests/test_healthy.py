@@ -9,7 +9,7 @@ from hnf_attention import AttentionAnalyzer, AttentionStabilityMonitor
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 QUICK = (
-    "sink on the last key",
+    "sharp sinks on the last key",
     "previous-token head",
     "key bias",
     "short sequences",
