@@ -26,17 +26,17 @@ class Outer(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.q_proj, self.k_proj = nn.Linear(32, 32), nn.Linear(32, 16)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(32, width) for width in (32, 16, 16))
         self.inner = Inner()
 
     def forward(self, x):
-        q, k = (p(x).unflatten(-1, (-1, 8)).transpose(1, 2) for p in (self.q_proj, self.k_proj))
-        return self.inner(q, k)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        return self.inner(*(p(x).unflatten(-1, (-1, 8)).transpose(1, 2) for p in projections))
 
 
 class Inner(nn.Module):
-    def forward(self, q, k):
-        return nn.functional.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+    def forward(self, q, k, v):
+        return nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
 class Multihead(nn.Module):

@@ -86,12 +86,28 @@ def stack(attention=SeparateAttention):
     return nn.Sequential(attention(), attention())
 
 
-class GPTNeoXAttention(nn.Module):
+class FusedAttention(nn.Module):
+    """Causal, with one projection whose rows are ordered by queries, keys and values first, or by heads first."""
+
+    def __init__(self, name, projection, by_head=False):
+        super().__init__()
+        self.name, self.by_head = name, by_head
+        self.add_module(name, projection)
+
+    def forward(self, x):
+        fused = self.get_submodule(self.name)(x)
+        if self.by_head:
+            q, k, v = fused.unflatten(-1, (HEADS, 3, -1)).permute(3, 0, 2, 1, 4)
+        else:
+            q, k, v = fused.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+class GPTNeoXAttention(FusedAttention):
     """Its name tells the order of its rows."""
 
     def __init__(self):
-        super().__init__()
-        self.query_key_value = nn.Linear(WIDTH, 3 * WIDTH)
+        super().__init__("query_key_value", nn.Linear(WIDTH, 3 * WIDTH), by_head=True)
 
 
 class Layouts(nn.Module):
@@ -103,8 +119,8 @@ class Layouts(nn.Module):
 
         torch.manual_seed(0)
         self.separate = SeparateAttention()
-        self.fused = nn.ModuleDict({"qkv": nn.Linear(WIDTH, 3 * WIDTH)})
-        self.turned = nn.ModuleDict({"c_attn": Conv1D(3 * WIDTH, WIDTH)})
+        self.fused = FusedAttention("qkv", nn.Linear(WIDTH, 3 * WIDTH))
+        self.turned = FusedAttention("c_attn", Conv1D(3 * WIDTH, WIDTH))
         self.multihead = nn.MultiheadAttention(WIDTH, HEADS, add_bias_kv=True)
         self.interleaved = GPTNeoXAttention()
         self.low = SeparateAttention().bfloat16()

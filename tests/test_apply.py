@@ -12,7 +12,8 @@ from attention_layers import GPT2, LLAMA, SIZES, TOKENS, Multihead, PlainBlock, 
 from torch import nn
 
 from hnf_attention import apply_intervention
-from hnf_attention.interventions import Applied, Intervention, dropout, learning_rate, qk_clip
+from hnf_attention.interventions import Applied, Intervention, dropout, layout, learning_rate, qk_clip
+from hnf_attention.interventions.projections import Projections
 
 t = transformers
 
@@ -205,3 +206,71 @@ def test_interventions_are_printed_short():
     applied.revert()
     assert repr(applied).endswith(", reverted)")
     assert len(repr(Applied(many, 1000 * "text ", []))) < 500
+
+
+# All or nothing
+
+
+def test_a_fault_half_way_takes_back_what_was_done(monkeypatch):
+    model = nn.ModuleDict({"a": PlainBlock("qkv"), "b": PlainBlock("qkv")})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = weights(model)
+
+    def fail(*_):
+        raise RuntimeError("planted")
+
+    wanted = qk_clip.propose(30.0, {"a": [80.0] * 4, "b": [80.0] * 4}, "", lr_factor=0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(learning_rate, "apply", fail)  # after the weights
+        with pytest.raises(RuntimeError, match="planted"):
+            apply_intervention(optimizer, wanted, model)
+    torch.testing.assert_close(weights(model), before)
+    multiply = Projections.multiply
+
+    def second_fails(found, query, key):
+        if any(parameter is model["b"].qkv.weight for parameter in found.parameters):
+            fail()
+        multiply(found, query, key)
+
+    monkeypatch.setattr(Projections, "multiply", second_fails)
+    for layer in ("a", "b"):
+        layout.find(model, layer, 4)
+    with pytest.raises(RuntimeError, match="planted"):
+        apply_intervention(optimizer, wanted, model)
+    torch.testing.assert_close(weights(model), before)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_master_weights_in_the_optimizer_are_noticed():
+    model = nn.ModuleDict({"attn": PlainBlock("qkv")}).bfloat16()
+    masters = [nn.Parameter(p.detach().float()) for p in model.parameters()]
+    wanted = qk_clip.propose(30.0, {"attn": [80.0] * 4}, "")
+    before = weights(model)
+    with pytest.raises(
+        ValueError, match="torch.bfloat16 weights of layer 'attn' themselves, got .* master weights"
+    ):
+        apply_intervention(torch.optim.AdamW(masters), wanted, model)
+    assert not changed(before, weights(model))
+    for optimizer in (torch.optim.AdamW(model.parameters()), None):
+        apply_intervention(optimizer, wanted, model)
+    wide = nn.ModuleDict({"attn": PlainBlock("qkv")})
+    apply_intervention(torch.optim.AdamW(masters), wanted, wide)  # fp32 weights that it does not train
+
+
+def test_a_dropout_that_others_use_is_refused():
+    model = t.GPT2LMHeadModel(t.GPT2Config(**{**GPT2.to_dict(), "n_layer": 2}))
+    first, second = model.transformer.h
+    second.attn.attn_dropout = first.attn.attn_dropout
+    before = first.attn.attn_dropout.p
+    with pytest.raises(ValueError, match="dropout of its own, got 1 other modules"):
+        apply_intervention(None, dropout.propose("transformer.h.0.attn", ""), model)
+    assert first.attn.attn_dropout.p == before and not dropout.raisable(model, "transformer.h.0.attn")
+
+
+def test_a_dropout_that_is_computed_is_left_alone():
+    class Computed(PlainBlock):
+        dropout_p = property(lambda self: 0.1)
+
+    model = nn.ModuleDict({"attn": Computed("qkv")})
+    with pytest.raises(ValueError, match="to have an attention dropout"):
+        apply_intervention(None, dropout.propose("attn", ""), model)

@@ -220,11 +220,12 @@ class Projected(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.q_proj, self.k_proj = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.q_proj, self.k_proj, self.out = nn.Linear(16, 16), nn.Linear(16, 16), nn.Identity()
 
     def forward(self, inputs):
-        q, k = (p(inputs).unflatten(-1, (4, 4)).transpose(1, 2) for p in (self.q_proj, self.k_proj))
-        return F.scaled_dot_product_attention(q, k, k)
+        parts = (self.q_proj(inputs), self.k_proj(inputs), inputs)
+        out = F.scaled_dot_product_attention(*(x.unflatten(-1, (4, 4)).transpose(1, 2) for x in parts))
+        return self.out(out)
 
 
 CLIP = qk_clip.propose(30.0, {"0": [120.0] * 4}, "large scores", None)
@@ -244,6 +245,24 @@ def test_a_clip_refuses_a_weight_that_is_computed_from_others():
     torch.nn.utils.parametrizations.weight_norm(model[0].q_proj)
     with pytest.raises(ValueError, match="q_proj"):
         apply_intervention(None, CLIP, model=model)
+
+
+@carried_by("hooks")
+def test_a_trial_of_a_layer_runs_none_of_its_hooks():
+    model, seen = nn.Sequential(Projected()), []
+    model[0].register_forward_hook(lambda *_: seen.append("layer"))
+    model[0].out.register_forward_pre_hook(lambda *_: seen.append("module inside"))
+    apply_intervention(None, CLIP, model=model)
+    assert not seen
+
+
+@carried_by("forward_hooks")
+def test_a_clip_refuses_a_projection_whose_output_a_hook_may_change():
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        model = nn.Sequential(Projected())
+        getattr(model[0].k_proj, register)(lambda *_: None)
+        with pytest.raises(ValueError, match="nothing else"):
+            apply_intervention(None, CLIP, model=model)
 
 
 @carried_by("inner_schedulers")

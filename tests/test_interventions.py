@@ -222,8 +222,9 @@ def test_qwen3_is_refused_as_a_whole():
 
 
 def test_an_identity_in_place_of_a_norm_is_no_qk_norm():
-    module = Strange(qkv=nn.Linear(8, 24), q_norm=nn.Identity(), norm=nn.LayerNorm(8))
-    apply_intervention(None, temperature.propose({"a": [2.0, 2.0]}, ""), nn.ModuleDict({"a": module}))
+    block = PlainBlock("qkv")
+    block.q_norm, block.norm = nn.Identity(), nn.LayerNorm(8)
+    apply_intervention(None, temperature.propose({"a": [2.0] * 4}, ""), nn.ModuleDict({"a": block}))
 
 
 def test_all_layers_or_none():

@@ -125,6 +125,24 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     return (dict(module.named_parameters(recurse=False)) if parameters is None else parameters).get(name)
 
 
+def hooks(module: nn.Module) -> list[Any]:
+    """The collections in which the module itself keeps hooks of all kinds.
+
+    Missing: []. A trial of a layer's weights then runs the hooks that its copy has taken over.
+    """
+    names = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
+    return [vars(module)[name] for name in names if name in vars(module)]
+
+
+def forward_hooks(module: nn.Module) -> list[Any]:
+    """The hooks that run around the module's forward and may change what it takes or returns.
+
+    Missing: []. The weights of a projection with such a hook are then scaled as if there were none.
+    """
+    kept = (getattr(module, name, {}) for name in ("_forward_pre_hooks", "_forward_hooks"))
+    return [hook for hooks in kept for hook in hooks.values()]
+
+
 def inner_schedulers(scheduler: object) -> list[Any]:
     """The learning-rate schedulers inside a SequentialLR or ChainedScheduler, [] for any other.
 

@@ -12,16 +12,16 @@ from torch import nn
 
 from . import dropout, learning_rate, qk_clip, temperature
 from .intervention import Change, positive, shortened
+from .scaling import LayerScaling, refuse_masters, scale_layers
 
 _Thing = TypeVar("_Thing")
 
-#: Actions on a model: (model, intervention) -> what was changed.
-_ON_MODELS: dict[str, Callable[[nn.Module, Mapping[str, Any]], Change]] = {
-    "increase_dropout": dropout.apply,
-    "qk_clip": qk_clip.apply,
-    "temperature": temperature.apply,
+#: Actions that scale weights: (model, intervention) -> the factors of each layer.
+_SCALINGS: dict[str, Callable[[nn.Module, Mapping[str, Any]], list[LayerScaling]]] = {
+    "qk_clip": qk_clip.plan,
+    "temperature": temperature.plan,
 }
-ACTIONS = ("reduce_lr", *_ON_MODELS)
+ACTIONS = ("reduce_lr", "increase_dropout", *_SCALINGS)
 
 
 @dataclass(repr=False)
@@ -39,7 +39,9 @@ class Applied:
     def revert(self) -> None:
         """Undo it by the inverse change: weights are divided by what they were multiplied with.
 
-        What was learnt in between is kept. A second call does nothing.
+        What was learnt in between is kept. Without any learning, the weights come back but for two roundings of
+        their dtype: 2^-23 of each in fp32, 2^-7 in bf16. Dropout comes back exactly. A second call does nothing.
+        Raises ValueError if the weights cannot be found any more, for example under an adapter.
         """
         while self.undo:
             self.undo.pop()()
@@ -62,26 +64,46 @@ def apply_intervention(
       to the threshold. It is exact for plain and rotary attention; if a bias or soft-cap follows, for the q.k part.
     - temperature divides query weights.
 
-    optimizer: needed for learning rates.
+    The last two change a weight only on proof that the scores of its head, and nothing else, follow it: they take
+    the attention of `torch.nn` and of the transformers classes in `known_classes`. A layer of any other class is
+    copied, with random weights, and tried on random inputs.
+
+    optimizer: needed for learning rates. Given for weights too, it must update them itself, in their own dtype.
     model: needed for everything else, unless the intervention comes from a monitor, which knows its model. If the
         optimizer keeps separate fp32 master weights, hand over the model that holds them: it overwrites others.
     scheduler: one, or a list of them, whose base rates are scaled along.
 
     Returns an `Applied`, whose `revert()` takes it back. Raises ValueError, and then has changed nothing,
-    for an unknown action, missing or wrong items, an unknown layer, or one that cannot be treated.
+    for an unknown action, missing or wrong items, an unknown layer, or one that cannot be treated: its weights are
+    frozen, shared, wrapped, of 8 bits or fewer, or not proved to be its queries and keys.
     """
     action = intervention.get("action")
     if action not in ACTIONS:
         raise ValueError(f"expected intervention['action'] in {ACTIONS}, got {action!r}")
-    todo: list[Callable[[], Change]] = []
-    if action in _ON_MODELS:
-        model = getattr(intervention, "model", None) if model is None else model
-        todo.append(partial(_ON_MODELS[action], _need(model, "a model", action), intervention))
+    cut: list[Callable[[], Change]] = []
     if action == "reduce_lr" or (action == "qk_clip" and "lr_factor" in intervention):
         factor = positive(intervention, "factor" if action == "reduce_lr" else "lr_factor")
-        optimizer = _need(optimizer, "an optimizer", f"{action} with a learning-rate factor")
-        todo.append(partial(learning_rate.apply, optimizer, factor, scheduler))
-    done = [change() for change in todo]
+        rates = _need(optimizer, "an optimizer", f"{action} with a learning-rate factor")
+        cut.append(partial(learning_rate.apply, rates, factor, scheduler))
+    todo: list[Callable[[], Change]] = []
+    if action != "reduce_lr":
+        model = _need(getattr(intervention, "model", None) if model is None else model, "a model", action)
+        if action == "increase_dropout":
+            todo.append(partial(dropout.apply, model, intervention))
+        else:
+            plan = _SCALINGS[action](model, intervention)
+            if optimizer is not None:
+                refuse_masters(model, plan, optimizer)
+            todo.append(partial(scale_layers, model, plan))
+    todo += cut
+    done: list[Change] = []
+    try:
+        for change in todo:
+            done.append(change())
+    except Exception:
+        for each in reversed(done):
+            each.undo()
+        raise
     description = f"{action}: {'; '.join(change.description for change in done)}"
     return Applied(intervention, description, [change.undo for change in done])
 

@@ -24,13 +24,15 @@ def propose(layer: str, reason: str) -> Intervention:
 def raisable(model: nn.Module, layer: str) -> bool:
     """Whether the layer has an attention dropout below the maximum."""
     module = dict(named_modules(model)).get(layer)
-    return module is not None and any(getattr(holder, name) < MAXIMUM for holder, name in _places(module))
+    if module is None or _shared(model, module):
+        return False
+    return any(getattr(holder, name) < MAXIMUM for holder, name in _places(module))
 
 
 def apply(model: nn.Module, intervention: Mapping[str, Any]) -> Change:
     """Add the amount to the layer's attention dropout, up to MAXIMUM.
 
-    Raises ValueError for an unknown layer, or one without an attention dropout.
+    Raises ValueError for an unknown layer, one without an attention dropout, or one that shares it with others.
     """
     amount, layer = positive(intervention, "amount", AMOUNT), intervention.get("layer")
     modules = dict(named_modules(model))
@@ -41,6 +43,11 @@ def apply(model: nn.Module, intervention: Mapping[str, Any]) -> Change:
         raise ValueError(
             f"expected layer {layer!r} to have an attention dropout (one of {', '.join(NAMES)}), "
             f"got {type(modules[layer]).__name__} with none of them"
+        )
+    shared = _shared(model, modules[layer])
+    if shared:
+        raise ValueError(
+            f"expected layer {layer!r} to have an attention dropout of its own, got {shared} other modules that use it"
         )
     before = [getattr(holder, name) for holder, name in places]
     after = [max(p, min(MAXIMUM, p + amount)) for p in before]
@@ -58,9 +65,18 @@ def _places(module: nn.Module) -> list[tuple[nn.Module, str]]:
     """(holder, attribute) of each probability: models keep it as a module, as a number, or as both."""
     places: list[tuple[nn.Module, str]] = []
     for name in NAMES:
+        if isinstance(getattr(type(module), name, None), property):  # computed from something else
+            continue
         value = getattr(module, name, None)
         if isinstance(value, nn.Dropout):
             places.append((value, "p"))
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             places.append((module, name))
     return places
+
+
+def _shared(model: nn.Module, module: nn.Module) -> int:
+    """How many modules beside this one hold its attention dropout."""
+    own = {id(holder) for holder, _ in _places(module) if holder is not module}
+    others = (other for other in model.modules() if other is not module)
+    return sum(any(id(child) in own for child in other.children()) for other in others)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
-from ..compat import own_parameter
-from .shards import Shards
+from .. import compat
+from .shards import Shards, own_class
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,7 @@ class Projections:
 
     query: tensors whose first dimension is the H query heads. key: the same for the H_kv key heads.
     Scaling both, or the query side alone, scales every score before bias and soft-cap.
+    parameters: those that the views lie in.
     shards: where FSDP2 keeps the weights in parts, the factors that stand for their rows here; else None.
     """
 
@@ -23,52 +26,115 @@ class Projections:
     key: list[Tensor]
     num_heads: int
     num_key_heads: int
+    parameters: list[Tensor]
     shards: Shards | None = None
-
-    @classmethod
-    def by_head(
-        cls, query: list[Tensor], key: list[Tensor], num_heads: int, num_key_heads: int
-    ) -> Projections:
-        """From rows ordered by heads: (heads * D, ...) each."""
-        return cls(
-            [rows.unflatten(0, (num_heads, -1)) for rows in query],
-            [rows.unflatten(0, (num_key_heads, -1)) for rows in key],
-            num_heads,
-            num_key_heads,
-        )
 
     @property
     def keys_shared(self) -> bool:
         """Whether several query heads read one key head (grouped-query attention)."""
         return self.num_key_heads != self.num_heads
 
+    @torch.no_grad()
+    def multiply(self, query: Tensor, key: Tensor | None) -> None:
+        """Multiply each head's query weights by `query` (H,) and its key weights by `key` (H_kv,), in place."""
+        for tensors, factors in ((self.query, query), (self.key, key)):
+            if factors is None:
+                continue
+            for tensor in tensors:
+                # In at least fp32: a bf16 factor would be off by half a percent.
+                wide = torch.promote_types(tensor.dtype, torch.float32)
+                tensor.mul_(factors.to(tensor.device, wide).view(-1, *(1,) * (tensor.dim() - 1)))
+        if self.shards is not None:
+            self.shards.multiply()
 
-def linear_rows(module: nn.Module, layer: str, name: str, shards: Shards | None) -> list[Tensor]:
-    """Weight (outputs, inputs) and, where there is one, bias (outputs,) of a plain linear projection.
 
-    Where they are sharded, factors for them: (outputs, 1) and (outputs,).
-    Raises ValueError for anything but a linear layer with floating-point weights of its own.
+@dataclass
+class Reader:
+    """Reads one layer's weights, as values or, where `shards` holds them, as factors that stand for them.
+
+    changing: the weights are to be changed. A weight that cannot be changed for good is then refused.
+    parameters: what was read so far.
     """
-    projection = getattr(module, name)
-    weight = own_parameter(projection, "weight")
-    conv1d = type(projection).__name__ == "Conv1D"  # transformers' own: weight (inputs, outputs)
-    plain = isinstance(projection, nn.Linear) or conv1d
-    if not plain or weight is None or not weight.is_floating_point() or weight.dim() != 2:
-        raise _not_its_own(f"{layer}.{name}", projection)
-    rows = parameter_rows(weight, f"{layer}.{name}", shards, dim=1 if conv1d else 0)
-    rows = rows.t() if conv1d else rows
-    if projection.bias is None:
-        return [rows]
-    return [rows, parameter_rows(projection.bias, f"{layer}.{name}", shards)]
+
+    layer: str
+    shards: Shards | None = None
+    changing: bool = False
+    parameters: list[Tensor] = field(default_factory=list)
+
+    def linear(self, module: nn.Module, name: str) -> list[Tensor]:
+        """Weight (outputs, inputs) and, where there is one, bias (outputs,) of a plain linear projection.
+
+        Where they are sharded, factors for them: (outputs, 1) and (outputs,).
+        Raises ValueError for anything but a linear layer with floating-point weights of its own.
+        """
+        projection, where = getattr(module, name), f"{self.layer}.{name}"
+        weight = compat.own_parameter(projection, "weight")
+        conv1d = type(projection).__name__ == "Conv1D"  # transformers' own: weight (inputs, outputs)
+        if not (isinstance(projection, nn.Linear) or conv1d) or weight is None or weight.dim() != 2:
+            raise _not_its_own(where, projection)
+        rows = self.rows(weight, name, dim=1 if conv1d else 0)
+        read = [rows.t() if conv1d else rows]
+        if projection.bias is not None:
+            read.append(self.rows(projection.bias, name))
+        if self.changing and not _computes_plainly(projection):
+            raise ValueError(
+                f"expected {where} to compute its weight times its input and nothing else, got "
+                f"{type(projection).__module__}.{type(projection).__name__} with a forward or hooks of its own"
+            )
+        return read
+
+    def rows(self, parameter: Tensor, name: str, dim: int = 0) -> Tensor:
+        """The parameter itself or, where it is sharded, factors for it along `dim`.
+
+        name: of the parameter's holder in the layer.
+        """
+        where = f"{self.layer}.{name}"
+        if self.changing:
+            _check_changeable(parameter, where)
+        if self.shards is None and type(parameter.data) is not Tensor:
+            raise _not_its_own(where, parameter.data)
+        self.parameters.append(parameter)
+        return parameter.detach() if self.shards is None else self.shards.rows(parameter, dim)
+
+    def by_head(
+        self, query: Sequence[Tensor], key: Sequence[Tensor], num_heads: int, num_key_heads: int
+    ) -> Projections:
+        """What was read, from rows ordered by heads: (heads * D, ...) each."""
+        return self.projections(
+            [rows.unflatten(0, (num_heads, -1)) for rows in query],
+            [rows.unflatten(0, (num_key_heads, -1)) for rows in key],
+        )
+
+    def projections(self, query: list[Tensor], key: list[Tensor]) -> Projections:
+        """What was read, from tensors whose first dimension is the heads."""
+        return Projections(query, key, len(query[0]), len(key[0]), self.parameters, self.shards)
 
 
-def parameter_rows(parameter: Tensor, name: str, shards: Shards | None, dim: int = 0) -> Tensor:
-    """The parameter itself or, where it is sharded, factors for it along `dim`."""
-    if shards is not None:
-        return shards.rows(parameter, dim)
-    if type(parameter.data) is not Tensor:
-        raise _not_its_own(name, parameter.data)
-    return parameter.detach()
+def _computes_plainly(projection: nn.Module) -> bool:
+    """Whether the forward is that of nn.Linear or transformers' Conv1D, and no hook may change what it returns."""
+    cls = type(projection)
+    linear = cls.forward is nn.Linear.forward
+    written = f"{cls.forward.__module__}.{cls.forward.__qualname__}"
+    conv1d = written == "transformers.pytorch_utils.Conv1D.forward"
+    hooked = (
+        any(compat.forward_hooks(projection)) and own_class(projection) is cls
+    )  # FSDP2's hooks gather weights
+    return (linear or conv1d) and "forward" not in vars(projection) and not hooked
+
+
+def _check_changeable(parameter: Tensor, where: str) -> None:
+    """Raise ValueError for a parameter that is frozen, or whose values cannot be multiplied in place."""
+    if not parameter.is_floating_point() or parameter.element_size() < 2:
+        raise ValueError(
+            f"expected floating-point weights of 16 bits or more in {where}, got {parameter.dtype}"
+        )
+    if not parameter.requires_grad:
+        raise ValueError(
+            f"expected trainable weights in {where}, got frozen ones: training keeps them as they are, "
+            "and an adapter or checkpoint of what was trained would not carry the change"
+        )
+    if parameter.is_inference():
+        raise ValueError(f"expected weights that may change in {where}, got a tensor of inference mode")
 
 
 def _not_its_own(name: str, found: object) -> ValueError:

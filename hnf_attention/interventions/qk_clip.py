@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from . import layout
-from .intervention import Change, Intervention, numbers_by_layer, positive
-from .scaling import LayerScaling, scale_layers
+from .intervention import Intervention, numbers_by_layer, positive
+from .scaling import LayerScaling
 
 
 def propose(
@@ -34,10 +34,13 @@ def propose(
     return Intervention({**items, "reason": reason})
 
 
-def apply(model: nn.Module, intervention: Mapping[str, Any]) -> Change:
-    """Carry it out on the weights; its 'lr_factor' is left to the caller."""
+def plan(model: nn.Module, intervention: Mapping[str, Any]) -> list[LayerScaling]:
+    """The factors of each layer's weights; 'lr_factor' is left to the caller. Nothing is changed yet.
+
+    Raises ValueError for wrong items, and for layers that cannot be scaled.
+    """
     limit = positive(intervention, "threshold")
-    plan = []
+    scalings = []
     for layer, largest in numbers_by_layer(intervention).items():
         found = layout.find(model, layer, len(largest))
         sizes = torch.tensor([math.nan if size is None else size for size in largest], dtype=torch.float64)
@@ -45,5 +48,7 @@ def apply(model: nn.Module, intervention: Mapping[str, Any]) -> Change:
         gamma = torch.where(sizes.isfinite() & (sizes > limit), limit / sizes, 1.0)
         # A key head that several query heads share cannot be scaled for one of them: the query takes it all.
         shared = found.keys_shared
-        plan.append(LayerScaling(layer, gamma if shared else gamma.sqrt(), None if shared else gamma.sqrt()))
-    return scale_layers(model, plan)
+        scalings.append(
+            LayerScaling(layer, gamma if shared else gamma.sqrt(), None if shared else gamma.sqrt())
+        )
+    return scalings

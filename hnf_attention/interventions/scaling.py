@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..names import display_name
 from . import layout
 from .intervention import Change
-from .projections import Projections
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class LayerScaling:
 
     def apply(self, model: nn.Module) -> None:
         """Find the layer's weights and multiply them."""
-        _multiply(layout.find(model, self.layer, len(self.query)), self.query, self.key)
+        layout.find(model, self.layer, len(self.query)).multiply(self.query, self.key)
 
     def inverse(self) -> LayerScaling:
         """The scaling that takes this one back."""
@@ -32,12 +31,17 @@ class LayerScaling:
 
 
 def scale_layers(model: nn.Module, plan: Sequence[LayerScaling]) -> Change:
-    """Scale every layer of the plan. All of them have to be found before: no layer may be refused half-way."""
+    """Scale every layer of the plan, which was made for this model. If one fails, those before it are scaled back."""
     plan = [scaling for scaling in plan if (scaling.query != 1).any()]
 
     def run(scalings: Sequence[LayerScaling]) -> None:
-        for scaling in scalings:
-            scaling.apply(model)
+        for number, scaling in enumerate(scalings):
+            try:
+                scaling.apply(model)
+            except Exception:
+                for done in scalings[:number]:
+                    done.inverse().apply(model)
+                raise
 
     run(plan)
     texts = [f"{display_name(s.layer)} heads {torch.nonzero(s.query != 1).flatten().tolist()}" for s in plan]
@@ -45,15 +49,20 @@ def scale_layers(model: nn.Module, plan: Sequence[LayerScaling]) -> Change:
     return Change(text, lambda: run([scaling.inverse() for scaling in plan]))
 
 
-@torch.no_grad()
-def _multiply(projections: Projections, query: Tensor, key: Tensor | None) -> None:
-    """Multiply each head's query weights by `query` (H,) and its key weights by `key` (H_kv,), in place."""
-    for tensors, factors in ((projections.query, query), (projections.key, key)):
-        if factors is None:
-            continue
-        for tensor in tensors:
-            # In at least fp32: a bf16 factor would be off by half a percent.
-            wide = torch.promote_types(tensor.dtype, torch.float32)
-            tensor.mul_(factors.to(tensor.device, wide).view(-1, *(1,) * (tensor.dim() - 1)))
-    if projections.shards is not None:
-        projections.shards.multiply()
+def refuse_masters(model: nn.Module, plan: Sequence[LayerScaling], optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError if the optimizer seems to keep fp32 copies of these layers' 16-bit weights.
+
+    Its next step would write the copies over any change of the weights.
+    """
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not any(parameter.dtype == torch.float32 for parameter in held):
+        return
+    updated = {id(parameter) for parameter in held}
+    for scaling in plan:
+        for parameter in layout.find(model, scaling.layer, len(scaling.query)).parameters:
+            if parameter.element_size() == 2 and id(parameter) not in updated:
+                raise ValueError(
+                    f"expected an optimizer that updates the {parameter.dtype} weights of layer {scaling.layer!r} "
+                    "themselves, got one with other tensors in fp32: its master weights would undo the change "
+                    "(hand over the model that holds them)"
+                )

@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from ..names import named_modules
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the module's author wrote: FSDP2 puts one of its own in front, for the same code."""
+    first, *others = type(module).__mro__
+    return others[1] if others[0].__name__ == "FSDPModule" else first
 
 
 class Shards:
@@ -27,7 +35,8 @@ class Shards:
         """None if `fully_shard` was applied neither to the layer nor to a module around it."""
         fsdp = sys.modules.get("torch.distributed.fsdp")  # imported already if it sharded the model
         names = layer.split(".") if layer else []
-        around = (model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1))
+        modules = dict(named_modules(model))
+        around = (modules.get(".".join(names[:depth])) for depth in range(len(names) + 1))
         managed = fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in around)
         return Shards(layer) if managed else None
 

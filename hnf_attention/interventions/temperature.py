@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from . import layout
-from .intervention import Change, Intervention, check_positive, numbers_by_layer
-from .scaling import LayerScaling, scale_layers
+from .intervention import Intervention, check_positive, numbers_by_layer
+from .scaling import LayerScaling
 
 
 def propose(layers: Mapping[str, Sequence[float]], reason: str) -> Intervention:
@@ -21,11 +21,14 @@ def propose(layers: Mapping[str, Sequence[float]], reason: str) -> Intervention:
     return Intervention({"action": "temperature", "layers": dict(layers), "reason": reason})
 
 
-def apply(model: nn.Module, intervention: Mapping[str, Any]) -> Change:
-    """Carry it out on the query weights."""
-    plan = []
+def plan(model: nn.Module, intervention: Mapping[str, Any]) -> list[LayerScaling]:
+    """The factors of each layer's query weights. Nothing is changed yet.
+
+    Raises ValueError for wrong items, and for layers that cannot be scaled.
+    """
+    scalings = []
     for layer, values in numbers_by_layer(intervention).items():
         layout.find(model, layer, len(values))
         factors = [check_positive(f"the temperature factors of {layer!r}", value) for value in values]
-        plan.append(LayerScaling(layer, 1 / torch.tensor(factors, dtype=torch.float64), None))
-    return scale_layers(model, plan)
+        scalings.append(LayerScaling(layer, 1 / torch.tensor(factors, dtype=torch.float64), None))
+    return scalings

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import compat, theory
-from ..interventions import layout
+from ..interventions import layout, orders
 from .design import Design
 from .norms import norm_before, read_norm
 from .positions import position_bias
@@ -40,7 +40,7 @@ def read_weights(model: nn.Module, design: Design) -> tuple[list[LayerWeights], 
         raise ValueError("expected a model with weights, got one on the meta device")
     found: list[LayerWeights] = []
     reasons: dict[str, str] = {}
-    names = [name for name, module in model.named_modules() if layout.holds(module)]
+    names = [name for name, module in model.named_modules() if orders.holds(module)]
     if not names:
         raise ValueError(f"expected a model with attention, got {type(model).__name__} without any known")
     for name in names:

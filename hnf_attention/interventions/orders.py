@@ -1,0 +1,144 @@
+"""The orders in which models keep query and key weights: one block of rows for each head, in one projection or two."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..compat import child
+from .projections import Projections, Reader
+from .shards import own_class
+
+SEPARATE = (
+    ("q_proj", "k_proj"),  # LLaMA, Mistral, Gemma, OPT, BART, Whisper, CLIP
+    ("query", "key"),  # BERT, ViT
+    ("q_lin", "k_lin"),  # DistilBERT
+    ("q", "k"),  # T5
+    ("wq", "wk"),  # Meta's LLaMA code
+    ("to_q", "to_k"),  # diffusers
+)
+# Rows ordered all of q, all of k, all of v; each of those by heads.
+FUSED = ("c_attn", "qkv", "Wqkv", "qkv_proj")
+# Rows ordered by heads, and q, k, v within each head. The name alone does not tell; these classes do so.
+INTERLEAVED = {"query_key_value": ("GPTNeoXAttention", "BloomAttention")}
+# Classes that use a FUSED name for another order of rows.
+NOT_FUSED = ("GPTBigCodeAttention", "CodeGenAttention", "MiniMaxLightningAttention")
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
+
+
+def holds(module: nn.Module) -> bool:
+    """Whether a module has children named like query and key projections, in an order known to `read` or not."""
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    names = {name for name, child in module.named_children()}
+    return any({q, k} <= names for q, k in SEPARATE) or bool(names & {*FUSED, *INTERLEAVED})
+
+
+def read(module: nn.Module, num_heads: int, reader: Reader) -> Projections | None:
+    """The query and key weights of a module, by the names and shapes of its projections; None if it has none.
+
+    Raises ValueError for names and shapes that fit no order of rows.
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        return _multihead(module, num_heads, reader)
+    for query, key in SEPARATE:
+        if _is_module(module, query) and _is_module(module, key):
+            return _separate(module, num_heads, query, key, reader)
+    for name, classes in INTERLEAVED.items():
+        if _is_module(module, name):
+            return _interleaved(module, num_heads, name, classes, reader)
+    for name in FUSED:
+        if _is_module(module, name):
+            return _fused(module, num_heads, name, reader)
+    return None
+
+
+def _separate(module: nn.Module, num_heads: int, query: str, key: str, reader: Reader) -> Projections:
+    query_rows, key_rows = (reader.linear(module, name) for name in (query, key))
+    size = _head_size(reader.layer, len(query_rows[0]), num_heads)
+    declared = getattr(module, "head_dim", size)
+    key_heads, left = divmod(len(key_rows[0]), size)
+    if declared != size or left or not key_heads or num_heads % key_heads:
+        raise ValueError(
+            f"expected {num_heads} query heads of {declared} and key heads of that size in layer {reader.layer!r}, "
+            f"got {query} with {len(query_rows[0])} and {key} with {len(key_rows[0])} outputs"
+        )
+    return reader.by_head(query_rows, key_rows, num_heads, key_heads)
+
+
+def _fused(module: nn.Module, num_heads: int, name: str, reader: Reader) -> Projections:
+    if own_class(module).__name__ in NOT_FUSED:
+        raise ValueError(
+            f"expected query, key and value rows one after the other in {reader.layer}.{name}, "
+            f"got another order, that of {own_class(module).__name__}"
+        )
+    fused = reader.linear(module, name)
+    if name == "c_attn" and _is_module(module, "q_attn"):  # GPT-2's cross attention: c_attn is k and v
+        query_rows = reader.linear(module, "q_attn")
+        size = _head_size(reader.layer, len(query_rows[0]), num_heads)
+        key_heads, start, expected = num_heads, 0, 2 * num_heads * size
+    else:
+        key_heads = _key_heads(module, num_heads)
+        size = _head_size(reader.layer, len(fused[0]), num_heads + 2 * key_heads)
+        start, expected = num_heads * size, (num_heads + 2 * key_heads) * size
+        query_rows = [rows[:start] for rows in fused]
+    if len(fused[0]) != expected or getattr(module, "head_dim", size) != size:
+        raise ValueError(
+            f"expected {expected} outputs (heads of {getattr(module, 'head_dim', size)}) of {reader.layer}.{name}, "
+            f"got {len(fused[0])}"
+        )
+    stop = start + key_heads * size
+    return reader.by_head(query_rows, [rows[start:stop] for rows in fused], num_heads, key_heads)
+
+
+def _interleaved(
+    module: nn.Module, num_heads: int, name: str, classes: tuple[str, ...], reader: Reader
+) -> Projections:
+    if own_class(module).__name__ not in classes:
+        raise ValueError(
+            f"expected {reader.layer}.{name} in a class whose row order is known {classes}, "
+            f"got {own_class(module).__name__}"
+        )
+    rows = reader.linear(module, name)
+    _head_size(reader.layer, len(rows[0]), 3 * num_heads)
+    parts = [part.unflatten(0, (num_heads, 3, -1)) for part in rows]
+    return reader.projections([part[:, 0] for part in parts], [part[:, 1] for part in parts])
+
+
+def _multihead(module: nn.MultiheadAttention, num_heads: int, reader: Reader) -> Projections:
+    if module.num_heads != num_heads:
+        raise ValueError(f"expected {module.num_heads} heads for layer {reader.layer!r}, got {num_heads}")
+    width = module.embed_dim
+    if module.in_proj_weight is not None:
+        fused = reader.rows(module.in_proj_weight, "in_proj_weight")
+        query, key = [fused[:width]], [fused[width : 2 * width]]
+    else:
+        query, key = ([reader.rows(getattr(module, f"{x}_proj_weight"), f"{x}_proj_weight")] for x in "qk")
+    if module.in_proj_bias is not None:
+        bias = reader.rows(module.in_proj_bias, "in_proj_bias")
+        query.append(bias[:width])
+        key.append(bias[width : 2 * width])
+    if module.bias_k is not None:
+        key.append(reader.rows(module.bias_k, "bias_k", dim=2).view(-1))
+    return reader.by_head(query, key, num_heads, num_heads)
+
+
+def _head_size(layer: str, rows: int, heads: int) -> int:
+    if rows % heads:
+        raise ValueError(
+            f"expected layer {layer!r}, whose projections have {rows} rows, to have heads of one size, got {heads} "
+            "heads of queries, keys and values together"
+        )
+    return rows // heads
+
+
+def _key_heads(module: nn.Module, num_heads: int) -> int:
+    for holder in (module, getattr(module, "config", None)):
+        for name in KEY_HEADS:
+            value = getattr(holder, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return num_heads
+
+
+def _is_module(module: nn.Module, name: str) -> bool:
+    return child(module, name) is not None

@@ -1,0 +1,237 @@
+"""A layer of no known class is scaled only if a trial proves it, whatever its projections and norms are called."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_layers import Multihead, changed, weights
+from odd_layers import (
+    DIM,
+    HEADS,
+    ORDERS,
+    WIDTH,
+    Biased,
+    Cross,
+    Fused,
+    Gated,
+    Norm,
+    Reused,
+    Separate,
+    Softcapped,
+    Twice,
+    TwoArguments,
+    WithModule,
+    all_heads_normed,
+    clamped,
+    cosine,
+    keys_normed,
+    normed,
+    queries_normed,
+    rotated,
+    shifted,
+)
+from torch import nn
+
+from hnf_attention import AttentionStabilityMonitor, apply_intervention, instrument
+from hnf_attention.interventions import qk_clip, temperature
+
+SIZES = [100.0, 10.0, 50.0, 40.0]  # said to be the largest score of each head
+
+PROVED = {
+    "fused": Fused,
+    "fused, by a softmax": lambda: Fused(softmax=True),
+    "fused, causal": lambda: Fused(is_causal=True),
+    "fused, rotary": lambda: Fused(inside=rotated),
+    "fused, without a bias": lambda: _without_bias(Fused()),
+    "Wqkv": lambda: Fused(name="Wqkv"),
+    "bf16": lambda: Fused().bfloat16(),
+    "fp64": lambda: Fused().double(),
+    "separate": Separate,
+    "separate, by a softmax": lambda: Separate(softmax=True),
+    "grouped keys": lambda: Separate(groups=2),
+    "one key head": lambda: Separate(groups=1),
+    "grouped keys, by a softmax": lambda: Separate(groups=2, softmax=True),
+    "cross attention": Cross,
+    "a bias on the scores, zero output": Biased,
+}
+REFUSED = {
+    **{f"rows by {x}": (lambda x=x: Fused(x), "order|something else") for x in list(ORDERS)[1:]},
+    "rows by heads, kinds, by a softmax": (
+        lambda: Fused("heads, kinds", softmax=True),
+        "order|something else",
+    ),
+    "a norm by a call": (lambda: Fused(inside=normed), "stay as they are"),
+    "a norm by a call, separate": (lambda: Separate(inside=normed), "stay as they are"),
+    "cosine": (lambda: Fused(inside=cosine), "stay as they are"),
+    "a norm of queries": (lambda: Fused(inside=queries_normed), "stay as they are"),
+    "a norm of keys": (lambda: Fused(inside=keys_normed), "its key weights"),
+    "a norm of all heads": (lambda: Fused(inside=all_heads_normed), "stay as they are"),
+    "a clamp": (lambda: Fused(inside=clamped), "not grow in proportion|stay as they are"),
+    "a norm module": (lambda: WithModule("norm", Norm()), "stay as they are"),
+    "a norm in the attention core": (lambda: WithModule("core", Norm()), "stay as they are"),
+    "one norm for both": (lambda: WithModule("rms", nn.RMSNorm(DIM)), "stay as they are"),
+    "a list of norms": (
+        lambda: WithModule("norms", nn.ModuleList([nn.RMSNorm(DIM), nn.RMSNorm(DIM)])),
+        "stay as",
+    ),
+    "a norm without gains": (
+        lambda: WithModule("x", nn.LayerNorm(DIM, elementwise_affine=False)),
+        "stay as they",
+    ),
+    "queries with a part of their own": (lambda: Fused(inside=shifted), "its key weights|something else"),
+    "a soft-cap": (Softcapped, "not grow in proportion"),
+    "a gate beside the queries": (Gated, "something else"),
+    "keys that are values": (lambda: Reused("values"), "something else"),
+    "queries in the output": (lambda: Reused("residual"), "something else"),
+    "two attentions": (Twice, "one attention .* got 2"),
+    "another forward": (TwoArguments, "random inputs failed"),
+    "no attention": (lambda: _Linear(), "one attention .* got 0"),
+}
+
+
+class _Linear(Fused):
+    """Linear attention: no softmax."""
+
+    def attend(self, q, k, v):
+        return q @ (k.transpose(-1, -2) @ v)
+
+
+def _without_bias(module):
+    module.qkv.bias = None
+    return module
+
+
+def inputs(module):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 9, WIDTH, generator=generator).to(next(module.parameters()).dtype)
+    return (x, x.flip(1)) if isinstance(module, Cross) else (x,)
+
+
+def products(module):
+    """The scores that the layer computes, before mask and scale, and its values."""
+    q, k, v = module.parts(inputs(module)[0])
+    return (q.double() @ k.double().transpose(-1, -2)).detach(), v.detach()
+
+
+@pytest.mark.parametrize("build", PROVED.values(), ids=PROVED)
+def test_what_is_proved_is_scaled_exactly(build):
+    torch.manual_seed(0)
+    module = build()
+    model = nn.ModuleDict({"attn": module})
+    (before, values), start = products(module), weights(model)
+    done = apply_intervention(None, qk_clip.propose(30.0, {"attn": SIZES}, ""), model)
+    after, values_after = products(module)
+    factors = (30.0 / torch.tensor(SIZES)).clamp(max=1).view(-1, 1, 1)
+    tolerance = 2e-2 if values.dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(
+        after, before * factors, rtol=tolerance, atol=tolerance * float(before.abs().max())
+    )
+    assert torch.equal(values, values_after)
+    done.revert()
+    for name, value in weights(model).items():
+        torch.testing.assert_close(
+            value, start[name], rtol=2**-7 if value.dtype == torch.bfloat16 else 1e-6, atol=0
+        )
+
+
+@pytest.mark.parametrize("build, message", REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("action", ["qk_clip", "temperature"])
+def test_what_is_not_proved_is_refused_before_anything_changes(build, message, action):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"sound": Fused(), "attn": build()})
+    before = weights(model)
+    layers = {"sound": SIZES, "attn": SIZES}
+    wanted = qk_clip.propose(30.0, layers, "") if action == "qk_clip" else temperature.propose(layers, "")
+    with pytest.raises(ValueError, match=f"proof that the scores of layer 'attn' follow .*({message})"):
+        apply_intervention(None, wanted, model)
+    assert not changed(before, weights(model))
+
+
+def test_more_or_fewer_heads_than_there_are_prove_nothing():
+    model = nn.ModuleDict({"attn": Fused()})
+    for heads in (2, 8):
+        with pytest.raises(ValueError, match="expected proof"):
+            apply_intervention(None, temperature.propose({"attn": [2.0] * heads}, ""), model)
+
+
+def test_a_subclass_of_torchs_multihead_attention_with_another_forward_is_no_known_class():
+    class Normed(nn.MultiheadAttention):
+        def forward(self, query, key, value, **options):
+            return super().forward(F.normalize(query), key, value, **options)
+
+    model = Multihead()
+    model.attention = Normed(32, 4, batch_first=True)
+    with pytest.raises(ValueError, match="expected proof"):
+        apply_intervention(None, temperature.propose({"attention": [2.0] * 4}, ""), model)
+
+
+def test_a_trial_leaves_no_trace():
+    torch.manual_seed(0)
+    module = Fused().train()
+    module.register_buffer("steps", torch.zeros(1))
+    module.last = module.qkv(inputs(module)[0])  # not a leaf: such a tensor cannot be copied
+    seen, rows = [], []
+    module.register_forward_hook(lambda *_: seen.append("layer"))
+    module.proj.register_forward_hook(lambda *_: seen.append("projection"))
+    module.inside = lambda self, q, k: (self.steps.add_(1) and q, k)
+    model = nn.ModuleDict({"attn": module})
+    random = torch.get_rng_state()
+    with instrument(model) as handle:
+        handle.on_measure = rows.append
+        apply_intervention(None, temperature.propose({"attn": [1.0] * HEADS}, ""), model)
+    assert not seen and not rows and module.steps == 0 and module.training
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_a_trial_is_run_once_for_a_module_and_again_when_the_module_is_another():
+    runs = []
+    module = Fused(inside=lambda self, q, k: (runs.append(1) or q, k))
+    model = nn.ModuleDict({"attn": module})
+    wanted = temperature.propose({"attn": [2.0] * HEADS}, "")
+    apply_intervention(None, wanted, model)
+    once = len(runs)
+    apply_intervention(None, wanted, model)
+    assert len(runs) == once > 0
+    module.core = Norm()
+    module.inside = lambda self, q, k: self.core(q, k)
+    with pytest.raises(ValueError, match="stay as they are"):
+        apply_intervention(None, wanted, model)
+
+
+def test_a_trial_shares_the_rest_of_the_model():
+    """A module that refers to its parent would take a copy of the whole model otherwise."""
+    model = nn.ModuleDict({"attn": Fused()})
+    model["attn"].parent = [model]
+    model["big"] = _Uncopied()
+    apply_intervention(None, temperature.propose({"attn": [2.0] * HEADS}, ""), model)
+
+
+class _Uncopied(nn.Module):
+    def __deepcopy__(self, memo):
+        raise AssertionError("copied")
+
+
+@pytest.mark.parametrize("order", ["kinds, heads", "heads, kinds"])
+@pytest.mark.parametrize("norm", [None, normed])
+def test_auto_intervene_moves_only_what_is_proved(order, norm):
+    torch.manual_seed(0)
+    model = nn.Sequential(Fused(order, inside=norm))
+    with torch.no_grad():
+        model[0].qkv.weight.mul_(20.0)
+    before = copy.deepcopy(model)
+    x = torch.randn(2, 32, WIDTH)
+    with AttentionStabilityMonitor(model, log_every=1, auto_intervene=True) as monitor:
+        for _ in range(3):
+            model(x)
+            monitor.on_step()
+        assert "auto_intervene" not in repr(monitor)
+    if order == "kinds, heads" and norm is None:
+        assert monitor.applied and products_of(model, x).abs().max() < 31
+    else:
+        assert not monitor.applied and not changed(weights(before), weights(model))
+
+
+def products_of(model, x):
+    q, k, _ = model[0].parts(x)
+    return (q @ k.transpose(-1, -2) * DIM**-0.5).detach()
