@@ -25,7 +25,7 @@ from .torch import (
     vmap_in_operators,
     without_dispatch_modes,
 )
-from .transformers import attention_implementation, collects_attention_weights, device_mesh
+from .transformers import attention_implementation, collects_attention_weights, device_mesh, initialise
 
 __all__ = [
     "any_autocast",
@@ -39,6 +39,7 @@ __all__ = [
     "flash_backward",
     "flattened",
     "functorch_transform",
+    "initialise",
     "inner_schedulers",
     "jit_trace",
     "lowered_graph",

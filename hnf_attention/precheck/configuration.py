@@ -176,6 +176,10 @@ def read_design(config: Any, **given: Any) -> Design:
 
 
 def _head_dim(read: _Reader, d_model: int, n_heads: int) -> int:
+    parts = [read.raw(name) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
+    if all(isinstance(part, int) for part in parts):  # multi-head latent attention
+        read.sources["head_dim"] = "config: qk_nope_head_dim + qk_rope_head_dim"
+        return sum(parts)
     if any(read.raw(name) is not None for name in ALIASES["head_dim"]) or read.given.get("head_dim"):
         return read.count("head_dim")
     if d_model % n_heads:
