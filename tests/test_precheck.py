@@ -123,10 +123,34 @@ def test_bad_configurations_are_refused_in_one_line(config, message):
 def test_a_name_that_nothing_asks_for_is_a_note():
     numbers = {"d_model": 64, "n_heads": 4, "seq_len": 128, "rope": True}
     assert check_attention_stability(None, None, numbers)["notes"] == []
-    misspelt = numbers | {"init_sd": 0.5, "qknorm": True, "n_head": 8}
-    notes = check_attention_stability(None, None, misspelt)["notes"]
-    assert notes == ["not used: init_sd", "not used: n_head", "not used: qknorm"]
+    others = numbers | {"vocab_size": 5, "swa_head_dim": 32, "n_head": 8}
+    notes = check_attention_stability(None, None, others)["notes"]
+    assert notes == ["not used: n_head", "not used: swa_head_dim", "not used: vocab_size"]
     assert check_attention_stability(None, None, transformers.GPT2Config())["notes"] == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("init_sdt", "init_std"),
+        ("qknorm", "qk_norm"),
+        ("hiden_size", "hidden_size"),
+        ("n_haeds", "n_heads"),
+        ("initialiser_range", "initializer_range"),
+        ("rope_tehta", "rope_theta"),
+    ],
+)
+def test_misspelt_fields_are_refused_with_the_name_that_is_meant(wrong, meant):
+    numbers = {"d_model": 64, "n_heads": 4, "seq_len": 128, wrong: 2}
+    family = {"model_type": "gpt2", wrong: 2}
+    for config in (numbers, family, transformers.GPT2Config(**{wrong: 2})):
+        with pytest.raises(ValueError, match=f"got '{wrong}': is '{meant}' meant"):
+            read_design(config)
+
+
+def test_fields_of_a_family_that_look_misspelt_are_its_own():
+    for config in (transformers.LayoutLMConfig(), transformers.IdeficsConfig()):  # max_2d_position_embeddings
+        assert read_design(config, seq_len=64).n_heads
 
 
 def test_bad_arguments_are_refused():
@@ -195,8 +219,10 @@ def test_attention_whose_queries_are_not_known_is_a_note():
     report = check_attention_stability(
         transformers.BloomForCausalLM(config), torch.randint(0, 100, (2, 32)), config
     )
-    assert report["notes"][1].startswith("transformer.h.0.self_attention not measured: only its scores")
-    assert report["sources"]["sigma_ratio"] == "predicted: initialisation"
+    assert report["notes"][0].startswith("not known: positions add to its scores")
+    assert report["notes"][2].startswith("transformer.h.0.self_attention not measured: only its scores")
+    assert report["sources"]["sigma_ratio"].startswith("not known")
+    assert report["verdict"] == "not known" and not report.healthy
 
 
 def test_a_report_and_a_design_are_shown_in_one_line():

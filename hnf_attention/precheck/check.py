@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import theory
 from ..names import display_name
 from .checkpoint import read_weights
-from .configuration import read_design
+from .configuration import hugging_face, read_design
 from .design import Design
 from .estimates import from_measurement, from_weights
 from .measured import measure_sample
@@ -67,6 +67,10 @@ def check_attention_stability(
         unknown = str(reason)
     evidence = Evidence([predict_layer(design, layer) for layer in range(design.n_layers)], unknown=unknown)
     evidence.notes += [f"not used: {name}" for name in design.unused]
+    if getattr(hugging_face(config), "auto_map", None):
+        evidence.notes.append(
+            "the configuration names code of its own (auto_map), which was not run: the class of transformers was read"
+        )
     if model is not None:
         _read_model(evidence, model, sample_input, design)
     return summarise(design, evidence, tolerance)

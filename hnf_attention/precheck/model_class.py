@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .configuration import read_design
+from .configuration import hugging_face, read_design
 from .design import Design
 from .predict import predict_layer
 from .random_layer import QUICK, RandomLayers, random_layers
@@ -30,50 +30,39 @@ def with_class(design: Design, config: Any) -> Design:
     Its first layer is built with random weights and run (`random_layers`). If the scores spread as the design says,
     the design stays. Otherwise QK-norm and a scale of 1 are tried; if neither explains the spread, the measured
     spread takes the place of the formula's. Plain numbers, which belong to no class, stay as they are.
-    Raises Unknown as `random_layers`, and if positions add to the scores.
+    Raises Unknown as `random_layers`, if positions add to the scores, and for a mapping whose `model_type` transformers
+    does not know.
     """
-    config = hugging_face(config)
-    if config is None:
+    known = hugging_face(config)
+    if known is None:
+        if isinstance(config, Mapping) and config.get("model_type"):
+            raise Unknown(
+                f"transformers has no configuration of model_type {config['model_type']!r} with these fields"
+            )
         return design
-    first = random_layers(config, 1, QUICK)
+    first = random_layers(known, 1, QUICK)
     if not 1 / _GROWTH < first.early / first.stds[0] < _GROWTH:
         raise Unknown("positions add to its scores, which spread more in longer rows")
     change = _explanation(design, first)
     # Attention of other widths than d_model and the heads may match by accident at one width.
-    if first.narrower and change != _explanation(design, random_layers(config, 1, QUICK // 4)):
+    if first.narrower and change != _explanation(design, random_layers(known, 1, QUICK // 4)):
         change = None
     if change is not None:
         return _changed(design, change, "its class, with random weights")
     try:
-        found = random_layers(config, 2)  # a first layer may read what no norm layer has normalised
+        found = random_layers(known, 2)  # a first layer may read what no norm layer has normalised
     except Unknown:
-        found = random_layers(config, 1)
+        found = random_layers(known, 1)
     small = _design_of(found, design)
     spread = tuple(std / predict_layer(small, i).score_std for i, std in enumerate(found.stds))
     return _changed(design, {"spread": spread}, "its class, with random weights")
 
 
-def hugging_face(config: Any) -> Any:
-    """The Hugging Face configuration (of the text part) that this is, or that its `model_type` names; None for others.
-
-    Raises Unknown for a `model_type` that transformers does not know.
-    """
-    if isinstance(config, Mapping) and config.get("model_type"):
-        from transformers import AutoConfig
-
-        values, family = dict(config), config["model_type"]
-        try:
-            config = AutoConfig.for_model(values.pop("model_type"), **values)
-        except Exception as error:  # an unknown type, or values that its class refuses
-            text = f"{type(error).__name__} of transformers"
-            raise Unknown(f"model_type {family!r} with these fields has no configuration: {text}") from error
-    if not hasattr(config, "get_text_config"):
-        return None
-    return config.get_text_config()
-
-
 def _design_of(found: RandomLayers, design: Design) -> Design:
-    return read_design(found.config, seq_len=design.seq_len, dtype=design.dtype)
+    try:
+        return read_design(found.config, seq_len=design.seq_len, dtype=design.dtype)
+    except ValueError as error:
+        raise Unknown(f"its configuration cannot be made small: {error}") from error
 
 
 def _explanation(design: Design, found: RandomLayers) -> dict[str, Any] | None:

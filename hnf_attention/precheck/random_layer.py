@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ QUICK, MOST = 60_000_000, 300_000_000
 _TOKENS = 97  # no dimension of a model has this size, so that scores are told by their shape
 _SAMPLES = 1 << 7  # heads times sequences, over which the spread is averaged
 _HYBRID = 8  # layers, of which hybrid models have softmax attention in one
-# Fields of models whose code or weights lie elsewhere.
-_ELSEWHERE = ("auto_map", "backbone", "backbone_config", "use_timm_backbone", "use_pretrained_backbone")
+# Fields of models whose parts are other models, which may be downloaded.
+_PARTS = ("backbone", "backbone_config", "use_timm_backbone", "use_pretrained_backbone")
 _NORMS = (
     ("q_norm", "query_norm", "q_layernorm", "query_layernorm"),
     ("k_norm", "key_norm", "k_layernorm", "key_layernorm"),
@@ -64,9 +65,9 @@ def random_layers(config: Any, depth: int, most: int | None = None) -> RandomLay
     # A dictionary for JSON writes tuples, which may hold infinities, in a way that is not read back.
     tuples = {name: value for name, value in vars(config).items() if isinstance(value, tuple)}
     values = config.to_dict() | tuples
-    elsewhere = next((name for name in _ELSEWHERE if values.get(name)), None)
-    if elsewhere is not None:
-        raise Unknown(f"its code or its weights lie elsewhere ({elsewhere})")
+    part = next((name for name in _PARTS if values.get(name)), None)
+    if part is not None:
+        raise Unknown(f"a part of it is another model ({part})")
     return _random_layers(_Values(type(config), values), depth, most)
 
 
@@ -103,6 +104,8 @@ def _random_layers(config: _Values, depth: int, most: int | None) -> RandomLayer
             scores = _run(model, small, depth)
         if scores:
             stds = tuple(_spread(found, 2 / 3, 1.0) for found in scores)
+            if not all(0 < std < math.inf for std in stds):
+                raise Unknown(f"with random weights its scores spread by {stds[0]:g}")
             return RandomLayers(stds, _spread(scores[0], 0.2, 0.4), small, narrower, _has_qk_norm(model))
     raise Unknown("no softmax over its tokens was seen")
 

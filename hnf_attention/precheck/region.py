@@ -144,8 +144,8 @@ def stability_region(
         design, windows=(), layer_scale=(), n_layers=1, spread=design.spread and (max(design.spread),)
     )
     unit = design.n_heads if hold == "n_heads" else design.head_dim
-    factors = (1.0,) if design.spread else _FACTORS
-    widths = _sizes("dims", dims, [round(design.d_model * f / unit) * unit for f in factors])
+    around = [round(design.d_model * f / unit) * unit for f in _FACTORS]
+    widths = _sizes("dims", dims, [design.d_model] if design.spread else around)
     if design.spread and widths.tolist() != [design.d_model]:
         raise ValueError(
             f"expected dims [{design.d_model}], at which its class was measured, got {widths.tolist()}"
@@ -180,6 +180,8 @@ def _sizes(name: str, given: Sequence[int] | None, default: list[int]) -> np.nda
 
 
 def _widened(design: Design, d_model: int, hold: str) -> Design:
+    if d_model == design.d_model:
+        return design
     if hold == "n_heads":
         if d_model % design.n_heads:
             raise ValueError(f"expected dims that divide into {design.n_heads} heads, got {d_model}")
