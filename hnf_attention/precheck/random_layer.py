@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import compat
 from .capture import Enough, ScoreCapture
 from .checkpoint import KEY_NORMS, QUERY_NORMS
+from .configuration import ALIASES
 from .shrink import DEPTHS, Unknown, halved, shrunk, with_few_positions
 
 # Parameters of the layers that are built: about a second and 0.3 GB, and ten seconds and 1.2 GB.
@@ -132,9 +133,9 @@ def _run(model: nn.Module, config: Any, depth: int) -> list[Tensor]:
     heads = next((n for n in (getattr(config, "num_attention_heads", None),) if isinstance(n, int)), 1)
     sequences = max(1, _SAMPLES // heads) if _num_elements(model) < QUICK // 4 else 1
     with _reason("its class cannot run on random input"):
-        longest = getattr(config, "max_position_embeddings", None)
-        # Some tables of positions skip a few places. Other models have no table.
-        tokens = longest - 4 if isinstance(longest, int) and 4 < longest < _TOKENS + 4 else _TOKENS
+        lengths = [getattr(config, name, None) for name in ALIASES["seq_len"]]
+        # Some tables of positions skip a few places. Models without a table have no length, or one below 1.
+        tokens = min([_TOKENS, *(n - 4 for n in lengths if isinstance(n, int) and n > 4)])
         sample = _sample(model, config, sequences, tokens)
         capture = ScoreCapture(tokens if "input_ids" in sample else None, depth)
         try:

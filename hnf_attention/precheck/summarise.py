@@ -60,6 +60,8 @@ class Evidence:
 
 def summarise(design: Design, evidence: Evidence, tolerance: float) -> StabilityReport:
     """The report of `check_attention_stability`."""
+    if not evidence.known:
+        evidence.found = [replace(scores, source=_PLAIN) for scores in evidence.found]
     found = evidence.found
     worst = max(found, key=lambda scores: scores.sigma_ratio)
     ratio, largest = worst.sigma_ratio, max(scores.max_abs_logit for scores in found)
@@ -91,7 +93,7 @@ def summarise(design: Design, evidence: Evidence, tolerance: float) -> Stability
         issues=[] if evidence.diagnosis is None else [asdict(issue) for issue in evidence.diagnosis.issues],
         design={key: value for key, value in asdict(design).items() if key != "sources"},
         notes=evidence.notes if known else [f"not known: {evidence.unknown}", *evidence.notes],
-        sources=_sources(design, worst if known else replace(worst, source=_PLAIN), evidence),
+        sources=_sources(design, worst, evidence),
     )
     if evidence.weights:
         report["weight_logit_bound"] = max(float(layer.bound.max()) for layer in evidence.weights)
