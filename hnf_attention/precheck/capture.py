@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 import torch
@@ -10,10 +11,15 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-_SOFTMAX = (torch.softmax, Tensor.softmax, functional.softmax)
 _FEWEST_KEYS = 16
+_LATEST = 16  # softmaxes: a measurement may compute some of its own after the model's
 _SECONDS = 20.0  # a layer takes one or two; some kinds of linear attention take minutes without their kernels
 _NEVER_A_SCORE = -5e3  # with random weights; models hide a key with -1e4, or less
+
+
+def _is_softmax(func: Any) -> bool:
+    """By name: a function that stands in its place during a measurement keeps the name."""
+    return getattr(func, "__name__", None) == "softmax"
 
 
 class Enough(Exception):
@@ -41,7 +47,7 @@ class ScoreCapture(TorchFunctionMode):
         kwargs = kwargs or {}
         if time.monotonic() > self._end:
             raise TimeoutError(f"it took more than {_SECONDS:g} seconds")
-        if func in _SOFTMAX:
+        if _is_softmax(func):
             self._keep(args[0] if args else kwargs["input"])
         elif func is functional.scaled_dot_product_attention:
             self._keep(_fused_scores(*args, **kwargs))
@@ -58,6 +64,28 @@ class ScoreCapture(TorchFunctionMode):
         self.scores.append(torch.where(wide > _NEVER_A_SCORE, wide, torch.nan))
         if len(self.scores) == self.depth:
             raise Enough
+
+
+class LatestScores(TorchFunctionMode):
+    """Keeps what the latest softmaxes were taken of, oldest first, until `taken` is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._scores: deque[Tensor] = deque(maxlen=_LATEST)
+
+    def taken(self, *layouts: tuple[int, ...]) -> Tensor | None:
+        """The oldest that has one of these shapes without its last dimension; all are forgotten."""
+        found = next((scores for scores in self._scores if tuple(scores.shape[:-1]) in layouts), None)
+        self._scores.clear()
+        return found
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _is_softmax(func):
+            self._scores.append(args[0] if args else kwargs["input"])
+        return func(*args, **kwargs)
 
 
 def _fused_scores(

@@ -12,6 +12,7 @@ from .design import Design
 from .predict import NOT_KNOWN, Scores
 
 SAFE, USUALLY_SAFE, UNSAFE = "safe", "usually safe", "unsafe"
+_SHARPEST = 100.0  # nats: a wider spread takes the same bits, and its small weights have no number in fp64
 _ROWS, _KEYS = 20, 1024  # random rows, all of which the usual bits suffice for, and the most keys of one
 
 
@@ -65,10 +66,11 @@ def format_verdicts(
 
 def _bits_needed(worst: Scores, tolerance: float) -> tuple[float, float]:
     """Bits that are proved to suffice for q and k and for the weights, and bits that usually suffice."""
-    scores, value = _gaussian_rows(worst.row_std, worst.keys)
+    std = min(worst.row_std, _SHARPEST)
+    scores, value = _gaussian_rows(std, worst.keys)
     sound, typical = 1.0, 1.0
     for stored, limit, usual in (
-        ("query_key", worst.magnitude, math.sqrt(2.0) * worst.row_std),
+        ("query_key", worst.magnitude, math.sqrt(2.0) * std),
         ("weights", 1.0, 1.0),
     ):
         sound = max(sound, float(theory.required_bits(stored, limit, tolerance)))

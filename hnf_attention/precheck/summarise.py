@@ -70,7 +70,14 @@ def summarise(design: Design, evidence: Evidence, tolerance: float) -> Stability
     heaviest = max(found, key=lambda scores: scores.magnitude)
     heaviest = replace(heaviest, row_std=max(s.row_std for s in found), max_abs_logit=largest)
     known = evidence.known
-    formats = format_verdicts(design, heaviest, tolerance, known=known)
+    # Without queries and keys, what rounding them costs rests on the prediction.
+    norms_known = evidence.unknown is None or (
+        bool(evidence.measured) and all(not layer.magnitude.isnan().any() for layer in evidence.measured)
+    )
+    if not norms_known:
+        what = "number formats are not judged" if known else "not known"
+        evidence.notes.insert(0, f"{what}: {evidence.unknown}")
+    formats = format_verdicts(design, heaviest, tolerance, known=norms_known)
     near = neighbours(design, ratio, largest, trained=evidence.trained) if known else []
     half = formats["float16"]
     report = StabilityReport(
@@ -79,7 +86,7 @@ def summarise(design: Design, evidence: Evidence, tolerance: float) -> Stability
         log2_curvature_bound=log2_curvature,
         precision_bits_needed=half["sound_bits"],
         typical_bits_needed=half["typical_bits"],
-        float16_safe=half["status"] in (SAFE, USUALLY_SAFE) if known else None,
+        float16_safe=half["status"] in (SAFE, USUALLY_SAFE) if norms_known else None,
         recommendations=_recommendations(design, worst, near, evidence, formats, tolerance),
         verdict=_verdict(evidence, ratio, largest),
         sigma_ratio=ratio,
@@ -92,7 +99,7 @@ def summarise(design: Design, evidence: Evidence, tolerance: float) -> Stability
         neighbours=[neighbour.to_dict() for neighbour in near],
         issues=[] if evidence.diagnosis is None else [asdict(issue) for issue in evidence.diagnosis.issues],
         design={key: value for key, value in asdict(design).items() if key != "sources"},
-        notes=evidence.notes if known else [f"not known: {evidence.unknown}", *evidence.notes],
+        notes=evidence.notes,
         sources=_sources(design, worst, evidence),
     )
     if evidence.weights:
@@ -168,7 +175,7 @@ def _recommendations(
     for name in dict.fromkeys((design.dtype, "float16")):
         found = formats[name]
         if found["status"] == UNSAFE:
-            fit = [other for other, x in formats.items() if x["status"] != UNSAFE]
+            fit = [other for other, x in formats.items() if x["status"] in (SAFE, USUALLY_SAFE)]
             texts.append(
                 f"{name} has {found['bits']} significand bits. An error of {tolerance:g} of the values' spread "
                 f"usually takes {found['typical_bits']:.0f} bits, and {found['sound_bits']:.0f} bits are proved to "
