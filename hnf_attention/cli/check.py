@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import InputError
-from ..precheck import StabilityReport, check_attention_stability, read_design, stability_region
+from ..precheck import StabilityReport, check_attention_stability, known_design, stability_region
 from ..report.check import verdict
 from .exit_codes import FOUND, HEALTHY
 from .loading import config_of_numbers, load_config, load_model, locate, quiet_transformers
@@ -29,7 +29,10 @@ def run(options: argparse.Namespace) -> int:
     report, config = check(options.config, options.seq_len, options.dtype, options.weights)
     console.print(verdict(report, options.config))
     if options.region is not None:
-        design = read_design(config, seq_len=options.seq_len, dtype=options.dtype)
+        try:
+            design = known_design(config, seq_len=options.seq_len, dtype=options.dtype)
+        except ValueError as error:
+            raise InputError(f"{options.config}: no region: {error}") from error
         stability_region(design).plot(options.region)
         console.print(f"figure: {options.region}", highlight=False)
     write_document(options.json, report.to_dict())

@@ -27,7 +27,7 @@ from .torch import (
     vmap_in_operators,
     without_dispatch_modes,
 )
-from .transformers import attention_implementation, collects_attention_weights, device_mesh
+from .transformers import attention_implementation, collects_attention_weights, device_mesh, initialise
 
 __all__ = [
     "any_autocast",
@@ -43,6 +43,7 @@ __all__ = [
     "forward_hooks",
     "functorch_transform",
     "hooks",
+    "initialise",
     "inner_schedulers",
     "jit_trace",
     "lowered_graph",
