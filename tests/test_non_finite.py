@@ -70,6 +70,15 @@ def test_a_product_that_fp16_cannot_hold(size, key):
     assert "between the scores and the output" in other.evidence and "fp16" not in other.suggestion
 
 
+def test_a_product_that_fp16_cannot_hold_is_named_where_its_output_was_not_seen():
+    product = dict(
+        query_size=9e4 / 8, key_size=1.0, max_logit=9e4 / 8, min_logit=9e4 / 8 - 20, dtype="float16"
+    )
+    diagnosis = diagnose([evaluated(1, first=product, b=FED | {"dtype": "float16"}, c=FED)])
+    error = diagnosis.errors[0]
+    assert error.layer == "b" and "reaches 9e+04 in first" in error.evidence and "SDPA" in error.suggestion
+
+
 def test_a_product_of_hidden_keys_counts_too():
     """Eager attention stores it before it adds the mask."""
     hidden = dict(nonfinite_out=32, query_size=9e4 / 8, key_size=1.0, score_kind=1, dtype="float16")
@@ -151,8 +160,14 @@ def test_empty_rows_are_a_note_of_the_layer(kind, mask):
     issues = found([snapshot(4, a={}, b={"empty_rows": 100.0, "score_kind": kind})], "empty_rows")
     (issue,) = issues.values()
     assert (issue.layer, issue.head, issue.severity, issue.value) == ("b", None, "note", 400)
-    assert f"the keys of 400 rows (9.1%) are all hidden at step 4, by {mask}" in issue.evidence
+    assert f"the keys of 400 rows (9.1%) of layer b are all hidden at step 4, by {mask}" in issue.evidence
     assert not diagnose([snapshot(4, b={"empty_rows": 100.0})]).has_issues()
+
+
+def test_empty_rows_of_many_layers_are_one_note():
+    layers = {f"h.{n}": {"empty_rows": 10.0 * (n > 1)} for n in range(5)}
+    (issue,) = diagnose([snapshot(4, **layers)]).issues
+    assert issue.layer == "" and "120 rows (1.0%) of 3 layers (h.2 to h.4)" in issue.evidence
 
 
 def test_empty_rows_with_nan_in_their_output_are_the_error_alone():

@@ -125,8 +125,12 @@ class AttentionDiagnosis:
 
     @property
     def verdict(self) -> str:
-        """`healthy` in words."""
-        words = {True: "healthy", False: "not healthy", None: "no error, but not everything was judged"}
+        """`healthy` in words; with a warning, no more is said than that there is no error."""
+        words = {
+            True: "no error" if self.warnings else "healthy",
+            False: "not healthy",
+            None: "no error, but not everything was judged",
+        }
         return words[self.healthy]
 
     def to_dict(self) -> dict[str, Any]:

@@ -27,8 +27,7 @@ HEAD_RULES: tuple[HeadRule, ...] = (
     entropy_collapse.rule,
     vanishing_gradient.rule,
     one_hot_attention.rule,
-    empty_rows.rule,
 )
 #: (history, oldest first; all heads of its last snapshot, in groups) -> issues of the model
 ModelRule = Callable[[Sequence[Snapshot], Sequence[Heads]], Iterator[StabilityIssue]]
-MODEL_RULES: tuple[ModelRule, ...] = (non_finite.rule, dormant_attention.rule)
+MODEL_RULES: tuple[ModelRule, ...] = (non_finite.rule, dormant_attention.rule, empty_rows.rule)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from ...names import display_name
 from ...statistics.heads import Snapshot
 from ..extent import counted
 from ..heads import Heads
@@ -13,28 +14,35 @@ from ..issue import StabilityIssue
 from .wording import make_issue
 
 
-def rule(history: Sequence[Snapshot], heads: Heads) -> Iterator[StabilityIssue]:
-    """A note for each layer with such rows, padding aside, whose output is finite. `non_finite` tells of NaN in it."""
-    empty, stats = heads.stats.empty_rows, heads.stats
-    if not empty.any():
+def rule(history: Sequence[Snapshot], groups: Sequence[Heads]) -> Iterator[StabilityIssue]:
+    """One note for all layers with such rows, padding aside, if their output is finite. `non_finite` tells of NaN."""
+    if not any(heads.stats.empty_rows.any() for heads in groups):
         return
-    kind = stats.score_kind
-    finite = heads.in_layer(stats.nonfinite_empty > 0) == 0
-    for number in np.unique(heads.layer[(empty > 0) & finite]).tolist():
-        inside = heads.layer == number
-        rows, layer = empty[inside].sum(), heads.layers[number]
-        share = rows / (rows + stats.rows[inside].sum())
-        mask = mask_of(kind[inside])
-        evidence = (
-            f"the keys of {counted(rows, 'row')} ({share:.1%}) are all hidden at step {history[-1].step}, by {mask}; "
-            "such rows have no softmax, and their output is finite here"
-        )
-        suggestion = (
-            "give each of these rows a key to see, or make sure that nothing reads their output: SDPA gives zeros, a "
-            "softmax over -inf gives NaN"
-        )
-        brief = f"the keys of {counted(rows, 'row')} are all hidden, by {mask} -> give each row a key to see"
-        yield make_issue("empty_rows", "note", (layer, None), rows, "empty_rows", evidence, suggestion, brief)
+    empty = {
+        layer: stats
+        for layer, stats in history[-1].layers.items()
+        if stats.empty_rows.any() and not stats.nonfinite_empty.any()
+    }
+    if not empty:
+        return
+    rows = sum(stats.empty_rows.sum() for stats in empty.values())
+    share = rows / (rows + sum(stats.rows.sum() for stats in empty.values()))
+    mask = mask_of(np.concatenate([stats.score_kind for stats in empty.values()]))
+    first, last = next(iter(empty)), next(reversed(empty))
+    where = f"layer {display_name(first)}"
+    if len(empty) > 1:
+        where = f"{counted(len(empty), 'layer')} ({display_name(first)} to {display_name(last)})"
+    evidence = (
+        f"the keys of {counted(rows, 'row')} ({share:.1%}) of {where} are all hidden at step {history[-1].step}, by "
+        f"{mask}; such rows have no softmax, and their output is finite here"
+    )
+    suggestion = (
+        "give each of these rows a key to see, or make sure that nothing reads their output: SDPA gives zeros, a "
+        "softmax over -inf gives NaN"
+    )
+    brief = f"the keys of {counted(rows, 'row')} are all hidden, by {mask} -> give each row a key to see"
+    place = (first if len(empty) == 1 else "", None)
+    yield make_issue("empty_rows", "note", place, rows, "empty_rows", evidence, suggestion, brief)
 
 
 def mask_of(score_kind: np.ndarray) -> str:

@@ -172,12 +172,34 @@ def _fed(origin: Origin, name: str, fp16: bool) -> tuple[str, str, str, str]:
             "NaN or inf reaches the first layer",
             "check weights, embeddings and data",
         )
+    culprit = _stored_in_fp16(origin)
+    if culprit is not None:
+        layer, product = culprit
+        return (
+            f"every layer before it is finite, and q.k before scaling reaches {product:.4g} in {layer}: where that is "
+            "stored in fp16 (above 65504), NaN arises there",
+            FORMAT_ADVICE,
+            f"q.k before scaling reaches {product:.4g} in a layer before, infinite in fp16",
+            FORMAT_CURE,
+        )
     return (
         f"every layer before it is finite, so it arose {between}",
         f"look at {weights}{half}{restore}",
         f"NaN or inf arose {_short_between(origin)}",
         "look at its projections' weights, and the norm and MLP before",
     )
+
+
+def _stored_in_fp16(origin: Origin) -> tuple[str, float] | None:
+    """An earlier layer whose product passes fp16 and whose output may not have been seen, and that product."""
+    for layer, stats in origin.snapshot.layers.items():
+        if layer == origin.layer:
+            return None
+        if stats.dtype == "float16" and (
+            product := np.nanmax(fp16_product(stats)[0], initial=0.0)
+        ) > threshold("fp16_product"):
+            return display_name(layer), float(product)
+    return None
 
 
 def _short_between(origin: Origin) -> str:

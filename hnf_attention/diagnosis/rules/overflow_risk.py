@@ -19,6 +19,10 @@ FORMAT_ADVICE = (
     "run attention in bf16 or fp32, scale q before the product, or use SDPA, which does not store scores"
 )
 FORMAT_CURE = "bf16 or fp32, SDPA, or scale q before the product"
+_ROUNDED_ADVICE = (
+    "run attention in fp32, or take out the number that all scores of a row share (a key bias): the softmax does not "
+    "see it, and the format pays for it"
+)
 
 
 class _Verdict(NamedTuple):
@@ -131,13 +135,14 @@ def _stored(dtype: str, product: float, rounding: float) -> _Verdict | None:
     _, warning, note = SEVERITIES
     if product > threshold("fp16_product"):
         what = f"q.k before scaling reaches {product:.4g}, infinite where attention stores it in fp16"
-        severity, name, value = warning, "fp16_product", product
+        limits = warning, "fp16_product", product, f"; {what}", FORMAT_ADVICE, f"; {what}", FORMAT_CURE
     elif rounding > threshold("stored_rounding"):
         what = f"scores stored in {dtype} are off by up to {rounding:.2g} nats"
-        severity, name, value = note, "stored_rounding", rounding
+        cure = "fp32, or take out the common offset"
+        limits = note, "stored_rounding", rounding, f"; {what}", _ROUNDED_ADVICE, f"; {what}", cure
     else:
         return None
-    return _Verdict(severity, name, value, f"; {what}", FORMAT_ADVICE, f"; {what}", FORMAT_CURE)
+    return _Verdict(*limits)
 
 
 def _together(growth: _Verdict | None, stored: _Verdict | None) -> _Verdict | None:
