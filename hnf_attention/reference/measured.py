@@ -19,6 +19,8 @@ PLAIN, BIASED, OTHER = 0, 1, 2  # kinds of scores, see `Measured.score_kind`
 class NonFinite(NamedTuple):
     """Which queries (B, H, M), keys and values (B, H, N) and outputs (B, H, M) hold NaN or inf; boolean.
 
+    Queries and keys are judged by their squared lengths, which numbers above 1e19 overflow too.
+
     H may be 1 for all heads, M is M_s for outputs if the rows are a sample. None where it is not known.
     """
 
@@ -81,8 +83,8 @@ def measure(
     group = max(1, heads // max(1, key.shape[1]))
     query_square, key_square = (_squares(x, out, rows) for x, out in ((query, left_out), (key, hidden)))
     nonfinite = NonFinite(
-        ~query.isfinite().all(-1),
-        (~key.isfinite().all(-1)).repeat_interleave(group, 1),
+        ~_squares(query, None, rows).isfinite(),
+        (~_squares(key, None, rows).isfinite()).repeat_interleave(group, 1),
         _not_finite(context.value_size, group),
         _not_finite(context.out_size),
     )
@@ -130,9 +132,12 @@ def _score_kind(options: Options) -> int:
 def shared_key(
     query: Tensor, key: Tensor, rows: RowStats, options: Options, left_out: Tensor | None
 ) -> Tensor:
-    """The key with the most weight over SHARED_ROWS rows of a head, int64 (B, H); -1 where none counts."""
+    """The key with the most weight over SHARED_ROWS rows of a head, int64 (B, H); -1 where none counts.
+
+    There is at least one row and one key.
+    """
     batch, heads = query.shape[:2]
-    index, lse = _shared_rows(query, rows, left_out)
+    index, lse = rows_asked(query, rows, left_out)
     weights = query.new_zeros(batch, heads, key.shape[2], dtype=rows.lse.dtype)
     wide = key.to(compute_dtype(query))
     for chunk in masks.row_chunks(index.shape[2], key.shape[2], batch * heads):
@@ -141,7 +146,7 @@ def shared_key(
     return heaviest(weights)
 
 
-def _shared_rows(query: Tensor, rows: RowStats, left_out: Tensor | None) -> tuple[Tensor, Tensor]:
+def rows_asked(query: Tensor, rows: RowStats, left_out: Tensor | None) -> tuple[Tensor, Tensor]:
     """Numbers of the rows that are asked which key they share, int64 (B, H, R), -1 for none, and their lse."""
     places = shared_places(rows.lse.shape, rows.row_index, left_out).to(query.device)
     places = places.expand(-1, query.shape[1], -1)
@@ -154,8 +159,6 @@ def _shared_rows(query: Tensor, rows: RowStats, left_out: Tensor | None) -> tupl
 
 def heaviest(weights: Tensor) -> Tensor:
     """The key with the largest of the weights (B, H, N), int64 (B, H); -1 where no weight is above 0."""
-    if weights.shape[2] == 0:
-        return torch.full(weights.shape[:2], -1, dtype=torch.int64, device=weights.device)
     most, place = weights.max(2)
     return torch.where(most > 0, place, -1)
 
