@@ -5,6 +5,8 @@ import torch
 
 from hnf_attention import attention_stats
 from hnf_attention.diagnosis import diagnose
+from hnf_attention.diagnosis.issue import HEADLINE_LENGTH, SEVERITIES
+from hnf_attention.diagnosis.thresholds import THRESHOLDS
 from hnf_attention.engine.call import check
 from hnf_attention.instrumentation import Coverage, Measurement
 from hnf_attention.reference.fold import new_accumulator
@@ -33,7 +35,7 @@ HEALTHY = dict(
     saturated_share=0.0,
     stray_share=None,  # of all rows; as `saturated_share` if it is not given
     max_logit=5.0,
-    min_logit=-5.0,
+    min_logit=None,  # as far down as `max_logit` is up, if it is not given
     query_norm=10.0,
     key_norm=10.0,
     query_size=1.0,  # scale * |q| of the longest
@@ -48,6 +50,8 @@ def head_stats(heads=4, head_dim=64, dtype="float32", sample_period=1, **numbers
     given = {**HEALTHY, **numbers}
     if given["stray_share"] is None:
         given["stray_share"] = given["saturated_share"]
+    if given["min_logit"] is None:
+        given["min_logit"] = -np.abs(given["max_logit"])
     columns = {k: np.broadcast_to(np.float64(v), heads) for k, v in given.items()}
     values = new_accumulator(heads, "cpu").numpy()
     rows, judged = columns["rows"], columns["judged_rows"]
@@ -87,6 +91,36 @@ def snapshot(step=1, **layers):
         name: value if isinstance(value, HeadStats) else head_stats(**value) for name, value in layers.items()
     }
     return Snapshot(step, made)
+
+
+def found(history, issue_type):
+    """{head: issue} of one kind, after checks that hold for every issue."""
+    diagnosis = diagnose(history)
+    keys = [(i.layer, i.head, i.issue_type) for i in diagnosis.issues]
+    assert len(keys) == len(set(keys))
+    for issue in diagnosis.issues:
+        assert issue.severity in SEVERITIES
+        assert issue.source and issue.suggestion
+        assert f"step {history[-1].step}" in issue.evidence
+        assert issue.threshold in {t.value for t in THRESHOLDS.values()}
+        assert len(issue.headline) <= HEADLINE_LENGTH and " -> " in issue.headline
+    return {i.head: i for i in diagnosis.issues if i.issue_type == issue_type}
+
+
+def growing(scores, steps=None, **numbers):
+    """History of layer `a`, whose largest score takes these values (each a number or one per head)."""
+    steps = range(1, len(scores) + 1) if steps is None else steps
+    each = [
+        {k: v[t] if isinstance(v, list) and len(v) == len(scores) else v for k, v in numbers.items()}
+        for t in range(len(scores))
+    ]
+    return [snapshot(s, a={"max_logit": m, **e}) for s, m, e in zip(steps, scores, each)]
+
+
+def only(head, **numbers):
+    """Those numbers for one head of four, healthy ones for the others."""
+    healthy = head_stats()
+    return {k: np.where(np.arange(4) == head, v, getattr(healthy, k)) for k, v in numbers.items()}
 
 
 def diagnoses():

@@ -92,7 +92,7 @@ def test_a_layer_that_is_the_model_itself_has_a_name_in_the_log(caplog):
     model(torch.randn(2, 20, 16))
     monitor.on_step()
     (record,) = (r.getMessage() for r in caplog.records if "overflow_risk" in r.getMessage())
-    assert "in (the model itself) heads" in record and "of (the model itself): largest" in record
+    assert "in (the model itself) heads" in record and "of (the model itself): scores range" in record
 
 
 def test_an_evaluation_counts_unless_it_is_left_out(model, train_step):

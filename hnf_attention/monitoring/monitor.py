@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..diagnosis import AttentionDiagnosis, StabilityIssue, diagnose
-from ..diagnosis.issue import grouped, heads_text
+from ..diagnosis.issue import SEVERITIES, grouped, heads_text
 from ..errors import InputError
 from ..instrumentation import Instrumentation, instrument
 from ..interventions import Applied, Intervention, InterventionPolicy, apply_intervention, learning_rate
@@ -24,6 +24,7 @@ _log = logging.getLogger("hnf_attention")
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
+_LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "note": logging.INFO}
 WEIGHT_ACTIONS = ("qk_clip", "temperature")  # what auto_intervene does without being asked
 
 
@@ -200,14 +201,15 @@ class AttentionStabilityMonitor:
         new = [issue for issue in issues if _key(issue) not in self._announced]
         for group in grouped(new):
             worst = group[0]
-            level = logging.ERROR if worst.severity == "error" else logging.WARNING
+            level = _LEVELS[worst.severity]
             message = "%s in %s%s: %s -> %s"
             where = display_name(worst.layer), heads_text(group)
             _log.log(level, message, worst.issue_type, *where, worst.evidence, worst.suggestion)
         for issue in new:
-            self._announced.add(_key(issue))
-            if issue.severity == "error":  # a later fall back to a warning is no news
-                self._announced.add((*_key(issue)[:3], "warning"))
+            milder = SEVERITIES[
+                SEVERITIES.index(issue.severity) :
+            ]  # a later fall back to one of them is no news
+            self._announced.update((*_key(issue)[:3], severity) for severity in milder)
 
     def _intervene(self, diagnosis: AttentionDiagnosis) -> None:
         proposed = self._policy.propose(diagnosis)

@@ -255,6 +255,13 @@ class HeadStats(HeadPrecision):
         """Largest |score| over rows and visible keys, nats."""
         return np.fmax(np.abs(self.max_logit), np.abs(self.min_logit))
 
+    @property
+    def score_kind(self) -> np.ndarray:
+        """What else is in the scores beside scale * q.k: 0 for nothing, 1 for an additive mask, 2 for a soft-cap, a
+        learned sink, or scores whose q and k are not known.
+        """
+        return self._max("score_kind")
+
     def merge(self, other: HeadStats) -> HeadStats:
         """Both folds as one: exact, associative, commutative.
 
