@@ -175,7 +175,7 @@ ANALYZE = {
     "t5 --text text.txt": "got the encoder-decoder t5 (t5)",
     "no_tokenizer --text text.txt": "expected a tokenizer beside the model in no_tokenizer, got none; save it there",
     "bad_tokenizer --text text.txt": "cannot load the tokenizer of bad_tokenizer: a file is damaged or cut short",
-    "lost_tokenizer --text text.txt": "lost_tokenizer",
+    "lost_tokenizer --text text.txt": "cannot load the tokenizer of lost_tokenizer: expected its vocabulary in",
     "own_code --text text.txt": "of own_code: it needs code of its own, which is not run from here",
     "few_words --text text.txt": "for a vocabulary of 4",
     "cut --text text.txt": "cannot load the model of cut: a file is damaged or cut short",

