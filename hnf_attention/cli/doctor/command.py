@@ -61,11 +61,18 @@ def _print_engines(screen: Console) -> None:
     table = _table(title, "call", "forward", "backward", "why no faster engine")
     alike: dict[tuple[str, str, str], list[str]] = {}
     for kind in calls.kinds():
-        reasons = "\n".join(f"{engine}: {reason}" for engine, reason in kind.reasons.items())
-        alike.setdefault((kind.forward, kind.backward, reasons), []).append(kind.kind)
+        alike.setdefault((kind.forward, kind.backward, _by_reason(kind.reasons)), []).append(kind.kind)
     for taken, names in alike.items():
         table.add_row("\n".join(names), *taken)
     screen.print(table)
+
+
+def _by_reason(reasons: dict[str, str]) -> str:
+    """A reason a line, each after the engines that give it."""
+    engines: dict[str, list[str]] = {}
+    for engine, reason in reasons.items():
+        engines.setdefault(reason, []).append(engine)
+    return "\n".join(f"{', '.join(names)}: {reason}" for reason, names in engines.items())
 
 
 def _print_self_test(screen: Console, trials: list[Trial], watched: Watched) -> None:
