@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Collection
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..names import named_modules
 from . import observer
@@ -15,6 +15,7 @@ from .compiled import layers, tracer
 from .coverage import Coverage, is_attention, unreached
 from .interceptors import flex, multihead, sdpa, softmax
 from .measurer import Measurer
+from .padding import checked_query_mask
 from .patches import Patch
 from .strict import CoverageJudge
 
@@ -99,6 +100,20 @@ class Instrumentation(Measurer):
     def __repr__(self) -> str:
         state = ("measuring" if self.measuring else "paused") if self._restore.alive else "restored"
         return f"Instrumentation(mode={self.mode!r}, sample={self.sample}, {state}, {self.coverage!r})"
+
+    @property
+    def query_mask(self) -> Tensor | None:
+        """Which queries of this thread's calls are judged: boolean (B, M), True for judged; None for all but padding.
+
+        Padding that attention masks show is left out by itself. Set this to leave out others, before the forward that
+        it belongs to. Calls of another shape are judged as without it. Raises TypeError or ValueError for a mask that
+        is no boolean or integer tensor of two dimensions.
+        """
+        return self.padding.query_mask
+
+    @query_mask.setter
+    def query_mask(self, mask: Tensor | None) -> None:
+        self.padding.query_mask = checked_query_mask(mask)
 
     @property
     def measuring(self) -> bool:
