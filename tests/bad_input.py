@@ -39,6 +39,7 @@ def _configurations(root: Path) -> None:
         "kv_heads": {"n_kv_heads": 3},
         "format": {"dtype": "int3"},
         "window": {"window": 0},
+        "huge": {"scale": 10**400},
     }
     typed = {
         "mamba": {"model_type": "mamba", "hidden_size": 64},
@@ -214,6 +215,7 @@ CHECK = {
     "kv_heads.json": "expected n_kv_heads to divide the 8 heads, got 3",
     "format.json": "expected a dtype among",
     "window.json": "expected window to be an integer of at least 1, got 0",
+    "huge.json": "huge.json: a number is too large",
     "mamba.json": "expected n_heads in the configuration, got none of n_heads",
     "unknown.json": "got 'lama'; did you mean llama?",
     "number.json": "expected a model_type that transformers",

@@ -42,10 +42,15 @@ def one_line(capsys, code):
 
 @pytest.mark.slow
 def test_demo_that_is_too_short_to_show_anything_says_so(tmp_path, capsys):
-    assert main(["demo", "--steps", "20", "--seed", "3", "--out", str(tmp_path / "out")]) == 1
-    printed = capsys.readouterr().out
-    assert "Not as promised" in printed
-    assert json.loads((tmp_path / "out" / "diagnosis.json").read_text())["config"]["seed"] == 3
+    out = tmp_path / "out"
+    options = ["--quick", "--steps", "20", "--seed", "3", "--out", str(out), "--json", "-"]
+    assert main(["demo", *options]) == 1
+    printed = capsys.readouterr()
+    assert "Not as promised" in printed.err
+    document = json.loads(printed.out)
+    assert document == json.loads((out / "diagnosis.json").read_text(encoding="utf-8"))
+    config = document["config"]
+    assert (config["seed"], config["layers"], config["device"]) == (3, 2, "cpu")
 
 
 def test_analyze_prints_a_table_and_a_verdict(minilm, capsys):

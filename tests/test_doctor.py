@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.cells import cell_len
+from rich.console import Console
 
 from hnf_attention import attention
-from hnf_attention.cli.doctor import calls, machine, self_test, watched
+from hnf_attention.cli.doctor import calls, command, machine, self_test, watched
 from hnf_attention.cli.main import main
 from hnf_attention.engine import engines
 from hnf_attention.engine.card import NVIDIA, Card
@@ -90,6 +92,15 @@ def test_kinds_of_calls_take_what_the_engines_choose_and_say_why(monkeypatch):
     assert found["one query (decoding)"].reasons[engines.HOPPER] == engines.FEW_QUERIES
     assert "extended" in found["extended statistics"].reasons[engines.HOPPER]
     assert found["statistics alone (probe)"].backward == engines.TRITON
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_tables_fit_the_console(width):
+    stream = io.StringIO()
+    console = Console(file=stream, width=width)
+    command._print_machine(console)
+    command._print_engines(console)
+    assert max(map(cell_len, stream.getvalue().splitlines())) <= width and "…" not in stream.getvalue()
 
 
 @pytest.mark.parametrize("broken", ["out", "statistics", "gradients"])

@@ -13,6 +13,8 @@ from rich.text import Text
 from hnf_attention import theory
 from hnf_attention.diagnosis import StabilityIssue
 from hnf_attention.diagnosis.issue import ISSUE_TYPES, SEVERITIES
+from hnf_attention.precheck import check_attention_stability
+from hnf_attention.report.check import verdict
 from hnf_attention.report.fitted import Column, FittedTable
 from hnf_attention.report.numbers import number
 from hnf_attention.report.tables import STYLES, issue_list, layer_table
@@ -138,6 +140,16 @@ def test_a_narrow_table_keeps_what_matters_most_and_names_the_rest():
         assert "|score|" in head
     assert shown[60] > shown[80] > shown[100] > shown[140] == set()
     assert {"sink mass", "error bound"} <= shown[80] and "normalized entropy" not in shown[80]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("init_std", [0.02, 0.3])
+def test_the_check_before_training_fits_the_console(width, init_std):
+    numbers = {"d_model": 4096, "n_heads": 64, "seq_len": 131_072, "n_layers": 80, "init_std": init_std}
+    text = printed(verdict(check_attention_stability(config=numbers), "a-design-of-some-length.json"), width)
+    assert max(map(cell_len, text.splitlines())) <= width and "…" not in text
+    for word in ("sigma", "float8_e4m3fn", "131,072"):
+        assert word in text
 
 
 def test_a_name_longer_than_the_console_goes_on_in_the_next_line():

@@ -61,6 +61,8 @@ def check(
                 _check_finite(model, name)
     try:
         report = check_attention_stability(model, None, config, seq_len=seq_len, dtype=dtype)
+    except OverflowError as error:
+        raise InputError(f"{name}: a number is too large: {error}") from error
     except ValueError as error:
         # The library names its argument, the command line its option.
         message = str(error).replace("give seq_len", "give --seq-len N")
