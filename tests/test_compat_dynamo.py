@@ -31,7 +31,7 @@ HELD = torch.compile(flex.flex_attention, backend="eager")
 # torch.compile
 
 
-@carried_by("is_wrapper", "without_wrappers")
+@carried_by("is_wrapper")
 @torch.no_grad()
 def test_layers_of_compiled_blocks_keep_their_names():
     model = Model()

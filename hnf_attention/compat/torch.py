@@ -13,7 +13,7 @@ from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -116,6 +116,15 @@ def child(module: nn.Module, name: str) -> nn.Module | None:
     return (dict(module.named_children()) if children is None else children).get(name)
 
 
+def fsdp_wrapped(module: nn.Module) -> str | None:
+    """The name of the child that FullyShardedDataParallel put this module around; None for any other module.
+
+    Missing: None. The names of layers then contain FSDP's own.
+    """
+    name = "_fsdp_wrapped_module"
+    return name if type(module).__name__ == "FullyShardedDataParallel" and child(module, name) else None
+
+
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     """The parameter that the module itself registered under that name; parametrisations compute theirs anew.
 
@@ -145,3 +154,30 @@ def flattened(mesh: DeviceMesh) -> DeviceMesh:
             "give ProcessGroups their process group"
         )
     return flatten()
+
+
+def default_store() -> Any:
+    """The key-value store by which the processes of torch.distributed found each other.
+
+    Missing: raises RuntimeError. Each process of a monitored run then goes on with its own measurements.
+    """
+    from torch.distributed import distributed_c10d
+
+    find = getattr(distributed_c10d, "_get_default_store", None)
+    if find is None:
+        raise RuntimeError(f"torch {torch.__version__} does not tell the store of its processes")
+    return find()
+
+
+@torch.no_grad()
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy each source into its target, of the same shape and device, by one launch for all where a device can.
+
+    Missing: one launch for each.
+    """
+    together = _find("_foreach_copy_", None)
+    if together is not None and targets:
+        together(targets, sources)
+        return
+    for target, source in zip(targets, sources):
+        target.copy_(source)

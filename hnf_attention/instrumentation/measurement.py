@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class Measurement:
     query (B, H, M, D), key (B, H_kv, N, D), options: the call itself, with the model's own tensors.
     beside: what a fold needs beside the rows, where the call is not kept. `Instrumentation.latest` keeps no tensor of
         the model alive, and a call that was caught at its softmax has no known query and key.
+    forward: the forward pass of the model that the call is part of; None if it is not known.
+    call: how many calls the layer made in that forward before this one.
 
     Either the call or `beside` is there. The properties are computed from the call whenever they are read.
     """
@@ -39,6 +42,8 @@ class Measurement:
     key: Tensor | None = None
     options: Options | None = None
     beside: Measured | None = None
+    forward: Any = None
+    call: int = 0
 
     def __repr__(self) -> str:
         lse, sampled = self.rows.lse, f", 1/{self.sample_period} of all" if self.sample_period > 1 else ""

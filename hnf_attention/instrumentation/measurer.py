@@ -53,6 +53,7 @@ class Measurer:
         self.mode = mode
         self.sample = sample
         self.on_measure: Callable[[Measurement], None] | None = None
+        self.on_forward_end: Callable[[Any], None] | None = None
         self.latest: dict[str, Measurement] = {}
         self._layers: dict[str, _Layer] = {}
         self._measured: dict[str, str] = {}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from ..diagnosis import AttentionDiagnosis, diagnose
+from ..diagnosis import AttentionDiagnosis
 from ..instrumentation import Instrumentation, instrument
 from ..statistics.heads import Snapshot
+from .judging import Judge
 from .recorder import Recorder
 
 
@@ -23,10 +24,20 @@ class AttentionAnalyzer:
 
     `mark()` closes a stretch of forward passes (a checkpoint, a data set). Each stretch is one snapshot in
     `history`, numbered from 1, so that the evolution over the stretches can be plotted.
-    mode, sample: as for `instrument`, with its errors. Use `restore()` or a `with` block to end it.
+    A stretch holds the forwards under grad if there are any, else the others. One that raised is left out.
+    mode, sample: as for `instrument`, with its errors. "probe" leaves the model's outputs bit-identical.
+    thresholds: as for `AttentionStabilityMonitor`, with its errors. Use `restore()` or a `with` block to end it.
     """
 
-    def __init__(self, model: nn.Module, mode: str = "auto", sample: int | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: str = "probe",
+        sample: int | None = None,
+        *,
+        thresholds: Mapping[str, float] | None = None,
+    ):
+        self._judge = Judge(thresholds)
         self.instrumentation: Instrumentation = instrument(model, mode=mode, sample=sample)
         self._recorder = Recorder(self.instrumentation, log_every=1)
 
@@ -51,7 +62,7 @@ class AttentionAnalyzer:
         """
         if self._recorder.pending or not self.history:
             self.mark()
-        return diagnose(self.history, self.instrumentation.coverage)
+        return self._judge(self.history, self.instrumentation.coverage)
 
     def restore(self) -> None:
         """End the measuring; the model is as it was. What was recorded can still be diagnosed."""
