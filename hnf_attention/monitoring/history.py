@@ -61,32 +61,39 @@ class History(Sequence[Snapshot]):
             self.append(snapshot)
 
     def _thin(self) -> None:
-        """Drop snapshots until an eighth of those before the window is free again, so that this is rare."""
+        """Drop snapshots until there is room again, and an eighth of those before the window, so that this is rare."""
         before = len(self) - min(WINDOW, len(self) // 2)
         target = max(1, len(self) - max(1, before // 8))
         while len(self) > 1 and (len(self) > target or self.bytes > self.limit):
-            self._drop(self._least_needed())
+            self._drop(self._least_needed(max(1, len(self) - target)))
 
-    def _least_needed(self) -> int:
-        """The snapshot before the window whose neighbours are closest together, compared with its age."""
+    def _least_needed(self, count: int) -> set[int]:
+        """At most `count` snapshots before the window whose neighbours are closest together, compared with their age.
+
+        No two of them are neighbours.
+        """
         if len(self) <= 4:
-            return 0
+            return {0}
         steps = np.array([snapshot.step for snapshot in self._snapshots], dtype=np.float64)
         gap = np.full(len(steps), np.inf)
-        # Ages are counted from the window's newest snapshot; an age of 0 is no divisor.
+        # The divisor is an age of at least one step: a run that resumed may have come to the same step again.
         gap[1:-1] = (steps[2:] - steps[:-2]) / np.maximum(steps[-1] - steps[1:-1], 1.0)
-        outside = len(steps) - min(WINDOW, len(steps) // 2)
-        gap[outside:] = np.inf
+        gap[len(steps) - min(WINDOW, len(steps) // 2) :] = np.inf
         for peak in zip(*self._peaks):
             gap[int(np.argmax(peak))] = np.inf
-        least = int(np.argmin(gap))
-        return least if np.isfinite(gap[least]) else 1  # a window that does not fit loses its oldest
+        chosen: set[int] = set()
+        for index in np.argsort(gap)[: np.isfinite(gap).sum()].tolist():
+            if len(chosen) < count and not {index - 1, index + 1} & chosen:
+                chosen.add(index)
+        return chosen or {1}  # a window that does not fit loses its oldest
 
-    def _drop(self, index: int) -> None:
-        self.bytes -= self._sizes[index]
-        for values in (self._snapshots, self._sizes, self._peaks):
-            del values[index]  # type: ignore[attr-defined]
-        self._narrow -= index < self._narrow
+    def _drop(self, chosen: set[int]) -> None:
+        kept = [index for index in range(len(self)) if index not in chosen]
+        self._narrow -= sum(index < self._narrow for index in chosen)
+        self._snapshots = [self._snapshots[index] for index in kept]
+        self._sizes = [self._sizes[index] for index in kept]
+        self._peaks = [self._peaks[index] for index in kept]
+        self.bytes = sum(self._sizes)
 
     @overload
     def __getitem__(self, index: int) -> Snapshot: ...

@@ -107,7 +107,7 @@ class AttentionStabilityMonitor:
             raise
         if self._together is not None:
             # A monitor that is dropped without `restore` leaves, too.
-            weakref.finalize(self, self._together.leave, _ended(step)).atexit = False
+            weakref.finalize(self, self._together.leave, _ended()).atexit = False
         #: What auto_intervene did, newest last.
         self.applied: deque[Applied] = deque(maxlen=1_000)
         self._policy = InterventionPolicy(self.model)
@@ -184,7 +184,7 @@ class AttentionStabilityMonitor:
         """End the monitoring; the model runs its own attention. Interventions stay applied."""
         self._recorder.stop()
         if self._together is not None:
-            self._together.leave(_ended(self.step))
+            self._together.leave(_ended())
         self.instrumentation.restore()
         self.parts.end("recording", "restore() was called")
         for writer in self._writers if self._leads else ():
@@ -276,10 +276,10 @@ class AttentionStabilityMonitor:
         self._left_over = diagnosis, rest
 
 
-def _ended(step: int) -> str:
+def _ended() -> str:
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     who = f"process {torch.distributed.get_rank()}" if ready else "a process"
-    return f"{who} ended its monitor after step {step}"
+    return f"{who} ended its monitor"
 
 
 def _check_auto_intervene(together: Together | None) -> None:
