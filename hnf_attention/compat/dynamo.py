@@ -24,6 +24,20 @@ def is_wrapper(module: nn.Module) -> bool:
     return child(module, _WRAPPED) is not None
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside one that torch.compile made, else the module itself. Missing: the module itself."""
+    return child(module, _WRAPPED) or module
+
+
+def wrapper_classes() -> list[type]:
+    """The class of the modules that torch.compile makes. Missing: [], and calls through them begin no forward."""
+    try:
+        from torch._dynamo.eval_frame import OptimizedModule
+    except ImportError:
+        return []
+    return [OptimizedModule]
+
+
 def without_wrappers(name: str) -> str:
     """A module's name in the model as it was before torch.compile wrapped modules of it. Missing: the name itself."""
     return ".".join(part for part in name.split(".") if part != _WRAPPED)
