@@ -14,6 +14,11 @@ def display_name(layer: str) -> str:
     return layer or "(the model itself)"
 
 
+def call_name(layer: str, call: int) -> str:
+    """The name of one call of a layer that is called several times in a forward; `call` counts from 0."""
+    return f"{layer}#{call}"
+
+
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """As `nn.Module.named_modules`, without the modules that torch.compile and data parallelism put around others."""
     plain: dict[str, str] = {}  # names as PyTorch gives them, to names without wrappers

@@ -25,6 +25,20 @@ def is_wrapper(module: nn.Module) -> bool:
     return child(module, WRAPPED) is not None
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside one that torch.compile made, else the module itself. Missing: the module itself."""
+    return child(module, WRAPPED) or module
+
+
+def wrapper_classes() -> list[type]:
+    """The class of the modules that torch.compile makes. Missing: [], and calls through them begin no forward."""
+    try:
+        from torch._dynamo.eval_frame import OptimizedModule
+    except ImportError:
+        return []
+    return [OptimizedModule]
+
+
 def is_compiled(function: Callable[..., Any]) -> bool:
     """Whether torch.compile returned this function. Missing: False, and its attention counts as never reached."""
     return hasattr(function, "_torchdynamo_orig_callable")

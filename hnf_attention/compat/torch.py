@@ -9,7 +9,7 @@ import functools
 import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from types import CodeType
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,6 +84,22 @@ module_call_code: CodeType = getattr(nn.Module, "_call_impl", nn.Module.__call__
 
 Missing: the code of `nn.Module.__call__`, which runs around it.
 """
+
+_KEPT = "_hnf_attention_invocation"
+
+
+def kept_in(frame: FrameType, make: Callable[[], Any]) -> Any:
+    """An object that stays with the frame of one function call, made when it is first asked for.
+
+    It is one more item of `frame.f_locals`, which CPython keeps as long as the frame (seen in 3.10 to 3.14).
+    Missing: made anew each time. Each call of a layer then counts as an invocation of its own.
+    """
+    variables = frame.f_locals
+    found = variables.get(_KEPT)
+    if found is None:
+        found = variables[_KEPT] = make()
+    return found
+
 
 cudnn_backward: Any = _find("ops.aten._scaled_dot_product_cudnn_attention_backward", None)
 """cuDNN's backward of attention. Missing: None, and FlashAttention's is used."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,24 @@ from ..engine import fold
 from ..engine.fold import Measured
 from ..reference.options import Options
 from ..statistics.rows import RowStats
+
+
+@dataclass(slots=True, eq=False)
+class Forward:
+    """One forward pass of an instrumented model.
+
+    number: counts the measured forwards of the model, from 1.
+    training: whether gradients were enabled when the model was called. Inside it they may be off: a reentrant
+        checkpoint runs its modules without.
+    failed: None while it runs, then whether it raised.
+    ends: whether its end is told. It is not where nobody can say when that is, as for a part of the model that is
+        called by itself; `failed` then stays None.
+    """
+
+    number: int
+    training: bool
+    failed: bool | None = None
+    ends: bool = True
 
 
 @dataclass(
@@ -28,7 +45,7 @@ class Measurement:
     beside: what a fold needs beside the rows, where the call is not kept. `Instrumentation.latest` keeps no tensor of
         the model alive, and a call that was caught at its softmax has no known query and key.
     forward: the forward pass of the model that the call is part of; None if it is not known.
-    call: how many calls the layer made in that forward before this one.
+    call: how often the layer's module was invoked in that forward before.
 
     Either the call or `beside` is there. The properties are computed from the call whenever they are read.
     """
@@ -42,7 +59,7 @@ class Measurement:
     key: Tensor | None = None
     options: Options | None = None
     beside: Measured | None = None
-    forward: Any = None
+    forward: Forward | None = None
     call: int = 0
 
     def __repr__(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -18,16 +17,12 @@ from ..monitoring.monitor import AttentionStabilityMonitor
 from ..monitoring.process_groups import ProcessGroups
 from ..monitoring.ranks import AUTO, Ranks
 from ..monitoring.writers import Writer
-from ..names import unwrapped
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _log = logging.getLogger("hnf_attention")
 TENSOR_PARALLEL = ("tp", "tensor_parallel")  # the mesh dimension's name in transformers, and in Lightning
-
-# Monitors at work, by model. A training that ends by an exception may not tell its callbacks.
-_running: weakref.WeakKeyDictionary[nn.Module, weakref.ref] = weakref.WeakKeyDictionary()
 
 #: Each optimizer with its scheduler, a list of schedulers, or None.
 Optimizers = Sequence[tuple[torch.optim.Optimizer, Any]]
@@ -38,8 +33,8 @@ class TrainingCallback:
 
     log_every: every that many optimizer steps is a log step, whatever the gradient accumulation.
         None for as often as the trainer itself logs.
-    record_every, sample, writers, mode, thresholds, on_alert, history_bytes: as for `AttentionStabilityMonitor`. In a
-        process group only the main process writes.
+    record_every, sample, writers, mode, attention_classes, thresholds, on_alert, history_bytes: as for
+        `AttentionStabilityMonitor`. In a process group only the main process writes.
     ranks: as for `AttentionStabilityMonitor`. "auto": all processes of the run hold parts of the batch, or parts of
         the heads along the dimension of the trainer's mesh that is named for tensor parallelism.
     auto_intervene: at a log step, after the optimizer's step, carry out what the monitor proposes: QK-clip or
@@ -65,6 +60,7 @@ class TrainingCallback:
         ranks: Ranks = AUTO,
         *,
         mode: str = "probe",
+        attention_classes: Iterable[str | type[nn.Module]] = (),
         thresholds: Mapping[str, float] | None = None,
         on_alert: Callable[[list[StabilityIssue]], object] | None = None,
         history_bytes: int = HISTORY_BYTES,
@@ -80,6 +76,7 @@ class TrainingCallback:
             "auto_intervene": auto_intervene,
             "sample": sample,
             "mode": mode,
+            "attention_classes": list(attention_classes),
             "thresholds": thresholds,
             "on_alert": on_alert,
             "history_bytes": history_bytes,
@@ -93,7 +90,6 @@ class TrainingCallback:
     def restore(self) -> None:
         """End the monitoring; interventions stay applied. Safe to call twice."""
         if self.monitor is not None:
-            _running.pop(self.monitor.model, None)
             self.monitor.restore()
 
     def _begin(
@@ -101,11 +97,6 @@ class TrainingCallback:
     ) -> None:
         """Training begins at that step; `log_every` and the mesh of its processes are the trainer's own."""
         self.restore()
-        model = unwrapped(model)
-        left = _running.pop(model, lambda: None)()
-        if left is not None:
-            _log.warning("ending the attention monitor that an earlier training of this model left behind")
-            left.restore()
         self.monitor = AttentionStabilityMonitor(
             model,
             log_every=log_every if self._log_every is None else self._log_every,
@@ -114,7 +105,6 @@ class TrainingCallback:
             ranks=_groups_of(mesh) if self._ranks == AUTO else self._ranks,
             **self._options,
         )
-        _running[model] = weakref.ref(self.monitor)
         self.last_diagnosis = None
         self._pause = None
         self._rest()

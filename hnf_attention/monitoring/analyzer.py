@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -25,7 +25,7 @@ class AttentionAnalyzer:
     `mark()` closes a stretch of forward passes (a checkpoint, a data set). Each stretch is one snapshot in
     `history`, numbered from 1, so that the evolution over the stretches can be plotted.
     A stretch holds the forwards under grad if there are any, else the others. One that raised is left out.
-    mode, sample: as for `instrument`, with its errors. "probe" leaves the model's outputs bit-identical.
+    mode, sample, attention_classes: as for `instrument`, with its errors. "probe" leaves the model's outputs bit-identical.
     thresholds: as for `AttentionStabilityMonitor`, with its errors. Use `restore()` or a `with` block to end it.
     """
 
@@ -35,10 +35,13 @@ class AttentionAnalyzer:
         mode: str = "probe",
         sample: int | None = None,
         *,
+        attention_classes: Iterable[str | type[nn.Module]] = (),
         thresholds: Mapping[str, float] | None = None,
     ):
         self._judge = Judge(thresholds)
-        self.instrumentation: Instrumentation = instrument(model, mode=mode, sample=sample)
+        self.instrumentation: Instrumentation = instrument(
+            model, mode=mode, sample=sample, attention_classes=attention_classes, holder=self
+        )
         self._recorder = Recorder(self.instrumentation, log_every=1)
 
     def __repr__(self) -> str:

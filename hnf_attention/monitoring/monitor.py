@@ -58,7 +58,7 @@ class AttentionStabilityMonitor:
         torch.distributed, as in data parallelism; if the weights show that processes hold different heads, it warns
         once and takes each process alone. None takes this process alone. All must call `on_step()` equally often.
         One process alone writes, logs and calls `on_alert`: the first one of `ranks`.
-    mode: as for `instrument`. "probe" leaves the model's outputs bit-identical.
+    mode, attention_classes: as for `instrument`. "probe" leaves the model's outputs bit-identical.
     thresholds: other values for names of `hnf_attention.diagnosis.thresholds.THRESHOLDS`.
     on_alert: gets the list of the issues that are new or worse, at each log step with some.
     history_bytes: the most memory that `history` takes. Older snapshots are thinned when it is reached.
@@ -83,6 +83,7 @@ class AttentionStabilityMonitor:
         ranks: Ranks = AUTO,
         *,
         mode: str = "probe",
+        attention_classes: Iterable[str | type[nn.Module]] = (),
         thresholds: Mapping[str, float] | None = None,
         on_alert: Callable[[list[StabilityIssue]], object] | None = None,
         history_bytes: int = HISTORY_BYTES,
@@ -92,7 +93,9 @@ class AttentionStabilityMonitor:
         if on_alert is not None and not callable(on_alert):
             raise TypeError(f"expected on_alert to be None or a callable, got {on_alert!r}")
         self._on_alert = on_alert
-        self.instrumentation: Instrumentation = instrument(model, mode=mode, sample=sample)
+        self.instrumentation: Instrumentation = instrument(
+            model, mode=mode, sample=sample, attention_classes=attention_classes, holder=self
+        )
         try:
             #: The model, without the wrappers of data parallelism.
             self.model = unwrapped(model)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..engine import fold
+from ..names import call_name
 from ..statistics.fields import SUM_FIELDS
 from ..statistics.heads import Forwards, HeadStats, Snapshot
 from .accumulators import Kind, Lane, Lanes
@@ -218,8 +219,8 @@ class Recorder:
         return Reading([Part(CallName(*kind[:3], kinds[kind]), found[kind]) for kind in ordered], forwards)
 
     def _text(self, name: CallName) -> str:
-        call = f"#{name.call}" if name.layer in self.repeated else ""
-        return f"{name.layer}{call}{name.shape}"
+        repeated = name.layer in self.repeated
+        return f"{call_name(name.layer, name.call) if repeated else name.layer}{name.shape}"
 
     def _why_nothing(self) -> str:
         try:
