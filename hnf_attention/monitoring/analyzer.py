@@ -27,7 +27,7 @@ class AttentionAnalyzer:
     """
 
     def __init__(self, model: nn.Module, mode: str = "auto", sample: int | None = None):
-        self.instrumentation: Instrumentation = instrument(model, mode=mode, sample=sample)
+        self.instrumentation: Instrumentation = instrument(model, mode=mode, sample=sample, holder=self)
         self._recorder = Recorder(self.instrumentation, log_every=1)
 
     def __repr__(self) -> str:

@@ -82,7 +82,7 @@ class AttentionStabilityMonitor:
         self._writers = [_writer_part(number, writer) for number, writer in enumerate(writers)]
         if auto_intervene:
             _check_auto_intervene(ranks)
-        self.instrumentation: Instrumentation = instrument(model, sample=sample)
+        self.instrumentation: Instrumentation = instrument(model, sample=sample, holder=self)
         try:
             self._recorder = Recorder(self.instrumentation, log_every, record_every, step, ranks)
         except ValueError:
