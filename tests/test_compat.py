@@ -169,6 +169,39 @@ def test_a_call_has_the_name_of_the_innermost_module_that_runs():
     assert list(handle.latest) == ["first", "second.0", ""]
 
 
+@carried_by("kept_in")
+def test_what_is_kept_in_a_frame_stays_as_long_as_the_call():
+    def call(depth):
+        frame, made = sys._getframe(), []
+        for _ in range(2):
+            made.append(compat.kept_in(frame, object))
+            depth += 1  # the frame's variables are read anew
+        inner = call(depth) if depth < 4 else None
+        assert made[0] is made[1] is compat.kept_in(frame, object) and made[0] is not inner
+        return made[0]
+
+    assert call(0) is not call(0)
+
+
+@carried_by("Memory")
+def test_memory_that_was_freed_is_nobodys():
+    tensor = torch.randn(1000)
+    memory = compat.Memory(tensor)
+    assert memory.holds(tensor[5:]) and not memory.holds(tensor.clone())
+    address = memory.address
+    del tensor
+    others = [torch.randn(1000) for _ in range(3)]
+    assert not any(memory.holds(other) for other in others)
+    assert compat.Memory(others[0]).address and address
+    assert not compat.Memory(torch.empty(0)).holds(torch.empty(0))
+
+
+@carried_by("learned")
+def test_views_of_a_parameter_are_learned():
+    weight = nn.Parameter(torch.randn(3, 4))
+    assert compat.learned(weight) and compat.learned(weight.T) and not compat.learned(weight * 2)
+
+
 @carried_by("cudnn_backward", "flash_backward")
 @LIBRARY_BACKWARDS
 def test_pytorchs_backward_takes_the_arguments_that_it_is_given(engine):

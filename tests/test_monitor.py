@@ -96,67 +96,6 @@ def test_a_layer_that_is_the_model_itself_has_a_name_in_the_log(caplog):
     assert record.startswith("(the model itself) heads 0-3: overflow_risk: largest |score|")
 
 
-def test_an_evaluation_is_left_out_and_the_snapshot_says_so(model, train_step):
-    monitor = AttentionStabilityMonitor(model, log_every=2, record_every=1)
-    for _ in range(2):
-        train_step(model)
-        model.eval()
-        with torch.no_grad():
-            model(TOKENS)
-            model(TOKENS)
-        model.train()
-        diagnosis = monitor.on_step()
-    assert (diagnosis.stats[LAYERS[0]].rows == 2 * 4 * 24).all()
-    assert monitor.history[-1].holds == "2 training forwards (4 evaluation forwards left out)"
-
-
-def test_training_in_eval_mode_is_training(model, train_step):
-    monitor = AttentionStabilityMonitor(model.eval(), log_every=1)
-    train_step(model)
-    monitor.on_step()
-    assert monitor.history[-1].holds == "1 training forward"
-
-
-def test_without_training_an_evaluation_is_measured(model):
-    monitor = AttentionStabilityMonitor(model, log_every=1)
-    with torch.no_grad():
-        model(TOKENS)
-    assert (monitor.on_step().stats[LAYERS[0]].rows == 4 * 24).all()
-    assert monitor.history[-1].holds == "1 evaluation forward"
-
-
-def test_a_forward_that_raised_and_is_tried_again_counts_once(model):
-    monitor = AttentionStabilityMonitor(model, log_every=1)
-    with pytest.raises(IndexError):
-        model(TOKENS, labels=TOKENS + 100)  # after every layer has run
-    model(TOKENS, labels=TOKENS)
-    assert (monitor.on_step().stats[LAYERS[0]].rows == 4 * 24).all()
-    assert monitor.history[-1].holds == "1 training forward (1 failed forward left out)"
-
-
-class Shared(nn.Module):
-    """One block four times over, as in a Universal Transformer."""
-
-    def __init__(self):
-        super().__init__()
-        self.block = Attention()
-
-    def forward(self, x):
-        for depth in range(4):
-            x = self.block(x * (100.0 if depth == 3 else 1.0))
-        return x
-
-
-def test_the_calls_of_a_shared_block_are_judged_one_by_one():
-    torch.manual_seed(0)
-    model = Shared()
-    monitor = AttentionStabilityMonitor(model, log_every=1)
-    model(torch.randn(2, 20, 16))
-    stats = monitor.on_step().stats
-    assert list(stats) == [f"block#{depth}" for depth in range(4)]
-    assert stats["block#3"].normalized_entropy.mean() < 0.2 < stats["block#0"].normalized_entropy.mean()
-
-
 def test_it_does_not_change_the_training(model, train_step):
     def losses(monitored):
         torch.manual_seed(1)

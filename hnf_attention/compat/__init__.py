@@ -8,6 +8,7 @@ without it. The tests ran with torch 2.11 and 2.13 and with transformers 5. Impo
 """
 
 from .torch import (
+    Memory,
     any_autocast,
     child,
     copy_all,
@@ -22,16 +23,19 @@ from .torch import (
     inner_schedulers,
     jit_trace,
     kept_in,
+    learned,
     lowered_graph,
     module_call_code,
     own_parameter,
     running_backward,
+    runs_graph,
     vmap_in_operators,
     without_dispatch_modes,
 )
 from .transformers import attention_implementation, collects_attention_weights, device_mesh
 
 __all__ = [
+    "Memory",
     "any_autocast",
     "attention_implementation",
     "child",
@@ -49,10 +53,12 @@ __all__ = [
     "inner_schedulers",
     "jit_trace",
     "kept_in",
+    "learned",
     "lowered_graph",
     "module_call_code",
     "own_parameter",
     "running_backward",
+    "runs_graph",
     "vmap_in_operators",
     "without_dispatch_modes",
 ]

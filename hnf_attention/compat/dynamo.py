@@ -27,7 +27,8 @@ def is_wrapper(module: nn.Module) -> bool:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside one that torch.compile made, else the module itself. Missing: the module itself."""
-    return child(module, WRAPPED) or module
+    inside = child(module, WRAPPED)
+    return module if inside is None else inside
 
 
 def wrapper_classes() -> list[type]:

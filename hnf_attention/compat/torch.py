@@ -85,6 +85,15 @@ module_call_code: CodeType = getattr(nn.Module, "_call_impl", nn.Module.__call__
 Missing: the code of `nn.Module.__call__`, which runs around it.
 """
 
+
+def runs_graph(frame: FrameType) -> bool:
+    """Whether the frame runs code that torch.fx generated of a graph, as backends of torch.compile may do.
+
+    Missing: False. With backend="eager", attention in a compiled graph is then measured a second time.
+    """
+    return frame.f_code.co_filename.startswith("<eval_with_key>")
+
+
 _KEPT = "_hnf_attention_invocation"
 
 
@@ -148,6 +157,32 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     """
     parameters = getattr(module, "_parameters", None)
     return (dict(module.named_parameters(recurse=False)) if parameters is None else parameters).get(name)
+
+
+def learned(tensor: Tensor) -> bool:
+    """Whether the tensor is a parameter or a view of one, as its transpose is. Missing: views of one count as none."""
+    return isinstance(tensor, nn.Parameter) or isinstance(getattr(tensor, "_base", None), nn.Parameter)
+
+
+class Memory:
+    """Where the numbers of a tensor lie. Once it was freed, the memory may be given to another tensor.
+
+    Missing: it never counts as freed. A softmax may then be taken for the factor of a product that it is not.
+    """
+
+    __slots__ = ("_storage", "address")
+
+    def __init__(self, tensor: Tensor):
+        storage = tensor.untyped_storage()
+        self.address: int = storage.data_ptr()
+        kind = _find("multiprocessing.reductions.StorageWeakRef", None)
+        self._storage = None if kind is None else kind(storage)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the tensor, which is alive, has this very memory; empty tensors have none."""
+        if not self.address or tensor.untyped_storage().data_ptr() != self.address:
+            return False
+        return self._storage is None or not self._storage.expired()
 
 
 def inner_schedulers(scheduler: object) -> list[Any]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..compat import Memory, learned
 from . import observer
 from .coverage import is_attention
 from .measurement import Measurement
@@ -30,24 +31,24 @@ _NO_PRODUCT, _DIMENSION = "no product", "dimension"
 
 
 class Product(NamedTuple):
-    """numel, shape: of the result. operands: where their numbers lie in memory."""
+    """numel, shape: of the result. operands: their memory."""
 
     numel: int
     shape: tuple[int, ...]
-    operands: tuple[int, ...]
+    operands: tuple[Memory, ...]
 
 
 class Softmax(NamedTuple):
     """A softmax that may be attention.
 
-    of_product: its scores are a product. numel, size: of its result, and of the softmaxed dimension. memory: where the
-    result lies. confirm: what to do when it meets values.
+    of_product: its scores are a product. numel, size: of its result, and of the softmaxed dimension. memory: of the
+    result. confirm: what to do when it meets values.
     """
 
     of_product: bool
     numel: int
     size: int
-    memory: int
+    memory: Memory
     confirm: Callable[[], None]
 
 
@@ -73,13 +74,15 @@ def guarded(look: Callable[..., None], *args: Any, **kwargs: Any) -> None:
 
 def saw_product(queries: Tensor, keys: Tensor, result: Tensor) -> None:
     """Take in a batched product. keys: the factor that the last dimension of the result comes from."""
-    if not all(type(x) in _PLAIN for x in (queries, keys, result)):
+    if not all(_is_plain(x) for x in (queries, keys, result)):
         return
-    memory = _memory(queries), _memory(keys)
-    product = None if _is_weight(keys, queries) else Product(result.numel(), tuple(result.shape), memory)
+    factors = queries, keys
+    product = None
+    if not _is_weight(keys, queries):
+        product = Product(result.numel(), tuple(result.shape), tuple(map(Memory, factors)))
     confirmed = None
     for _, evidence in _reached():
-        confirmed = confirmed or _that_meets(evidence, (queries, keys), memory)
+        confirmed = confirmed or _that_meets(evidence, factors)
         if confirmed in evidence.softmaxes:
             evidence.softmaxes.remove(confirmed)
         if product is not None:
@@ -94,7 +97,7 @@ def saw_softmax(
     """Take in a softmax. measure: makes what gives the measurement of the scores, or raises."""
     dim, size = dim % scores.dim(), scores.shape[dim]
     last = dim == scores.dim() - 1
-    if size < 2 or type(scores) not in _PLAIN:
+    if size < 2 or not _is_plain(scores):
         return
     reached = []
     for owner, evidence in _reached():
@@ -117,7 +120,7 @@ def saw_softmax(
         found = _confirmation(owner, measure(owner), UNMET)
     else:
         found = _listing(owner, dim, tuple(scores.shape))
-    evidence.softmaxes.append(Softmax(True, scores.numel(), size, _memory(result), found))
+    evidence.softmaxes.append(Softmax(True, scores.numel(), size, Memory(result), found))
 
 
 def _without_product(
@@ -143,13 +146,16 @@ def _without_product(
         if dim == scores.dim() - 1 > 1 and evidence.products and is_attention(owner.module):
             found = _confirmation(owner, measure(owner), _NO_PRODUCT)
             evidence.softmaxes.append(
-                Softmax(False, scores.numel(), scores.shape[dim], _memory(result), found)
+                Softmax(False, scores.numel(), scores.shape[dim], Memory(result), found)
             )
 
 
 def _reached() -> Iterator[tuple[observer.Owner, Evidence]]:
-    """The running module and those around it, up to the first with parameters of its own."""
-    for owner, invocation in observer.running():
+    """The running module and those around it, up to the first with parameters of its own.
+
+    None where a compiled graph makes the call: it holds operators that measure.
+    """
+    for owner, invocation in observer.running(into_graphs=False):
         if not owner.observer.measuring:
             return
         if invocation.evidence is None:
@@ -188,27 +194,32 @@ def _of_a_product(evidence: Evidence, scores: Tensor, size: int) -> bool:
     return False
 
 
-def _that_meets(
-    evidence: Evidence, factors: tuple[Tensor, Tensor], memory: tuple[int, int]
-) -> Softmax | None:
+def _that_meets(evidence: Evidence, factors: tuple[Tensor, Tensor]) -> Softmax | None:
     """The softmax whose result is one of these factors, the newest first."""
     newest = list(reversed(evidence.softmaxes))
     for softmax in newest:
-        if softmax.memory and softmax.memory in memory:
+        if any(softmax.memory.holds(factor) for factor in factors):
             return softmax
-    multiplied = {x for product in evidence.products for x in product.operands}
     for softmax in newest:
-        for (weights, values), where in zip((factors, factors[::-1]), memory):
+        for weights, values in (factors, factors[::-1]):
             alike = weights.numel() == softmax.numel and softmax.size in weights.shape
-            if alike and softmax.size in values.shape and where not in multiplied:
+            if alike and softmax.size in values.shape and not _was_factor(evidence, weights):
                 return softmax
     return next((softmax for softmax in newest if not softmax.of_product), None)
 
 
+def _was_factor(evidence: Evidence, tensor: Tensor) -> bool:
+    """Whether an earlier product had it: queries and keys may have the shape of weights."""
+    return any(operand.holds(tensor) for product in evidence.products for operand in product.operands)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in _PLAIN and not tensor.is_nested and not tensor.is_meta
+
+
 def _is_weight(keys: Tensor, queries: Tensor) -> bool:
     """Whether the product is a linear map, by a matrix that all sequences share: experts of a gate are no keys."""
-    learned = isinstance(keys, nn.Parameter) or isinstance(keys._base, nn.Parameter)
-    return learned or keys.dim() < min(queries.dim(), 3)
+    return learned(keys) or keys.dim() < min(queries.dim(), 3)
 
 
 def lengths(given: Tensor) -> tuple[int, ...]:
@@ -230,8 +241,3 @@ def _is_sequence(module: nn.Module, scores: Tensor, dim: int) -> bool:
             if not features:
                 return True
     return False
-
-
-def _memory(tensor: Tensor) -> int:
-    """Where the tensor's storage lies, 0 where it has none."""
-    return 0 if tensor.is_meta or tensor.is_nested else tensor.untyped_storage().data_ptr()

@@ -92,16 +92,16 @@ class Forwards:
                 break
         if current is None:
             current = self._loose(layer) if outermost is None else self._direct(outermost)
-        invocation = own or nearest
-        seen = current.invocations
+        invocation, seen = own or nearest, current.invocations
         if invocation is None:
             merged = layer in seen
             seen[layer] = 1
             return current.forward, 0, merged
+        merged = own is None and place == COMPILED and layer in invocation.numbers
         if layer not in invocation.numbers:
             invocation.numbers[layer] = seen.get(layer, 0)
             seen[layer] = invocation.numbers[layer] + 1
-        return current.forward, invocation.numbers[layer], False
+        return current.forward, invocation.numbers[layer], merged
 
     def _new(self, ends: bool) -> _Pass:
         return _Pass(Forward(next(self._numbers), torch.is_grad_enabled(), ends=ends))

@@ -211,7 +211,7 @@ class Instrumentation(Measurer):
     def _remarks(self, name: str) -> str:
         slowed = any(name == outer or name.startswith(f"{outer}.") or not outer for outer in self._slowed)
         remarks = ", inference fast path off" if slowed else ""
-        return remarks + (", all its calls in a compiled forward together" if name in self._merged else "")
+        return remarks + (", its calls inside one compiled graph together" if name in self._merged else "")
 
     def require_measured(self) -> None:
         """Raise RuntimeError, with the coverage report, if nothing at all has been measured."""

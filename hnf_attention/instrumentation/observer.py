@@ -182,9 +182,12 @@ def list_transformed(find: Callable[..., Owner | None] | None = None, /, *args: 
         found.observer.note(found.layer, TRANSFORMED)
 
 
-def running() -> Iterator[tuple[Owner, Invocation]]:
-    """The registered modules that are running on this thread, the innermost first, each with its invocation."""
-    for found, frame in _running():
+def running(into_graphs: bool = True) -> Iterator[tuple[Owner, Invocation]]:
+    """The registered modules that are running on this thread, the innermost first, each with its invocation.
+
+    into_graphs: False for none at all where a compiled graph makes the call.
+    """
+    for found, frame in _running(into_graphs):
         yield found, compat.kept_in(frame, Invocation)
 
 
@@ -201,7 +204,7 @@ def arguments(module: nn.Module) -> tuple[Any, ...]:
     return ()
 
 
-def _running() -> Iterator[tuple[Owner, FrameType]]:
+def _running(into_graphs: bool = True) -> Iterator[tuple[Owner, FrameType]]:
     """Running modules are read from the Python stack, from frames of `compat.module_call_code`.
 
     Hooks would be wrong in the second forward of a checkpoint, in autograd's threads, and after an exception; the stack
@@ -213,4 +216,12 @@ def _running() -> Iterator[tuple[Owner, FrameType]]:
             found = owner(frame.f_locals["self"])
             if found is not None:
                 yield found, frame
+        elif not into_graphs and compat.runs_graph(frame) and not _is_called_by_its_module(frame):
+            return
         frame = frame.f_back
+
+
+def _is_called_by_its_module(frame: FrameType) -> bool:
+    """Whether the frame is the forward of a registered module, as torch.fx makes some."""
+    caller = frame.f_back
+    return caller is not None and caller.f_code is _MODULE_CALL and owner(caller.f_locals["self"]) is not None

@@ -49,7 +49,7 @@ class Watched:
         self.root = weakref.ref(model)
         self.forwards = Forwards(self._forward_ended)
         self._members: dict[int, weakref.ref[Member]] = {}
-        self._modules: list[weakref.ref[nn.Module]] = []
+        self._registered: list[weakref.ref[nn.Module]] = []
         self._patches: list[Patch] = []
         self._lock = threading.RLock()
 
@@ -83,7 +83,7 @@ class Watched:
             if not self._members:
                 self._patches += forwards.install(model, self.forwards)
             self._members[id(member)] = weakref.ref(member)
-            self._modules = [weakref.ref(module) for module in modules.values()]
+            self._registered = [weakref.ref(module) for module in modules.values()]
             observer.register(modules, self)
         return modules
 
@@ -93,12 +93,12 @@ class Watched:
             self._members.pop(identity, None)
             if self._members:
                 return
-            for reference in self._modules:
+            for reference in self._registered:
                 module = reference()
                 if module is not None:
                     observer.forget(module)
                     layers.unmark(module)
-            self._modules.clear()
+            self._registered.clear()
             model = self.root()
             if model is not None:
                 forwards.uninstall(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ class TrainingCallback:
         ranks: Ranks = AUTO,
         *,
         mode: str = "probe",
-        attention_classes: Iterable[str | type[nn.Module]] = (),
+        attention_classes: Collection[str | type[nn.Module]] = (),
         thresholds: Mapping[str, float] | None = None,
         on_alert: Callable[[list[StabilityIssue]], object] | None = None,
         history_bytes: int = HISTORY_BYTES,
@@ -76,7 +76,7 @@ class TrainingCallback:
             "auto_intervene": auto_intervene,
             "sample": sample,
             "mode": mode,
-            "attention_classes": list(attention_classes),
+            "attention_classes": attention_classes,
             "thresholds": thresholds,
             "on_alert": on_alert,
             "history_bytes": history_bytes,

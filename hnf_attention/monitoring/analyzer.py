@@ -25,7 +25,8 @@ class AttentionAnalyzer:
     `mark()` closes a stretch of forward passes (a checkpoint, a data set). Each stretch is one snapshot in
     `history`, numbered from 1, so that the evolution over the stretches can be plotted.
     A stretch holds the forwards under grad if there are any, else the others. One that raised is left out.
-    mode, sample, attention_classes: as for `instrument`, with its errors. "probe" leaves the model's outputs bit-identical.
+    mode, sample, attention_classes: as for `instrument`, with its errors. "probe" leaves the model's outputs
+        bit-identical.
     thresholds: as for `AttentionStabilityMonitor`, with its errors. Use `restore()` or a `with` block to end it.
     """
 
