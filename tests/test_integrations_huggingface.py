@@ -10,7 +10,7 @@ from torch import nn
 
 from hnf_attention import AttentionStabilityMonitor
 from hnf_attention.integrations import AttentionStabilityCallback, JSONLWriter, read_jsonl
-from hnf_attention.integrations.training import unwrapped
+from hnf_attention.names import unwrapped
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.usefixtures("one_thread")
