@@ -8,6 +8,8 @@ import torch
 
 from hnf_attention import attention_stats
 from hnf_attention.diagnosis import diagnose
+from hnf_attention.diagnosis.issue import HEADLINE_LENGTH, SEVERITIES
+from hnf_attention.diagnosis.thresholds import THRESHOLDS
 from hnf_attention.engine.call import check
 from hnf_attention.instrumentation import Coverage, Measurement
 from hnf_attention.reference.fold import new_accumulator
@@ -18,16 +20,25 @@ from hnf_attention.statistics.heads import HeadStats, Snapshot
 HEALTHY = dict(
     rows=1000.0,
     judged_rows=1000.0,
+    left_out_rows=0.0,
+    empty_rows=0.0,
     nonfinite_rows=0.0,
+    nonfinite_query=0.0,
+    nonfinite_key=0.0,
+    nonfinite_value=0.0,
+    nonfinite_out=0.0,
+    nonfinite_empty=0.0,
     entropy=3.0,
     logit_range=6.0,
     normalized_entropy=0.7,
     max_weight=0.2,
     sink_mass=0.05,
+    rest_normalized_entropy=0.7,
     jacobian_trace_bound=0.9,
     saturated_share=0.0,
+    stray_share=None,  # of all rows; as `saturated_share` if it is not given
     max_logit=5.0,
-    min_logit=-5.0,
+    min_logit=None,  # as far down as `max_logit` is up, if it is not given
     query_norm=10.0,
     key_norm=10.0,
     query_size=1.0,  # scale * |q| of the longest
@@ -39,18 +50,25 @@ HEALTHY = dict(
 
 def head_stats(heads=4, head_dim=64, dtype="float32", sample_period=1, **numbers):
     """HeadStats of `heads` heads: HEALTHY, but for `numbers` (a number, or one per head)."""
-    columns = {k: np.broadcast_to(np.float64(v), heads) for k, v in {**HEALTHY, **numbers}.items()}
+    given = {**HEALTHY, **numbers}
+    if given["stray_share"] is None:
+        given["stray_share"] = given["saturated_share"]
+    if given["min_logit"] is None:
+        given["min_logit"] = -np.abs(given["max_logit"])
+    columns = {k: np.broadcast_to(np.float64(v), heads) for k, v in given.items()}
     values = new_accumulator(heads, "cpu").numpy()
     rows, judged = columns["rows"], columns["judged_rows"]
-    columns["saturated_rows"] = columns["saturated_share"]
+    columns["saturated_rows"], columns["stray_rows"] = columns["saturated_share"], columns["stray_share"]
+    columns["rest_entropy"] = columns["rest_normalized_entropy"] * (1 - columns["sink_mass"])
     # Ten blocks whose means differ by a standard deviation of 0.1 of their mean.
     columns["judged_blocks"] = np.full(heads, 10.0)
     for name in ERROR_FIELDS:
         columns[f"{name}_blocks"] = columns[name] ** 2 * (1 + 0.1**2 * 9 / 10)
     columns["sequences"] = np.ones(heads)
     columns |= {f"{name}_square": columns[f"{name}_norm"] ** 2 for name in ("query", "key")}
-    once = ("rows", "judged_rows", "judged_blocks", "nonfinite_rows")
-    once += ("sequences", "query_square", "key_square")
+    once = [name for name in SUM_FIELDS if name.startswith("nonfinite")]
+    once += ["rows", "judged_rows", "judged_blocks", "left_out_rows", "empty_rows"]
+    once += ["sequences", "query_square", "key_square"]
     for index, name in enumerate(SUM_FIELDS):
         count = {**dict.fromkeys(once, 1.0), "entropy": rows, "logit_range": rows}
         values[index] = columns[name] * count.get(name, judged)
@@ -76,6 +94,36 @@ def snapshot(step=1, **layers):
         name: value if isinstance(value, HeadStats) else head_stats(**value) for name, value in layers.items()
     }
     return Snapshot(step, made)
+
+
+def found(history, issue_type):
+    """{head: issue} of one kind, after checks that hold for every issue."""
+    diagnosis = diagnose(history)
+    keys = [(i.layer, i.head, i.issue_type) for i in diagnosis.issues]
+    assert len(keys) == len(set(keys))
+    for issue in diagnosis.issues:
+        assert issue.severity in SEVERITIES
+        assert issue.source and issue.suggestion
+        assert f"step {history[-1].step}" in issue.evidence
+        assert issue.threshold in {t.value for t in THRESHOLDS.values()}
+        assert len(issue.headline) <= HEADLINE_LENGTH and " -> " in issue.headline
+    return {i.head: i for i in diagnosis.issues if i.issue_type == issue_type}
+
+
+def growing(scores, steps=None, **numbers):
+    """History of layer `a`, whose largest score takes these values (each a number or one per head)."""
+    steps = range(1, len(scores) + 1) if steps is None else steps
+    each = [
+        {k: v[t] if isinstance(v, list) and len(v) == len(scores) else v for k, v in numbers.items()}
+        for t in range(len(scores))
+    ]
+    return [snapshot(s, a={"max_logit": m, **e}) for s, m, e in zip(steps, scores, each)]
+
+
+def only(head, **numbers):
+    """Those numbers for one head of four, healthy ones for the others."""
+    healthy = head_stats()
+    return {k: np.where(np.arange(4) == head, v, getattr(healthy, k)) for k, v in numbers.items()}
 
 
 def diagnoses():

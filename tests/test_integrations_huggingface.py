@@ -204,7 +204,7 @@ def test_the_monitors_options_are_handed_on(make):
     make([callback], model=model).train()
     assert callback.monitor.instrumentation.mode == "fused" and alerts
     assert callback.monitor.history.limit == 30_000
-    with pytest.raises(ValueError, match="expected names of thresholds"):
+    with pytest.raises(ValueError, match="expected the name of a threshold"):
         make([AttentionStabilityCallback(thresholds={"clip": 3})]).train()
 
 

@@ -9,7 +9,6 @@ import torch
 from tiny_gpt2 import LAYERS, heat, tiny_gpt2
 from torch import nn
 
-import hnf_attention.monitoring.judging
 from hnf_attention import AttentionAnalyzer, AttentionStabilityMonitor
 from hnf_attention.diagnosis import diagnose
 
@@ -44,29 +43,15 @@ def test_probing_is_the_default_and_leaves_every_bit(model, make):
 
 
 @pytest.mark.parametrize("make", [AttentionStabilityMonitor, AttentionAnalyzer])
-def test_thresholds_reach_the_rules_and_are_checked(model, make, monkeypatch):
-    given = []
-
-    def judged(history, coverage, thresholds):
-        given.append(thresholds)
-        return diagnose(history, coverage)
-
-    monkeypatch.setattr(hnf_attention.monitoring.judging, "diagnose", judged)
+def test_thresholds_reach_the_rules_and_are_checked(model, make):
     options = {"log_every": 1} if make is AttentionStabilityMonitor else {}
-    with make(model, thresholds={"clip_logit": 50}, **options) as watching:
-        model(TOKENS)
-        _ = watching.on_step() if options else watching.diagnose()
-    assert given == [{"clip_logit": 50}]
-    with pytest.raises(
-        ValueError, match="expected names of thresholds, such as clip_logit.*got 'clip_logits'"
-    ):
+    for thresholds, warned in [({"watch_logit": 1e-3, "clip_logit": 1e-3}, True), ({}, False)]:
+        with make(model, thresholds=thresholds, **options) as watching:
+            model(TOKENS)
+            diagnosis = watching.on_step() if options else watching.diagnose()
+        assert diagnosis.thresholds == thresholds and bool(diagnosis.warnings) == warned
+    with pytest.raises(ValueError, match="expected the name of a threshold, got 'clip_logits'"):
         make(model, thresholds={"clip_logits": 50})
-    for value in ("50", True, None, float("nan")):
-        with pytest.raises(
-            ValueError, match="expected the threshold 'clip_logit' to be a finite number, got"
-        ):
-            make(model, thresholds={"clip_logit": value})
-    make(model).restore()
 
 
 # Alerts

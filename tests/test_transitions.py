@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hnf_attention import StabilityIssue
-from hnf_attention.monitoring.lines import MAX_LINE, issue_line, log_transitions
+from hnf_attention.monitoring.lines import log_transitions
 from hnf_attention.monitoring.transitions import HOLD, LONGEST_HOLD, IssueTracker, Transitions
 
 WARNING = StabilityIssue(
@@ -21,6 +21,7 @@ WARNING = StabilityIssue(
     source="a paper",
     evidence="head 2 of blocks.1.attn: largest |score| 413 at step 40, above where QK-clip acts",
     suggestion="apply QK-clip at 30 after the optimizer step (get_intervention proposes it)",
+    brief="scores range 413 -> QK-clip at 30",
 )
 ERROR = replace(WARNING, severity="error")
 OTHER = replace(WARNING, head=5)
@@ -95,28 +96,14 @@ def test_the_state_goes_through_json():
 # Lines
 
 
-def test_a_line_names_the_place_the_numbers_and_the_cure():
-    assert issue_line([WARNING, OTHER]) == (
-        "blocks.1.attn heads 2, 5: overflow_risk: largest |score| 413 at step 40, above where QK-clip acts "
-        "-> apply QK-clip at 30 after the optimizer step"
-    )
-
-
-@pytest.mark.parametrize("layer", ["", "a.b", "base_model.model." + "encoder.layers." * 9 + "attention.self"])
-@pytest.mark.parametrize("heads", [[None], [0], range(0, 90, 2)])
-@pytest.mark.parametrize("text", ["short", "long words of evidence, " * 20, "x" * 400])
-def test_no_line_is_longer_than_the_limit(layer, heads, text):
-    group = [replace(WARNING, layer=layer, head=head, evidence=text, suggestion=text) for head in heads]
-    line = issue_line(group)
-    assert len(line) <= MAX_LINE and "\n" not in line
-    assert layer[-20:] in line and ("heads 0, 2" in line) == (len(heads) > 1)
-
-
 def test_levels_of_the_lines(caplog):
     caplog.set_level(logging.INFO, logger="hnf_attention")
     three = replace(WARNING, layer="blocks.3.attn")
-    log_transitions(Transitions([WARNING, OTHER], [replace(ERROR, head=7)], [three], [OTHER]), 90)
+    note = replace(WARNING, severity="note", layer="long." * 60 + "attn", brief="x" * 200)
+    log_transitions(Transitions([WARNING, OTHER, note], [replace(ERROR, head=7)], [three], [OTHER]), 90)
     levels = [(r.levelname, r.getMessage()) for r in caplog.records]
-    assert [level for level, _ in levels] == ["WARNING", "ERROR", "INFO", "INFO"]
-    assert levels[2][1] == "better at step 90, now a warning: overflow_risk in blocks.3.attn head 2"
-    assert levels[3][1] == "resolved at step 90: overflow_risk in blocks.1.attn head 5"
+    assert [level for level, _ in levels] == ["WARNING", "INFO", "ERROR", "INFO", "INFO"]
+    assert levels[0][1] == "blocks.1.attn heads 2, 5: scores range 413 -> QK-clip at 30"
+    assert all(len(line) <= 160 for _, line in levels)
+    assert levels[3][1] == "better at step 90, now a warning: overflow_risk in blocks.3.attn head 2"
+    assert levels[4][1] == "resolved at step 90: overflow_risk in blocks.1.attn head 5"

@@ -36,9 +36,10 @@ def run(options: argparse.Namespace) -> int:
     )
     console.print(layer_table(diagnosis.stats, diagnosis.issues, title))
     console.print(issue_list(diagnosis.issues))
-    verdict = "not healthy" if diagnosis.errors else "healthy"
-    counts = f"{len(diagnosis.errors)} errors, {len(diagnosis.warnings)} warnings"
-    console.print(Text(f"\n{verdict}: {counts}", style="bold"))
+    counts = (
+        f"{len(diagnosis.errors)} errors, {len(diagnosis.warnings)} warnings, {len(diagnosis.notes)} notes"
+    )
+    console.print(Text(f"\n{diagnosis.verdict}: {counts}; {diagnosis.extent}", style="bold"))
     for layer, why in analysis.coverage.not_measured.items():
         console.print(Text(f"not measured: {display_name(layer)}: {why}", style="yellow"))
     write_document(options.json, analysis.to_dict())

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ..reference import fold as reference
-from ..reference.fold import Measured, measure
+from ..reference import measured
+from ..reference.context import UNKNOWN, Context
+from ..reference.measured import Measured
 from ..reference.options import Options
 from ..statistics import fields
 from ..statistics.fields import NUM_SUMS
@@ -47,25 +49,52 @@ def kernel_layout() -> Any:
     )
 
 
-def fold(accumulator: Tensor, query: Tensor, key: Tensor, rows: RowStats, options: Options) -> None:
+def fold(
+    accumulator: Tensor,
+    query: Tensor,
+    key: Tensor,
+    rows: RowStats,
+    options: Options,
+    context: Context = UNKNOWN,
+) -> None:
     """Add one call to its layer's accumulator: by one kernel launch on CUDA (a second one scans a user mask).
 
     query (B, H, M, D), key (B, H_kv, N, D), rows of (B, H, M) or a sample, (B, H, M_s): a call
-    as `attention` takes it, its validated options, and its row statistics. A call without rows changes nothing.
+    as `attention` takes it, its validated options, row statistics and context. Without rows nothing changes.
     """
     if rows.lse.numel() == 0:
         return
     if engines.kernels_cover(query, None):
         with engines.on_device(query):
-            engines.kernel("measure.fold").fold(accumulator, query, key, rows, options, kernel_layout())
+            engines.kernel("measure.fold").fold(
+                accumulator, query, key, rows, options, context, kernel_layout()
+            )
     else:
-        fold_measured(accumulator, rows, measure(query, key, rows, options))
+        fold_measured(accumulator, rows, measured.measure(query, key, rows, options, context))
 
 
 @torch.no_grad()
-def fold_measured(accumulator: Tensor, rows: RowStats, measured: Measured) -> None:
+def shared_key(
+    query: Tensor, key: Tensor, rows: RowStats, options: Options, left_out: Tensor | None
+) -> Tensor:
+    """The key with the most weight over some rows of a head, int64 (B, H); -1 where none counts.
+
+    query (B, H, M, D), key (B, H_kv, N, D), rows: as for `fold`. left_out: boolean (B, M), None for none.
+    """
+    if rows.lse.numel() == 0 or key.shape[2] == 0:
+        return torch.full(query.shape[:2], -1, dtype=torch.int64, device=query.device)
+    if not engines.kernels_cover(query, None):
+        return measured.shared_key(query, key, rows, options, left_out)
+    index, lse = measured.rows_asked(query, rows, left_out)
+    with engines.on_device(query):
+        weights = engines.kernel("measure.columns").column_weights(query, key, index, lse, options)
+    return measured.heaviest(weights)
+
+
+@torch.no_grad()
+def fold_measured(accumulator: Tensor, rows: RowStats, beside: Measured) -> None:
     """`fold` of a call whose measured numbers are known already, on any device, in PyTorch's own operations."""
-    reference.fold_rows(accumulator[0], rows, measured)
+    reference.fold_rows(accumulator[0], rows, beside)
 
 
 def collect(accumulators: Sequence[Tensor]) -> Tensor:

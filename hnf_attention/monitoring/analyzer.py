@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from ..diagnosis import AttentionDiagnosis
+from ..diagnosis import AttentionDiagnosis, diagnose
+from ..diagnosis.thresholds import checked_thresholds
 from ..instrumentation import Instrumentation, instrument
 from ..statistics.heads import Snapshot
-from .judging import Judge
 from .recorder import Recorder
 
 
@@ -39,7 +39,7 @@ class AttentionAnalyzer:
         attention_classes: Iterable[str | type[nn.Module]] = (),
         thresholds: Mapping[str, float] | None = None,
     ):
-        self._judge = Judge(thresholds)
+        self._thresholds = checked_thresholds(thresholds)
         self.instrumentation: Instrumentation = instrument(
             model, mode=mode, sample=sample, attention_classes=attention_classes, holder=self
         )
@@ -66,7 +66,7 @@ class AttentionAnalyzer:
         """
         if self._recorder.pending or not self.history:
             self.mark()
-        return self._judge(self.history, self.instrumentation.coverage)
+        return diagnose(self.history, self.instrumentation.coverage, self._thresholds)
 
     def restore(self) -> None:
         """End the measuring; the model is as it was. What was recorded can still be diagnosed."""

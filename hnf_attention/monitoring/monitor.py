@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..diagnosis import AttentionDiagnosis, StabilityIssue
+from ..diagnosis import AttentionDiagnosis, StabilityIssue, diagnose
+from ..diagnosis.thresholds import checked_thresholds
 from ..instrumentation import Instrumentation, instrument
 from ..interventions import Applied, Intervention, InterventionPolicy, apply_intervention, learning_rate
 from ..names import unwrapped
@@ -20,7 +21,6 @@ from ..statistics.heads import Snapshot
 from . import state
 from .agreement import Together
 from .history import HISTORY_BYTES
-from .judging import Judge
 from .lines import log_transitions
 from .parts import MonitorStatus, Parts
 from .ranks import AUTO, Ranks, resolve
@@ -89,7 +89,7 @@ class AttentionStabilityMonitor:
         history_bytes: int = HISTORY_BYTES,
     ):
         self._writers = [writer_part(number, writer) for number, writer in enumerate(writers)]
-        self._judge = Judge(thresholds)
+        self._thresholds = checked_thresholds(thresholds)
         if on_alert is not None and not callable(on_alert):
             raise TypeError(f"expected on_alert to be None or a callable, got {on_alert!r}")
         self._on_alert = on_alert
@@ -160,7 +160,9 @@ class AttentionStabilityMonitor:
         self._recorder.rest(parts.rests("recording", 1))
         if snapshot is None:
             return None
-        diagnosis = parts.run("diagnosis", self._judge, self.history, self.instrumentation.coverage)
+        diagnosis = parts.run(
+            "diagnosis", diagnose, self.history, self.instrumentation.coverage, self._thresholds
+        )
         if diagnosis is None:
             return None
         parts.run("logging", self._announce, diagnosis)

@@ -160,7 +160,8 @@ class ProcessGroups:
 
 _Key = tuple[CallName, int, str]  # name, head dimension, dtype: parts that are alike in these are one
 # Sums that every process of `queries` has whole: each counts its sequences, and squares all of their keys.
-_OF_SEQUENCES = tuple(SUM_FIELDS.index(name) for name in ("sequences", "key_square"))
+_WHOLE = ("sequences", "key_square", "nonfinite_key", "nonfinite_value")
+_OF_SEQUENCES = tuple(SUM_FIELDS.index(name) for name in _WHOLE)
 
 
 class _Contribution(NamedTuple):

@@ -29,7 +29,7 @@ from .process_groups import CallName, Part, Reading
 if TYPE_CHECKING:
     from ..instrumentation import Instrumentation, Measurement
 
-_SEEN = [SUM_FIELDS.index(name) for name in ("rows", "nonfinite_rows")]
+_SEEN = [SUM_FIELDS.index(name) for name in ("rows", "left_out_rows", "empty_rows", "nonfinite_rows")]
 
 
 class NothingMeasured(RuntimeError):
@@ -165,7 +165,7 @@ class Recorder:
             else:
                 query, key, options = measurement.query, measurement.key, measurement.options
                 assert query is not None and key is not None and options is not None  # for the type checker
-                fold.fold(accumulator, query, key, measurement.rows, options)
+                fold.fold(accumulator, query, key, measurement.rows, options, measurement.context)
         finally:
             if not told:
                 self._lanes.release(lane)

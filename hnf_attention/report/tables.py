@@ -16,7 +16,7 @@ from ..figures.labels import layer_labels
 from ..names import display_name
 from ..statistics.heads import HeadStats
 
-STYLES = {"error": "bold red", "warning": "yellow"}
+STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 _COLUMNS = (
     "heads",
     "normalized\nentropy",
@@ -49,7 +49,7 @@ def layer_table(stats: Mapping[str, HeadStats], issues: Sequence[StabilityIssue]
             _number(layer.log2_curvature, np.max, "{:.4g}"),
             _number(layer.error_bound, np.max, "{:.2g}"),
             _number(layer.required_bits, np.max, "{:.0f}"),
-            _state([issue for issue in issues if issue.layer == name]),
+            _state([issue for issue in issues if issue.layer == name], layer),
         )
     return table
 
@@ -82,9 +82,12 @@ def headline(group: Sequence[StabilityIssue]) -> str:
     return f"{worst.severity}: {worst.issue_type} in {display_name(worst.layer)}{heads_text(group)}"
 
 
-def _state(issues: Sequence[StabilityIssue]) -> Text:
+def _state(issues: Sequence[StabilityIssue], layer: HeadStats) -> Text:
     if not issues:
-        return Text("ok", style="green")
+        if (layer.nonfinite_rows + layer.nonfinite_out).any():  # one issue of the model tells of such layers
+            return Text("NaN or inf", style=STYLES["error"])
+        judged = (layer.judged_rows > 0).all()
+        return Text("ok", style="green") if judged else Text("not judged", style="dim")
     worst, kinds = issues[0], {issue.issue_type for issue in issues}
     more = f" +{len(kinds) - 1}" if len(kinds) > 1 else ""
     return Text(f"{worst.severity}: {worst.issue_type}{more}", style=STYLES[worst.severity])
