@@ -60,7 +60,7 @@ class AttentionStabilityMonitor:
         One process alone writes, logs and calls `on_alert`: the first one of `ranks`.
     mode, attention_classes: as for `instrument`. "probe" leaves the model's outputs bit-identical.
     thresholds: other values for names of `hnf_attention.diagnosis.thresholds.THRESHOLDS`.
-    on_alert: gets the list of the issues that are new or worse, at each log step with some.
+    on_alert: gets the list of the errors and warnings that are new or worse, at each log step with some.
     history_bytes: the most memory that `history` takes. Older snapshots are thinned when it is reached.
 
     A snapshot holds the forwards under grad since the last one, and evaluation forwards only if there was no other;
@@ -262,7 +262,7 @@ class AttentionStabilityMonitor:
         news = self._tracker.update(diagnosis.issues)
         if not self._leads:
             return
-        alerts = [*news.new, *news.worse]
+        alerts = [issue for issue in (*news.new, *news.worse) if issue.severity != "note"]
         if alerts and self._on_alert is not None:
             self.parts.run("on_alert", self._on_alert, alerts)
         log_transitions(news, diagnosis.step)
