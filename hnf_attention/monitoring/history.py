@@ -127,12 +127,14 @@ def _peaks(snapshot: Snapshot) -> tuple[float, float]:
 
 
 def _in_float32(snapshot: Snapshot) -> Snapshot:
-    return replace(snapshot, layers={name: _narrowed(stats) for name, stats in snapshot.layers.items()})
+    with np.errstate(over="ignore"):
+        return replace(snapshot, layers={name: _narrowed(stats) for name, stats in snapshot.layers.items()})
 
 
 def _narrowed(stats: HeadStats) -> HeadStats:
-    with np.errstate(over="ignore"):
-        narrow = stats.values.astype(np.float32)
-    overflows = np.isinf(narrow) & np.isfinite(stats.values)
-    # A copy, because the values of all layers are parts of one array, which would be kept whole.
-    return replace(stats, values=stats.values.copy() if overflows.any() else narrow)
+    narrow = stats.values.astype(np.float32)
+    infinite = np.isinf(narrow)
+    if infinite.any() and np.isfinite(stats.values[infinite]).any():
+        # A copy, because the values of all layers are parts of one array, which would be kept whole.
+        narrow = stats.values.copy()
+    return replace(stats, values=narrow)
