@@ -240,3 +240,22 @@ def test_collect_joins_layers_of_different_width(device):
     assert together[0].tolist() == [11, 11, 12, 12, 12, 12, 12]
     assert together[fields.NUM_SUMS].tolist() == [-3.0] * 7
     assert (together[fields.NUM_SUMS + 1] == -torch.inf).all()
+
+
+def test_a_device_without_fp64_loses_nothing(monkeypatch):
+    """Of many calls, the sums in pairs of fp32 are as good as one in fp64; fp32 alone would lose five digits."""
+    q, k = (torch.randn(1, 2, 20, 8) for _ in range(2))
+    options = Case().options(q, k, k, None, None)
+    rows = _rows(q, k, options)
+    beside = measured.measure(q, k, rows, options)
+    expected = fold.new_accumulator(2, q.device)
+    fold.fold_measured(expected, rows, beside)
+    monkeypatch.setattr(specification, "wide", lambda device: torch.float32)
+    pairs, calls = fold.new_accumulator(2, q.device), 3000
+    assert pairs.dtype == torch.float32 and pairs.shape[0] == 2
+    for _ in range(calls):
+        fold.fold_measured(pairs, rows, beside)
+    sums = slice(0, fields.NUM_SUMS)
+    got, one = fold.collect([pairs]), fold.collect([expected])
+    torch.testing.assert_close(got[sums], calls * one[sums], rtol=3e-7, atol=1e-6)
+    torch.testing.assert_close(got[fields.NUM_SUMS :], one[fields.NUM_SUMS :], rtol=1e-6, atol=1e-6)

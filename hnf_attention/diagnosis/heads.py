@@ -111,7 +111,7 @@ class Heads:
     @cached_property
     def low(self) -> np.ndarray:
         """Heads with little entropy in their rows, on average or in a tenth of them."""
-        limit = np.where(self.resting, threshold("collapsed_entropy"), threshold("low_entropy"))
+        limit = np.where(self.resting, threshold("low_rest"), threshold("low_entropy"))
         return (self.sharpness < limit) | self._low_tenth | (self.stray > threshold("high_saturation"))
 
     @property

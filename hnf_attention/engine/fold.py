@@ -2,6 +2,7 @@
 
 An accumulator is (slots, NUM_FIELDS, H) fp64: on CUDA the programs of the fold kernel own a slot each,
 elsewhere there is one. `collect` merges the slots; every slot obeys the laws of `reference.fold.fold_rows`.
+Where a device has no fp64, two slots of fp32 hold one sum: the sum, and what its rounding lost.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ def new_accumulator(num_heads: int, device: torch.device) -> Tensor:
     slots = 1
     if card_of(device).triton is not None:
         slots = engines.kernel("measure.fold").SLOTS
-    return reference.new_accumulator(num_heads, device).repeat(slots, 1, 1)
+    accumulator = reference.new_accumulator(num_heads, device)
+    if accumulator.dtype == torch.float32:
+        slots = 2
+    return accumulator.repeat(slots, 1, 1)
 
 
 @functools.cache
@@ -94,10 +98,23 @@ def shared_key(
 @torch.no_grad()
 def fold_measured(accumulator: Tensor, rows: RowStats, beside: Measured) -> None:
     """`fold` of a call whose measured numbers are known already, on any device, in PyTorch's own operations."""
-    reference.fold_rows(accumulator[0], rows, beside)
+    if accumulator.dtype == torch.float64:
+        reference.fold_rows(accumulator[0], rows, beside)
+        return
+    part = reference.new_accumulator(accumulator.shape[2], accumulator.device)
+    reference.fold_rows(part, rows, beside)
+    total, lost = accumulator[:, :NUM_SUMS]
+    # Knuth, The Art of Computer Programming, volume 2, section 4.2.2, theorem B: the exact rounding error of a sum.
+    added, before = part[:NUM_SUMS], total.clone()
+    total += added
+    share = total - before
+    lost += (before - (total - share)) + (added - share)
+    torch.maximum(accumulator[0, NUM_SUMS:], part[NUM_SUMS:], out=accumulator[0, NUM_SUMS:])
 
 
 def collect(accumulators: Sequence[Tensor]) -> Tensor:
     """Merge the slots of accumulators on one device: (NUM_FIELDS, sum of their H), heads in their order."""
     together = torch.cat(list(accumulators), 2)
+    if together.dtype == torch.float32:
+        together = together.cpu().double()
     return torch.cat([together[:, :NUM_SUMS].sum(0), together[:, NUM_SUMS:].amax(0)])

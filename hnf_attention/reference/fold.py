@@ -25,9 +25,14 @@ from .measured import Measured
 from .sampling import BLOCK_ROWS
 
 
+def wide(device: torch.device | str) -> torch.dtype:
+    """The dtype of sums on a device: fp64, fp32 on Macs, which have no other."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 def new_accumulator(num_heads: int, device: torch.device | str) -> Tensor:
-    """An empty fold, (NUM_FIELDS, H) fp64: NUM_SUMS sums at 0, then the maxima at -inf."""
-    accumulator = torch.zeros(NUM_FIELDS, num_heads, dtype=torch.float64, device=device)
+    """An empty fold, (NUM_FIELDS, H) of dtype `wide`: NUM_SUMS sums at 0, then the maxima at -inf."""
+    accumulator = torch.zeros(NUM_FIELDS, num_heads, dtype=wide(device), device=device)
     accumulator[NUM_SUMS:] = -torch.inf
     return accumulator
 
@@ -47,7 +52,8 @@ def fold_rows(accumulator: Tensor, stats: RowStats, measured: Measured) -> None:
     occupied = (visible > 0) & ~left_out
     finite = occupied & stats.entropy.isfinite() & stats.max_logit.isfinite() & stats.min_logit.isfinite()
     judged = finite & (visible >= JUDGED_MIN_KEYS)
-    ratio = stats.entropy.double() / visible.clamp(min=2).double().log()
+    dtype = accumulator.dtype
+    ratio = stats.entropy.to(dtype) / visible.clamp(min=2).to(dtype).log()
     rows = _Rows(left_out, real & ~left_out & ~occupied, occupied, finite, judged, ratio)
     sums = _sums(rows, stats, measured)
     accumulator[: len(SUM_FIELDS)] += torch.stack([sums[name] for name in SUM_FIELDS])
@@ -58,7 +64,7 @@ def fold_rows(accumulator: Tensor, stats: RowStats, measured: Measured) -> None:
 
 
 class _Rows(NamedTuple):
-    """Which rows count for what, and their normalized entropy (fp64); (B, H, M) each."""
+    """Which rows count for what, and their normalized entropy, in the accumulator's dtype; (B, H, M) each."""
 
     left_out: Tensor
     empty: Tensor
@@ -69,11 +75,12 @@ class _Rows(NamedTuple):
 
 
 def _sums(rows: _Rows, stats: RowStats, measured: Measured) -> dict[str, Tensor]:
-    """SUM_FIELDS of one call by name, (H,) fp64 each."""
-    max_weight, one = stats.max_weight.double(), torch.ones_like(rows.ratio)
-    saturated = (rows.ratio < SATURATED_ENTROPY).double()
+    """SUM_FIELDS of one call by name, (H,) each."""
+    dtype = rows.ratio.dtype
+    max_weight, one = stats.max_weight.to(dtype), torch.ones_like(rows.ratio)
+    saturated = (rows.ratio < SATURATED_ENTROPY).to(dtype)
     visible = measured.visible_keys.expand(stats.lse.shape)
-    new_keys = measured.key_square[..., measured.first_new_key :].double()
+    new_keys = measured.key_square[..., measured.first_new_key :].to(dtype)
     block_rows = _of_blocks(one, rows.judged)
     sequences = stats.lse.shape[0] if measured.sequences is None else measured.sequences
     sums = {
@@ -82,15 +89,15 @@ def _sums(rows: _Rows, stats: RowStats, measured: Measured) -> dict[str, Tensor]
         "left_out_rows": _total(one, rows.left_out),
         "empty_rows": _total(one, rows.empty),
         "nonfinite_rows": _total(one, rows.occupied & ~rows.finite),
-        "entropy": _total(stats.entropy.double(), rows.finite),
-        "logit_range": _total(stats.logit_range.double(), rows.finite),
-        "judged_blocks": (block_rows > 0).sum(1).double(),
+        "entropy": _total(stats.entropy.to(dtype), rows.finite),
+        "logit_range": _total(stats.logit_range.to(dtype), rows.finite),
+        "judged_blocks": (block_rows > 0).sum(1).to(dtype),
         "sequences": torch.ones_like(one[0, :, 0]) * sequences,
-        "query_square": _total(measured.query_square.double(), ~measured.query_square.isnan()),
+        "query_square": _total(measured.query_square.to(dtype), ~measured.query_square.isnan()),
         "key_square": _total(new_keys, ~new_keys.isnan()),
-        "rest_entropy": _total(measured.rest_entropy.double() / _log_others(visible), rows.judged),
+        "rest_entropy": _total(measured.rest_entropy.to(dtype) / _log_others(visible, dtype), rows.judged),
         "stray_rows": _total(saturated, rows.judged & (measured.sink_mass < 0.5)),
-        **_nonfinite(measured, visible),
+        **_nonfinite(measured, visible, dtype),
     }
     judged_values = {
         "normalized_entropy": rows.ratio,
@@ -106,20 +113,20 @@ def _sums(rows: _Rows, stats: RowStats, measured: Measured) -> dict[str, Tensor]
     return sums
 
 
-def _log_others(visible: Tensor) -> Tensor:
+def _log_others(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """Largest entropy of the keys of a row but one."""
-    return (visible - 1).clamp(min=2).double().log()
+    return (visible - 1).clamp(min=2).to(dtype).log()
 
 
-def _nonfinite(measured: Measured, visible: Tensor) -> dict[str, Tensor]:
-    """How many queries, keys, values and outputs hold NaN or inf, (H,) fp64 each."""
+def _nonfinite(measured: Measured, visible: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """How many queries, keys, values and outputs hold NaN or inf, (H,) each."""
     query, key, value, out = measured.nonfinite
     heads = visible.shape[1]
 
     def count(bad: Tensor | None) -> Tensor:
         if bad is None:
-            return torch.zeros(heads, dtype=torch.float64, device=visible.device)
-        return bad.expand(-1, heads, -1).sum((0, 2), dtype=torch.float64)
+            return torch.zeros(heads, dtype=dtype, device=visible.device)
+        return bad.expand(-1, heads, -1).sum((0, 2), dtype=dtype)
 
     seen_out = None if out is None else out & (visible >= 0)
     return {
@@ -132,7 +139,7 @@ def _nonfinite(measured: Measured, visible: Tensor) -> dict[str, Tensor]:
 
 
 def _maxima(rows: _Rows, stats: RowStats, measured: Measured) -> dict[str, Tensor]:
-    """MAX_FIELDS of one call by name, (H,) fp64 each; -inf where no row has one."""
+    """MAX_FIELDS of one call by name, (H,) each; -inf where no row has one."""
     query, key = measured.query_square, measured.key_square
     every = torch.ones_like(rows.ratio[0, :, 0])
     query_square = every * torch.inf
@@ -153,24 +160,25 @@ def _maxima(rows: _Rows, stats: RowStats, measured: Measured) -> dict[str, Tenso
 
 
 def _histogram(rows: _Rows) -> Tensor:
-    """Judged rows by normalized entropy, (HISTOGRAM_BINS, H) fp64."""
+    """Judged rows by normalized entropy, (HISTOGRAM_BINS, H)."""
     bins = (rows.ratio * HISTOGRAM_BINS).nan_to_num().clamp(0, HISTOGRAM_BINS - 1).long()
     num_heads, device = rows.ratio.shape[1], rows.ratio.device
     heads = torch.arange(num_heads, device=device)[:, None]
-    counts = torch.zeros(HISTOGRAM_BINS, num_heads, dtype=torch.float64, device=device)
-    return counts.index_put_((bins, heads.expand(bins.shape)), rows.judged.double(), accumulate=True)
+    dtype = rows.ratio.dtype
+    counts = torch.zeros(HISTOGRAM_BINS, num_heads, dtype=dtype, device=device)
+    return counts.index_put_((bins, heads.expand(bins.shape)), rows.judged.to(dtype), accumulate=True)
 
 
 def _total(values: Tensor, rows: Tensor) -> Tensor:
-    return torch.where(rows, values, 0.0).sum((0, 2), dtype=torch.float64)
+    return torch.where(rows, values, 0.0).sum((0, 2), dtype=wide(values.device))
 
 
 def _largest(values: Tensor, rows: Tensor) -> Tensor:
-    return torch.where(rows, values.double(), -torch.inf).amax((0, 2))
+    return torch.where(rows, values.to(wide(values.device)), -torch.inf).amax((0, 2))
 
 
 def _of_blocks(values: Tensor, judged: Tensor) -> Tensor:
     """Sums over the judged rows of each block, (H, blocks); each batch element starts a new block."""
-    chosen = torch.where(judged, values.double(), 0.0)
+    chosen = torch.where(judged, values.to(wide(values.device)), 0.0)
     padded = torch.nn.functional.pad(chosen, (0, -chosen.shape[2] % BLOCK_ROWS))
     return padded.unflatten(2, (-1, BLOCK_ROWS)).sum(3).transpose(0, 1).flatten(1)

@@ -12,91 +12,12 @@ import triton
 import triton.language as tl
 
 from ..shared.masks import cap_and_mask, load_bounds, load_num_sequences, mask_of_head
+from .lengths import broken_values, is_broken, largest, lengths, load_columns, without_nan
 
 
 @triton.jit
 def _put(values, offs, PLACE: tl.constexpr, number):
     return tl.where(offs == PLACE, number, values)
-
-
-@triton.jit
-def _load_columns(pointers, columns, inside, HEAD_DIM: tl.constexpr):
-    """Some columns of the rows at `pointers`, fp32; zeros of rows that are not inside."""
-    mask = inside[:, None] & (columns < HEAD_DIM)[None, :]
-    return tl.load(pointers[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _without_nan(squares):
-    return tl.where(squares == squares, squares, 0.0).to(tl.float64)
-
-
-@triton.jit
-def _largest(squares, inside):
-    """The maximum over a block. A vector of maxima, kept until the end, would take too many registers."""
-    return tl.max(tl.where(inside & (squares == squares), squares, -float("inf")), 0)
-
-
-@triton.jit
-def _is_broken(number):
-    """Whether a number is NaN or inf: both fail "x - x == 0"."""
-    return number - number != 0.0
-
-
-@triton.jit
-def _lengths(
-    x_ptr,
-    x,
-    skip_ptr,
-    skip_stride_b,
-    skip_stride_m,
-    batch,
-    length,
-    first,
-    end,
-    slot,
-    slots,
-    PLAN: tl.constexpr,
-):
-    """Of this slot's share of the rows of one head of x: sum and maximum of squared lengths, number of broken rows.
-
-    Rows at `end` or later, and those that are skipped, have length 0. The sum leaves out those before `first` too.
-    """
-    total = tl.full([PLAN.block], 0.0, tl.float64)
-    broken = tl.full([PLAN.block], 0, tl.int32)
-    top = -float("inf")
-    blocks = tl.cdiv(length, PLAN.block)
-    BLOCK_D: tl.constexpr = PLAN.block_d
-    COLUMNS: tl.constexpr = PLAN.columns
-    for work in tl.range(slot, batch * blocks, slots):
-        b = (work // blocks).to(tl.int64)
-        row = work % blocks * PLAN.block + tl.arange(0, PLAN.block)
-        pointers = x_ptr + b * x.stride_b + row.to(tl.int64) * x.stride_m
-        counts = row < end
-        if PLAN.has_padding:
-            skipped = tl.load(skip_ptr + b * skip_stride_b + row * skip_stride_m, mask=row < length, other=1)
-            counts = counts & (skipped == 0)
-        squares = tl.full([PLAN.block], 0.0, tl.float32)
-        for start in tl.static_range(0, BLOCK_D, COLUMNS):
-            values = _load_columns(pointers, start + tl.arange(0, COLUMNS), row < length, PLAN.head_dim)
-            squares += tl.sum(values * values, 1)
-        broken += _is_broken(squares).to(tl.int32)
-        squares = tl.where(counts, squares, 0.0)
-        total += tl.where(row >= first, _without_nan(squares), 0.0)
-        top = tl.maximum(top, _largest(squares, row < length))
-    return tl.sum(total, 0), top, tl.sum(broken, 0)
-
-
-@triton.jit
-def _broken_values(value_ptr, stride_b, stride_n, batch, num_keys, slot, slots, PLAN: tl.constexpr):
-    """How many values of one head are NaN or inf, of this slot's share."""
-    broken = tl.full([PLAN.block], 0, tl.int32)
-    blocks = tl.cdiv(num_keys, PLAN.block)
-    for work in tl.range(slot, batch * blocks, slots):
-        n = work % blocks * PLAN.block + tl.arange(0, PLAN.block)
-        pointers = value_ptr + (work // blocks).to(tl.int64) * stride_b + n * stride_n
-        broken += _is_broken(tl.load(pointers, mask=n < num_keys, other=0.0).to(tl.float32)).to(tl.int32)
-    return tl.sum(broken, 0).to(tl.float32)
 
 
 @triton.jit
@@ -151,9 +72,9 @@ def _products(q_rows, first_rows, shared_row, inside, visible, num_keys, PLAN: t
     width = tl.where(num_keys > 0, PLAN.head_dim, 0)
     for start in tl.static_range(0, BLOCK_D, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        q = _load_columns(q_rows, columns, inside, PLAN.head_dim)
+        q = load_columns(q_rows, columns, inside, PLAN.head_dim)
         if PLAN.has_table or PLAN.hides_both_ends:
-            k = _load_columns(first_rows, columns, visible > 0, PLAN.head_dim)
+            k = load_columns(first_rows, columns, visible > 0, PLAN.head_dim)
         else:  # first_rows is one pointer: the first key is the same for all rows
             k = tl.load(first_rows + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
         on_first += tl.sum(q * k, 1)
@@ -254,7 +175,7 @@ def fold_kernel(
         if PLAN.has_outputs:
             out_ptr = context.out_ptr + b * context.out_stride_b + head.to(tl.int64) * context.out_stride_h
             out = tl.load(out_ptr + m.to(tl.int64) * context.out_stride_m, mask=inside, other=0.0)
-            broken_out = _is_broken(out.to(tl.float32))
+            broken_out = is_broken(out.to(tl.float32))
         shared = tl.load(context.shared_ptr + b * context.shared_stride_b + head * context.shared_stride_h)
         k_rows = k_ptr + b * k.stride_b
         first_rows = k_rows
@@ -266,10 +187,10 @@ def fold_kernel(
             q_rows, first_rows, shared_row, inside, visible, num_keys, PLAN
         )
         if not PLAN.is_sampled:
-            broken_queries += _is_broken(squares).to(tl.int32)
+            broken_queries += is_broken(squares).to(tl.int32)
             squares = tl.where(left_out, 0.0, squares)
-            query_squares += _without_nan(squares)
-            top_query = tl.maximum(top_query, _largest(squares, inside))
+            query_squares += without_nan(squares)
+            top_query = tl.maximum(top_query, largest(squares, inside))
         mask_ptr = mask_of_head(call, b, head, PLAN)
         place = none + tl.maximum(shared, 0).to(tl.int32)
         position = tl.maximum(m, 0)  # of a place without a row, so that no mask is read before its start
@@ -281,7 +202,7 @@ def fold_kernel(
         rest = entropy + _log_of(weight_on) + _log_of(learned) + _log_of(1.0 - sink_mass)
 
         occupied = inside & (left_out == 0) & (visible > 0)
-        finite = occupied & (_is_broken(entropy + max_logit + min_logit) == 0)
+        finite = occupied & (is_broken(entropy + max_logit + min_logit) == 0)
         judged = finite & (visible >= PLAN.layout.judged_min_keys)
         ratio = entropy / tl.log(tl.maximum(visible, 2).to(tl.float32))
         weight = tl.exp(max_logit - lse)
@@ -322,7 +243,7 @@ def fold_kernel(
     query_square = tl.sum(query_squares, 0)
     broken_query = tl.sum(broken_queries, 0)
     if PLAN.is_sampled:
-        query_square, top_query, broken_query = _lengths(
+        query_square, top_query, broken_query = lengths(
             q_ptr,
             q,
             context.left_out_ptr,
@@ -336,7 +257,7 @@ def fold_kernel(
             slots,
             PLAN,
         )
-    key_square, top_key, broken_key = _lengths(
+    key_square, top_key, broken_key = lengths(
         k_ptr,
         k,
         context.hidden_ptr,
@@ -353,7 +274,7 @@ def fold_kernel(
     broken_value = 0.0
     if PLAN.has_values:
         value_ptr = context.value_ptr + (head // PLAN.group).to(tl.int64) * context.value_stride_h
-        broken_value += _broken_values(
+        broken_value += broken_values(
             value_ptr, context.value_stride_b, context.value_stride_n, batch, num_keys, slot, slots, PLAN
         )
 

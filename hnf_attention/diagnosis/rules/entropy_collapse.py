@@ -29,7 +29,8 @@ def _sharp(step: int, heads: Heads, low: np.ndarray, collapsed: np.ndarray) -> I
     """Heads whose entropy is low, some of which have collapsed. One issue holds all that is sharp about a head."""
     stats, scores = heads.stats, Scores(heads)
     entropy, stderr = stats.normalized_entropy, stats.normalized_entropy_stderr
-    tenth, saturated, sink = stats.normalized_entropy_p10, stats.saturated_share, stats.sink_mass
+    tenth, saturated = stats.normalized_entropy_p10, stats.saturated_share
+    sink, rest = stats.sink_mass, stats.rest_normalized_entropy
     gradient, weight = stats.jacobian_trace_bound, stats.max_weight
     severity = severities(heads, low, collapsed)
     alike = np.where(collapsed, heads.in_layer(collapsed), heads.in_layer(low))
@@ -41,7 +42,7 @@ def _sharp(step: int, heads: Heads, low: np.ndarray, collapsed: np.ndarray) -> I
             f"{head_name(place)}: normalized entropy {entropy[head]:.3f}{plus_minus(stderr[head])} (10th "
             f"percentile {tenth[head]:.3f}, {saturated[head]:.0%} of rows saturated) at step {step}; largest weight "
             f"{weight[head]:.2f}, at most {gradient[head]:.2g} of the softmax gradient gets through; {company}; "
-            f"{scores.text(head)}{' and rising' if heads.rising[head] else ''}{_sink(sink[head])}"
+            f"{scores.text(head)}{' and rising' if heads.rising[head] else ''}{_sink(sink[head], rest[head])}"
         )
         suggestion, cure = _advice(severity[head], heads.grown[head])
         rows = f", {saturated[head]:.0%} of rows saturated" if saturated[head] >= 0.005 else ""
@@ -74,15 +75,18 @@ def _broken_threshold(heads: Heads, head: int, tenth: float, collapsed: bool) ->
     """The name of the threshold that a sharp head breaks, and the value that breaks it."""
     entropy, stray = heads.sharpness[head], heads.stray[head]
     resting = heads.resting[head]
-    by_entropy = "collapsed_entropy" if collapsed or resting else "low_entropy"
+    by_entropy = "collapsed_entropy" if collapsed else "low_rest" if resting else "low_entropy"
     by_rows = "collapsed_saturation" if collapsed else "high_saturation"
     if entropy < threshold(by_entropy):
         return by_entropy, entropy
     return (by_rows, stray) if stray > threshold(by_rows) else ("low_tenth", tenth)
 
 
-def _sink(sink: float) -> str:
-    return f"; {sink:.2f} of the weight is on a sink" if sink > threshold("sink_mass") else ""
+def _sink(mass: float, rest: float) -> str:
+    if not mass > threshold("sink_mass"):
+        return ""
+    beside = f", normalized entropy {rest:.3f} beside it" if np.isfinite(rest) else ""
+    return f"; {mass:.2f} of the weight is on a sink{beside}"
 
 
 def _forecasts(step: int, heads: Heads, judged: np.ndarray) -> Iterator[StabilityIssue]:
