@@ -15,6 +15,7 @@ from timing import cuda_clock
 
 from hnf_attention.engine import api, fold
 from hnf_attention.engine.call import check
+from hnf_attention.reference.context import UNKNOWN, Context, hidden_keys, largest
 
 CALLS = 20
 CASES = {  # batch, heads, key heads, length, head_dim
@@ -26,7 +27,17 @@ CASES = {  # batch, heads, key heads, length, head_dim
 
 
 @pytest.mark.benchmark(timer=cuda_clock, disable_gc=True)
-@pytest.mark.parametrize("what", ["forward", "fold", "fold, padding mask"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "forward",
+        "fold",
+        "fold, padding mask",
+        "context",
+        "context and fold",
+        "context and fold, padding mask",
+    ],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_fold(benchmark, name, what):
     torch.manual_seed(0)
@@ -41,14 +52,22 @@ def test_fold(benchmark, name, what):
     options = check(
         q, k, v, attn_mask=mask, is_causal=True, scale=None, window_size=None, softcap=None, sinks=None
     )
-    rows = api.attend(q, k, v, options)[1]
+    out, rows = api.attend(q, k, v, options)
     accumulator = fold.new_accumulator(heads, q.device)
+
+    def context():
+        """As a measured call has it."""
+        hidden = hidden_keys(options, batch, length, length)
+        shared = fold.shared_key(q, k, rows, options, hidden)
+        return Context(hidden, hidden, shared, largest(v), largest(out))
 
     def run():
         if what == "forward":
             api.attend(q, k, v, options)
-        else:
-            fold.fold(accumulator, q, k, rows, options)
+            return
+        known = context() if "context" in what else UNKNOWN
+        if "fold" in what:
+            fold.fold(accumulator, q, k, rows, options, known)
 
     run()  # compiles
     graph = torch.cuda.CUDAGraph()

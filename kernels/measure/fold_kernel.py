@@ -87,10 +87,8 @@ def _products(q_rows, first_rows, shared_row, inside, visible, num_keys, PLAN: t
 @triton.jit
 def _weight_on(products, m, place, lse, call, window, mask_ptr, PLAN: tl.constexpr):
     """Weight of each row on its key at `place`, from q.k; 0 where the row does not see it."""
-    score, _, _ = cap_and_mask(
-        (products * call.scale)[:, None], m[:, None], place[:, None], call, window, mask_ptr, PLAN, True
-    )
-    return tl.exp(tl.sum(score, 1) - lse)
+    score, _, _ = cap_and_mask(products * call.scale, m, place, call, window, mask_ptr, PLAN, True)
+    return tl.exp(score - lse)
 
 
 @triton.jit(do_not_specialize=["num_places", "sequences", "first_new_key", "window"])
