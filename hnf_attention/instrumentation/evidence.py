@@ -88,7 +88,7 @@ def saw_product(queries: Tensor, keys: Tensor, result: Tensor) -> None:
     confirmed = None
     for _, evidence in _reached():
         confirmed = confirmed or _that_meets(evidence, factors)
-        if confirmed in evidence.softmaxes:
+        if confirmed is not None and confirmed in evidence.softmaxes:
             evidence.softmaxes.remove(confirmed)
         if product is not None:
             evidence.products.append(product)
