@@ -53,11 +53,16 @@ class Softmax(NamedTuple):
 
 
 class Evidence:
-    """What one call of a module has computed so far."""
+    """What one call of a module has computed so far.
 
-    __slots__ = ("products", "softmaxes")
+    is_named: the user says that its softmaxes are attention. is_part: it belongs to the module that calls it.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("is_named", "is_part", "products", "softmaxes")
+
+    def __init__(self, owner: observer.Owner) -> None:
+        self.is_named = owner.observer.is_named(owner.module)
+        self.is_part = next(owner.module.parameters(), None) is None
         self.products: deque[Product] = deque(maxlen=_KEPT)
         self.softmaxes: deque[Softmax] = deque(maxlen=_KEPT)
 
@@ -83,7 +88,7 @@ def saw_product(queries: Tensor, keys: Tensor, result: Tensor) -> None:
     confirmed = None
     for _, evidence in _reached():
         confirmed = confirmed or _that_meets(evidence, factors)
-        if confirmed in evidence.softmaxes:
+        if confirmed is not None and confirmed in evidence.softmaxes:
             evidence.softmaxes.remove(confirmed)
         if product is not None:
             evidence.products.append(product)
@@ -101,7 +106,7 @@ def saw_softmax(
         return
     reached = []
     for owner, evidence in _reached():
-        if last and owner.observer.is_named(owner.module):
+        if last and evidence.is_named:
             owner.observer.observe(owner.layer, INTERCEPTOR, measure(owner))
             return
         if _of_a_product(evidence, scores, size):
@@ -156,12 +161,12 @@ def _reached() -> Iterator[tuple[observer.Owner, Evidence]]:
     None where a compiled graph makes the call: it holds operators that measure.
     """
     for owner, invocation in observer.running(into_graphs=False):
-        if not owner.observer.measuring:
-            return
         if invocation.evidence is None:
-            invocation.evidence = Evidence()
+            if not owner.observer.measuring:
+                return
+            invocation.evidence = Evidence(owner)
         yield owner, invocation.evidence
-        if next(owner.module.parameters(), None) is not None:
+        if not invocation.evidence.is_part:
             return
 
 

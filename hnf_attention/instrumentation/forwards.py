@@ -83,11 +83,11 @@ class Forwards:
         own: observer.Invocation | None = None
         nearest: observer.Invocation | None = None
         outermost: observer.Invocation | None = None
-        for owner, invocation in observer.running():
-            nearest = nearest or invocation
-            outermost = invocation
+        for owner, running in observer.running():
+            nearest = nearest or running
+            outermost = running
             if own is None and owner.layer == layer:
-                own = invocation
+                own = running
             if current is not None and (own is not None or place == COMPILED):
                 break
         if current is None:
@@ -148,14 +148,13 @@ def _interceptor(cls: type, original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def __call__(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        call = functools.partial(original, self)
+        if inherited:  # looked up now: others, such as torch.fx, replace nn.Module.__call__ for a while
+            call = super(cls, self).__call__  # type: ignore[arg-type]  # mypy takes no variable there
         if torch.compiler.is_compiling() or not observer.active:
-            # Looked up now: others, such as torch.fx, replace nn.Module.__call__ for a while.
-            return (
-                super(cls, self).__call__(*args, **kwargs) if inherited else original(self, *args, **kwargs)
-            )
+            return call(*args, **kwargs)
         known = _roots.get(dynamo.unwrapped(self))
         forwards = None if known is None else known()
-        call = super(cls, self).__call__ if inherited else functools.partial(original, self)
         if forwards is None:
             return call(*args, **kwargs)
         with forwards.running():

@@ -36,7 +36,7 @@ def install(modules: Iterable[nn.Module]) -> list[Patch]:
 
 
 def _interceptor(original: Callable[..., Any]) -> Callable[..., Any]:
-    factors = _of_einsum if original.__name__ == "einsum" else _last_two
+    look = functools.partial(_look, _of_einsum if original.__name__ == "einsum" else _last_two)
 
     @functools.wraps(original)
     def product(*args: Any, **kwargs: Any) -> Any:
@@ -49,14 +49,23 @@ def _interceptor(original: Callable[..., Any]) -> Callable[..., Any]:
             result = original(*args, **kwargs)
             # Inside a backward it is the second forward of a checkpoint.
             if not transformed() and thread.receiver is None and compat.running_backward() == -1:
-                found = factors(*args, **kwargs)
-                if found is not None and isinstance(result, Tensor) and not compat.jit_trace():
-                    evidence.guarded(evidence.saw_product, *found, result)
+                evidence.guarded(look, result, args, kwargs)
         finally:
             thread.suspended = False
         return result
 
     return product
+
+
+def _look(
+    factors: Callable[..., tuple[Tensor, Tensor] | None],
+    result: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    found = factors(*args, **kwargs)
+    if found is not None and isinstance(result, Tensor) and not compat.jit_trace():
+        evidence.saw_product(*found, result)
 
 
 def _last_two(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor] | None:
@@ -77,8 +86,8 @@ def _of_einsum(*args: Any, **_: Any) -> tuple[Tensor, Tensor] | None:
         return None
     first, second = tensors
     if isinstance(args[0], str):
-        inputs, _, output = args[0].replace(" ", "").partition("->")
-        one, _, other = inputs.partition(",")
+        inputs, output = (*args[0].replace(" ", "").split("->"), "")[:2]
+        one, other = inputs.split(",")
         if output and output[-1] in one and output[-1] not in other:
             first, second = second, first
     return first, second
