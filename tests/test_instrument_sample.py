@@ -105,7 +105,7 @@ def test_the_monitor_passes_it_on(x):
 
 
 def test_a_sampled_maximum_is_a_lower_bound_in_words():
-    for period, words in ((1, "largest |score| 2000 at"), (16, "largest |score| at least 2000 at")):
+    for period, words in ((1, "scores range over 4000 nats"), (16, "scores range over at least 4000 nats")):
         stats = head_stats(max_logit=2000.0, sample_period=period)
         issue = diagnose([snapshot(1, a=stats)]).issues[0]
         assert words in issue.evidence

@@ -2,13 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from heads import head_stats, snapshot
 
 from hnf_attention.diagnosis import AttentionDiagnosis, StabilityIssue, diagnose
-from hnf_attention.diagnosis.issue import grouped, heads_text
+from hnf_attention.diagnosis.issue import SEVERITIES, grouped, headline, heads_text
 from hnf_attention.instrumentation import Coverage
 from hnf_attention.statistics.heads import Snapshot
 
@@ -21,16 +22,17 @@ def broken():
         "heads": 4,
         "max_logit": [2000.0, 150.0, 150.0, 70.0],
         "nonfinite_rows": [0, 0, 0, 1],
+        "empty_rows": 1.0,
     }
     history = [snapshot(1, calm={}, wild=collapsed)]
     return diagnose(history, Coverage({"wild": "probe"}, {"other": "never ran"}))
 
 
 def test_errors_come_first_and_worst_kind_before_others(broken):
-    severities = [i.severity for i in broken.issues]
-    assert severities == sorted(severities)
+    severities = [SEVERITIES.index(i.severity) for i in broken.issues]
+    assert severities == sorted(severities) and len(set(severities)) == 3
     assert broken.issues[0].issue_type == "non_finite"
-    assert broken.errors + broken.warnings == broken.issues
+    assert broken.errors + broken.warnings + broken.notes == broken.issues
     assert all(i.layer == "wild" for i in broken.issues)
 
 
@@ -41,7 +43,7 @@ def test_to_dict_is_strict_json(broken):
     assert read["not_measured"] == {"other": "never ran"}
     assert len(read["issues"]) == len(broken.issues)
     assert set(read["issues"][0]) == {
-        "layer", "head", "issue_type", "severity", "value", "threshold", "source", "evidence", "suggestion",
+        "layer", "head", "issue_type", "severity", "value", "threshold", "source", "evidence", "suggestion", "headline",
     }  # fmt: skip
     layer = read["layers"]["wild"]
     assert layer["max_logit"] == [2000.0, 150.0, 150.0, 70.0]
@@ -54,14 +56,85 @@ def test_numbers_that_are_not_finite_become_null():
     assert read["layers"]["a"]["query_norm"] == [None, 1.0, 1.0, 1.0]
 
 
-def test_summary_groups_heads(broken):
+def test_summary_groups_heads_and_ends_with_notes(broken):
     lines = broken.summary().splitlines()
-    assert lines[0].startswith("step 1: 2 layers, 8 heads measured; ")
-    assert "error: entropy_collapse in wild heads 0-3" in lines
+    assert lines[0].startswith(
+        "step 1: 2 layers, 8 heads measured, 8 judged over 8,000 rows; 5 errors, 3 warnings, 1 note"
+    )
+    assert lines[0].endswith(": not healthy")
+    assert (
+        "error: entropy_collapse in wild heads 0-2" in lines
+        and "warning: entropy_collapse in wild head 3" in lines
+    )
     start = lines.index("error: overflow_risk in wild head 0")
     assert "2000" in lines[start + 1] and "QK-clip at 30" in lines[start + 2]
     assert "warning: overflow_risk in wild heads 1-2" in lines
+    assert lines[-5] == "note: empty_rows in wild"
     assert lines[-2:] == ["not measured:", "    other: never ran"]
+
+
+# What was judged
+
+
+def test_heads_that_were_not_judged_are_counted_and_leave_the_verdict_open():
+    few = {"heads": 8, "judged_rows": 0.0, "normalized_entropy": 0.0}
+    diagnosis = diagnose([snapshot(10, a={}, b=few, c={"rows": 0.0, "judged_rows": 0.0, "empty_rows": 9.0})])
+    assert diagnosis.summary().splitlines()[0] == (
+        "step 10: 3 layers, 16 heads measured, 4 judged over 4,000 rows; 8 heads not judged: fewer than 16 keys; "
+        "4 heads not judged: no row with a visible key; 0 errors, 0 warnings, 1 note: no error, but not everything was "
+        "judged"
+    )
+    assert diagnosis.healthy is None and diagnosis.to_dict()["healthy"] is None
+    assert json.loads(json.dumps(diagnosis.to_dict(), allow_nan=False))["healthy"] is None
+
+
+def test_rows_that_were_left_out_are_said():
+    first = diagnose([snapshot(1, a={"left_out_rows": 300.0})]).summary()
+    assert "4 judged over 4,000 rows (1,200 rows left out as padding or by a query mask); " in first
+
+
+def test_a_layer_that_was_not_measured_leaves_the_verdict_open():
+    history, missed = [snapshot(1, a={})], Coverage({"a": "probe"}, {"b": "never ran"})
+    assert diagnose(history).healthy is True and diagnose(history, missed).healthy is None
+    assert diagnose([snapshot(1, a={"max_logit": 2e3})], missed).healthy is False
+
+
+def test_notes_raise_no_alarm():
+    diagnosis = diagnose([snapshot(1, a={"empty_rows": 1.0})])
+    assert (
+        diagnosis.notes == diagnosis.issues != [] and not diagnosis.has_issues() and diagnosis.healthy is True
+    )
+
+
+# Thresholds of the caller
+
+
+def test_thresholds_of_the_caller_decide_and_are_told():
+    history = [snapshot(s, a={"max_logit": 70.0}) for s in range(1, 4)]
+    assert not diagnose(history).has_issues()
+    (issue, *_) = diagnose(history, thresholds={"clip_logit": 65}).issues
+    assert issue.severity == "warning" and issue.threshold == 65.0 and "caller" in issue.source
+    assert not diagnose(history).has_issues()  # for that call only
+    assert diagnose(history, thresholds={"watch_logit": 71.0}).issues == []
+    assert diagnose(history, thresholds={}).issues == diagnose(history).issues
+
+
+@pytest.mark.parametrize(
+    "thresholds, words",
+    [
+        ({"clip_logits": 1.0}, "got 'clip_logits'; the nearest are clip_logit, "),
+        ({"": 1.0}, "the nearest are "),
+        ({"clip_logit": "1"}, "'clip_logit' to be a finite number, got '1'"),
+        ({"clip_logit": True}, "got True"),
+        ({"clip_logit": math.nan}, "got nan"),
+    ],
+)
+def test_other_thresholds_are_refused(thresholds, words):
+    with pytest.raises(ValueError, match=words):
+        diagnose([snapshot(1, a={})], thresholds=thresholds)
+
+
+# Issues
 
 
 def issue(layer, head, value, issue_type="overflow_risk", severity="error"):
@@ -90,6 +163,24 @@ def test_groups_keep_the_order_and_start_with_their_worst():
 )
 def test_heads_text(heads, text):
     assert heads_text([issue("a", head, 2.0) for head in heads]) == text
+
+
+def test_a_headline_names_the_heads_and_fits_a_line():
+    one = replace(
+        issue("blocks.1", 2, 3.0), brief="scores range 413, doubling every 12 steps -> QK-clip at 30"
+    )
+    assert one.headline == "blocks.1 head 2: scores range 413, doubling every 12 steps -> QK-clip at 30"
+    group = [one, replace(one, head=0), replace(one, head=1)]
+    assert headline(group).startswith("blocks.1 heads 0-2: scores range 413")
+    scattered = headline([replace(one, head=head) for head in range(0, 80, 2)])
+    assert scattered.startswith("blocks.1 40 heads: scores range 413")
+    long = replace(one, layer="very." * 40 + "last", brief=f"{'word ' * 60}-> mend it").headline
+    assert len(long) <= 160 and long.startswith("...") and ".last head 2: word" in long
+    assert long.endswith(" ... -> mend it")
+
+
+def test_an_issue_of_an_older_version_has_a_headline_too():
+    assert issue("a", 0, 2.0).headline == "a head 0: overflow risk"
 
 
 def test_plots_are_figures_and_saved(broken, tmp_path):

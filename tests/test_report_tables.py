@@ -68,6 +68,12 @@ def test_further_kinds_of_issues_are_counted():
     assert "error: overflow_risk +1" in printed(layer_table(layers, more, ""))
 
 
+def test_a_layer_without_issues_is_ok_only_if_it_is_finite_and_judged():
+    layers = snapshot(fine={}, broken={"nonfinite_out": 1}, short={"judged_rows": 0.0}).layers
+    text = printed(layer_table(layers, [], ""))
+    assert [row(text, name)[-1] for name in layers] == ["ok", "NaN or inf", "not judged"]
+
+
 def test_unknown_numbers_are_dashes_and_brackets_are_no_markup():
     layers = snapshot(
         **{"attn [4 heads of 8, float16]": dict(judged_rows=0.0, max_logit=-np.inf, min_logit=np.inf)}

@@ -122,7 +122,7 @@ def analyze(
         _check_vocabulary(model, windows, place)
         if max_windows is not None:
             windows = windows[:max_windows]
-        with AttentionAnalyzer(model, **_judged_by(thresholds)) as analyzer:
+        with AttentionAnalyzer(model, thresholds=thresholds) as analyzer:
             _run(model, windows, batch_size, progress)
             coverage = analyzer.instrumentation.coverage
             if not coverage.measured:
@@ -144,11 +144,6 @@ def analyze(
         diagnosis=diagnosis,
         coverage=coverage,
     )
-
-
-def _judged_by(thresholds: Mapping[str, float] | None) -> dict[str, Any]:
-    """The argument of the analyzer that sets thresholds."""
-    return {"thresholds": dict(thresholds)} if thresholds else {}
 
 
 def _check_language_model(config: PretrainedConfig, place: Place) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import torch
 from rich import progress
 from rich.text import Text
 
-from ..diagnosis import AttentionDiagnosis, StabilityIssue
+from ..diagnosis import AttentionDiagnosis
+from ..diagnosis.extent import counted
 from ..errors import InputError
 from ..names import display_name
 from ..report.tables import issue_list, layer_table
@@ -51,8 +52,10 @@ def run(options: argparse.Namespace) -> int:
     screen.print(layer_table(diagnosis.stats, diagnosis.issues, title))
     screen.print(issue_list(diagnosis.issues))
     failing = diagnosis.errors + (diagnosis.warnings if options.fail_on == "warning" else [])
-    counts = f"{_counted(diagnosis.errors, 'error')}, {_counted(diagnosis.warnings, 'warning')}"
-    screen.print(Text(f"\n{'not healthy' if failing else 'healthy'}: {counts}", style="bold"))
+    verdict = "not healthy" if failing else diagnosis.verdict
+    found = [("error", diagnosis.errors), ("warning", diagnosis.warnings), ("note", diagnosis.notes)]
+    counts = ", ".join(counted(len(issues), severity) for severity, issues in found)
+    screen.print(Text(f"\n{verdict}: {counts}; {diagnosis.extent}", style="bold"))
     for layer, why in analysis.coverage.not_measured.items():
         screen.print(Text(f"not measured: {display_name(layer)}: {why}", style="yellow"))
     if options.figures is not None:
@@ -90,10 +93,6 @@ def _progress() -> Iterator[Progress]:
             shown.update(task, description=text)
 
         yield show
-
-
-def _counted(issues: Sequence[StabilityIssue], severity: str) -> str:
-    return f"{len(issues)} {severity}{'' if len(issues) == 1 else 's'}"
 
 
 def _draw(diagnosis: AttentionDiagnosis, folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,9 @@ import numpy as np
 
 from ..names import display_name
 from ..statistics.heads import HeadStats, Snapshot
+from .extent import Extent, counted, extent
 from .issue import StabilityIssue, grouped, heads_text
-from .thresholds import threshold
+from .thresholds import overridden, threshold
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -24,14 +25,23 @@ if TYPE_CHECKING:
 HEAD_FIELDS = (
     "rows",
     "judged_rows",
+    "left_out_rows",
+    "empty_rows",
     "nonfinite_rows",
+    "nonfinite_query",
+    "nonfinite_key",
+    "nonfinite_value",
+    "nonfinite_out",
+    "nonfinite_empty",
     "entropy",
     "normalized_entropy",
     "normalized_entropy_min",
     "normalized_entropy_p10",
     "saturated_share",
+    "stray_share",
     "max_weight",
     "sink_mass",
+    "rest_normalized_entropy",
     "jacobian_trace_bound",
     "normalized_entropy_stderr",
     "saturated_share_stderr",
@@ -59,7 +69,7 @@ class AttentionDiagnosis:
 
     stats: the latest snapshot, layer name to head statistics. history: the snapshots that the rules saw,
     oldest first; `stats` is the last of them. not_measured: attention that was seen and not measured,
-    layer name to reason.
+    layer name to reason. thresholds: those that were judged with in place of the table's.
     """
 
     issues: list[StabilityIssue]
@@ -67,6 +77,7 @@ class AttentionDiagnosis:
     step: int = 0
     history: Sequence[Snapshot] = ()
     not_measured: dict[str, str] = field(default_factory=dict)
+    thresholds: Mapping[str, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         kinds = Counter(f"{issue.severity}: {issue.issue_type}" for issue in self.issues)
@@ -78,33 +89,75 @@ class AttentionDiagnosis:
         )
 
     def has_issues(self) -> bool:
-        """Whether there is any issue, error or warning."""
-        return bool(self.issues)
+        """Whether there is any error or warning. Notes are no reason for alarm."""
+        return any(issue.severity != "note" for issue in self.issues)
 
     @property
     def errors(self) -> list[StabilityIssue]:
         """Issues of severity "error", worst first."""
-        return [issue for issue in self.issues if issue.severity == "error"]
+        return self._of("error")
 
     @property
     def warnings(self) -> list[StabilityIssue]:
         """Issues of severity "warning"."""
-        return [issue for issue in self.issues if issue.severity == "warning"]
+        return self._of("warning")
+
+    @property
+    def notes(self) -> list[StabilityIssue]:
+        """Issues of severity "note": worth saying, and no reason for alarm."""
+        return self._of("note")
+
+    def _of(self, severity: str) -> list[StabilityIssue]:
+        return [issue for issue in self.issues if issue.severity == severity]
+
+    @property
+    def extent(self) -> Extent:
+        """How many layers, heads and rows were measured and judged; its text is how `summary` begins."""
+        return extent(self.stats)
+
+    @property
+    def healthy(self) -> bool | None:
+        """False for an error; True if there is none and every head was measured and judged; None for neither."""
+        if self.errors:
+            return False
+        seen = self.extent
+        return True if seen.judged == seen.heads and not self.not_measured else None
+
+    @property
+    def verdict(self) -> str:
+        """`healthy` in words; with a warning, no more is said than that there is no error."""
+        words = {
+            True: "no error" if self.warnings else "healthy",
+            False: "not healthy",
+            None: "no error, but not everything was judged",
+        }
+        return words[self.healthy]
+
+    @property
+    def holds(self) -> str | None:
+        """Which forward passes were measured and which were left out, as text; None if they were not counted."""
+        counted = bool(self.history) and any(self.history[-1].forwards)
+        return self.history[-1].holds if counted else None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the history as JSON types: arrays are lists; NaN and infinities are None."""
         return {
             "step": self.step,
-            "healthy": not self.errors,
-            "issues": [_jsonable(asdict(issue)) for issue in self.issues],
+            "healthy": self.healthy,
+            "holds": self.holds,
+            "issues": [_issue_dict(issue) for issue in self.issues],
             "layers": {name: _jsonable(_layer_dict(stats)) for name, stats in self.stats.items()},
             "not_measured": dict(self.not_measured),
         }
 
     def summary(self) -> str:
         """The issues as text for people: one entry for each layer and type, with its worst head's evidence."""
-        measured = f"step {self.step}: {len(self.stats)} layers, {self._num_heads} heads measured"
-        lines = [f"{measured}; {len(self.errors)} errors, {len(self.warnings)} warnings"]
+        found = [counted(len(self.errors), "error"), counted(len(self.warnings), "warning")]
+        if self.notes:
+            found.append(counted(len(self.notes), "note"))
+        lines = [f"step {self.step}: {self.extent}; {', '.join(found)}: {self.verdict}"]
+        if self.holds is not None:
+            lines.append(f"measured in {self.holds}")
         for group in grouped(self.issues):
             worst = group[0]
             lines.append(
@@ -121,7 +174,9 @@ class AttentionDiagnosis:
         """Draw the normalized entropy of every head at the latest snapshot; saved to `path` if given."""
         from .. import figures
 
-        return _saved(figures.entropy_heatmap(self._snapshots()[-1], threshold("sink_mass")), path)
+        with overridden(self.thresholds):
+            sink = threshold("sink_mass")
+        return _saved(figures.entropy_heatmap(self._snapshots()[-1], sink), path)
 
     def plot_curvature_evolution(self, path: str | PathLike[str] | None = None) -> Figure:
         """Draw log2 of the HNF curvature bound over the snapshots, a line per layer; saved to `path` if given.
@@ -142,6 +197,12 @@ class AttentionDiagnosis:
 
 def _layer_dict(stats: HeadStats) -> dict[str, Any]:
     return {name: getattr(stats, name) for name in (*_LAYER_FIELDS, *HEAD_FIELDS)}
+
+
+def _issue_dict(issue: StabilityIssue) -> dict[str, Any]:
+    items = asdict(issue) | {"headline": issue.headline}
+    del items["brief"]  # the headline holds it
+    return _jsonable(items)
 
 
 def _jsonable(items: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,11 @@ from .thresholds import threshold
 from .trends import Line, score_size, theil_sen
 
 _KEYS = NUM_SUMS + MAX_FIELDS.index("num_keys")
-# What `score_size` and `HeadStats.normalized_entropy` are computed from.
-_SCORE_FIELDS = [NUM_SUMS + MAX_FIELDS.index(name) for name in ("max_logit", "neg_min_logit")]
+# What `score_size`, `has_bias` and `HeadStats.normalized_entropy` are computed from.
+_RANGE_FIELDS = [NUM_SUMS + MAX_FIELDS.index(name) for name in ("logit_range", "score_kind")]
+_BIAS_FIELDS = [
+    NUM_SUMS + MAX_FIELDS.index(name) for name in ("max_logit", "neg_min_logit", "query_square", "key_square")
+]
 _ENTROPY_FIELDS = [SUM_FIELDS.index(name) for name in ("normalized_entropy", "judged_rows")]
 
 
@@ -33,12 +36,12 @@ class Heads:
 
     @property
     def score(self) -> np.ndarray:
-        """Largest |score| of the last snapshot, nats."""
+        """Size of the scores of the last snapshot, nats: half of the largest range of a row."""
         return self.scores[-1]
 
     @cached_property
     def root_score(self) -> Line:
-        """Line of sqrt(largest |score|), since the scores last fell at once (a fix, a restart)."""
+        """Line of sqrt(size of the scores), since the scores last fell at once (a fix, a restart)."""
         return self._line(np.sqrt(self.scores))
 
     @cached_property
@@ -60,11 +63,11 @@ class Heads:
         return stale
 
     def score_ahead(self, steps: float | np.ndarray) -> np.ndarray:
-        """Projected largest |score| that many steps after the last snapshot, nats."""
+        """Projected size of the scores that many steps after the last snapshot, nats."""
         return np.maximum(self.root_score.ahead(steps), 0.0) ** 2
 
     def steps_until_score(self, score: float) -> np.ndarray:
-        """Steps from the last snapshot until the projected largest |score| is `score`; NaN if never."""
+        """Steps from the last snapshot until the projected size of the scores is `score`; NaN if never."""
         return self.root_score.steps_until(score**0.5)
 
     @cached_property
@@ -73,6 +76,64 @@ class Heads:
         line = self.root_score
         return line.slope * line.span > threshold("rising_share") * np.abs(line.level)
 
+    @cached_property
+    def risen(self) -> np.ndarray:
+        """Whether the scores are clearly larger than at the start of the window, of two snapshots or more."""
+        return self.score > (1.0 + threshold("rising_share")) ** 2 * self.scores[0]
+
+    @cached_property
+    def grown(self) -> np.ndarray:
+        """Heads whose scores are large, or rising and soon large: unstable rather than specialised."""
+        return (self.score > threshold("clip_logit")) | (
+            self.rising & (self.score > threshold("watch_logit"))
+        )
+
+    @cached_property
+    def resting(self) -> np.ndarray:
+        """Heads with a sink, wherever it is, whose scores did not grow: sharp, and meant to be."""
+        return (self.stats.sink_mass > threshold("sink_mass")) & ~self.grown
+
+    @cached_property
+    def stray(self) -> np.ndarray:
+        """Share of the rows that are saturated: of a head with a sink, away from it."""
+        return np.where(self.resting, self.stats.stray_share, self.stats.saturated_share)
+
+    @cached_property
+    def sharpness(self) -> np.ndarray:
+        """Normalized entropy that is judged: of a head with a sink, that of its other keys, 1 if they weigh little."""
+        stats = self.stats
+        if not self.resting.any():
+            return stats.normalized_entropy
+        rest = stats.rest_normalized_entropy
+        heavy = 1.0 - stats.sink_mass >= threshold("sink_rest")
+        return np.where(self.resting, np.where(heavy, rest, 1.0), stats.normalized_entropy)
+
+    @cached_property
+    def low(self) -> np.ndarray:
+        """Heads with little entropy in their rows, on average or in a tenth of them."""
+        limit = np.where(self.resting, threshold("low_rest"), threshold("low_entropy"))
+        return (self.sharpness < limit) | self._low_tenth | (self.stray > threshold("high_saturation"))
+
+    @property
+    def _low_tenth(self) -> np.ndarray:
+        """Heads without a sink whose 10th percentile is low; it is at least the minimum."""
+        limit = threshold("low_tenth")
+        low = ~self.resting & (self.stats.normalized_entropy_min < limit)
+        if low.any():
+            low[low] = replace(self.stats, values=self.stats.values[:, low]).normalized_entropy_p10 < limit
+        return low
+
+    @cached_property
+    def collapsed(self) -> np.ndarray:
+        """Heads with almost no entropy in their rows; each of them is `low` too."""
+        few = self.stray > threshold("collapsed_saturation")
+        return self.low & ((self.sharpness < threshold("collapsed_entropy")) | few)
+
+    @cached_property
+    def weak(self) -> np.ndarray:
+        """Heads whose softmax lets little gradient through, sinks aside."""
+        return ~self.resting & (self.stats.jacobian_trace_bound < threshold("weak_gradient"))
+
     def snapshots_above(self, limit: float) -> np.ndarray:
         """In how many of the last `watch_snapshots` snapshots the scores were above `limit`."""
         return (self.scores[-int(threshold("watch_snapshots")) :] > limit).sum(0)
@@ -80,6 +141,13 @@ class Heads:
     def in_layer(self, chosen: np.ndarray) -> np.ndarray:
         """How many heads of each head's layer a boolean (H,) chooses."""
         return np.bincount(self.layer, chosen)[self.layer]
+
+    def most_of_layer(self, chosen: np.ndarray) -> np.ndarray:
+        """Heads in whose layer a boolean (H,) chooses most heads; a single one of several is never most."""
+        count = self.in_layer(chosen)
+        return (count >= threshold("layer_share") * self.layer_heads) & (
+            count >= np.minimum(2, self.layer_heads)
+        )
 
 
 def concatenate_heads(history: Sequence[Snapshot], layers: Iterable[str]) -> list[Heads]:
@@ -119,7 +187,7 @@ def _ages(history: Sequence[Snapshot], layer: str) -> tuple[int, ...]:
 def _heads(snapshots: Sequence[Snapshot], layers: Sequence[str]) -> Heads:
     latest = [snapshots[-1].layers[layer] for layer in layers]
     counts = [stats.num_heads for stats in latest]
-    scores = score_size(_joined(latest[0], snapshots, layers, _SCORE_FIELDS))
+    scores = score_size(_sizes(latest[0], snapshots, layers))
     return Heads(
         layers,
         snapshots,
@@ -129,6 +197,14 @@ def _heads(snapshots: Sequence[Snapshot], layers: Sequence[str]) -> Heads:
         np.repeat(counts, counts),
         scores.reshape(len(snapshots), -1),
     )
+
+
+def _sizes(like: HeadStats, snapshots: Sequence[Snapshot], layers: Sequence[str]) -> HeadStats:
+    """The heads of all layers, one snapshot after the other, with what `score_size` reads."""
+    stats = _joined(like, snapshots, layers, _RANGE_FIELDS)
+    if (stats.score_kind > 0).any():  # only then is there a bias to look for
+        return _joined(like, snapshots, layers, _RANGE_FIELDS + _BIAS_FIELDS)
+    return stats
 
 
 def _joined(

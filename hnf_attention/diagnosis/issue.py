@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from ..names import display_name
 
-SEVERITIES = ("error", "warning")  # worst first
-ISSUE_TYPES = ("non_finite", "overflow_risk", "entropy_collapse", "vanishing_gradient", "one_hot_attention")
+#: Worst first. A note is worth saying and no reason for alarm.
+SEVERITIES = ("error", "warning", "note")
+ISSUE_TYPES = (
+    "non_finite",
+    "overflow_risk",
+    "entropy_collapse",
+    "vanishing_gradient",
+    "one_hot_attention",
+    "dormant_attention",
+    "empty_rows",
+)
 #: Types of version 0.1, which old logs and scripts contain, to today's.
 FORMER_ISSUE_TYPES = {"attention_spike": "one_hot_attention"}
+HEADLINE_LENGTH = 160
+_PLACE_LENGTH = 64
 _LOW_IS_BAD = ("entropy_collapse", "vanishing_gradient")
 
 
@@ -19,10 +30,11 @@ _LOW_IS_BAD = ("entropy_collapse", "vanishing_gradient")
 class StabilityIssue:
     """One diagnosed problem: where it is, what it is, how bad, on what evidence, and what to do.
 
-    layer: the module's name in the model. head: None for an issue of the whole layer.
+    layer: the module's name in the model; "" for the whole model. head: None for an issue of the whole layer.
     issue_type: one of ISSUE_TYPES; a name of version 0.1 becomes today's. severity: one of SEVERITIES.
     value: the number that was compared with `threshold`. source: where that threshold comes from.
     evidence: a sentence with the numbers and the step. suggestion: what to do.
+    brief: evidence and suggestion in a few words, "what is wrong -> what helps".
     """
 
     layer: str
@@ -34,6 +46,7 @@ class StabilityIssue:
     source: str
     evidence: str
     suggestion: str
+    brief: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "issue_type", FORMER_ISSUE_TYPES.get(self.issue_type, self.issue_type))
@@ -42,6 +55,32 @@ class StabilityIssue:
         where = f"{display_name(self.layer)}{heads_text([self])}"
         numbers = f"value {self.value:.4g}, threshold {self.threshold:.4g}"
         return f"StabilityIssue({self.severity}: {self.issue_type} in {where}, {numbers})"
+
+    @property
+    def headline(self) -> str:
+        """The issue in one line of at most HEADLINE_LENGTH characters: 'blocks.1 head 2: scores range 413 -> ...'."""
+        return headline([self])
+
+
+def headline(group: Sequence[StabilityIssue]) -> str:
+    """A group of `grouped` in one line of at most HEADLINE_LENGTH characters: its heads, its first issue's words."""
+    worst = group[0]
+    what, arrow, cure = (worst.brief or worst.issue_type.replace("_", " ")).partition(" -> ")
+    end = f"{arrow}{cure}"
+    start = f"{_place(group)}: "
+    room = HEADLINE_LENGTH - len(start) - len(end)
+    if len(what) > room:
+        what = f"{what[: max(room - 4, 0)].rstrip()} ..."
+    return f"{start}{what}{end}"[:HEADLINE_LENGTH]
+
+
+def _place(group: Sequence[StabilityIssue]) -> str:
+    """'blocks.1.attention heads 0-3'; a long name loses its start, a long list of heads becomes their number."""
+    heads = heads_text(group)
+    if len(heads) > _PLACE_LENGTH // 3:
+        heads = f" {len(group)} heads"
+    layer, room = display_name(group[0].layer), _PLACE_LENGTH - len(heads)
+    return f"{layer if len(layer) <= room else '...' + layer[3 - room :]}{heads}"
 
 
 def grouped(issues: Sequence[StabilityIssue]) -> list[list[StabilityIssue]]:
@@ -58,7 +97,12 @@ def grouped(issues: Sequence[StabilityIssue]) -> list[list[StabilityIssue]]:
 
 def heads_text(group: Sequence[StabilityIssue]) -> str:
     """' head 3', ' heads 0-3, 7', or nothing for an issue of the whole layer."""
-    heads = sorted(issue.head for issue in group if issue.head is not None)
+    return number_text(issue.head for issue in group if issue.head is not None)
+
+
+def number_text(numbers: Iterable[int]) -> str:
+    """' head 3', ' heads 0-3, 7', or nothing for no number."""
+    heads = sorted(numbers)
     if not heads:
         return ""
     runs: list[list[int]] = []

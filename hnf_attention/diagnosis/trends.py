@@ -1,7 +1,7 @@
 """How large a head's scores are, and the lines that numbers follow over the snapshots.
 
 Under Adam the query and key weights of an unstable head grow linearly, so its scores grow like t^2.
-Lines are therefore fitted to the square root of the largest |score|, not to its logarithm.
+Lines are therefore fitted to the square root of the size of the scores, not to its logarithm.
 """
 
 from __future__ import annotations
@@ -15,14 +15,45 @@ from .thresholds import threshold
 
 
 def score_size(stats: HeadStats) -> np.ndarray:
-    """Largest |score| of each head, (H,), nats; where the minimum is a bias, of the maxima alone.
+    """Half of the largest range of a row, (H,), nats: the largest |score| after the best shift of each row.
 
-    ALiBi slopes, and the large negative numbers with which some models hide keys, are scores too. They say
-    nothing about growth.
+    The softmax does not see a number that is added to a whole row. For scores that reach as far up as down the size is
+    the largest |score|; otherwise it is smaller. Where a bias is in the scores, it is at most the largest |maximum|.
     """
-    high, low = np.abs(stats.max_logit), stats.min_logit
-    bias = (low < -threshold("bias_floor")) & (-low > threshold("bias_ratio") * high)
-    return np.where(bias, high, np.fmax(high, np.abs(low)))
+    half, biased = stats.logit_range_max / 2.0, has_bias(stats)
+    return np.where(biased, np.fmin(np.abs(stats.max_logit), half), half) if biased.any() else half
+
+
+def clip_size(stats: HeadStats) -> np.ndarray:
+    """What QK-clip brings to its threshold, (H,), nats: the largest |score|, or the largest range if that is smaller.
+
+    It is the largest |score| where a row holds scores of both signs, and the range where all share a large offset.
+    """
+    size = np.fmin(stats.max_abs_logit, stats.logit_range_max)
+    return np.where(has_bias(stats), np.fmin(np.abs(stats.max_logit), size), size)
+
+
+def product_size(stats: HeadStats) -> np.ndarray:
+    """Largest |scale * q.k|, (H,), nats: what number formats have to hold. A bias in the scores is left out."""
+    largest = np.where(has_bias(stats), np.abs(stats.max_logit), stats.max_abs_logit)
+    return np.fmin(largest, stats.score_magnitude)
+
+
+def has_bias(stats: HeadStats) -> np.ndarray:
+    """Heads, boolean (H,), whose smallest score is a bias: an ALiBi slope or a number that hides a key.
+
+    Only an additive mask, or scores whose q and k are not known, can hold one.
+    """
+    kind = stats.score_kind
+    if not (kind > 0).any():
+        return np.zeros_like(kind, dtype=bool)
+    low = stats.min_logit
+    possible = (kind > 0) & (low < -threshold("bias_floor"))
+    if not possible.any():
+        return possible
+    with np.errstate(invalid="ignore", over="ignore"):  # the magnitude of unknown q and k
+        beyond = ~(-low <= stats.score_magnitude)
+    return possible & ((kind == 1) | beyond) & (-low > threshold("bias_ratio") * np.abs(stats.max_logit))
 
 
 @dataclass(frozen=True)

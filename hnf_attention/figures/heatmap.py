@@ -20,7 +20,7 @@ def entropy_heatmap(snapshot: Snapshot, sink_mass: float) -> Figure:
 
     Dark cells are collapsed heads (0 = one key, 1 = uniform). An S marks a sink head, whose low entropy is
     by design. A cell is hatched if no row of the head was judged, or if the layer has fewer heads.
-    sink_mass: a head with more than this mean weight on the first key is a sink.
+    sink_mass: a head with more than this mean weight on the key that its rows share is a sink.
     Raises ValueError for a snapshot without layers.
     """
     if not snapshot.layers:
@@ -46,7 +46,7 @@ def entropy_heatmap(snapshot: Snapshot, sink_mass: float) -> Figure:
     axes.set_yticks(range(num_layers), labels)
     title = f"Attention entropy per head, step {snapshot.step}"
     if sinks.any():
-        title += f"\nS: sink, more than {sink_mass:g} on the first key"
+        title += f"\nS: sink, more than {sink_mass:g} on one key"
     axes.set_title(title, loc="left", fontsize=10)
     bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.03)
     bar.set_label("mean entropy / log(visible keys)")

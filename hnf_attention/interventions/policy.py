@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from torch import nn
 
 from ..diagnosis import AttentionDiagnosis, StabilityIssue
 from ..diagnosis.heads import concatenate_heads
-from ..diagnosis.thresholds import threshold
-from ..diagnosis.trends import score_size
+from ..diagnosis.origin import NOT_LEARNED, find_origin
+from ..diagnosis.thresholds import overridden, threshold
+from ..diagnosis.trends import clip_size, score_size
+from ..statistics.heads import Snapshot
 from . import dropout, layout, learning_rate, qk_clip, temperature
 from .intervention import Intervention
 
@@ -18,35 +23,39 @@ CLIP_AT = 30.0
 LR_FACTOR = 0.5
 TEMPERATURE_FACTOR = 8.0
 
-GROWTH = ("overflow_risk", "entropy_collapse", "vanishing_gradient")
+GROWTH = ("overflow_risk", "entropy_collapse", "vanishing_gradient", "one_hot_attention")
 
 
 class InterventionPolicy:
     """Proposes at most one intervention per diagnosis of `model`, and remembers what it proposed.
 
-    It acts on errors, and on warnings of heads whose scores clearly rise. It proposes only what the layers'
-    layout allows.
+    It acts on heads whose scores have grown or clearly rise: on their errors, and on warnings of rising ones. Sharpness
+    alone is no reason to touch a model, because trained heads are sharp on purpose. It proposes only what the
+    layers' layout allows.
 
-    - Rows that are not finite: cut the learning rate.
-    - Heads that grow or collapse, with scores above 30: QK-clip. From then on it is proposed at every snapshot
-      with such scores, as in MuonClip.
+    - NaN or inf while the model trains: cut the learning rate, unless a mask or a number format is the cause.
+    - Heads that grow or collapse, with scores of a size above 30 (half of the largest range of a row): QK-clip. From
+      then on it is proposed at every snapshot with such scores, as in MuonClip.
     - Heads that collapse without such scores: a higher temperature.
     - An overflow error: the learning rate is cut along with the clip. If no layer can be clipped, the learning
       rate is cut instead. A warning never cuts it, because a cut costs loss on a stable run.
-    - Most heads of a layer are one-hot, and nothing grows: more attention dropout.
+    - Most heads of a layer are one-hot, they act up, and none of the above can be done: more attention dropout.
 
-    Each but QK-clip is proposed again only after `trend_snapshots` further snapshots. Asked twice about the same
-    diagnosis, it answers the same.
+    Each but QK-clip is proposed again only after `trend_snapshots` further snapshots. The learning rate is cut again
+    only if the last cut helped, and never below `learning_rate.FLOOR` of what it was at first. Asked twice about the
+    same diagnosis, it answers the same.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._clipping = False
         self._proposed: dict[tuple[str, str], int] = {}  # (action, layer) -> step
+        self._cuts = learning_rate.Cuts()
 
     def propose(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
         """The fix for this diagnosis, None for none."""
-        proposed = self._choose(diagnosis)
+        with overridden(diagnosis.thresholds):
+            proposed = self._choose(diagnosis)
         if proposed is not None:
             proposed.model = self._model
         return proposed
@@ -54,39 +63,56 @@ class InterventionPolicy:
     def _choose(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
         broken = [issue for issue in diagnosis.errors if issue.issue_type == "non_finite"]
         if broken:
-            return self._cut_rate(
-                diagnosis,
-                f"{broken[0].evidence}. The weights may be corrupt already: restore the last checkpoint "
-                "with finite weights before going on at the lower rate",
-            )
+            return self._rescue(diagnosis, broken[0])
         acting = _acting(diagnosis)
-        if acting or self._clipping:
-            alarm = any(issue.issue_type == "overflow_risk" and issue.severity == "error" for issue in acting)
-            proposed = self._clip(diagnosis, acting, alarm) or self._raise_temperature(diagnosis, acting)
-            if proposed is None and alarm:
-                why = f"{acting[0].evidence}. No layer with large scores has weights that can be clipped"
-                proposed = self._cut_rate(diagnosis, why)
-            if proposed is not None:
-                return proposed
-        return self._raise_dropout(diagnosis)
+        if not acting and not self._clipping:
+            return None
+        alarm = any(issue.issue_type == "overflow_risk" and issue.severity == "error" for issue in acting)
+        proposed = self._clip(diagnosis, acting, alarm) or self._raise_temperature(diagnosis, acting)
+        if proposed is None and alarm:
+            why = f"{acting[0].evidence}. No layer with large scores has weights that can be clipped"
+            proposed = self._cut_rate(diagnosis, why)
+        return proposed or self._raise_dropout(diagnosis, acting)
+
+    def _rescue(self, diagnosis: AttentionDiagnosis, broken: StabilityIssue) -> Intervention | None:
+        """Against NaN and inf: a lower rate, where the training may have made them."""
+        origin = find_origin(list(diagnosis.history) or [Snapshot(diagnosis.step, diagnosis.stats)])
+        if origin is None or origin.cause in NOT_LEARNED or not getattr(origin.snapshot, "training", True):
+            return None
+        return self._cut_rate(
+            diagnosis,
+            f"{broken.evidence}. The weights may be corrupt already: restore the last checkpoint "
+            "with finite weights before going on at the lower rate",
+        )
 
     def _cut_rate(self, diagnosis: AttentionDiagnosis, why: str) -> Intervention | None:
-        return learning_rate.propose(LR_FACTOR, why) if self._due(diagnosis, "reduce_lr") else None
+        return learning_rate.propose(LR_FACTOR, why) if self._may_cut(diagnosis) else None
+
+    def _may_cut(self, diagnosis: AttentionDiagnosis) -> bool:
+        """Whether the learning rate may be cut (again); if so, it counts as cut now."""
+        last = self._proposed.get(("reduce_lr", ""))
+        if last == diagnosis.step:
+            return True
+        trouble = learning_rate.trouble(diagnosis.history, -1 if last is None else last)
+        return (
+            self._cuts.allows(LR_FACTOR, trouble)
+            and self._due(diagnosis, "reduce_lr")
+            and self._cuts.cut(LR_FACTOR, trouble)
+        )
 
     def _clip(
         self, diagnosis: AttentionDiagnosis, acting: list[StabilityIssue], alarm: bool
     ) -> Intervention | None:
-        sizes = {layer: score_size(stats) for layer, stats in diagnosis.stats.items()}
         layers = {
-            layer: [float(number) if np.isfinite(number) else None for number in size]
-            for layer, size in sizes.items()
-            if (size > CLIP_AT).any() and self._scalable(layer, len(size))
+            layer: [float(number) if np.isfinite(number) else None for number in clip_size(stats)]
+            for layer, stats in diagnosis.stats.items()
+            if (score_size(stats) > CLIP_AT).any() and self._scalable(layer, stats.num_heads)
         }
         if not layers:
             return None
         self._clipping = True
         why = acting[0].evidence if acting else f"scores above {CLIP_AT:g} again at step {diagnosis.step}"
-        lr_factor = LR_FACTOR if alarm and self._due(diagnosis, "reduce_lr") else None
+        lr_factor = LR_FACTOR if alarm and self._may_cut(diagnosis) else None
         return qk_clip.propose(CLIP_AT, layers, why, lr_factor)
 
     def _raise_temperature(
@@ -105,17 +131,17 @@ class InterventionPolicy:
             return None
         return temperature.propose(layers, next(issue.evidence for issue in acting if issue.layer in layers))
 
-    def _raise_dropout(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
-        one_hot: dict[str, list[StabilityIssue]] = {}
-        for issue in diagnosis.issues:
-            if issue.issue_type == "one_hot_attention":
-                one_hot.setdefault(issue.layer, []).append(issue)
-        for layer, issues in one_hot.items():
-            share = len(issues) / diagnosis.stats[layer].num_heads
-            if share < threshold("layer_share") or not dropout.raisable(self._model, layer):
+    def _raise_dropout(
+        self, diagnosis: AttentionDiagnosis, acting: list[StabilityIssue]
+    ) -> Intervention | None:
+        """For layers most of whose heads are one-hot, some of them growing."""
+        for issue in acting:
+            stats = diagnosis.stats[issue.layer]
+            one_hot = (stats.max_weight > threshold("one_hot_weight")).mean()
+            if one_hot < threshold("layer_share") or not dropout.raisable(self._model, issue.layer):
                 continue
-            if self._due(diagnosis, "increase_dropout", layer):
-                return dropout.propose(layer, issues[0].evidence)
+            if self._due(diagnosis, "increase_dropout", issue.layer):
+                return dropout.propose(issue.layer, issue.evidence)
         return None
 
     def _scalable(self, layer: str, heads: int) -> bool:
@@ -135,10 +161,21 @@ class InterventionPolicy:
         self._proposed[action, layer] = diagnosis.step
         return True
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was proposed before, as JSON types."""
+        proposed = [[action, layer, step] for (action, layer), step in self._proposed.items()]
+        return {"clipping": self._clipping, "proposed": proposed, "cuts": self._cuts.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._clipping = bool(state["clipping"])
+        self._proposed = {(action, layer): step for action, layer, step in state["proposed"]}
+        self._cuts.load_state_dict(state["cuts"])
+
 
 def _acting(diagnosis: AttentionDiagnosis) -> list[StabilityIssue]:
     """Errors of growing or collapsing heads, and such warnings where the head's scores rise."""
-    found = [issue for issue in diagnosis.issues if issue.issue_type in GROWTH]
+    found = [i for i in diagnosis.issues if i.issue_type in GROWTH and i.severity != "note"]
     together = concatenate_heads(diagnosis.history, dict.fromkeys(issue.layer for issue in found))
     rising = {heads.places[head] for heads in together for head in np.flatnonzero(heads.rising).tolist()}
     return [issue for issue in found if issue.severity == "error" or (issue.layer, issue.head) in rising]

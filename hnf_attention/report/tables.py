@@ -55,7 +55,9 @@ def layer_table(stats: Mapping[str, HeadStats], issues: Sequence[StabilityIssue]
     for quantity in _QUANTITIES:
         cells = [Text(quantity.read(layer)) for layer in stats.values()]
         columns.append(Column(quantity.title, cells, quantity.rank))
-    states = [_state([issue for issue in issues if issue.layer == name]) for name in stats]
+    states = [
+        _state([issue for issue in issues if issue.layer == name], layer) for name, layer in stats.items()
+    ]
     return FittedTable(title, [*columns, Column("issues", states, justify="left")])
 
 
@@ -87,9 +89,12 @@ def headline(group: Sequence[StabilityIssue]) -> str:
     return f"{worst.severity}: {worst.issue_type} in {display_name(worst.layer)}{heads_text(group)}"
 
 
-def _state(issues: Sequence[StabilityIssue]) -> Text:
+def _state(issues: Sequence[StabilityIssue], layer: HeadStats) -> Text:
     if not issues:
-        return Text("ok", style="green")
+        if (layer.nonfinite_rows + layer.nonfinite_out).any():  # one issue of the model tells of such layers
+            return Text("NaN or inf", style=STYLES["error"])
+        judged = (layer.judged_rows > 0).all()
+        return Text("ok", style="green") if judged else Text("not judged", style="dim")
     worst, kinds = issues[0], {issue.issue_type for issue in issues}
     more = f" +{len(kinds) - 1}" if len(kinds) > 1 else ""
     return Text(f"{worst.severity}: {worst.issue_type}{more}", style=STYLES[worst.severity])

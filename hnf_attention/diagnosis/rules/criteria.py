@@ -1,23 +1,22 @@
-"""What several rules ask about heads before they call one sick."""
+"""How bad a sharp head is: sharpness alone is a trained pattern, sharpness with growth is an instability."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from ..heads import Heads
-from ..thresholds import threshold
+from ..issue import SEVERITIES
 
 
-def sink_by_design(heads: Heads) -> np.ndarray:
-    """Heads that rest on the first key and whose scores did not grow: sharp, and meant to be."""
-    return (heads.stats.sink_mass > threshold("sink_mass")) & ~grown(heads)
+def severities(heads: Heads, suspects: np.ndarray, worst: np.ndarray) -> np.ndarray:
+    """Severity of each suspect, (H,) of SEVERITIES. suspects, worst: boolean (H,), `worst` within `suspects`.
 
-
-def grown(heads: Heads) -> np.ndarray:
-    """Heads whose scores are large, or rising and soon large: unstable rather than specialised."""
-    return (heads.score > threshold("clip_logit")) | (heads.rising & (heads.score > threshold("watch_logit")))
-
-
-def corroborated(heads: Heads, suspects: np.ndarray) -> np.ndarray:
-    """Suspects, (H,), for which more speaks than sharpness: grown scores, or many suspects in the same layer."""
-    return grown(heads) | (heads.in_layer(suspects) / heads.layer_heads >= threshold("layer_share"))
+    An error: one of the worst, and the scores have grown, or rise in most of the layer's heads at once. A warning:
+    scores that have grown, or most of the layer. A note: a single sharp head among others, as previous-token and
+    induction heads are.
+    """
+    error, warning, note = SEVERITIES
+    rising_together = heads.rising & heads.most_of_layer(worst & heads.rising)
+    real = worst & (heads.grown | rising_together)
+    alarming = heads.grown | heads.most_of_layer(suspects)
+    return np.select([real, alarming], [error, warning], note)

@@ -10,62 +10,83 @@ from ...statistics.heads import Snapshot
 from ..heads import Heads
 from ..issue import StabilityIssue
 from ..thresholds import threshold
-from .criteria import corroborated, sink_by_design
-from .wording import CLIP, CLIP_AND_SLOW, head_name, make_issue, peak, plus_minus
+from .criteria import severities
+from .wording import CLIP, CLIP_AND_SLOW, SHORT_CLIP, Scores, head_name, make_issue, plus_minus
 
 
 def rule(history: Sequence[Snapshot], heads: Heads) -> Iterator[StabilityIssue]:
-    """Low entropy is a warning; it is an error with large or rising scores, or in half of a layer.
+    """Low entropy, on average or in a tenth of the rows; see `criteria.severities`.
 
-    A sink head is sharp by design and left out, unless its scores are large too.
+    A head with a sink is judged by its other keys, unless its scores have grown.
     """
-    entropy, saturated = heads.stats.normalized_entropy, heads.stats.saturated_share
-    judged = ~sink_by_design(heads)
-    low = judged & ((entropy < threshold("low_entropy")) | (saturated > threshold("high_saturation")))
+    low = heads.low
     if low.any():
-        collapsed = judged & (
-            (entropy < threshold("collapsed_entropy")) | (saturated > threshold("collapsed_saturation"))
-        )
-        yield from _sharp(history[-1].step, heads, low, collapsed)
-    yield from _forecasts(history[-1].step, heads, judged & ~low)
+        yield from _sharp(history[-1].step, heads, low, heads.collapsed)
+    yield from _forecasts(history[-1].step, heads, ~heads.resting & ~low)
 
 
 def _sharp(step: int, heads: Heads, low: np.ndarray, collapsed: np.ndarray) -> Iterator[StabilityIssue]:
-    """Heads whose entropy is low, some of which have collapsed."""
-    stats = heads.stats
+    """Heads whose entropy is low, some of which have collapsed. One issue holds all that is sharp about a head."""
+    stats, scores = heads.stats, Scores(heads)
     entropy, stderr = stats.normalized_entropy, stats.normalized_entropy_stderr
-    tenth, saturated, sink = stats.normalized_entropy_p10, stats.saturated_share, stats.sink_mass
-    real = collapsed & corroborated(heads, collapsed)
+    tenth, saturated = stats.normalized_entropy_p10, stats.saturated_share
+    sink, rest = stats.sink_mass, stats.rest_normalized_entropy
+    gradient, weight = stats.jacobian_trace_bound, stats.max_weight
+    severity = severities(heads, low, collapsed)
     alike = np.where(collapsed, heads.in_layer(collapsed), heads.in_layer(low))
     for head in np.flatnonzero(low).tolist():
         place = heads.places[head]
-        name, value = _broken_threshold(entropy[head], saturated[head], collapsed[head])
+        name, value = _broken_threshold(heads, head, tenth[head], collapsed[head])
+        company = f"such heads in this layer: {alike[head]:.0f} of {heads.layer_heads[head]}"
         evidence = (
             f"{head_name(place)}: normalized entropy {entropy[head]:.3f}{plus_minus(stderr[head])} (10th "
-            f"percentile {tenth[head]:.3f}, {saturated[head]:.0%} of rows saturated) at step {step}; such heads "
-            f"in this layer: {alike[head]:.0f} of {heads.layer_heads[head]}; scores up to "
-            f"{peak(stats, heads.score[head])}{' and rising' if heads.rising[head] else ''}{_sink(sink[head])}"
+            f"percentile {tenth[head]:.3f}, {saturated[head]:.0%} of rows saturated) at step {step}; largest weight "
+            f"{weight[head]:.2f}, at most {gradient[head]:.2g} of the softmax gradient gets through; {company}; "
+            f"{scores.text(head)}{' and rising' if heads.rising[head] else ''}{_sink(sink[head], rest[head])}"
         )
-        if real[head]:
-            severity = "error"
-            suggestion = f"{CLIP}, or raise this head's attention temperature (get_intervention proposes one)"
-        else:
-            severity = "warning"
-            suggestion = "watch it; if more heads follow, raise the layer's attention temperature"
-        yield make_issue("entropy_collapse", severity, place, value, name, evidence, suggestion)
+        suggestion, cure = _advice(severity[head], heads.grown[head])
+        rows = f", {saturated[head]:.0%} of rows saturated" if saturated[head] >= 0.005 else ""
+        brief = f"normalized entropy {entropy[head]:.3f}{rows}, {scores.short(head)} -> {cure}"
+        yield make_issue("entropy_collapse", severity[head], place, value, name, evidence, suggestion, brief)
 
 
-def _broken_threshold(entropy: float, saturated: float, collapsed: bool) -> tuple[str, float]:
-    """The name of the threshold that a sharp head breaks, and the value that breaks it."""
-    by_entropy, by_saturation = (
-        ("collapsed_entropy", "collapsed_saturation") if collapsed else ("low_entropy", "high_saturation")
+def _advice(severity: str, grown: bool) -> tuple[str, str]:
+    """What to do about a sharp head, whole and in a few words."""
+    if severity == "error":
+        return (
+            f"{CLIP}, or raise this head's attention temperature (get_intervention proposes one)",
+            SHORT_CLIP,
+        )
+    if severity == "note":
+        return (
+            "nothing to do while its scores do not grow: trained heads that follow one pattern (the previous "
+            "token, an earlier copy) are this sharp",
+            "nothing to do while its scores do not grow",
+        )
+    if grown:
+        return f"{CLIP} if the entropy falls further", f"{SHORT_CLIP} if it falls further"
+    return (
+        "watch whether the scores rise; in a finished model, check on other data whether these heads differ",
+        "watch its scores",
     )
-    return (by_entropy, entropy) if entropy < threshold(by_entropy) else (by_saturation, saturated)
 
 
-def _sink(sink: float) -> str:
-    large = sink > threshold("sink_mass")
-    return f"; a sink head ({sink:.2f} on the first key) with large scores" if large else ""
+def _broken_threshold(heads: Heads, head: int, tenth: float, collapsed: bool) -> tuple[str, float]:
+    """The name of the threshold that a sharp head breaks, and the value that breaks it."""
+    entropy, stray = heads.sharpness[head], heads.stray[head]
+    resting = heads.resting[head]
+    by_entropy = "collapsed_entropy" if collapsed else "low_rest" if resting else "low_entropy"
+    by_rows = "collapsed_saturation" if collapsed else "high_saturation"
+    if entropy < threshold(by_entropy):
+        return by_entropy, entropy
+    return (by_rows, stray) if stray > threshold(by_rows) else ("low_tenth", tenth)
+
+
+def _sink(mass: float, rest: float) -> str:
+    if not mass > threshold("sink_mass"):
+        return ""
+    beside = f", normalized entropy {rest:.3f} beside it" if np.isfinite(rest) else ""
+    return f"; {mass:.2f} of the weight is on a sink{beside}"
 
 
 def _forecasts(step: int, heads: Heads, judged: np.ndarray) -> Iterator[StabilityIssue]:
@@ -77,7 +98,7 @@ def _forecasts(step: int, heads: Heads, judged: np.ndarray) -> Iterator[Stabilit
     candidates = judged & heads.rising & (entropy < threshold("forecast_entropy"))
     if not candidates.any():
         return
-    line, stderr = heads.normalized_entropy, heads.stats.normalized_entropy_stderr
+    line, stderr, scores = heads.normalized_entropy, heads.stats.normalized_entropy_stderr, Scores(heads)
     eta = line.steps_until(threshold("collapsed_entropy"))
     horizon = np.minimum(threshold("collapse_horizon"), threshold("forecast_reach") * line.span)
     falling = (line.slope < 0) & (eta <= horizon)
@@ -87,9 +108,12 @@ def _forecasts(step: int, heads: Heads, judged: np.ndarray) -> Iterator[Stabilit
         evidence = (
             f"{head_name(place)}: will collapse in about {eta[head]:.0f} steps: normalized entropy "
             f"{value:.3f}{plus_minus(stderr[head])} at step {step} falls by "
-            f"{-100 * line.slope[head]:.2g} per 100 steps, while the largest |score| "
-            f"({peak(heads.stats, heads.score[head])}) rises"
+            f"{-100 * line.slope[head]:.2g} per 100 steps, while the {scores.text(head)} and rising"
+        )
+        brief = (
+            f"{scores.short(head)}{scores.pace(head)}; normalized entropy {value:.3f}, will collapse near step "
+            f"{step + eta[head]:.0f} -> {SHORT_CLIP}"
         )
         yield make_issue(
-            "entropy_collapse", "warning", place, value, "collapsed_entropy", evidence, CLIP_AND_SLOW
+            "entropy_collapse", "warning", place, value, "collapsed_entropy", evidence, CLIP_AND_SLOW, brief
         )

@@ -1,4 +1,4 @@
-"""Rows that NaN or inf reached."""
+"""NaN and inf in attention: where they came from, and what they reached."""
 
 from __future__ import annotations
 
@@ -7,44 +7,222 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ...names import display_name
-from ...statistics.heads import Snapshot
+from ...statistics.heads import HeadStats, Snapshot
+from ..extent import counted
 from ..heads import Heads
-from ..issue import StabilityIssue
-from .wording import head_name, make_issue
+from ..issue import StabilityIssue, number_text
+from ..origin import (
+    EMPTY,
+    FP16,
+    MASK,
+    OUTPUT,
+    PRODUCT,
+    SCORES,
+    Origin,
+    broken_heads,
+    broken_inputs,
+    find_origin,
+    fp16_product,
+)
+from ..thresholds import threshold
+from .empty_rows import mask_of
+from .overflow_risk import FORMAT_ADVICE, FORMAT_CURE
+from .wording import make_issue
+
+_EVERY_STEP = "set log_every=1 or record_every=1 and run again from finite weights"
 
 
-def rule(history: Sequence[Snapshot], heads: Heads) -> Iterator[StabilityIssue]:
-    """Any row that is not finite is an error. The evidence names the layer that showed such rows first."""
-    bad = heads.stats.nonfinite_rows
-    if not bad.any():
+def rule(history: Sequence[Snapshot], groups: Sequence[Heads]) -> Iterator[StabilityIssue]:
+    """An error for the layer that was the first to show NaN or inf, and a note for all that followed."""
+    if not any(broken_heads(heads.stats).any() for heads in groups):
         return
-    total = heads.stats.rows + bad
-    step, origin = _origin(history)
-    for head in np.flatnonzero(bad).tolist():
-        place = heads.places[head]
-        share = bad[head] / total[head]
-        where = "this layer is" if place[0] == origin else f"layer {display_name(origin)} was"
-        evidence = (
-            f"{head_name(place)}: {bad[head]:.0f} of {total[head]:.0f} rows ({share:.1%}) are not "
-            f"finite at step {history[-1].step}; {where} the first to show it, at step {step}"
+    origin = find_origin(history)
+    assert origin is not None  # the latest snapshot has some
+    yield _origin_issue(history[-1].step, origin)
+    bad = {
+        layer: int(broken_heads(stats).sum())
+        for layer, stats in history[-1].layers.items()
+        if layer != origin.layer and broken_heads(stats).any()
+    }
+    if bad:
+        yield _followers(history[-1].step, origin, bad)
+
+
+def _origin_issue(step: int, origin: Origin) -> StabilityIssue:
+    stats, bad = origin.stats, np.flatnonzero(broken_heads(origin.stats))
+    name = display_name(origin.layer)
+    seen = f"at step {origin.snapshot.step}"
+    if origin.snapshot.step != step:
+        seen += f", and it is still there at step {step}"
+    heads = "" if len(bad) == stats.num_heads else number_text(bad.tolist())
+    why, suggestion, what, cure = _explained(origin)
+    evidence = f"layer {name}{heads}: {_numbers(stats)} {seen}; it is the first layer to show it; {why}"
+    head = int(bad[0]) if len(bad) == 1 else None
+    total = float(stats.nonfinite_rows.sum() + stats.nonfinite_out.sum()) or float(broken_inputs(stats).sum())
+    brief = f"{what} -> {cure}"
+    return make_issue(
+        "non_finite", "error", (origin.layer, head), total, "nonfinite_rows", evidence, suggestion, brief
+    )
+
+
+def _numbers(stats: HeadStats) -> str:
+    """'12 of 120 rows of scores and 56 outputs are not finite'."""
+    parts = [
+        (stats.nonfinite_query, "query", "queries"),
+        (stats.nonfinite_key, "key", "keys"),
+        (stats.nonfinite_value, "value", "values"),
+        (stats.nonfinite_out, "output", "outputs"),
+    ]
+    said = [
+        f"{number.sum():,.0f} {one if number.sum() == 1 else many}"
+        for number, one, many in parts
+        if number.any()
+    ]
+    bad = stats.nonfinite_rows.sum()
+    if bad:
+        total = bad + stats.rows.sum()
+        said.insert(0, f"the scores of {bad:,.0f} of {total:,.0f} rows ({bad / total:.1%})")
+    return f"{' and '.join([', '.join(said[:-1]), said[-1]] if len(said) > 1 else said)} are not finite"
+
+
+def _explained(origin: Origin) -> tuple[str, str, str, str]:
+    """Why, what to do, and both in a few words."""
+    stats, name = origin.stats, display_name(origin.layer)
+    fp16 = stats.dtype == "float16"
+    cause = origin.cause
+    if cause == EMPTY:
+        rows = counted(stats.nonfinite_empty.sum(), "output")
+        return (
+            f"q, k and v are finite, and {rows} belong to rows whose keys are all hidden, by "
+            f"{mask_of(stats.score_kind)}: a softmax over -inf only is NaN",
+            "give every row a key to see, padding included, or set these rows to 0 after the softmax, as SDPA does; "
+            "the weights and the learning rate are not the cause",
+            "NaN from rows whose keys are all hidden",
+            "give every row a key to see, or zero such rows as SDPA does",
         )
-        suggestion = (
-            "restore the last checkpoint with finite weights, then lower the learning rate; "
-            f"look for the overflow in {display_name(origin)} and in what feeds it"
+    if cause == FP16:
+        seen, bound = (np.nanmax(product, initial=0.0) for product in fp16_product(stats))
+        reach = f"reaches {seen:.4g}" if seen > threshold("fp16_product") else f"may reach {bound:.4g}"
+        return (
+            f"q, k and v are finite, and q.k before scaling {reach}, which is inf in fp16 (above 65504)",
+            FORMAT_ADVICE,
+            f"q.k before scaling {reach}, infinite in fp16",
+            FORMAT_CURE,
         )
-        yield make_issue("non_finite", "error", place, share, "nonfinite_rows", evidence, suggestion)
+    if cause == PRODUCT:
+        return (
+            "q and k are finite and no mask is added, so q.k itself is beyond the largest fp32 number",
+            "the query and key weights have exploded: go back to smaller ones (a checkpoint, a new start), lower the "
+            "learning rate, clip gradients; QK-norm is the lasting fix",
+            "finite q and k whose product is infinite",
+            "smaller query and key weights, or QK-norm",
+        )
+    if cause == MASK:
+        return (
+            "q and k are finite, so the mask or bias that is added to the scores holds NaN or +inf",
+            "look for NaN and +inf in the additive mask or position bias, and hide keys with -inf or a boolean mask",
+            "NaN or inf in the mask or bias",
+            "look for NaN and +inf in it",
+        )
+    if cause == OUTPUT:
+        advice = f"; in float16, {FORMAT_ADVICE}" if fp16 else ""
+        return (
+            "q, k, v and the scores are finite, so it arose between the scores and the output",
+            "look at what the layer adds to or multiplies with scores, weights and values (mask, bias, dropout, a sum "
+            f"in a small format){advice}",
+            "NaN or inf arose between finite scores and the output",
+            FORMAT_CURE if fp16 else "look at its mask, bias and dropout",
+        )
+    if cause == SCORES:
+        advice = f"; in float16, {FORMAT_ADVICE}" if fp16 else ""
+        return (
+            "only its scores were seen, so q, k, their product and the mask all come into question",
+            f"look for NaN and inf in {name}'s q, k, mask and bias{advice}",
+            "NaN or inf in the scores",
+            FORMAT_CURE if fp16 else "look at its q, k, mask and bias",
+        )
+    return _fed(origin, name, fp16)
 
 
-def _origin(history: Sequence[Snapshot]) -> tuple[int, str]:
-    """Step and layer at which the latest run of snapshots with non-finite rows began.
+def _fed(origin: Origin, name: str, fp16: bool) -> tuple[str, str, str, str]:
+    """For a layer whose q, k or v are not finite themselves."""
+    training = getattr(origin.snapshot, "training", None)
+    between = (
+        "in what feeds it" if origin.before is None else f"between {display_name(origin.before)} and {name}"
+    )
+    half = "; in float16, try bfloat16 or float32" if fp16 else ""
+    weights = f"the weights of {name}'s projections, the MLP and norm before them, and its input"
+    restore = (
+        ""
+        if training is False
+        else "; in a training run, go back to a checkpoint with finite weights, and lower the learning rate"
+    )
+    if not origin.known:
+        return (
+            f"the origin is not known at this cadence: {origin.coarse} steps lie between the last finite snapshot and "
+            "this one, and one of them may have made weights NaN",
+            f"{_EVERY_STEP} to see where it begins; check {weights}{half}{restore}",
+            f"NaN or inf, origin not known: {origin.coarse} steps since the last finite snapshot",
+            "log_every=1 or record_every=1 from finite weights",
+        )
+    if origin.before is None:
+        return (
+            "it is the first layer to run, so its weights, the embeddings before it or the data hold NaN or inf",
+            f"check that the model's weights and its input are finite{half}{restore}",
+            "NaN or inf reaches the first layer",
+            "check weights, embeddings and data",
+        )
+    culprit = _stored_in_fp16(origin)
+    if culprit is not None:
+        layer, product = culprit
+        return (
+            f"every layer before it is finite, and q.k before scaling reaches {product:.4g} in {layer}: where that is "
+            "stored in fp16 (above 65504), NaN arises there",
+            FORMAT_ADVICE,
+            f"q.k before scaling reaches {product:.4g} in a layer before, infinite in fp16",
+            FORMAT_CURE,
+        )
+    return (
+        f"every layer before it is finite, so it arose {between}",
+        f"look at {weights}{half}{restore}",
+        f"NaN or inf arose {_short_between(origin)}",
+        "look at its projections' weights, and the norm and MLP before",
+    )
 
-    Of several layers in one snapshot, the first to run is the origin.
-    """
-    step, origin = history[-1].step, ""
-    for snapshot in reversed(history):
-        bad = (layer for layer, stats in snapshot.layers.items() if stats.nonfinite_rows.any())
-        first = next(bad, None)
-        if first is None:
-            break
-        step, origin = snapshot.step, first
-    return step, origin
+
+def _stored_in_fp16(origin: Origin) -> tuple[str, float] | None:
+    """An earlier layer whose product passes fp16 and whose output may not have been seen, and that product."""
+    for layer, stats in origin.snapshot.layers.items():
+        if layer == origin.layer:
+            return None
+        if stats.dtype == "float16" and (
+            product := np.nanmax(fp16_product(stats)[0], initial=0.0)
+        ) > threshold("fp16_product"):
+            return display_name(layer), float(product)
+    return None
+
+
+def _short_between(origin: Origin) -> str:
+    before = display_name(origin.before or "")
+    return f"after {before if len(before) <= 40 else '...' + before[-37:]}"
+
+
+def _followers(step: int, origin: Origin, bad: dict[str, int]) -> StabilityIssue:
+    names = [display_name(layer) for layer in bad]
+    listed = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    layers, heads = counted(len(bad), "layer"), counted(sum(bad.values()), "head")
+    evidence = (
+        f"{layers} more with NaN or inf at step {step}, {heads}: {listed}; they follow from layer "
+        f"{display_name(origin.layer)}"
+    )
+    brief = f"NaN or inf in {layers} more, {heads} -> follows from the first"
+    return make_issue(
+        "non_finite",
+        "note",
+        ("", None),
+        float(len(bad)),
+        "nonfinite_rows",
+        evidence,
+        "mend the first; these follow from it",
+        brief,
+    )

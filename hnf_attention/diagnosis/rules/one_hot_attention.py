@@ -10,25 +10,29 @@ from ...statistics.heads import Snapshot
 from ..heads import Heads
 from ..issue import StabilityIssue
 from ..thresholds import threshold
-from .criteria import sink_by_design
-from .wording import head_name, make_issue, plus_minus
+from .criteria import severities
+from .wording import Scores, head_name, make_issue, plus_minus
 
 
 def rule(history: Sequence[Snapshot], heads: Heads) -> Iterator[StabilityIssue]:
-    """A warning for heads whose rows' largest weight is nearly 1 on average, sinks aside."""
+    """Rows whose largest weight is nearly 1 on average, sinks aside, in heads that no other rule calls sharp."""
     stats = heads.stats
     weight = stats.max_weight
-    one_hot = ~sink_by_design(heads) & (weight > threshold("one_hot_weight"))
+    one_hot = ~heads.resting & (weight > threshold("one_hot_weight")) & ~heads.low & ~heads.weak
     if not one_hot.any():
         return
-    stderr, sink = stats.max_weight_stderr, stats.sink_mass
+    stderr, scores = stats.max_weight_stderr, Scores(heads)
+    severity = severities(heads, one_hot, np.zeros_like(one_hot))
     for head in np.flatnonzero(one_hot).tolist():
         place, value = heads.places[head], weight[head]
         evidence = (
             f"{head_name(place)}: the largest weight of a row is {value:.3f}{plus_minus(stderr[head])} "
-            f"on average at step {history[-1].step}; the first key gets {sink[head]:.2f}"
+            f"on average at step {history[-1].step}; {scores.text(head)}"
         )
         suggestion = (
-            "raise the layer's attention dropout if most of its heads do this; one may do so on purpose"
+            "watch whether the scores rise; a head may do so on purpose, most heads of a layer rarely do"
         )
-        yield make_issue("one_hot_attention", "warning", place, value, "one_hot_weight", evidence, suggestion)
+        brief = f"largest weight of a row {value:.3f}, {scores.short(head)} -> watch its scores"
+        yield make_issue(
+            "one_hot_attention", severity[head], place, value, "one_hot_weight", evidence, suggestion, brief
+        )

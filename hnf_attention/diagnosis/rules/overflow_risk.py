@@ -1,4 +1,4 @@
-"""Scores that are too large, or soon will be."""
+"""Scores that are too large, or soon will be: for training by their range, for number formats by their size."""
 
 from __future__ import annotations
 
@@ -8,10 +8,21 @@ from typing import NamedTuple
 import numpy as np
 
 from ...statistics.heads import HeadStats, Snapshot
+from ...theory import number_format
 from ..heads import Heads
-from ..issue import StabilityIssue
+from ..issue import SEVERITIES, StabilityIssue
 from ..thresholds import threshold
-from .wording import CLIP, CLIP_AND_SLOW, head_name, make_issue, peak
+from ..trends import product_size
+from .wording import CLIP, CLIP_AND_SLOW, SHORT_CLIP, Scores, head_name, make_issue
+
+FORMAT_ADVICE = (
+    "run attention in bf16 or fp32, scale q before the product, or use SDPA, which does not store scores"
+)
+FORMAT_CURE = "bf16 or fp32, SDPA, or scale q before the product"
+_ROUNDED_ADVICE = (
+    "run attention in fp32, or take out the number that all scores of a row share (a key bias): the softmax does not "
+    "see it, and the format pays for it"
+)
 
 
 class _Verdict(NamedTuple):
@@ -21,70 +32,139 @@ class _Verdict(NamedTuple):
     name: str  # of the threshold
     value: float
     why: str
+    suggestion: str
+    brief: str
+    cure: str
+
+
+class _Formats(NamedTuple):
+    """What number formats have to hold, (H,) each."""
+
+    product: np.ndarray  # largest |q.k| before scaling where it may be stored in fp16, else 0
+    rounding: np.ndarray  # of the largest |scale * q.k| if it is stored in the layer's dtype, nats
 
 
 def rule(history: Sequence[Snapshot], heads: Heads) -> Iterator[StabilityIssue]:
-    """Scores above published growth limits or the range of fp16, and scores on their way there."""
-    stats, size = heads.stats, heads.score
+    """Score ranges above published growth limits, ranges on their way there, and scores that a format cannot hold."""
+    size, formats = heads.score, _formats(heads.stats)
     projected = heads.score_ahead(threshold("alarm_horizon"))
-    suspicious = (size > threshold("watch_logit")) | (projected > threshold("alarm_logit"))
+    growing = (size > threshold("watch_logit")) | (projected > threshold("alarm_logit"))
+    lost = formats.rounding > threshold("stored_rounding")
+    suspicious = growing | lost | (formats.product > threshold("fp16_product"))
     if not suspicious.any():
         return
-    bounds, bits, usual = stats.error_bound, stats.required_bits, stats.typical_bits
+    stats, scores = heads.stats, Scores(heads)
+    bounds, bits, usual, largest = stats.error_bound, stats.required_bits, stats.typical_bits, stats.max_logit
     watched = heads.snapshots_above(threshold("watch_logit"))
     eta = heads.steps_until_score(threshold("alarm_logit"))
+    step = history[-1].step
     for head in np.flatnonzero(suspicious).tolist():
-        verdict = _verdict(stats, size[head], watched[head], projected[head], eta[head])
+        growth = _growth(heads, head, watched[head], projected[head], eta[head], step)
+        stored = _stored(stats.dtype, formats.product[head], formats.rounding[head])
+        verdict = _together(growth, stored)
         if verdict is None:
             continue
         place = heads.places[head]
         evidence = (
-            f"{head_name(place)}: largest |score| {peak(stats, size[head])} at step {history[-1].step}, "
-            f"{verdict.why}{_pace(heads, head)}{_naive(stats, size[head])}"
-            f"{_rounding(bounds[head], bits[head], usual[head])}"
+            f"{head_name(place)}: {scores.text(head)} at step {step}{verdict.why}{_pace(heads, head)}"
+            f"{_naive(stats, largest[head])}{_rounding(bounds[head], bits[head], usual[head])}"
         )
-        suggestion = CLIP_AND_SLOW if verdict.severity == "error" else f"{CLIP} if it keeps rising"
+        brief = f"{scores.short(head)}{scores.pace(head)}{verdict.brief} -> {verdict.cure}"
         yield make_issue(
-            "overflow_risk", verdict.severity, place, verdict.value, verdict.name, evidence, suggestion
+            "overflow_risk",
+            verdict.severity,
+            place,
+            verdict.value,
+            verdict.name,
+            evidence,
+            verdict.suggestion,
+            brief,
         )
 
 
-def _verdict(stats: HeadStats, size: float, watched: int, projected: float, eta: float) -> _Verdict | None:
-    """Judge one head.
+def _formats(stats: HeadStats) -> _Formats:
+    largest = product_size(stats)
+    half = stats.dtype == "float16"
+    try:
+        unit = 2.0 ** -number_format(stats.dtype).bits
+    except ValueError:  # a format that the theory does not know
+        unit = 0.0
+    return _Formats(largest * stats.head_dim**0.5 if half else np.zeros_like(largest), unit * largest)
 
-    size: its largest |score|, nats. watched: in how many of the last snapshots that was above `watch_logit`.
-    projected: the size at the alarm's horizon. eta: steps until the projection meets `alarm_logit`.
+
+def _growth(
+    heads: Heads, head: int, watched: int, projected: float, eta: float, step: int
+) -> _Verdict | None:
+    """Judge one head by the range of its scores, whose half is their size.
+
+    watched: in how many of the last snapshots the size was above `watch_logit`. projected: the size at the alarm's
+    horizon. eta: steps until the projection meets `alarm_logit`.
     """
-    product = size * stats.head_dim**0.5
-    if stats.dtype == "float16" and product > threshold("fp16_product"):
-        why = f"so q.k before scaling reaches {product:.4g}: infinite if it is stored in fp16"
-        return _Verdict("error", "fp16_product", product, why)
+    size, verdict = heads.score[head], None
+    error, warning, note = SEVERITIES
+    half = f", {size:.4g} to either side"
     if size > threshold("diverged_logit"):
-        return _Verdict("error", "diverged_logit", size, "beyond where published runs diverged")
-    if size > threshold("deteriorating_logit"):
-        return _Verdict("error", "deteriorating_logit", size, "beyond where published runs deteriorated")
-    if projected > threshold("alarm_logit"):
+        verdict = error, "diverged_logit", size, f"{half}, beyond where published runs diverged", ""
+    elif size > threshold("deteriorating_logit"):
+        verdict = error, "deteriorating_logit", size, f"{half}, beyond where published runs deteriorated", ""
+    elif projected > threshold("alarm_logit"):
         when = f"in about {eta:.0f} steps" if np.isfinite(eta) else "now"
-        why = f"and its trend passes {threshold('alarm_logit'):.0f} {when}"
-        return _Verdict("error", "alarm_logit", projected, why)
-    if size > threshold("clip_logit"):
-        why = "beyond where Kimi K2 clips (healthy runs pass it early on)"
-        return _Verdict("warning", "clip_logit", size, why)
-    if watched >= threshold("watch_snapshots"):
-        why = f"above {threshold('watch_logit'):.0f} for {watched} snapshots in a row"
-        return _Verdict("warning", "watch_logit", size, why)
-    return None
+        soon = f"will saturate near step {step + eta:.0f}" if np.isfinite(eta) else "saturating"
+        why = f"{half}, and its trend passes {threshold('alarm_logit'):.0f} {when}"
+        verdict = error, "alarm_logit", projected, why, f"; {soon}"
+    elif size > threshold("clip_logit"):
+        why = f"{half}, beyond where Kimi K2 clips (healthy runs pass it early on)"
+        verdict = warning, "clip_logit", size, why, ""
+    elif watched >= threshold("watch_snapshots"):
+        why = f"{half}, above {threshold('watch_logit'):.0f} for {watched} snapshots in a row"
+        severity = warning if heads.risen[head] else note
+        verdict = severity, "watch_logit", size, why, ""
+    if verdict is None:
+        return None
+    severity, name, value, why, brief = verdict
+    suggestion, cure = {
+        error: (CLIP_AND_SLOW, f"{SHORT_CLIP}, half the learning rate"),
+        warning: (f"{CLIP} if it keeps rising", f"{SHORT_CLIP} if it keeps rising"),
+        note: ("nothing to do while the scores do not grow", "nothing to do while it does not grow"),
+    }[severity]
+    return _Verdict(severity, name, value, why, suggestion, brief, cure)
+
+
+def _stored(dtype: str, product: float, rounding: float) -> _Verdict | None:
+    """Judge one head by what its scores are stored in. A common offset counts here, and QK-clip is no cure for it."""
+    _, warning, note = SEVERITIES
+    if product > threshold("fp16_product"):
+        what = f"q.k before scaling reaches {product:.4g}, infinite where attention stores it in fp16"
+        limits = warning, "fp16_product", product, f"; {what}", FORMAT_ADVICE, f"; {what}", FORMAT_CURE
+    elif rounding > threshold("stored_rounding"):
+        what = f"scores stored in {dtype} are off by up to {rounding:.2g} nats"
+        cure = "fp32, or take out the common offset"
+        limits = note, "stored_rounding", rounding, f"; {what}", _ROUNDED_ADVICE, f"; {what}", cure
+    else:
+        return None
+    return _Verdict(*limits)
+
+
+def _together(growth: _Verdict | None, stored: _Verdict | None) -> _Verdict | None:
+    """One verdict of both: growth decides, and the format's advice is added."""
+    if growth is None or stored is None:
+        return growth or stored
+    if SEVERITIES.index(stored.severity) < SEVERITIES.index(growth.severity):
+        growth = growth._replace(severity=stored.severity, name=stored.name, value=stored.value)
+    return growth._replace(
+        why=growth.why + stored.why, suggestion=f"{growth.suggestion}; for the format, {stored.suggestion}"
+    )
 
 
 def _pace(heads: Heads, head: int) -> str:
     if not heads.rising[head]:
         return ""
-    return f"; its square root grows by {100 * heads.root_score.slope[head]:.2g} per 100 steps"
+    return f"; the square root of its size grows by {100 * heads.root_score.slope[head]:.2g} per 100 steps"
 
 
-def _naive(stats: HeadStats, size: float) -> str:
+def _naive(stats: HeadStats, largest: float) -> str:
     limit = threshold("naive_exp_float16" if stats.dtype == "float16" else "naive_exp")
-    if size <= limit:
+    if not largest > limit:
         return ""
     return f"; without max subtraction, exp overflows past {limit}"
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from ...names import display_name
-from ...statistics.heads import HeadStats
-from ..issue import StabilityIssue
-from ..thresholds import THRESHOLDS
+from math import sqrt
 
-CLIP = "apply QK-clip at 30 after the optimizer step"
+import numpy as np
+
+from ...names import display_name
+from ..heads import Heads
+from ..issue import StabilityIssue
+from ..thresholds import THRESHOLDS, threshold
+
+SHORT_CLIP = "QK-clip at 30"
+CLIP = f"apply {SHORT_CLIP} after the optimizer step"
 CLIP_AND_SLOW = (
     f"{CLIP} and halve the learning rate (get_intervention proposes both); QK-norm is the lasting fix"
 )
@@ -16,29 +21,59 @@ CLIP_AND_SLOW = (
 def make_issue(
     issue_type: str,
     severity: str,
-    place: tuple[str, int],
+    place: tuple[str, int | None],
     value: float,
     name: str,
     evidence: str,
     suggestion: str,
+    brief: str,
 ) -> StabilityIssue:
-    """An issue of the head at `place` (layer, number) whose `value` broke the threshold of that name."""
+    """An issue at `place` (layer, number of the head) whose `value` broke the threshold of that name."""
     layer, head = place
-    entry = THRESHOLDS[name]
+    limit, source = threshold(name), THRESHOLDS[name].source
+    if limit != THRESHOLDS[name].value:
+        source = "chosen by the caller of the diagnosis"
     return StabilityIssue(
-        layer, head, issue_type, severity, float(value), entry.value, entry.source, evidence, suggestion
+        layer, head, issue_type, str(severity), float(value), limit, source, evidence, suggestion, brief
     )
+
+
+class Scores:
+    """How the size of heads' scores is said: by the largest range of a row, which the softmax sees."""
+
+    def __init__(self, heads: Heads) -> None:
+        self._heads = heads
+        self._range = heads.stats.logit_range_max
+        self._whole = np.abs(self._range - 2.0 * heads.score) <= 1e-9 * np.abs(self._range)
+
+    def short(self, head: int) -> str:
+        """'scores range 413'. A maximum over a sample of the rows is a lower bound."""
+        bound = ">= " if self._heads.stats.sampled else ""
+        if self._whole[head]:
+            return f"scores range {bound}{self._range[head]:.4g}"
+        return f"largest score {bound}{self._heads.score[head]:.4g}"
+
+    def text(self, head: int) -> str:
+        """'scores range over 413 nats'."""
+        bound = "at least " if self._heads.stats.sampled else ""
+        if self._whole[head]:
+            return f"scores range over {bound}{self._range[head]:.4g} nats"
+        return f"scores beside a bias reach {bound}{self._heads.score[head]:.4g} nats"
+
+    def pace(self, head: int) -> str:
+        """', doubling every 12 steps' for scores that rise, by the line of their square root."""
+        line = self._heads.root_score
+        if not self._heads.rising[head] or not line.level[head] > 0:
+            return ""
+        return (
+            f", doubling every {max(1.0, (sqrt(2.0) - 1.0) * line.level[head] / line.slope[head]):.0f} steps"
+        )
 
 
 def head_name(place: tuple[str, int]) -> str:
     """'head 3 of blocks.0.attention'."""
     layer, number = place
     return f"head {number} of {display_name(layer)}"
-
-
-def peak(stats: HeadStats, number: float) -> str:
-    """A maximum over rows; over a sample of the rows it is a lower bound."""
-    return f"at least {number:.4g}" if stats.sampled else f"{number:.4g}"
 
 
 def plus_minus(stderr: float) -> str:

@@ -1,0 +1,97 @@
+"""Where a NaN or inf came from, as far as the snapshots know it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ..statistics.heads import HeadStats, Snapshot
+from .thresholds import threshold
+from .trends import product_size
+
+# Causes. The first five arise in the layer itself, from finite q, k and v; the first three whatever it has learned.
+EMPTY, FP16, MASK = "empty rows", "fp16 product", "mask"
+PRODUCT, OUTPUT = "product", "output"
+SCORES, INPUT = "scores", "input"
+NOT_LEARNED = (EMPTY, FP16, MASK)
+
+
+class Origin(NamedTuple):
+    """The first layer, in the order they ran, that is not finite, in the first snapshot of the latest run of such.
+
+    before: the last finite layer that ran before it, None if it was the first. cause: one of the causes above: SCORES
+    if its q and k are not known, INPUT if q, k or v are not finite themselves. coarse: steps between the last finite
+    snapshot and this one, if there are several in which the weights may have changed; else 0.
+    """
+
+    snapshot: Snapshot
+    layer: str
+    before: str | None
+    cause: str
+    coarse: int
+
+    @property
+    def stats(self) -> HeadStats:
+        return self.snapshot.layers[self.layer]
+
+    @property
+    def known(self) -> bool:
+        """Whether the place is known. What arises from finite inputs is; broken inputs may have an older cause."""
+        return self.cause not in (SCORES, INPUT) or not self.coarse
+
+
+def find_origin(history: Sequence[Snapshot]) -> Origin | None:
+    """Of the latest snapshot's NaN and inf; None if it has none."""
+    found = None
+    for place, snapshot in reversed(list(enumerate(history))):
+        bad = next((layer for layer, stats in snapshot.layers.items() if broken_heads(stats).any()), None)
+        if bad is None:
+            break
+        found = place, bad
+    if found is None:
+        return None
+    place, layer = found
+    snapshot = history[place]
+    names = list(snapshot.layers)
+    before = names[names.index(layer) - 1] if layer != names[0] else None
+    covered = snapshot.step - history[place - 1].step if place else snapshot.step
+    changing = getattr(snapshot, "training", True)  # the weights of a finished model stay as they are
+    coarse = covered if changing and covered > 1 else 0
+    return Origin(snapshot, layer, before, _cause(snapshot.layers[layer]), coarse)
+
+
+def broken_heads(stats: HeadStats) -> np.ndarray:
+    """Heads, boolean (H,), with NaN or inf in q, k, v, the scores or the output."""
+    return (stats.nonfinite_rows + stats.nonfinite_out + broken_inputs(stats)) > 0
+
+
+def broken_inputs(stats: HeadStats) -> np.ndarray:
+    """How many queries, keys and values of each head, (H,), hold NaN or inf."""
+    return stats.nonfinite_query + stats.nonfinite_key + stats.nonfinite_value
+
+
+def fp16_product(stats: HeadStats) -> tuple[np.ndarray, np.ndarray]:
+    """|q.k| before the usual scale, (H,) each: the largest that was seen, and what no pair of tokens exceeds.
+
+    The second counts pairs that a mask hides: their products are stored too. NaN where q or k is not known.
+    """
+    root = stats.head_dim**0.5
+    return product_size(stats) * root, stats.score_magnitude * root
+
+
+def _cause(stats: HeadStats) -> str:
+    if broken_inputs(stats).any():
+        return INPUT
+    if stats.nonfinite_empty.any():
+        return EMPTY
+    bad = broken_heads(stats)
+    products = np.stack(fp16_product(stats))[:, bad]
+    if stats.dtype == "float16" and (products > threshold("fp16_product")).any():
+        return FP16
+    if not stats.nonfinite_rows.any():
+        return OUTPUT
+    if np.isnan(stats.query_norm[bad]).all():
+        return SCORES
+    return MASK if (stats.score_kind[bad] > 0).any() else PRODUCT
