@@ -40,7 +40,7 @@ setup(
         *(f"hnf_attention.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"hnf_attention": "hnf_attention", "hnf_attention.kernels": "kernels"},
-    package_data={"hnf_attention": ["py.typed"]},
+    package_data={"hnf_attention": ["py.typed"], "hnf_attention.cli": ["sample_text.txt"]},
     install_requires=[
         "torch>=2.8",
         "triton>=3.4; platform_system == 'Linux'",

@@ -31,8 +31,8 @@ from hnf_attention.cli.demo.training import train
 def demo(seed: int) -> dict:
     start = perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        outcome = run_demo(Config(seed=seed), Path(folder), Console(file=StringIO(), width=110)).to_dict()
-    return {"seed": seed, **outcome, "seconds": round(perf_counter() - start, 1)}
+        outcome, _ = run_demo(Config(seed=seed), Path(folder), Console(file=StringIO(), width=110))
+    return {"seed": seed, **outcome.to_dict(), "seconds": round(perf_counter() - start, 1)}
 
 
 def control(seed: int) -> dict:

@@ -15,7 +15,7 @@ if not (_Path(__file__).parent / "kernels").is_dir():  # source checkout: kernel
 if TYPE_CHECKING:
     from .diagnosis import AttentionDiagnosis, StabilityIssue
     from .engine.api import attention, attention_stats
-    from .instrumentation import Instrumentation, instrument
+    from .instrumentation import Instrumentation, instrument, restore
     from .interventions import apply_intervention
     from .monitoring.analyzer import AttentionAnalyzer
     from .monitoring.monitor import AttentionStabilityMonitor
@@ -31,7 +31,7 @@ else:
     _HOMES = {  # module -> the public names that it defines; as above, which a test compares
         ".diagnosis": ("AttentionDiagnosis", "StabilityIssue"),
         ".engine.api": ("attention", "attention_stats"),
-        ".instrumentation": ("Instrumentation", "instrument"),
+        ".instrumentation": ("Instrumentation", "instrument", "restore"),
         ".interventions": ("apply_intervention",),
         ".monitoring.analyzer": ("AttentionAnalyzer",),
         ".monitoring.monitor": ("AttentionStabilityMonitor",),
@@ -83,5 +83,6 @@ __all__ = [
     "check_attention_stability",
     "instrument",
     "merge_attention",
+    "restore",
     "stability_region",
 ]

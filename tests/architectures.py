@@ -166,7 +166,7 @@ ARCHITECTURES = {
     "SqueezeBERT": Architecture("SqueezeBertModel", "encoder", "grouped convolutions"),
     "RoFormer": Architecture("RoFormerModel", "encoder", "rotary"),
     "RemBERT": Architecture("RemBertModel", "encoder", "", {"input_embedding_size": 32}),
-    "I-BERT": Architecture("IBertModel", "encoder", "a softmax of its own, in integers", listed="encoder"),
+    "I-BERT": Architecture("IBertModel", "encoder", "a softmax module of its own"),
     "MobileBERT": Architecture(
         "MobileBertModel",
         "encoder",

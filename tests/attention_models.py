@@ -74,10 +74,6 @@ class ByNameAttention(Attention):
         return out.transpose(-2, -3).flatten(-2)
 
 
-class Mixer(HandWrittenAttention):
-    """Attention that neither calls anything known nor says so in its name."""
-
-
 class LinearAttention(Attention):
     """Attention without a softmax: there is nothing to measure."""
 

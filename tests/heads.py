@@ -1,5 +1,8 @@
 """Head statistics with chosen numbers, and a stand-in for an instrumentation."""
 
+import itertools
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -136,26 +139,49 @@ def checked(query, key, **options):
     return check(query, key, None, **default | options)
 
 
+@dataclass(eq=False)
+class FakeForward:
+    """What a recorder needs of a forward."""
+
+    number: int = 1
+    training: bool = True
+    failed: bool | None = None
+    ends: bool = True
+
+
 class FakeInstrumentation:
     """What a recorder needs of an instrumentation."""
 
     def __init__(self):
         self.measuring = True
-        self.on_measure = None
+        self.on_measure = self.on_forward_end = None
+        self.numbers = itertools.count(1)
         self.coverage = Coverage({}, {"h.0.attn": "never ran"})
 
     def require_measured(self):
         if not self.coverage.measured:
             raise RuntimeError(str(self.coverage))
 
-    def run(self, layer, query, key, **options):
+    def run(self, layer, query, key, forward=None, call=0, **options):
         """One attention call of that layer, measured if it should be."""
         if not self.measuring:
             return
         rows = attention_stats(query, key, **options)
         self.coverage.measured[layer] = "probe"
-        call = query, key, checked(query, key, **options)
-        self.on_measure(Measurement(layer, rows.detach(), query.shape[3], query.dtype, 1, *call))
+        inputs = query, key, checked(query, key, **options)
+        measured = Measurement(layer, rows.detach(), query.shape[3], query.dtype, 1, *inputs)
+        measured.forward, measured.call = forward, call
+        self.on_measure(measured)
+
+    def forward(self, calls, training=True, failed=False):
+        """A forward of the model with these calls, each (layer, query, key) or (layer, query, key, call)."""
+        if not self.measuring:
+            return
+        forward = FakeForward(next(self.numbers), training)
+        for layer, query, key, *call in calls:
+            self.run(layer, query, key, forward, *call)
+        forward.failed = failed
+        self.on_forward_end(forward)
 
 
 def queries_and_keys(heads=2, rows=20, head_dim=8, batch=1, seed=0, scale=1.0, dtype=torch.float32):

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from hnf_attention import AttentionStabilityMonitor, ProcessGroups
+from hnf_attention.monitoring.agreement import Together
 from hnf_attention.monitoring.recorder import NothingMeasured, Recorder
 
 SIZE = 4
@@ -21,7 +22,7 @@ INPUTS = torch.randn(8, 20, 16, generator=torch.Generator().manual_seed(0))
 def batch_parts(rank):
     """Two sequences each; the last process has no batch."""
     fake = FakeInstrumentation()
-    recorder = Recorder(fake, 1, ranks=ProcessGroups(batch=dist.group.WORLD))
+    recorder = Recorder(fake, 1, together=Together(ProcessGroups(batch=dist.group.WORLD)))
     if rank < 3:
         fake.run("a", *(x[2 * rank : 2 * rank + 2] for x in BATCH))
     return recorder.advance()
@@ -31,7 +32,7 @@ def mesh_parts(rank):
     """Two halves of the batch, two halves of the heads."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     fake = FakeInstrumentation()
-    recorder = Recorder(fake, 1, ranks=ProcessGroups.of_mesh(mesh, heads="tp"))
+    recorder = Recorder(fake, 1, together=Together(ProcessGroups.of_mesh(mesh, heads="tp")))
     half, heads = divmod(rank, 2)
     fake.run("a", *(x[4 * half : 4 * half + 4, 2 * heads : 2 * heads + 2] for x in BATCH))
     return recorder.advance()
@@ -39,14 +40,14 @@ def mesh_parts(rank):
 
 def pipeline_stages(rank):
     fake = FakeInstrumentation()
-    recorder = Recorder(fake, 1, ranks=ProcessGroups(batch=dist.group.WORLD))
+    recorder = Recorder(fake, 1, together=Together(ProcessGroups(batch=dist.group.WORLD)))
     fake.run(f"layers.{rank}", *(x[rank : rank + 1] for x in BATCH))
     return recorder.advance()
 
 
 def other_heads(rank):
     fake = FakeInstrumentation()
-    recorder = Recorder(fake, 1, ranks=ProcessGroups(batch=dist.group.WORLD))
+    recorder = Recorder(fake, 1, together=Together(ProcessGroups(batch=dist.group.WORLD)))
     fake.run("a", *(x[:, : 1 + rank % 2] for x in BATCH))
     try:
         return recorder.advance()
@@ -57,10 +58,10 @@ def other_heads(rank):
 def one_that_fails(rank):
     """The error that every process gets."""
     fake = FakeInstrumentation()
-    recorder = Recorder(fake, 1, ranks=ProcessGroups(batch=dist.group.WORLD))
+    recorder = Recorder(fake, 1, together=Together(ProcessGroups(batch=dist.group.WORLD)))
     fake.run("a", *BATCH)
     if rank == 2:
-        recorder._accumulators = None
+        recorder._lanes = None
     try:
         return recorder.advance()
     except RuntimeError as error:
@@ -68,8 +69,9 @@ def one_that_fails(rank):
 
 
 def nothing_anywhere(rank):
+    together = Together(ProcessGroups(batch=dist.group.WORLD))
     try:
-        return Recorder(FakeInstrumentation(), 1, ranks=ProcessGroups(batch=dist.group.WORLD)).advance()
+        return Recorder(FakeInstrumentation(), 1, together=together).advance()
     except NothingMeasured as error:
         return str(error)
 

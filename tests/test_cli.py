@@ -1,17 +1,26 @@
 """The command line: exit codes, one-line errors, where output goes."""
 
+import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import hnf_attention
+from hnf_attention.cli import analyze, messages
 from hnf_attention.cli.main import main
+from hnf_attention.cli.parser import EXAMPLES, make_parser
+from hnf_attention.cli.thresholds import read_thresholds
+from hnf_attention.errors import InputError
 
 TEXT = Path(json.__file__)
+ROOT = Path(__file__).parent.parent
+HERE = ROOT if (ROOT / "hnf_attention").is_dir() else None  # else the installed package is tested
 
 
 @pytest.fixture
@@ -33,18 +42,15 @@ def one_line(capsys, code):
 
 @pytest.mark.slow
 def test_demo_that_is_too_short_to_show_anything_says_so(tmp_path, capsys):
-    assert main(["demo", "--steps", "20", "--seed", "3", "--out", str(tmp_path / "out")]) == 1
-    printed = capsys.readouterr().out
-    assert "Not as promised" in printed
-    assert json.loads((tmp_path / "out" / "diagnosis.json").read_text())["config"]["seed"] == 3
-
-
-def test_demo_refuses_bad_input(tmp_path, capsys):
-    assert "at least 20 steps" in one_line(capsys, main(["demo", "--steps", "3", "--out", str(tmp_path)]))
-    (tmp_path / "file").write_text("")
-    assert "cannot write" in one_line(
-        capsys, main(["demo", "--steps", "20", "--out", str(tmp_path / "file")])
-    )
+    out = tmp_path / "out"
+    options = ["--quick", "--steps", "20", "--seed", "3", "--out", str(out), "--json", "-"]
+    assert main(["demo", *options]) == 1
+    printed = capsys.readouterr()
+    assert "Not as promised" in printed.err
+    document = json.loads(printed.out)
+    assert document == json.loads((out / "diagnosis.json").read_text(encoding="utf-8"))
+    config = document["config"]
+    assert (config["seed"], config["layers"], config["device"]) == (3, 2, "cpu")
 
 
 def test_analyze_prints_a_table_and_a_verdict(minilm, capsys):
@@ -53,7 +59,7 @@ def test_analyze_prints_a_table_and_a_verdict(minilm, capsys):
     assert "4 windows of 64 tokens" in printed
     for layer in range(6):
         assert f"{layer}.attention.self" in printed
-    assert " healthy: 0 errors" in printed
+    assert " healthy: 0 errors, " in printed and "72 heads measured" in printed
 
 
 def test_analyze_writes_the_document_where_it_is_asked_to(minilm, tmp_path, capsys):
@@ -64,6 +70,29 @@ def test_analyze_writes_the_document_where_it_is_asked_to(minilm, tmp_path, caps
     captured = capsys.readouterr()
     assert json.loads(captured.out) == json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     assert "healthy" in captured.err
+
+
+def test_analyze_needs_no_text_and_draws_figures(minilm, tmp_path, capsys):
+    folder = tmp_path / "new" / "figures"
+    assert main(["analyze", minilm, "--max-windows", "2", "--window", "32", "--figures", str(folder)]) == 0
+    printed = capsys.readouterr()
+    assert "2 windows of 32 tokens of the built-in text" in " ".join(printed.out.split())
+    assert printed.err == ""  # progress is for terminals
+    assert {path.name for path in folder.iterdir()} == {"entropy.png", "curvature.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
+
+
+def test_progress_goes_to_a_terminal_on_standard_error(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with analyze._progress() as show:
+        show("loading the model", None, None)
+        show("windows", 3, 8)
+    assert "windows: 3 of 8" in sys.stderr.getvalue()
 
 
 def test_analyze_of_a_broken_model_exits_with_one(tmp_path, minilm, capsys):
@@ -80,26 +109,6 @@ def test_analyze_of_a_broken_model_exits_with_one(tmp_path, minilm, capsys):
     printed = capsys.readouterr().out
     assert "error: overflow_risk in transformer.h.0.attn" in printed
     assert "\nnot healthy: " in printed
-
-
-def test_analyze_refuses_bad_input_in_one_line(minilm, tmp_path, capsys):
-    empty, binary, short = (tmp_path / name for name in ("empty", "binary", "short"))
-    empty.write_text("")
-    binary.write_bytes(bytes(range(256)))
-    short.write_text("too short")
-    for path, said in (
-        (tmp_path / "missing", "cannot read the text"),
-        (tmp_path, "cannot read the text"),
-        (empty, "got an empty file"),
-        (binary, "expected UTF-8 text"),
-        (short, "got 2; give a longer text or a smaller --window"),
-    ):
-        assert said in one_line(capsys, main(["analyze", minilm, "--text", str(path)]))
-    assert "no such folder" in one_line(capsys, main(["analyze", "./nowhere", "--text", str(TEXT)]))
-    target = str(tmp_path / "no" / "folder" / "a.json")
-    assert "existing folder" in one_line(
-        capsys, main(["analyze", minilm, "--text", str(TEXT), "--json", target])
-    )
 
 
 def test_a_document_that_cannot_be_written_is_known_before_the_model_runs(tmp_path, monkeypatch, capsys):
@@ -174,51 +183,115 @@ def test_check_reads_weights_when_asked_to(minilm, capsys):
     assert "has weights: --weights reads each head's spread" in printed
 
 
-def test_check_refuses_bad_input_in_one_line(tmp_path, capsys):
-    path = tmp_path / "x.json"
-    for content, said in (
-        ("{", "expected a JSON configuration"),
-        ("[1]", "expected a JSON object in .* got a list"),
-        ('{"n_heads": 4}', "expected d_model in the configuration, got none of d_model, hidden_size"),
-        (
-            '{"d_model": 10, "n_heads": 4, "seq_len": 8}',
-            "n_heads to divide d_model, got 4 heads and d_model 10",
-        ),
-        ('{"model_type": "no-such-type"}', "cannot load the configuration"),
-    ):
-        path.write_text(content)
-        assert re.search(said, one_line(capsys, main(["check", str(path)])))
-    good = plain(tmp_path)
-    assert "expected a dtype among" in one_line(capsys, main(["check", good, "--dtype", "int3"]))
-    assert "no such folder" in one_line(capsys, main(["check", "./nowhere"]))
-    missing = one_line(capsys, main(["check", "nowhere.json"]))
-    assert "cannot read the configuration nowhere.json: No such file" in missing
-    assert "for --weights" in one_line(capsys, main(["check", good, "--weights"]))
-    lost = str(tmp_path / "no" / "a.png")
-    assert "expected --region in an existing folder" in one_line(
-        capsys, main(["check", good, "--region", lost])
-    )
+@pytest.mark.parametrize(
+    ("init_std", "fail_on", "code"),
+    [
+        (0.02, "marginal", 0),
+        (0.1, "unstable", 0),
+        (0.1, "marginal", 1),
+        (0.3, "unstable", 1),
+        (0.3, "marginal", 1),
+    ],
+)
+def test_check_fails_on_the_verdict_that_was_asked_for(tmp_path, init_std, fail_on, code, capsys):
+    design = plain(tmp_path, n_heads=64, seq_len=1024, init_std=init_std)
+    assert main(["check", design, "--fail-on", fail_on]) == code
+    capsys.readouterr()
+
+
+def test_long_lengths_are_written_out(tmp_path, capsys):
+    assert main(["check", plain(tmp_path, seq_len=131_072)]) == 0
+    printed = capsys.readouterr().out
+    assert "131,072" in printed and "e+05" not in printed
+
+
+def test_without_a_command_the_help_is_printed(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "" and all(command in printed.out for command in EXAMPLES)
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"hnf-attention {hnf_attention.__version__}\n"
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_each_help_has_examples_that_work_and_the_exit_codes(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert "exit code:\n  0  " in printed and "--json PATH" in printed
+    for example in EXAMPLES[command]:
+        assert f"  {example}\n" in printed
+        program, *arguments = shlex.split(example)
+        assert program == "hnf-attention" and make_parser().parse_args(arguments).command == command
+
+
+def test_every_option_is_in_the_documentation():
+    page = Path(__file__).resolve().parents[1] / "docs" / "api" / "command-line.md"
+    if not page.is_file():
+        pytest.skip("the documentation is in the checkout only")
+    sections = re.split(r"^## (\w+)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    documented = dict(zip(sections[1::2], sections[2::2], strict=True))
+    (commands,) = (action for action in make_parser()._actions if action.dest == "command")
+    for name, command in commands.choices.items():
+        options = {option for action in command._actions for option in action.option_strings}
+        common = {"-h", "--help", "--json", "--debug"}
+        assert set(re.findall(r"`(--[a-z-]+)", documented[name])) == options - common, name
+    assert all(option in sections[0] for option in ("--help", "--json", "--debug", "--version"))
+
+
+def test_debug_adds_the_traceback_of_an_error(tmp_path, capsys):
+    assert main(["check", str(tmp_path / "x.json"), "--debug"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in said
+    assert said.splitlines()[-1].startswith("hnf-attention: cannot read the configuration")
+
+
+def test_a_fault_of_ours_is_one_line_that_says_where(tmp_path, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise KeyError("lost")
+
+    monkeypatch.setattr("hnf_attention.cli.check.check", broken)
+    said = one_line(capsys, main(["check", plain(tmp_path)]))
+    assert re.search(r"unexpected KeyError in cli/check.py, line \d+: 'lost'; this is a fault of", said)
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("message", "line"),
     [
-        [],
-        ["check"],
-        ["check", "model", "--seq-len", "0"],
-        ["dance"],
-        ["analyze", "model"],
-        ["analyze", "model", "--text", "f", "--window", "0"],
-        ["analyze", "model", "--text", "f", "--batch-size", "two"],
-        ["analyze", "model", "--text", "f", "--device", "abacus"],
-        ["demo", "--seed", "x"],
+        ("one\ntwo", "one"),
+        ("one of:\n(1) a\n\n(2) b", "one of: (1) a (2) b"),
+        ("\n\n  x ", "x"),
+        ("", "ValueError"),
+        ("word " * 5000, f"{'word ' * 59}word ..."),
     ],
 )
-def test_wrong_options_exit_with_two(arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2
-    assert "usage: hnf-attention" in capsys.readouterr().err
+def test_messages_of_others_become_one_line(message, line):
+    assert messages.one_line(ValueError(message)) == line
+
+
+def test_thresholds_are_read_by_name():
+    assert read_thresholds(["low_entropy=0.2", "alarm_logit=1e3"]) == {
+        "low_entropy": 0.2,
+        "alarm_logit": 1000.0,
+    }
+    assert read_thresholds([]) == {}
+    with pytest.raises(InputError, match="got 'xyzzy'; the nearest are "):
+        read_thresholds(["xyzzy=1"])
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_early_is_no_traceback(tmp_path):
+    command = f"{shlex.quote(sys.executable)} -m hnf_attention check {plain(tmp_path)} --json - 2>&1 | true"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, cwd=HERE
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
 
 
 def test_an_interrupt_is_no_traceback(monkeypatch, capsys, tmp_path):
@@ -231,12 +304,11 @@ def test_an_interrupt_is_no_traceback(monkeypatch, capsys, tmp_path):
 
 
 def test_the_module_runs_as_a_program():
-    root = Path(__file__).parent.parent
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "hnf_attention", "--help"],
         capture_output=True,
         text=True,
-        cwd=root if (root / "hnf_attention").is_dir() else None,
+        cwd=HERE,
     )
     assert done.returncode == 0, done.stderr
     assert "demo" in done.stdout and "analyze" in done.stdout

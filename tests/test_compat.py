@@ -24,6 +24,8 @@ from hnf_attention import (
 from hnf_attention.engine import engines
 from hnf_attention.engine.call import BackwardInputs, Call, check
 from hnf_attention.interventions import learning_rate, qk_clip
+from hnf_attention.monitoring.agreement import Agreement
+from hnf_attention.names import named_modules
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -167,6 +169,39 @@ def test_a_call_has_the_name_of_the_innermost_module_that_runs():
     assert list(handle.latest) == ["first", "second.0", ""]
 
 
+@carried_by("kept_in")
+def test_what_is_kept_in_a_frame_stays_as_long_as_the_call():
+    def call(depth):
+        frame, made = sys._getframe(), []
+        for _ in range(2):
+            made.append(compat.kept_in(frame, object))
+            depth += 1  # the frame's variables are read anew
+        inner = call(depth) if depth < 4 else None
+        assert made[0] is made[1] is compat.kept_in(frame, object) and made[0] is not inner
+        return made[0]
+
+    assert call(0) is not call(0)
+
+
+@carried_by("Memory")
+def test_memory_that_was_freed_is_nobodys():
+    tensor = torch.randn(1000)
+    memory = compat.Memory(tensor)
+    assert memory.holds(tensor[5:]) and not memory.holds(tensor.clone())
+    address = memory.address
+    del tensor
+    others = [torch.randn(1000) for _ in range(3)]
+    assert not any(memory.holds(other) for other in others)
+    assert compat.Memory(others[0]).address and address
+    assert not compat.Memory(torch.empty(0)).holds(torch.empty(0))
+
+
+@carried_by("learned")
+def test_views_of_a_parameter_are_learned():
+    weight = nn.Parameter(torch.randn(3, 4))
+    assert compat.learned(weight) and compat.learned(weight.T) and not compat.learned(weight * 2)
+
+
 @carried_by("cudnn_backward", "flash_backward")
 @LIBRARY_BACKWARDS
 def test_pytorchs_backward_takes_the_arguments_that_it_is_given(engine):
@@ -293,6 +328,40 @@ def test_all_other_dimensions_of_a_mesh_hold_the_batch(four_processes):
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))
     batch = ProcessGroups.of_mesh(mesh).batch
     assert dist.get_process_group_ranks(batch) == [0, 1, 2, 3]
+
+
+@carried_by("default_store")
+def test_processes_that_do_not_come_are_told_in_the_store():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert Agreement([0, 1], 0.05).meet() == "1 of 2 processes came within 0.05 s"
+    finally:
+        dist.destroy_process_group()
+
+
+@carried_by("fsdp_wrapped")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*FullyShardedDataParallel:FutureWarning")
+def test_layers_keep_their_names_inside_of_fsdp(tmp_path):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = Model()
+    names = [name for name, _ in named_modules(model)]
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        cpu = {"device_id": torch.device("cpu"), "use_orig_params": True}
+        model.blocks[1] = FullyShardedDataParallel(model.blocks[1], **cpu)
+        assert [name for name, _ in named_modules(FullyShardedDataParallel(model, **cpu))] == names
+    finally:
+        dist.destroy_process_group()
+
+
+@carried_by("copy_all")
+def test_what_a_forward_folded_is_taken_back_if_it_raised():
+    kept, working = [torch.zeros(2, 3), torch.zeros(1)], [torch.ones(2, 3), torch.ones(1)]
+    compat.copy_all(working, kept)
+    assert all((x == 0).all() for x in working)
+    compat.copy_all([], [])
 
 
 # transformers

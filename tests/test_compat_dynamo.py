@@ -31,7 +31,7 @@ HELD = torch.compile(flex.flex_attention, backend="eager")
 # torch.compile
 
 
-@carried_by("is_wrapper", "without_wrappers")
+@carried_by("is_wrapper")
 @torch.no_grad()
 def test_layers_of_compiled_blocks_keep_their_names():
     model = Model()
@@ -39,6 +39,36 @@ def test_layers_of_compiled_blocks_keep_their_names():
     with instrument(model) as handle:
         model(x())
     assert list(handle.latest) == LAYERS
+
+
+@carried_by("unwrapped", "wrapper_classes")
+@torch.no_grad()
+def test_a_call_through_the_compiled_model_is_a_forward_of_the_model():
+    model, ended = nn.Sequential(), []  # an empty one is false
+    run = compiled(model)
+    with instrument(model) as handle:
+        handle.on_forward_end = ended.append
+        run(x())
+        run(x())
+    assert [forward.number for forward in ended] == [1, 2]
+
+
+class Traceable(nn.Module):
+    def forward(self, inputs):
+        return (inputs @ inputs.mT).softmax(-1) @ inputs
+
+
+@carried_by("runs_graph")
+@torch.no_grad()
+def test_a_graph_is_not_watched_while_it_runs_and_a_traced_module_is():
+    model = HandWrittenAttention()
+    with instrument(model) as handle:
+        compiled(model)(x())  # with tensor.softmax(), which leaves no operator
+        assert not handle.latest
+    traced = torch.fx.symbolic_trace(Traceable())
+    with instrument(traced) as handle:
+        traced(x())
+    assert list(handle.latest) == [""]
 
 
 class OfFile(nn.Module):

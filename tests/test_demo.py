@@ -6,6 +6,7 @@ import calendar
 import io
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +14,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rich.cells import cell_len
 from rich.console import Console
 
 from hnf_attention.cli.demo import Config, run_demo
 from hnf_attention.cli.demo.loss import FINAL_WINDOW, falls_behind, final, first_sign
 from hnf_attention.cli.demo.model import GPT, batches, standard_library_text
 from hnf_attention.cli.demo.outcome import judge
-from hnf_attention.cli.demo.training import Run, train
+from hnf_attention.cli.demo.training import QUICK, Run, train
+from hnf_attention.cli.demo.view import View
 from hnf_attention.errors import InputError
 
 # Breaks within a few steps.
@@ -200,7 +203,7 @@ def test_too_few_steps_to_judge_are_refused():
 
 def test_the_demo_says_what_happened_and_leaves_it_on_disk(tmp_path):
     stream = io.StringIO()
-    outcome = run_demo(TINY, tmp_path / "out", Console(file=stream, width=120))
+    outcome, returned = run_demo(TINY, tmp_path / "out", Console(file=stream, width=120))
     printed = stream.getvalue()
     assert "\x1b" not in printed  # not a terminal
     assert f"step {outcome.warning_step}: EARLY WARNING" in printed
@@ -217,6 +220,7 @@ def test_the_demo_says_what_happened_and_leaves_it_on_disk(tmp_path):
     }
     assert names == figures | {"losses.png", "diagnosis.json", "monitor.log"}
     document = json.loads((tmp_path / "out" / "diagnosis.json").read_text(), parse_constant=pytest.fail)
+    assert document == json.loads(json.dumps(returned))
     assert document["outcome"] == outcome.to_dict()
     assert document["config"]["steps"] == 40
     assert len(document["untreated"]["losses"]) == len(document["treated"]["losses"]) == 40
@@ -225,11 +229,55 @@ def test_the_demo_says_what_happened_and_leaves_it_on_disk(tmp_path):
     assert document["treated"]["interventions"][0]["step"] == outcome.intervention_step
 
 
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@pytest.fixture(scope="module")
+def breaking():
+    """The untreated tiny run, and the diagnosis of its last log step."""
+    seen = []
+    finished = train(TINY, False, lambda run, diagnosis: seen.append(diagnosis))
+    return finished, seen[-1]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_the_live_table_fits_the_terminal(breaking, width):
+    finished, diagnosis = breaking
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, force_terminal=True)
+    view = View(console, TINY, "untreated")
+    with view.live():
+        view.observe(finished, diagnosis)
+    lines = ESCAPES.sub("", stream.getvalue()).replace("\r", "\n").splitlines()
+    text = "\n".join(lines)
+    assert max(map(cell_len, lines)) <= width and "…" not in text
+    assert "40/40" in text and "issues" in text and "|score|" in text
+    for layer in ("0.attention", "1.attention"):
+        assert any(line.startswith(f"│ {layer} ") for line in lines)
+
+
 def test_the_demo_draws_a_live_table_on_a_terminal(tmp_path):
     stream = io.StringIO()
     run_demo(replace(TINY, steps=20), tmp_path, Console(file=stream, width=120, force_terminal=True))
     assert "\x1b" in stream.getvalue()
     assert "20/20" in stream.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_quick_demo_tells_the_same_story(seed):
+    outcome = judge(
+        *(train(replace(QUICK, seed=seed), treated, lambda *_: None) for treated in (False, True))
+    )
+    assert outcome.broken_promises == []
+    assert outcome.lead > 100
+
+
+@pytest.mark.gpu
+def test_the_demo_runs_on_a_gpu(tmp_path):
+    config = replace(TINY, steps=20, device="cuda")
+    _, document = run_demo(config, tmp_path, Console(file=io.StringIO(), width=120))
+    assert document["config"]["device"] == "cuda" and len(document["treated"]["losses"]) == 20
 
 
 def test_an_output_folder_that_cannot_be_is_refused(tmp_path):

@@ -1,36 +1,116 @@
 """The doctor: what it prints is what is chosen, and a wrong result fails its self-test."""
 
+import io
+import json
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from rich.cells import cell_len
+from rich.console import Console
 
 from hnf_attention import attention
-from hnf_attention.cli import doctor
+from hnf_attention.cli.doctor import calls, command, machine, self_test, watched
 from hnf_attention.cli.main import main
 from hnf_attention.engine import engines
+from hnf_attention.engine.card import NVIDIA, Card
+
+ROOT = Path(__file__).resolve().parents[1]
+HOPPER = Card("H", NVIDIA, (9, 0), 2**37, "3.6.0", True, True)
 
 
-def test_it_reports_versions_paths_and_a_passing_self_test(capsys):
-    assert main(["doctor"]) == 0
-    printed = capsys.readouterr().out
-    assert f"torch {torch.__version__}" in printed and "self-test passed" in printed
-    assert ("no CUDA card" in printed) == (not torch.cuda.is_available())
+@pytest.fixture(scope="module")
+def printed():
+    """What `doctor --json -` writes, as text for people and as a document."""
+    with pytest.MonkeyPatch.context() as patch:
+        streams = io.StringIO(), io.StringIO()
+        patch.setattr("sys.stdout", streams[0])
+        patch.setattr("sys.stderr", streams[1])
+        assert main(["doctor", "--json", "-"]) == 0
+    return streams[1].getvalue(), json.loads(streams[0].getvalue(), parse_constant=pytest.fail)
+
+
+def test_it_reports_versions_engines_and_a_passing_self_test(printed):
+    text, document = printed
+    assert f"torch {torch.__version__}" in text and "self-test passed" in text
+    assert ("no CUDA card" in text) == (not torch.cuda.is_available())
+    assert document["versions"]["torch"] == torch.__version__ and document["passed"] is True
+    assert (document["card"] is None) == (not torch.cuda.is_available())
+    assert len(document["self_test"]) == 12 and all(trial["passed"] for trial in document["self_test"])
+    assert document["instrumentation"]["layers_measured"] == 2
+    assert document["instrumentation"]["output_unchanged"] is True
+    for kind in document["engines"]["kinds"]:
+        assert kind["kind"] in text
+
+
+def test_extras_are_those_of_setup(monkeypatch, printed):
+    text, document = printed
+    assert document["extras"] == machine.extras()
+    assert f"numpy {document['versions']['numpy']}" in text and "huggingface" in text
+    setuptools = pytest.importorskip("setuptools")
+    if not (ROOT / "setup.py").is_file():
+        pytest.skip("setup.py is in the checkout only")
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"))
+    listed = {
+        name: tuple(package.partition(">")[0] for package in packages)
+        for name, packages in given["extras_require"].items()
+        if name not in ("dev", "docs", "test")
+    }
+    assert listed == machine.EXTRAS
+
+
+def test_a_missing_package_is_said():
+    assert machine.extra_text({"a": "1.0", "b": None}) == "a 1.0, b not installed"
 
 
 def test_every_head_dimension_and_dtype_has_one_path():
-    taken = [pair for pairs in doctor.paths().values() for pair in pairs]
-    assert len(taken) == len(set(taken)) == len(doctor.HEAD_DIMS) * len(doctor.OUTPUT_TOLERANCE)
+    taken = [pair for pairs in calls.by_head_dim().values() for pair in pairs]
+    assert len(taken) == len(set(taken)) == len(calls.HEAD_DIMS) * len(calls.DTYPES)
     if not torch.cuda.is_available():
-        assert list(doctor.paths()) == [f"{engines.REFERENCE} / {engines.REFERENCE}"]
+        assert list(calls.by_head_dim()) == [f"{engines.REFERENCE} / {engines.REFERENCE}"]
+
+
+def test_kinds_of_calls_take_what_the_engines_choose_and_say_why(monkeypatch):
+    monkeypatch.setattr(engines, "card_of", lambda device: HOPPER)
+    found = {kind.kind: kind for kind in calls.kinds()}
+    assert found["causal"].forward == engines.HOPPER and engines.HOPPER not in found["causal"].reasons
+    for kind in (
+        "sliding window",
+        "boolean mask",
+        "bias (additive mask)",
+        "soft-cap",
+        "sinks",
+        "packed sequences",
+    ):
+        assert found[kind].forward == engines.TRITON
+        assert "takes no mask" in found[kind].reasons[engines.HOPPER]
+    assert found["one query (decoding)"].reasons[engines.HOPPER] == engines.FEW_QUERIES
+    assert "extended" in found["extended statistics"].reasons[engines.HOPPER]
+    assert found["statistics alone (probe)"].backward == engines.TRITON
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_tables_fit_the_console(width):
+    stream = io.StringIO()
+    console = Console(file=stream, width=width)
+    command._print_machine(console)
+    command._print_engines(console)
+    assert max(map(cell_len, stream.getvalue().splitlines())) <= width and "…" not in stream.getvalue()
 
 
 @pytest.mark.parametrize("broken", ["out", "statistics", "gradients"])
 def test_a_wrong_number_fails(broken):
-    good = next(doctor.self_test())
+    good = next(self_test.self_test())
     assert good.passed
     for number in (1.0, float("nan")):
-        assert not replace(good, **{broken: number}).passed
+        bad = replace(good, **{broken: number})
+        assert not bad.passed
+        assert json.dumps(bad.to_dict(), allow_nan=False)
 
 
 def test_a_wrong_kernel_is_noticed(monkeypatch, capsys):
@@ -38,6 +118,36 @@ def test_a_wrong_kernel_is_noticed(monkeypatch, capsys):
         out, rows = attention(*args, **kwargs)
         return out, replace(rows, entropy=rows.entropy + 1e-3)
 
-    monkeypatch.setattr(doctor, "attention", off_by_a_little)
+    monkeypatch.setattr(self_test, "attention", off_by_a_little)
     assert main(["doctor"]) == 1
-    assert "12 of 12 self-tests failed" in capsys.readouterr().out
+    assert "12 of 12 self-tests of calls failed" in capsys.readouterr().out
+
+
+def test_a_wrong_measurement_is_noticed():
+    good = watched.watch()
+    assert good.passed and good.layers == good.expected == 2
+    for bad in (
+        replace(good, layers=1),
+        replace(good, unchanged=False),
+        replace(good, errors=good.errors | {"entropy": 1e-3}),
+        replace(good, errors=good.errors | {"max_logit": float("nan")}),
+    ):
+        assert not bad.passed
+        assert json.dumps(bad.to_dict(), allow_nan=False)
+
+
+def test_measuring_something_else_fails_the_self_test(monkeypatch, capsys):
+    true = watched._expected
+    monkeypatch.setattr(
+        watched, "_expected", lambda layer, x: true(layer, x) | {"entropy": true(layer, x)["entropy"] + 1e-3}
+    )
+    assert not watched.watch().passed
+    monkeypatch.setattr("hnf_attention.cli.doctor.command.self_test", lambda: iter(()))
+    assert main(["doctor"]) == 1
+    assert "the self-test of measuring a model failed" in capsys.readouterr().out
+
+
+def test_the_random_state_of_the_process_is_left_alone():
+    before = torch.get_rng_state()
+    watched.watch()
+    assert torch.equal(torch.get_rng_state(), before)

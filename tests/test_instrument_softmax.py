@@ -98,12 +98,11 @@ class BatchedAttention(HandWrittenAttention):
         return (self.softmax(scores) @ v).unflatten(0, (inputs.shape[0], -1)).transpose(1, 2).flatten(-2)
 
 
-def test_scores_of_three_dimensions_need_to_know_their_heads():
+@pytest.mark.parametrize("known", [True, False])
+def test_scores_of_three_dimensions_have_as_many_heads_as_rows_for_each_sequence(known):
     model, inputs = BatchedAttention(masked=True), x()
-    with instrument(model) as instrumentation:
-        model(inputs)
-    assert "its heads" in instrumentation.coverage.not_measured[""]
-    model.num_heads = 4
+    if known:
+        model.num_heads = 4
     with instrument(model) as instrumentation:
         model(inputs)
     measurement = instrumentation.latest[""]
@@ -135,17 +134,15 @@ def test_non_finite_scores_are_seen():
 class Given(nn.Module):
     """Attention whose scores are given."""
 
+    num_heads = 4
+
     def forward(self, scores):
         return scores.softmax(-1)
 
 
-class GivenAttention(Given):
-    num_heads = 4
-
-
 def _measured_of(scores):
-    model = GivenAttention()
-    with instrument(model) as instrumentation:
+    model = Given()
+    with instrument(model, attention_classes=["Given"]) as instrumentation:
         model(scores)
     return instrumentation.latest[""]
 
@@ -159,8 +156,8 @@ def test_scores_in_blocks_of_queries_are_rows_of_their_heads():
 
 @pytest.mark.parametrize("shape", [(2, 4, 4, 5, 7), (2, 3, 3, 5, 7), (2, 4, 1, 3, 5, 7)])
 def test_blocks_whose_heads_cannot_be_told_are_listed_beside_what_is_measured(shape):
-    model = GivenAttention()
-    with instrument(model) as instrumentation:
+    model = Given()
+    with instrument(model, attention_classes=[Given]) as instrumentation:
         model(torch.randn(2, 4, 5, 7))
         model(torch.randn(shape))
     assert instrumentation.coverage.measured == {"": "probe (softmax)"}

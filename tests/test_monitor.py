@@ -91,23 +91,9 @@ def test_a_layer_that_is_the_model_itself_has_a_name_in_the_log(caplog):
     monitor = AttentionStabilityMonitor(model, log_every=1)
     model(torch.randn(2, 20, 16))
     monitor.on_step()
-    (record,) = (r.getMessage() for r in caplog.records if "overflow_risk" in r.getMessage())
-    assert "in (the model itself) heads" in record and "of (the model itself): scores range" in record
-
-
-def test_an_evaluation_counts_unless_it_is_left_out(model, train_step):
-    monitor = AttentionStabilityMonitor(model, log_every=1)
-    for left_out in (False, True):
-        train_step(model)
-        model.eval()
-        measuring = monitor.instrumentation.measuring
-        monitor.instrumentation.measuring = measuring and not left_out
-        with torch.no_grad():
-            model(TOKENS)
-        monitor.instrumentation.measuring = measuring
-        model.train()
-        forwards = 1 if left_out else 2
-        assert (monitor.on_step().stats[LAYERS[0]].rows == forwards * 4 * 24).all()
+    assert any(
+        r.getMessage().startswith("(the model itself) heads 0-3: scores range ") for r in caplog.records
+    )
 
 
 def test_it_does_not_change_the_training(model, train_step):
@@ -138,7 +124,7 @@ def test_issues_are_logged_once_and_again_when_they_worsen(model, caplog):
             model(TOKENS)
         caplog.clear()
         diagnosis = monitor.on_step()
-        return diagnosis, [r for r in caplog.records if "overflow_risk" in r.getMessage()]
+        return diagnosis, [r for r in caplog.records if ": scores range" in r.getMessage()]
 
     heat(model, 60.0)
     diagnosis, records = step()
@@ -168,7 +154,7 @@ def test_an_error_that_falls_back_to_a_warning_is_no_news(model, caplog):
     assert "overflow_risk" not in caplog.text
 
 
-def test_writers_get_every_diagnosis_and_a_failing_one_is_dropped(model, train_step, caplog):
+def test_writers_get_every_diagnosis_and_a_failing_one_rests_longer_each_time(model, train_step, caplog):
     class Writer:
         def __init__(self):
             self.steps = []
@@ -186,14 +172,17 @@ def test_writers_get_every_diagnosis_and_a_failing_one_is_dropped(model, train_s
     for _ in range(3):
         train_step(model)
         assert monitor.on_step() is not None
-    assert good.steps == [1, 2, 3] and bad.steps == [1] and [d.step for d in calls] == [1, 2, 3]
+    assert str(monitor.status.off["writer 0 (Failing)"]) == (
+        "off since step 1 (2 failures): OSError: disk full; tried again at step 4"
+    )
+    assert good.steps == [1, 2, 3] and bad.steps == [1, 2] and [d.step for d in calls] == [1, 2, 3]
     messages = ours(caplog)
     assert len(messages) == 2 and "writer 0 (Failing)" in messages[0] and "writer 3" in messages[1]
     assert "disk full" in caplog.text
     assert {r.levelno for r in caplog.records if r.name.startswith("hnf_attention")} == {logging.WARNING}
 
 
-def test_writers_are_closed_at_the_end_but_not_those_dropped(model, train_step, caplog):
+def test_writers_are_closed_at_the_end_once(model, train_step, caplog):
     class Writer:
         def __init__(self, *faults):
             self.faults, self.closed = faults, 0
@@ -207,12 +196,12 @@ def test_writers_are_closed_at_the_end_but_not_those_dropped(model, train_step, 
             if "close" in self.faults:
                 raise OSError("disk full")
 
-    good, dropped, stuck = Writer(), Writer("write"), Writer("close")
-    with AttentionStabilityMonitor(model, log_every=1, writers=[stuck, dropped, good]) as monitor:
+    good, resting, stuck = Writer(), Writer("write"), Writer("close")
+    with AttentionStabilityMonitor(model, log_every=1, writers=[stuck, resting, good]) as monitor:
         train_step(model)
         monitor.on_step()
     monitor.restore()  # a second time
-    assert (good.closed, dropped.closed, stuck.closed) == (1, 0, 1)
+    assert (good.closed, resting.closed, stuck.closed) == (1, 1, 1)
     assert len(ours(caplog)) == 2 and "closing of writer 0" in ours(caplog)[1]
 
 
@@ -245,14 +234,26 @@ def test_a_fault_in_the_rules_is_logged_once(model, train_step, caplog, monkeypa
     assert len(monitor.history) == 3
 
 
-def test_a_fault_in_reading_ends_the_measuring(model, train_step, caplog, monkeypatch):
-    monitor = AttentionStabilityMonitor(model, log_every=1)
+def test_after_a_fault_in_reading_the_model_is_not_measured_until_the_next_attempt(
+    model, train_step, caplog, monkeypatch
+):
+    monitor, measured = AttentionStabilityMonitor(model, log_every=2, record_every=1), []
+    read = monitor._recorder.read
     monkeypatch.setattr(monitor._recorder, "read", fail)
-    for _ in range(3):
+    for step in range(1, 17):
+        if step == 9:
+            monkeypatch.setattr(monitor._recorder, "read", read)
+        if monitor.instrumentation.measuring:
+            measured.append(step)
         train_step(model)
-        assert monitor.on_step() is None
-    assert not monitor.instrumentation.measuring
-    assert len(ours(caplog)) == 1 and "'recording'" in caplog.text
+        diagnosis = monitor.on_step()
+        assert (diagnosis is not None) == (step == 16)
+    # Attempts fail at the log steps 2, 4 and 8. The next one is four log steps later.
+    assert measured == [1, 2, 3, 4, 7, 8, 15, 16]
+    assert ["works again at step 16, after 3 failures since step 2" in x for x in ours(caplog)] == [
+        False,
+        True,
+    ]
 
 
 def test_a_fault_in_folding_ends_neither_the_step_nor_the_run(model, train_step, caplog, monkeypatch):
@@ -297,7 +298,7 @@ def test_non_finite_weights_are_reported_and_do_not_stop_the_run(model, optimize
     monitor = AttentionStabilityMonitor(model, log_every=1)
     with torch.no_grad():
         model.transformer.h[1].attn.c_attn.weight[0, 0] = torch.nan  # a query weight of head 0
-        model(TOKENS)
+    model(TOKENS)
     diagnosis = monitor.on_step()
     broken = {(i.layer, i.head) for i in diagnosis.issues if i.issue_type == "non_finite"}
     assert broken == {(LAYERS[1], 0)}
@@ -347,9 +348,10 @@ def test_auto_intervene_that_fails_does_not_stop_the_run(model, train_step, capl
 def test_auto_intervene_is_refused_in_a_process_group(model, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     with pytest.raises(ValueError, match="expected auto_intervene=False, or ranks="):
-        AttentionStabilityMonitor(model, auto_intervene=True)
-    AttentionStabilityMonitor(model).restore()
+        AttentionStabilityMonitor(model, auto_intervene=True, ranks=None)
+    AttentionStabilityMonitor(model, ranks=None).restore()
 
 
 # Beginning and end

@@ -27,7 +27,9 @@ def test_setup_lists_every_package(monkeypatch):
     wanted |= packages(ROOT / "kernels", "hnf_attention.kernels")
     assert len(given["packages"]) == len(wanted) and set(given["packages"]) == wanted
     assert given["package_dir"]["hnf_attention.kernels"] == "kernels"
-    assert given["package_data"]["hnf_attention"] == ["py.typed"]
+    held = {path.name for path in (ROOT / "hnf_attention").rglob("*") if path.is_file()}
+    data = {name for names in given["package_data"].values() for name in names}
+    assert {name for name in held if not name.endswith((".py", ".pyc"))} == data
 
 
 def test_the_installation_holds_the_kernels_inside_the_package():
@@ -40,6 +42,7 @@ def test_the_installation_holds_the_kernels_inside_the_package():
     if "hnf_attention/__init__.py" not in installed or "setup.py" in installed:
         pytest.skip("an editable installation holds no files, and a build in the checkout lists sources")
     assert {"hnf_attention/py.typed", "hnf_attention/__main__.py"} <= installed
+    assert "hnf_attention/cli/sample_text.txt" in installed
     held = {file.split("/")[2] for file in installed if file.startswith("hnf_attention/kernels/")}
     assert {"shared", "portable", "hopper", "measure"} <= held
     tops = {

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hnf_attention import attention_stats
 from hnf_attention.engine import fold
-from hnf_attention.monitoring.recorder import HISTORY_LENGTH, NothingMeasured, Recorder
+from hnf_attention.monitoring.recorder import NothingMeasured, Recorder
 from hnf_attention.statistics.heads import HeadStats
 
 
@@ -188,7 +188,8 @@ def test_what_a_captured_graph_folds_when_it_replays_is_read(fake):
     call = queries_and_keys()
     fake.run("a", *call)
     recorder.advance()
-    for accumulator in recorder._accumulators.values():  # a replay runs no Python
+    (lane,) = recorder._lanes._lanes
+    for accumulator in lane.working.values():  # a replay runs no Python
         fold.fold(accumulator, *call, attention_stats(*call), checked(*call))
     np.testing.assert_array_equal(recorder.advance().layers["a"].values, expected(call))
 
@@ -200,11 +201,6 @@ def test_stopped_it_counts_on_and_measures_no_more(fake):
         assert not fake.measuring
         assert recorder.advance() is None
     assert not fake.measuring and recorder.step == 3
-
-
-def test_history_is_bounded(fake):
-    recorder = Recorder(fake, 1)
-    assert recorder.history.maxlen == HISTORY_LENGTH
 
 
 def test_no_reference_cycle(fake):

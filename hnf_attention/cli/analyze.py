@@ -3,44 +3,103 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-from rich.progress import Progress
+import torch
+from rich import progress
 from rich.text import Text
 
+from ..diagnosis import AttentionDiagnosis
+from ..diagnosis.extent import counted
+from ..errors import InputError
 from ..names import display_name
 from ..report.tables import issue_list, layer_table
-from .analysis import analyze
+from .analysis import Progress, analyze
+from .devices import device_of
 from .exit_codes import FOUND, HEALTHY
-from .output import check_target, for_people, write_document
+from .loading import Loading
+from .output import check_target, console, for_people, make_folder, write_document
+from .thresholds import read_thresholds
 
 
 def run(options: argparse.Namespace) -> int:
     check_target(options.json, "--json")
-    console = for_people(options.json)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("windows", total=None)
+    thresholds = read_thresholds(options.threshold)
+    loading = _loading(options)
+    if options.figures is not None:
+        make_folder(options.figures)
+    with _progress() as show:
         analysis = analyze(
             options.model,
             options.text,
+            revision=options.revision,
+            loading=loading,
             window=options.window,
             batch_size=options.batch_size,
             max_windows=options.max_windows,
-            device=options.device,
-            dtype=options.dtype,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            thresholds=thresholds,
+            progress=show,
         )
     diagnosis = analysis.diagnosis
+    screen = for_people(options.json)
     title = (
-        f"{analysis.model} ({analysis.model_class}, {analysis.dtype}): "
+        f"{analysis.place} ({analysis.model_class}, {analysis.dtype}): "
         f"{analysis.windows} windows of {analysis.window} tokens of {analysis.text}"
     )
-    console.print(layer_table(diagnosis.stats, diagnosis.issues, title))
-    console.print(issue_list(diagnosis.issues))
-    counts = (
-        f"{len(diagnosis.errors)} errors, {len(diagnosis.warnings)} warnings, {len(diagnosis.notes)} notes"
-    )
-    console.print(Text(f"\n{diagnosis.verdict}: {counts}; {diagnosis.extent}", style="bold"))
+    screen.print(layer_table(diagnosis.stats, diagnosis.issues, title))
+    screen.print(issue_list(diagnosis.issues))
+    failing = diagnosis.errors + (diagnosis.warnings if options.fail_on == "warning" else [])
+    verdict = "not healthy" if failing else diagnosis.verdict
+    found = [("error", diagnosis.errors), ("warning", diagnosis.warnings), ("note", diagnosis.notes)]
+    counts = ", ".join(counted(len(issues), severity) for severity, issues in found)
+    screen.print(Text(f"\n{verdict}: {counts}; {diagnosis.extent}", style="bold"))
     for layer, why in analysis.coverage.not_measured.items():
-        console.print(Text(f"not measured: {display_name(layer)}: {why}", style="yellow"))
+        screen.print(Text(f"not measured: {display_name(layer)}: {why}", style="yellow"))
+    if options.figures is not None:
+        for path in _draw(diagnosis, options.figures):
+            screen.print(Text(f"figure: {path}"))
     write_document(options.json, analysis.to_dict())
-    return FOUND if diagnosis.errors else HEALTHY
+    return FOUND if failing else HEALTHY
+
+
+def _loading(options: argparse.Namespace) -> Loading:
+    if options.device is not None and options.device_map is not None:
+        raise InputError("expected one of --device and --device-map, got both")
+    return Loading(
+        dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
+        attn_implementation=options.attn_implementation,
+        device=device_of(options.device or "cpu"),
+        device_map=options.device_map,
+    )
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """What is being done, on standard error; nothing if that is no terminal."""
+    screen = console(sys.stderr)
+    columns = (
+        progress.SpinnerColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.TimeElapsedColumn(),
+    )
+    with progress.Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as shown:
+        task = shown.add_task("starting", total=None)
+
+        def show(doing: str, done: int | None, total: int | None) -> None:
+            text = doing if total is None else f"{doing}: {done} of {total}"
+            shown.update(task, description=text)
+
+        yield show
+
+
+def _draw(diagnosis: AttentionDiagnosis, folder: Path) -> list[Path]:
+    paths = [folder / "entropy.png", folder / "curvature.png"]
+    try:
+        diagnosis.plot_entropy_heatmap(paths[0])
+        diagnosis.plot_curvature_evolution(paths[1])
+    except OSError as error:
+        raise InputError(f"cannot write figures to {folder}: {error.strerror}") from error
+    return paths

@@ -13,18 +13,19 @@ from ..errors import InputError
 from ..precheck import StabilityReport, check_attention_stability, known_design, stability_region
 from ..report.check import verdict
 from .exit_codes import FOUND, HEALTHY
-from .loading import config_of_numbers, load_config, load_model, locate, quiet_transformers
-from .output import check_target, for_people, write_document
+from .failures import has_weights
+from .loading import Loading, config_of_numbers, load_config, load_model, locate, quiet_transformers
+from .output import check_figure, check_target, for_people, write_document
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the names that transformers gives to files of weights
+_FAILING = {"unstable": ("unstable",), "marginal": ("marginal", "unstable")}  # --fail-on -> verdicts
 
 
 def run(options: argparse.Namespace) -> int:
     check_target(options.json, "--json")
-    check_target(options.region, "--region")
+    check_figure(options.region, "--region")
     console = for_people(options.json)
     report, config = check(options.config, options.seq_len, options.dtype, options.weights)
     console.print(verdict(report, options.config))
@@ -34,9 +35,9 @@ def run(options: argparse.Namespace) -> int:
         except ValueError as error:
             raise InputError(f"{options.config}: no region: {error}") from error
         stability_region(design).plot(options.region)
-        console.print(f"figure: {options.region}", highlight=False)
+        console.print(f"figure: {options.region}", highlight=False, markup=False)
     write_document(options.json, report.to_dict())
-    return HEALTHY if report.healthy else FOUND
+    return FOUND if report["verdict"] in _FAILING[options.fail_on] else HEALTHY
 
 
 def check(
@@ -49,7 +50,7 @@ def check(
     """
     model = None
     config: dict[str, Any] | PretrainedConfig
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_file() or (path.suffix == ".json" and not path.is_dir()):  # no name on the hub ends like this
         config = read_json(path)
         if with_weights:
@@ -57,14 +58,19 @@ def check(
     else:
         with quiet_transformers():
             place = locate(name)
-            config = load_config(place, name)
+            config = load_config(place)
             if with_weights:
-                model = load_model(place, config, torch.float32)
+                model = load_model(place, config, Loading())
+                _check_finite(model, name)
     try:
         report = check_attention_stability(model, None, config, seq_len=seq_len, dtype=dtype)
+    except OverflowError as error:
+        raise InputError(f"{name}: a number is too large: {error}") from error
     except ValueError as error:
-        raise InputError(f"{name}: {error}") from error
-    if not with_weights and any(next(Path(name).glob(pattern), None) for pattern in WEIGHTS):
+        # The library names its argument, the command line its option.
+        message = str(error).replace("give seq_len", "give --seq-len N")
+        raise InputError(f"{name}: {message}") from error
+    if not with_weights and path.is_dir() and has_weights(path):
         report["notes"].append(
             f"{name} has weights: --weights reads each head's spread of scores, and the largest score of any input"
         )
@@ -80,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any] | PretrainedConfig:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except ValueError as error:  # JSON's and UTF-8's
+    except (ValueError, RecursionError) as error:  # JSON's and UTF-8's
         raise InputError(f"expected a JSON configuration in {path}, got something else: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"expected a JSON object in {path}, got a {type(config).__name__}")
@@ -88,3 +94,12 @@ def read_json(path: Path) -> dict[str, Any] | PretrainedConfig:
         return config
     with quiet_transformers():
         return config_of_numbers(config, str(path))
+
+
+def _check_finite(model: PreTrainedModel, name: str) -> None:
+    broken = [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    if broken:
+        raise InputError(
+            f"expected finite weights in {name}, got NaN or infinity in {len(broken)} of its tensors, the first is "
+            f"{broken[0]}"
+        )

@@ -1,4 +1,4 @@
-"""Where a command's output goes: the console, and documents."""
+"""Where a command's output goes: the console, documents, figures."""
 
 from __future__ import annotations
 
@@ -15,12 +15,24 @@ from ..errors import InputError
 _LOG_WIDTH = 140  # columns
 
 
+class _Screen(Console):
+    """A console that leaves it to `main` to end the program when its reader has left; rich would exit with code 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def console(stream: TextIO) -> Console:
     """A console as wide as the terminal; in a file or a CI log, wide enough for every table."""
-    found = Console(file=stream)
+    found = _Screen(file=stream)
     if not found.is_terminal:
         found.width = _LOG_WIDTH
     return found
+
+
+def for_people(target: str | None) -> Console:
+    """The console of a command that writes a document: standard error if the document takes standard output."""
+    return console(sys.stderr if target == "-" else sys.stdout)
 
 
 def check_target(target: str | None, option: str) -> None:
@@ -35,9 +47,26 @@ def check_target(target: str | None, option: str) -> None:
         raise InputError(f"expected {option} to be a file that can be written, got {path}")
 
 
-def for_people(target: str | None) -> Console:
-    """The console of a command that writes a document: standard error if the document takes standard output."""
-    return console(sys.stderr if target == "-" else sys.stdout)
+def check_figure(target: str | None, option: str) -> None:
+    """`check_target` of a figure: its name has to end in a format that can be drawn."""
+    if target is None:
+        return
+    from matplotlib.backend_bases import FigureCanvasBase  # slow to import, and rarely needed
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if Path(target).suffix.removeprefix(".").lower() not in formats:
+        raise InputError(f"expected {option} to end in one of .{', .'.join(sorted(formats))}, got {target}")
+    check_target(target, option)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder if it is missing. Raises InputError, before any work is done, if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write to {folder}: its permissions forbid it")
 
 
 def write_document(target: str | None, document: dict[str, Any]) -> None:

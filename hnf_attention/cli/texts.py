@@ -1,4 +1,4 @@
-"""A text file as windows of token ids."""
+"""A text as windows of token ids."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ DEFAULT_WINDOW = 1024
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 # A tokenizer without a limit of its own reports a huge number.
 _NO_LIMIT = 10**9
+
+
+# The first three chapters of Lewis Carroll's Alice's Adventures in Wonderland (1865), which is in the public domain.
+SAMPLE = Path(__file__).with_name("sample_text.txt")
+SAMPLE_NAME = "the built-in text"
 
 
 def read_text(path: Path) -> str:
@@ -62,24 +67,26 @@ def window_length(
     return wanted
 
 
-def split(tokenizer: PreTrainedTokenizerBase, text: str, window: int, source: Path) -> tuple[Tensor, int]:
+def split(tokenizer: PreTrainedTokenizerBase, text: str, window: int, source: str) -> tuple[Tensor, int]:
     """The text as full windows of token ids, (windows, window) int64, and how many tokens it has.
 
     Each window gets the special tokens that the tokenizer puts around a text. A last, shorter window is left out.
+    source: what an error calls the text.
     Raises InputError if the text does not fill one window, or if the tokenizer does not know most of it.
     """
     plain: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     unknown = plain.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
     if not plain or 2 * unknown > len(plain):
         raise InputError(
-            f"expected a tokenizer that knows the text {source}, got {unknown} unknown of {len(plain)} tokens"
+            f"expected a tokenizer that knows {source}, got {unknown} unknown of {len(plain)} tokens; "
+            "give --text FILE with a text like those that the model was made for"
         )
     before, after = _special_tokens(tokenizer)
     content = window - len(before) - len(after)
     if len(plain) < content:
         raise InputError(
             f"expected at least {content} tokens in {source} to fill one window of {window}, got {len(plain)}; "
-            f"give a longer text or a smaller --window"
+            "give a longer --text or a smaller --window"
         )
     starts = range(0, len(plain) - content + 1, content)
     return torch.tensor([[*before, *plain[i : i + content], *after] for i in starts]), len(plain)

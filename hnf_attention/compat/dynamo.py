@@ -16,17 +16,28 @@ from torch import fx, nn
 
 from .torch import child
 
-_WRAPPED = "_orig_mod"
+WRAPPED = "_orig_mod"
+"""The name under which such a wrapper holds the model's module."""
 
 
 def is_wrapper(module: nn.Module) -> bool:
     """Whether torch.compile made this module around another one. Missing: False."""
-    return child(module, _WRAPPED) is not None
+    return child(module, WRAPPED) is not None
 
 
-def without_wrappers(name: str) -> str:
-    """A module's name in the model as it was before torch.compile wrapped modules of it. Missing: the name itself."""
-    return ".".join(part for part in name.split(".") if part != _WRAPPED)
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside one that torch.compile made, else the module itself. Missing: the module itself."""
+    inside = child(module, WRAPPED)
+    return module if inside is None else inside
+
+
+def wrapper_classes() -> list[type]:
+    """The class of the modules that torch.compile makes. Missing: [], and calls through them begin no forward."""
+    try:
+        from torch._dynamo.eval_frame import OptimizedModule
+    except ImportError:
+        return []
+    return [OptimizedModule]
 
 
 def is_compiled(function: Callable[..., Any]) -> bool:

@@ -9,11 +9,11 @@ import functools
 import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from types import CodeType
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -85,6 +85,31 @@ module_call_code: CodeType = getattr(nn.Module, "_call_impl", nn.Module.__call__
 Missing: the code of `nn.Module.__call__`, which runs around it.
 """
 
+
+def runs_graph(frame: FrameType) -> bool:
+    """Whether the frame runs code that torch.fx generated of a graph, as backends of torch.compile may do.
+
+    Missing: False. With backend="eager", attention in a compiled graph is then measured a second time.
+    """
+    return frame.f_code.co_filename.startswith("<eval_with_key>")
+
+
+_KEPT = "_hnf_attention_invocation"
+
+
+def kept_in(frame: FrameType, make: Callable[[], Any]) -> Any:
+    """An object that stays with the frame of one function call, made when it is first asked for.
+
+    It is one more item of `frame.f_locals`, which CPython keeps as long as the frame (seen in 3.10 to 3.14).
+    Missing: made anew each time. Each call of a layer then counts as an invocation of its own.
+    """
+    variables = frame.f_locals
+    found = variables.get(_KEPT)
+    if found is None:
+        found = variables[_KEPT] = make()
+    return found
+
+
 cudnn_backward: Any = _find("ops.aten._scaled_dot_product_cudnn_attention_backward", None)
 """cuDNN's backward of attention. Missing: None, and FlashAttention's is used."""
 
@@ -116,6 +141,15 @@ def child(module: nn.Module, name: str) -> nn.Module | None:
     return (dict(module.named_children()) if children is None else children).get(name)
 
 
+def fsdp_wrapped(module: nn.Module) -> str | None:
+    """The name of the child that FullyShardedDataParallel put this module around; None for any other module.
+
+    Missing: None. The names of layers then contain FSDP's own.
+    """
+    name = "_fsdp_wrapped_module"
+    return name if type(module).__name__ == "FullyShardedDataParallel" and child(module, name) else None
+
+
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     """The parameter that the module itself registered under that name; parametrisations compute theirs anew.
 
@@ -143,6 +177,32 @@ def forward_hooks(module: nn.Module) -> list[Any]:
     return [hook for hooks in kept for hook in hooks.values()]
 
 
+def learned(tensor: Tensor) -> bool:
+    """Whether the tensor is a parameter or a view of one, as its transpose is. Missing: views of one count as none."""
+    return isinstance(tensor, nn.Parameter) or isinstance(getattr(tensor, "_base", None), nn.Parameter)
+
+
+class Memory:
+    """Where the numbers of a tensor lie. Once it was freed, the memory may be given to another tensor.
+
+    Missing: it never counts as freed. A softmax may then be taken for the factor of a product that it is not.
+    """
+
+    __slots__ = ("_storage", "address")
+
+    def __init__(self, tensor: Tensor):
+        storage = tensor.untyped_storage()
+        self.address: int = storage.data_ptr()
+        kind = _find("multiprocessing.reductions.StorageWeakRef", None)
+        self._storage = None if kind is None else kind(storage)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the tensor, which is alive, has this very memory; empty tensors have none."""
+        if not self.address or tensor.untyped_storage().data_ptr() != self.address:
+            return False
+        return self._storage is None or not self._storage.expired()
+
+
 def inner_schedulers(scheduler: object) -> list[Any]:
     """The learning-rate schedulers inside a SequentialLR or ChainedScheduler, [] for any other.
 
@@ -163,3 +223,30 @@ def flattened(mesh: DeviceMesh) -> DeviceMesh:
             "give ProcessGroups their process group"
         )
     return flatten()
+
+
+def default_store() -> Any:
+    """The key-value store by which the processes of torch.distributed found each other.
+
+    Missing: raises RuntimeError. Each process of a monitored run then goes on with its own measurements.
+    """
+    from torch.distributed import distributed_c10d
+
+    find = getattr(distributed_c10d, "_get_default_store", None)
+    if find is None:
+        raise RuntimeError(f"torch {torch.__version__} does not tell the store of its processes")
+    return find()
+
+
+@torch.no_grad()
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy each source into its target, of the same shape and device, by one launch for all where a device can.
+
+    Missing: one launch for each.
+    """
+    together = _find("_foreach_copy_", None)
+    if together is not None and targets:
+        together(targets, sources)
+        return
+    for target, source in zip(targets, sources):
+        target.copy_(source)

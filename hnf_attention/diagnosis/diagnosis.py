@@ -133,11 +133,18 @@ class AttentionDiagnosis:
         }
         return words[self.healthy]
 
+    @property
+    def holds(self) -> str | None:
+        """Which forward passes were measured and which were left out, as text; None if they were not counted."""
+        counted = bool(self.history) and any(self.history[-1].forwards)
+        return self.history[-1].holds if counted else None
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the history as JSON types: arrays are lists; NaN and infinities are None."""
         return {
             "step": self.step,
             "healthy": self.healthy,
+            "holds": self.holds,
             "issues": [_issue_dict(issue) for issue in self.issues],
             "layers": {name: _jsonable(_layer_dict(stats)) for name, stats in self.stats.items()},
             "not_measured": dict(self.not_measured),
@@ -149,6 +156,8 @@ class AttentionDiagnosis:
         if self.notes:
             found.append(counted(len(self.notes), "note"))
         lines = [f"step {self.step}: {self.extent}; {', '.join(found)}: {self.verdict}"]
+        if self.holds is not None:
+            lines.append(f"measured in {self.holds}")
         for group in grouped(self.issues):
             worst = group[0]
             lines.append(

@@ -6,6 +6,7 @@ The data goes one way: an interceptor describes a call, the observer of its laye
 
 from .coverage import Coverage
 from .handle import Instrumentation, instrument
-from .measurement import Measurement
+from .measurement import Forward, Measurement
+from .watched import restore
 
-__all__ = ["Coverage", "Instrumentation", "Measurement", "instrument"]
+__all__ = ["Coverage", "Forward", "Instrumentation", "Measurement", "instrument", "restore"]

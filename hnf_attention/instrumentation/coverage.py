@@ -40,7 +40,7 @@ class Coverage:
             lines.insert(
                 0,
                 "nothing measured yet: no forward has run, or none of its attention was reached "
-                '(a softmax is taken for attention in modules whose class is named like "attention" or "attn")',
+                "(a softmax is attention if its scores are a product of queries and keys and its result meets values)",
             )
         return "\n".join(lines)
 
@@ -78,5 +78,5 @@ def _reason(module: nn.Module) -> str:
         )
     return (
         "no call reached scaled_dot_product_attention, flex_attention or the Hugging Face attention interface "
-        "or a softmax over scores (a compiled graph hides tensor.softmax(); torch.softmax() is seen)"
+        "or a softmax between two products (a compiled graph hides tensor.softmax(); torch.softmax() is seen)"
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,24 +14,33 @@ from ..names import named_modules
 from . import observer
 from .compiled import layers, tracer
 from .coverage import Coverage, is_attention, unreached
-from .interceptors import flex, multihead, sdpa, softmax
+from .evidence import UNMET
+from .interceptors import flex, multihead, products, sdpa, softmax
 from .measurer import Measurer
 from .padding import checked_query_mask
 from .patches import Patch
 from .strict import CoverageJudge
+from .watched import Watched
 
 MODES = ("auto", "fused", "probe")
+_log = logging.getLogger("hnf_attention")
 
 
 def instrument(
-    model: nn.Module, mode: str = "auto", strict: bool = False, sample: int | None = None
+    model: nn.Module,
+    mode: str = "probe",
+    strict: bool = False,
+    sample: int | None = None,
+    attention_classes: Iterable[str | type[nn.Module]] = (),
+    holder: Any = None,
 ) -> Instrumentation:
     """Measure every attention call of `model`: exact softmax statistics per batch, head and query.
 
     Reached are Hugging Face models (attn_implementation "sdpa", "eager" or "flex_attention") and everything that
-    calls `torch.nn.functional.scaled_dot_product_attention` or `flex_attention`. Each call has the name of the
-    innermost module that is running. What is not reached is listed in `.coverage`. Nothing of the model is changed: no
-    config, no module, no state dict. `.restore()` ends it, and so does dropping the returned handle.
+    calls `torch.nn.functional.scaled_dot_product_attention` or `flex_attention`, and attention that is written out: a
+    softmax over the last dimension of a product of queries and keys, if the result meets values. Each call has the name
+    of the innermost module that is running. What is not reached is listed in `.coverage`. Nothing of the model is
+    changed: no config, no module, no state dict. `.restore()` ends it, and so does dropping the returned handle.
     A model may be compiled before or after; its graphs are probed, in every mode.
 
     mode: "probe" leaves the model's attention alone and measures beside it, with bit-identical outputs.
@@ -45,12 +55,20 @@ def instrument(
     sample: probe one block of 64 query rows of every `sample`, or of all of them in a shorter sequence. Each call of a
         layer takes the next blocks, so that `sample` calls cover every row. Maxima are then lower bounds. Fused calls
         keep the statistics of all rows.
+    attention_classes: classes of the model's modules, or their names. Each softmax over the last dimension in such a
+        module is measured, whatever its scores come from and whatever its result meets.
+    holder: for tools that are built on this: the object whose `restore()` ends the handle, held weakly.
+
+    A model has one handle of each kind: one of `instrument`, one for each class of holder. A new one takes over from
+    an old one of its kind, which is restored, as a log line says: a notebook cell can be run twice. Handles of
+    different kinds measure side by side. All but one of them have to be in mode "probe".
 
     An eager attention function of transformers is compared once per layer, on a few rows in double precision, with
     what is measured. One that computes something else is listed, not measured.
 
-    Raises TypeError if `model` is no nn.Module, ValueError for a wrong mode or sample, and ValueError for a model with
-    a module that is instrumented already.
+    Raises TypeError if `model` is no nn.Module or a class is none of modules. Raises ValueError for a wrong mode or
+    sample, for a class that no module of the model has, for a second handle that would compute outputs, and for a model
+    that shares modules with another one that is instrumented.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
@@ -58,13 +76,45 @@ def instrument(
         raise ValueError(f"expected mode in {MODES}, got {mode!r}")
     if sample is not None and (isinstance(sample, bool) or not isinstance(sample, int) or sample < 1):
         raise ValueError(f"expected sample to be None or an int >= 1, got {sample!r}")
-    for name, module in named_modules(model):
-        if observer.owner(module) is not None:
-            raise ValueError(
-                f"expected a model that is not instrumented, got one whose module {name!r} is; "
-                "call restore() on its Instrumentation, monitor or analyzer first"
+    classes = _classes(model, attention_classes)
+    watched = Watched.of(model)
+    for member in watched.members:
+        if type(member.holder) is (Instrumentation if holder is None else type(holder)):
+            _log.warning(
+                "hnf-attention: a new %s of this model takes over from the one before", _kind(holder)
             )
-    return Instrumentation(model, mode, strict, sample)
+            member.holder.restore()
+            member.restore()
+        elif mode != "probe" and member.mode != "probe":
+            raise ValueError(
+                f"expected mode='probe' beside {_kind(member.holder)} in mode {member.mode!r}, got {mode!r}: "
+                "one of them can compute the model's outputs"
+            )
+    return Instrumentation(model, mode, strict, sample, classes, holder)
+
+
+def _kind(holder: Any) -> str:
+    return Instrumentation.__name__ if holder is None else type(holder).__name__
+
+
+def _classes(model: nn.Module, asked: Iterable[str | type[nn.Module]]) -> tuple[type[nn.Module], ...]:
+    """The classes of the model's modules that these classes and names mean."""
+    if isinstance(asked, str) or not isinstance(asked, Iterable):
+        raise TypeError(f"expected attention_classes to be a list of classes and names, got {asked!r}")
+    found: list[type[nn.Module]] = []
+    there = {type(module) for _, module in named_modules(model)}
+    for one in asked:
+        if not isinstance(one, str) and not (isinstance(one, type) and issubclass(one, nn.Module)):
+            raise TypeError(f"expected attention_classes of nn.Module classes and names, got {one!r}")
+        these = [
+            cls for cls in there if (cls.__name__ == one if isinstance(one, str) else issubclass(cls, one))
+        ]
+        if not these:
+            raise ValueError(
+                f"expected attention_classes of the model's modules, got {one!r}, which it has none of"
+            )
+        found += these
+    return tuple(found)
 
 
 class Instrumentation(Measurer):
@@ -76,22 +126,35 @@ class Instrumentation(Measurer):
     measuring: while it is False, the model runs its own attention, at the cost of one branch a call. With activation
         checkpointing it must not change between a forward and its backward.
     on_measure: gets a `Measurement` for each attention call (never for the second forward of a checkpoint). While it is
-        None, `latest` keeps the last measurement of each layer.
+        None, `latest` keeps the last measurement of each layer. A layer that is called several times in one forward has
+        a name for each call there: "block#0", "block#1", ...
+    on_forward_end: gets the `Forward` of the whole model when it has returned or raised.
+
+    Both are called in the thread that runs the model, by one thread at a time.
     """
 
-    def __init__(self, model: nn.Module, mode: str, strict: bool, sample: int | None):
-        super().__init__(mode, sample)
-        modules = dict(named_modules(model))
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: str,
+        strict: bool,
+        sample: int | None,
+        attention_classes: tuple[type[nn.Module], ...],
+        holder: Any,
+    ):
+        watched = Watched.of(model)
+        super().__init__(mode, sample, attention_classes, watched.forwards)
+        self._watched = watched  # which would not live without its handles
+        self._holder = None if holder is None else weakref.ref(holder)
+        modules = watched.join(self)
         self._attention = weakref.WeakValueDictionary(
             {name: module for name, module in modules.items() if is_attention(module)}
         )
         patches: list[Patch] = []
-        references = [weakref.ref(module) for module in modules.values()]
         hook = CoverageJudge(model, weakref.ref(self)).handle if strict else None
-        self._restore = weakref.finalize(self, _restore, references, patches, hook, id(self))
+        self._restore = weakref.finalize(self, _restore, watched, patches, hook, id(self))
         self._restore.atexit = False
         patches += _install(modules.values())
-        observer.register(modules, self)
         layers.mark_compiled(modules.values())
         self._problems |= flex.unreachable(modules) | tracer.unreached_before(modules)
         self._slowed |= tracer.slowed_before(modules)
@@ -100,6 +163,12 @@ class Instrumentation(Measurer):
     def __repr__(self) -> str:
         state = ("measuring" if self.measuring else "paused") if self._restore.alive else "restored"
         return f"Instrumentation(mode={self.mode!r}, sample={self.sample}, {state}, {self.coverage!r})"
+
+    @property
+    def holder(self) -> Any:
+        """Whose `restore()` ends this handle: the monitor or analyzer that made it, or the handle itself."""
+        holder = None if self._holder is None else self._holder()
+        return self if holder is None else holder
 
     @property
     def query_mask(self) -> Tensor | None:
@@ -146,12 +215,18 @@ class Instrumentation(Measurer):
             for name, why in self._problems.items()
             if why != tracer.SHARED or name not in self._measured
         }
-        measured = {name: how + self._slowed_note(name) for name, how in self._measured.items()}
-        return Coverage(measured, unreached(attention, self._measured) | problems)
+        doubts = {
+            name: why
+            for (name, kind), why in list(self._doubts.items())
+            if kind != UNMET or name not in self._measured
+        }
+        measured = {name: how + self._remarks(name) for name, how in self._measured.items()}
+        return Coverage(measured, unreached(attention, self._measured) | doubts | problems)
 
-    def _slowed_note(self, name: str) -> str:
+    def _remarks(self, name: str) -> str:
         slowed = any(name == outer or name.startswith(f"{outer}.") or not outer for outer in self._slowed)
-        return ", inference fast path off" if slowed else ""
+        remarks = ", inference fast path off" if slowed else ""
+        return remarks + (", its calls inside one compiled graph together" if name in self._merged else "")
 
     def require_measured(self) -> None:
         """Raise RuntimeError, with the coverage report, if nothing at all has been measured."""
@@ -165,6 +240,7 @@ def _install(modules: Collection[nn.Module]) -> list[Patch]:
         *sdpa.install(modules),
         *multihead.install(),
         *softmax.install(modules),
+        *products.install(modules),
         *flex.install(modules),
     ]
     if (
@@ -176,13 +252,9 @@ def _install(modules: Collection[nn.Module]) -> list[Patch]:
     return patches
 
 
-def _restore(modules: list[weakref.ref[nn.Module]], patches: list[Patch], hook: Any, identity: int) -> None:
+def _restore(watched: Watched, patches: list[Patch], hook: Any, identity: int) -> None:
     observer.active.discard(identity)
-    for reference in modules:
-        module = reference()
-        if module is not None:
-            observer.forget(module)
-            layers.unmark(module)
+    watched.leave(identity)
     while patches:
         patches.pop().release()
     if hook is not None:

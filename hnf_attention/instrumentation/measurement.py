@@ -13,6 +13,24 @@ from ..reference.options import Options
 from ..statistics.rows import RowStats
 
 
+@dataclass(slots=True, eq=False)
+class Forward:
+    """One forward pass of an instrumented model.
+
+    number: counts the measured forwards of the model, from 1.
+    training: whether gradients were enabled when the model was called. Inside it they may be off: a reentrant
+        checkpoint runs its modules without.
+    failed: None while it runs, then whether it raised.
+    ends: whether its end is told. It is not where nobody can say when that is, as for a part of the model that is
+        called by itself; `failed` then stays None.
+    """
+
+    number: int
+    training: bool
+    failed: bool | None = None
+    ends: bool = True
+
+
 @dataclass(
     slots=True, eq=False, repr=False
 )  # made for every measured call: frozen would cost four times as much
@@ -26,6 +44,8 @@ class Measurement:
     query (B, H, M, D), key (B, H_kv, N, D), options, context: the call itself, with the model's own tensors.
     beside: what a fold needs beside the rows, where the call is not kept. `Instrumentation.latest` keeps no tensor of
         the model alive, and a call that was caught at its softmax has no known query and key.
+    forward: the forward pass of the model that the call is part of; None if it is not known.
+    call: how often the layer's module was invoked in that forward before.
 
     Either the call or `beside` is there. The properties are computed from the call whenever they are read.
     """
@@ -40,6 +60,8 @@ class Measurement:
     options: Options | None = None
     context: Context = UNKNOWN
     beside: Measured | None = None
+    forward: Forward | None = None
+    call: int = 0
 
     def __repr__(self) -> str:
         lse, sampled = self.rows.lse, f", 1/{self.sample_period} of all" if self.sample_period > 1 else ""

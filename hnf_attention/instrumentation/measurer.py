@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import compat
 from ..engine import api, engines, fold
 from ..engine.call import Call
-from ..names import display_name
+from ..names import call_name, display_name
 from ..reference.context import Context, hidden_keys, largest
 from ..reference.masks import take_rows
 from ..reference.options import Options
@@ -21,8 +23,9 @@ from ..reference.sampling import effective_period
 from ..statistics.rows import RowStats
 from ..tracing import without_dispatch_modes
 from . import observer, scores
-from .call import EAGER, AttentionCall, Unmeasurable
-from .measurement import Measurement, without_call
+from .call import COMPILED, EAGER, AttentionCall, Unmeasurable
+from .forwards import Forwards
+from .measurement import Forward, Measurement, without_call
 from .padding import Padding
 
 _log = logging.getLogger("hnf_attention")
@@ -35,30 +38,47 @@ class _Layer:
     checked: its own attention function was compared with ours.
     fused_failed, measuring_failed: our attention failed there; its calls are not measured any more.
     described: the places (EAGER, COMPILED) where calls of it, or inside it, had query and key.
-    probed: how many calls were probed, which is the phase of the next sample.
+    phases: the phase of the next sample, which is how many calls were probed before.
     keys: batch and number of keys of the last call.
+
+    Threads share it. Each of its changes is one step of the interpreter.
     """
 
     checked: bool = False
     fused_failed: bool = False
     measuring_failed: bool = False
     described: set[str] = field(default_factory=set)
-    probed: int = 0
+    phases: Iterator[int] = field(default_factory=itertools.count)
     keys: tuple[int, int] | None = None
 
 
 class Measurer:
     """The part of an `Instrumentation` that interceptors call back, as `observer.Observer` says.
 
-    mode, sample: as `instrument` takes them.
+    mode, sample: as `instrument` takes them. attention_classes: the classes that it found for them.
+    forwards: the forward passes of the model.
     on_measure: gets the `Measurement` of each attention call; the second forward of a checkpoint is no call of its own.
-        While it is None, `latest` keeps the last measurement of each layer.
+        While it is None, `latest` keeps the last measurement of each layer. Its calls do not overlap.
+    on_forward_end: gets each forward of the model when it has ended.
     """
 
-    def __init__(self, mode: str, sample: int | None):
+    def __init__(
+        self,
+        mode: str,
+        sample: int | None,
+        attention_classes: tuple[type[nn.Module], ...],
+        forwards: Forwards,
+    ):
         self.mode = mode
         self.sample = sample
         self.on_measure: Callable[[Measurement], None] | None = None
+        self.on_forward_end: Callable[[Forward], None] | None = None
+        self._attention_classes = attention_classes
+        self._forwards = forwards
+        self._delivery = threading.RLock()
+        self._repeated: set[str] = set()  # layers of which a forward had several invocations
+        self._merged: set[str] = set()  # layers whose invocations cannot be told apart
+        self._doubts: dict[tuple[str, str], str] = {}
         self.latest: dict[str, Measurement] = {}
         self.padding = Padding()
         self._layers: dict[str, _Layer] = {}
@@ -74,6 +94,17 @@ class Measurer:
         """Say in the coverage that `layer` gave up PyTorch's inference fast path to be measured."""
         self._slowed.add(layer)
 
+    def doubt(self, layer: str, kind: str, reason: str | None) -> None:
+        """List a softmax of `layer` as not measured for this reason, until None takes back the doubt of this kind."""
+        if reason is None:
+            self._doubts.pop((layer, kind), None)
+        else:
+            self._doubts[layer, kind] = reason
+
+    def is_named(self, module: nn.Module) -> bool:
+        """Whether the module is of one of the `attention_classes`."""
+        return isinstance(module, self._attention_classes)
+
     def attend(self, layer: str, describe: Callable[[], AttentionCall], original: Callable[[], Any]) -> Any:
         """Run one attention call of `layer`, measure it, and return what `original()` returns or our output like it.
 
@@ -81,7 +112,7 @@ class Measurer:
         """
         state = self._layers.get(layer)
         if state is None:
-            state = self._layers[layer] = _Layer()
+            state = self._layers.setdefault(layer, _Layer())
         thread = observer.thread
         before, thread.suspended = thread.suspended, True
         try:
@@ -203,12 +234,12 @@ class Measurer:
             self._leave_out(measurement, query.shape[2])
         if call.place not in state.described:
             self._note_described(layer, call.place)
-        self._deliver(measurement)
+        self._deliver(measurement, call.place)
 
     @torch.no_grad()
     def _probe(self, layer: str, state: _Layer, call: AttentionCall, options: Options) -> Measurement:
         """Measure all rows or the next sample of them."""
-        phase, state.probed = state.probed, state.probed + 1
+        phase = next(state.phases)
         query, key = call.query, call.key
         period = 1 if self.sample is None else effective_period(self.sample, query.shape[2])
         if call.modify is not None:
@@ -268,26 +299,38 @@ class Measurer:
     ) -> None:
         """Take in what `measure()` gives of an attention that the model computed by itself. No error comes out.
 
-        place: where it ran. If attention in its module is caught there with query and key, a softmax is skipped.
+        place: where it ran. In a compiled graph, where little is known of a softmax, it is skipped if attention in its
+            module is caught with query and key.
         """
         state = self._layers.setdefault(layer, _Layer())
-        if state.measuring_failed or place in state.described:
+        if state.measuring_failed or (place == COMPILED and place in state.described):
             return
         try:
             with without_dispatch_modes():
                 measurement = measure()
                 self._leave_out(measurement, measurement.rows.lse.shape[2])
-                self._deliver(measurement)
+                self._deliver(measurement, place)
         except Exception as error:  # the monitor never ends a run
             self._give_up(layer, state, error.with_traceback(None))
         else:
             self._measured[layer] = f"probe ({interceptor})"
 
-    def _deliver(self, measurement: Measurement) -> None:
-        if self.on_measure is None:
-            self.latest[measurement.layer] = without_call(measurement)
-        else:
-            self.on_measure(measurement)
+    def _deliver(self, measurement: Measurement, place: str) -> None:
+        layer = measurement.layer
+        measurement.forward, measurement.call, merged = self._forwards.place(layer, place)
+        with self._delivery:
+            if merged:
+                self._merged.add(layer)
+            if self.on_measure is not None:
+                self.on_measure(measurement)
+                return
+            if measurement.call and layer not in self._repeated:
+                self._repeated.add(layer)
+                renamed = {call_name(x, 0) if x == layer else x: kept for x, kept in self.latest.items()}
+                self.latest.clear()
+                self.latest.update(renamed)
+            name = call_name(layer, measurement.call) if layer in self._repeated else layer
+            self.latest[name] = without_call(measurement)
 
     def _give_up(self, layer: str, state: _Layer, failure: Exception) -> None:
         if isinstance(failure, Unmeasurable):

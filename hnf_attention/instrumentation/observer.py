@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -49,6 +49,12 @@ class Observer(Protocol):
     def note_slowed(self, layer: str) -> None:
         """Say in the coverage that `layer` gave up PyTorch's inference fast path to be measured."""
 
+    def doubt(self, layer: str, kind: str, reason: str | None) -> None:
+        """List a softmax of `layer` as not measured for this reason, until None takes back the doubt of this kind."""
+
+    def is_named(self, module: nn.Module) -> bool:
+        """Whether the user says that each softmax of this module over its last dimension is attention."""
+
 
 #: ids of the observers that measure now. While it is empty, an interceptor goes to the original at once.
 active: set[int] = set()
@@ -71,6 +77,22 @@ class Heads(NamedTuple):
     owner: Owner
     query: int
     key: int
+
+
+class Invocation:
+    """One call of a registered module, while it runs: what is known of it so far.
+
+    numbers: its number among the invocations of its forward, by layer: its own, and those in a compiled graph inside.
+    forward: the forward that begins here, if this module was called without the model around it.
+    evidence: what the interceptor of softmax knows of the products and softmaxes in it.
+    """
+
+    __slots__ = ("evidence", "forward", "numbers")
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+        self.forward: Any = None
+        self.evidence: Any = None
 
 
 class _Thread(threading.local):
@@ -160,20 +182,46 @@ def list_transformed(find: Callable[..., Owner | None] | None = None, /, *args: 
         found.observer.note(found.layer, TRANSFORMED)
 
 
-def running_owner(which: Callable[[nn.Module], bool] | None = None) -> Owner | None:
-    """The owner of the innermost instrumented module that is running on this thread.
+def running(into_graphs: bool = True) -> Iterator[tuple[Owner, Invocation]]:
+    """The registered modules that are running on this thread, the innermost first, each with its invocation.
 
-    which: passes over modules for which it is False.
+    into_graphs: False for none at all where a compiled graph makes the call.
+    """
+    for found, frame in _running(into_graphs):
+        yield found, compat.kept_in(frame, Invocation)
 
-    Running modules are read from the Python stack, from frames of `compat.module_call_code`. Hooks would be wrong in
-    the second forward of a checkpoint, in autograd's threads, and after an exception; the stack is right in all three.
+
+def running_owner() -> Owner | None:
+    """The owner of the innermost registered module that is running on this thread."""
+    return next((found for found, _ in _running()), None)
+
+
+def arguments(module: nn.Module) -> tuple[Any, ...]:
+    """What the innermost running call of the module was given; () where it does not run."""
+    for found, frame in _running():
+        if found.module is module:
+            return (*frame.f_locals.get("args", ()), *frame.f_locals.get("kwargs", {}).values())
+    return ()
+
+
+def _running(into_graphs: bool = True) -> Iterator[tuple[Owner, FrameType]]:
+    """Running modules are read from the Python stack, from frames of `compat.module_call_code`.
+
+    Hooks would be wrong in the second forward of a checkpoint, in autograd's threads, and after an exception; the stack
+    is right in all three.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _MODULE_CALL:
-            module = frame.f_locals["self"]
-            found = owner(module)
-            if found is not None and (which is None or which(module)):
-                return found
+            found = owner(frame.f_locals["self"])
+            if found is not None:
+                yield found, frame
+        elif not into_graphs and compat.runs_graph(frame) and not _is_called_by_its_module(frame):
+            return
         frame = frame.f_back
-    return None
+
+
+def _is_called_by_its_module(frame: FrameType) -> bool:
+    """Whether the frame is the forward of a registered module, as torch.fx makes some."""
+    caller = frame.f_back
+    return caller is not None and caller.f_code is _MODULE_CALL and owner(caller.f_locals["self"]) is not None

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..compat import device_mesh
 from ..diagnosis import AttentionDiagnosis
+from ..names import unwrapped
 from .extras import require
 from .series import overall
-from .training import TrainingCallback, unwrapped
+from .training import TrainingCallback
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import logging
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..diagnosis import AttentionDiagnosis
-from ..interventions import apply_intervention
-from ..monitoring.monitor import AttentionStabilityMonitor, Writer
+from ..diagnosis import AttentionDiagnosis, StabilityIssue
+from ..interventions import Intervention, apply_intervention
+from ..monitoring.history import HISTORY_BYTES
+from ..monitoring.monitor import AttentionStabilityMonitor
 from ..monitoring.process_groups import ProcessGroups
+from ..monitoring.ranks import AUTO, Ranks
+from ..monitoring.writers import Writer
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _log = logging.getLogger("hnf_attention")
 TENSOR_PARALLEL = ("tp", "tensor_parallel")  # the mesh dimension's name in transformers, and in Lightning
-
-# Monitors at work, by model. A training that ends by an exception may not tell its callbacks.
-_running: weakref.WeakKeyDictionary[nn.Module, weakref.ref] = weakref.WeakKeyDictionary()
 
 #: Each optimizer with its scheduler, a list of schedulers, or None.
 Optimizers = Sequence[tuple[torch.optim.Optimizer, Any]]
@@ -33,9 +33,9 @@ class TrainingCallback:
 
     log_every: every that many optimizer steps is a log step, whatever the gradient accumulation.
         None for as often as the trainer itself logs.
-    record_every, sample, writers: as for `AttentionStabilityMonitor`. In a process group only the main process
-        writes.
-    ranks: as for `AttentionStabilityMonitor`. None: all processes of the run hold parts of the batch, or parts of
+    record_every, sample, writers, mode, attention_classes, thresholds, on_alert, history_bytes: as for
+        `AttentionStabilityMonitor`. In a process group only the main process writes.
+    ranks: as for `AttentionStabilityMonitor`. "auto": all processes of the run hold parts of the batch, or parts of
         the heads along the dimension of the trainer's mesh that is named for tensor parallelism.
     auto_intervene: at a log step, after the optimizer's step, carry out what the monitor proposes: QK-clip or
         a temperature on weights, a lower learning rate, more attention dropout. The learning rate is scaled in the
@@ -57,17 +57,31 @@ class TrainingCallback:
         writers: Iterable[Writer] = (),
         auto_intervene: bool = False,
         sample: int | None = None,
-        ranks: ProcessGroups | None = None,
+        ranks: Ranks = AUTO,
+        *,
+        mode: str = "probe",
+        attention_classes: Collection[str | type[nn.Module]] = (),
+        thresholds: Mapping[str, float] | None = None,
+        on_alert: Callable[[list[StabilityIssue]], object] | None = None,
+        history_bytes: int = HISTORY_BYTES,
     ):
         self.monitor: AttentionStabilityMonitor | None = None
         self.last_diagnosis: AttentionDiagnosis | None = None
         self._log_every = log_every
-        self._record_every = record_every
         self._writers = list(writers)
         self._auto_intervene = auto_intervene
-        self._sample = sample
         self._ranks = ranks
-        self._measures_next = False  # whether the step to come is to be measured
+        self._options: dict[str, Any] = {
+            "record_every": record_every,
+            "auto_intervene": auto_intervene,
+            "sample": sample,
+            "mode": mode,
+            "attention_classes": attention_classes,
+            "thresholds": thresholds,
+            "on_alert": on_alert,
+            "history_bytes": history_bytes,
+        }
+        self._pause: AbstractContextManager[None] | None = None  # while what runs is no training
 
     def __repr__(self) -> str:
         state = "no training yet" if self.monitor is None else repr(self.monitor)
@@ -76,7 +90,6 @@ class TrainingCallback:
     def restore(self) -> None:
         """End the monitoring; interventions stay applied. Safe to call twice."""
         if self.monitor is not None:
-            _running.pop(self.monitor.model, None)
             self.monitor.restore()
 
     def _begin(
@@ -84,41 +97,35 @@ class TrainingCallback:
     ) -> None:
         """Training begins at that step; `log_every` and the mesh of its processes are the trainer's own."""
         self.restore()
-        left = _running.pop(model, lambda: None)()
-        if left is not None:
-            _log.warning("ending the attention monitor that an earlier training of this model left behind")
-            left.restore()
         self.monitor = AttentionStabilityMonitor(
             model,
             log_every=log_every if self._log_every is None else self._log_every,
-            record_every=self._record_every,
             writers=self._writers if main else (),
-            auto_intervene=self._auto_intervene,
-            sample=self._sample,
             step=step,
-            ranks=self._ranks or _groups_of(mesh),
+            ranks=_groups_of(mesh) if self._ranks == AUTO else self._ranks,
+            **self._options,
         )
-        _running[model] = weakref.ref(self.monitor)
         self.last_diagnosis = None
-        self._measures_next = self.monitor.instrumentation.measuring
+        self._pause = None
         self._rest()
 
     def _resume(self) -> None:
         """A batch of the step to come is about to run."""
-        if self.monitor is not None:
-            self.monitor.instrumentation.measuring = self._measures_next
+        if self._pause is not None:
+            self._pause.__exit__(None, None, None)
+            self._pause = None
 
     def _rest(self) -> None:
         """What runs from here on is not training, or not known to be."""
-        if self.monitor is not None:
-            self.monitor.instrumentation.measuring = False
+        if self._pause is None and self.monitor is not None:
+            self._pause = self.monitor.paused()
+            self._pause.__enter__()
 
     def _end_step(self, optimizers: Optimizers) -> AttentionDiagnosis | None:
         """The optimizers have made a step, and no forward of the next one has run."""
         if self.monitor is None:
             return None
         diagnosis = self.monitor.on_step()
-        self._measures_next = self.monitor.instrumentation.measuring
         self._rest()
         if diagnosis is not None:
             self.last_diagnosis = diagnosis
@@ -131,31 +138,27 @@ class TrainingCallback:
     ) -> None:
         """What the monitor, which has changed the weights, leaves to those who have optimizers."""
         rest = monitor.get_intervention(diagnosis)
-        if rest is None or rest["action"] not in ("reduce_lr", "increase_dropout"):
-            return
-        try:
-            for optimizer, scheduler in optimizers if rest["action"] == "reduce_lr" else [(None, None)]:
-                done = apply_intervention(optimizer, rest, scheduler=scheduler)
-                monitor.applied.append(done)
-                _log.warning(
-                    "intervened at step %d: %s (%s)", diagnosis.step, done.description, rest["reason"]
-                )
-        except Exception:  # of whatever kind: training goes on without
-            self._auto_intervene = False
-            _log.warning("the attention monitor intervenes no more: %s failed", rest["action"], exc_info=True)
+        if rest is not None and rest["action"] in ("reduce_lr", "increase_dropout"):
+            chosen = optimizers if rest["action"] == "reduce_lr" else [(None, None)]
+            monitor.parts.run("the trainer's interventions", _apply, monitor, rest, diagnosis.step, chosen)
 
 
-def _groups_of(mesh: DeviceMesh | None) -> ProcessGroups | None:
+def _apply(
+    monitor: AttentionStabilityMonitor,
+    intervention: Intervention,
+    step: int,
+    optimizers: Sequence[tuple[torch.optim.Optimizer | None, Any]],
+) -> None:
+    for optimizer, scheduler in optimizers:
+        done = apply_intervention(optimizer, intervention, scheduler=scheduler)
+        monitor.applied.append(done)
+        _log.warning("intervened at step %d: %s (%s)", step, done.description, intervention["reason"])
+
+
+def _groups_of(mesh: DeviceMesh | None) -> Ranks:
     """The processes of the run; the trainer's mesh tells which of them share a layer's heads."""
     if mesh is not None:
         for name in TENSOR_PARALLEL:
             if name in (mesh.mesh_dim_names or ()) and mesh[name].size() > 1:
                 return ProcessGroups.of_mesh(mesh, heads=name)
-    return ProcessGroups.of_world()
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of data parallelism, whose layers have the names that people know."""
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model.module
-    return model
+    return AUTO

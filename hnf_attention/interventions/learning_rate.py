@@ -3,15 +3,87 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..compat import inner_schedulers
+from ..diagnosis.thresholds import threshold
+from ..diagnosis.trends import score_size
+from ..statistics.heads import Snapshot
 from .intervention import Change, Intervention
 
 _log = logging.getLogger("hnf_attention")
+
+#: The least share of the first rate that proposed cuts leave, four halvings: a run that is still unstable there needs
+#: another cure, and learns little at a lower rate.
+FLOOR = 1.0 / 16.0
+
+
+class Trouble(NamedTuple):
+    """What a cut of the learning rate should lessen.
+
+    broken: share of rows that are not finite. pace: growth of the largest |score|, nats per step; NaN if not known.
+    """
+
+    broken: float
+    pace: float
+
+    def less_than(self, other: Trouble) -> bool:
+        """Whether it got better, or may have: growth that was or is not known is no reason against a cut."""
+        if self.broken > 0 or other.broken > 0:
+            return self.broken < other.broken
+        return not self.pace >= other.pace
+
+
+def trouble(history: Sequence[Snapshot], since: int) -> Trouble:
+    """The trouble at the last snapshot; growth is taken over the trend window's snapshots from step `since` on."""
+    latest = history[-1].layers.values()
+    broken = sum(stats.nonfinite_rows.sum() for stats in latest)
+    rows = broken + sum(stats.rows.sum() for stats in latest)
+    recent = [snapshot for snapshot in history if snapshot.step >= since][
+        -int(threshold("trend_snapshots")) :
+    ]
+    first, last = recent[0], recent[-1]
+    steps = last.step - first.step
+    pace = (_top(last) - _top(first)) / steps if steps > 0 else math.nan
+    return Trouble(float(broken / rows) if rows else 0.0, pace)
+
+
+def _top(snapshot: Snapshot) -> float:
+    sizes = [np.fmax.reduce(score_size(stats), initial=-np.inf) for stats in snapshot.layers.values()]
+    return float(max(sizes, default=math.nan))
+
+
+class Cuts:
+    """The cuts of the learning rate so far: how much they left of it, and the trouble at the last one."""
+
+    def __init__(self) -> None:
+        self._share = 1.0  # of the rate at the first cut
+        self._last: Trouble | None = None
+
+    def allows(self, factor: float, now: Trouble) -> bool:
+        """Whether to cut by `factor`: the floor is not passed, and the last cut helped."""
+        helped = self._last is None or now.less_than(self._last)
+        return helped and self._share * factor >= FLOOR
+
+    def cut(self, factor: float, now: Trouble) -> bool:
+        """Count a cut. Returns True."""
+        self._share, self._last = self._share * factor, now
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {"share": self._share, "last": None if self._last is None else list(self._last)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._share = float(state["share"])
+        self._last = None if state["last"] is None else Trouble(*state["last"])
 
 
 def propose(factor: float, reason: str) -> Intervention:

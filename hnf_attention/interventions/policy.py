@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from torch import nn
 
@@ -38,14 +41,16 @@ class InterventionPolicy:
       rate is cut instead. A warning never cuts it, because a cut costs loss on a stable run.
     - Most heads of a layer are one-hot, they act up, and none of the above can be done: more attention dropout.
 
-    Each but QK-clip is proposed again only after `trend_snapshots` further snapshots. Asked twice about the same
-    diagnosis, it answers the same.
+    Each but QK-clip is proposed again only after `trend_snapshots` further snapshots. The learning rate is cut again
+    only if the last cut helped, and never below `learning_rate.FLOOR` of what it was at first. Asked twice about the
+    same diagnosis, it answers the same.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._clipping = False
         self._proposed: dict[tuple[str, str], int] = {}  # (action, layer) -> step
+        self._cuts = learning_rate.Cuts()
 
     def propose(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
         """The fix for this diagnosis, None for none."""
@@ -81,7 +86,19 @@ class InterventionPolicy:
         )
 
     def _cut_rate(self, diagnosis: AttentionDiagnosis, why: str) -> Intervention | None:
-        return learning_rate.propose(LR_FACTOR, why) if self._due(diagnosis, "reduce_lr") else None
+        return learning_rate.propose(LR_FACTOR, why) if self._may_cut(diagnosis) else None
+
+    def _may_cut(self, diagnosis: AttentionDiagnosis) -> bool:
+        """Whether the learning rate may be cut (again); if so, it counts as cut now."""
+        last = self._proposed.get(("reduce_lr", ""))
+        if last == diagnosis.step:
+            return True
+        trouble = learning_rate.trouble(diagnosis.history, -1 if last is None else last)
+        return (
+            self._cuts.allows(LR_FACTOR, trouble)
+            and self._due(diagnosis, "reduce_lr")
+            and self._cuts.cut(LR_FACTOR, trouble)
+        )
 
     def _clip(
         self, diagnosis: AttentionDiagnosis, acting: list[StabilityIssue], alarm: bool
@@ -95,7 +112,7 @@ class InterventionPolicy:
             return None
         self._clipping = True
         why = acting[0].evidence if acting else f"scores above {CLIP_AT:g} again at step {diagnosis.step}"
-        lr_factor = LR_FACTOR if alarm and self._due(diagnosis, "reduce_lr") else None
+        lr_factor = LR_FACTOR if alarm and self._may_cut(diagnosis) else None
         return qk_clip.propose(CLIP_AT, layers, why, lr_factor)
 
     def _raise_temperature(
@@ -143,6 +160,17 @@ class InterventionPolicy:
                 return False
         self._proposed[action, layer] = diagnosis.step
         return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was proposed before, as JSON types."""
+        proposed = [[action, layer, step] for (action, layer), step in self._proposed.items()]
+        return {"clipping": self._clipping, "proposed": proposed, "cuts": self._cuts.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._clipping = bool(state["clipping"])
+        self._proposed = {(action, layer): step for action, layer, step in state["proposed"]}
+        self._cuts.load_state_dict(state["cuts"])
 
 
 def _acting(diagnosis: AttentionDiagnosis) -> list[StabilityIssue]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from ..diagnosis import AttentionDiagnosis, diagnose
+from ..diagnosis.thresholds import checked_thresholds
 from ..instrumentation import Instrumentation, instrument
 from ..statistics.heads import Snapshot
 from .recorder import Recorder
@@ -23,11 +24,25 @@ class AttentionAnalyzer:
 
     `mark()` closes a stretch of forward passes (a checkpoint, a data set). Each stretch is one snapshot in
     `history`, numbered from 1, so that the evolution over the stretches can be plotted.
-    mode, sample: as for `instrument`, with its errors. Use `restore()` or a `with` block to end it.
+    A stretch holds the forwards under grad if there are any, else the others. One that raised is left out.
+    mode, sample, attention_classes: as for `instrument`, with its errors. "probe" leaves the model's outputs
+        bit-identical.
+    thresholds: as for `AttentionStabilityMonitor`, with its errors. Use `restore()` or a `with` block to end it.
     """
 
-    def __init__(self, model: nn.Module, mode: str = "auto", sample: int | None = None):
-        self.instrumentation: Instrumentation = instrument(model, mode=mode, sample=sample)
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: str = "probe",
+        sample: int | None = None,
+        *,
+        attention_classes: Iterable[str | type[nn.Module]] = (),
+        thresholds: Mapping[str, float] | None = None,
+    ):
+        self._thresholds = checked_thresholds(thresholds)
+        self.instrumentation: Instrumentation = instrument(
+            model, mode=mode, sample=sample, attention_classes=attention_classes, holder=self
+        )
         self._recorder = Recorder(self.instrumentation, log_every=1)
 
     def __repr__(self) -> str:
@@ -51,7 +66,7 @@ class AttentionAnalyzer:
         """
         if self._recorder.pending or not self.history:
             self.mark()
-        return diagnose(self.history, self.instrumentation.coverage)
+        return diagnose(self.history, self.instrumentation.coverage, self._thresholds)
 
     def restore(self) -> None:
         """End the measuring; the model is as it was. What was recorded can still be diagnosed."""

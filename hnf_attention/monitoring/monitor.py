@@ -1,41 +1,37 @@
-"""Watching a training run. A fault in here never ends it: the part that failed is logged once and switched off."""
+"""Watching a training run. A fault in here never ends it: the part that failed is logged, rests and is tried again."""
 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, ParamSpec, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..diagnosis import AttentionDiagnosis, StabilityIssue, diagnose
-from ..diagnosis.issue import SEVERITIES, grouped, heads_text
-from ..errors import InputError
+from ..diagnosis.thresholds import checked_thresholds
 from ..instrumentation import Instrumentation, instrument
 from ..interventions import Applied, Intervention, InterventionPolicy, apply_intervention, learning_rate
-from ..names import display_name
+from ..names import unwrapped
 from ..statistics.heads import Snapshot
-from .process_groups import ProcessGroups
+from . import state
+from .agreement import Together
+from .history import HISTORY_BYTES
+from .lines import log_transitions
+from .parts import MonitorStatus, Parts
+from .ranks import AUTO, Ranks, resolve
 from .recorder import NothingMeasured, Recorder
+from .transitions import IssueTracker
+from .writers import Writer, writer_part
 
 _log = logging.getLogger("hnf_attention")
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
 
-_LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "note": logging.INFO}
 WEIGHT_ACTIONS = ("qk_clip", "temperature")  # what auto_intervene does without being asked
-
-
-class DiagnosisWriter(Protocol):
-    """What a monitor needs of a writer; a `close()` without arguments is called if there is one."""
-
-    def write(self, diagnosis: AttentionDiagnosis, /) -> object:
-        """Take a diagnosis."""
-
-
-Writer = DiagnosisWriter | Callable[[AttentionDiagnosis], object]
+STATE_FORMAT = 1
 
 
 class AttentionStabilityMonitor:
@@ -58,15 +54,21 @@ class AttentionStabilityMonitor:
         Learning rates and dropout are left to `get_intervention`. What was done is in `applied`.
     sample: as for `instrument`: where attention is probed, measure 1 of that many blocks of rows.
     step: how many steps were done before, for a run that resumes; numbers go on from there.
-    ranks: the processes whose measurements are put together at each log step. Without it, each process of a
-        process group judges its own part of the batch. All of them must call `on_step()` equally often.
+    ranks: the processes whose measurements are put together at each log step. "auto" takes all processes of
+        torch.distributed, as in data parallelism; if the weights show that processes hold different heads, it warns
+        once and takes each process alone. None takes this process alone. All must call `on_step()` equally often.
+        One process alone writes, logs and calls `on_alert`: the first one of `ranks`.
+    mode, attention_classes: as for `instrument`. "probe" leaves the model's outputs bit-identical.
+    thresholds: other values for names of `hnf_attention.diagnosis.thresholds.THRESHOLDS`.
+    on_alert: gets the list of the errors and warnings that are new or worse, at each log step with some.
+    history_bytes: the most memory that `history` takes. Older snapshots are thinned when it is reached.
 
-    A snapshot holds every measured forward since the last one. Evaluation counts like training, whatever
-    `model.training` says: some fine-tunes train in eval mode. To leave an evaluation out, set
-    `monitor.instrumentation.measuring = False` for it, and put the old value back after it.
+    A snapshot holds the forwards under grad since the last one, and evaluation forwards only if there was no other;
+    `Snapshot.holds` says which. A forward that raised is left out. `with monitor.paused():` leaves out all inside.
 
     Raises ValueError or TypeError for bad arguments; `on_step` and `get_intervention` raise nothing.
-    New issues are logged once per (layer, head, type), and again when a warning becomes an error.
+    Issues are logged when they are new, worse, better or gone, a line for each group of heads; see
+    `monitoring.transitions`. A part that fails is logged, and tried again after 1, 2, 4, ... log steps; see `status`.
     """
 
     def __init__(
@@ -78,40 +80,60 @@ class AttentionStabilityMonitor:
         auto_intervene: bool = False,
         sample: int | None = None,
         step: int = 0,
-        ranks: ProcessGroups | None = None,
+        ranks: Ranks = AUTO,
+        *,
+        mode: str = "probe",
+        attention_classes: Iterable[str | type[nn.Module]] = (),
+        thresholds: Mapping[str, float] | None = None,
+        on_alert: Callable[[list[StabilityIssue]], object] | None = None,
+        history_bytes: int = HISTORY_BYTES,
     ):
-        self._writers = [_writer_part(number, writer) for number, writer in enumerate(writers)]
-        if auto_intervene:
-            _check_auto_intervene(ranks)
-        self.instrumentation: Instrumentation = instrument(model, sample=sample)
+        self._writers = [writer_part(number, writer) for number, writer in enumerate(writers)]
+        self._thresholds = checked_thresholds(thresholds)
+        if on_alert is not None and not callable(on_alert):
+            raise TypeError(f"expected on_alert to be None or a callable, got {on_alert!r}")
+        self._on_alert = on_alert
+        self.instrumentation: Instrumentation = instrument(
+            model, mode=mode, sample=sample, attention_classes=attention_classes, holder=self
+        )
         try:
-            self._recorder = Recorder(self.instrumentation, log_every, record_every, step, ranks)
-        except ValueError:
+            #: The model, without the wrappers of data parallelism.
+            self.model = unwrapped(model)
+            self._together, self._leads = resolve(ranks, self.model)
+            if auto_intervene:
+                _check_auto_intervene(self._together)
+            self._recorder = Recorder(
+                self.instrumentation, log_every, record_every, step, self._together, history_bytes
+            )
+        except (ValueError, TypeError):
             self.instrumentation.restore()
             raise
+        if self._together is not None:
+            # A monitor that is dropped without `restore` leaves, too.
+            weakref.finalize(self, self._together.leave, _ended()).atexit = False
         #: What auto_intervene did, newest last.
         self.applied: deque[Applied] = deque(maxlen=1_000)
-        self.model = model
-        self._policy = InterventionPolicy(model)
+        self._policy = InterventionPolicy(self.model)
         self._auto_intervene = auto_intervene
-        self._heads_are_split = ranks is not None and ranks.heads is not None
         # The latest diagnosis that auto_intervene treated, and what of its fix is left to the user.
         self._left_over: tuple[AttentionDiagnosis, Intervention | None] | None = None
-        self._announced: set[tuple[str, int | None, str, str]] = set()
-        self._off: set[str] = set()  # parts that failed, or were ended
+        self._tracker = IssueTracker()
+        #: What may fail without ending the run.
+        self.parts = Parts(log_every)
         self._told_of_nothing = False
 
     def __repr__(self) -> str:
-        cadence, off = self._recorder.cadence, f"; off: {', '.join(sorted(self._off))}" if self._off else ""
+        cadence, off = self._recorder.cadence, self.status.off
         return (
             f"AttentionStabilityMonitor of {type(self.model).__name__} at step {self.step}: "
             f"log_every {cadence.log_every}, record_every {cadence.record_every}, "
-            f"{len(self.history)} snapshots, {len(self.applied)} interventions applied{off}"
+            f"{len(self.history)} snapshots, {len(self.applied)} interventions applied"
+            f"{'; off: ' if off else ''}{', '.join(sorted(off))}"
         )
 
     @property
     def history(self) -> Sequence[Snapshot]:
-        """Snapshots so far, oldest first."""
+        """The snapshots that are kept, oldest first."""
         return self._recorder.history
 
     @property
@@ -119,42 +141,95 @@ class AttentionStabilityMonitor:
         """How many steps `on_step` has ended, and those done before."""
         return self._recorder.step
 
+    @property
+    def status(self) -> MonitorStatus:
+        """Which parts of the monitor are off now, why, since which step, and when they are tried again."""
+        return self.parts.status
+
+    def paused(self) -> AbstractContextManager[None]:
+        """A context inside which nothing is measured, for an evaluation in the middle of training."""
+        return self._recorder.paused()
+
     def on_step(self) -> AttentionDiagnosis | None:
         """End a training step: call it after `optimizer.step()`. Returns a diagnosis at log steps, else None."""
-        snapshot = self._guarded("recording", self._advance)
+        if not self._recorder.end_step():
+            return None
+        parts = self.parts
+        parts.begin_log_step(self.step)
+        snapshot = parts.run("recording", self._read)
+        self._recorder.rest(parts.rests("recording", 1))
         if snapshot is None:
             return None
-        diagnosis = self._guarded("diagnosis", diagnose, self.history, self.instrumentation.coverage)
+        diagnosis = parts.run(
+            "diagnosis", diagnose, self.history, self.instrumentation.coverage, self._thresholds
+        )
         if diagnosis is None:
             return None
-        self._guarded("logging", self._announce, diagnosis.issues)
-        for writer in self._writers:
-            self._guarded(writer.name, writer.write, diagnosis)
+        parts.run("logging", self._announce, diagnosis)
+        for writer in self._writers if self._leads else ():
+            parts.run(writer.name, writer.write, diagnosis)
         if self._auto_intervene:
-            self._guarded("auto_intervene", self._intervene, diagnosis)
+            parts.run("auto_intervene", self._intervene, diagnosis)
         return diagnosis
 
     def get_intervention(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
         """The fix for a diagnosis of this monitor, as a dict that `apply_intervention` takes; None for none.
 
         With auto_intervene, what is left to do by hand. None if `ranks.heads` splits layers: the diagnosis then
-        numbers heads over all processes, and this one holds the weights of some.
+        numbers heads over all processes, and this one holds the weights of some. None, too, once the processes'
+        statistics are not put together any more: each would change its copy of the weights in another way.
         """
-        if self._heads_are_split:
+        if self._together is not None and (self._together.groups.heads or self._together.lost):
             return None
         if self._left_over is not None and self._left_over[0] is diagnosis:
             return self._left_over[1]
-        return self._guarded("advice", self._policy.propose, diagnosis)
+        return self.parts.run("advice", self._policy.propose, diagnosis)
 
     def restore(self) -> None:
         """End the monitoring; the model runs its own attention. Interventions stay applied."""
         self._recorder.stop()
+        if self._together is not None:
+            self._together.leave(_ended())
         self.instrumentation.restore()
-        self._off.add("recording")
-        for writer in self._writers:
-            if writer.name not in self._off:  # one that failed was logged already
-                self._guarded(f"closing of {writer.name}", writer.close)
+        self.parts.end("recording", "restore() was called")
+        for writer in self._writers if self._leads else ():
+            self.parts.run(f"closing of {writer.name}", writer.close)
         self._writers = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the monitor knows, as JSON types, for a checkpoint: steps, history, reported issues, advice given."""
+        return {
+            "format": STATE_FORMAT,
+            "step": self.step,
+            "fields": state.fields(),
+            "history": [state.dump(snapshot) for snapshot in self.history],
+            "repeated": sorted(self._recorder.repeated),
+            "issues": self._tracker.state_dict(),
+            "policy": self._policy.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave in an earlier run; call it before the first step.
+
+        A history of another version of this package, whose statistics have other fields, is left out with a warning.
+        Raises ValueError for a dict that is no such state; the monitor is as it was then.
+        """
+        given = state_dict.get("format") if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        if given != STATE_FORMAT:
+            raise ValueError(f"expected a state_dict of a monitor, of format {STATE_FORMAT}, got {given!r}")
+        try:
+            readable = state_dict["fields"] == state.fields()
+            history = [state.load(snapshot) for snapshot in state_dict["history"]] if readable else []
+            tracker = IssueTracker()
+            tracker.load_state_dict(state_dict["issues"])
+            step, repeated, policy = state_dict["step"], state_dict["repeated"], state_dict["policy"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"expected a state_dict of a monitor, got one with {error!r}") from None
+        self._policy.load_state_dict(policy)
+        self._recorder.resume(step, history, repeated)
+        self._tracker = tracker
+        if not readable:
+            _log.warning("the attention monitor's history is of another version, so it starts anew")
 
     def __enter__(self) -> AttentionStabilityMonitor:
         return self
@@ -162,54 +237,35 @@ class AttentionStabilityMonitor:
     def __exit__(self, *_: object) -> None:
         self.restore()
 
-    def _guarded(
-        self,
-        part: str,
-        action: Callable[_Arguments, _Result],
-        *args: _Arguments.args,
-        **kwargs: _Arguments.kwargs,
-    ) -> _Result | None:
-        """The action's result. None from its first failure on, which is logged."""
-        if part in self._off:
-            return None
+    def _read(self) -> Snapshot | None:
         try:
-            return action(*args, **kwargs)
-        except Exception as error:  # of whatever kind: training goes on without this part
-            self._off.add(part)
-            explained = isinstance(error, InputError)  # its message is all that there is to say
-            _log.warning(
-                "the attention monitor switched its part %r off, which failed%s; training goes on",
-                part,
-                f": {error}" if explained else "",
-                exc_info=not explained,
-            )
-            return None
-
-    def _advance(self) -> Snapshot | None:
-        try:
-            return self._recorder.advance()
+            return self._recorder.read()
         except NothingMeasured as problem:
             if not self._told_of_nothing:
                 self._told_of_nothing = True
                 _log.warning("nothing to report at step %d: %s", self._recorder.step, problem)
             return None
-        except Exception:
-            self._recorder.stop()
-            raise
+        finally:
+            self._note_lost_processes()
 
-    def _announce(self, issues: list[StabilityIssue]) -> None:
-        new = [issue for issue in issues if _key(issue) not in self._announced]
-        for group in grouped(new):
-            worst = group[0]
-            level = _LEVELS[worst.severity]
-            message = "%s in %s%s: %s -> %s"
-            where = display_name(worst.layer), heads_text(group)
-            _log.log(level, message, worst.issue_type, *where, worst.evidence, worst.suggestion)
-        for issue in new:
-            milder = SEVERITIES[
-                SEVERITIES.index(issue.severity) :
-            ]  # a later fall back to one of them is no news
-            self._announced.update((*_key(issue)[:3], severity) for severity in milder)
+    def _note_lost_processes(self) -> None:
+        if self._together is None or self._together.lost is None or "ranks" in self.status.off:
+            return
+        self.parts.end("ranks", self._together.lost)
+        if self._auto_intervene:
+            self._auto_intervene = False
+            why = "each process would change its weights by its own statistics"
+            self.parts.end("auto_intervene", why)
+            _log.warning("the attention monitor intervenes no more: %s", why)
+
+    def _announce(self, diagnosis: AttentionDiagnosis) -> None:
+        news = self._tracker.update(diagnosis.issues)
+        if not self._leads:
+            return
+        alerts = [issue for issue in (*news.new, *news.worse) if issue.severity != "note"]
+        if alerts and self._on_alert is not None:
+            self.parts.run("on_alert", self._on_alert, alerts)
+        log_transitions(news, diagnosis.step)
 
     def _intervene(self, diagnosis: AttentionDiagnosis) -> None:
         proposed = self._policy.propose(diagnosis)
@@ -225,38 +281,21 @@ class AttentionStabilityMonitor:
         self._left_over = diagnosis, rest
 
 
-class _WriterPart(NamedTuple):
-    """A writer as a part of the monitor, with the name that it has in the log."""
-
-    name: str
-    write: Callable[[AttentionDiagnosis], object]
-    close: Callable[[], object]
+def _ended() -> str:
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    who = f"process {torch.distributed.get_rank()}" if ready else "a process"
+    return f"{who} ended its monitor"
 
 
-def _writer_part(number: int, writer: Writer) -> _WriterPart:
-    write = getattr(writer, "write", writer)
-    if not callable(write):
-        raise TypeError(f"expected writers with a write(diagnosis) method, or callables, got {writer!r}")
-    return _WriterPart(
-        f"writer {number} ({type(writer).__name__})", write, getattr(writer, "close", lambda: None)
-    )
-
-
-def _key(issue: StabilityIssue) -> tuple[str, int | None, str, str]:
-    return issue.layer, issue.head, issue.issue_type, issue.severity
-
-
-def _check_auto_intervene(ranks: ProcessGroups | None) -> None:
+def _check_auto_intervene(together: Together | None) -> None:
     """Raise ValueError if the processes of a group would not all make the same change."""
-    if _world_size() == 1:
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    world = torch.distributed.get_world_size() if ready else 1
+    if world == 1:
         return
-    if ranks is None or ranks.heads is not None or ranks.processes != _world_size():
+    groups = None if together is None else together.groups
+    if groups is None or groups.heads is not None or groups.processes != world:
         raise ValueError(
             "expected auto_intervene=False, or ranks=ProcessGroups(batch=<the group of all processes>), "
-            f"got ranks={ranks}: each process would change its weights by its own statistics"
+            f"got ranks={groups}: each process would change its weights by its own statistics"
         )
-
-
-def _world_size() -> int:
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if ready else 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,18 +13,42 @@ import torch.distributed as dist
 
 from ..compat import flattened
 from ..statistics.fields import NUM_FIELDS, NUM_SUMS, SUM_FIELDS
-from ..statistics.heads import HeadStats
+from ..statistics.heads import Forwards, HeadStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 
+class CallName(NamedTuple):
+    """What tells the statistics of one snapshot apart.
+
+    call: how many calls the layer made before in the same forward. training: they are of forwards under grad.
+    shape: what the name ends in if the layer was called with several shapes or dtypes.
+    """
+
+    layer: str
+    call: int = 0
+    training: bool = True
+    shape: str = ""
+
+
 class Part(NamedTuple):
     """One layer's statistics in one process."""
 
-    name: str
+    name: CallName
     stats: HeadStats
+
+
+class Reading(NamedTuple):
+    """What was measured since the last snapshot, in one process or in several together."""
+
+    parts: list[Part]
+    forwards: Forwards
+
+
+class SharedFault(RuntimeError):
+    """A process of the group could not read its statistics; every process of the group gets this error."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +62,8 @@ class ProcessGroups:
     queries: processes that run the same heads on other queries of the same sequences, against all of their keys
         (context parallel that gathers keys). A process may leave out keys that are hidden from its queries,
         as long as one process sees them all.
+    time_limit: seconds that a process waits for the others at a log step. If one of them does not come, because it has
+        failed, ended its monitor or calls `on_step` at other steps, each goes on with its own measurements.
 
     A process without a batch, or without some layer (another pipeline stage), takes part with nothing.
     Raises RuntimeError without torch.distributed, ValueError if all groups are None.
@@ -46,12 +72,15 @@ class ProcessGroups:
     batch: ProcessGroup | None = None
     heads: ProcessGroup | None = None
     queries: ProcessGroup | None = None
+    time_limit: float = 60.0
 
     def __post_init__(self) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError("expected torch.distributed to be initialised, got no process group")
         if self.batch is self.heads is self.queries is None:
             raise ValueError("expected a process group for batch, heads or queries, got None for all")
+        if isinstance(self.time_limit, bool) or not self.time_limit > 0:
+            raise ValueError(f"expected time_limit to be seconds > 0, got {self.time_limit!r}")
 
     @staticmethod
     def of_world() -> ProcessGroups | None:
@@ -80,39 +109,59 @@ class ProcessGroups:
             batch = mesh[others[0]].get_group()
         else:
             batch = None if names else mesh.get_group()
-        return ProcessGroups(
-            batch, *(None if name is None else mesh[name].get_group() for name in (heads, queries))
-        )
+        split = [None if name is None else mesh[name].get_group() for name in (heads, queries)]
+        return ProcessGroups(batch, heads=split[0], queries=split[1])
 
     @property
     def processes(self) -> int:
         """How many processes' measurements are put together."""
-        groups = (self.batch, self.heads, self.queries)
-        return math.prod(dist.get_world_size(group) for group in groups if group is not None)
+        return math.prod(dist.get_world_size(group) for group in self.groups)
 
-    def combine(self, read: Callable[[], Iterable[Part]]) -> list[Part]:
-        """Put together what `read` gives in all processes; every process gets the same list.
+    @property
+    def groups(self) -> list[ProcessGroup]:
+        """The groups that are there."""
+        return [group for group in (self.queries, self.heads, self.batch) if group is not None]
 
-        Raises RuntimeError in every process if `read` fails in one of them, or if processes of `batch`
+    @property
+    def members(self) -> list[int] | None:
+        """The ranks of all processes whose measurements are put together; None if they are not known here.
+
+        They are known for a single group, and for groups that make up the whole world together.
+        """
+        if len(self.groups) == 1:
+            return dist.get_process_group_ranks(self.groups[0])
+        world = dist.get_world_size()
+        return list(range(world)) if self.processes == world else None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and logs what all of them get: the first one of each group does."""
+        return all(dist.get_rank(group) == 0 for group in self.groups)
+
+    def combine(self, read: Callable[[], Reading]) -> Reading:
+        """Put together what `read` gives in all processes; every process gets the same.
+
+        Raises SharedFault in every process if `read` fails in one of them, or if processes of `batch`
         or `queries` hold different numbers of heads of one layer. No process is left waiting for another.
         """
-        parts: list[Part] = []
+        reading = Reading([], Forwards())
         fault: str | None = None
         try:
-            parts = list(read())
+            reading = read()
         except Exception as error:
             fault = f"process {dist.get_rank()}: {type(error).__name__}: {error}"
         for group, shared in ((self.queries, _OF_SEQUENCES), (self.heads, None), (self.batch, ())):
             if group is not None:
-                parts, fault = _joined(parts, fault, group, shared)
+                reading, fault = _joined(reading, fault, group, shared)
         if fault is not None:
-            raise RuntimeError(fault)
-        return parts
+            raise SharedFault(fault)
+        return reading
 
 
-_Key = tuple[str, int, str]  # layer, head dimension, dtype: parts that are alike in these are one
+_Key = tuple[CallName, int, str]  # name, head dimension, dtype: parts that are alike in these are one
 # Sums that every process of `queries` has whole: each counts its sequences, and squares all of their keys.
-_OF_SEQUENCES = tuple(SUM_FIELDS.index(name) for name in ("sequences", "key_square"))
+_WHOLE = ("sequences", "key_square", "nonfinite_key", "nonfinite_value")
+_OF_SEQUENCES = tuple(SUM_FIELDS.index(name) for name in _WHOLE)
 
 
 class _Contribution(NamedTuple):
@@ -120,18 +169,19 @@ class _Contribution(NamedTuple):
 
     fault: str | None
     layers: dict[_Key, tuple[int, int]]  # number of heads, sample period
+    forwards: Forwards
 
 
 def _joined(
-    parts: Sequence[Part], fault: str | None, group: ProcessGroup, shared: Sequence[int] | None
-) -> tuple[list[Part], str | None]:
-    """The parts of all members of a group, and the first fault of any.
+    reading: Reading, fault: str | None, group: ProcessGroup, shared: Sequence[int] | None
+) -> tuple[Reading, str | None]:
+    """The reading of all members of a group, and the first fault of any.
 
     shared: the sums that every member has whole; None if each member has heads of its own.
     """
     split, rank = shared is None, dist.get_rank(group)
-    mine = {(part.name, part.stats.head_dim, part.stats.dtype): part.stats for part in parts}
-    everyone = _exchange(fault, mine, group)
+    mine = {(part.name, part.stats.head_dim, part.stats.dtype): part.stats for part in reading.parts}
+    everyone = _exchange(fault, mine, reading.forwards, group)
     fault = next((theirs.fault for theirs in everyone if theirs.fault is not None), None)
     widths: dict[_Key, list[int]] = {}  # number of heads in each member
     periods: dict[_Key, int] = {}
@@ -141,9 +191,12 @@ def _joined(
             periods[key] = max(periods.get(key, 1), period)
     for key, each in widths.items():
         if not split and len({heads for heads in each if heads}) > 1:
-            fault = fault or f"expected every process to hold as many heads of {key[0]}, got {each}"
+            fault = fault or f"expected every process to hold as many heads of {key[0].layer}, got {each}"
+    # Members of `batch` run other forwards; those of the other groups run parts of the same ones.
+    counts = zip(*(theirs.forwards for theirs in everyone))
+    forwards = Forwards(*(sum(each) if shared == () else max(each) for each in counts))
     if fault is not None or not widths:
-        return [], fault
+        return Reading([], forwards), fault
     total = {key: sum(each) if split else max(each) for key, each in widths.items()}
     packed = np.zeros((NUM_FIELDS, sum(total.values())))
     packed[NUM_SUMS:] = -np.inf
@@ -155,16 +208,19 @@ def _joined(
         start += width
     _reduce(packed, shared or (), group)
     columns = np.split(packed, np.cumsum(list(total.values()))[:-1], axis=1)
-    return [
+    parts = [
         Part(name, HeadStats(values, head_dim, dtype, periods[name, head_dim, dtype]))
         for (name, head_dim, dtype), values in zip(total, columns)
-    ], None
+    ]
+    return Reading(parts, forwards), None
 
 
-def _exchange(fault: str | None, mine: Mapping[_Key, HeadStats], group: ProcessGroup) -> list[_Contribution]:
+def _exchange(
+    fault: str | None, mine: Mapping[_Key, HeadStats], forwards: Forwards, group: ProcessGroup
+) -> list[_Contribution]:
     """What every member says of itself, by rank."""
     described = {key: (stats.num_heads, stats.sample_period) for key, stats in mine.items()}
-    everyone = [_Contribution(fault, described)] * dist.get_world_size(group)
+    everyone = [_Contribution(fault, described, forwards)] * dist.get_world_size(group)
     dist.all_gather_object(everyone, everyone[0], group=group)
     return everyone
 

@@ -6,30 +6,30 @@ step, for one packed copy of all layers' accumulators (one per device, where a m
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..engine import fold
-from ..reference.fold import new_accumulator
+from ..names import call_name
 from ..statistics.fields import SUM_FIELDS
-from ..statistics.heads import HeadStats, Snapshot
+from ..statistics.heads import Forwards, HeadStats, Snapshot
+from .accumulators import Kind, Lane, Lanes
+from .agreement import Together
 from .cadence import Cadence
-from .process_groups import Part, ProcessGroups
+from .history import HISTORY_BYTES, History
+from .process_groups import CallName, Part, Reading
 
 if TYPE_CHECKING:
     from ..instrumentation import Instrumentation, Measurement
 
-HISTORY_LENGTH = 10_000  # snapshots kept; older ones are dropped
-
-_SEEN = [SUM_FIELDS.index(name) for name in ("rows", "nonfinite_rows")]
-
-_Kind = tuple[str, int, int, torch.dtype]  # layer, heads, head dimension, dtype
+_SEEN = [SUM_FIELDS.index(name) for name in ("rows", "left_out_rows", "empty_rows", "nonfinite_rows")]
 
 
 class NothingMeasured(RuntimeError):
@@ -41,7 +41,12 @@ class Recorder:
 
     log_every, record_every, step: as for `Cadence`, with its errors. On a step that is not measured the model
         runs its own attention.
-    ranks: the processes whose statistics a snapshot puts together.
+    together: puts the statistics of several processes together; None for this process alone.
+    history_bytes: as for `History`, with its errors.
+
+    A snapshot holds forwards under grad only, if there was one since the last snapshot; else the evaluation forwards.
+    A forward that raised is dropped. Calls of one layer in one forward are kept apart: from the first time that a
+    layer is called twice, its calls are `layer#0`, `layer#1`, ....
     """
 
     def __init__(
@@ -50,22 +55,29 @@ class Recorder:
         log_every: int = 100,
         record_every: int | None = None,
         step: int = 0,
-        ranks: ProcessGroups | None = None,
+        together: Together | None = None,
+        history_bytes: int = HISTORY_BYTES,
     ):
         self.cadence = Cadence(log_every, record_every, step)
         self.pending = False  # whether anything was recorded since the last snapshot
-        #: The last HISTORY_LENGTH snapshots, oldest first.
-        self.history: deque[Snapshot] = deque(maxlen=HISTORY_LENGTH)
+        #: The snapshots that are kept, oldest first.
+        self.history = History(history_bytes)
+        self.repeated: set[str] = set()  # layers that a forward called more than once
         self._instrumentation = instrumentation
-        self._ranks = ranks
-        self._names: dict[_Kind, str] = {}
-        self._accumulators: dict[tuple[_Kind, torch.device], Tensor] = {}
-        # The largest sample_period since the last snapshot, by name. If no Python has run since, it is that of
-        # the snapshot before: replays of a captured graph are folded all the same.
-        self._periods: dict[str, int] = {}
-        self._recorded: set[str] = set()  # the names recorded since the last snapshot
-        instrumentation.on_measure = _weakly(self)
-        instrumentation.measuring = self.cadence.measures_next
+        self._together = together
+        self._lanes = Lanes()
+        self._lock = threading.Lock()  # of all that is below
+        self._kinds: dict[Kind, str] = {}  # in the order of their first calls, with what their names end in
+        # The largest sample_period since the last snapshot. If no Python has run since, it is that of the snapshot
+        # before: replays of a captured graph are folded all the same.
+        self._periods: dict[Kind, int] = {}
+        self._recorded: set[Kind] = set()  # since the last snapshot
+        self._forwards = Forwards()
+        self._untold: set[int] = set()  # numbers of forwards since the last snapshot whose end nobody tells
+        self._holds = 0  # how many `paused` and `rest` there are
+        instrumentation.on_measure = _weakly(self, Recorder.record)
+        instrumentation.on_forward_end = _weakly(self, Recorder.end_forward)
+        self._measure()
 
     @property
     def step(self) -> int:
@@ -78,9 +90,13 @@ class Recorder:
         Raises NothingMeasured at a log step if nothing was measured since the last snapshot. The step counts
         all the same, and the next one goes on.
         """
+        return self.read() if self.end_step() else None
+
+    def end_step(self) -> bool:
+        """Count a step. Returns whether it was a log step, whose snapshot `read` gives."""
         log_step = self.cadence.end_step()
-        self._instrumentation.measuring = self.cadence.measures_next
-        return self.read() if log_step else None
+        self._measure()
+        return log_step
 
     def read(self) -> Snapshot:
         """A snapshot of everything folded since the last one; folding starts anew after it.
@@ -88,82 +104,123 @@ class Recorder:
         Raises NothingMeasured if there is nothing; the message holds the instrumentation's coverage if it never
         measured anything.
         """
-        parts = self._parts() if self._ranks is None else self._ranks.combine(self._parts)
-        layers = {part.name: part.stats for part in parts}
+        reading = self._read() if self._together is None else self._together.combine(self._read)
+        chosen = [part for part in reading.parts if part.name.training] or reading.parts
+        self.repeated |= {part.name.layer for part in reading.parts if part.name.call > 0}
+        layers = {self._text(part.name): part.stats for part in chosen}
         if not layers:
             raise NothingMeasured(self._why_nothing())
-        self.pending = False
-        self._recorded.clear()
-        snapshot = Snapshot(self.step, layers)
+        snapshot = Snapshot(self.step, layers, chosen[0].name.training, reading.forwards)
         self.history.append(snapshot)
         return snapshot
+
+    def resume(self, step: int, history: Sequence[Snapshot], repeated: Iterable[str]) -> None:
+        """Go on from an earlier run. Raises ValueError as `Cadence` does."""
+        self.cadence = Cadence(self.cadence.log_every, self.cadence.record_every, step)
+        self.history = History(self.history.limit)
+        self.history.extend(history)
+        self.repeated = set(repeated)
+        self._measure()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out every call inside the context."""
+        self._holds += 1
+        self._measure()
+        try:
+            yield
+        finally:
+            self._holds -= 1
+            self._measure()
 
     def stop(self) -> None:
         """Measure no further step: `advance()` goes on counting, the model runs its own attention."""
         self.cadence.stop()
-        self._instrumentation.measuring = False
+        self._measure()
+
+    def rest(self, resting: bool) -> None:
+        """Measure nothing until `rest(False)`; steps are counted."""
+        self.cadence.resting = resting
+        self._measure()
+
+    def _measure(self) -> None:
+        self._instrumentation.measuring = self._holds == 0 and self.cadence.measures_next
 
     def record(self, measurement: Measurement) -> None:
         """Fold one attention call into its layer's accumulator, on the device, without waiting for it."""
-        rows = measurement.rows.lse
-        num_heads, device = rows.shape[1], rows.device
-        kind = (measurement.layer, num_heads, measurement.head_dim, measurement.dtype)
-        place = (kind, device)
-        accumulator = self._accumulators.get(place)
-        if accumulator is None:
-            self._names.setdefault(kind, self._name(*kind))
-            # Made inside inference mode, it could not be added to outside of it.
-            with torch.inference_mode(False):
-                accumulator = fold.new_accumulator(num_heads, device)
-            self._accumulators[place] = accumulator
-        if measurement.beside is not None:
-            fold.fold_measured(accumulator, measurement.rows, measurement.beside)
-        else:
-            query, key, options = measurement.query, measurement.key, measurement.options
-            assert query is not None and key is not None and options is not None  # for the type checker
-            fold.fold(accumulator, query, key, measurement.rows, options, measurement.context)
-        name = self._names[kind]
-        earlier = self._periods[name] if name in self._recorded else 1
-        self._periods[name] = max(earlier, measurement.sample_period)
-        self._recorded.add(name)
+        rows, forward = measurement.rows.lse, measurement.forward
+        training = True if forward is None else forward.training
+        told = forward is not None and forward.ends  # else the call is kept at once
+        layer, heads, head_dim = measurement.layer, rows.shape[1], measurement.head_dim
+        kind = Kind(layer, measurement.call, training, heads, head_dim, measurement.dtype)
+        lane = self._lanes.of(forward if told else None)
+        try:
+            with self._lock:
+                self._note(kind, measurement.sample_period)
+                if not told:
+                    self._note_untold(forward)
+            accumulator = lane.accumulator((kind, rows.device))
+            if measurement.beside is not None:
+                fold.fold_measured(accumulator, measurement.rows, measurement.beside)
+            else:
+                query, key, options = measurement.query, measurement.key, measurement.options
+                assert query is not None and key is not None and options is not None  # for the type checker
+                fold.fold(accumulator, query, key, measurement.rows, options, measurement.context)
+        finally:
+            if not told:
+                self._lanes.release(lane)
+
+    def _note(self, kind: Kind, period: int) -> None:
+        if kind not in self._kinds:
+            # Calls with other head counts, head dimensions or dtypes (a module reused with other shapes) are different
+            # heads: folding them together would mean nothing. The first kind seen keeps the plain name.
+            taken = any(kind[:3] == other[:3] for other in self._kinds)
+            shape = f" [{kind.num_heads} heads of {kind.head_dim}, {_text(kind.dtype)}]"
+            self._kinds[kind] = shape if taken else ""
+        earlier = self._periods[kind] if kind in self._recorded else 1
+        self._periods[kind] = max(earlier, period)
+        self._recorded.add(kind)
+
+    def _note_untold(self, forward: Any) -> None:
         self.pending = True
+        if forward is not None and forward.number not in self._untold:
+            self._untold.add(forward.number)
+            self._count("training" if forward.training else "evaluation")
 
-    def _name(self, layer: str, heads: int, head_dim: int, dtype: torch.dtype) -> str:
-        """The layer's name; further head counts, head dimensions or dtypes under it get names of their own.
+    def _count(self, which: str) -> None:
+        self._forwards = self._forwards._replace(**{which: getattr(self._forwards, which) + 1})
 
-        Such calls (a module reused with other shapes, an evaluation in another dtype) are different
-        heads: folding them together would mean nothing. The first kind seen keeps the plain name.
-        """
-        taken = layer in self._names.values()
-        return f"{layer} [{heads} heads of {head_dim}, {_text(dtype)}]" if taken else layer
+    def end_forward(self, forward: Any) -> None:
+        """Keep what a forward's calls gave, or drop it if the forward raised."""
+        failed = bool(forward.failed)
+        if not self._lanes.end(forward, failed):
+            return  # nothing of it was measured
+        which = "failed" if failed else "training" if forward.training else "evaluation"
+        with self._lock:
+            self._count(which)
+            self.pending |= not failed
 
-    def _parts(self) -> list[Part]:
-        """What was measured since the last snapshot, by layer; a layer on several devices is merged."""
-        found: dict[str, HeadStats] = {}
-        for kind, values in self._copy_to_host():
-            if not values[_SEEN].any():
-                continue  # known from an earlier snapshot, not run since
-            name, (_, _, head_dim, dtype) = self._names[kind], kind
-            stats = HeadStats(values, head_dim, _text(dtype), self._periods[name])
-            found[name] = found[name].merge(stats) if name in found else stats
-        return [Part(name, stats) for name, stats in found.items()]
+    def _read(self) -> Reading:
+        """What was measured in this process since the last snapshot; a layer on several devices is merged."""
+        found: dict[Kind, HeadStats] = {}
+        with self._lanes.to_read() as lanes:
+            copied = _copy_to_host(lanes)
+            with self._lock:
+                forwards, self._forwards = self._forwards, Forwards()
+                kinds, periods = dict(self._kinds), dict(self._periods)
+                self._recorded.clear()
+                self._untold.clear()
+                self.pending = False
+        for kind, values in copied:
+            if values[_SEEN].any():  # or it is known from an earlier snapshot, and did not run since
+                stats = HeadStats(values, kind.head_dim, _text(kind.dtype), periods[kind])
+                found[kind] = found[kind].merge(stats) if kind in found else stats
+        ordered = [kind for kind in kinds if kind in found]
+        return Reading([Part(CallName(*kind[:3], kinds[kind]), found[kind]) for kind in ordered], forwards)
 
-    @torch.no_grad()
-    def _copy_to_host(self) -> list[tuple[_Kind, np.ndarray]]:
-        """The accumulators' values, (NUM_FIELDS, H) each, in the order layers first ran; all start anew."""
-        packed: dict[torch.device, list[Tensor]] = {}
-        for (_, device), accumulator in self._accumulators.items():
-            packed.setdefault(device, []).append(accumulator)
-        copies = {device: fold.collect(parts).cpu().numpy() for device, parts in packed.items()}
-        empty = {device: new_accumulator(1, device) for device in packed}
-        offsets = dict.fromkeys(copies, 0)
-        read = []
-        for (kind, device), accumulator in self._accumulators.items():
-            start = offsets[device]
-            offsets[device] += accumulator.shape[2]
-            read.append((kind, copies[device][:, start : offsets[device]]))
-            accumulator.copy_(empty[device])
-        return read
+    def _text(self, name: CallName) -> str:
+        repeated = name.layer in self.repeated
+        return f"{call_name(name.layer, name.call) if repeated else name.layer}{name.shape}"
 
     def _why_nothing(self) -> str:
         try:
@@ -174,16 +231,35 @@ class Recorder:
         return f"expected a measured forward pass before step {self.step} is read, got none {since}"
 
 
-def _weakly(recorder: Recorder) -> Callable[[Measurement], None]:
-    """`recorder.record` without a reference cycle: an instrumentation ends when its last user is gone."""
+@torch.no_grad()
+def _copy_to_host(lanes: list[Lane]) -> list[tuple[Kind, np.ndarray]]:
+    """The accumulators' values, (NUM_FIELDS, H) each; all start anew."""
+    packed: dict[torch.device, list[Tensor]] = {}
+    places = [place for lane in lanes for place in lane.working]
+    for lane in lanes:
+        for (_, device), accumulator in lane.working.items():
+            packed.setdefault(device, []).append(accumulator)
+    copies = {device: fold.collect(parts).cpu().numpy() for device, parts in packed.items()}
+    for lane in lanes:
+        lane.reset()
+    ends = dict.fromkeys(copies, 0)
+    read = []
+    for kind, device in places:
+        start, ends[device] = ends[device], ends[device] + kind.num_heads
+        read.append((kind, copies[device][:, start : ends[device]]))
+    return read
+
+
+def _weakly(recorder: Recorder, method: Callable[[Recorder, Any], None]) -> Callable[[Any], None]:
+    """The recorder's method without a reference cycle: an instrumentation ends when its last user is gone."""
     reference = weakref.ref(recorder)
 
-    def on_measure(measurement: Measurement) -> None:
+    def call(argument: Any) -> None:
         alive = reference()
         if alive is not None:
-            alive.record(measurement)
+            method(alive, argument)
 
-    return on_measure
+    return call
 
 
 def _text(dtype: torch.dtype) -> str:

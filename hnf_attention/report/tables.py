@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from rich.console import Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from ..diagnosis import StabilityIssue
@@ -15,43 +15,50 @@ from ..diagnosis.issue import grouped, heads_text
 from ..figures.labels import layer_labels
 from ..names import display_name
 from ..statistics.heads import HeadStats
+from .fitted import Column, FittedTable
+from .numbers import number
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
-_COLUMNS = (
-    "heads",
-    "normalized\nentropy",
-    "lowest head\n(p10)",
-    "max\nweight",
-    "sink\nmass",
-    "max\n|score|",
-    "log2\ncurvature",
-    "error\nbound",
-    "bits\nneeded",
+
+
+@dataclass(frozen=True)
+class _Quantity:
+    """A column of numbers: its title, the number of one layer, and its rank (`Column`)."""
+
+    title: str
+    read: Callable[[HeadStats], str]
+    rank: int
+
+
+_QUANTITIES = (
+    _Quantity("heads", lambda layer: str(layer.num_heads), 5),
+    _Quantity("normalized\nentropy", lambda layer: _reduced(layer.normalized_entropy, np.mean, "{:.2f}"), 2),
+    _Quantity(
+        "lowest head\n(p10)", lambda layer: _reduced(layer.normalized_entropy_p10, np.min, "{:.2f}"), 4
+    ),
+    _Quantity("max\nweight", lambda layer: _reduced(layer.max_weight, np.max, "{:.2f}"), 3),
+    _Quantity("sink\nmass", lambda layer: _reduced(layer.sink_mass, np.max, "{:.2f}"), 6),
+    _Quantity("max\n|score|", lambda layer: _reduced(layer.max_abs_logit, np.max, None), 1),
+    _Quantity("log2\ncurvature", lambda layer: _reduced(layer.log2_curvature, np.max, None), 7),
+    _Quantity("error\nbound", lambda layer: _reduced(layer.error_bound, np.max, "{:.2g}"), 9),
+    _Quantity("bits\nneeded", lambda layer: _reduced(layer.required_bits, np.max, "{:.0f}"), 8),
 )
 
 
-def layer_table(stats: Mapping[str, HeadStats], issues: Sequence[StabilityIssue], title: str) -> Table:
-    """One row per layer: the mean head's normalized entropy, the worst head's other numbers, the issues."""
-    table = Table(title=Text(title), title_justify="left", header_style="bold", title_style="bold")
-    table.add_column("layer", overflow="fold")
-    for name in _COLUMNS:
-        table.add_column(name, justify="right")
-    table.add_column("issues", overflow="fold")
-    for (name, layer), label in zip(stats.items(), layer_labels(stats), strict=True):
-        table.add_row(
-            Text(label),  # as text: a layer's name may hold brackets, which rich would take for markup
-            str(layer.num_heads),
-            _number(layer.normalized_entropy, np.mean, "{:.2f}"),
-            _number(layer.normalized_entropy_p10, np.min, "{:.2f}"),
-            _number(layer.max_weight, np.max, "{:.2f}"),
-            _number(layer.sink_mass, np.max, "{:.2f}"),
-            _number(layer.max_abs_logit, np.max, "{:.4g}"),
-            _number(layer.log2_curvature, np.max, "{:.4g}"),
-            _number(layer.error_bound, np.max, "{:.2g}"),
-            _number(layer.required_bits, np.max, "{:.0f}"),
-            _state([issue for issue in issues if issue.layer == name], layer),
-        )
-    return table
+def layer_table(stats: Mapping[str, HeadStats], issues: Sequence[StabilityIssue], title: str) -> FittedTable:
+    """One row per layer: the mean head's normalized entropy, the worst head's other numbers, the issues.
+
+    A narrow console shows the columns that matter most; the names of layers and of issues are always whole.
+    """
+    # Cells are texts, not strings: a layer's name may hold brackets, which rich would take for markup.
+    columns = [Column("layer", [Text(label) for label in layer_labels(stats)], justify="left")]
+    for quantity in _QUANTITIES:
+        cells = [Text(quantity.read(layer)) for layer in stats.values()]
+        columns.append(Column(quantity.title, cells, quantity.rank))
+    states = [
+        _state([issue for issue in issues if issue.layer == name], layer) for name, layer in stats.items()
+    ]
+    return FittedTable(title, [*columns, Column("issues", states, justify="left")])
 
 
 def issue_list(issues: Sequence[StabilityIssue], limit: int | None = None) -> RenderableType:
@@ -64,7 +71,7 @@ def issue_list(issues: Sequence[StabilityIssue], limit: int | None = None) -> Re
         worst = group[0]
         lines.append(Text(headline(group), style=STYLES[worst.severity]))
         lines.append(indented(worst.evidence))
-        lines.append(indented(f"threshold {worst.threshold:g}: {worst.source}", style="dim"))
+        lines.append(indented(f"threshold {number(worst.threshold)}: {worst.source}", style="dim"))
         lines.append(indented(f"-> {worst.suggestion}"))
     if limit is not None and len(groups) > limit:
         lines.append(Text(f"... and {len(groups) - limit} more groups of issues", style="dim"))
@@ -93,6 +100,10 @@ def _state(issues: Sequence[StabilityIssue], layer: HeadStats) -> Text:
     return Text(f"{worst.severity}: {worst.issue_type}{more}", style=STYLES[worst.severity])
 
 
-def _number(values: np.ndarray, reduce: Callable[[np.ndarray], float], form: str) -> str:
+def _reduced(values: np.ndarray, reduce: Callable[[np.ndarray], float], form: str | None) -> str:
+    """One number of all heads' finite ones. form: None writes it as `number` does."""
     finite = values[np.isfinite(values)]
-    return form.format(reduce(finite)) if finite.size else "-"
+    if not finite.size:
+        return "-"
+    found = float(reduce(finite))
+    return number(found) if form is None else form.format(found)

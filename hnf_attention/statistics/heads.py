@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,7 +34,7 @@ class HeadStats(HeadPrecision):
     If rows were sampled, means are estimates and extremes are bounds: the maximum of all rows is at least as
     large, the minimum at least as small.
     `values` is the accumulator of `reference.fold.fold_rows`, copied to the host: (NUM_FIELDS, H), the fields
-    of `fields.py`.
+    of `fields.py`, float64. A long history keeps older ones in float32.
     """
 
     values: np.ndarray
@@ -68,7 +69,7 @@ class HeadStats(HeadPrecision):
         return self.values.shape[1]
 
     def _sum(self, name: str) -> np.ndarray:
-        return self.values[SUM_FIELDS.index(name)]
+        return self.values[SUM_FIELDS.index(name)].astype(np.float64, copy=False)
 
     def _mean(self, name: str, over: str) -> np.ndarray:
         count = self._sum(over)
@@ -86,7 +87,7 @@ class HeadStats(HeadPrecision):
         return np.where(known, np.sqrt(variance * unseen), np.nan)
 
     def _max(self, name: str) -> np.ndarray:
-        value = self.values[NUM_SUMS + MAX_FIELDS.index(name)]
+        value = self.values[NUM_SUMS + MAX_FIELDS.index(name)].astype(np.float64, copy=False)
         return np.where(value == -np.inf, np.nan, value)
 
     @property
@@ -182,7 +183,7 @@ class HeadStats(HeadPrecision):
     @property
     def normalized_entropy_p10(self) -> np.ndarray:
         """10th percentile over judged rows, to 1/32: interpolated in a histogram of 32 bins."""
-        counts = self.values[len(SUM_FIELDS) : NUM_SUMS]
+        counts = self.values[len(SUM_FIELDS) : NUM_SUMS].astype(np.float64, copy=False)
         cumulative = counts.cumsum(0)
         target = 0.1 * cumulative[-1]
         index = (cumulative < target).sum(0).clip(max=HISTOGRAM_BINS - 1)
@@ -270,17 +271,35 @@ class HeadStats(HeadPrecision):
         shape = self.values.shape
         if shape != other.values.shape:
             raise ValueError(f"expected head statistics of shape {shape}, got {other.values.shape}")
-        merged = self.values + other.values
+        merged = np.add(self.values, other.values, dtype=np.float64)
         merged[NUM_SUMS:] = np.maximum(self.values[NUM_SUMS:], other.values[NUM_SUMS:])
         return HeadStats(merged, self.head_dim, self.dtype, max(self.sample_period, other.sample_period))
 
 
+class Forwards(NamedTuple):
+    """How many forward passes of the model made measured attention calls.
+
+    training: under grad. evaluation: without grad. failed: ended by an exception; nothing of them is kept.
+    """
+
+    training: int = 0
+    evaluation: int = 0
+    failed: int = 0
+
+
 @dataclass(frozen=True)
 class Snapshot:
-    """All layers' head statistics at one log step, in the order the layers first ran."""
+    """All layers' head statistics at one log step, in the order the layers first ran.
+
+    training: whether it holds forwards under grad. If so, it holds no others.
+    forwards: how many there were since the snapshot before; zeros where they could not be counted, as in replays of a
+        captured graph.
+    """
 
     step: int
     layers: dict[str, HeadStats]
+    training: bool = True
+    forwards: Forwards = Forwards()
 
     def __repr__(self) -> str:
         heads = sum(stats.num_heads for stats in self.layers.values())
@@ -288,5 +307,22 @@ class Snapshot:
         if len(names) > 3:
             names[1:-1] = ["..."]
         return (
-            f"Snapshot at step {self.step}: {heads} heads in {len(self.layers)} layers ({', '.join(names)})"
+            f"Snapshot at step {self.step}: {heads} heads in {len(self.layers)} layers ({', '.join(names)}), "
+            f"{self.holds}"
         )
+
+    @property
+    def holds(self) -> str:
+        """Which forward passes it holds and which were left out, as text."""
+        count = self.forwards.training if self.training else self.forwards.evaluation
+        kind = "training" if self.training else "evaluation"
+        held = _forwards(count, kind) if count else f"{kind} forwards"
+        out = [_forwards(self.forwards.evaluation, "evaluation")] * bool(
+            self.training and self.forwards.evaluation
+        )
+        out += [_forwards(self.forwards.failed, "failed")] * bool(self.forwards.failed)
+        return f"{held} ({' and '.join(out)} left out)" if out else held
+
+
+def _forwards(count: int, kind: str) -> str:
+    return f"{count} {kind} forward{'' if count == 1 else 's'}"

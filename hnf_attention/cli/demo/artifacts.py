@@ -30,9 +30,10 @@ _PUBLISHED_LIMITS = {  # threshold of the diagnosis -> what happens there
 }
 
 
-def save(folder: Path, config: Config, untreated: Run, treated: Run, outcome: Outcome) -> list[Path]:
-    """Write everything into `folder`, which is made if missing; returns the paths. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save(
+    folder: Path, document: dict[str, Any], untreated: Run, treated: Run, outcome: Outcome
+) -> list[Path]:
+    """Write the figures and the document of `to_document` into the folder; returns the paths. Raises OSError."""
     drawn = {"losses": loss_curves(untreated, treated, outcome)}
     limits = {text: threshold(name) for name, text in _PUBLISHED_LIMITS.items()}
     for name, run in (("untreated", untreated), ("treated", treated)):
@@ -44,7 +45,6 @@ def save(folder: Path, config: Config, untreated: Run, treated: Run, outcome: Ou
         paths.append(folder / f"{name}.png")
         figure.savefig(paths[-1])
     paths.append(folder / "diagnosis.json")
-    document = to_document(config, untreated, treated, outcome)
     paths[-1].write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return paths
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from rich.text import Text
 
 from ...errors import InputError
 from ...report.tables import STYLES, issue_list
+from ..devices import device_of
 from ..exit_codes import FOUND, HEALTHY
-from ..output import console as console_of
+from ..output import check_target, for_people, make_folder, write_document
 from . import artifacts
 from .loss import FINAL_WINDOW
 from .outcome import HINDSIGHT_GAP, Outcome, judge
-from .training import Config, Run, train
+from .training import QUICK, Config, Run, train
 from .view import View, describe
 
 _MOST_ISSUES = 3
@@ -29,21 +30,26 @@ _LOG = "monitor.log"
 
 
 def run(options: argparse.Namespace) -> int:
-    chosen = {} if options.steps is None else {"steps": options.steps}
-    outcome = run_demo(Config(seed=options.seed, **chosen), options.out, console_of(sys.stdout))
+    check_target(options.json, "--json")
+    recipe = QUICK if options.quick else Config()
+    config = replace(
+        recipe,
+        seed=options.seed,
+        steps=recipe.steps if options.steps is None else options.steps,
+        device=str(device_of(options.device or "cpu")),
+    )
+    outcome, document = run_demo(config, options.out, for_people(options.json))
+    write_document(options.json, document)
     return FOUND if outcome.broken_promises else HEALTHY
 
 
-def run_demo(config: Config, out: Path, console: Console) -> Outcome:
+def run_demo(config: Config, out: Path, console: Console) -> tuple[Outcome, dict[str, Any]]:
     """Train twice from one seed, untreated and treated; save figures, JSON and the monitor's log in `out`.
 
+    Returns the outcome and the JSON document.
     Raises InputError if the interpreter has no standard library sources, or if `out` cannot be written.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / _LOG).write_bytes(b"")  # so that a failure shows before the training
-    except OSError as error:
-        raise InputError(f"cannot write to {out}: {error.strerror}") from error
+    make_folder(out)
     console.print(
         f"A {config.layers}-layer byte-level GPT learns this Python's standard library. Its learning rate "
         f"warms up to {config.peak_learning_rate:g} and its attention runs at 1/{config.sharpness:g} of the "
@@ -56,11 +62,15 @@ def run_demo(config: Config, out: Path, console: Console) -> Outcome:
     console.print(Text("\nWorst issues at the end of the untreated run", style="bold"))
     console.print(issue_list(issues, limit=_MOST_ISSUES))
     outcome = judge(untreated, treated)
-    paths = artifacts.save(out, config, untreated, treated, outcome)
+    document = artifacts.to_document(config, untreated, treated, outcome)
+    try:
+        paths = artifacts.save(out, document, untreated, treated, outcome)
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}") from error
     _print_verdict(console, outcome, treated.interventions)
     names = ", ".join([*(path.name for path in paths), _LOG])
     console.print(f"\nSaved in {out}: {names}", highlight=False, markup=False)
-    return outcome
+    return outcome, document
 
 
 def _train(config: Config, treated: bool, console: Console) -> Run:

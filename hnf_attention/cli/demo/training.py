@@ -37,11 +37,25 @@ class Config:
     warmup_steps: int = 200
     sharpness: float = 16.0  # 1 / attention temperature, in units of the usual one
     log_every: int = 5
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         least = max(FINAL_WINDOW, self.log_every)
         if self.steps < least:
             raise InputError(f"expected at least {least} steps, got {self.steps}")
+
+
+# The same story from a smaller model in less time. It needs as many steps as a stall of the loss takes to show.
+QUICK = Config(
+    steps=300,
+    layers=2,
+    width=48,
+    context=32,
+    batch_size=8,
+    peak_learning_rate=5e-2,
+    warmup_steps=150,
+    log_every=10,
+)
 
 
 @dataclass
@@ -67,7 +81,7 @@ Observer = Callable[[Run, AttentionDiagnosis | None], None]
 def train(config: Config, treated: bool, observe: Observer) -> Run:
     """Train from the seed; if `treated`, apply what the monitor proposes. `observe` is called after each step."""
     torch.manual_seed(config.seed)
-    model = GPT(config.layers, config.width, config.heads, config.context, config.sharpness)
+    model = GPT(config.layers, config.width, config.heads, config.context, config.sharpness).to(config.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.peak_learning_rate, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LinearLR(
         optimizer, start_factor=1 / config.warmup_steps, total_iters=config.warmup_steps - 1
@@ -76,7 +90,7 @@ def train(config: Config, treated: bool, observe: Observer) -> Run:
     monitor = AttentionStabilityMonitor(model, log_every=config.log_every)
     run = Run(treated)
     for _ in range(config.steps):
-        inputs, targets = next(data)
+        inputs, targets = (part.to(config.device) for part in next(data))
         loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()

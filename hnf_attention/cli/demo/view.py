@@ -36,10 +36,11 @@ class View:
         self.table: RenderableType = Text("")
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=None),  # what the width of the terminal leaves
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             console=console,
+            expand=True,
         )
         self._task = self._progress.add_task("training", total=config.steps)
         self._live: Live | None = None

@@ -63,7 +63,7 @@ def find_layer(
     For code that Dynamo traces. While Dynamo traces this function, `_find` sets its local variables.
 
     tensors, numbers: what the operator would be given. A number of numpy is a tensor here.
-    attention_only: take only modules whose class is named like attention.
+    attention_only: take only modules whose class is named like attention, or named by the user.
     slowed: the module gives up its inference fast path to be measured.
     """
     _elsewhere = layers.CALLER
@@ -116,7 +116,9 @@ def _found(asked: dynamo.Frame) -> dict[str, Any]:
         layers.mark_later(dynamo.module_of(nearest))
         return {"module": nearest}
     owner = observer.running_owner() if found is None else observer.owner(dynamo.module_of(found))
-    if owner is None or (attention_only and not is_attention(owner.module)):
+    if owner is None or (
+        attention_only and not (is_attention(owner.module) or owner.observer.is_named(owner.module))
+    ):
         return {}
     why = _why_unreached(asked)
     if why is not None:

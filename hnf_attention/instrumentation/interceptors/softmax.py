@@ -1,8 +1,10 @@
 """Catches attention that is written by hand, at its softmax.
 
 The statistics are taken from the scores, which the model has computed. Measured is a softmax over the last dimension
-inside a module whose class is named like attention: over scores (B, H, M, N) or (B * H, M, N), or in blocks of queries,
-(B, H, blocks, M, N) or (B, blocks, H, M, N). Its queries and keys are not known, and neither are norms and curvature.
+that `evidence` finds to be attention: over scores (B, H, M, N), (B * H, M, N), (B, M, N) or (M, N), or in blocks of
+queries, (B, H, blocks, M, N) or (B, blocks, H, M, N). Its queries and keys are not known, and neither are norms and
+curvature. A compiled graph does not show what becomes of the result: there, a module counts whose class is named like
+attention, or is one of the user's `attention_classes`.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from torch.nn import functional
 from ... import compat
 from ...reference import attention as reference
 from ...reference import masks
-from ...tracing import traced, transformed
-from .. import observer
+from ...tracing import traced, transformed, without_dispatch_modes
+from .. import evidence, observer
 from ..call import COMPILED, Unmeasurable
 from ..compiled import layers, operators, tracer
 from ..coverage import is_attention
@@ -27,7 +29,6 @@ from ..measurement import Measurement
 from ..patches import Patch
 from ..scores import NEVER_A_SCORE, given
 
-INTERCEPTOR = "softmax"
 # Some models hide a key with -1e4, or with fp16's smallest number in wider scores. Such a number counts as hidden only
 # beside scores that are ordinary.
 LOW, ORDINARY = -9e3, 3e3
@@ -57,17 +58,17 @@ def _interceptor(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 observer.list_transformed(_owner, *args, **kwargs)
             return original(*args, **kwargs)
         # As in `observer.run`: a step that is not measured pays for this branch alone.
-        owner = observer.measuring_owner(_owner, *args, **kwargs) if observer.active else None
-        if owner is None:
+        if not observer.active or observer.measuring_owner() is None:
             return original(*args, **kwargs)
-        observer.thread.suspended = True  # one name of softmax calls another
+        thread = observer.thread
+        before, thread.suspended = thread.suspended, True  # one name of softmax calls another
         try:
             result = original(*args, **kwargs)
             # Inside a backward it is the second forward of a checkpoint.
             if compat.running_backward() == -1:
-                _observe(owner, *args, **kwargs)
+                evidence.guarded(_saw, result, *args, **kwargs)
         finally:
-            observer.thread.suspended = False
+            thread.suspended = before
         return result
 
     return softmax
@@ -85,8 +86,8 @@ def _measure(layer: Tensor, scores: Tensor) -> None:
     """What the operator does when its graph runs."""
     owner = layers.owner_of(layer)
     if owner is not None:
-        measured = functools.partial(_measured, owner.layer, owner.module, scores)
-        owner.observer.observe(owner.layer, INTERCEPTOR, measured, COMPILED)
+        measured = functools.partial(_measured, owner, scores)
+        owner.observer.observe(owner.layer, evidence.INTERCEPTOR, measured, COMPILED)
 
 
 _operator = operators.operator("observe_softmax", "Tensor scores", _measure)
@@ -100,29 +101,39 @@ def _may_be_attention(input: Any, dim: Any) -> bool:
 
 
 def _owner(input: Any = None, dim: Any = None, *_: Any, **__: Any) -> observer.Owner | None:
-    if not _may_be_attention(input, dim):
-        return None
-    owner = observer.running_owner(lambda module: not isinstance(module, nn.Softmax))
+    """Who may be told that a transform of torch.func runs this softmax."""
+    owner = observer.running_owner() if _may_be_attention(input, dim) else None
     return owner if owner is not None and is_attention(owner.module) else None
 
 
-def _observe(owner: observer.Owner, input: Tensor, *_: Any, **__: Any) -> None:
-    measured = functools.partial(_measured, owner.layer, owner.module, input.detach())
-    owner.observer.observe(owner.layer, INTERCEPTOR, measured)
+def _saw(result: Tensor, input: Any = None, dim: Any = None, *_: Any, **__: Any) -> None:
+    if isinstance(input, Tensor) and isinstance(dim, int) and input.dim() > 1 and input.is_floating_point():
+        evidence.saw_softmax(input.detach(), dim, result, functools.partial(_taken, input.detach()))
+
+
+def _taken(scores: Tensor, owner: observer.Owner) -> Callable[[], Measurement]:
+    """What gives the measurement of these scores. It is taken now: the scores do not outlive their softmax."""
+    try:
+        with without_dispatch_modes():
+            measurement = _measured(owner, scores)
+    except Exception as error:
+        failure = error.with_traceback(None)
+
+        def fail() -> Measurement:
+            raise failure
+
+        return fail
+    return lambda: measurement
 
 
 @torch.no_grad()
-def _measured(layer: str, module: nn.Module, scores: Tensor) -> Measurement:
+def _measured(owner: observer.Owner, scores: Tensor) -> Measurement:
+    layer, module = owner.layer, owner.module
     if type(scores) is not Tensor or scores.is_nested or scores.is_meta or scores.numel() == 0:
         raise Unmeasurable(f"its softmax is over {tuple(scores.shape)} of a {type(scores).__name__}")
     heads = _number(module, _HEADS)
-    if scores.dim() == 3:
-        if heads is None or scores.shape[0] % heads:
-            raise Unmeasurable(
-                f"its softmax is over {tuple(scores.shape)}, and its heads (one of {', '.join(_HEADS)}) "
-                f"are {heads}"
-            )
-        scores = scores.unflatten(0, (-1, heads))
+    if scores.dim() < 4:
+        scores, heads = _with_heads(scores, module, heads)
     elif scores.dim() > 4:
         scores = _without_blocks(scores, heads)
     elif heads is not None and scores.shape[1] != heads and scores.shape[2] == heads:
@@ -164,6 +175,45 @@ def _number(module: nn.Module, names: tuple[str, ...]) -> int | None:
             number = getattr(place, name, None)
             if isinstance(number, int) and not isinstance(number, bool) and number > 0:
                 return number
+    return None
+
+
+def _with_heads(scores: Tensor, module: nn.Module, heads: int | None) -> tuple[Tensor, int]:
+    """(scores (B, H, M, N), H) of scores (M, N) or (B * H, M, N).
+
+    heads: what the module says. How many sequences there are tells whether the module means these scores, as one of
+    the heads of another module may know how many there are.
+    """
+    if scores.dim() == 2:
+        return scores[None, None], 1
+    rows = scores.shape[0]
+    batch = _batch(module, scores.shape[1])
+    if heads is None or rows % (heads * (batch or 1)):
+        if batch is None or rows % batch:
+            raise Unmeasurable(
+                f"its softmax is over {tuple(scores.shape)}, its heads (one of {', '.join(_HEADS)}) are {heads}, and "
+                f"its sequences {batch}"
+            )
+        heads = rows // batch
+    return scores.unflatten(0, (-1, heads)), heads
+
+
+def _batch(module: nn.Module, num_queries: int) -> int | None:
+    """How many sequences the module was given, or the module around it if it has no parameters; None if not known."""
+    inside = True
+    for owner, _ in observer.running():
+        inside = inside and owner.module is not module
+        if inside:
+            continue
+        for tensor in observer.arguments(owner.module):
+            if not isinstance(tensor, Tensor) or tensor.dim() < 2:
+                continue
+            if num_queries in evidence.lengths(tensor):
+                return tensor.shape[0]
+            if num_queries == tensor.shape[0]:  # sequences lie side by side in the second dimension
+                return tensor.shape[1]
+        if next(owner.module.parameters(), None) is not None:
+            break
     return None
 
 

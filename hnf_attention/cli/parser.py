@@ -1,0 +1,224 @@
+"""The options of every command. Nothing slow is imported, so that help and a wrong option do not wait for torch."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from ..errors import InputError
+from ..versions import DISTRIBUTION, __version__
+
+EXAMPLES = {
+    "demo": (
+        "hnf-attention demo",
+        "hnf-attention demo --quick --json -",
+        "hnf-attention demo --seed 3 --device cuda --out runs/demo",
+    ),
+    "analyze": (
+        "hnf-attention analyze gpt2",
+        "hnf-attention analyze ./my-model --text sample.txt --json report.json --figures figures",
+        "hnf-attention analyze org/model --revision main --dtype auto --device-map auto --max-windows 8",
+        "hnf-attention analyze ./my-model --threshold low_entropy=0.1 --fail-on warning",
+    ),
+    "check": (
+        "hnf-attention check design.json --seq-len 4096 --dtype bf16",
+        "hnf-attention check gpt2 --region region.png",
+        "hnf-attention check ./my-model --weights --json - --fail-on marginal",
+    ),
+    "doctor": ("hnf-attention doctor", "hnf-attention doctor --json -"),
+}
+_WIDTH = 78  # columns of a description
+_LARGEST = 2**63 - 1  # what PyTorch takes
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises InputError for wrong options, so that every error of the command line is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def make_parser() -> Parser:
+    """The parser of `hnf-attention`. `command` is None without a command, else the name of its module."""
+    parser = Parser(
+        prog="hnf-attention",
+        description="Watch, diagnose and treat attention in transformers.",
+        epilog="hnf-attention COMMAND --help shows the options of a command, with examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"{DISTRIBUTION} {__version__}")
+    parser.set_defaults(debug=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _command(
+        commands,
+        _add_demo,
+        "demo",
+        "train a small transformer until it breaks, with a warning first and a treatment after",
+        "Train a small byte-level GPT on this Python's standard library until its attention breaks."
+        " The monitor warns before the loss shows it. Then train again with the proposed intervention.",
+        ("the warning came first and the treated run ended better", "one of the two failed"),
+    )
+    _command(
+        commands,
+        _add_analyze,
+        "analyze",
+        "judge the attention of a Hugging Face model on a text",
+        "Run a text through a causal or masked language model and judge its attention.",
+        ("no issues of severity error", "there are some"),
+    )
+    _command(
+        commands,
+        _add_check,
+        "check",
+        "judge a design before training, from its configuration",
+        "Predict the attention of a design at initialisation from its configuration, without building the model,"
+        " and say what would make it stable.",
+        ("stable or marginal", "unstable"),
+    )
+    _command(
+        commands,
+        lambda doctor: None,
+        "doctor",
+        "show what computes attention on this machine, and test it",
+        "Print versions, the card, the engine that each kind of call takes and why not a faster one. Test small calls,"
+        " and the measuring of a small model, against double precision.",
+        ("every self-test passes", "one fails"),
+    )
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[Parser],
+    add_options: Callable[[Parser], None],
+    name: str,
+    summary: str,
+    description: str,
+    codes: tuple[str, str],
+) -> None:
+    """Add a command with its options, those that all commands have, and examples. codes: what 0 and 1 mean."""
+    examples = "\n".join(f"  {example}" for example in EXAMPLES[name])
+    meanings = (
+        f"exit code:\n  0  {codes[0]}\n  1  {codes[1]}\n  2  wrong options or input; the error says which"
+    )
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=textwrap.fill(description, _WIDTH),
+        epilog=f"{meanings}\n\nexamples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(command)
+    command.add_argument("--json", metavar="PATH", help="write a JSON document there; - for standard output")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _add_demo(demo: Parser) -> None:
+    demo.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="of weights and data order (default 0)"
+    )
+    demo.add_argument("--steps", type=_positive, metavar="N", help="of each of the two runs (default 400)")
+    demo.add_argument("--quick", action="store_true", help="a smaller model, for a quarter of the time")
+    _add_device(demo)
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("hnf-attention-demo"),
+        metavar="DIR",
+        help="folder for figures and JSON (default hnf-attention-demo)",
+    )
+
+
+def _add_analyze(analyze: Parser) -> None:
+    analyze.add_argument("model", metavar="MODEL", help="name on the Hugging Face hub, or a local folder")
+    analyze.add_argument(
+        "--text", type=Path, metavar="FILE", help="text to run, UTF-8 (default: a built-in English text)"
+    )
+    analyze.add_argument(
+        "--window",
+        type=_positive,
+        metavar="N",
+        help="tokens per window (default: the model's own length, at most 1024)",
+    )
+    analyze.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="windows that run at once (default 8)"
+    )
+    analyze.add_argument("--max-windows", type=_positive, metavar="N", help="stop after that many windows")
+    analyze.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
+    analyze.add_argument(
+        "--attn-implementation",
+        metavar="NAME",
+        help="eager, sdpa, flex_attention, ... (default: the model's own)",
+    )
+    analyze.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "auto"),
+        default="float32",
+        help="of the model's weights; auto takes the checkpoint's (default float32)",
+    )
+    _add_device(analyze)
+    analyze.add_argument(
+        "--device-map",
+        metavar="NAME",
+        help="spread the model over devices with accelerate: auto, balanced, ...",
+    )
+    analyze.add_argument(
+        "--threshold",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="judge by another threshold; repeat for more (names: docs/thresholds.md)",
+    )
+    analyze.add_argument(
+        "--figures", type=Path, metavar="DIR", help="folder for figures of entropy and curvature"
+    )
+    analyze.add_argument(
+        "--fail-on",
+        choices=("error", "warning"),
+        default="error",
+        help="the mildest severity of an issue that gives exit code 1 (default error)",
+    )
+
+
+def _add_check(check: Parser) -> None:
+    check.add_argument(
+        "config",
+        metavar="CONFIG_OR_MODEL",
+        help="JSON file with a configuration or plain numbers, a model's folder, or a name on the hub",
+    )
+    check.add_argument(
+        "--seq-len", type=_positive, metavar="N", help="visible keys (default: the model's own length)"
+    )
+    check.add_argument("--dtype", metavar="NAME", help="of q, k and v: bf16, fp16, fp8, ...")
+    check.add_argument(
+        "--weights",
+        action="store_true",
+        help="load the checkpoint, too: the largest scores that its heads allow, and those on random tokens",
+    )
+    check.add_argument(
+        "--region", metavar="PATH", help="draw the stable temperatures there, as .png, .svg or .pdf"
+    )
+    check.add_argument(
+        "--fail-on",
+        choices=("unstable", "marginal"),
+        default="unstable",
+        help="the mildest verdict that gives exit code 1 (default unstable)",
+    )
+
+
+def _add_device(command: Parser) -> None:
+    command.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps (default cpu)")
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) > _LARGEST:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to {_LARGEST}, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if not 1 <= value <= _LARGEST:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return value

@@ -1,0 +1,163 @@
+"""Forward passes of an instrumented model: which one a measured call belongs to, and which call of its layer it is.
+
+A forward begins and ends where the model itself is called. Its class gets a `__call__` that says so, which leaves
+nothing in the model, in its copies and pickles, or in a graph. Hooks of the model would be copied and pickled with it,
+and they miss an exception that is no `Exception`.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compat import dynamo
+from . import observer
+from .call import COMPILED
+from .measurement import Forward
+from .patches import Patch
+
+
+@dataclass(slots=True, eq=False)
+class _Pass:
+    """A forward, with how many invocations of each layer it has had."""
+
+    forward: Forward
+    invocations: dict[str, int] = field(default_factory=dict)
+
+
+class _Thread(threading.local):
+    """running: the forward of the whole model that this thread runs. loose: of calls with no module around them."""
+
+    running: _Pass | None = None
+    loose: _Pass | None = None
+
+
+class Forwards:
+    """The forward passes of one model. Threads that run it at the same time have forwards of their own.
+
+    ended: gets each forward of the whole model when it has returned or raised.
+    """
+
+    def __init__(self, ended: Callable[[Forward], None]):
+        self._ended = ended
+        self._numbers = count(1)
+        self._thread = _Thread()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around one call of the model. A call of the model inside of its own forward is part of that forward."""
+        thread = self._thread
+        if thread.running is not None:
+            yield
+            return
+        forward = self._new(ends=True).forward
+        thread.running = _Pass(forward)
+        try:
+            yield
+        except BaseException:
+            forward.failed = True
+            raise
+        else:
+            forward.failed = False
+        finally:
+            thread.running = None
+            self._ended(forward)
+
+    def place(self, layer: str, place: str) -> tuple[Forward, int, bool]:
+        """(the forward, the number of this invocation of the layer in it, whether invocations cannot be told apart).
+
+        Asked while the call runs. Invocations are those of the layer's module, each with a frame of its own on the
+        stack: several calls inside of one are calls of the same number. A compiled graph runs without such frames.
+        There the nearest module around it takes their place; without one, all of a forward's are number 0.
+        """
+        current = self._thread.running
+        own: observer.Invocation | None = None
+        nearest: observer.Invocation | None = None
+        outermost: observer.Invocation | None = None
+        for owner, running in observer.running():
+            nearest = nearest or running
+            outermost = running
+            if own is None and owner.layer == layer:
+                own = running
+            if current is not None and (own is not None or place == COMPILED):
+                break
+        if current is None:
+            current = self._loose(layer) if outermost is None else self._direct(outermost)
+        invocation, seen = own or nearest, current.invocations
+        if invocation is None:
+            merged = layer in seen
+            seen[layer] = 1
+            return current.forward, 0, merged
+        merged = own is None and place == COMPILED and layer in invocation.numbers
+        if layer not in invocation.numbers:
+            invocation.numbers[layer] = seen.get(layer, 0)
+            seen[layer] = invocation.numbers[layer] + 1
+        return current.forward, invocation.numbers[layer], merged
+
+    def _new(self, ends: bool) -> _Pass:
+        return _Pass(Forward(next(self._numbers), torch.is_grad_enabled(), ends=ends))
+
+    def _direct(self, outermost: observer.Invocation) -> _Pass:
+        """The forward of a part of the model that was called by itself."""
+        if outermost.forward is None:
+            outermost.forward = self._new(ends=False)
+        current: _Pass = outermost.forward
+        return current
+
+    def _loose(self, layer: str) -> _Pass:
+        """The forward of a graph that no module is seen to run: a layer that comes again begins the next one."""
+        current = self._thread.loose
+        if current is None or layer in current.invocations:
+            current = self._thread.loose = self._new(ends=False)
+        return current
+
+
+_roots: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Forwards]] = weakref.WeakKeyDictionary()
+
+
+def install(root: nn.Module, forwards: Forwards) -> list[Patch]:
+    """Tell `forwards` of each call of `root`, also where torch.compile wraps it, until `uninstall`.
+
+    The patches have to be released then. Neither the model nor `forwards` is kept alive.
+    """
+    _roots[root] = weakref.ref(forwards)
+    places = {type(root), *dynamo.wrapper_classes()}
+    return [
+        patch
+        for cls in places
+        for patch in Patch.everywhere(cls, "__call__", functools.partial(_interceptor, cls), ())
+    ]
+
+
+def uninstall(root: nn.Module) -> None:
+    """Undo `install`, but for its patches."""
+    _roots.pop(root, None)
+
+
+def _interceptor(cls: type, original: Callable[..., Any]) -> Callable[..., Any]:
+    inherited = "__call__" not in vars(cls)
+
+    @functools.wraps(original)
+    def __call__(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        call = functools.partial(original, self)
+        if inherited:  # looked up now: others, such as torch.fx, replace nn.Module.__call__ for a while
+            call = super(cls, self).__call__  # type: ignore[arg-type]  # mypy takes no variable there
+        if torch.compiler.is_compiling() or not observer.active:
+            return call(*args, **kwargs)
+        known = _roots.get(dynamo.unwrapped(self))
+        forwards = None if known is None else known()
+        if forwards is None:
+            return call(*args, **kwargs)
+        with forwards.running():
+            return call(*args, **kwargs)
+
+    return __call__

@@ -1,0 +1,173 @@
+"""A model and the handles that measure it: each of its attention calls goes to all of them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+from torch import nn
+
+from ..names import named_modules, unwrapped
+from . import forwards, observer
+from .call import EAGER, AttentionCall
+from .compiled import layers
+from .forwards import Forwards
+from .measurement import Forward, Measurement
+from .patches import Patch
+
+_log = logging.getLogger("hnf_attention")
+
+
+class Member(observer.Observer, Protocol):
+    """One handle of a model.
+
+    mode: as for `instrument`. on_forward_end: gets each forward of the model when it has ended.
+    """
+
+    mode: str
+    on_forward_end: Callable[[Forward], None] | None
+
+    @property
+    def holder(self) -> Any:
+        """Whose `restore()` ends the handle: a monitor, an analyzer, or the handle itself."""
+
+    def restore(self) -> None:
+        """End the handle."""
+
+
+class Watched:
+    """The observer of a model's modules. It hands calls on to its members, of which at most one computes outputs.
+
+    It lives as long as its members hold it, and keeps neither them nor the model alive.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.root = weakref.ref(model)
+        self.forwards = Forwards(self._forward_ended)
+        self._members: dict[int, weakref.ref[Member]] = {}
+        self._registered: list[weakref.ref[nn.Module]] = []
+        self._patches: list[Patch] = []
+        self._lock = threading.RLock()
+
+    @staticmethod
+    def of(model: nn.Module) -> Watched:
+        """The one of this model, or a new one. Raises ValueError if another model has some of its modules."""
+        model = unwrapped(model)
+        known = watched_by(model)
+        if known is not None and known.root() is model:
+            return known
+        for name, module in named_modules(model):
+            if observer.owner(module) is not None:
+                raise ValueError(
+                    f"expected a model that is not instrumented as a part of another, got one whose module {name!r} "
+                    "is; call hnf_attention.restore(model) first, which ends what measures it"
+                )
+        return Watched(model)
+
+    @property
+    def members(self) -> list[Member]:
+        """Those alive, in the order in which they joined."""
+        with self._lock:
+            return [member for reference in self._members.values() if (member := reference()) is not None]
+
+    def join(self, member: Member) -> dict[str, nn.Module]:
+        """Take in a member. Returns the model's modules by name."""
+        model = self.root()
+        assert model is not None  # whoever makes a handle holds it
+        modules = dict(named_modules(model))
+        with self._lock:
+            if not self._members:
+                self._patches += forwards.install(model, self.forwards)
+            self._members[id(member)] = weakref.ref(member)
+            self._registered = [weakref.ref(module) for module in modules.values()]
+            observer.register(modules, self)
+        return modules
+
+    def leave(self, identity: int) -> None:
+        """Let the member of this id go. After the last one, the modules and their class are as before."""
+        with self._lock:
+            self._members.pop(identity, None)
+            if self._members:
+                return
+            for reference in self._registered:
+                module = reference()
+                if module is not None:
+                    observer.forget(module)
+                    layers.unmark(module)
+            self._registered.clear()
+            model = self.root()
+            if model is not None:
+                forwards.uninstall(model)
+            while self._patches:
+                self._patches.pop().release()
+
+    def _measuring(self) -> list[Member]:
+        """Who measures now; the one that computes outputs comes first."""
+        found = [member for reference in list(self._members.values()) if (member := reference()) is not None]
+        found = [member for member in found if member.measuring]
+        return found if len(found) < 2 else sorted(found, key=lambda member: member.mode == "probe")
+
+    @property
+    def measuring(self) -> bool:
+        return bool(self._measuring())
+
+    def attend(self, layer: str, describe: Callable[[], AttentionCall], original: Callable[[], Any]) -> Any:
+        for member in self._measuring():
+            original = partial(member.attend, layer, describe, original)
+        return original()
+
+    def observe(
+        self, layer: str, interceptor: str, measure: Callable[[], Measurement], place: str = EAGER
+    ) -> None:
+        for member in self._measuring():
+            member.observe(layer, interceptor, measure, place)
+
+    def note(self, layer: str, reason: str) -> None:
+        for member in self._measuring():
+            member.note(layer, reason)
+
+    def note_slowed(self, layer: str) -> None:
+        for member in self._measuring():
+            member.note_slowed(layer)
+
+    def doubt(self, layer: str, kind: str, reason: str | None) -> None:
+        for member in self._measuring():
+            member.doubt(layer, kind, reason)
+
+    def is_named(self, module: nn.Module) -> bool:
+        return any(member.is_named(module) for member in self._measuring())
+
+    def _forward_ended(self, forward: Forward) -> None:
+        for member in self.members:
+            if member.on_forward_end is not None:
+                try:
+                    member.on_forward_end(forward)
+                except Exception:  # the monitor never ends a run
+                    _log.warning("hnf-attention: on_forward_end failed", exc_info=True)
+
+
+def watched_by(module: nn.Module) -> Watched | None:
+    """What watches this module, None if nothing does."""
+    owner = observer.owner(module)
+    return owner.observer if owner is not None and isinstance(owner.observer, Watched) else None
+
+
+def restore(model: nn.Module) -> None:
+    """End every instrumentation, monitor and analyzer of `model`, or of a model that shares modules with it.
+
+    The model and every replaced function are as before. Nothing happens where nothing measures the model. No handle is
+    needed: in a notebook, the last error may keep one alive that has no name any more.
+
+    Raises TypeError if `model` is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
+    for _, module in named_modules(model):
+        watched = watched_by(module)
+        for member in [] if watched is None else watched.members:
+            member.holder.restore()
+            member.restore()
