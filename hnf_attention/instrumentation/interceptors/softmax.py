@@ -108,14 +108,16 @@ def _owner(input: Any = None, dim: Any = None, *_: Any, **__: Any) -> observer.O
 
 def _saw(result: Tensor, input: Any = None, dim: Any = None, *_: Any, **__: Any) -> None:
     if isinstance(input, Tensor) and isinstance(dim, int) and input.dim() > 1 and input.is_floating_point():
-        evidence.saw_softmax(input.detach(), dim, result, functools.partial(_taken, input.detach()))
+        evidence.saw_softmax(
+            input.detach(), dim, result, functools.partial(_taken, input.detach(), result.detach())
+        )
 
 
-def _taken(scores: Tensor, owner: observer.Owner) -> Callable[[], Measurement]:
+def _taken(scores: Tensor, result: Tensor, owner: observer.Owner) -> Callable[[], Measurement]:
     """What gives the measurement of these scores. It is taken now: the scores do not outlive their softmax."""
     try:
         with without_dispatch_modes():
-            measurement = _measured(owner, scores)
+            measurement = _measured(owner, scores, result)
     except Exception as error:
         failure = error.with_traceback(None)
 
@@ -127,17 +129,14 @@ def _taken(scores: Tensor, owner: observer.Owner) -> Callable[[], Measurement]:
 
 
 @torch.no_grad()
-def _measured(owner: observer.Owner, scores: Tensor) -> Measurement:
+def _measured(owner: observer.Owner, scores: Tensor, result: Tensor | None = None) -> Measurement:
+    """result: the softmax of the scores, None where it is not known."""
     layer, module = owner.layer, owner.module
     if type(scores) is not Tensor or scores.is_nested or scores.is_meta or scores.numel() == 0:
         raise Unmeasurable(f"its softmax is over {tuple(scores.shape)} of a {type(scores).__name__}")
-    heads = _number(module, _HEADS)
-    if scores.dim() < 4:
-        scores, heads = _with_heads(scores, module, heads)
-    elif scores.dim() > 4:
-        scores = _without_blocks(scores, heads)
-    elif heads is not None and scores.shape[1] != heads and scores.shape[2] == heads:
-        scores = scores.transpose(1, 2)  # (B, M, H, window), as Longformer has it
+    if result is not None:
+        result = _by_heads(result, module)
+    scores = _by_heads(scores, module)
     _, heads, num_queries, num_keys = scores.shape
     ordinary = torch.where(scores > LOW, scores.abs(), 0.0).amax((2, 3), keepdim=True) < ORDINARY
 
@@ -153,7 +152,20 @@ def _measured(owner: observer.Owner, scores: Tensor) -> Measurement:
         scores.dtype,
         own_keys=own_keys,
         device=scores.device,
+        result=result,
     )
+
+
+def _by_heads(scores: Tensor, module: nn.Module) -> Tensor:
+    """(B, H, M, N) of scores in any of the layouts that the file's head names."""
+    heads = _number(module, _HEADS)
+    if scores.dim() < 4:
+        return _with_heads(scores, module, heads)
+    if scores.dim() > 4:
+        return _without_blocks(scores, heads)
+    if heads is not None and scores.shape[1] != heads and scores.shape[2] == heads:
+        return scores.transpose(1, 2)  # (B, M, H, window), as Longformer has it
+    return scores
 
 
 def _with_visible(scores: Tensor, ordinary: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,14 +190,14 @@ def _number(module: nn.Module, names: tuple[str, ...]) -> int | None:
     return None
 
 
-def _with_heads(scores: Tensor, module: nn.Module, heads: int | None) -> tuple[Tensor, int]:
-    """(scores (B, H, M, N), H) of scores (M, N) or (B * H, M, N).
+def _with_heads(scores: Tensor, module: nn.Module, heads: int | None) -> Tensor:
+    """(B, H, M, N) of scores (M, N) or (B * H, M, N).
 
     heads: what the module says. How many sequences there are tells whether the module means these scores, as one of
     the heads of another module may know how many there are.
     """
     if scores.dim() == 2:
-        return scores[None, None], 1
+        return scores[None, None]
     rows = scores.shape[0]
     batch = _batch(module, scores.shape[1])
     if heads is None or rows % (heads * (batch or 1)):
@@ -195,7 +207,7 @@ def _with_heads(scores: Tensor, module: nn.Module, heads: int | None) -> tuple[T
                 f"its sequences {batch}"
             )
         heads = rows // batch
-    return scores.unflatten(0, (-1, heads)), heads
+    return scores.unflatten(0, (-1, heads))
 
 
 def _batch(module: nn.Module, num_queries: int) -> int | None:
