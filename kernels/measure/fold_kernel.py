@@ -23,7 +23,8 @@ def _put(values, offs, PLACE: tl.constexpr, number):
 @triton.jit
 def _log_of(weight):
     """weight * log(weight), 0 for a weight of 0."""
-    return tl.where(weight > 0.0, weight * tl.log(tl.maximum(weight, 1e-38)), 0.0)
+    # A constant below fp32's normal numbers would turn all of this into fp64.
+    return tl.where(weight > 0.0, weight * tl.log(tl.maximum(weight, 1e-37)), 0.0)
 
 
 @triton.jit
