@@ -56,9 +56,9 @@ def compile_all(case: Case) -> None:
     padded = [torch.zeros(x.shape[0], x.shape[2], dtype=torch.bool) for x in (q, k)]
     for context in (UNKNOWN, Context(*padded, torch.zeros(q.shape[:2], dtype=torch.int64), *sizes)):
         fold_kernel.fold(accumulator, q, k, RowStats(*rows), options, context, fold.kernel_layout())
-    columns.column_weights(
-        q, k, torch.zeros(*q.shape[:2], 32, dtype=torch.int64), rows[0][:, :, :32], options
-    )
+    index = torch.zeros(*q.shape[:2], 32, dtype=torch.int64)
+    columns.column_weights(q, k, rows[0], options, 32)
+    columns.column_weights(q, k, rows[0][:, :, :32], options, 32, index)
 
 
 def main() -> None:

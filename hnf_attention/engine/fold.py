@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..reference import fold as reference
 from ..reference import measured
-from ..reference.context import UNKNOWN, Context
+from ..reference.context import SHARED_ROWS, UNKNOWN, Context
 from ..reference.measured import Measured
 from ..reference.options import Options
 from ..statistics import fields
@@ -89,9 +89,12 @@ def shared_key(
         return torch.full(query.shape[:2], -1, dtype=torch.int64, device=query.device)
     if not engines.kernels_cover(query, None):
         return measured.shared_key(query, key, rows, options, left_out)
-    index, lse = measured.rows_asked(query, rows, left_out)
+    lse, index = rows.lse, None
+    if left_out is not None or rows.row_index is not None:
+        index, lse = measured.rows_asked(query, rows, left_out)
     with engines.on_device(query):
-        weights = engines.kernel("measure.columns").column_weights(query, key, index, lse, options)
+        columns = engines.kernel("measure.columns")
+        weights = columns.column_weights(query, key, lse, options, SHARED_ROWS, index)
     return measured.heaviest(weights)
 
 

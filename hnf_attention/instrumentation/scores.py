@@ -40,6 +40,7 @@ def given(
     dtype: torch.dtype,
     *,
     own_keys: bool,
+    device: torch.device,
     result: Tensor | None = None,
 ) -> Measurement:
     """The measurement of scores whose queries and keys are not known.
@@ -47,7 +48,7 @@ def given(
     shape: (B, H, M, N) of the scores. dtype: of the model's scores. own_keys: key i is of the same token as query i.
     result: the model's softmax of the scores, to look for NaN in.
     """
-    rows = _rows(part, shape, None, own_keys)
+    rows = _rows(part, shape, None, own_keys, device)
     unknown = torch.full((), math.nan, device=rows.count.device).expand(*shape[:2], shape[3])
     bad = NonFinite() if result is None else NonFinite(out=~largest(result).isfinite())
     beside = Measured(
@@ -96,7 +97,7 @@ def modified(
         return scores, seen & plain.seen
 
     own_keys = period == 1 and num_queries == key.shape[2]
-    rows = _rows(part, (*index.shape, key.shape[2]), index, own_keys)
+    rows = _rows(part, (*index.shape, key.shape[2]), index, own_keys, query.device)
     statistics = RowStats(*rows.core, row_index=None if period == 1 else index)
     group = heads // key.shape[1]
     query_square, key_square = (
@@ -126,16 +127,22 @@ class _Rows(NamedTuple):
     left_out: Tensor | None
 
 
-def _rows(part: Part, shape: tuple[int, int, int, int], index: Tensor | None, own_keys: bool) -> _Rows:
+def _rows(
+    part: Part,
+    shape: tuple[int, int, int, int],
+    index: Tensor | None,
+    own_keys: bool,
+    device: torch.device,
+) -> _Rows:
     """index: int64 (B, H, M_s), -1 for a place of a sample without a row; None for all rows."""
     batch, heads, num_rows, num_keys = shape
     chunks = list(masks.row_chunks(num_rows, num_keys, batch * heads))
     left_out = None
     if own_keys:
         left_out = ~functools.reduce(operator.or_, (part(rows)[1].flatten(1, 2).any(1) for rows in chunks))
-    places = shared_places((batch, heads, num_rows), None, left_out).expand(-1, heads, -1)
+    places = shared_places((batch, heads, num_rows), None, left_out, device).expand(-1, heads, -1)
     scores, seen = part(places.clamp(min=0))
-    chosen = seen & (places.to(seen.device) >= 0)[..., None]
+    chosen = seen & (places >= 0)[..., None]
     weights = torch.where(chosen, torch.where(seen, scores, -torch.inf).softmax(-1), 0.0)
     shared = heaviest(weights.sum(2))
     columns = [torch.cat(column, 2) for column in zip(*(_of_rows(*part(rows), shared) for rows in chunks))]

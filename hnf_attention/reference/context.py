@@ -54,14 +54,13 @@ SHARED_ROWS = 32  # rows of a head that are asked which key they share
 
 
 def shared_places(
-    rows_per_head: tuple[int, int, int], index: Tensor | None, left_out: Tensor | None
+    rows_per_head: tuple[int, int, int], index: Tensor | None, left_out: Tensor | None, device: torch.device
 ) -> Tensor:
     """Places of up to SHARED_ROWS rows, evenly spread over those that count; int64 (B, H or 1, R), -1 for none.
 
     rows_per_head: (B, H, M), or (B, H, M_s) of a sample. index: its rows. left_out: boolean (B, M).
     """
     batch, heads, num_rows = rows_per_head
-    device = None if index is None and left_out is None else (index if left_out is None else left_out).device
     steps = torch.arange(SHARED_ROWS, device=device) + 0.5
     if left_out is None:
         places = (steps * (num_rows / SHARED_ROWS)).long()

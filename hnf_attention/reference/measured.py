@@ -148,7 +148,7 @@ def shared_key(
 
 def rows_asked(query: Tensor, rows: RowStats, left_out: Tensor | None) -> tuple[Tensor, Tensor]:
     """Numbers of the rows that are asked which key they share, int64 (B, H, R), -1 for none, and their lse."""
-    places = shared_places(rows.lse.shape, rows.row_index, left_out).to(query.device)
+    places = shared_places(rows.lse.shape, rows.row_index, left_out, query.device)
     places = places.expand(-1, query.shape[1], -1)
     lse = rows.lse.gather(2, places.clamp(min=0))
     index = places

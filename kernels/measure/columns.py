@@ -22,17 +22,19 @@ class ColumnsPlan(ScorePlan):
 
     group: int  # query heads of a key head
     head_dim: int
+    has_index: bool  # which rows; otherwise they are evenly spread
     rows: int  # a power of two, at least 16
     block_n: int
     block_d: int
 
 
 @functools.cache
-def _plan(scores: ScorePlan, group: int, head_dim: int, rows: int) -> ColumnsPlan:
+def _plan(scores: ScorePlan, group: int, head_dim: int, has_index: bool, rows: int) -> ColumnsPlan:
     return ColumnsPlan(
         **vars(scores),
         group=group,
         head_dim=head_dim,
+        has_index=has_index,
         rows=rows,
         block_n=_BLOCK_N,
         block_d=block_dim(head_dim),
@@ -47,8 +49,12 @@ def _columns_kernel(weights_ptr, q, k, index_ptr, lse_ptr, call, window, PLAN: t
         return
     batch, head = bh // call.heads, bh % call.heads
     offs, columns = tl.arange(0, PLAN.rows), tl.arange(0, PLAN.block_d)
-    row = tl.load(index_ptr + bh.to(tl.int64) * PLAN.rows + offs)
-    lse = tl.load(lse_ptr + bh.to(tl.int64) * PLAN.rows + offs)
+    if PLAN.has_index:
+        row = tl.load(index_ptr + bh.to(tl.int64) * PLAN.rows + offs)
+        lse = tl.load(lse_ptr + bh.to(tl.int64) * PLAN.rows + offs)
+    else:
+        row = (2 * offs.to(tl.int64) + 1) * call.num_queries // (2 * PLAN.rows)
+        lse = tl.load(lse_ptr + bh.to(tl.int64) * call.num_queries + row)
     # exp(s - inf) is 0: no weight comes from a place without a row, or from a row without a key.
     lse = tl.where((row >= 0) & (lse > -float("inf")), lse, float("inf"))
     row = tl.maximum(row, 0).to(tl.int32)
@@ -72,12 +78,18 @@ def _columns_kernel(weights_ptr, q, k, index_ptr, lse_ptr, call, window, PLAN: t
 
 
 def column_weights(
-    query: torch.Tensor, key: torch.Tensor, index: torch.Tensor, lse: torch.Tensor, options: Options
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    options: Options,
+    num_rows: int,
+    index: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Weight of each key, fp32 (B, H, N), summed over the rows `index` of a head.
+    """Weight of each key, fp32 (B, H, N), summed over some rows of a head.
 
-    query (B, H, M, D), key (B, H_kv, N, D), D <= 256, not fp64; any strides. index: int64 (B, H, R), -1 for no row,
-    R a power of two and at least 16. lse (B, H, R), fp32: of these rows.
+    query (B, H, M, D), key (B, H_kv, N, D), D <= 256, not fp64; any strides; M > 0. index: int64 (B, H, num_rows), -1
+    for no row; None for num_rows of all rows, evenly spread. num_rows: a power of two, at least 16. lse: fp32 of these
+    rows (B, H, num_rows), without an index of all rows (B, H, M).
     """
     batch, heads, _, head_dim = query.shape
     num_keys = key.shape[2]
@@ -86,13 +98,13 @@ def column_weights(
     launch(
         _columns_kernel,
         (grid_1d(ceil_div(num_keys, _BLOCK_N), batch * heads), 1, 1),
-        _plan(score_plan(options), heads // key.shape[1], head_dim, index.shape[2]),
+        _plan(score_plan(options), heads // key.shape[1], head_dim, index is not None, num_rows),
         query.device,
         {
             "weights_ptr": weights,
             "q": strided(query),
             "k": strided(key),
-            "index_ptr": index.contiguous(),
+            "index_ptr": None if index is None else index.contiguous(),
             "lse_ptr": lse.contiguous(),
             "call": call_of(query, key, options),
         },

@@ -134,7 +134,15 @@ def _measured(layer: str, module: nn.Module, scores: Tensor) -> Measurement:
         return _with_visible(masks.take_rows(scores, rows), ordinary)
 
     own_keys = num_queries == num_keys
-    return given(layer, part, scores.shape, _head_dim(module, heads), scores.dtype, own_keys=own_keys)
+    return given(
+        layer,
+        part,
+        scores.shape,
+        _head_dim(module, heads),
+        scores.dtype,
+        own_keys=own_keys,
+        device=scores.device,
+    )
 
 
 def _with_visible(scores: Tensor, ordinary: Tensor) -> tuple[Tensor, Tensor]:
