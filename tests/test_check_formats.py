@@ -45,7 +45,7 @@ def test_fp8_is_not_called_safe_beside_an_error_of_the_size_of_the_values():
         assert found["float8_e4m3fn"]["status"] == found["float8_e5m2"]["status"] == "unsafe"
         assert (found["bfloat16"]["status"] == "unsafe") == (config is SHARP)  # whose rows one key holds
     wide = check_attention_stability(config=PLAIN, tolerance=0.3)["dtypes"]
-    assert wide["float8_e5m2"]["status"] == "usually safe" and wide["float8_e5m2"]["error_bound"] < 0.3
+    assert wide["float8_e5m2"]["status"] != "unsafe" and wide["float8_e5m2"]["error_bound"] < 0.3
 
 
 def test_rows_that_rounding_turns_over_need_many_bits():
