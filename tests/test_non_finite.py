@@ -2,10 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from heads import found, snapshot
 
 from hnf_attention.diagnosis import diagnose
-from hnf_attention.statistics.heads import Snapshot
+from hnf_attention.engine import fold
+from hnf_attention.instrumentation.scores import given
+from hnf_attention.reference import masks
+from hnf_attention.statistics.heads import HeadStats, Snapshot
 
 FED = {
     "nonfinite_query": 32,
@@ -39,6 +43,27 @@ def test_rows_without_keys_are_the_origin_in_the_layer_whose_output_they_break()
     assert "layer b: 32 outputs are not finite at step 1" in error.evidence
     assert "rows whose keys are all hidden" in error.evidence and "give every row a key" in error.suggestion
     assert "checkpoint" not in error.suggestion
+
+
+@pytest.mark.parametrize("own_keys", [True, False])  # with a key of its own, a hidden row is padding
+def test_a_softmax_over_hidden_keys_only_is_found_from_what_it_returns(own_keys):
+    """Hand-written attention: -inf in all scores of the first four rows, NaN in their weights."""
+    scores = torch.randn(2, 4, 24, 24, generator=torch.Generator().manual_seed(0))
+    seen = torch.ones(24, 24, dtype=torch.bool).tril()
+    seen[:, :4] = False
+    scores = scores.masked_fill(~seen, -torch.inf)
+
+    def part(rows):
+        return masks.take_rows(scores, rows), masks.take_rows(seen.expand(2, 4, 24, 24), rows)
+
+    options = dict(own_keys=own_keys, result=scores.softmax(-1), device=scores.device)
+    measured = given("a", part, (2, 4, 24, 24), 16, torch.float32, **options)
+    values = fold.new_accumulator(4, scores.device)
+    fold.fold_measured(values, measured.rows, measured.beside)
+    stats = HeadStats(fold.collect([values]).numpy(), 16, "float32")
+    assert (stats.nonfinite_rows == 0).all()
+    error = origin(Snapshot(1, {"a": stats, "b": snapshot(1, b=FED).layers["b"]}))
+    assert error.layer == "a" and "rows whose keys are all hidden" in error.evidence
 
 
 def test_what_followed_is_one_note():
