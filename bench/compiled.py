@@ -79,7 +79,7 @@ def measure(mode: str, small: bool) -> None:
     for _ in range(3):  # CUDA graphs are recorded at the second and third run
         before = step(run, model, x)
     times = {"before": milliseconds(run, model, x, repeats)}
-    with instrument(model) as handle:
+    with instrument(model, mode="auto") as handle:
         for _ in range(3):
             during = step(run, model, x)
         times["measuring"] = milliseconds(run, model, x, repeats)

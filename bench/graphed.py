@@ -54,7 +54,7 @@ def compare(shape: tuple[int, int, int], length: int) -> dict:
         optimizer.zero_grad()
 
     plain = captured(step)
-    with instrument(model) as instrumentation:
+    with instrument(model, mode="auto") as instrumentation:
         recorder = Recorder(instrumentation, log_every=10**9, record_every=1)
         recorded = captured(step)
         how = set(instrumentation.coverage.measured.values())

@@ -183,6 +183,25 @@ def test_what_is_kept_in_a_frame_stays_as_long_as_the_call():
     assert call(0) is not call(0)
 
 
+def attention_to_script(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    weights = torch.softmax(torch.einsum("bhqd,bhkd->bhqk", query, key), -1)
+    weights = torch.bmm(weights.flatten(0, 1), key.flatten(0, 1)).view_as(query)
+    return torch.nn.functional.scaled_dot_product_attention(
+        torch.matmul(weights, weights.mT) @ query, key, key
+    )
+
+
+@carried_by("script_as", "script_no_longer")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_code_that_is_scripted_while_a_model_is_instrumented():
+    query, key = torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4)
+    expected = attention_to_script(query, key)
+    with instrument(Attention()):
+        scripted = torch.jit.script(attention_to_script)
+    torch.jit.script(attention_to_script)
+    torch.testing.assert_close(scripted(query, key), expected)
+
+
 @carried_by("Memory")
 def test_memory_that_was_freed_is_nobodys():
     tensor = torch.randn(1000)

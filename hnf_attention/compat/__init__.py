@@ -29,6 +29,8 @@ from .torch import (
     own_parameter,
     running_backward,
     runs_graph,
+    script_as,
+    script_no_longer,
     vmap_in_operators,
     without_dispatch_modes,
 )
@@ -59,6 +61,8 @@ __all__ = [
     "own_parameter",
     "running_backward",
     "runs_graph",
+    "script_as",
+    "script_no_longer",
     "vmap_in_operators",
     "without_dispatch_modes",
 ]

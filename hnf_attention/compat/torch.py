@@ -185,6 +185,22 @@ class Memory:
         return self._storage is None or not self._storage.expired()
 
 
+def script_as(function: Callable[..., Any], original: Callable[..., Any]) -> None:
+    """Let torch.jit.script take `function` for the operator that `original` is to it.
+
+    It looks operators up by the identity of their Python function, in a table that it fills once: before any of them
+    is replaced, or it would miss them ever after. Missing: code that calls a replaced operator cannot be scripted.
+    """
+    table = _find("jit._builtins._get_builtin_table", dict)()
+    if id(original) in table:
+        table[id(function)] = table[id(original)]
+
+
+def script_no_longer(function: Callable[..., Any]) -> None:
+    """Undo `script_as`. Missing: nothing has to be done."""
+    _find("jit._builtins._get_builtin_table", dict)().pop(id(function), None)
+
+
 def inner_schedulers(scheduler: object) -> list[Any]:
     """The learning-rate schedulers inside a SequentialLR or ChainedScheduler, [] for any other.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from .. import compat
 from ..compat import dynamo
 
 _lock = threading.RLock()  # re-entrant: a garbage collection inside it may release a patch
@@ -39,6 +40,7 @@ class Patch:
         self._original = read()
         self._ours = replacement(self._original)
         setattr(self._ours, _MARK, self)
+        compat.script_as(self._ours, self._original)
         write(self._ours)
 
     @staticmethod
@@ -84,6 +86,7 @@ class Patch:
             self._users -= 1
             if self._users == 0 and self._read() is self._ours:
                 self._write(self._original)
+                compat.script_no_longer(self._ours)
                 dynamo.renew_function_table(self._ours)
 
 
