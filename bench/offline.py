@@ -10,6 +10,7 @@ of parameters are left out. TREE is a checkout of this layout or of the flat one
 
 import hashlib
 import importlib
+import inspect
 import json
 import re
 import subprocess
@@ -201,6 +202,8 @@ def portable(torch, q, k, v, options):
         rows = statistics.RowStats(*(x.contiguous() for x in sampled[:4]), row_index=index)
         accumulator = torch.zeros(fold.SLOTS, statistics.NUM_FIELDS, q.shape[1], dtype=torch.float64)
         layout = [] if is_flat() else [module("engine.fold").kernel_layout()]
+        if "context" in inspect.signature(fold.fold).parameters:
+            layout.insert(0, module("reference.context").UNKNOWN)
         fold.fold(accumulator, q, k, rows, options, *layout)
 
     for extended in (False, True):

@@ -15,8 +15,17 @@ from timing import cuda_clock
 
 from hnf_attention.engine import api, fold
 from hnf_attention.engine.call import check
+from hnf_attention.reference.context import UNKNOWN, Context, hidden_keys, largest
 
 CALLS = 20
+WHAT = (
+    "forward",
+    "fold",
+    "fold, padding mask",
+    "context",
+    "context and fold",
+    "context and fold, padding mask",
+)
 CASES = {  # batch, heads, key heads, length, head_dim
     "GPT-2 1k": (1, 12, 12, 1024, 64),
     "GPT-2 16 x 1k": (16, 12, 12, 1024, 64),
@@ -26,7 +35,7 @@ CASES = {  # batch, heads, key heads, length, head_dim
 
 
 @pytest.mark.benchmark(timer=cuda_clock, disable_gc=True)
-@pytest.mark.parametrize("what", ["forward", "fold", "fold, padding mask"])
+@pytest.mark.parametrize("what", WHAT)
 @pytest.mark.parametrize("name", CASES)
 def test_fold(benchmark, name, what):
     torch.manual_seed(0)
@@ -41,14 +50,22 @@ def test_fold(benchmark, name, what):
     options = check(
         q, k, v, attn_mask=mask, is_causal=True, scale=None, window_size=None, softcap=None, sinks=None
     )
-    rows = api.attend(q, k, v, options)[1]
+    out, rows = api.attend(q, k, v, options)
     accumulator = fold.new_accumulator(heads, q.device)
+
+    def context():
+        """As a measured call has it."""
+        hidden = hidden_keys(options, batch, length, length)
+        shared = fold.shared_key(q, k, rows, options, hidden)
+        return Context(hidden, hidden, shared, largest(v), largest(out))
 
     def run():
         if what == "forward":
             api.attend(q, k, v, options)
-        else:
-            fold.fold(accumulator, q, k, rows, options)
+            return
+        known = context() if "context" in what else UNKNOWN
+        if "fold" in what:
+            fold.fold(accumulator, q, k, rows, options, known)
 
     run()  # compiles
     graph = torch.cuda.CUDAGraph()

@@ -9,9 +9,11 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from hnf_attention.engine import fold
+from hnf_attention.kernels.measure import columns
 from hnf_attention.kernels.measure import fold as fold_kernel
 from hnf_attention.kernels.portable import backward, forward, probe
 from hnf_attention.kernels.shared import launch, packing
+from hnf_attention.reference.context import UNKNOWN, Context
 from hnf_attention.statistics.rows import RowStats
 
 CASES = (
@@ -50,7 +52,13 @@ def compile_all(case: Case) -> None:
     gradients = (torch.empty_like(out), None, torch.zeros_like(rows[0]))
     backward.backward(q, k, v, options, out, *rows[:2], *gradients)
     accumulator = fold.new_accumulator(q.shape[1], q.device)
-    fold_kernel.fold(accumulator, q, k, RowStats(*rows), options, fold.kernel_layout())
+    sizes = torch.zeros(k.shape[:3]), torch.zeros(q.shape[:3])
+    padded = [torch.zeros(x.shape[0], x.shape[2], dtype=torch.bool) for x in (q, k)]
+    for context in (UNKNOWN, Context(*padded, torch.zeros(q.shape[:2], dtype=torch.int64), *sizes)):
+        fold_kernel.fold(accumulator, q, k, RowStats(*rows), options, context, fold.kernel_layout())
+    index = torch.zeros(*q.shape[:2], 32, dtype=torch.int64)
+    columns.column_weights(q, k, rows[0], options, 32)
+    columns.column_weights(q, k, rows[0][:, :, :32], options, 32, index)
 
 
 def main() -> None:

@@ -15,14 +15,23 @@ from hnf_attention.statistics.heads import HeadStats, Snapshot
 HEALTHY = dict(
     rows=1000.0,
     judged_rows=1000.0,
+    left_out_rows=0.0,
+    empty_rows=0.0,
     nonfinite_rows=0.0,
+    nonfinite_query=0.0,
+    nonfinite_key=0.0,
+    nonfinite_value=0.0,
+    nonfinite_out=0.0,
+    nonfinite_empty=0.0,
     entropy=3.0,
     logit_range=6.0,
     normalized_entropy=0.7,
     max_weight=0.2,
     sink_mass=0.05,
+    rest_normalized_entropy=0.7,
     jacobian_trace_bound=0.9,
     saturated_share=0.0,
+    stray_share=None,  # of all rows; as `saturated_share` if it is not given
     max_logit=5.0,
     min_logit=-5.0,
     query_norm=10.0,
@@ -36,18 +45,23 @@ HEALTHY = dict(
 
 def head_stats(heads=4, head_dim=64, dtype="float32", sample_period=1, **numbers):
     """HeadStats of `heads` heads: HEALTHY, but for `numbers` (a number, or one per head)."""
-    columns = {k: np.broadcast_to(np.float64(v), heads) for k, v in {**HEALTHY, **numbers}.items()}
+    given = {**HEALTHY, **numbers}
+    if given["stray_share"] is None:
+        given["stray_share"] = given["saturated_share"]
+    columns = {k: np.broadcast_to(np.float64(v), heads) for k, v in given.items()}
     values = new_accumulator(heads, "cpu").numpy()
     rows, judged = columns["rows"], columns["judged_rows"]
-    columns["saturated_rows"] = columns["saturated_share"]
+    columns["saturated_rows"], columns["stray_rows"] = columns["saturated_share"], columns["stray_share"]
+    columns["rest_entropy"] = columns["rest_normalized_entropy"] * (1 - columns["sink_mass"])
     # Ten blocks whose means differ by a standard deviation of 0.1 of their mean.
     columns["judged_blocks"] = np.full(heads, 10.0)
     for name in ERROR_FIELDS:
         columns[f"{name}_blocks"] = columns[name] ** 2 * (1 + 0.1**2 * 9 / 10)
     columns["sequences"] = np.ones(heads)
     columns |= {f"{name}_square": columns[f"{name}_norm"] ** 2 for name in ("query", "key")}
-    once = ("rows", "judged_rows", "judged_blocks", "nonfinite_rows")
-    once += ("sequences", "query_square", "key_square")
+    once = [name for name in SUM_FIELDS if name.startswith("nonfinite")]
+    once += ["rows", "judged_rows", "judged_blocks", "left_out_rows", "empty_rows"]
+    once += ["sequences", "query_square", "key_square"]
     for index, name in enumerate(SUM_FIELDS):
         count = {**dict.fromkeys(once, 1.0), "entropy": rows, "logit_range": rows}
         values[index] = columns[name] * count.get(name, judged)

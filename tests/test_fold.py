@@ -11,29 +11,42 @@ from hnf_attention import attention_stats
 from hnf_attention.engine import fold
 from hnf_attention.reference import attention as reference
 from hnf_attention.reference import fold as specification
+from hnf_attention.reference import measured
+from hnf_attention.reference.context import SHARED_ROWS, UNKNOWN, Context
 from hnf_attention.statistics import fields
 
 pytest.importorskip("triton", reason="Triton kernels need Linux")
+from hnf_attention.kernels.measure import columns
 from hnf_attention.kernels.measure import fold as kernel
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 SLOTS = 3  # fewer than there are blocks of rows, so that programs walk several
-COUNTS = ("rows", "judged_rows", "nonfinite_rows", "saturated_rows", "judged_blocks", "sequences")
+COUNTS = [
+    "rows",
+    "judged_rows",
+    "left_out_rows",
+    "empty_rows",
+    "saturated_rows",
+    "stray_rows",
+    "judged_blocks",
+    "sequences",
+    *(name for name in fields.SUM_FIELDS if name.startswith("nonfinite")),
+]
 
 
 def _rows(q, k, options):
     return reference.attention(q.float(), k.float(), None, options)[1]
 
 
-def _check(q, k, options, slots=SLOTS, rows=None):
+def _check(q, k, options, slots=SLOTS, rows=None, context=UNKNOWN):
     """Two calls folded by the kernel and by the specification; returns the kernel's accumulator."""
     rows = _rows(q, k, options) if rows is None else rows
     expected = specification.new_accumulator(q.shape[1], q.device)
     got = expected.repeat(slots, 1, 1)
     for _ in range(2):  # the second call adds to the first
-        specification.fold_rows(expected, rows, specification.measure(q, k, rows, options))
-        kernel.fold(got, q, k, rows, options, fold.kernel_layout())
+        specification.fold_rows(expected, rows, measured.measure(q, k, rows, options, context))
+        kernel.fold(got, q, k, rows, options, context, fold.kernel_layout())
     together = fold.collect([got])
     for name in COUNTS:
         index = fields.SUM_FIELDS.index(name)
@@ -42,14 +55,33 @@ def _check(q, k, options, slots=SLOTS, rows=None):
     bins = slice(len(fields.SUM_FIELDS), fields.NUM_SUMS)
     assert (together[bins] - expected[bins]).abs().sum() <= 4
     together[bins] = expected[bins]
-    torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-5)
     return got
+
+
+def _context(q, k, continues=False, seed=0):
+    """A context with something in each field: padding, sinks, values and outputs that are not finite."""
+    generator = torch.Generator().manual_seed(seed)
+    (batch, heads, num_queries, _), (kv_heads, num_keys) = q.shape, k.shape[1:3]
+
+    def random(*shape):
+        return torch.rand(shape, generator=generator).to(q.device)
+
+    broken = torch.tensor([torch.nan, torch.inf], device=q.device)
+    value, out = random(batch, kv_heads, num_keys), random(batch, num_queries, heads).transpose(1, 2)
+    value[0, 0, num_keys // 2], out[0, -1, num_queries // 2] = broken
+    shared = (random(batch, heads) * (num_keys + 1)).long() - 1
+    return Context(
+        random(batch, num_queries) < 0.3, random(batch, num_keys) < 0.3, shared, value, out, continues
+    )
 
 
 @pytest.mark.parametrize(("case", "dtype"), cases_with([torch.float32, torch.float16, torch.bfloat16]))
 def test_every_option(case, dtype, device):
     tensors = case.tensors(dtype, device)
-    _check(*tensors[:2], case.options(*tensors))
+    q, k = tensors[:2]
+    context = UNKNOWN if dtype == torch.float16 else _context(q, k)
+    _check(q, k, case.options(*tensors), context=context)
 
 
 @pytest.mark.slow
@@ -57,7 +89,8 @@ def test_every_option(case, dtype, device):
 @given(case=random_cases())
 def test_anywhere(case):
     tensors = case.tensors(device=DEVICE)
-    _check(*tensors[:2], case.options(*tensors))
+    q, k = tensors[:2]
+    _check(q, k, case.options(*tensors), context=_context(q, k))
 
 
 @pytest.mark.parametrize("name", ["causal", "causal window", "bool mask", "additive mask"])
@@ -83,7 +116,7 @@ def test_a_sample_of_rows(name, phase, device):
     q[0, 0, :65] = torch.nan  # two blocks at least, so that a sample has something of it
     rows = attention_stats(q, k, sample=(3, phase), **case.keywords(*tensors[3:]))
     assert (rows.row_index < 0).any() or phase == 0
-    _check(q, k, case.options(*tensors), rows=rows)
+    _check(q, k, case.options(*tensors), rows=rows, context=_context(q, k) if phase else UNKNOWN)
 
 
 @pytest.mark.parametrize("head_dim", [70, 128, 200])
@@ -108,6 +141,30 @@ def test_rows_that_nan_or_inf_reached_are_counted_only(name, device):
     assert not got.isnan().any()
 
 
+def test_a_call_that_continues_adds_its_new_keys(device):
+    case = Case(2, 1, 2, 5, 90, is_causal=False)
+    tensors = case.tensors(device=device)
+    q, k = tensors[:2]
+    got = fold.collect([_check(q, k, case.options(*tensors), context=_context(q, k, continues=True))])
+    assert not got[fields.SUM_FIELDS.index("sequences")].any()
+
+
+@pytest.mark.parametrize(("case", "dtype"), cases_with([torch.float32, torch.float16]))
+def test_the_weight_of_each_key(case, dtype, device):
+    tensors = case.tensors(dtype, device)
+    q, k = tensors[:2]
+    options, rows = case.options(*tensors), _rows(q, k, case.options(*tensors))
+    left_out = None if dtype == torch.float16 else _context(q, k).left_out
+    index, lse = measured.rows_asked(q, rows, left_out)
+    if left_out is None:
+        got = columns.column_weights(q, k, rows.lse, options, SHARED_ROWS)
+    else:
+        got = columns.column_weights(q, k, lse, options, SHARED_ROWS, index)
+    part = reference.score_rows(q.double(), k.double(), index, options)
+    weights = torch.where(part.seen, (part.scores - lse.double()[..., None]).exp(), 0.0)
+    torch.testing.assert_close(got.double(), weights.sum(2), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("mask_shape", [(1, 1, 1, 23), (2, 1, 1, 23), (1, 2, 1, 23), (1, 1, 19, 1)])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_masks_that_broadcast(mask_shape, is_causal, device):
@@ -130,6 +187,7 @@ def test_zero_lengths(shape, device):
     fold.fold(accumulator, q, k, _rows(q, k, options), options)
     if num_keys == 0:  # five empty rows in each of two sequences
         blank[0, fields.SUM_FIELDS.index("sequences")] = 2
+        blank[0, fields.SUM_FIELDS.index("empty_rows")] = 10
         squares = q.double().square().sum(3)
         blank[0, fields.SUM_FIELDS.index("query_square")] = squares.sum((0, 2))
         tops = {"query_square": options.scale**2 * squares.amax((0, 2)), "num_keys": 0, "score_kind": 0}
@@ -153,9 +211,9 @@ def test_any_strides(stride, device):
     q, k = (views[stride](x) for x in (q, k))
     rows = _rows(q, k, options)
     got, expected = (specification.new_accumulator(q.shape[1], device).repeat(SLOTS, 1, 1) for _ in range(2))
-    kernel.fold(got, q, k, rows, options, fold.kernel_layout())
+    kernel.fold(got, q, k, rows, options, UNKNOWN, fold.kernel_layout())
     dense = (x.clone(memory_format=torch.contiguous_format) for x in (q, k))
-    kernel.fold(expected, *dense, rows, options, fold.kernel_layout())
+    kernel.fold(expected, *dense, rows, options, UNKNOWN, fold.kernel_layout())
     # On a card other strides and alignments compile to other loads, and sums of squares to another order.
     torch.testing.assert_close(got, expected, rtol=1e-6 if ON_GPU else 0.0, atol=0.0)
 
@@ -168,10 +226,10 @@ def test_the_same_bits_every_time(device):
     rows = _rows(q, k, options)
     blank = specification.new_accumulator(q.shape[1], device).repeat(kernel.SLOTS, 1, 1)
     first = blank.clone()
-    kernel.fold(first, q, k, rows, options, fold.kernel_layout())
+    kernel.fold(first, q, k, rows, options, UNKNOWN, fold.kernel_layout())
     for _ in range(50 if ON_GPU else 1):
         again = blank.clone()
-        kernel.fold(again, q, k, rows, options, fold.kernel_layout())
+        kernel.fold(again, q, k, rows, options, UNKNOWN, fold.kernel_layout())
         assert torch.equal(again, first)
 
 
@@ -186,3 +244,22 @@ def test_collect_joins_layers_of_different_width(device):
     assert together[0].tolist() == [11, 11, 12, 12, 12, 12, 12]
     assert together[fields.NUM_SUMS].tolist() == [-3.0] * 7
     assert (together[fields.NUM_SUMS + 1] == -torch.inf).all()
+
+
+def test_a_device_without_fp64_loses_nothing(monkeypatch):
+    """Of many calls, the sums in pairs of fp32 are as good as one in fp64; fp32 alone would lose five digits."""
+    q, k = (torch.randn(1, 2, 20, 8) for _ in range(2))
+    options = Case().options(q, k, k, None, None)
+    rows = _rows(q, k, options)
+    beside = measured.measure(q, k, rows, options)
+    expected = fold.new_accumulator(2, q.device)
+    fold.fold_measured(expected, rows, beside)
+    monkeypatch.setattr(specification, "wide", lambda device: torch.float32)
+    pairs, calls = fold.new_accumulator(2, q.device), 3000
+    assert pairs.dtype == torch.float32 and pairs.shape[0] == 2
+    for _ in range(calls):
+        fold.fold_measured(pairs, rows, beside)
+    sums = slice(0, fields.NUM_SUMS)
+    got, one = fold.collect([pairs]), fold.collect([expected])
+    torch.testing.assert_close(got[sums], calls * one[sums], rtol=3e-7, atol=1e-6)
+    torch.testing.assert_close(got[fields.NUM_SUMS :], one[fields.NUM_SUMS :], rtol=1e-6, atol=1e-6)

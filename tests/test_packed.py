@@ -13,6 +13,7 @@ from hnf_attention.engine import engines, fold
 from hnf_attention.engine.call import Call, check
 from hnf_attention.reference import attention as reference
 from hnf_attention.reference import masks, sampling
+from hnf_attention.reference.context import UNKNOWN
 from hnf_attention.reference.fold import new_accumulator
 from hnf_attention.statistics import fields
 from hnf_attention.statistics.rows import RowStats
@@ -201,7 +202,7 @@ def test_wrong_lengths_that_nobody_checked_stay_inside_the_tensors(numbers, devi
     arguments = (q, k, v, options, out, lse, entropy, out, None, entropy, BACKWARD_TILES)
     assert all(x is None or x.isfinite().all() for x in backward.backward(*arguments, mask_gradient=True))
     accumulator = new_accumulator(q.shape[1], device).repeat(3, 1, 1)
-    kernel.fold(accumulator, q, k, RowStats(lse, entropy, lse, lse), options, fold.kernel_layout())
+    kernel.fold(accumulator, q, k, RowStats(lse, entropy, lse, lse), options, UNKNOWN, fold.kernel_layout())
     assert accumulator[:, : fields.NUM_SUMS].isfinite().all()
     assert reference.attention(q, k, None, options)[1].entropy.isfinite().all()
 

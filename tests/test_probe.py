@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hnf_attention import attention, attention_stats
-from hnf_attention.engine import fold
 from hnf_attention.reference import attention as reference
 from hnf_attention.reference import masks, sampling
+from hnf_attention.reference.measured import measure
 
 pytest.importorskip("triton", reason="Triton kernels need Linux")
 from hnf_attention.kernels.portable import probe
@@ -268,11 +268,11 @@ def test_extended_attention_stays_differentiable(device):
 def test_a_sample_compiles_to_a_full_graph(device):
     q, k, *_ = LONG.tensors(device=device)
 
-    def measure(q, k):
+    def sampled(q, k):
         return _tuple(attention_stats(q, k, is_causal=True, extended=True, sample=(2, 1)))
 
-    compiled = torch.compile(measure, fullgraph=True, backend="aot_eager")
-    for actual, wanted in zip(compiled(q, k), measure(q, k)):
+    compiled = torch.compile(sampled, fullgraph=True, backend="aot_eager")
+    for actual, wanted in zip(compiled(q, k), sampled(q, k)):
         torch.testing.assert_close(actual, wanted)
 
 
@@ -288,9 +288,9 @@ def test_measure_of_a_sample_agrees_with_the_extended_reference(name, device):
     keywords = case.keywords(mask, sinks)
     rows = attention_stats(q, k, extended=True, sample=(3, 1), **keywords)
     options = case.options(q, k, None, mask, sinks)
-    visible, sink_mass, *_ = fold.measure(q, k, rows, options)
+    visible, sink_mass, *_ = measure(q, k, rows, options)
     close(sink_mass, rows.sink_mass, 1e-4, "sink_mass")
-    assert torch.equal((visible == 0).expand(rows.lse.shape), rows.lse == -torch.inf)
-    every, *_ = fold.measure(q, k, attention_stats(q, k, **keywords), options)
+    assert torch.equal((visible <= 0).expand(rows.lse.shape), rows.lse == -torch.inf)
+    every, *_ = measure(q, k, attention_stats(q, k, **keywords), options)
     at_index = masks.take_rows(every.expand(q.shape[:3]), rows.row_index)
-    assert torch.equal(visible, torch.where(rows.row_index >= 0, at_index, 0))
+    assert torch.equal(visible, torch.where(rows.row_index >= 0, at_index, -1))

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hnf_attention import attention_stats
-from hnf_attention.reference.fold import Measured, fold_rows, measure, new_accumulator
+from hnf_attention.reference.fold import fold_rows, new_accumulator
+from hnf_attention.reference.measured import Measured, measure
 from hnf_attention.statistics.fields import (
     HISTOGRAM_BINS,
     JUDGED_MIN_KEYS,
@@ -49,7 +50,7 @@ def rows_of(entropy, max_logit=None, min_logit=None, lse=None):
 def fold_one(rows, visible):
     accumulator = new_accumulator(1, "cpu")
     zeros = torch.zeros_like(rows.entropy)
-    fold_rows(accumulator, rows, Measured(torch.tensor(visible), zeros, zeros, zeros))
+    fold_rows(accumulator, rows, Measured(torch.tensor(visible), zeros, zeros, zeros, zeros))
     return head_stats(accumulator)
 
 
@@ -237,7 +238,7 @@ def test_standard_errors_are_the_spread_of_the_means():
     rows = RowStats(torch.zeros_like(entropy), entropy, torch.zeros_like(entropy), torch.zeros_like(entropy))
     accumulator = new_accumulator(500, "cpu")
     zeros = torch.zeros_like(entropy)
-    fold_rows(accumulator, rows, Measured(visible, zeros, zeros, zeros))
+    fold_rows(accumulator, rows, Measured(visible, zeros, zeros, zeros, zeros))
     stats = HeadStats(accumulator.numpy(), 8, "float32", sample_period=16)
     off = stats.normalized_entropy - ratio.mean((1, 2)).numpy()
     assert np.sqrt((off**2).mean() / (stats.normalized_entropy_stderr**2).mean()) == pytest.approx(

@@ -2,6 +2,7 @@
 
 An accumulator is (slots, NUM_FIELDS, H) fp64: on CUDA the programs of the fold kernel own a slot each,
 elsewhere there is one. `collect` merges the slots; every slot obeys the laws of `reference.fold.fold_rows`.
+Where a device has no fp64, two slots of fp32 hold one sum: the sum, and what its rounding lost.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ..reference import fold as reference
-from ..reference.fold import Measured, measure
+from ..reference import measured
+from ..reference.context import SHARED_ROWS, UNKNOWN, Context
+from ..reference.measured import Measured
 from ..reference.options import Options
 from ..statistics import fields
 from ..statistics.fields import NUM_SUMS
@@ -28,7 +31,10 @@ def new_accumulator(num_heads: int, device: torch.device) -> Tensor:
     slots = 1
     if card_of(device).triton is not None:
         slots = engines.kernel("measure.fold").SLOTS
-    return reference.new_accumulator(num_heads, device).repeat(slots, 1, 1)
+    accumulator = reference.new_accumulator(num_heads, device)
+    if accumulator.dtype == torch.float32:
+        slots = 2
+    return accumulator.repeat(slots, 1, 1)
 
 
 @functools.cache
@@ -47,28 +53,71 @@ def kernel_layout() -> Any:
     )
 
 
-def fold(accumulator: Tensor, query: Tensor, key: Tensor, rows: RowStats, options: Options) -> None:
+def fold(
+    accumulator: Tensor,
+    query: Tensor,
+    key: Tensor,
+    rows: RowStats,
+    options: Options,
+    context: Context = UNKNOWN,
+) -> None:
     """Add one call to its layer's accumulator: by one kernel launch on CUDA (a second one scans a user mask).
 
     query (B, H, M, D), key (B, H_kv, N, D), rows of (B, H, M) or a sample, (B, H, M_s): a call
-    as `attention` takes it, its validated options, and its row statistics. A call without rows changes nothing.
+    as `attention` takes it, its validated options, row statistics and context. Without rows nothing changes.
     """
     if rows.lse.numel() == 0:
         return
     if engines.kernels_cover(query, None):
         with engines.on_device(query):
-            engines.kernel("measure.fold").fold(accumulator, query, key, rows, options, kernel_layout())
+            engines.kernel("measure.fold").fold(
+                accumulator, query, key, rows, options, context, kernel_layout()
+            )
     else:
-        fold_measured(accumulator, rows, measure(query, key, rows, options))
+        fold_measured(accumulator, rows, measured.measure(query, key, rows, options, context))
 
 
 @torch.no_grad()
-def fold_measured(accumulator: Tensor, rows: RowStats, measured: Measured) -> None:
+def shared_key(
+    query: Tensor, key: Tensor, rows: RowStats, options: Options, left_out: Tensor | None
+) -> Tensor:
+    """The key with the most weight over some rows of a head, int64 (B, H); -1 where none counts.
+
+    query (B, H, M, D), key (B, H_kv, N, D), rows: as for `fold`. left_out: boolean (B, M), None for none.
+    """
+    if rows.lse.numel() == 0 or key.shape[2] == 0:
+        return torch.full(query.shape[:2], -1, dtype=torch.int64, device=query.device)
+    if not engines.kernels_cover(query, None):
+        return measured.shared_key(query, key, rows, options, left_out)
+    lse, index = rows.lse, None
+    if left_out is not None or rows.row_index is not None:
+        index, lse = measured.rows_asked(query, rows, left_out)
+    with engines.on_device(query):
+        columns = engines.kernel("measure.columns")
+        weights = columns.column_weights(query, key, lse, options, SHARED_ROWS, index)
+    return measured.heaviest(weights)
+
+
+@torch.no_grad()
+def fold_measured(accumulator: Tensor, rows: RowStats, beside: Measured) -> None:
     """`fold` of a call whose measured numbers are known already, on any device, in PyTorch's own operations."""
-    reference.fold_rows(accumulator[0], rows, measured)
+    if accumulator.dtype == torch.float64:
+        reference.fold_rows(accumulator[0], rows, beside)
+        return
+    part = reference.new_accumulator(accumulator.shape[2], accumulator.device)
+    reference.fold_rows(part, rows, beside)
+    total, lost = accumulator[:, :NUM_SUMS]
+    # Knuth, The Art of Computer Programming, volume 2, section 4.2.2, theorem B: the exact rounding error of a sum.
+    added, before = part[:NUM_SUMS], total.clone()
+    total += added
+    share = total - before
+    lost += (before - (total - share)) + (added - share)
+    torch.maximum(accumulator[0, NUM_SUMS:], part[NUM_SUMS:], out=accumulator[0, NUM_SUMS:])
 
 
 def collect(accumulators: Sequence[Tensor]) -> Tensor:
     """Merge the slots of accumulators on one device: (NUM_FIELDS, sum of their H), heads in their order."""
     together = torch.cat(list(accumulators), 2)
+    if together.dtype == torch.float32:
+        together = together.cpu().double()
     return torch.cat([together[:, :NUM_SUMS].sum(0), together[:, NUM_SUMS:].amax(0)])

@@ -61,9 +61,15 @@ def described(
         from_output=lambda out: out,  # never asked for
         not_fused=NOT_FUSED,
         probe_preferred=NOT_FUSED,
+        output_of=_output,
     )
     _add_mods(call, score_mod, block_mask, compiled)
     return call
+
+
+def _output(result: Any) -> Tensor:
+    """The output of flex_attention, which may come with its lse."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 def _add_mods(

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..names import named_modules
 from . import observer
@@ -17,6 +17,7 @@ from .coverage import Coverage, is_attention, unreached
 from .evidence import UNMET
 from .interceptors import flex, multihead, products, sdpa, softmax
 from .measurer import Measurer
+from .padding import checked_query_mask
 from .patches import Patch
 from .strict import CoverageJudge
 from .watched import Watched
@@ -168,6 +169,20 @@ class Instrumentation(Measurer):
         """Whose `restore()` ends this handle: the monitor or analyzer that made it, or the handle itself."""
         holder = None if self._holder is None else self._holder()
         return self if holder is None else holder
+
+    @property
+    def query_mask(self) -> Tensor | None:
+        """Which queries of this thread's calls are judged: boolean (B, M), True for judged; None for all but padding.
+
+        Padding that attention masks show is left out by itself. Set this to leave out others, before the forward that
+        it belongs to. Calls of another shape are judged as without it. Raises TypeError or ValueError for a mask that
+        is no boolean or integer tensor of two dimensions.
+        """
+        return self.padding.query_mask
+
+    @query_mask.setter
+    def query_mask(self, mask: Tensor | None) -> None:
+        self.padding.query_mask = checked_query_mask(mask)
 
     @property
     def measuring(self) -> bool:

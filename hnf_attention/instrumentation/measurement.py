@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..engine import fold
-from ..engine.fold import Measured
+from ..reference.context import UNKNOWN, Context
+from ..reference.measured import Measured, measure
 from ..reference.options import Options
 from ..statistics.rows import RowStats
 
@@ -39,7 +39,7 @@ class Measurement:
     rows: row statistics, (B, H, M) each, outside autograd; of a sample, (B, H, M_s) with `row_index`.
     head_dim: D, 1 where it is not known. dtype: of the tensors that the scores are computed from.
     sample_period: 1 where all rows were measured, p where one block of rows of every p was.
-    query (B, H, M, D), key (B, H_kv, N, D), options: the call itself, with the model's own tensors.
+    query (B, H, M, D), key (B, H_kv, N, D), options, context: the call itself, with the model's own tensors.
     beside: what a fold needs beside the rows, where the call is not kept. `Instrumentation.latest` keeps no tensor of
         the model alive, and a call that was caught at its softmax has no known query and key.
     forward: the forward pass of the model that the call is part of; None if it is not known.
@@ -56,6 +56,7 @@ class Measurement:
     query: Tensor | None = None
     key: Tensor | None = None
     options: Options | None = None
+    context: Context = UNKNOWN
     beside: Measured | None = None
     forward: Forward | None = None
     call: int = 0
@@ -71,11 +72,11 @@ class Measurement:
     @property
     def visible_keys(self) -> Tensor:
         """int64, broadcastable to the rows: how many keys each query may attend to."""
-        return beside_rows(self).visible_keys
+        return beside_rows(self).visible_keys.clamp(min=0)
 
     @property
     def sink_mass(self) -> Tensor:
-        """As the rows: weight on the first visible key plus the learned sink's."""
+        """As the rows: weight on the sink key and on the learned sink, see `HeadStats.sink_mass`."""
         return beside_rows(self).sink_mass
 
     @property
@@ -99,7 +100,7 @@ def beside_rows(measurement: Measurement) -> Measured:
     query, key, options = measurement.query, measurement.key, measurement.options
     if query is None or key is None or options is None:
         raise ValueError("expected a measurement with its call or with `beside`, got neither")
-    return fold.measure(query, key, measurement.rows, options)
+    return measure(query, key, measurement.rows, options, measurement.context)
 
 
 def without_call(measurement: Measurement) -> Measurement:

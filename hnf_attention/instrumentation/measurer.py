@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import compat
-from ..engine import api, engines
+from ..engine import api, engines, fold
 from ..engine.call import Call
 from ..names import call_name, display_name
+from ..reference.context import Context, hidden_keys, largest
+from ..reference.masks import take_rows
 from ..reference.options import Options
 from ..reference.sampling import effective_period
 from ..statistics.rows import RowStats
@@ -24,6 +26,7 @@ from . import observer, scores
 from .call import COMPILED, EAGER, AttentionCall, Unmeasurable
 from .forwards import Forwards
 from .measurement import Forward, Measurement, without_call
+from .padding import Padding
 
 _log = logging.getLogger("hnf_attention")
 
@@ -36,6 +39,7 @@ class _Layer:
     fused_failed, measuring_failed: our attention failed there; its calls are not measured any more.
     described: the places (EAGER, COMPILED) where calls of it, or inside it, had query and key.
     phases: the phase of the next sample, which is how many calls were probed before.
+    keys: batch and number of keys of the last call.
 
     Threads share it. Each of its changes is one step of the interpreter.
     """
@@ -45,6 +49,7 @@ class _Layer:
     measuring_failed: bool = False
     described: set[str] = field(default_factory=set)
     phases: Iterator[int] = field(default_factory=itertools.count)
+    keys: tuple[int, int] | None = None
 
 
 class Measurer:
@@ -75,6 +80,7 @@ class Measurer:
         self._merged: set[str] = set()  # layers whose invocations cannot be told apart
         self._doubts: dict[tuple[str, str], str] = {}
         self.latest: dict[str, Measurement] = {}
+        self.padding = Padding()
         self._layers: dict[str, _Layer] = {}
         self._measured: dict[str, str] = {}
         self._problems: dict[str, str] = {}
@@ -127,7 +133,7 @@ class Measurer:
     ) -> Any:
         result = call = options = rows = failure = None
         done = fused = False
-        output: Any  # there is one, as the call has a value
+        output: Any = None
         try:
             with without_dispatch_modes():
                 call = describe()
@@ -143,11 +149,14 @@ class Measurer:
             failure = error.with_traceback(None)
         if not done:
             result = original()
+            output = None
             state.fused_failed |= failure is not None and not isinstance(failure, Unmeasurable)
         if failure is None and call is not None and options is not None and not state.measuring_failed:
             try:
                 with without_dispatch_modes():
-                    self._measure(layer, state, call, options, rows)
+                    if output is None and result is not None:
+                        output = _output(call, result)
+                    self._measure(layer, state, call, options, rows, output)
                 self._measured[layer] = self._how(call, options, fused)
             except Exception as error:  # the monitor never ends a run
                 failure = error.with_traceback(None)
@@ -203,13 +212,26 @@ class Measurer:
         return reason if could else None
 
     def _measure(
-        self, layer: str, state: _Layer, call: AttentionCall, options: Options, rows: RowStats | None
+        self,
+        layer: str,
+        state: _Layer,
+        call: AttentionCall,
+        options: Options,
+        rows: RowStats | None,
+        output: Tensor | None,
     ) -> None:
+        """rows: of the fused pass, None for a call to be probed. output: (B, H or 1, M, any), None if not known."""
+        query, key = call.query, call.key
+        continues = state.keys == (query.shape[0], key.shape[2] - query.shape[2])
+        state.keys = query.shape[0], key.shape[2]
         if rows is None:
             measurement = self._probe(layer, state, call, options)
         else:
-            query = call.query
-            measurement = Measurement(layer, rows, query.shape[3], query.dtype, 1, query, call.key, options)
+            measurement = Measurement(layer, rows, query.shape[3], query.dtype, 1, query, key, options)
+        if measurement.beside is None:
+            measurement.context = self._context(layer, call, options, measurement.rows, output, continues)
+        else:
+            self._leave_out(measurement, query.shape[2])
         if call.place not in state.described:
             self._note_described(layer, call.place)
         self._deliver(measurement, call.place)
@@ -227,6 +249,45 @@ class Measurer:
         else:
             rows = api.attend_sample(query, key, options, (period, phase))
         return Measurement(layer, rows, query.shape[3], query.dtype, period, query, key, options)
+
+    @torch.no_grad()
+    def _context(
+        self,
+        layer: str,
+        call: AttentionCall,
+        options: Options,
+        rows: RowStats,
+        output: Tensor | None,
+        continues: bool,
+    ) -> Context:
+        """Which rows of the call count, and what became of it."""
+        query, key = call.query, call.key
+        batch, _, num_queries, _ = query.shape
+        hidden = hidden_keys(options, batch, num_queries, key.shape[2])
+        left_out = self.padding.left_out(layer, batch, num_queries, key.shape[2], hidden)
+        return Context(
+            left_out,
+            hidden,
+            fold.shared_key(query, key, rows, options, left_out),
+            largest(call.value) if call.value.shape[1] == key.shape[1] else None,
+            None if output is None else largest(output),
+            continues,
+        )
+
+    def _leave_out(self, measurement: Measurement, num_queries: int) -> None:
+        """Leave out the rows that are not judged, in a measurement that is complete but for them."""
+        beside, index = measurement.beside, measurement.rows.row_index
+        if beside is None:
+            return
+        batch, heads = measurement.rows.lse.shape[:2]
+        hidden = beside.left_out[:, 0] if index is None and beside.left_out is not None else None
+        left_out = self.padding.left_out(
+            measurement.layer, batch, num_queries, beside.key_square.shape[2], hidden
+        )
+        rows = None if left_out is None else left_out[:, None]
+        if rows is not None and index is not None:
+            rows = take_rows(rows.expand(-1, heads, -1), index)
+        measurement.beside = beside._replace(left_out=rows)
 
     def _note_described(self, layer: str, place: str) -> None:
         """Note at the layer and at all modules around it that its calls are measured with query and key."""
@@ -246,7 +307,9 @@ class Measurer:
             return
         try:
             with without_dispatch_modes():
-                self._deliver(measure(), place)
+                measurement = measure()
+                self._leave_out(measurement, measurement.rows.lse.shape[2])
+                self._deliver(measurement, place)
         except Exception as error:  # the monitor never ends a run
             self._give_up(layer, state, error.with_traceback(None))
         else:
@@ -280,3 +343,11 @@ class Measurer:
         state.measuring_failed = True
         state.fused_failed |= isinstance(failure, Unmeasurable)
         self._measured.pop(layer, None)
+
+
+def _output(call: AttentionCall, result: Any) -> Tensor | None:
+    """The output of the model's own attention, (B, H or 1, M, any); None where it is not known."""
+    output = None if call.output_of is None else call.output_of(result)
+    batch, heads, num_queries, _ = call.query.shape
+    shapes = [(batch, most, num_queries) for most in (1, heads)]
+    return output if isinstance(output, Tensor) and tuple(output.shape[:3]) in shapes else None

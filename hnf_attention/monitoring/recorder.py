@@ -121,7 +121,7 @@ class Recorder:
         else:
             query, key, options = measurement.query, measurement.key, measurement.options
             assert query is not None and key is not None and options is not None  # for the type checker
-            fold.fold(accumulator, query, key, measurement.rows, options)
+            fold.fold(accumulator, query, key, measurement.rows, options, measurement.context)
         name = self._names[kind]
         earlier = self._periods[name] if name in self._recorded else 1
         self._periods[name] = max(earlier, measurement.sample_period)

@@ -21,38 +21,18 @@ from ..statistics.fields import (
     SUM_FIELDS,
 )
 from ..statistics.rows import RowStats
-from . import masks
-from .options import Options
+from .measured import Measured
 from .sampling import BLOCK_ROWS
 
-PLAIN, BIASED, OTHER = 0, 1, 2  # kinds of scores, see `Measured.score_kind`
 
-
-class Measured(NamedTuple):
-    """What a fold needs beside the row statistics.
-
-    visible_keys: int64, broadcastable to (B, H, M). sink_mass: (B, H, M), weight on the first visible
-        key plus the learned sink's. M is M_s in both if the rows are a sample.
-    query_square (B, H, M), key_square (B, H, N): squared lengths, fp32 (fp64 for fp64 inputs), of all
-        queries, and of the keys once per query head. In a pack, those past its last token are 0.
-    sequences: how many sequences of a pack hold a token, int64 without dimensions; None without a pack.
-    scale: of q.k, inf if q.k is not known.
-    score_kind: what else is in the scores, 0 for nothing, 1 for an additive mask, 2 for a soft-cap or a
-        learned sink.
-    """
-
-    visible_keys: Tensor
-    sink_mass: Tensor
-    query_square: Tensor
-    key_square: Tensor
-    sequences: Tensor | None = None
-    scale: float = 1.0
-    score_kind: int = PLAIN
+def wide(device: torch.device | str) -> torch.dtype:
+    """The dtype of sums on a device: fp64, fp32 on Macs, which have no other."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def new_accumulator(num_heads: int, device: torch.device | str) -> Tensor:
-    """An empty fold, (NUM_FIELDS, H) fp64: NUM_SUMS sums at 0, then the maxima at -inf."""
-    accumulator = torch.zeros(NUM_FIELDS, num_heads, dtype=torch.float64, device=device)
+    """An empty fold, (NUM_FIELDS, H) of dtype `wide`: NUM_SUMS sums at 0, then the maxima at -inf."""
+    accumulator = torch.zeros(NUM_FIELDS, num_heads, dtype=wide(device), device=device)
     accumulator[NUM_SUMS:] = -torch.inf
     return accumulator
 
@@ -60,18 +40,21 @@ def new_accumulator(num_heads: int, device: torch.device | str) -> Tensor:
 def fold_rows(accumulator: Tensor, stats: RowStats, measured: Measured) -> None:
     """Add one call's rows to `accumulator` (NUM_FIELDS, H) in place.
 
-    Empty rows count in the squared lengths and `sequences` only. Non-finite rows are counted, and nothing
-    else. A call without rows changes nothing. Of a call whose scale is inf, no bound of q.k is known.
-    The host does not wait for the device.
+    Rows that are left out, empty or not finite are counted, and nothing else of them. A call without rows
+    changes nothing. Of a call whose scale is inf, no bound of q.k is known. The host does not wait for the device.
     """
     if stats.lse.numel() == 0:
         return
     visible = measured.visible_keys.to(stats.lse.device).expand(stats.lse.shape)
-    occupied = visible > 0
+    real, left_out = visible >= 0, torch.zeros_like(visible, dtype=torch.bool)
+    if measured.left_out is not None:
+        left_out = measured.left_out & real
+    occupied = (visible > 0) & ~left_out
     finite = occupied & stats.entropy.isfinite() & stats.max_logit.isfinite() & stats.min_logit.isfinite()
     judged = finite & (visible >= JUDGED_MIN_KEYS)
-    ratio = stats.entropy.double() / visible.clamp(min=2).double().log()
-    rows = _Rows(occupied, finite, judged, ratio)
+    dtype = accumulator.dtype
+    ratio = stats.entropy.to(dtype) / visible.clamp(min=2).to(dtype).log()
+    rows = _Rows(left_out, real & ~left_out & ~occupied, occupied, finite, judged, ratio)
     sums = _sums(rows, stats, measured)
     accumulator[: len(SUM_FIELDS)] += torch.stack([sums[name] for name in SUM_FIELDS])
     accumulator[len(SUM_FIELDS) : NUM_SUMS] += _histogram(rows)
@@ -81,8 +64,10 @@ def fold_rows(accumulator: Tensor, stats: RowStats, measured: Measured) -> None:
 
 
 class _Rows(NamedTuple):
-    """Which rows count for what, and their normalized entropy (fp64); (B, H, M) each."""
+    """Which rows count for what, and their normalized entropy, in the accumulator's dtype; (B, H, M) each."""
 
+    left_out: Tensor
+    empty: Tensor
     occupied: Tensor
     finite: Tensor
     judged: Tensor
@@ -90,27 +75,36 @@ class _Rows(NamedTuple):
 
 
 def _sums(rows: _Rows, stats: RowStats, measured: Measured) -> dict[str, Tensor]:
-    """SUM_FIELDS of one call by name, (H,) fp64 each."""
-    max_weight, one = stats.max_weight.double(), torch.ones_like(rows.ratio)
+    """SUM_FIELDS of one call by name, (H,) each."""
+    dtype = rows.ratio.dtype
+    max_weight, one = stats.max_weight.to(dtype), torch.ones_like(rows.ratio)
+    saturated = (rows.ratio < SATURATED_ENTROPY).to(dtype)
+    visible = measured.visible_keys.expand(stats.lse.shape)
+    new_keys = measured.key_square[..., measured.first_new_key :].to(dtype)
     block_rows = _of_blocks(one, rows.judged)
     sequences = stats.lse.shape[0] if measured.sequences is None else measured.sequences
     sums = {
         "rows": _total(one, rows.finite),
         "judged_rows": _total(one, rows.judged),
+        "left_out_rows": _total(one, rows.left_out),
+        "empty_rows": _total(one, rows.empty),
         "nonfinite_rows": _total(one, rows.occupied & ~rows.finite),
-        "entropy": _total(stats.entropy.double(), rows.finite),
-        "logit_range": _total(stats.logit_range.double(), rows.finite),
-        "judged_blocks": (block_rows > 0).sum(1).double(),
+        "entropy": _total(stats.entropy.to(dtype), rows.finite),
+        "logit_range": _total(stats.logit_range.to(dtype), rows.finite),
+        "judged_blocks": (block_rows > 0).sum(1).to(dtype),
         "sequences": torch.ones_like(one[0, :, 0]) * sequences,
-        "query_square": _total(measured.query_square.double(), ~measured.query_square.isnan()),
-        "key_square": _total(measured.key_square.double(), ~measured.key_square.isnan()),
+        "query_square": _total(measured.query_square.to(dtype), ~measured.query_square.isnan()),
+        "key_square": _total(new_keys, ~new_keys.isnan()),
+        "rest_entropy": _total(measured.rest_entropy.to(dtype) / _log_others(visible, dtype), rows.judged),
+        "stray_rows": _total(saturated, rows.judged & (measured.sink_mass < 0.5)),
+        **_nonfinite(measured, visible, dtype),
     }
     judged_values = {
         "normalized_entropy": rows.ratio,
         "max_weight": max_weight,
         "sink_mass": measured.sink_mass,
         "jacobian_trace_bound": 1.0 - max_weight.square(),
-        "saturated_rows": (rows.ratio < SATURATED_ENTROPY).double(),
+        "saturated_rows": saturated,
     }
     for name, values in judged_values.items():
         sums[name] = _total(values, rows.judged)
@@ -119,8 +113,33 @@ def _sums(rows: _Rows, stats: RowStats, measured: Measured) -> dict[str, Tensor]
     return sums
 
 
+def _log_others(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Largest entropy of the keys of a row but one."""
+    return (visible - 1).clamp(min=2).to(dtype).log()
+
+
+def _nonfinite(measured: Measured, visible: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """How many queries, keys, values and outputs hold NaN or inf, (H,) each."""
+    query, key, value, out = measured.nonfinite
+    heads = visible.shape[1]
+
+    def count(bad: Tensor | None) -> Tensor:
+        if bad is None:
+            return torch.zeros(heads, dtype=dtype, device=visible.device)
+        return bad.expand(-1, heads, -1).sum((0, 2), dtype=dtype)
+
+    seen_out = None if out is None else out & (visible >= 0)
+    return {
+        "nonfinite_query": count(query),
+        "nonfinite_key": count(key),
+        "nonfinite_value": count(value),
+        "nonfinite_out": count(seen_out),
+        "nonfinite_empty": count(None if seen_out is None else seen_out & (visible == 0)),
+    }
+
+
 def _maxima(rows: _Rows, stats: RowStats, measured: Measured) -> dict[str, Tensor]:
-    """MAX_FIELDS of one call by name, (H,) fp64 each; -inf where no row has one."""
+    """MAX_FIELDS of one call by name, (H,) each; -inf where no row has one."""
     query, key = measured.query_square, measured.key_square
     every = torch.ones_like(rows.ratio[0, :, 0])
     query_square = every * torch.inf
@@ -141,95 +160,25 @@ def _maxima(rows: _Rows, stats: RowStats, measured: Measured) -> dict[str, Tenso
 
 
 def _histogram(rows: _Rows) -> Tensor:
-    """Judged rows by normalized entropy, (HISTOGRAM_BINS, H) fp64."""
+    """Judged rows by normalized entropy, (HISTOGRAM_BINS, H)."""
     bins = (rows.ratio * HISTOGRAM_BINS).nan_to_num().clamp(0, HISTOGRAM_BINS - 1).long()
     num_heads, device = rows.ratio.shape[1], rows.ratio.device
     heads = torch.arange(num_heads, device=device)[:, None]
-    counts = torch.zeros(HISTOGRAM_BINS, num_heads, dtype=torch.float64, device=device)
-    return counts.index_put_((bins, heads.expand(bins.shape)), rows.judged.double(), accumulate=True)
+    dtype = rows.ratio.dtype
+    counts = torch.zeros(HISTOGRAM_BINS, num_heads, dtype=dtype, device=device)
+    return counts.index_put_((bins, heads.expand(bins.shape)), rows.judged.to(dtype), accumulate=True)
 
 
 def _total(values: Tensor, rows: Tensor) -> Tensor:
-    return torch.where(rows, values, 0.0).sum((0, 2), dtype=torch.float64)
+    return torch.where(rows, values, 0.0).sum((0, 2), dtype=wide(values.device))
 
 
 def _largest(values: Tensor, rows: Tensor) -> Tensor:
-    return torch.where(rows, values.double(), -torch.inf).amax((0, 2))
+    return torch.where(rows, values.to(wide(values.device)), -torch.inf).amax((0, 2))
 
 
 def _of_blocks(values: Tensor, judged: Tensor) -> Tensor:
     """Sums over the judged rows of each block, (H, blocks); each batch element starts a new block."""
-    chosen = torch.where(judged, values.double(), 0.0)
+    chosen = torch.where(judged, values.to(wide(values.device)), 0.0)
     padded = torch.nn.functional.pad(chosen, (0, -chosen.shape[2] % BLOCK_ROWS))
     return padded.unflatten(2, (-1, BLOCK_ROWS)).sum(3).transpose(0, 1).flatten(1)
-
-
-@torch.no_grad()
-def measure(query: Tensor, key: Tensor, rows: RowStats, options: Options) -> Measured:
-    """What the fold of a call needs beside its rows, from q, k and the positions.
-
-    query (B, H, M, D), key (B, H_kv, N, D), rows of (B, H, M) or a sample, (B, H, M_s).
-    """
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    count, first = masks.visible_keys(num_queries, num_keys, options, query.device)
-    index = rows.row_index
-    if index is not None:
-        count, first = (masks.take_rows(x.expand(query.shape[:3]), index) for x in (count, first))
-        count = torch.where(index >= 0, count, 0)
-    group = max(1, query.shape[1] // max(1, key.shape[1]))
-
-    sequences = end = None
-    if options.seqlens is not None:
-        sequences = masks.num_sequences(options.seqlens, num_keys)
-        end = masks.sequence_edges(options.seqlens, num_keys)[-1]
-
-    def square(x: Tensor) -> Tensor:
-        squares = x.to(rows.lse.dtype).square().sum(-1)
-        if end is None:
-            return squares
-        return torch.where(torch.arange(x.shape[2], device=x.device) < end, squares, 0.0)
-
-    return Measured(
-        count,
-        _sink_mass(query, key, rows, count, first, options),
-        square(query),
-        square(key).repeat_interleave(group, 1),
-        sequences,
-        options.scale,
-        _score_kind(options),
-    )
-
-
-def _score_kind(options: Options) -> int:
-    if options.softcap is not None or options.sinks is not None:
-        return OTHER
-    additive = options.attn_mask is not None and options.attn_mask.dtype != torch.bool
-    return BIASED if additive else PLAIN
-
-
-def _sink_mass(
-    query: Tensor, key: Tensor, rows: RowStats, count: Tensor, first: Tensor, options: Options
-) -> Tensor:
-    """Weight of each row on its first visible key, plus the learned sink's; 0 for an empty row."""
-    lse = rows.lse
-    if lse.numel() == 0 or key.shape[2] == 0:
-        return torch.zeros_like(lse)
-    first = first.expand(lse.shape)
-    grouped = first.reshape(lse.shape[0], key.shape[1], -1, 1).expand(-1, -1, -1, key.shape[3])
-    first_key = key.gather(2, grouped).reshape(*lse.shape, key.shape[3])
-    mask, row = options.attn_mask, torch.arange(query.shape[2], device=query.device)
-    if rows.row_index is not None:
-        query, row = masks.take_rows(query, rows.row_index), rows.row_index.clamp(min=0)
-    scores = (query.to(lse.dtype) * first_key.to(lse.dtype)).sum(-1) * options.scale
-    if options.softcap is not None:
-        scores = options.softcap * (scores / options.softcap).tanh()
-    if mask is not None and mask.dtype != torch.bool:
-        batch, heads = (torch.arange(n, device=lse.device) for n in lse.shape[:2])
-        # One number per row, instead of the whole mask. A mask with one row has it for all queries.
-        full = mask.expand(*lse.shape[:2], mask.shape[2], key.shape[2])
-        row = row if mask.shape[2] > 1 else torch.zeros_like(row)
-        scores = scores + full[batch[:, None, None], heads[:, None], row, first].to(lse.dtype)
-    weight = (scores - lse).exp()
-    if options.sinks is not None:
-        weight = weight + (options.sinks.to(lse.dtype)[:, None] - lse).exp()
-    return torch.where(count > 0, weight, 0.0)

@@ -68,6 +68,19 @@ def num_sequences(seqlens: Tensor, num_keys: int) -> Tensor:
     return (sequence_edges(seqlens, num_keys).diff() > 0).sum()
 
 
+def sees(i: Tensor, j: Tensor, num_keys: int, options: Options) -> Tensor:
+    """Whether positions let query i see key j, without the user mask; boolean, of their broadcast shape."""
+    seen = (i >= 0) & (j >= 0)
+    if options.is_causal:
+        seen &= j <= i
+    if options.window_size is not None:
+        seen &= (i - j).abs() < options.window_size
+    if options.seqlens is not None:
+        first, end = sequence_bounds(options.seqlens, i, num_keys)
+        seen &= (j >= first) & (j < end)
+    return seen
+
+
 def visible(rows: slice | Tensor, num_keys: int, options: Options, device: torch.device) -> Tensor:
     """Boolean, broadcastable to (B, H, rows, N): True where the query may attend to the key.
 
@@ -77,15 +90,7 @@ def visible(rows: slice | Tensor, num_keys: int, options: Options, device: torch
     mask is True where attention is allowed; an additive mask hides a key with -inf.
     """
     i = (torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows)[..., None]
-    j = torch.arange(num_keys, device=device)
-    seen = (i >= 0) & (j >= 0)
-    if options.is_causal:
-        seen &= j <= i
-    if options.window_size is not None:
-        seen &= (i - j).abs() < options.window_size
-    if options.seqlens is not None:
-        first, end = sequence_bounds(options.seqlens, i, num_keys)
-        seen &= (j >= first) & (j < end)
+    seen = sees(i, torch.arange(num_keys, device=device), num_keys, options)
     if options.attn_mask is not None:
         part = mask_rows(options.attn_mask, rows)
         seen = seen & (part if part.dtype == torch.bool else part != -torch.inf)

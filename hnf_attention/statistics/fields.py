@@ -16,21 +16,30 @@ SATURATED_ENTROPY = 0.02
 # fields therefore has a second sum: (sum over a block)^2 / rows of the block.
 ERROR_FIELDS = ("normalized_entropy", "max_weight", "sink_mass", "jacobian_trace_bound", "saturated_rows")
 SUM_FIELDS = (
-    "rows",  # count: finite rows with at least one visible key
+    "rows",  # count: finite rows with at least one visible key, but for those left out
     "judged_rows",  # count: of those, rows with at least JUDGED_MIN_KEYS visible keys
-    "nonfinite_rows",  # count: rows whose statistics are NaN or inf, because q or k is
+    "left_out_rows",  # count: rows of padding, of a query mask, or past the last sequence of a pack
+    "empty_rows",  # count: other rows without a visible key
+    "nonfinite_rows",  # count: other rows whose statistics are NaN or inf, because q or k is
     "entropy",  # nats, over rows
     "logit_range",  # nats, over rows: largest score minus smallest
     "normalized_entropy",  # 0 to 1, over judged rows: entropy / log(visible keys)
     "max_weight",  # 0 to 1, over judged rows: largest softmax weight
-    "sink_mass",  # 0 to 1, over judged rows: weight on the first visible key and on the learned sink
+    "sink_mass",  # 0 to 1, over judged rows: weight on the row's sink key and on the learned sink
+    "rest_entropy",  # 0 to 1, over judged rows: (1 - sink mass) * entropy / log(keys) of the keys but the sink key
     "jacobian_trace_bound",  # 0 to 1, over judged rows: 1 - max_weight^2, at least 1 - sum p^2
     "saturated_rows",  # count: judged rows with a normalized entropy below SATURATED_ENTROPY
+    "stray_rows",  # count: of those, rows with less than half of their weight on the sink
     "judged_blocks",  # count: blocks of BLOCK_ROWS rows of a batch element that hold a judged row
     *(f"{name}_blocks" for name in ERROR_FIELDS),  # the unit of the field, squared, times rows
-    "sequences",  # count: batch elements; of a pack, sequences that hold a token
-    "query_square",  # |q|^2 over all queries, sampled or not; queries that hold NaN are left out
-    "key_square",  # |k|^2 over the keys of the head; keys that hold NaN are left out
+    "sequences",  # count: batch elements; of a pack, sequences that hold a token; 0 where a call continues one
+    "query_square",  # |q|^2 over all queries that are not left out, sampled or not; those that hold NaN do not count
+    "key_square",  # |k|^2 over the keys of the head that some query sees, and no call before; likewise
+    "nonfinite_query",  # count: queries, sampled or not, that hold NaN or inf, left out or not
+    "nonfinite_key",  # count: keys that hold NaN or inf
+    "nonfinite_value",  # count: values that hold NaN or inf
+    "nonfinite_out",  # count: outputs of the measured rows that hold NaN or inf
+    "nonfinite_empty",  # count: of those, outputs of rows without a visible key
 )
 HISTOGRAM_BINS = 32  # counts of judged rows by normalized entropy, over [0, 1]
 MAX_FIELDS = (

@@ -100,9 +100,44 @@ class HeadStats(HeadPrecision):
         return self._sum("judged_rows")
 
     @property
+    def left_out_rows(self) -> np.ndarray:
+        """Rows that are not part of any other number: padding, and what a query mask leaves out."""
+        return self._sum("left_out_rows")
+
+    @property
+    def empty_rows(self) -> np.ndarray:
+        """Other rows whose keys are all hidden."""
+        return self._sum("empty_rows")
+
+    @property
     def nonfinite_rows(self) -> np.ndarray:
-        """Rows whose statistics are NaN or inf, because q or k is."""
+        """Other rows whose statistics are NaN or inf, because q or k is."""
         return self._sum("nonfinite_rows")
+
+    @property
+    def nonfinite_query(self) -> np.ndarray:
+        """Queries that hold NaN or inf, padding included."""
+        return self._sum("nonfinite_query")
+
+    @property
+    def nonfinite_key(self) -> np.ndarray:
+        """Keys that hold NaN or inf, padding included."""
+        return self._sum("nonfinite_key")
+
+    @property
+    def nonfinite_value(self) -> np.ndarray:
+        """Values that hold NaN or inf, padding included; 0 where the values were not seen."""
+        return self._sum("nonfinite_value")
+
+    @property
+    def nonfinite_out(self) -> np.ndarray:
+        """Outputs of the measured rows that hold NaN or inf, padding included; 0 where the output was not seen."""
+        return self._sum("nonfinite_out")
+
+    @property
+    def nonfinite_empty(self) -> np.ndarray:
+        """Of `nonfinite_out`, the outputs of rows whose keys are all hidden."""
+        return self._sum("nonfinite_empty")
 
     @property
     def entropy(self) -> np.ndarray:
@@ -169,8 +204,26 @@ class HeadStats(HeadPrecision):
 
     @property
     def sink_mass(self) -> np.ndarray:
-        """Mean weight on the first visible key (and the learned sink), judged rows."""
+        """Mean weight on the sink, judged rows: on the learned sink, and on the first visible key or the key that
+        the rows of the head share, whichever has more.
+        """
         return self._mean("sink_mass", "judged_rows")
+
+    @property
+    def rest_normalized_entropy(self) -> np.ndarray:
+        """Normalized entropy of the keys but the sink, weighted with their weight; NaN where the sink has all of it.
+
+        sum (1 - sink_mass) H_rest / log(visible keys - 1) over judged rows / sum (1 - sink_mass).
+        """
+        judged = self._sum("judged_rows")
+        rest = judged - self._sum("sink_mass")
+        known = rest > 1e-4 * judged  # below, the entropies' own rounding decides
+        return np.divide(self._sum("rest_entropy"), rest, out=np.full_like(rest, np.nan), where=known)
+
+    @property
+    def stray_share(self) -> np.ndarray:
+        """Share of judged rows that are saturated with less than half of their weight on the sink."""
+        return self._mean("stray_rows", "judged_rows")
 
     @property
     def jacobian_trace_bound(self) -> np.ndarray:

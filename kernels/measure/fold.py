@@ -11,12 +11,13 @@ import triton
 
 from ..shared.descriptors import strided
 from ..shared.launch import launch
-from ..shared.packing import sequence_bounds
+from ..shared.masks import call_of
 from ..shared.plan import Options, ScorePlan, score_plan
 from ..shared.results import Core
 from ..shared.sampling import BLOCK_ROWS
 from ..shared.tiles import block_dim
-from .fold_kernel import FoldPlan, Layout, MaxFields, Sizes, SumFields, Table, fold_kernel
+from .fold_kernel import fold_kernel
+from .fold_layout import Context, FoldPlan, Layout, MaxFields, SumFields, Table
 from .mask_map import scan_mask
 
 __all__ = ["SLOTS", "Layout", "MaxFields", "SumFields", "fold"]
@@ -38,11 +39,48 @@ class RowStatistics(Protocol):
     row_index: torch.Tensor | None
 
 
+class CallContext(Protocol):
+    """What is known of a call beside its tensors; each may be None."""
+
+    left_out: torch.Tensor | None  # boolean (B, M)
+    hidden_keys: torch.Tensor | None  # boolean (B, N)
+    shared_key: torch.Tensor | None  # int64 (B, H), -1 for none
+    value_size: torch.Tensor | None  # (B, H_kv, N)
+    out_size: torch.Tensor | None  # (B, 1 or H, M)
+    continues: bool
+
+
+def _context(given: CallContext, query: torch.Tensor, key: torch.Tensor) -> Context:
+    """Pointers and strides of a context."""
+    batch, heads, num_queries, _ = query.shape
+    num_keys = key.shape[2]
+    left_out, hidden, shared, out = given.left_out, given.hidden_keys, given.shared_key, given.out_size
+    if left_out is not None or hidden is not None:  # both or neither
+        left_out, hidden = (
+            torch.zeros(batch, length, dtype=torch.bool, device=query.device) if x is None else x
+            for x, length in ((left_out, num_queries), (hidden, num_keys))
+        )
+    if shared is None:
+        shared = torch.full((batch, heads), -1, dtype=torch.int64, device=query.device)
+    if out is not None:
+        out = out.expand(batch, heads, num_queries)
+    of_tokens = *_pointer(left_out, 2), *_pointer(hidden, 2), *_pointer(shared, 2)
+    return Context(*of_tokens, *_pointer(given.value_size, 3), *_pointer(out, 3))
+
+
+def _pointer(x: torch.Tensor | None, dims: int) -> tuple[torch.Tensor | int | None, ...]:
+    """The tensor, booleans as bytes, and its strides; None and zeros for None."""
+    if x is None:
+        return None, *[0] * dims
+    return x.view(torch.uint8) if x.dtype == torch.bool else x, *x.stride()
+
+
 @functools.cache
 def _plan(
     scores: ScorePlan,
     has_sinks: bool,
     is_sampled: bool,
+    has_context: tuple[bool, bool, bool],
     group: int,
     head_dim: int,
     layout: Layout,
@@ -52,13 +90,17 @@ def _plan(
         **vars(scores),
         has_sinks=has_sinks,
         has_table=scores.has_mask,
+        has_padding=has_context[0],
+        has_values=has_context[1],
+        has_outputs=has_context[2],
         is_sampled=is_sampled,
         group=group,
         head_dim=head_dim,
         block=BLOCK_ROWS,
         block_d=width,
         columns=min(width, _COLUMNS),
-        width=triton.next_power_of_2(layout.num_fields + 1),
+        width=triton.next_power_of_2(layout.num_fields),
+        bins=triton.next_power_of_2(layout.bins + 1),
         num_sums=layout.num_sums,
         num_fields=layout.num_fields,
         layout=layout,
@@ -71,6 +113,7 @@ def fold(
     key: torch.Tensor,
     rows: RowStatistics,
     options: Options,
+    context: CallContext,
     layout: Layout,
 ) -> None:
     """Add one call to `accumulator`, for head dimensions up to 256 and not fp64.
@@ -80,11 +123,12 @@ def fold(
     """
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, num_keys = key.shape[1:3]
+    told = _context(context, query, key)
     query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
-    bounds = sequence_bounds(options.seqlens, num_keys)
+    call = call_of(query, key, options)
     table = Table(None, 0, 0, 0)
     if options.attn_mask is not None:
-        scanned, strides = scan_mask(options, num_queries, num_keys, bounds)
+        scanned, strides = scan_mask(options, num_queries, num_keys, call.bounds_ptr)
         table = Table(scanned, *strides)
     index = rows.row_index
     core = (rows.lse, rows.entropy, rows.max_logit, rows.min_logit)
@@ -95,6 +139,7 @@ def fold(
             score_plan(options),
             options.sinks is not None,
             index is not None,
+            (told.left_out_ptr is not None, told.value_ptr is not None, told.out_ptr is not None),
             heads // kv_heads,
             head_dim,
             layout,
@@ -108,11 +153,14 @@ def fold(
             "sink_ptr": options.sinks,
             "table": table,
             "index_ptr": None if index is None else index.contiguous(),
-            "bounds_ptr": bounds,
-            "sizes": Sizes(batch, heads, num_queries, num_keys, rows.lse.shape[2]),
-            "scale": options.scale,
-            "softcap": options.softcap or 0.0,
+            "context": told,
+            "call": call,
         },
-        {"window": options.window_size or 0},
+        {
+            "num_places": rows.lse.shape[2],
+            "sequences": 0 if context.continues else batch if options.seqlens is None else -1,
+            "first_new_key": max(0, num_keys - num_queries) if context.continues else 0,
+            "window": options.window_size or 0,
+        },
         num_warps=4,
     )

@@ -8,107 +8,11 @@ Bytes: q and k once per query head (a group's k comes from the L2 cache), 16 a r
 a sample, the sampled rows of q once more.
 """
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
-from ..shared.masks import load_bounds, load_num_sequences
-from ..shared.plan import ScorePlan
-
-
-class SumFields(NamedTuple):
-    """The place in the accumulator of each sum over rows."""
-
-    rows: int
-    judged_rows: int
-    nonfinite_rows: int
-    entropy: int
-    logit_range: int
-    normalized_entropy: int
-    max_weight: int
-    sink_mass: int
-    jacobian_trace_bound: int
-    saturated_rows: int
-    judged_blocks: int
-    normalized_entropy_blocks: int
-    max_weight_blocks: int
-    sink_mass_blocks: int
-    jacobian_trace_bound_blocks: int
-    saturated_rows_blocks: int
-    sequences: int
-    query_square: int
-    key_square: int
-
-
-class MaxFields(NamedTuple):
-    """The place in the accumulator of each maximum over rows; all of them lie behind the sums."""
-
-    max_logit: int
-    neg_min_logit: int
-    logit_range: int
-    max_weight: int
-    neg_normalized_entropy: int
-    neg_max_weight: int
-    query_square: int
-    key_square: int
-    num_keys: int
-    score_kind: int
-
-
-class Layout(NamedTuple):
-    """Where the accumulator keeps each number, and which rows are judged and saturated."""
-
-    sums: SumFields
-    histogram: int  # place of the first bin, behind the other sums
-    bins: int
-    maxima: MaxFields
-    judged_min_keys: int  # visible keys of a row that is judged
-    saturated: float  # normalized entropy below which a row is saturated
-
-    @property
-    def num_sums(self) -> int:
-        return self.histogram + self.bins
-
-    @property
-    def num_fields(self) -> int:
-        return self.num_sums + len(self.maxima)
-
-
-@dataclass(frozen=True, repr=False)
-class FoldPlan(ScorePlan):
-    """What the fold is compiled for."""
-
-    has_sinks: bool
-    has_table: bool  # of `scan_mask`
-    is_sampled: bool
-    group: int  # query heads of a key head
-    head_dim: int
-    block: int
-    block_d: int
-    columns: int  # of q and k, held at a time
-    width: int  # a power of two larger than the number of fields
-    num_sums: int
-    num_fields: int
-    layout: Layout
-
-
-class Sizes(NamedTuple):
-    batch: int
-    heads: int
-    num_queries: int
-    num_keys: int
-    num_places: int  # rows of a (batch, head) that have statistics: num_queries, or a sample's
-
-
-class Table(NamedTuple):
-    """Visible keys, first visible key and its bias of each row, or None and zeros: see `scan_mask`."""
-
-    ptr: Any
-    stride_b: int
-    stride_h: int
-    stride_part: int
+from ..shared.masks import cap_and_mask, load_bounds, load_num_sequences, mask_of_head
+from .lengths import broken_values, is_broken, largest, lengths, load_columns, without_nan
 
 
 @triton.jit
@@ -117,41 +21,10 @@ def _put(values, offs, PLACE: tl.constexpr, number):
 
 
 @triton.jit
-def _load_columns(pointers, columns, inside, HEAD_DIM: tl.constexpr):
-    """Some columns of the rows at `pointers`, fp32; zeros of rows that are not inside."""
-    mask = inside[:, None] & (columns < HEAD_DIM)[None, :]
-    return tl.load(pointers[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _without_nan(squares):
-    return tl.where(squares == squares, squares, 0.0).to(tl.float64)
-
-
-@triton.jit
-def _largest(squares, inside):
-    """The maximum over a block. A vector of maxima, kept until the end, would take too many registers."""
-    return tl.max(tl.where(inside & (squares == squares), squares, -float("inf")), 0)
-
-
-@triton.jit
-def _squares(x_ptr, x, batch, length, slot, slots, PLAN: tl.constexpr):
-    """Squared lengths of this slot's share of the rows of one head of x: their sum and maximum, without NaN."""
-    total = tl.full([PLAN.block], 0.0, tl.float64)
-    top = -float("inf")
-    blocks = tl.cdiv(length, PLAN.block)
-    BLOCK_D: tl.constexpr = PLAN.block_d
-    COLUMNS: tl.constexpr = PLAN.columns
-    for work in tl.range(slot, batch * blocks, slots):
-        row = work % blocks * PLAN.block + tl.arange(0, PLAN.block)
-        pointers = x_ptr + (work // blocks).to(tl.int64) * x.stride_b + row.to(tl.int64) * x.stride_m
-        squares = tl.full([PLAN.block], 0.0, tl.float32)
-        for start in tl.static_range(0, BLOCK_D, COLUMNS):
-            values = _load_columns(pointers, start + tl.arange(0, COLUMNS), row < length, PLAN.head_dim)
-            squares += tl.sum(values * values, 1)
-        total += _without_nan(squares)
-        top = tl.maximum(top, _largest(squares, row < length))
-    return tl.sum(total, 0), top
+def _log_of(weight):
+    """weight * log(weight), 0 for a weight of 0."""
+    # A constant below fp32's normal numbers would turn all of this into fp64.
+    return tl.where(weight > 0.0, weight * tl.log(tl.maximum(weight, 1e-37)), 0.0)
 
 
 @triton.jit
@@ -168,7 +41,7 @@ def _add_block(total, spread, values, judged, share):
 
 
 @triton.jit
-def _visible_keys(m, inside, table, table_ptr, sizes, window, bounds_ptr, PLAN: tl.constexpr):
+def _visible_keys(m, inside, table, table_ptr, call, window, PLAN: tl.constexpr):
     """How many keys each row sees and which is the first: from positions, or from the scanned mask."""
     if PLAN.has_table:
         entry = table_ptr + m
@@ -176,9 +49,9 @@ def _visible_keys(m, inside, table, table_ptr, sizes, window, bounds_ptr, PLAN: 
         first = tl.load(entry + table.stride_part, mask=inside, other=0)
     else:
         first = tl.full([PLAN.block], 0, tl.int32)
-        last = tl.full([PLAN.block], 0, tl.int32) + (sizes.num_keys - 1)
+        last = tl.full([PLAN.block], 0, tl.int32) + (call.num_keys - 1)
         if PLAN.is_packed:
-            first, last = load_bounds(bounds_ptr, tl.maximum(m, 0), sizes.num_queries)
+            first, last = load_bounds(call.bounds_ptr, tl.maximum(m, 0), call.num_queries)
             last -= 1
         if PLAN.is_windowed:
             first = tl.maximum(m - window + 1, first)
@@ -190,27 +63,36 @@ def _visible_keys(m, inside, table, table_ptr, sizes, window, bounds_ptr, PLAN: 
 
 
 @triton.jit
-def _first_products(q_rows, k_rows, inside, visible, num_keys, PLAN: tl.constexpr):
-    """q.k of each row and its first visible key, and the squared lengths of the rows of q."""
-    products = tl.full([PLAN.block], 0.0, tl.float32)
+def _products(q_rows, first_rows, shared_row, inside, visible, num_keys, PLAN: tl.constexpr):
+    """q.k of each row with its first visible key and with the shared key, and squared lengths of the rows of q."""
+    on_first = tl.full([PLAN.block], 0.0, tl.float32)
+    on_shared = tl.full([PLAN.block], 0.0, tl.float32)
     squares = tl.full([PLAN.block], 0.0, tl.float32)
     BLOCK_D: tl.constexpr = PLAN.block_d
     COLUMNS: tl.constexpr = PLAN.columns
+    width = tl.where(num_keys > 0, PLAN.head_dim, 0)
     for start in tl.static_range(0, BLOCK_D, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        q = _load_columns(q_rows, columns, inside, PLAN.head_dim)
+        q = load_columns(q_rows, columns, inside, PLAN.head_dim)
         if PLAN.has_table or PLAN.hides_both_ends:
-            k = _load_columns(k_rows, columns, visible > 0, PLAN.head_dim)
-        else:  # k_rows is one pointer: the first key is the same for all rows
-            width = tl.where(num_keys > 0, PLAN.head_dim, 0)
-            k = tl.load(k_rows + columns, mask=columns < width, other=0.0)
-            k = k.to(tl.float32)[None, :]
-        products += tl.sum(q * k, 1)
+            k = load_columns(first_rows, columns, visible > 0, PLAN.head_dim)
+        else:  # first_rows is one pointer: the first key is the same for all rows
+            k = tl.load(first_rows + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+        on_first += tl.sum(q * k, 1)
+        k = tl.load(shared_row + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+        on_shared += tl.sum(q * k, 1)
         squares += tl.sum(q * q, 1)
-    return products, squares
+    return on_first, on_shared, squares
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit
+def _weight_on(products, m, place, lse, call, window, mask_ptr, PLAN: tl.constexpr):
+    """Weight of each row on its key at `place`, from q.k; 0 where the row does not see it."""
+    score, _, _ = cap_and_mask(products * call.scale, m, place, call, window, mask_ptr, PLAN, True)
+    return tl.exp(score - lse)
+
+
+@triton.jit(do_not_specialize=["num_places", "sequences", "first_new_key", "window"])
 def fold_kernel(
     accumulator_ptr,
     rows,
@@ -219,17 +101,23 @@ def fold_kernel(
     sink_ptr,
     table,
     index_ptr,
-    bounds_ptr,
-    sizes,
-    scale,
-    softcap,
+    context,
+    call,
+    num_places,
+    sequences,
+    first_new_key,
     window,
     PLAN: tl.constexpr,
 ):
-    """Add a call to the accumulator (slots, fields, H). rows: pointers to `Core`. q, k: `Strided`, inner stride 1."""
+    """Add a call to the accumulator (slots, fields, H). rows: pointers to `Core`. q, k: `Strided`, inner stride 1.
+
+    num_places: rows of a (batch, head) that have statistics. sequences: how many the call adds, -1 for those of a
+    pack. first_new_key: the keys before it were counted with an earlier call.
+    """
     slot, head = tl.program_id(0), tl.program_id(1)
-    slots = tl.num_programs(0)
-    batch, heads, num_queries, num_keys, num_places = sizes
+    slots, heads = tl.num_programs(0), call.heads
+    num_queries, num_keys = call.num_queries, call.num_keys
+    batch = call.num_bh // heads
     if slot >= batch * tl.cdiv(tl.maximum(num_queries, num_keys), PLAN.block):
         return
     q_ptr = q.ptr + head.to(tl.int64) * q.stride_h
@@ -239,8 +127,9 @@ def fold_kernel(
     nothing = tl.sum(zeros, 0)
     lows = tl.full([PLAN.block], -infinity, tl.float32)
     none = tl.full([PLAN.block], 0, tl.int32)
-    finite_rows, broken_rows = none, none
-    entropies, ranges, query_squares = zeros, zeros, zeros
+    finite_rows, broken_rows, left_out_rows, empty_rows, stray_rows = none, none, none, none, none
+    broken_queries, broken_outs, broken_empty = none, none, none
+    entropies, ranges, query_squares, rests = zeros, zeros, zeros, zeros
     # Sums over judged rows, which are taken block by block for the spread between blocks.
     judged_rows, ratios, weights = nothing, nothing, nothing
     sinks, traces, saturated_rows = nothing, nothing, nothing
@@ -248,17 +137,18 @@ def fold_kernel(
     sink_blocks, trace_blocks, saturated_blocks = nothing, nothing, nothing
     top_max, top_min, top_range, top_weight, top_ratio = lows, lows, lows, lows, lows
     top_low_weight, top_query = lows, -infinity
-    histogram = tl.full([PLAN.width], 0, tl.int32)
+    histogram = tl.full([PLAN.bins], 0, tl.int32)
     offs = tl.arange(0, PLAN.block)
-    sink = 0.0
+    sink = -infinity
     if PLAN.has_sinks:
         sink = tl.load(sink_ptr + head).to(tl.float32)
 
     # Tokens of no sequence have no part in the norms.
-    query_end, key_end, sequences = num_queries, num_keys, batch
+    query_end, key_end = num_queries, num_keys
     if PLAN.is_packed:
-        _, key_end = load_bounds(bounds_ptr, num_keys - 1, num_keys)
-        query_end, sequences = key_end, load_num_sequences(bounds_ptr, num_keys)
+        _, key_end = load_bounds(call.bounds_ptr, num_keys - 1, num_keys)
+        query_end = key_end
+        sequences = tl.where(sequences < 0, load_num_sequences(call.bounds_ptr, num_keys), sequences)
     blocks = tl.cdiv(num_places, PLAN.block)
     for work in tl.range(slot, batch * blocks, slots):
         b = (work // blocks).to(tl.int64)
@@ -275,38 +165,57 @@ def fold_kernel(
         table_ptr = table.ptr
         if PLAN.has_table:
             table_ptr += b * table.stride_b + head.to(tl.int64) * table.stride_h
-        visible, first = _visible_keys(m, inside, table, table_ptr, sizes, window, bounds_ptr, PLAN)
+        visible, first = _visible_keys(m, inside, table, table_ptr, call, window, PLAN)
+        left_out = inside & (m >= query_end)
+        if PLAN.has_padding:
+            left = context.left_out_ptr + b * context.left_out_stride_b + m * context.left_out_stride_m
+            left_out = left_out | (tl.load(left, mask=inside, other=0) != 0)
+        broken_out = inside & False
+        if PLAN.has_outputs:
+            out_ptr = context.out_ptr + b * context.out_stride_b + head.to(tl.int64) * context.out_stride_h
+            out = tl.load(out_ptr + m.to(tl.int64) * context.out_stride_m, mask=inside, other=0.0)
+            broken_out = is_broken(out.to(tl.float32))
+        shared = tl.load(context.shared_ptr + b * context.shared_stride_b + head * context.shared_stride_h)
         k_rows = k_ptr + b * k.stride_b
+        first_rows = k_rows
         if PLAN.has_table or PLAN.hides_both_ends:
-            k_rows += first.to(tl.int64) * k.stride_m
+            first_rows += first.to(tl.int64) * k.stride_m
         q_rows = q_ptr + b * q.stride_b + m.to(tl.int64) * q.stride_m
-        score, squares = _first_products(q_rows, k_rows, inside, visible, num_keys, PLAN)
+        shared_row = k_rows + tl.maximum(shared, 0) * k.stride_m
+        on_first, on_shared, squares = _products(
+            q_rows, first_rows, shared_row, inside, visible, num_keys, PLAN
+        )
         if not PLAN.is_sampled:
-            squares = tl.where(m < query_end, squares, 0.0) if PLAN.is_packed else squares
-            query_squares += _without_nan(squares)
-            top_query = tl.maximum(top_query, _largest(squares, inside))
-        score *= scale
-        if PLAN.has_softcap:
-            # tanh by exp, as in cap_and_mask
-            score = softcap * (1.0 - 2.0 / (tl.exp(score * (2.0 / softcap)) + 1.0))
-        if PLAN.has_bias:
-            bias = tl.load(table_ptr + m + 2 * table.stride_part, mask=inside, other=0)
-            score += bias.to(tl.float32, bitcast=True)
-        sink_mass = tl.exp(score - lse)
-        if PLAN.has_sinks:
-            sink_mass += tl.exp(sink - lse)
+            broken_queries += is_broken(squares).to(tl.int32)
+            squares = tl.where(left_out, 0.0, squares)
+            query_squares += without_nan(squares)
+            top_query = tl.maximum(top_query, largest(squares, inside))
+        mask_ptr = mask_of_head(call, b, head, PLAN)
+        place = none + tl.maximum(shared, 0).to(tl.int32)
+        position = tl.maximum(m, 0)  # of a place without a row, so that no mask is read before its start
+        weight_on = _weight_on(on_first, position, first, lse, call, window, mask_ptr, PLAN)
+        on_other = _weight_on(on_shared, position, place, lse, call, window, mask_ptr, PLAN)
+        weight_on = tl.maximum(weight_on, tl.where(shared >= 0, on_other, 0.0))
+        learned = tl.exp(sink - lse)
+        sink_mass = weight_on + learned
+        rest = entropy + _log_of(weight_on) + _log_of(learned) + _log_of(1.0 - sink_mass)
 
-        # NaN and inf both fail "x - x == 0".
-        spread = entropy + max_logit + min_logit
-        finite = (visible > 0) & (spread - spread == 0.0)
+        occupied = inside & (left_out == 0) & (visible > 0)
+        finite = occupied & (is_broken(entropy + max_logit + min_logit) == 0)
         judged = finite & (visible >= PLAN.layout.judged_min_keys)
         ratio = entropy / tl.log(tl.maximum(visible, 2).to(tl.float32))
         weight = tl.exp(max_logit - lse)
         logit_range = max_logit - min_logit
         finite_rows += finite.to(tl.int32)
-        broken_rows += ((visible > 0) & (finite == 0)).to(tl.int32)
+        broken_rows += (occupied & (finite == 0)).to(tl.int32)
+        left_out_rows += (inside & left_out).to(tl.int32)
+        empty_rows += (inside & (left_out == 0) & (visible == 0)).to(tl.int32)
+        broken_outs += broken_out.to(tl.int32)
+        broken_empty += (broken_out & (visible == 0)).to(tl.int32)
         entropies += tl.where(finite, entropy, 0.0)
         ranges += tl.where(finite, logit_range, 0.0)
+        others = tl.log(tl.maximum(visible - 1, 2).to(tl.float32))
+        rests += tl.where(judged, tl.maximum(rest, 0.0) / others, 0.0)
         block_rows = _of_block(1.0, judged)
         judged_rows += block_rows
         judged_blocks += tl.where(block_rows > 0.0, 1.0, 0.0)
@@ -317,45 +226,87 @@ def fold_kernel(
         traces, trace_blocks = _add_block(traces, trace_blocks, 1.0 - weight * weight, judged, share)
         saturated = judged & (ratio < PLAN.layout.saturated)
         saturated_rows, saturated_blocks = _add_block(saturated_rows, saturated_blocks, 1.0, saturated, share)
+        stray_rows += (saturated & (sink_mass < 0.5)).to(tl.int32)
         top_max = tl.maximum(top_max, tl.where(finite, max_logit, -infinity))
         top_min = tl.maximum(top_min, tl.where(finite, -min_logit, -infinity))
         top_range = tl.maximum(top_range, tl.where(finite, logit_range, -infinity))
         top_weight = tl.maximum(top_weight, tl.where(judged, weight, -infinity))
         top_ratio = tl.maximum(top_ratio, tl.where(judged, -ratio, -infinity))
         top_low_weight = tl.maximum(top_low_weight, tl.where(finite, -weight, -infinity))
-        # Bins are counted at their place in the accumulator. Rows that are not judged count behind its end.
+        # Rows that are not judged count in the last place, behind the bins.
         bins = tl.where(judged, ratio, 0.0) * PLAN.layout.bins
         bins = tl.minimum(tl.maximum(bins, 0.0), PLAN.layout.bins - 1.0).to(tl.int32)
-        places = tl.where(judged, bins + PLAN.layout.histogram, PLAN.width - 1)
-        histogram += tl.histogram(places, PLAN.width)
+        histogram += tl.histogram(tl.where(judged, bins, PLAN.bins - 1), PLAN.bins)
 
     query_square = tl.sum(query_squares, 0)
+    broken_query = tl.sum(broken_queries, 0)
     if PLAN.is_sampled:
-        query_square, top_query = _squares(q_ptr, q, batch, query_end, slot, slots, PLAN)
-    key_square, top_key = _squares(k_ptr, k, batch, key_end, slot, slots, PLAN)
+        query_square, top_query, broken_query = lengths(
+            q_ptr,
+            q,
+            context.left_out_ptr,
+            context.left_out_stride_b,
+            context.left_out_stride_m,
+            batch,
+            num_queries,
+            0,
+            query_end,
+            slot,
+            slots,
+            PLAN,
+        )
+    key_square, top_key, broken_key = lengths(
+        k_ptr,
+        k,
+        context.hidden_ptr,
+        context.hidden_stride_b,
+        context.hidden_stride_n,
+        batch,
+        num_keys,
+        first_new_key,
+        key_end,
+        slot,
+        slots,
+        PLAN,
+    )
+    broken_value = 0.0
+    if PLAN.has_values:
+        value_ptr = context.value_ptr + (head // PLAN.group).to(tl.int64) * context.value_stride_h
+        broken_value += broken_values(
+            value_ptr, context.value_stride_b, context.value_stride_n, batch, num_keys, slot, slots, PLAN
+        )
 
     field = tl.arange(0, PLAN.width)
-    sums = histogram.to(tl.float64)
+    sums = tl.full([PLAN.width], 0.0, tl.float64)
     sums = _put(sums, field, PLAN.layout.sums.rows, tl.sum(finite_rows, 0).to(tl.float64))
     sums = _put(sums, field, PLAN.layout.sums.judged_rows, judged_rows)
+    sums = _put(sums, field, PLAN.layout.sums.left_out_rows, tl.sum(left_out_rows, 0).to(tl.float64))
+    sums = _put(sums, field, PLAN.layout.sums.empty_rows, tl.sum(empty_rows, 0).to(tl.float64))
     sums = _put(sums, field, PLAN.layout.sums.nonfinite_rows, tl.sum(broken_rows, 0).to(tl.float64))
     sums = _put(sums, field, PLAN.layout.sums.entropy, tl.sum(entropies, 0))
     sums = _put(sums, field, PLAN.layout.sums.logit_range, tl.sum(ranges, 0))
     sums = _put(sums, field, PLAN.layout.sums.normalized_entropy, ratios)
     sums = _put(sums, field, PLAN.layout.sums.max_weight, weights)
     sums = _put(sums, field, PLAN.layout.sums.sink_mass, sinks)
+    sums = _put(sums, field, PLAN.layout.sums.rest_entropy, tl.sum(rests, 0))
     sums = _put(sums, field, PLAN.layout.sums.jacobian_trace_bound, traces)
     sums = _put(sums, field, PLAN.layout.sums.saturated_rows, saturated_rows)
+    sums = _put(sums, field, PLAN.layout.sums.stray_rows, tl.sum(stray_rows, 0).to(tl.float64))
     sums = _put(sums, field, PLAN.layout.sums.judged_blocks, judged_blocks)
     sums = _put(sums, field, PLAN.layout.sums.normalized_entropy_blocks, ratio_blocks)
     sums = _put(sums, field, PLAN.layout.sums.max_weight_blocks, weight_blocks)
     sums = _put(sums, field, PLAN.layout.sums.sink_mass_blocks, sink_blocks)
     sums = _put(sums, field, PLAN.layout.sums.jacobian_trace_bound_blocks, trace_blocks)
     sums = _put(sums, field, PLAN.layout.sums.saturated_rows_blocks, saturated_blocks)
-    counted = tl.where(slot == 0, sequences, 0).to(tl.float64)
-    sums = _put(sums, field, PLAN.layout.sums.sequences, counted)
+    begun = tl.where(slot == 0, sequences, 0).to(tl.float64)
+    sums = _put(sums, field, PLAN.layout.sums.sequences, begun)
     sums = _put(sums, field, PLAN.layout.sums.query_square, query_square)
     sums = _put(sums, field, PLAN.layout.sums.key_square, key_square)
+    sums = _put(sums, field, PLAN.layout.sums.nonfinite_query, broken_query.to(tl.float64))
+    sums = _put(sums, field, PLAN.layout.sums.nonfinite_key, broken_key.to(tl.float64))
+    sums = _put(sums, field, PLAN.layout.sums.nonfinite_value, broken_value)
+    sums = _put(sums, field, PLAN.layout.sums.nonfinite_out, tl.sum(broken_outs, 0).to(tl.float64))
+    sums = _put(sums, field, PLAN.layout.sums.nonfinite_empty, tl.sum(broken_empty, 0).to(tl.float64))
     tops = tl.full([PLAN.width], -infinity, tl.float32)
     tops = _put(tops, field, PLAN.layout.maxima.max_logit, tl.max(top_max, 0))
     tops = _put(tops, field, PLAN.layout.maxima.neg_min_logit, tl.max(top_min, 0))
@@ -363,7 +314,7 @@ def fold_kernel(
     tops = _put(tops, field, PLAN.layout.maxima.max_weight, tl.max(top_weight, 0))
     tops = _put(tops, field, PLAN.layout.maxima.neg_normalized_entropy, tl.max(top_ratio, 0))
     tops = _put(tops, field, PLAN.layout.maxima.neg_max_weight, tl.max(top_low_weight, 0))
-    tops = _put(tops, field, PLAN.layout.maxima.query_square, scale * scale * top_query)
+    tops = _put(tops, field, PLAN.layout.maxima.query_square, call.scale * call.scale * top_query)
     tops = _put(tops, field, PLAN.layout.maxima.key_square, top_key)
     tops = _put(tops, field, PLAN.layout.maxima.num_keys, num_keys * 1.0)
     kind = 2.0 if PLAN.has_softcap or PLAN.has_sinks else 1.0 if PLAN.has_bias else 0.0
@@ -371,4 +322,9 @@ def fold_kernel(
     pointers = accumulator_ptr + (slot * PLAN.num_fields + field) * heads + head
     before = tl.load(pointers, mask=field < PLAN.num_fields, other=0.0)
     after = tl.where(field < PLAN.num_sums, before + sums, tl.maximum(before, tops.to(tl.float64)))
-    tl.store(pointers, after, mask=field < PLAN.num_fields)
+    counted = (field >= PLAN.layout.histogram) & (field < PLAN.num_sums)
+    tl.store(pointers, after, mask=(field < PLAN.num_fields) & (counted == 0))
+    bins = tl.arange(0, PLAN.bins)
+    pointers = accumulator_ptr + (slot * PLAN.num_fields + PLAN.layout.histogram + bins) * heads + head
+    before = tl.load(pointers, mask=bins < PLAN.layout.bins, other=0.0)
+    tl.store(pointers, before + histogram.to(tl.float64), mask=bins < PLAN.layout.bins)

@@ -16,7 +16,7 @@ _BLOCK = tl.constexpr(_SCAN)
 def _scan_mask_kernel(
     table_ptr, mask, mask_heads, num_queries, num_keys, bounds_ptr, window, PLAN: tl.constexpr
 ):
-    """One row of a user mask: how many keys are visible, which is the first, and its bias (as fp32 bits)."""
+    """One row of a user mask: how many keys are visible, and which is the first."""
     place = tl.program_id(0).to(tl.int64)
     row = (place % num_queries).to(tl.int32)
     batch, head = place // num_queries // mask_heads, place // num_queries % mask_heads
@@ -48,25 +48,19 @@ def _scan_mask_kernel(
     visible = tl.sum(count, 0)
     index = tl.min(first, 0)
     index = tl.where(visible > 0, index, 0)
-    bias = 0.0
-    if PLAN.has_bias:
-        bias = tl.load(mask_ptr + index.to(tl.int64) * mask.stride_n, mask=visible > 0, other=0.0)
-        bias = bias.to(tl.float32)
     size = tl.num_programs(0).to(tl.int64)
     tl.store(table_ptr + place, visible)
     tl.store(table_ptr + size + place, index)
-    if PLAN.has_bias:
-        tl.store(table_ptr + 2 * size + place, bias.to(tl.int32, bitcast=True))
 
 
 def scan_mask(
     options: Options, num_queries: int, num_keys: int, bounds: torch.Tensor | None
 ) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """Table (3, mask batch, mask heads, M) int32 of visible keys, first key and its bias; strides (b, h, part)."""
+    """Table (2, mask batch, mask heads, M) int32 of visible keys and the first of them; strides (b, h, part)."""
     attn_mask = options.attn_mask
     mask_batch, mask_heads = attn_mask.shape[:2]
     size = mask_batch * mask_heads * num_queries
-    table = torch.empty(3 * size, dtype=torch.int32, device=attn_mask.device)
+    table = torch.empty(2 * size, dtype=torch.int32, device=attn_mask.device)
     launch(
         _scan_mask_kernel,
         (size, 1, 1),

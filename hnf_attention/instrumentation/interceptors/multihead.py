@@ -17,6 +17,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from ...tracing import traced, transformed
@@ -111,6 +112,12 @@ class _Reached(BaseException):
     """Stops a call of multi_head_attention_forward at its attention. No handler of errors may catch it."""
 
 
+def _output(result: Any) -> Tensor:
+    """(B, 1, M, E) of the result (M, B, E) or (M, E), in which the heads are joined."""
+    out = result[0]
+    return out[None, None] if out.dim() == 2 else out.transpose(0, 1)[:, None]
+
+
 @torch.no_grad()
 def _described(original: Callable[..., Any], *given: Any, **kwargs: Any) -> AttentionCall:
     """The description of the attention in a call of `multi_head_attention_forward`, which is not computed."""
@@ -137,5 +144,6 @@ def _described(original: Callable[..., Any], *given: Any, **kwargs: Any) -> Atte
         torch.set_autocast_cache_enabled(cached)
     (call,) = found
     call.interceptor = INTERCEPTOR
+    call.output_of = _output
     call.not_fused = call.not_fused or "attention weights are asked for"
     return call

@@ -158,6 +158,7 @@ def call_of(
         interceptor=NAME if heads is None else "transformers sdpa",
         from_output=lambda out: out if len(shape) == 3 else out.reshape(*shape, out.shape[-1]),
         not_fused=not_fused,
+        output_of=lambda out: out.reshape(*query.shape[:3], out.shape[-1]),
         # A mask slows our kernels by more than a probe beside PyTorch's costs.
         probe_preferred=None if attn_mask is None else UNDER_A_MASK,
     )

@@ -138,11 +138,22 @@ def _measured(owner: observer.Owner, scores: Tensor) -> Measurement:
         scores = _without_blocks(scores, heads)
     elif heads is not None and scores.shape[1] != heads and scores.shape[2] == heads:
         scores = scores.transpose(1, 2)  # (B, M, H, window), as Longformer has it
-    batch, heads, num_queries, num_keys = scores.shape
-    chunks = masks.row_chunks(num_queries, num_keys, batch * heads)
+    _, heads, num_queries, num_keys = scores.shape
     ordinary = torch.where(scores > LOW, scores.abs(), 0.0).amax((2, 3), keepdim=True) < ORDINARY
-    parts = (_with_visible(scores[:, :, rows], ordinary) for rows in chunks)
-    return given(layer, parts, num_keys, _head_dim(module, heads), scores.dtype)
+
+    def part(rows: slice | Tensor) -> tuple[Tensor, Tensor]:
+        return _with_visible(masks.take_rows(scores, rows), ordinary)
+
+    own_keys = num_queries == num_keys
+    return given(
+        layer,
+        part,
+        scores.shape,
+        _head_dim(module, heads),
+        scores.dtype,
+        own_keys=own_keys,
+        device=scores.device,
+    )
 
 
 def _with_visible(scores: Tensor, ordinary: Tensor) -> tuple[Tensor, Tensor]:

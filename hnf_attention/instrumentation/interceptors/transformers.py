@@ -224,6 +224,7 @@ def _eager_call(
         from_output=lambda out: (out.transpose(1, 2).contiguous(), None),
         not_fused=not_fused,
         probe_preferred=EAGER_STAYS,
+        output_of=lambda result: result[0].transpose(1, 2),
         check=functools.partial(check_equivalence, original, module, mask, options),
     )
 
@@ -285,7 +286,7 @@ def _flex_call(
     require_plain(query=query, key=key, attention_mask=mask, position_bias=position_bias)
     if mask is not None:
         mask = mask[:, :1].to(query.dtype)  # of one head; a boolean one is added too
-    return described(
+    call = described(
         FLEX_INTERCEPTOR,
         query,
         key,
@@ -297,6 +298,8 @@ def _flex_call(
         attn_mask=_combined(mask, position_bias, query, key),
         softcap=softcap,
     )
+    call.output_of = lambda result: result[0].transpose(1, 2)
+    return call
 
 
 def _dropout(module: nn.Module, options: dict[str, Any]) -> float:
