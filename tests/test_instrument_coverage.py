@@ -61,7 +61,7 @@ def test_attention_without_a_softmax_is_listed_even_beside_a_measured_container(
         model(x())
     assert list(handle.coverage.measured) == [""]
     assert list(handle.coverage.not_measured) == ["inner"]
-    assert "or a softmax over scores" in handle.coverage.not_measured["inner"]
+    assert "or a softmax between two products" in handle.coverage.not_measured["inner"]
 
 
 def test_strict_raises_once_after_the_first_complete_forward():

@@ -100,7 +100,7 @@ _KEPT = "_hnf_attention_invocation"
 def kept_in(frame: FrameType, make: Callable[[], Any]) -> Any:
     """An object that stays with the frame of one function call, made when it is first asked for.
 
-    It is one more item of `frame.f_locals`, which CPython keeps as long as the frame (seen in 3.10 to 3.14).
+    It is one more item of `frame.f_locals`, which CPython keeps as long as the frame (the tests ran with 3.11).
     Missing: made anew each time. Each call of a layer then counts as an invocation of its own.
     """
     variables = frame.f_locals
