@@ -18,6 +18,14 @@ from hnf_attention.engine.call import check
 from hnf_attention.reference.context import UNKNOWN, Context, hidden_keys, largest
 
 CALLS = 20
+WHAT = (
+    "forward",
+    "fold",
+    "fold, padding mask",
+    "context",
+    "context and fold",
+    "context and fold, padding mask",
+)
 CASES = {  # batch, heads, key heads, length, head_dim
     "GPT-2 1k": (1, 12, 12, 1024, 64),
     "GPT-2 16 x 1k": (16, 12, 12, 1024, 64),
@@ -27,17 +35,7 @@ CASES = {  # batch, heads, key heads, length, head_dim
 
 
 @pytest.mark.benchmark(timer=cuda_clock, disable_gc=True)
-@pytest.mark.parametrize(
-    "what",
-    [
-        "forward",
-        "fold",
-        "fold, padding mask",
-        "context",
-        "context and fold",
-        "context and fold, padding mask",
-    ],
-)
+@pytest.mark.parametrize("what", WHAT)
 @pytest.mark.parametrize("name", CASES)
 def test_fold(benchmark, name, what):
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import InputError
-from ..precheck import StabilityReport, check_attention_stability, read_design, stability_region
+from ..precheck import StabilityReport, check_attention_stability, known_design, stability_region
 from ..report.check import verdict
 from .exit_codes import FOUND, HEALTHY
 from .failures import has_weights
@@ -20,7 +20,7 @@ from .output import check_figure, check_target, for_people, write_document
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-_FAILING = {"unstable": ("unstable",), "marginal": ("marginal", "unstable")}  # --fail-on -> verdicts
+_PASSING = {"unstable": ("stable", "marginal"), "marginal": ("stable",)}  # --fail-on -> verdicts
 
 
 def run(options: argparse.Namespace) -> int:
@@ -30,11 +30,14 @@ def run(options: argparse.Namespace) -> int:
     report, config = check(options.config, options.seq_len, options.dtype, options.weights)
     console.print(verdict(report, options.config))
     if options.region is not None:
-        design = read_design(config, seq_len=options.seq_len, dtype=options.dtype)
+        try:
+            design = known_design(config, seq_len=options.seq_len, dtype=options.dtype)
+        except ValueError as error:
+            raise InputError(f"{options.config}: no region: {error}") from error
         stability_region(design).plot(options.region)
         console.print(f"figure: {options.region}", highlight=False, markup=False)
     write_document(options.json, report.to_dict())
-    return FOUND if report["verdict"] in _FAILING[options.fail_on] else HEALTHY
+    return HEALTHY if report["verdict"] in _PASSING[options.fail_on] else FOUND
 
 
 def check(

@@ -32,7 +32,7 @@ from .torch import (
     vmap_in_operators,
     without_dispatch_modes,
 )
-from .transformers import attention_implementation, collects_attention_weights, device_mesh
+from .transformers import attention_implementation, collects_attention_weights, device_mesh, initialise
 
 __all__ = [
     "Memory",
@@ -50,6 +50,7 @@ __all__ = [
     "flattened",
     "fsdp_wrapped",
     "functorch_transform",
+    "initialise",
     "inner_schedulers",
     "jit_trace",
     "kept_in",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -32,3 +34,28 @@ def device_mesh(model: nn.Module) -> Any:
     Missing: None. Statistics of its processes are then not put together unless `ranks` says how.
     """
     return getattr(model, "_device_mesh", None)
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, fields: Mapping[str, Any]) -> None:
+    """Give a Hugging Face model new random weights, as if its configuration had these fields.
+
+    The weights of some classes depend on the number of layers.
+    Missing, or without a use of these fields: the weights stay.
+    """
+    initialise_module, config = getattr(model, "_init_weights", None), getattr(model, "config", None)
+    code = getattr(initialise_module, "__code__", None)
+    if (
+        initialise_module is None
+        or config is None
+        or (code is not None and not set(fields) & set(code.co_names))
+    ):
+        return
+    before = {name: getattr(config, name) for name in fields}
+    try:
+        for name, value in fields.items():
+            setattr(config, name, value)
+        model.apply(initialise_module)
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)

@@ -3,6 +3,7 @@
 from .check import check_attention_stability
 from .configuration import read_design
 from .design import Design
+from .model_class import known_design
 from .region import StabilityRegion, stability_region
 from .report import StabilityReport
 
@@ -11,6 +12,7 @@ __all__ = [
     "StabilityRegion",
     "StabilityReport",
     "check_attention_stability",
+    "known_design",
     "read_design",
     "stability_region",
 ]

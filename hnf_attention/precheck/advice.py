@@ -58,7 +58,8 @@ def neighbours(
     Of each kind of change, only the best is offered.
     ratio, largest: the design's own sigma / sigma_c and largest |score| (nats), if they were measured or read from
         weights. The prediction for each neighbour is then corrected by the same factor as the design's own.
-    trained: leaves out changes that are only possible before training.
+    trained: leaves out changes that are only possible before training. They are also left out if the design's spread
+        was measured, because no formula says how it depends on widths and weights.
     """
     predicted = worst_layer(design)
     correction = [
@@ -66,7 +67,9 @@ def neighbours(
         for known, guess in zip((ratio, largest), predicted, strict=True)
     ]
     now = predicted[0] * correction[0]
-    tried = [move for move in moves(design, now) if not trained or move.knob in AFTER_TRAINING]
+    tried = [
+        move for move in moves(design, now) if not (trained or design.spread) or move.knob in AFTER_TRAINING
+    ]
     single = _best(_judged(design, tried, 1, correction))
     # Two changes are offered only if neither is enough alone.
     enough = {knobs[0] for knobs, found in single.items() if found.verdict == STABLE}
@@ -89,7 +92,7 @@ def margins(design: Design, ratio: float) -> dict[str, float]:
     """
     room = min(SAFE_RATIO / max(ratio, 1e-300), 1e100)
     found = {"temperature": design.relative_temperature / room}
-    if not design.qk_norm:
+    if not design.qk_norm and not design.spread:
         found["init_std"] = math.sqrt(design.query_std * design.key_std * room)
         found["d_model"] = design.d_model * room
     keys = min(design.keys(layer) for layer in range(design.n_layers))

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from .. import theory
 from ..names import display_name
 from .checkpoint import read_weights
-from .configuration import read_design
+from .configuration import hugging_face, read_design
 from .design import Design
 from .estimates import from_measurement, from_weights
 from .measured import measure_sample
+from .model_class import with_class
 from .predict import predict_layer
 from .random_tokens import random_token_maxima
 from .report import StabilityReport
+from .shrink import Unknown
 from .summarise import Evidence, summarise
 
 
@@ -32,7 +34,8 @@ def check_attention_stability(
     """Check attention before training. Returns a `StabilityReport`, a dict whose class lists the keys.
 
     config: a Hugging Face configuration, a mapping, or any object with such attributes (`read_design`); None takes
-        `model.config`. Alone it gives predictions for random weights.
+        `model.config`. Alone it gives predictions for random weights. The first layer of a Hugging Face class is built
+        with random weights and run, which takes seconds. What its configuration does not say is thereby found.
     model: its weights give each head's expected spread of scores, and the largest score that any input can give.
         Without a sample it runs once on a few short sequences of random tokens, for the largest score to expect.
     sample_input: token ids (B, N), another input of the model, or a mapping for keyword arguments. The model runs
@@ -41,6 +44,7 @@ def check_attention_stability(
     dtype: of q, k and v; None takes the model's.
     tolerance: the error of an output that rounding may cause, over the spread of the values; between 0 and 1.
 
+    The verdict is "not known" if that class cannot be built and run, and no sample is measured; a note says why.
     A measured number is preferred to one from weights, then a predicted one, then an assumed one. `sources` says
     which each number is.
     Raises ValueError for a configuration without a needed field (with the names tried), sizes that make no
@@ -56,8 +60,17 @@ def check_attention_stability(
     if dtype is None and model is not None:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     design = read_design(config, seq_len=seq_len or _length(sample_input), dtype=dtype)
-    evidence = Evidence([predict_layer(design, layer) for layer in range(design.n_layers)])
+    unknown = None
+    try:
+        design = with_class(design, config)
+    except Unknown as reason:
+        unknown = str(reason)
+    evidence = Evidence([predict_layer(design, layer) for layer in range(design.n_layers)], unknown=unknown)
     evidence.notes += [f"not used: {name}" for name in design.unused]
+    if getattr(hugging_face(config), "auto_map", None):
+        evidence.notes.append(
+            "the configuration names code of its own (auto_map), which was not run: the class of transformers was read"
+        )
     if model is not None:
         _read_model(evidence, model, sample_input, design)
     return summarise(design, evidence, tolerance)
@@ -68,8 +81,15 @@ def _read_model(evidence: Evidence, model: nn.Module, sample: Any, design: Desig
     if any(p.is_meta for p in model.parameters()):
         evidence.notes.append("the model is on the meta device: it has no weights to read")
         return
-    evidence.weights, reasons = read_weights(model, design)
-    evidence.notes += [f"weights of {display_name(name)} not read: {why}" for name, why in reasons.items()]
+    unread: ValueError | None = None
+    try:
+        evidence.weights, reasons = read_weights(model, design)
+        evidence.notes += [
+            f"weights of {display_name(name)} not read: {why}" for name, why in reasons.items()
+        ]
+    except ValueError as error:  # no class of attention is known, but a run may still show some
+        unread = error
+        evidence.notes.append(f"weights not read: {error}")
     evidence.found = from_weights(design, evidence.weights) or evidence.found
     if sample is not None:
         try:
@@ -78,6 +98,8 @@ def _read_model(evidence: Evidence, model: nn.Module, sample: Any, design: Desig
         except ValueError as error:
             evidence.notes.append(f"not measured: {error}")
         evidence.found = from_measurement(design, evidence.measured) or evidence.found
+    if unread is not None and evidence.diagnosis is None:
+        raise unread
     if evidence.weights and not evidence.measured:
         try:
             evidence.typical = random_token_maxima(model, design.seq_len)

@@ -13,7 +13,8 @@ from .design import Design
 from .norms import norm_before, read_norm
 from .positions import position_bias
 
-QUERY_NORMS, KEY_NORMS = ("q_norm", "query_norm", "q_layernorm"), ("k_norm", "key_norm", "k_layernorm")
+QUERY_NORMS = ("q_norm", "query_norm", "q_layernorm", "query_layernorm")
+KEY_NORMS = ("k_norm", "key_norm", "k_layernorm", "key_layernorm")
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,6 +38,32 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "window": ("window", "sliding_window"),
     "dtype": ("dtype", "torch_dtype"),
 }
+# Fields of Hugging Face configurations that look like misspelt names of ours.
+_RESEMBLING = {
+    "attention_head_dim",
+    "attention_heads",
+    "attention_hidden_size",
+    "decoder_attention_heads",
+    "decoder_layers",
+    "decoder_num_attention_heads",
+    "decoder_self_attention_heads",
+    "dim_head",
+    "emb_dim",
+    "embed_dims",
+    "encode_proj_layers",
+    "encoder_num_attention_heads",
+    "hidden_sizes",
+    "max_decoder_position_embeddings",
+    "max_encoder_position_embeddings",
+    "max_ep_len",
+    "mel_dim",
+    "model_in_dim",
+    "num_encoder_layers",
+    "num_position_embeddings",
+    "same_length",
+    "sliding_windows",
+}
+_MISSPELT = 0.85  # difflib's ratio: one or two wrong letters of eight
 NEEDED = ("d_model", "n_heads", "seq_len")
 ASSUMED_STD = 0.02
 # Families whose attention normalises queries and keys without a field that says so.
@@ -86,7 +113,10 @@ class _Reader:
         self.asked.add(name)
         if isinstance(self.config, Mapping):
             return self.config.get(name)
-        return getattr(self.config, name, None)
+        try:
+            return getattr(self.config, name, None)
+        except Exception:  # transformers refuses a field that varies across layers, with an error of its own
+            return None
 
     def find(self, what: str, default: Any = None, why: str = "") -> Any:
         if self.given.get(what) is not None:
@@ -125,16 +155,15 @@ def read_design(config: Any, **given: Any) -> Design:
     given: fields such as seq_len and dtype. They win over the configuration; None counts as not given.
     Beside the names in `ALIASES`, plain numbers may have `temperature` (T / sqrt(head_dim), 1 is usual), `scale`,
     `rope` and `qk_norm`.
-    Raises ValueError for a needed field that is missing (with the names tried), a size that is not a positive
-    integer, heads that do not divide the width, and an unknown dtype.
+    Raises ValueError for a needed field that is missing (with the names tried), a name that is a misspelt field, a size
+    that is not a positive integer, heads that do not divide the width, and an unknown dtype.
     """
     if config is None:
         raise ValueError(
             "expected a configuration, got None, and a model without a `.config`: give one, such as "
             '{"d_model": 768, "n_heads": 12, "seq_len": 1024}'
         )
-    if hasattr(config, "get_text_config"):  # of a vision-language model, the text part attends
-        config = config.get_text_config()
+    config = hugging_face(config) or config
     read = _Reader(config, given)
     family = str(read.raw("model_type") or "")
     d_model, n_heads = read.count("d_model"), read.count("n_heads")
@@ -151,7 +180,10 @@ def read_design(config: Any, **given: Any) -> Design:
     rotary = _rotary(read, head_dim)
     softcap, windows = read.positive("softcap", None, "none"), _windows(read, n_layers, seq_len)
     correlation = _correlation(read)
-    plain = isinstance(config, Mapping) and not family  # a family's configuration has many other fields
+    unused = sorted(_strange(config) - read.asked)
+    for name in unused:
+        _refuse_misspelt(name, read.asked)
+    plain = isinstance(config, Mapping)  # configurations of Hugging Face have many other fields
     return Design(
         d_model=d_model,
         n_heads=n_heads,
@@ -171,11 +203,55 @@ def read_design(config: Any, **given: Any) -> Design:
         layer_scale=layer_scale,
         correlation=correlation,
         sources=read.sources,
-        unused=tuple(sorted(set(config) - read.asked)) if plain else (),
+        unused=tuple(unused) if plain else (),
     )
 
 
+def hugging_face(config: Any) -> Any:
+    """The Hugging Face configuration that this is, or that its `model_type` names; None for others.
+
+    Of a vision-language model it is that of the text part, which attends.
+    """
+    if isinstance(config, Mapping) and config.get("model_type"):
+        from transformers import AutoConfig
+
+        values = dict(config)
+        try:
+            config = AutoConfig.for_model(values.pop("model_type"), **values)
+        except Exception:  # an unknown type, or values that its class refuses
+            return None
+    return config.get_text_config() if hasattr(config, "get_text_config") else None
+
+
+def _strange(config: Any) -> set[str]:
+    """The names of plain numbers, or those of a Hugging Face configuration that its class does not know."""
+    if isinstance(config, Mapping):
+        return set() if config.get("model_type") else {name for name in config if isinstance(name, str)}
+    if not hasattr(config, "to_diff_dict"):
+        return set()
+    try:
+        return set(vars(config)) - set(vars(type(config)()))
+    except Exception:  # of a class that has no default values: what it knows cannot be told
+        return set()
+
+
+def _refuse_misspelt(name: str, asked: set[str]) -> None:
+    """Raise ValueError if nothing asks for this name, but for one that differs in a letter or two."""
+    known = asked.union(*ALIASES.values())
+    if name in known or name in _RESEMBLING or name.endswith(tuple(f"_{other}" for other in known)):
+        return
+    meant = difflib.get_close_matches(name, sorted(known), 1, _MISSPELT)
+    if meant:
+        raise ValueError(
+            f"expected names of fields in the configuration, got {name!r}: is {meant[0]!r} meant?"
+        )
+
+
 def _head_dim(read: _Reader, d_model: int, n_heads: int) -> int:
+    parts = [read.raw(name) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
+    if all(isinstance(part, int) for part in parts):  # multi-head latent attention
+        read.sources["head_dim"] = "config: qk_nope_head_dim + qk_rope_head_dim"
+        return sum(parts)
     if any(read.raw(name) is not None for name in ALIASES["head_dim"]) or read.given.get("head_dim"):
         return read.count("head_dim")
     if d_model % n_heads:

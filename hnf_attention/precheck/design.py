@@ -19,6 +19,8 @@ class Design:
     interleaved: RoPE turns neighbouring dimensions together, rather than halves; None if not known.
     windows: visible keys of each layer; empty means all.
     correlation: mean cosine between the first layer's inputs of two tokens.
+    spread: measured over predicted spread of the scores of each layer with random weights; the last number counts for
+        all later layers; empty means 1.
     unused: names in a mapping of plain numbers that nothing asks for.
     sources: field -> where its number comes from: "config: NAME", "assumed: ...", "given", "derived: ...".
     """
@@ -40,6 +42,7 @@ class Design:
     windows: tuple[int, ...] = field(default=(), repr=False)
     layer_scale: tuple[float, ...] = field(default=(), repr=False)
     correlation: float = 0.0
+    spread: tuple[float, ...] = field(default=(), repr=False)
     sources: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
     unused: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
@@ -49,6 +52,9 @@ class Design:
 
     def scale_of(self, layer: int) -> float:
         return self.scale * (self.layer_scale[layer] if self.layer_scale else 1.0)
+
+    def spread_of(self, layer: int) -> float:
+        return self.spread[min(layer, len(self.spread) - 1)] if self.spread else 1.0
 
     @property
     def temperature(self) -> float:

@@ -41,8 +41,10 @@ def from_measurement(design: Design, measured: list[MeasuredLayer]) -> list[Scor
         std, ratio = float(layer.score_std.median()), float(layer.sigma_ratio.median())
         keys = min(layer.keys, design.keys(place))
         row_std = ratio * float(theory.critical_std(keys)) if keys > 1 else 0.0
-        magnitude = float(layer.magnitude.max())
         local = replace(design, seq_len=layer.keys)
+        magnitude = float(layer.magnitude.max())
+        if math.isnan(magnitude):  # only the scores are known
+            magnitude = max(float(layer.max_abs_logit.max()), predict.predict_layer(local, place).magnitude)
         scores = predict.scores(local, place, layer.layer, std, row_std, magnitude, "measured")
         largest = float(layer.max_abs_logit.max())
         found.append(

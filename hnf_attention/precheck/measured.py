@@ -15,6 +15,7 @@ from ..engine import api
 from ..instrumentation import Measurement
 from ..monitoring.analyzer import AttentionAnalyzer
 from ..statistics.fields import JUDGED_MIN_KEYS
+from .capture import LatestScores
 
 _SHARE = 0.99  # of rows, as in `theory.row_spread`
 
@@ -27,7 +28,7 @@ class MeasuredLayer:
     score_std: root mean square over the rows of the spread within a row, nats.
     sigma_ratio: spread of a row over the critical spread of its visible keys, 99th percentile of the rows.
     row_max: mean of a row's largest score minus its mean score, nats. max_abs_logit: largest |score| of any row, nats.
-    magnitude: scale max|q| max|k|, nats. normalized_entropy: mean over the rows.
+    magnitude: scale max|q| max|k|, nats; NaN where only the scores are known. normalized_entropy: mean over the rows.
     """
 
     layer: str
@@ -49,14 +50,16 @@ def measure_sample(
     """
     layers: list[MeasuredLayer] = []
     reasons: dict[str, str] = {}
+    latest = LatestScores()
 
     def read(measurement: Measurement) -> None:
         try:
-            layers.append(_read(measurement))
+            layers.append(_read(measurement, latest))
         except ValueError as error:
             reasons[measurement.layer] = str(error)
 
-    diagnosis = run_measured(model, sample, read)
+    with latest:
+        diagnosis = run_measured(model, sample, read)
     return layers, reasons, diagnosis
 
 
@@ -94,17 +97,26 @@ def run_measured(model: nn.Module, sample: Any, read: Callable[[Measurement], No
         return analyzer.diagnose()
 
 
-def _read(measurement: Measurement) -> MeasuredLayer:
+def _read(measurement: Measurement, latest: LatestScores) -> MeasuredLayer:
     query, key, options = measurement.query, measurement.key, measurement.options
+    rows = measurement.rows
+    batch, heads, num_rows = rows.lse.shape
+    scores = latest.taken((batch, heads, num_rows), (batch * heads, num_rows))
     if query is None or key is None or options is None:
-        raise ValueError("only its scores are known, not the queries and keys")
-    rows = api.attend(query, key, None, options, extended=True)[1].detach()
-    assert rows.score_std is not None and rows.score_mean is not None  # of `extended=True`
+        std, mean_score = _spread_of_scores(measurement, scores)
+        magnitude = torch.full(rows.lse.shape[1:2], torch.nan, dtype=torch.float64)
+    else:
+        rows = api.attend(query, key, None, options, extended=True)[1].detach()
+        assert rows.score_std is not None and rows.score_mean is not None  # of `extended=True`
+        std, mean_score = rows.score_std, rows.score_mean
+        lengths = [x.float().norm(dim=-1).amax((0, 2)).double().cpu() for x in (query, key)]
+        group = lengths[0].numel() // lengths[1].numel()
+        magnitude = abs(options.scale) * lengths[0] * lengths[1].repeat_interleave(group)
     visible = measurement.visible_keys.expand(rows.lse.shape)
     least = min(JUDGED_MIN_KEYS, int(visible.max())) if visible.numel() else 1
     judged = (visible >= max(least, 2)) & rows.lse.isfinite()
     critical = torch.from_numpy(theory.critical_std(visible.clamp(min=2).cpu().numpy()))
-    std = rows.score_std.double().cpu()
+    std = std.double().cpu()
     judged, visible = judged.cpu(), visible.cpu()
 
     def mean(values: Tensor) -> Tensor:
@@ -112,8 +124,6 @@ def _read(measurement: Measurement) -> MeasuredLayer:
         return torch.where(judged, values.double().cpu(), 0.0).sum((0, 2)) / count
 
     ratios = torch.where(judged, std / critical, torch.nan).transpose(0, 1).flatten(1)
-    lengths = [x.float().norm(dim=-1).amax((0, 2)).double().cpu() for x in (query, key)]
-    group = lengths[0].numel() // lengths[1].numel()
     largest = torch.maximum(rows.max_logit.abs(), rows.min_logit.abs()).double().cpu()
     seen = rows.lse.isfinite().cpu()
     return MeasuredLayer(
@@ -121,8 +131,25 @@ def _read(measurement: Measurement) -> MeasuredLayer:
         keys=int(visible.max()),
         score_std=mean(std.square()).sqrt(),
         sigma_ratio=torch.nanquantile(ratios, _SHARE, dim=1),
-        row_max=mean(rows.max_logit - rows.score_mean),
+        row_max=mean(rows.max_logit - mean_score),
         max_abs_logit=torch.where(seen, largest, 0.0).amax((0, 2)),
-        magnitude=abs(options.scale) * lengths[0] * lengths[1].repeat_interleave(group),
+        magnitude=magnitude,
         normalized_entropy=mean(rows.entropy.double().cpu() / visible.clamp(min=2).double().log()),
     )
+
+
+def _spread_of_scores(measurement: Measurement, scores: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Spread and mean of every row, (B, H, M) fp64, of the scores of an attention that was caught at its softmax.
+
+    scores: (B, H, M, N) or (B * H, M, N). Hidden keys have the lowest scores.
+    Raises ValueError for scores of another layout.
+    """
+    if scores is None or measurement.sample_period != 1:
+        raise ValueError("only its scores are known, not the queries and keys")
+    batch, heads, num_rows = measurement.rows.lse.shape
+    ranked = scores.detach().double().reshape(batch, heads, num_rows, -1).sort(-1, descending=True).values
+    count = measurement.visible_keys.to(ranked.device).expand(batch, heads, num_rows)[..., None]
+    seen = torch.arange(ranked.shape[-1], device=ranked.device) < count
+    mean = torch.where(seen, ranked, 0.0).sum(-1, keepdim=True) / count.clamp(min=1)
+    square = torch.where(seen, ranked - mean, 0.0).square().sum(-1) / count[..., 0].clamp(min=1)
+    return square.sqrt(), mean[..., 0].to(measurement.rows.max_logit.device)

@@ -16,6 +16,7 @@ from .design import Design
 # and 63% of the rows have an entropy below half a nat. Up to 0.5 sigma_c the entropy is above 3/4 of its maximum.
 SAFE_RATIO, UNSTABLE_RATIO = 0.5, 1.0
 STABLE, MARGINAL, UNSTABLE = "stable", "marginal", "unstable"
+NOT_KNOWN = "not known"  # the verdict on scores that nothing says how to predict
 VERDICTS = (STABLE, MARGINAL, UNSTABLE)  # best first
 
 
@@ -53,7 +54,8 @@ def predict_layer(design: Design, layer: int) -> Scores:
     """The numbers of one layer at initialisation."""
     std, row_std = _spread(design, layer)
     magnitude = _magnitude(design, layer)
-    return scores(design, layer, f"layer {layer}", std, row_std, magnitude, "predicted: initialisation")
+    source = "measured: its class, with random weights" if design.spread else "predicted: initialisation"
+    return scores(design, layer, f"layer {layer}", std, row_std, magnitude, source)
 
 
 def sigma_ratio(design: Design, layer: int = 0) -> float:
@@ -64,7 +66,7 @@ def sigma_ratio(design: Design, layer: int = 0) -> float:
 def worst_layer(design: Design) -> tuple[float, float]:
     """The largest sigma / sigma_c and the largest |score| (nats) of any layer."""
     found = []
-    for layer in range(design.n_layers if design.layer_scale or design.windows else 1):
+    for layer in range(design.n_layers if design.layer_scale or design.windows or design.spread else 1):
         row_std = _spread(design, layer)[1]
         largest = _largest(design, layer, row_std, _magnitude(design, layer))
         found.append((_ratio(design, layer, row_std), largest))
@@ -130,6 +132,7 @@ def _spread(design: Design, layer: int) -> tuple[float, float]:
             )
         )
         factor = float(theory.row_spread(design.head_dim))
+    std *= design.spread_of(layer)
     return capped_std(std, design.softcap), capped_std(std * factor, design.softcap)
 
 
@@ -142,7 +145,7 @@ def _magnitude(design: Design, layer: int) -> float:
         _element(design, std) * math.sqrt(design.head_dim) for std in (design.query_std, design.key_std)
     )
     longest = 1.0 if design.qk_norm else float(theory.row_spread(design.head_dim, 1 - 0.5 / design.seq_len))
-    return design.scale_of(layer) * query * key * longest**2
+    return design.scale_of(layer) * design.spread_of(layer) * query * key * longest**2
 
 
 def _largest(design: Design, layer: int, row_std: float, magnitude: float) -> float:

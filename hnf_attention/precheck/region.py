@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .configuration import read_design
 from .design import Design, positive
+from .model_class import known_design
 from .predict import SAFE_RATIO, predict_layer, sigma_ratio
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ def stability_region(
     """The stable region of designs like this one, at initialisation.
 
     config: as for `check_attention_stability`, or a `Design`.
-    dims: values of d_model; by default 1/4 to 4 times the design's.
+    dims: values of d_model; by default 1/4 to 4 times the design's, or the design's own if its class was measured
+        because no formula explains its scores.
     lengths: visible keys; by default 1/8 to 8 times the design's.
     temperatures: T / sqrt(head_dim), of the grid `stable`; by default 1/4 to 8. The boundary does not depend on it.
     hold: what stays if d_model changes, "head_dim" or "n_heads".
@@ -134,14 +135,21 @@ def stability_region(
     Raises ValueError as `read_design`, for limits, sizes and temperatures that are not above 0, and for dims that
     do not divide into heads.
     """
-    design = config if isinstance(config, Design) else read_design(config)
+    design = config if isinstance(config, Design) else known_design(config)
     if hold not in _HOLDS:
         raise ValueError(f"expected hold in {_HOLDS}, got {hold!r}")
     for name, value in (("ratio_limit", ratio_limit), ("curvature_limit", curvature_limit)):
         positive(name, value)
-    design = replace(design, windows=(), layer_scale=(), n_layers=1)
+    design = replace(
+        design, windows=(), layer_scale=(), n_layers=1, spread=design.spread and (max(design.spread),)
+    )
     unit = design.n_heads if hold == "n_heads" else design.head_dim
-    widths = _sizes("dims", dims, [round(design.d_model * f / unit) * unit for f in _FACTORS])
+    around = [round(design.d_model * f / unit) * unit for f in _FACTORS]
+    widths = _sizes("dims", dims, [design.d_model] if design.spread else around)
+    if design.spread and widths.tolist() != [design.d_model]:
+        raise ValueError(
+            f"expected dims [{design.d_model}], at which its class was measured, got {widths.tolist()}"
+        )
     keys = _sizes("lengths", lengths, [round(design.seq_len * 2.0**i) for i in range(-3, 4)])
     if temperatures is None:
         temperatures = np.geomspace(0.25, 8.0, 11).tolist()
@@ -172,6 +180,8 @@ def _sizes(name: str, given: Sequence[int] | None, default: list[int]) -> np.nda
 
 
 def _widened(design: Design, d_model: int, hold: str) -> Design:
+    if d_model == design.d_model:
+        return design
     if hold == "n_heads":
         if d_model % design.n_heads:
             raise ValueError(f"expected dims that divide into {design.n_heads} heads, got {d_model}")

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from .predict import UNSTABLE
+from .predict import MARGINAL, STABLE
 
 
 class StabilityReport(dict[str, Any]):
     """The report of `check_attention_stability`: a dict of plain numbers, strings, lists and dicts.
 
-    verdict: "stable", "marginal" or "unstable".
+    verdict: "stable", "marginal", "unstable", or "not known": the scores of the model's class cannot be predicted.
+        Then the numbers are those of plain attention, and nothing is recommended.
     sigma_ratio: spread of the scores over the critical spread, in the worst layer.
     margin: how many times larger that spread may become.
     expected_logit_max: mean of a row's largest score minus its mean score, worst layer, nats.
@@ -23,7 +24,7 @@ class StabilityReport(dict[str, Any]):
     precision_bits_needed: significand bits of q, k and the weights that are proved to keep every output within
         `tolerance` of the spread of its values.
     typical_bits_needed: significand bits that usually suffice for that.
-    float16_safe: whether storing in fp16 is safe or usually safe, and no product q.k overflows.
+    float16_safe: whether storing in fp16 is safe or usually safe, and no product q.k overflows; None if not known.
     recommendations: sentences.
     neighbours: the nearest designs whose own verdict is stable, then those that help but are not enough.
     weight_logit_bound: with a model, the largest |score| that any input can give, proved.
@@ -47,8 +48,8 @@ class StabilityReport(dict[str, Any]):
 
     @property
     def healthy(self) -> bool:
-        """Whether the verdict is stable or marginal."""
-        return bool(self["verdict"] != UNSTABLE)
+        """Whether the verdict is stable or marginal. A verdict that is not known is not healthy."""
+        return bool(self["verdict"] in (STABLE, MARGINAL))
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON types: infinities and NaN are None."""

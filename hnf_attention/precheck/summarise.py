@@ -15,11 +15,12 @@ from . import predict
 from .advice import Neighbour, explanation, margins, neighbours
 from .checkpoint import LayerWeights
 from .design import Design
-from .formats import UNSAFE, format_verdicts
+from .formats import SAFE, UNSAFE, USUALLY_SAFE, format_verdicts
 from .measured import MeasuredLayer
-from .predict import MARGINAL, SAFE_RATIO, STABLE, UNSTABLE, VERDICTS, Scores
+from .predict import MARGINAL, NOT_KNOWN, SAFE_RATIO, STABLE, UNSTABLE, VERDICTS, Scores
 from .report import StabilityReport
 
+_PLAIN = "not known: numbers of plain attention"
 _ALIKE = 0.3  # relative difference up to which a spread counts as that of random weights
 
 
@@ -29,6 +30,7 @@ class Evidence:
 
     predicted: scores at initialisation. found: the best known scores (measured, else from weights, else predicted).
     typical: layer -> the largest |score| of each head on random tokens, (H,).
+    unknown: why predicted scores, and those from weights, may be wrong by any factor; None if they hold.
     """
 
     predicted: list[Scores]
@@ -38,9 +40,15 @@ class Evidence:
     measured: list[MeasuredLayer] = field(default_factory=list)
     diagnosis: AttentionDiagnosis | None = None
     notes: list[str] = field(default_factory=list)
+    unknown: str | None = None
 
     def __post_init__(self) -> None:
         self.found = self.found or self.predicted
+
+    @property
+    def known(self) -> bool:
+        """Whether the best known scores hold."""
+        return self.unknown is None or bool(self.measured)
 
     @property
     def trained(self) -> bool:
@@ -52,6 +60,8 @@ class Evidence:
 
 def summarise(design: Design, evidence: Evidence, tolerance: float) -> StabilityReport:
     """The report of `check_attention_stability`."""
+    if not evidence.known:
+        evidence.found = [replace(scores, source=_PLAIN) for scores in evidence.found]
     found = evidence.found
     worst = max(found, key=lambda scores: scores.sigma_ratio)
     ratio, largest = worst.sigma_ratio, max(scores.max_abs_logit for scores in found)
@@ -59,8 +69,16 @@ def summarise(design: Design, evidence: Evidence, tolerance: float) -> Stability
     # Bits and bounds are for the layer with the largest scores, which need not be the least stable one.
     heaviest = max(found, key=lambda scores: scores.magnitude)
     heaviest = replace(heaviest, row_std=max(s.row_std for s in found), max_abs_logit=largest)
-    formats = format_verdicts(design, heaviest, tolerance)
-    near = neighbours(design, ratio, largest, trained=evidence.trained)
+    known = evidence.known
+    # Without queries and keys, what rounding them costs rests on the prediction.
+    norms_known = evidence.unknown is None or (
+        bool(evidence.measured) and all(not layer.magnitude.isnan().any() for layer in evidence.measured)
+    )
+    if not norms_known:
+        what = "number formats are not judged" if known else "not known"
+        evidence.notes.insert(0, f"{what}: {evidence.unknown}")
+    formats = format_verdicts(design, heaviest, tolerance, known=norms_known)
+    near = neighbours(design, ratio, largest, trained=evidence.trained) if known else []
     half = formats["float16"]
     report = StabilityReport(
         expected_logit_max=max(scores.expected_logit_max for scores in found),
@@ -68,8 +86,8 @@ def summarise(design: Design, evidence: Evidence, tolerance: float) -> Stability
         log2_curvature_bound=log2_curvature,
         precision_bits_needed=half["sound_bits"],
         typical_bits_needed=half["typical_bits"],
-        float16_safe=half["status"] != UNSAFE,
-        recommendations=_recommendations(design, worst, near, evidence.diagnosis, formats, tolerance),
+        float16_safe=half["status"] in (SAFE, USUALLY_SAFE) if norms_known else None,
+        recommendations=_recommendations(design, worst, near, evidence, formats, tolerance),
         verdict=_verdict(evidence, ratio, largest),
         sigma_ratio=ratio,
         margin=SAFE_RATIO / ratio if ratio > 0 else math.inf,
@@ -77,7 +95,7 @@ def summarise(design: Design, evidence: Evidence, tolerance: float) -> Stability
         tolerance=tolerance,
         layers=_layers(evidence),
         dtypes=formats,
-        margins=margins(design, ratio),
+        margins=margins(design, ratio) if known else {},
         neighbours=[neighbour.to_dict() for neighbour in near],
         issues=[] if evidence.diagnosis is None else [asdict(issue) for issue in evidence.diagnosis.issues],
         design={key: value for key, value in asdict(design).items() if key != "sources"},
@@ -93,13 +111,16 @@ def summarise(design: Design, evidence: Evidence, tolerance: float) -> Stability
 
 def _verdict(evidence: Evidence, ratio: float, largest: float) -> str:
     by_spread = predict.verdict(ratio, largest)
-    if evidence.diagnosis is None:
-        return by_spread
-    # Trained heads are sharp by design, beyond the spread that is stable for random weights.
-    if evidence.trained and by_spread == UNSTABLE and largest < threshold("deteriorating_logit"):
-        by_spread = MARGINAL
-    errors, warnings = evidence.diagnosis.errors, evidence.diagnosis.warnings
+    errors, warnings = [], []
+    if evidence.diagnosis is not None:
+        errors, warnings = evidence.diagnosis.errors, evidence.diagnosis.warnings
     measured = UNSTABLE if errors else MARGINAL if warnings else STABLE
+    if not evidence.known:
+        return NOT_KNOWN if measured == STABLE else measured
+    # Trained heads are sharp by design, beyond the spread that is stable for random weights.
+    sharp = by_spread == UNSTABLE and largest < threshold("deteriorating_logit")
+    if evidence.diagnosis is not None and evidence.trained and sharp:
+        by_spread = MARGINAL
     return max(by_spread, measured, key=VERDICTS.index)
 
 
@@ -136,20 +157,25 @@ def _recommendations(
     design: Design,
     worst: Scores,
     near: Sequence[Neighbour],
-    diagnosis: AttentionDiagnosis | None,
+    evidence: Evidence,
     formats: dict[str, dict[str, Any]],
     tolerance: float,
 ) -> list[str]:
     texts = []
-    if worst.sigma_ratio > SAFE_RATIO:
+    if evidence.known and worst.sigma_ratio > SAFE_RATIO:
         texts.append(explanation(design, worst.sigma_ratio, worst.keys))
         texts += map(str, near)
-    for issue in [] if diagnosis is None else diagnosis.errors[:3]:
+    for issue in [] if evidence.diagnosis is None else evidence.diagnosis.errors[:3]:
         texts.append(f"{issue.evidence} -> {issue.suggestion}")
+    if not evidence.known:
+        return [
+            *texts,
+            "the scores of this configuration are not known: give a model and a sample that measures them",
+        ]
     for name in dict.fromkeys((design.dtype, "float16")):
         found = formats[name]
         if found["status"] == UNSAFE:
-            fit = [other for other, x in formats.items() if x["status"] != UNSAFE]
+            fit = [other for other, x in formats.items() if x["status"] in (SAFE, USUALLY_SAFE)]
             texts.append(
                 f"{name} has {found['bits']} significand bits. An error of {tolerance:g} of the values' spread "
                 f"usually takes {found['typical_bits']:.0f} bits, and {found['sound_bits']:.0f} bits are proved to "

@@ -15,8 +15,13 @@ from .fitted import Column, FittedTable
 from .numbers import number
 from .tables import indented
 
-_STYLES = {"stable": "bold green", "marginal": "bold yellow", "unstable": "bold red"}
-_STATUS = {"safe": "green", "usually safe": "yellow", "unsafe": "red"}
+_STYLES = {
+    "stable": "bold green",
+    "marginal": "bold yellow",
+    "unstable": "bold red",
+    "not known": "bold yellow",
+}
+_STATUS = {"safe": "green", "usually safe": "yellow", "unsafe": "red", "not known": "yellow"}
 _LAYERS = 6  # rows of the table of layers; layers with the same numbers share a row
 _COLUMNS = {  # key of a layer's numbers -> title and rank of its column
     "keys": ("keys", 2),
@@ -35,7 +40,8 @@ def verdict(report: StabilityReport, name: str) -> RenderableType:
     """Layers, number formats, margins, advice, and the verdict last. name: of the design."""
     parts: list[RenderableType] = [_layers(report, name), _formats(report)]
     parts += [Text(line, style="dim") for line in report.overflows_elsewhere()]
-    parts.append(_margins(report))
+    if report["margins"]:
+        parts.append(_margins(report))
     for text in report["recommendations"]:
         parts.append(indented(f"-> {text}"))
     assumed = [

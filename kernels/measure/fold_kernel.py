@@ -23,7 +23,8 @@ def _put(values, offs, PLACE: tl.constexpr, number):
 @triton.jit
 def _log_of(weight):
     """weight * log(weight), 0 for a weight of 0."""
-    return tl.where(weight > 0.0, weight * tl.log(tl.maximum(weight, 1e-38)), 0.0)
+    # A constant below fp32's normal numbers would turn all of this into fp64.
+    return tl.where(weight > 0.0, weight * tl.log(tl.maximum(weight, 1e-37)), 0.0)
 
 
 @triton.jit
@@ -136,7 +137,7 @@ def fold_kernel(
     sink_blocks, trace_blocks, saturated_blocks = nothing, nothing, nothing
     top_max, top_min, top_range, top_weight, top_ratio = lows, lows, lows, lows, lows
     top_low_weight, top_query = lows, -infinity
-    histogram = tl.full([PLAN.width], 0, tl.int32)
+    histogram = tl.full([PLAN.bins], 0, tl.int32)
     offs = tl.arange(0, PLAN.block)
     sink = -infinity
     if PLAN.has_sinks:
@@ -232,11 +233,10 @@ def fold_kernel(
         top_weight = tl.maximum(top_weight, tl.where(judged, weight, -infinity))
         top_ratio = tl.maximum(top_ratio, tl.where(judged, -ratio, -infinity))
         top_low_weight = tl.maximum(top_low_weight, tl.where(finite, -weight, -infinity))
-        # Bins are counted at their place in the accumulator. Rows that are not judged count behind its end.
+        # Rows that are not judged count in the last place, behind the bins.
         bins = tl.where(judged, ratio, 0.0) * PLAN.layout.bins
         bins = tl.minimum(tl.maximum(bins, 0.0), PLAN.layout.bins - 1.0).to(tl.int32)
-        places = tl.where(judged, bins + PLAN.layout.histogram, PLAN.width - 1)
-        histogram += tl.histogram(places, PLAN.width)
+        histogram += tl.histogram(tl.where(judged, bins, PLAN.bins - 1), PLAN.bins)
 
     query_square = tl.sum(query_squares, 0)
     broken_query = tl.sum(broken_queries, 0)
@@ -277,7 +277,7 @@ def fold_kernel(
         )
 
     field = tl.arange(0, PLAN.width)
-    sums = histogram.to(tl.float64)
+    sums = tl.full([PLAN.width], 0.0, tl.float64)
     sums = _put(sums, field, PLAN.layout.sums.rows, tl.sum(finite_rows, 0).to(tl.float64))
     sums = _put(sums, field, PLAN.layout.sums.judged_rows, judged_rows)
     sums = _put(sums, field, PLAN.layout.sums.left_out_rows, tl.sum(left_out_rows, 0).to(tl.float64))
@@ -298,8 +298,8 @@ def fold_kernel(
     sums = _put(sums, field, PLAN.layout.sums.sink_mass_blocks, sink_blocks)
     sums = _put(sums, field, PLAN.layout.sums.jacobian_trace_bound_blocks, trace_blocks)
     sums = _put(sums, field, PLAN.layout.sums.saturated_rows_blocks, saturated_blocks)
-    counted = tl.where(slot == 0, sequences, 0).to(tl.float64)
-    sums = _put(sums, field, PLAN.layout.sums.sequences, counted)
+    begun = tl.where(slot == 0, sequences, 0).to(tl.float64)
+    sums = _put(sums, field, PLAN.layout.sums.sequences, begun)
     sums = _put(sums, field, PLAN.layout.sums.query_square, query_square)
     sums = _put(sums, field, PLAN.layout.sums.key_square, key_square)
     sums = _put(sums, field, PLAN.layout.sums.nonfinite_query, broken_query.to(tl.float64))
@@ -322,4 +322,9 @@ def fold_kernel(
     pointers = accumulator_ptr + (slot * PLAN.num_fields + field) * heads + head
     before = tl.load(pointers, mask=field < PLAN.num_fields, other=0.0)
     after = tl.where(field < PLAN.num_sums, before + sums, tl.maximum(before, tops.to(tl.float64)))
-    tl.store(pointers, after, mask=field < PLAN.num_fields)
+    counted = (field >= PLAN.layout.histogram) & (field < PLAN.num_sums)
+    tl.store(pointers, after, mask=(field < PLAN.num_fields) & (counted == 0))
+    bins = tl.arange(0, PLAN.bins)
+    pointers = accumulator_ptr + (slot * PLAN.num_fields + PLAN.layout.histogram + bins) * heads + head
+    before = tl.load(pointers, mask=bins < PLAN.layout.bins, other=0.0)
+    tl.store(pointers, before + histogram.to(tl.float64), mask=bins < PLAN.layout.bins)

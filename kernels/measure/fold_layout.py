@@ -88,7 +88,8 @@ class FoldPlan(ScorePlan):
     block: int
     block_d: int
     columns: int  # of q and k, held at a time
-    width: int  # a power of two larger than the number of fields
+    width: int  # a power of two, at least the number of fields
+    bins: int  # a power of two larger than the number of bins of the histogram
     num_sums: int
     num_fields: int
     layout: Layout
