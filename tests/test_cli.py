@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import hnf_attention
-from hnf_attention.cli import analyze, messages
+from hnf_attention.cli import analyze, check, messages
 from hnf_attention.cli.main import main
 from hnf_attention.cli.parser import EXAMPLES, make_parser
 from hnf_attention.cli.thresholds import read_thresholds
@@ -197,6 +197,15 @@ def test_check_fails_on_the_verdict_that_was_asked_for(tmp_path, init_std, fail_
     design = plain(tmp_path, n_heads=64, seq_len=1024, init_std=init_std)
     assert main(["check", design, "--fail-on", fail_on]) == code
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("fail_on", ["unstable", "marginal"])
+def test_a_design_that_is_not_known_is_no_pass(tmp_path, fail_on, monkeypatch, capsys):
+    report, config = check.check(plain(tmp_path), None, None, False)
+    report["verdict"] = "not known"
+    monkeypatch.setattr(check, "check", lambda *_: (report, config))
+    assert main(["check", "x", "--fail-on", fail_on]) == 1
+    assert "not known: " in capsys.readouterr().out
 
 
 def test_long_lengths_are_written_out(tmp_path, capsys):

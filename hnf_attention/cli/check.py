@@ -20,7 +20,7 @@ from .output import check_figure, check_target, for_people, write_document
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-_FAILING = {"unstable": ("unstable",), "marginal": ("marginal", "unstable")}  # --fail-on -> verdicts
+_PASSING = {"unstable": ("stable", "marginal"), "marginal": ("stable",)}  # --fail-on -> verdicts
 
 
 def run(options: argparse.Namespace) -> int:
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
         stability_region(design).plot(options.region)
         console.print(f"figure: {options.region}", highlight=False, markup=False)
     write_document(options.json, report.to_dict())
-    return FOUND if report["verdict"] in _FAILING[options.fail_on] else HEALTHY
+    return HEALTHY if report["verdict"] in _PASSING[options.fail_on] else FOUND
 
 
 def check(

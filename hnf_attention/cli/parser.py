@@ -75,7 +75,7 @@ def make_parser() -> Parser:
         "judge a design before training, from its configuration",
         "Predict the attention of a design at initialisation from its configuration, without building the model,"
         " and say what would make it stable.",
-        ("stable or marginal", "unstable"),
+        ("stable or marginal", "unstable, or not known"),
     )
     _command(
         commands,
