@@ -5,7 +5,6 @@ import types
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from attention_models import Attention, HandWrittenAttention, Model, x
 from compat_helpers import Operators, carried_by, compiled, qkv
@@ -15,7 +14,6 @@ from torch.nn.attention import flex_attention as flex
 from torch.utils.checkpoint import checkpoint
 
 from hnf_attention import (
-    ProcessGroups,
     apply_intervention,
     attention,
     compat,
@@ -24,8 +22,6 @@ from hnf_attention import (
 from hnf_attention.engine import engines
 from hnf_attention.engine.call import BackwardInputs, Call, check
 from hnf_attention.interventions import learning_rate, qk_clip
-from hnf_attention.monitoring.agreement import Agreement
-from hnf_attention.names import named_modules
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -330,57 +326,6 @@ def test_a_cut_learning_rate_stays_cut_in_every_scheduler_inside():
         optimizer.step()
         scheduler.step()
         assert optimizer.param_groups[0]["lr"] == 0.25
-
-
-@pytest.fixture
-def four_processes():
-    """This process as the first of four, of which the others do not exist."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
-    yield
-    dist.destroy_process_group()
-
-
-@carried_by("flattened")
-def test_all_other_dimensions_of_a_mesh_hold_the_batch(four_processes):
-    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))
-    batch = ProcessGroups.of_mesh(mesh).batch
-    assert dist.get_process_group_ranks(batch) == [0, 1, 2, 3]
-
-
-@carried_by("default_store")
-def test_processes_that_do_not_come_are_told_in_the_store():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        assert Agreement([0, 1], 0.05).meet() == "1 of 2 processes came within 0.05 s"
-    finally:
-        dist.destroy_process_group()
-
-
-@carried_by("fsdp_wrapped")
-@pytest.mark.filterwarnings("ignore:FSDP is switching to use:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*FullyShardedDataParallel:FutureWarning")
-def test_layers_keep_their_names_inside_of_fsdp(tmp_path):
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    model = Model()
-    names = [name for name, _ in named_modules(model)]
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        cpu = {"device_id": torch.device("cpu"), "use_orig_params": True}
-        model.blocks[1] = FullyShardedDataParallel(model.blocks[1], **cpu)
-        assert [name for name, _ in named_modules(FullyShardedDataParallel(model, **cpu))] == names
-    finally:
-        dist.destroy_process_group()
-
-
-@carried_by("copy_all")
-def test_what_a_forward_folded_is_taken_back_if_it_raised():
-    kept, working = [torch.zeros(2, 3), torch.zeros(1)], [torch.ones(2, 3), torch.ones(1)]
-    compat.copy_all(working, kept)
-    assert all((x == 0).all() for x in working)
-    compat.copy_all([], [])
 
 
 # transformers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ The rows are a slice, or numbers, int64 (B, H, rows), none of them negative.
 def given(
     layer: str,
     part: Part,
-    shape: tuple[int, int, int, int],
+    shape: Sequence[int],
     head_dim: int,
     dtype: torch.dtype,
     *,
@@ -49,10 +49,10 @@ def given(
     result: the model's softmax of the scores, to look for NaN in.
     """
     rows = _rows(part, shape, None, own_keys, device)
-    unknown = torch.full((), math.nan, device=rows.count.device).expand(*shape[:2], shape[3])
+    unknown = torch.full((), math.nan, device=rows.visible_keys.device).expand(*shape[:2], shape[3])
     bad = NonFinite() if result is None else NonFinite(out=~largest(result).isfinite())
     beside = Measured(
-        rows.count,
+        rows.visible_keys,
         rows.sink_mass,
         rows.rest_entropy,
         unknown[..., :1],
@@ -98,14 +98,15 @@ def modified(
 
     own_keys = period == 1 and num_queries == key.shape[2]
     rows = _rows(part, (*index.shape, key.shape[2]), index, own_keys, query.device)
-    statistics = RowStats(*rows.core, row_index=None if period == 1 else index)
+    lse, entropy, most, least = rows.core
+    statistics = RowStats(lse, entropy, most, least, row_index=None if period == 1 else index)
     group = heads // key.shape[1]
     query_square, key_square = (
         x.to(dtype).square().sum(-1) for x in (query, key.repeat_interleave(group, 1))
     )
     # How large q and k make the scores is not known, so no bound of their rounding is told.
     beside = Measured(
-        rows.count,
+        rows.visible_keys,
         rows.sink_mass,
         rows.rest_entropy,
         query_square,
@@ -121,7 +122,7 @@ class _Rows(NamedTuple):
     """Of the rows of some scores: their statistics, and what `Measured` needs."""
 
     core: tuple[Tensor, ...]  # lse, entropy, max_logit, min_logit
-    count: Tensor
+    visible_keys: Tensor
     sink_mass: Tensor
     rest_entropy: Tensor
     left_out: Tensor | None
@@ -129,7 +130,7 @@ class _Rows(NamedTuple):
 
 def _rows(
     part: Part,
-    shape: tuple[int, int, int, int],
+    shape: Sequence[int],
     index: Tensor | None,
     own_keys: bool,
     device: torch.device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ SHARED_ROWS = 32  # rows of a head that are asked which key they share
 
 
 def shared_places(
-    rows_per_head: tuple[int, int, int], index: Tensor | None, left_out: Tensor | None, device: torch.device
+    rows_per_head: Sequence[int], index: Tensor | None, left_out: Tensor | None, device: torch.device
 ) -> Tensor:
     """Places of up to SHARED_ROWS rows, evenly spread over those that count; int64 (B, H or 1, R), -1 for none.
 

@@ -1,0 +1,64 @@
+"""What `compat` says of distributed PyTorch: each entry in a case that needs it."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from attention_models import Model
+from compat_helpers import carried_by
+
+from hnf_attention import ProcessGroups, compat
+from hnf_attention.monitoring.agreement import Agreement
+from hnf_attention.names import named_modules
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def four_processes():
+    """This process as the first of four, of which the others do not exist."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    dist.destroy_process_group()
+
+
+@carried_by("flattened")
+def test_all_other_dimensions_of_a_mesh_hold_the_batch(four_processes):
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))
+    batch = ProcessGroups.of_mesh(mesh).batch
+    assert dist.get_process_group_ranks(batch) == [0, 1, 2, 3]
+
+
+@carried_by("default_store")
+def test_processes_that_do_not_come_are_told_in_the_store():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert Agreement([0, 1], 0.05).meet() == "1 of 2 processes came within 0.05 s"
+    finally:
+        dist.destroy_process_group()
+
+
+@carried_by("fsdp_wrapped")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*FullyShardedDataParallel:FutureWarning")
+def test_layers_keep_their_names_inside_of_fsdp(tmp_path):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = Model()
+    names = [name for name, _ in named_modules(model)]
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        cpu = {"device_id": torch.device("cpu"), "use_orig_params": True}
+        model.blocks[1] = FullyShardedDataParallel(model.blocks[1], **cpu)
+        assert [name for name, _ in named_modules(FullyShardedDataParallel(model, **cpu))] == names
+    finally:
+        dist.destroy_process_group()
+
+
+@carried_by("copy_all")
+def test_what_a_forward_folded_is_taken_back_if_it_raised():
+    kept, working = [torch.zeros(2, 3), torch.zeros(1)], [torch.ones(2, 3), torch.ones(1)]
+    compat.copy_all(working, kept)
+    assert all((x == 0).all() for x in working)
+    compat.copy_all([], [])
