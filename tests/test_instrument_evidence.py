@@ -292,7 +292,7 @@ def test_an_image_has_one_head_of_all_its_places():
 
 
 def test_everything_is_put_back():
-    names = ("matmul", "bmm", "baddbmm", "einsum", "softmax")
+    names = ("matmul", "mm", "bmm", "baddbmm", "einsum", "softmax")
     before = [getattr(torch, name) for name in names], dict(vars(torch.Tensor)), torch.functional.einsum
     with instrument(SABlock()):
         assert torch.matmul is not before[0][0] and "__matmul__" in vars(torch.Tensor)
