@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..compat import Memory, learned
@@ -219,7 +220,9 @@ def _was_factor(evidence: Evidence, tensor: Tensor) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in _PLAIN and not tensor.is_nested and not tensor.is_meta
+    """Whether the tensor has a memory of its own, by which it is known again; a sparse one has several."""
+    dense = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta
+    return dense and type(tensor) in _PLAIN
 
 
 def _is_weight(keys: Tensor, queries: Tensor) -> bool:
