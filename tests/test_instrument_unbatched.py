@@ -43,7 +43,11 @@ def _by_sums(one, other):
     return (one[..., None] * other[..., None, :, :]).sum(-2)
 
 
-PRODUCTS = {"method": lambda a, b: a.mm(b), "function": lambda a, b: torch.mm(input=a, mat2=b)}
+PRODUCTS = {
+    "method": lambda a, b: a.mm(b),
+    "function": lambda a, b: torch.mm(input=a, mat2=b),
+    "out": lambda a, b: torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1])),
+}
 
 
 @pytest.mark.parametrize("multiply", PRODUCTS.values(), ids=PRODUCTS)

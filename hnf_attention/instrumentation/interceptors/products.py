@@ -68,7 +68,7 @@ def _look(
         evidence.saw_product(*found, result)
 
 
-def _last_two(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor] | None:
+def _last_two(*args: Any, out: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor] | None:
     """The factors of matmul, mm, bmm and baddbmm, which adds them to its first argument."""
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     return (tensors[-2], tensors[-1]) if len(tensors) > 1 else None
