@@ -66,11 +66,7 @@ def test_statistics_on_a_gpu_equal_those_of_the_cpu(name):
     expected = instrumentation.latest
     model.cuda()
     path = "fused" if implementation == "sdpa" else "probe"
-    how = (
-        fused_path(NOT_PLAIN)
-        if path == "fused"
-        else f"probe (transformers {implementation})"
-    )
+    how = fused_path(NOT_PLAIN) if path == "fused" else f"probe (transformers {implementation})"
     with instrument(model, path) as instrumentation:
         model(**{key: tensor.cuda() for key, tensor in arguments.items()})
     assert set(instrumentation.coverage.measured.values()) == {how}
