@@ -60,6 +60,8 @@ class Measurer:
     on_measure: gets the `Measurement` of each attention call; the second forward of a checkpoint is no call of its own.
         While it is None, `latest` keeps the last measurement of each layer. Its calls do not overlap.
     on_forward_end: gets each forward of the model when it has ended.
+    queries_split: other processes hold other queries of the same sequences. A call with fewer queries than keys then
+        continues no earlier call.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Measurer:
         self.sample = sample
         self.on_measure: Callable[[Measurement], None] | None = None
         self.on_forward_end: Callable[[Forward], None] | None = None
+        self.queries_split = False
         self._attention_classes = attention_classes
         self._forwards = forwards
         self._delivery = threading.RLock()
@@ -222,7 +225,8 @@ class Measurer:
     ) -> None:
         """rows: of the fused pass, None for a call to be probed. output: (B, H or 1, M, any), None if not known."""
         query, key = call.query, call.key
-        continues = state.keys == (query.shape[0], key.shape[2] - query.shape[2])
+        before = query.shape[0], key.shape[2] - query.shape[2]
+        continues = state.keys == before and not self.queries_split
         state.keys = query.shape[0], key.shape[2]
         if rows is None:
             measurement = self._probe(layer, state, call, options)
