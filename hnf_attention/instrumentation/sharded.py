@@ -19,9 +19,10 @@ def is_sharded(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def own_part(output: Any, placements: Any) -> Tensor | None:
-    """This process's part of an attention's output; None unless it is split as the queries are: by `placements`."""
-    return output.to_local() if is_sharded(output) and output.placements == placements else None
+def own_part(output: Any, query: Any) -> Tensor | None:
+    """This process's part of an attention's output; None unless it is a DTensor that is split as the queries are."""
+    alike = is_sharded(output) and output.placements == query.placements
+    return output.to_local() if alike else None
 
 
 def local(query: Any, key: Any, value: Any, attn_mask: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -127,9 +127,9 @@ def call_of(
     Raises Unmeasurable for tensors that cannot be measured.
     """
     not_fused = why_not_fused(dropout_p, attn_mask)
-    placements: Any = None  # of DTensors
+    split: Any = None  # the queries, if they are a DTensor
     if heads is None and type(query) is not Tensor and sharded.is_sharded(query):
-        placements = query.placements
+        split = query
         query, key, value, attn_mask = sharded.local(query, key, value, attn_mask)
         not_fused = sharded.NOT_FUSED
     require_plain(query=query, key=key, value=value, attn_mask=attn_mask)
@@ -150,7 +150,7 @@ def call_of(
         query, key, value = (x.expand(-1, most, -1, -1) for x in (query, key, value))
 
     def output_of(out: Tensor) -> Tensor | None:
-        mine = out if placements is None else sharded.own_part(out, placements)
+        mine = out if split is None else sharded.own_part(out, split)
         return None if mine is None else mine.reshape(*query.shape[:3], mine.shape[-1])
 
     return AttentionCall(
