@@ -119,6 +119,7 @@ def spearman(a, b):
     return np.corrcoef(*(np.argsort(np.argsort(x)) for x in (a, b)))[0, 1]
 
 
+@pytest.mark.slow
 def test_trained_models_are_bounded_and_ranked(one_thread):
     torch.manual_seed(0)
     model = GPT(4, 64, 4, 64, 1.0)

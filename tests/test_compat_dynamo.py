@@ -222,6 +222,7 @@ class Flexible(nn.Module):
 
 @carried_by("last_call", "subgraph", "example", "detached", "number", "constant", "sequence")
 @torch.no_grad()
+@pytest.mark.slow
 def test_what_functions_over_scores_hold_is_read_at_every_run_of_a_graph():
     model, (query, key, value) = Flexible(), qkv()
     run = compiled(model)

@@ -270,6 +270,7 @@ def test_autocast_reaches_what_is_measured():
     assert torch.equal(in_graph.rows.lse, handle.latest[""].rows.lse)
 
 
+@pytest.mark.slow
 def test_dynamic_shapes_stay_one_graph():
     model = Model(is_causal=True)
     run = compiled(model, dynamic=True)
