@@ -59,6 +59,8 @@ class Measurer:
     on_measure: gets the `Measurement` of each attention call; the second forward of a checkpoint is no call of its own.
         While it is None, `latest` keeps the last measurement of each layer. Its calls do not overlap.
     on_forward_end: gets each forward of the model when it has ended.
+    queries_split: other processes hold other queries of the same sequences. A call with fewer queries than keys then
+        continues no earlier call.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Measurer:
         self.sample = sample
         self.on_measure: Callable[[Measurement], None] | None = None
         self.on_forward_end: Callable[[Forward], None] | None = None
+        self.queries_split = False
         self._attention_classes = attention_classes
         self._forwards = forwards
         self._delivery = threading.RLock()
@@ -337,7 +340,7 @@ class Measurer:
     def _continue(self, measurement: Measurement) -> None:
         """Find out whether the call continues one of the forward before."""
         query, key, forward = measurement.query, measurement.key, measurement.forward
-        if query is None or key is None or forward is None:
+        if query is None or key is None or forward is None or self.queries_split:
             return
         known = self._decoding.setdefault((measurement.layer, measurement.call), Decoding())
         if known.continues(forward, query.shape[0], query.shape[2], key.shape[2]):
