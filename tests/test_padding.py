@@ -1,11 +1,14 @@
 """Which rows are judged: padding, query masks, rows without a key, decoding; against dense fp64 numbers."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import hnf_attention.cli
 from hnf_attention import AttentionAnalyzer, instrument
 from hnf_attention.instrumentation.padding import is_cross, same_block
 
@@ -19,6 +22,19 @@ SIZES = dict(
     intermediate_size=32,
     max_position_embeddings=64,
     pad_token_id=0,
+)
+NUMBERS = (
+    "normalized_entropy",
+    "normalized_entropy_p10",
+    "max_weight",
+    "sink_mass",
+    "rest_normalized_entropy",
+    "max_logit",
+    "min_logit",
+    "logit_range_max",
+    "query_norm",
+    "key_norm",
+    "log2_curvature",
 )
 BERT = transformers.BertConfig, transformers.BertModel
 LLAMA = transformers.LlamaConfig, transformers.LlamaModel
@@ -52,15 +68,7 @@ def test_padding_changes_no_number(family, side, implementation):
     assert (got.rows == expected.rows).all() and (got.judged_rows == expected.judged_rows).all()
     # Of padding on the left, the first queries see no key at all.
     assert (got.left_out_rows == 3 * (LENGTH - REAL)).all() and not got.empty_rows.any()
-    names = [
-        "normalized_entropy",
-        "normalized_entropy_p10",
-        "max_weight",
-        "sink_mass",
-        "rest_normalized_entropy",
-    ]
-    names += ["max_logit", "min_logit", "logit_range_max", "query_norm", "key_norm", "log2_curvature"]
-    for name in names:
+    for name in NUMBERS:
         np.testing.assert_allclose(
             getattr(got, name), getattr(expected, name), rtol=1e-5, atol=1e-5, err_msg=name
         )
