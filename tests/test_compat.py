@@ -380,3 +380,19 @@ def test_the_callback_takes_the_mesh_of_a_model_that_transformers_distributed():
     model._device_mesh = mesh
     Callback().on_train_begin(None, state, None, model=model)
     assert [arguments[-1] for arguments in given] == [None, mesh]
+
+
+@carried_by("initialise")
+def test_random_weights_follow_the_depth_that_a_class_is_told():
+    """GPT-2 divides the weights of its output projections by the square root of twice its depth."""
+    model = tiny_gpt2("eager")
+    weight = model.transformer.h[0].attn.c_proj.weight
+    spread = {}
+    for depth in (2, 200):
+        torch.manual_seed(0)
+        compat.initialise(model, {"n_layer": depth})
+        spread[depth] = float(weight.std())
+    assert spread[2] / spread[200] == pytest.approx(10, rel=1e-3) and model.config.n_layer != 200
+    before = weight.clone()
+    compat.initialise(model, {"n_head": model.config.n_head})
+    assert torch.equal(weight, before)  # a field that the class does not use

@@ -181,6 +181,7 @@ def test_the_model_is_causal_and_as_sharp_as_asked():
         assert not torch.allclose(model(x)[:, 10:], model(y)[:, 10:])
 
 
+@pytest.mark.slow
 def test_a_treated_run_is_the_untreated_one_until_it_is_treated():
     untreated, treated = (train(TINY, treated, lambda *_: None) for treated in (False, True))
     assert not untreated.interventions and treated.interventions
@@ -256,6 +257,7 @@ def test_the_live_table_fits_the_terminal(breaking, width):
         assert any(line.startswith(f"│ {layer} ") for line in lines)
 
 
+@pytest.mark.slow
 def test_the_demo_draws_a_live_table_on_a_terminal(tmp_path):
     stream = io.StringIO()
     run_demo(replace(TINY, steps=20), tmp_path, Console(file=stream, width=120, force_terminal=True))
@@ -286,6 +288,7 @@ def test_an_output_folder_that_cannot_be_is_refused(tmp_path):
         run_demo(TINY, tmp_path / "file", Console(file=io.StringIO()))
 
 
+@pytest.mark.slow
 def test_the_monitors_log_and_the_threads_are_given_back(tmp_path, caplog):
     torch.set_num_threads(2)
     run_demo(replace(TINY, steps=20), tmp_path, Console(file=io.StringIO()))

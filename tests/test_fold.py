@@ -21,6 +21,7 @@ from hnf_attention.kernels.measure import fold as kernel
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
+SLOW = pytest.mark.slow
 SLOTS = 3  # fewer than there are blocks of rows, so that programs walk several
 COUNTS = [
     "rows",
@@ -93,7 +94,10 @@ def test_anywhere(case):
     _check(q, k, case.options(*tensors), context=_context(q, k))
 
 
-@pytest.mark.parametrize("name", ["causal", "causal window", "bool mask", "additive mask"])
+@pytest.mark.parametrize(
+    "name",
+    ["causal window", "additive mask", *(pytest.param(x, marks=SLOW) for x in ("causal", "bool mask"))],
+)
 def test_more_rows_than_a_block_and_more_keys_than_a_scan(name, device):
     case = replace(CASES[name], batch=2, kv_heads=1, num_queries=100, num_keys=1100, window_size=None)
     if name == "causal window":
@@ -102,7 +106,15 @@ def test_more_rows_than_a_block_and_more_keys_than_a_scan(name, device):
     _check(*tensors[:2], case.options(*tensors))
 
 
-@pytest.mark.parametrize(("name", "phase"), [(name, 2 * (i % 2)) for i, name in enumerate(CASES)])
+@pytest.mark.parametrize(
+    ("name", "phase"),
+    [
+        pytest.param(
+            name, 2 * (i % 2), marks=() if name in ("causal", "empty rows", "packed causal") else SLOW
+        )
+        for i, name in enumerate(CASES)
+    ],
+)
 def test_a_sample_of_rows(name, phase, device):
     case = replace(CASES[name], num_queries=140, num_keys=40, window_size=None)  # three blocks
     case = replace(case, batch=1, kv_heads=1, group=2)
@@ -166,7 +178,7 @@ def test_the_weight_of_each_key(case, dtype, device):
 
 
 @pytest.mark.parametrize("mask_shape", [(1, 1, 1, 23), (2, 1, 1, 23), (1, 2, 1, 23), (1, 1, 19, 1)])
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("is_causal", [pytest.param(False, marks=SLOW), True])
 def test_masks_that_broadcast(mask_shape, is_causal, device):
     case = Case(2, 1, 2, is_causal=is_causal)
     q, k, v, _, _ = case.tensors(device=device)
@@ -247,7 +259,7 @@ def test_collect_joins_layers_of_different_width(device):
 
 
 def test_a_device_without_fp64_loses_nothing(monkeypatch):
-    """Of many calls, the sums in pairs of fp32 are as good as one in fp64; fp32 alone would lose five digits."""
+    """Of many calls, the sums in pairs of fp32 are as good as one in fp64; fp32 alone would lose digits."""
     q, k = (torch.randn(1, 2, 20, 8) for _ in range(2))
     options = Case().options(q, k, k, None, None)
     rows = _rows(q, k, options)
@@ -255,7 +267,7 @@ def test_a_device_without_fp64_loses_nothing(monkeypatch):
     expected = fold.new_accumulator(2, q.device)
     fold.fold_measured(expected, rows, beside)
     monkeypatch.setattr(specification, "wide", lambda device: torch.float32)
-    pairs, calls = fold.new_accumulator(2, q.device), 3000
+    pairs, calls = fold.new_accumulator(2, q.device), 400
     assert pairs.dtype == torch.float32 and pairs.shape[0] == 2
     for _ in range(calls):
         fold.fold_measured(pairs, rows, beside)

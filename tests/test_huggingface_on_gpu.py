@@ -5,6 +5,7 @@ import torch
 from families import FAMILIES, enable_checkpointing, inputs
 
 from hnf_attention.engine import engines
+from hnf_attention.engine.call import NOT_PLAIN
 from hnf_attention.engine.card import card_of, current_device
 from hnf_attention.instrumentation import instrument
 
@@ -34,7 +35,7 @@ def test_auto_takes_fused_for_sdpa_on_a_gpu(use_reentrant):
     if use_reentrant is not None:
         enable_checkpointing(model, use_reentrant)
         model.enable_input_require_grads()
-    with instrument(model, strict=True) as instrumentation:
+    with instrument(model, "auto", strict=True) as instrumentation:
         seen = []
         instrumentation.on_measure = lambda measurement: seen.append(measurement.layer)
         fused = step()
@@ -47,7 +48,7 @@ def test_auto_takes_fused_for_sdpa_on_a_gpu(use_reentrant):
 def test_auto_probes_beside_a_user_mask_on_a_gpu():
     family = FAMILIES["llama"]
     model = family.build("sdpa").cuda()
-    with instrument(model, strict=True) as instrumentation, torch.no_grad():
+    with instrument(model, "auto", strict=True) as instrumentation, torch.no_grad():
         model(**{name: tensor.cuda() for name, tensor in inputs(family, "right").items()})
     why = "under a mask, a probe beside PyTorch's kernel is cheaper"
     assert set(instrumentation.coverage.measured.values()) == {f"probe: {why} (transformers sdpa)"}
@@ -65,11 +66,7 @@ def test_statistics_on_a_gpu_equal_those_of_the_cpu(name):
     expected = instrumentation.latest
     model.cuda()
     path = "fused" if implementation == "sdpa" else "probe"
-    how = (
-        fused_path("needs fp16 or bf16, got float32")
-        if path == "fused"
-        else f"probe (transformers {implementation})"
-    )
+    how = fused_path(NOT_PLAIN) if path == "fused" else f"probe (transformers {implementation})"
     with instrument(model, path) as instrumentation:
         model(**{key: tensor.cuda() for key, tensor in arguments.items()})
     assert set(instrumentation.coverage.measured.values()) == {how}

@@ -168,6 +168,7 @@ def test_a_fault_in_the_rest_of_an_intervention_ends_no_run(make, caplog):
     assert caplog.text.count('part "the trainer\'s interventions" failed at step 2') == 1
 
 
+@pytest.mark.slow
 def test_step_numbers_go_on_where_a_run_resumes(make, tmp_path):
     path = tmp_path / "attention.jsonl"
 
@@ -208,6 +209,7 @@ def test_the_monitors_options_are_handed_on(make):
         make([AttentionStabilityCallback(thresholds={"clip": 3})]).train()
 
 
+@pytest.mark.slow
 def test_a_training_after_one_that_broke_off(make, caplog):
     model = tiny_gpt2(256)
     broken = AttentionStabilityCallback()

@@ -29,7 +29,7 @@ def test_auto_is_fused_and_as_exact_as_the_plain_model(dtype):
         exact = model.double()(tokens)
         model = model.to(dtype)
         plain = model(tokens)
-        with instrument(model) as instrumentation:
+        with instrument(model, "auto") as instrumentation:
             ours = model(tokens)
             latest = instrumentation.latest
     assert all("fused" in how for how in instrumentation.coverage.measured.values())

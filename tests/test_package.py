@@ -43,6 +43,7 @@ print(*(name for name in {HEAVY} if name in sys.modules))
     assert fresh(code) == []
 
 
+@pytest.mark.slow
 def test_public_names_come_from_a_star_import_and_from_attributes():
     code = """
 from hnf_attention import *

@@ -71,7 +71,13 @@ def test_keys_split_over_programs_give_the_same(name, dtype, device):
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"is_causal": True, "num_keys": 290}, {"mask": "rows", "sinks": True}], ids=str
+    "change",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"is_causal": True, "num_keys": 290}, marks=pytest.mark.slow),
+        {"mask": "rows", "sinks": True},
+    ],
+    ids=str,
 )
 def test_a_sample_whose_keys_are_split_gives_the_same(change, device):
     case = replace(LONG, **change)
@@ -148,10 +154,10 @@ def _check_sample(case, dtype, device, period, phase):
     [
         ({}, 2, 0),
         ({"is_causal": True, "num_keys": 290}, 3, 5),
-        ({"window_size": 40}, 2, 0),
+        pytest.param({"window_size": 40}, 2, 0, marks=pytest.mark.slow),
         ({"window_size": 40, "is_causal": True, "num_keys": 300}, 3, 5),
         ({"mask": "rows", "sinks": True}, 2, 0),
-        ({"mask": "heads"}, 3, 5),
+        pytest.param({"mask": "heads"}, 3, 5, marks=pytest.mark.slow),
         ({"mask": "additive", "softcap": 2.0}, 2, 0),
         ({"num_queries": 20}, 3, 5),
         ({"num_keys": 0}, 2, 0),

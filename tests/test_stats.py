@@ -266,4 +266,7 @@ def test_printed_statistics_are_sizes_and_ranges():
     assert "normalized_entropy not finite" in repr(head_stats(new_accumulator(2, "cpu")))
     layers = {f"model.layers.{i}.self_attn": stats for i in range(400)}
     names = "model.layers.0.self_attn, ..., model.layers.399.self_attn"
-    assert repr(Snapshot(7, layers)) == f"Snapshot at step 7: 1600 heads in 400 layers ({names})"
+    assert (
+        repr(Snapshot(7, layers))
+        == f"Snapshot at step 7: 1600 heads in 400 layers ({names}), training forwards"
+    )

@@ -6,7 +6,7 @@ import argparse
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..errors import InputError
 from ..versions import DISTRIBUTION, __version__
@@ -90,7 +90,7 @@ def make_parser() -> Parser:
 
 
 def _command(
-    commands: argparse._SubParsersAction[Parser],
+    commands: Any,  # argparse gives what `add_subparsers` returns no public name
     add_options: Callable[[Parser], None],
     name: str,
     summary: str,

@@ -24,6 +24,7 @@ from ..statistics.rows import RowStats
 from ..tracing import without_dispatch_modes
 from . import observer, scores
 from .call import COMPILED, EAGER, AttentionCall, Unmeasurable
+from .decoding import Decoding
 from .forwards import Forwards
 from .measurement import Forward, Measurement, without_call
 from .padding import Padding
@@ -39,7 +40,6 @@ class _Layer:
     fused_failed, measuring_failed: our attention failed there; its calls are not measured any more.
     described: the places (EAGER, COMPILED) where calls of it, or inside it, had query and key.
     phases: the phase of the next sample, which is how many calls were probed before.
-    keys: batch and number of keys of the last call.
 
     Threads share it. Each of its changes is one step of the interpreter.
     """
@@ -49,7 +49,6 @@ class _Layer:
     measuring_failed: bool = False
     described: set[str] = field(default_factory=set)
     phases: Iterator[int] = field(default_factory=itertools.count)
-    keys: tuple[int, int] | None = None
 
 
 class Measurer:
@@ -60,6 +59,8 @@ class Measurer:
     on_measure: gets the `Measurement` of each attention call; the second forward of a checkpoint is no call of its own.
         While it is None, `latest` keeps the last measurement of each layer. Its calls do not overlap.
     on_forward_end: gets each forward of the model when it has ended.
+    queries_split: other processes hold other queries of the same sequences. A call with fewer queries than keys then
+        continues no earlier call.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Measurer:
         self.sample = sample
         self.on_measure: Callable[[Measurement], None] | None = None
         self.on_forward_end: Callable[[Forward], None] | None = None
+        self.queries_split = False
         self._attention_classes = attention_classes
         self._forwards = forwards
         self._delivery = threading.RLock()
@@ -81,6 +83,7 @@ class Measurer:
         self._doubts: dict[tuple[str, str], str] = {}
         self.latest: dict[str, Measurement] = {}
         self.padding = Padding()
+        self._decoding: dict[tuple[str, int], Decoding] = {}
         self._layers: dict[str, _Layer] = {}
         self._measured: dict[str, str] = {}
         self._problems: dict[str, str] = {}
@@ -153,7 +156,7 @@ class Measurer:
             state.fused_failed |= failure is not None and not isinstance(failure, Unmeasurable)
         if failure is None and call is not None and options is not None and not state.measuring_failed:
             try:
-                with without_dispatch_modes():
+                with without_dispatch_modes(), engines.no_autocast(call.query):
                     if output is None and result is not None:
                         output = _output(call, result)
                     self._measure(layer, state, call, options, rows, output)
@@ -222,14 +225,12 @@ class Measurer:
     ) -> None:
         """rows: of the fused pass, None for a call to be probed. output: (B, H or 1, M, any), None if not known."""
         query, key = call.query, call.key
-        continues = state.keys == (query.shape[0], key.shape[2] - query.shape[2])
-        state.keys = query.shape[0], key.shape[2]
         if rows is None:
             measurement = self._probe(layer, state, call, options)
         else:
             measurement = Measurement(layer, rows, query.shape[3], query.dtype, 1, query, key, options)
         if measurement.beside is None:
-            measurement.context = self._context(layer, call, options, measurement.rows, output, continues)
+            measurement.context = self._context(layer, call, options, measurement.rows, output)
         else:
             self._leave_out(measurement, query.shape[2])
         if call.place not in state.described:
@@ -258,20 +259,18 @@ class Measurer:
         options: Options,
         rows: RowStats,
         output: Tensor | None,
-        continues: bool,
     ) -> Context:
         """Which rows of the call count, and what became of it."""
         query, key = call.query, call.key
         batch, _, num_queries, _ = query.shape
         hidden = hidden_keys(options, batch, num_queries, key.shape[2])
-        left_out = self.padding.left_out(layer, batch, num_queries, key.shape[2], hidden)
+        left_out = self.padding.left_out(layer, batch, num_queries, key.shape[2], hidden, query.device)
         return Context(
             left_out,
             hidden,
             fold.shared_key(query, key, rows, options, left_out),
             largest(call.value) if call.value.shape[1] == key.shape[1] else None,
             None if output is None else largest(output),
-            continues,
         )
 
     def _leave_out(self, measurement: Measurement, num_queries: int) -> None:
@@ -282,7 +281,12 @@ class Measurer:
         batch, heads = measurement.rows.lse.shape[:2]
         hidden = beside.left_out[:, 0] if index is None and beside.left_out is not None else None
         left_out = self.padding.left_out(
-            measurement.layer, batch, num_queries, beside.key_square.shape[2], hidden
+            measurement.layer,
+            batch,
+            num_queries,
+            beside.key_square.shape[2],
+            hidden,
+            measurement.rows.lse.device,
         )
         rows = None if left_out is None else left_out[:, None]
         if rows is not None and index is not None:
@@ -321,6 +325,7 @@ class Measurer:
         with self._delivery:
             if merged:
                 self._merged.add(layer)
+            self._continue(measurement)
             if self.on_measure is not None:
                 self.on_measure(measurement)
                 return
@@ -331,6 +336,15 @@ class Measurer:
                 self.latest.update(renamed)
             name = call_name(layer, measurement.call) if layer in self._repeated else layer
             self.latest[name] = without_call(measurement)
+
+    def _continue(self, measurement: Measurement) -> None:
+        """Find out whether the call continues one of the forward before."""
+        query, key, forward = measurement.query, measurement.key, measurement.forward
+        if query is None or key is None or forward is None or self.queries_split:
+            return
+        known = self._decoding.setdefault((measurement.layer, measurement.call), Decoding())
+        if known.continues(forward, query.shape[0], query.shape[2], key.shape[2]):
+            measurement.context = measurement.context._replace(continues=True)
 
     def _give_up(self, layer: str, state: _Layer, failure: Exception) -> None:
         if isinstance(failure, Unmeasurable):

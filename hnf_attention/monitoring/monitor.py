@@ -100,6 +100,8 @@ class AttentionStabilityMonitor:
             #: The model, without the wrappers of data parallelism.
             self.model = unwrapped(model)
             self._together, self._leads = resolve(ranks, self.model)
+            groups = None if self._together is None else self._together.groups
+            self.instrumentation.queries_split = groups is not None and groups.queries is not None
             if auto_intervene:
                 _check_auto_intervene(self._together)
             self._recorder = Recorder(
