@@ -75,7 +75,8 @@ def test_most_architectures_are_treated():
                 except ValueError:
                     continue
                 treated.add(name)
-    assert len(treated) >= (112 if transformers.__version__ >= "5" else 106)
+    assert "ALBERT" not in treated  # one module's weights serve all of its layers
+    assert len(treated) >= (111 if transformers.__version__ >= "5" else 105)
 
 
 def test_torchs_multihead_attention_is_known_and_so_is_ours():
