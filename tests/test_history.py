@@ -115,6 +115,7 @@ def test_bad_limits(limit):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_twenty_thousand_log_steps_stay_under_the_bound():
     """The bound is to 2 layers of 32 heads what 64 MB are to 80 layers of 64; bench/history_memory.py has that size."""
     template = snapshot(1, **{f"layers.{i}.attn": dict(heads=32, head_dim=128) for i in range(2)}).layers
