@@ -40,8 +40,10 @@ def _configurations(root: Path) -> None:
         "format": {"dtype": "int3"},
         "window": {"window": 0},
         "huge": {"scale": 10**400},
+        "deepest": {"n_layers": 10**30},
     }
     typed = {
+        "deepest_gemma": {"model_type": "gemma2", "num_hidden_layers": 10**10},
         "mamba": {"model_type": "mamba", "hidden_size": 64},
         "unknown": {"model_type": "lama"},
         "number": {"model_type": 7},
@@ -209,6 +211,8 @@ CHECK = {
     "negative.json": "expected n_heads to be an integer of at least 1, got -8",
     "text.json": "expected d_model to be an integer of at least 1, got 'wide'",
     "fraction.json": "expected n_heads to be an integer of at least 1, got 2.5",
+    "deepest.json": "expected at most 10,000 layers in n_layers, got 1,000,000,000,000,",
+    "deepest_gemma.json": "expected at most 10,000 layers in num_hidden_layers, got 10,000,000,000",
     "list.json": "expected n_layers to be an integer of at least 1, got [1]",
     "nan.json": "expected init_std to be a finite number above 0, got nan",
     "infinite.json": "expected scale to be a finite number above 0, got inf",

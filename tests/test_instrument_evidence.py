@@ -292,7 +292,7 @@ def test_an_image_has_one_head_of_all_its_places():
 
 
 def test_everything_is_put_back():
-    names = ("matmul", "bmm", "baddbmm", "einsum", "softmax")
+    names = ("matmul", "mm", "bmm", "baddbmm", "einsum", "softmax")
     before = [getattr(torch, name) for name in names], dict(vars(torch.Tensor)), torch.functional.einsum
     with instrument(SABlock()):
         assert torch.matmul is not before[0][0] and "__matmul__" in vars(torch.Tensor)
@@ -301,3 +301,21 @@ def test_everything_is_put_back():
         dict(vars(torch.Tensor)),
         torch.functional.einsum,
     ) == before
+
+
+class Graph(nn.Module):
+    """Attention over nodes that a sparse matrix has mixed."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = SABlock()
+
+    def forward(self, inputs):
+        adjacency = torch.eye(inputs.shape[1]).to_sparse()
+        mixed = torch.stack([torch.matmul(adjacency, adjacency @ adjacency.mm(each)) for each in inputs])
+        return self.attention(mixed)
+
+
+def test_sparse_tensors_are_left_alone():
+    coverage, seen = _coverage(Graph(), strict=True)
+    assert list(coverage.measured) == ["attention"] and len(seen) == 1

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import InputError
+from ..precheck.configuration import refuse_depth
 from .failures import adapter_on_the_hub, check_folder, check_model_type, check_tokenizer, explained
 
 if TYPE_CHECKING:
@@ -79,6 +80,10 @@ def config_of_numbers(numbers: dict[str, Any], source: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
     check_model_type(numbers, source)
+    try:
+        refuse_depth(numbers)
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from error
     with _loading("the configuration", source):
         return AutoConfig.for_model(**numbers)
 

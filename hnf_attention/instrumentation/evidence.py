@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..compat import Memory, learned
@@ -78,7 +79,7 @@ def guarded(look: Callable[..., None], *args: Any, **kwargs: Any) -> None:
 
 
 def saw_product(queries: Tensor, keys: Tensor, result: Tensor) -> None:
-    """Take in a batched product. keys: the factor that the last dimension of the result comes from."""
+    """Take in a product. keys: the factor that the last dimension of the result comes from."""
     if not all(_is_plain(x) for x in (queries, keys, result)):
         return
     factors = queries, keys
@@ -219,7 +220,9 @@ def _was_factor(evidence: Evidence, tensor: Tensor) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in _PLAIN and not tensor.is_nested and not tensor.is_meta
+    """Whether the tensor has a memory of its own, by which it is known again; a sparse one has several."""
+    dense = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta
+    return dense and type(tensor) in _PLAIN
 
 
 def _is_weight(keys: Tensor, queries: Tensor) -> bool:
@@ -234,6 +237,8 @@ def lengths(given: Tensor) -> tuple[int, ...]:
         return tuple(shape[1:2])
     if len(shape) == 4:  # (B, H, N, D) or an image (B, C, height, width)
         return shape[2], shape[1] * shape[2], shape[2] * shape[3]
+    if len(shape) == 2:  # one sequence (N, D), or a batch of features
+        return tuple(shape[:1])
     return tuple(shape[1:-1])
 
 
@@ -243,6 +248,11 @@ def _is_sequence(module: nn.Module, scores: Tensor, dim: int) -> bool:
     for given in observer.arguments(module):
         if isinstance(given, Tensor) and size in lengths(given):
             features = last and given.is_floating_point() and given.dim() != 4 and size == given.shape[-1]
-            if not features:
+            if not features and not (last and given.dim() == 2 and _is_width(module, given, size)):
                 return True
     return False
+
+
+def _is_width(module: nn.Module, given: Tensor, size: int) -> bool:
+    """Whether features of a batch (B, D) may have become this many: a classifier has weights for each class."""
+    return given.is_floating_point() and any(size in weight.shape for weight in module.parameters())

@@ -15,7 +15,7 @@ from .design import Design
 from .estimates import from_measurement, from_weights
 from .measured import measure_sample
 from .model_class import with_class
-from .predict import predict_layer
+from .predict import predict_layers
 from .random_tokens import random_token_maxima
 from .report import StabilityReport
 from .shrink import Unknown
@@ -65,7 +65,7 @@ def check_attention_stability(
         design = with_class(design, config)
     except Unknown as reason:
         unknown = str(reason)
-    evidence = Evidence([predict_layer(design, layer) for layer in range(design.n_layers)], unknown=unknown)
+    evidence = Evidence(predict_layers(design), unknown=unknown)
     evidence.notes += [f"not used: {name}" for name in design.unused]
     if getattr(hugging_face(config), "auto_map", None):
         evidence.notes.append(

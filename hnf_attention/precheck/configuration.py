@@ -65,6 +65,8 @@ _RESEMBLING = {
 }
 _MISSPELT = 0.85  # difflib's ratio: one or two wrong letters of eight
 NEEDED = ("d_model", "n_heads", "seq_len")
+# Own choice: ten times the layers of DeepNet (arXiv:2203.00555), the deepest published. The report lists each layer.
+MOST_LAYERS = 10_000
 ASSUMED_STD = 0.02
 # Families whose attention normalises queries and keys without a field that says so.
 QK_NORM_TYPES = ("qwen3", "qwen3_moe", "qwen3_next", "gemma3", "gemma3_text", "olmo2", "olmo3", "olmoe")
@@ -156,7 +158,8 @@ def read_design(config: Any, **given: Any) -> Design:
     Beside the names in `ALIASES`, plain numbers may have `temperature` (T / sqrt(head_dim), 1 is usual), `scale`,
     `rope` and `qk_norm`.
     Raises ValueError for a needed field that is missing (with the names tried), a name that is a misspelt field, a size
-    that is not a positive integer, heads that do not divide the width, and an unknown dtype.
+    that is not a positive integer, more than `MOST_LAYERS` layers, heads that do not divide the width, and an unknown
+    dtype.
     """
     if config is None:
         raise ValueError(
@@ -172,6 +175,7 @@ def read_design(config: Any, **given: Any) -> Design:
     if n_heads % n_kv_heads:
         raise ValueError(f"expected n_kv_heads to divide the {n_heads} heads, got {n_kv_heads}")
     n_layers = read.count("n_layers", 1, "assumed: 1")
+    refuse_depth({"n_layers": n_layers})
     seq_len = read.count("seq_len")
     scale, layer_scale = _scale(read, head_dim, n_layers)
     query_std, key_std = _init(read, family, d_model, head_dim)
@@ -211,16 +215,25 @@ def hugging_face(config: Any) -> Any:
     """The Hugging Face configuration that this is, or that its `model_type` names; None for others.
 
     Of a vision-language model it is that of the text part, which attends.
+    Raises ValueError as `refuse_depth`.
     """
     if isinstance(config, Mapping) and config.get("model_type"):
         from transformers import AutoConfig
 
+        refuse_depth(config)
         values = dict(config)
         try:
             config = AutoConfig.for_model(values.pop("model_type"), **values)
         except Exception:  # an unknown type, or values that its class refuses
             return None
     return config.get_text_config() if hasattr(config, "get_text_config") else None
+
+
+def refuse_depth(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for more than `MOST_LAYERS` layers. Classes of transformers list them one by one."""
+    for name in ALIASES["n_layers"]:
+        if isinstance(values.get(name), int) and values[name] > MOST_LAYERS:
+            raise ValueError(f"expected at most {MOST_LAYERS:,} layers in {name}, got {values[name]:,}")
 
 
 def _strange(config: Any) -> set[str]:

@@ -56,6 +56,10 @@ class Design:
     def spread_of(self, layer: int) -> float:
         return self.spread[min(layer, len(self.spread) - 1)] if self.spread else 1.0
 
+    def kind_of(self, layer: int) -> tuple[int, float, float]:
+        """All that sets a layer apart: layers of one kind have the same numbers."""
+        return self.keys(layer), self.scale_of(layer), self.spread_of(layer)
+
     @property
     def temperature(self) -> float:
         return 1.0 / self.scale

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,15 @@ def predict_layer(design: Design, layer: int) -> Scores:
     return scores(design, layer, f"layer {layer}", std, row_std, magnitude, source)
 
 
+def predict_layers(design: Design) -> list[Scores]:
+    """The numbers of every layer. Each kind of layer is computed once: most designs have one, or two."""
+    known: dict[tuple[int, float, float], Scores] = {}
+    for layer in range(design.n_layers):
+        kind = design.kind_of(layer)
+        known[kind] = known.get(kind) or predict_layer(design, layer)
+    return [replace(known[design.kind_of(layer)], layer=f"layer {layer}") for layer in range(design.n_layers)]
+
+
 def sigma_ratio(design: Design, layer: int = 0) -> float:
     """sigma / sigma_c of the sharpest row of a hundred, which the verdict rests on; 0 for a single key."""
     return _ratio(design, layer, _spread(design, layer)[1])
@@ -66,7 +75,7 @@ def sigma_ratio(design: Design, layer: int = 0) -> float:
 def worst_layer(design: Design) -> tuple[float, float]:
     """The largest sigma / sigma_c and the largest |score| (nats) of any layer."""
     found = []
-    for layer in range(design.n_layers if design.layer_scale or design.windows or design.spread else 1):
+    for layer in {design.kind_of(layer): layer for layer in range(design.n_layers)}.values():
         row_std = _spread(design, layer)[1]
         largest = _largest(design, layer, row_std, _magnitude(design, layer))
         found.append((_ratio(design, layer, row_std), largest))

@@ -29,7 +29,7 @@ from .empty_rows import mask_of
 from .overflow_risk import FORMAT_ADVICE, FORMAT_CURE
 from .wording import make_issue
 
-_EVERY_STEP = "set log_every=1 or record_every=1 and run again from finite weights"
+_EVERY_STEP = "set log_every=1 and run again from finite weights"
 
 
 def rule(history: Sequence[Snapshot], groups: Sequence[Heads]) -> Iterator[StabilityIssue]:
@@ -163,7 +163,7 @@ def _fed(origin: Origin, name: str, fp16: bool) -> tuple[str, str, str, str]:
             "this one, and one of them may have made weights NaN",
             f"{_EVERY_STEP} to see where it begins; check {weights}{half}{restore}",
             f"NaN or inf, origin not known: {origin.coarse} steps since the last finite snapshot",
-            "log_every=1 or record_every=1 from finite weights",
+            "log_every=1 from finite weights",
         )
     if origin.before is None:
         return (

@@ -1,4 +1,4 @@
-"""Sees batched products, under every name that models write them by: they tell which softmax is attention."""
+"""Sees products of matrices, under every name that models write them by: they tell which softmax is attention."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .. import evidence, observer
 from ..patches import Patch
 
 _NAMES = {
-    torch: ("matmul", "bmm", "baddbmm", "einsum"),
-    torch.Tensor: ("matmul", "__matmul__", "bmm", "baddbmm"),
+    torch: ("matmul", "mm", "bmm", "baddbmm", "einsum"),
+    torch.Tensor: ("matmul", "__matmul__", "mm", "bmm", "baddbmm"),
     torch.functional: ("einsum",),
 }
 
@@ -69,7 +69,7 @@ def _look(
 
 
 def _last_two(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor] | None:
-    """The factors of matmul, bmm and baddbmm, which adds them to its first argument."""
+    """The factors of matmul, mm, bmm and baddbmm, which adds them to its first argument."""
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     return (tensors[-2], tensors[-1]) if len(tensors) > 1 else None
 

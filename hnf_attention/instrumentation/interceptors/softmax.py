@@ -221,7 +221,8 @@ def _batch(module: nn.Module, num_queries: int) -> int | None:
             if not isinstance(tensor, Tensor) or tensor.dim() < 2:
                 continue
             if num_queries in evidence.lengths(tensor):
-                return tensor.shape[0]
+                one = tensor.dim() == 2 and tensor.is_floating_point()  # a sequence (N, D) without a batch
+                return 1 if one else tensor.shape[0]
             if num_queries == tensor.shape[0]:  # sequences lie side by side in the second dimension
                 return tensor.shape[1]
         if next(owner.module.parameters(), None) is not None:
