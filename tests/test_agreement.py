@@ -5,8 +5,9 @@ import time
 
 import pytest
 import torch.distributed as dist
+from torch import nn
 
-from hnf_attention.monitoring import agreement
+from hnf_attention.monitoring import agreement, ranks
 from hnf_attention.monitoring.agreement import Agreement
 
 MEMBERS = [0, 1, 2]
@@ -106,3 +107,12 @@ def test_agreements_of_one_process_do_not_mix(store):
     one, other = Agreement([0], 1.0), Agreement([0], 1.0)
     one.leave("one")
     assert other.meet() is None and one.meet() == "one"
+
+
+def test_weights_that_cannot_be_read_are_a_reason_for_every_process(store, monkeypatch):
+    def out_of_memory(model):
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(ranks, "_sample", out_of_memory)
+    why = ranks._different_models(nn.Linear(2, 2))
+    assert why == "process 0 could not read its weights (MemoryError: out of memory)"
