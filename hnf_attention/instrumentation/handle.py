@@ -209,22 +209,20 @@ class Instrumentation(Measurer):
     @property
     def coverage(self) -> Coverage:
         """What is measured so far, what is not, and why. Judge it after a forward pass."""
-        attention = dict(self._attention)
+        # Copies, each made in one step of the interpreter: other threads' forwards add to the originals meanwhile.
+        measured, all_problems, all_doubts = dict(self._measured), dict(self._problems), dict(self._doubts)
+        slowed, attention = set(self._slowed), dict(self._attention.items())
         problems = {
-            name: why
-            for name, why in self._problems.items()
-            if why != tracer.SHARED or name not in self._measured
+            name: why for name, why in all_problems.items() if why != tracer.SHARED or name not in measured
         }
         doubts = {
-            name: why
-            for (name, kind), why in list(self._doubts.items())
-            if kind != UNMET or name not in self._measured
+            name: why for (name, kind), why in all_doubts.items() if kind != UNMET or name not in measured
         }
-        measured = {name: how + self._remarks(name) for name, how in self._measured.items()}
-        return Coverage(measured, unreached(attention, self._measured) | doubts | problems)
+        remarked = {name: how + self._remarks(name, slowed) for name, how in measured.items()}
+        return Coverage(remarked, unreached(attention, measured) | doubts | problems)
 
-    def _remarks(self, name: str) -> str:
-        slowed = any(name == outer or name.startswith(f"{outer}.") or not outer for outer in self._slowed)
+    def _remarks(self, name: str, all_slowed: Collection[str]) -> str:
+        slowed = any(name == outer or name.startswith(f"{outer}.") or not outer for outer in all_slowed)
         remarks = ", inference fast path off" if slowed else ""
         return remarks + (", its calls inside one compiled graph together" if name in self._merged else "")
 

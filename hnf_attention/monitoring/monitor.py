@@ -160,9 +160,7 @@ class AttentionStabilityMonitor:
         self._recorder.rest(parts.rests("recording", 1))
         if snapshot is None:
             return None
-        diagnosis = parts.run(
-            "diagnosis", diagnose, self.history, self.instrumentation.coverage, self._thresholds
-        )
+        diagnosis = parts.run("diagnosis", self._diagnose)
         if diagnosis is None:
             return None
         parts.run("logging", self._announce, diagnosis)
@@ -247,6 +245,9 @@ class AttentionStabilityMonitor:
             return None
         finally:
             self._note_lost_processes()
+
+    def _diagnose(self) -> AttentionDiagnosis:
+        return diagnose(self.history, self.instrumentation.coverage, self._thresholds)
 
     def _note_lost_processes(self) -> None:
         if self._together is None or self._together.lost is None or "ranks" in self.status.off:

@@ -1,0 +1,49 @@
+"""Faults inside the measuring of a training run: none comes out of `on_step`, and none lasts longer than its cause."""
+
+import pytest
+import torch
+from attention_models import Attention
+
+from hnf_attention import AttentionStabilityMonitor, instrument
+from hnf_attention.instrumentation import Instrumentation
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Attention()
+
+
+@pytest.fixture
+def x(model):
+    return torch.randn(2, 5, 16)
+
+
+def test_a_coverage_that_cannot_be_read_ends_no_step(model, x, monkeypatch):
+    def fail(handle):
+        raise RuntimeError("dictionary changed size during iteration")
+
+    monitor = AttentionStabilityMonitor(model, log_every=1)
+    model(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(Instrumentation, "coverage", property(fail))
+        assert monitor.on_step() is None and "diagnosis" in monitor.status.off
+    model(x)
+    assert monitor.on_step() is not None and monitor.status
+
+
+def test_layers_that_another_thread_adds_meanwhile_do_not_disturb_the_coverage(model, x, monkeypatch):
+    with instrument(model) as handle:
+        model(x)
+        before = dict(handle._measured)
+
+        def add(*_):
+            for kept in (handle._measured, handle._problems):
+                kept[f"new {len(kept)}"] = ""
+            handle._doubts[f"new {len(handle._doubts)}", "kind"] = ""
+            return ""
+
+        monkeypatch.setattr(handle, "_remarks", add)
+        assert set(handle.coverage.measured) == set(before)
