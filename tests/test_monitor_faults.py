@@ -6,6 +6,7 @@ from attention_models import Attention
 
 from hnf_attention import AttentionStabilityMonitor, instrument
 from hnf_attention.instrumentation import Instrumentation
+from hnf_attention.monitoring.accumulators import Kind, Lane
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,3 +48,24 @@ def test_layers_that_another_thread_adds_meanwhile_do_not_disturb_the_coverage(m
 
         monkeypatch.setattr(handle, "_remarks", add)
         assert set(handle.coverage.measured) == set(before)
+
+
+def test_memory_that_runs_out_for_an_accumulator_leaves_the_lane_usable(monkeypatch):
+    made = Lane._new
+    left = iter([None, MemoryError("out of memory for the second")])
+
+    def once(lane, place):
+        error = next(left, None)
+        if error is not None:
+            raise error
+        return made(lane, place)
+
+    lane = Lane(reversible=True)
+    place = Kind("a", 0, True, 2, 8, torch.float32), torch.device("cpu")
+    monkeypatch.setattr(Lane, "_new", once)
+    with pytest.raises(MemoryError):
+        lane.accumulator(place)
+    lane.end(failed=False)
+    lane.accumulator(place).fill_(1.0)
+    lane.end(failed=False)
+    assert (lane.kept[place] == 1.0).all()
