@@ -69,3 +69,17 @@ def test_memory_that_runs_out_for_an_accumulator_leaves_the_lane_usable(monkeypa
     lane.accumulator(place).fill_(1.0)
     lane.end(failed=False)
     assert (lane.kept[place] == 1.0).all()
+
+
+def test_a_fault_of_measuring_is_in_the_status_until_the_layer_is_measured_again(model, x, monkeypatch):
+    def fail(*_):
+        raise MemoryError("out of memory")
+
+    monitor = AttentionStabilityMonitor(model, log_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Lane, "_new", fail)
+        model(x)
+    assert monitor.on_step() is None and not monitor.status
+    assert "layer (the model itself): measuring failed: MemoryError: out of memory" in str(monitor.status)
+    model(x)
+    assert monitor.on_step() is not None and str(monitor.status) == "all parts work"

@@ -30,13 +30,18 @@ from .padding import Padding
 
 _log = logging.getLogger("hnf_attention")
 
+#: A layer whose measuring keeps failing is tried again at the 1st, 2nd, 4th, ... call after, and after so many at most.
+LONGEST_REST = 64
+
 
 @dataclass
 class _Layer:
     """What is known of one layer from its calls so far.
 
     checked: its own attention function was compared with ours.
-    fused_failed, measuring_failed: our attention failed there; its calls are not measured any more.
+    fused_failed, measuring_failed: our attention cannot compute or measure its calls; they are not tried any more.
+    failures: how often in a row measuring failed of which nothing shows that it lasts. failure: the latest reason.
+    calls: numbers its calls. again: the number of the call that is tried next, after a failure.
     described: the places (EAGER, COMPILED) where calls of it, or inside it, had query and key.
     phases: the phase of the next sample, which is how many calls were probed before.
     keys: batch and number of keys of the last call.
@@ -47,9 +52,17 @@ class _Layer:
     checked: bool = False
     fused_failed: bool = False
     measuring_failed: bool = False
+    failures: int = 0
+    failure: str = ""
+    calls: Iterator[int] = field(default_factory=itertools.count)
+    again: int = 0
     described: set[str] = field(default_factory=set)
     phases: Iterator[int] = field(default_factory=itertools.count)
     keys: tuple[int, int] | None = None
+
+    def rests(self) -> bool:
+        """Whether the call that begins is left out."""
+        return next(self.calls) < self.again or self.measuring_failed
 
 
 class Measurer:
@@ -108,7 +121,8 @@ class Measurer:
     def attend(self, layer: str, describe: Callable[[], AttentionCall], original: Callable[[], Any]) -> Any:
         """Run one attention call of `layer`, measure it, and return what `original()` returns or our output like it.
 
-        Only errors of the model's own attention come out. Any other error ends the measuring of this layer.
+        Only errors of the model's own attention come out. After any other error, the layer rests for some
+        calls, and is not measured any more if nothing else can come of it.
         """
         state = self._layers.get(layer)
         if state is None:
@@ -118,9 +132,10 @@ class Measurer:
         try:
             if compat.running_backward() != -1:  # the second forward of a checkpoint
                 return self._repeat(state, describe, original)
-            if state.measuring_failed and (state.fused_failed or self.mode == "probe"):
+            rests = state.rests()
+            if rests and (state.fused_failed or self.mode == "probe"):
                 return original()
-            return self._run(layer, state, describe, original)
+            return self._run(layer, state, rests, describe, original)
         finally:
             thread.suspended = before
 
@@ -128,9 +143,11 @@ class Measurer:
         self,
         layer: str,
         state: _Layer,
+        rests: bool,
         describe: Callable[[], AttentionCall],
         original: Callable[[], Any],
     ) -> Any:
+        """rests: the call is not measured."""
         result = call = options = rows = failure = None
         done = fused = False
         output: Any = None
@@ -151,13 +168,13 @@ class Measurer:
             result = original()
             output = None
             state.fused_failed |= failure is not None and not isinstance(failure, Unmeasurable)
-        if failure is None and call is not None and options is not None and not state.measuring_failed:
+        if failure is None and call is not None and options is not None and not rests:
             try:
                 with without_dispatch_modes():
                     if output is None and result is not None:
                         output = _output(call, result)
                     self._measure(layer, state, call, options, rows, output)
-                self._measured[layer] = self._how(call, options, fused)
+                self._succeed(layer, state, self._how(call, options, fused))
             except Exception as error:  # the monitor never ends a run
                 failure = error.with_traceback(None)
         if failure is not None:
@@ -303,7 +320,7 @@ class Measurer:
             module is caught with query and key.
         """
         state = self._layers.setdefault(layer, _Layer())
-        if state.measuring_failed or (place == COMPILED and place in state.described):
+        if state.rests() or (place == COMPILED and place in state.described):
             return
         try:
             with without_dispatch_modes():
@@ -313,7 +330,7 @@ class Measurer:
         except Exception as error:  # the monitor never ends a run
             self._give_up(layer, state, error.with_traceback(None))
         else:
-            self._measured[layer] = f"probe ({interceptor})"
+            self._succeed(layer, state, f"probe ({interceptor})")
 
     def _deliver(self, measurement: Measurement, place: str) -> None:
         layer = measurement.layer
@@ -332,17 +349,38 @@ class Measurer:
             name = call_name(layer, measurement.call) if layer in self._repeated else layer
             self.latest[name] = without_call(measurement)
 
+    def _succeed(self, layer: str, state: _Layer, how: str) -> None:
+        """Note how a call was measured, and that measuring the layer works again if it failed before."""
+        self._measured[layer] = how
+        if state.failures:
+            if self._problems.get(layer) == state.failure:
+                del self._problems[layer]
+            _log.info("hnf-attention measures %s again", display_name(layer))
+            state.failures = 0
+
     def _give_up(self, layer: str, state: _Layer, failure: Exception) -> None:
         if isinstance(failure, Unmeasurable):
             self._problems[layer] = str(failure)
-            if not failure.lasting:
-                return
-        else:
-            self._problems[layer] = f"measuring failed: {type(failure).__name__}: {failure}"
-            _log.warning("hnf-attention stopped measuring %s: %s", display_name(layer), self._problems[layer])
-        state.measuring_failed = True
-        state.fused_failed |= isinstance(failure, Unmeasurable)
+            if failure.lasting:
+                state.measuring_failed = state.fused_failed = True
+                self._measured.pop(layer, None)
+            return
+        if not state.failure:  # a layer that fails at some of its calls, again and again, is logged once
+            _log.warning(
+                "hnf-attention could not measure %s and tries again: %s: %s",
+                display_name(layer),
+                type(failure).__name__,
+                failure,
+            )
+        state.failures += 1
+        state.again = next(state.calls) + min(2 ** (state.failures - 1), LONGEST_REST)
+        state.failure = self._problems[layer] = f"measuring failed: {type(failure).__name__}: {failure}"
         self._measured.pop(layer, None)
+
+    @property
+    def failing(self) -> dict[str, str]:
+        """The layers whose measuring failed at the last attempt and is tried again, and why."""
+        return {layer: state.failure for layer, state in list(self._layers.items()) if state.failures}
 
 
 def _output(call: AttentionCall, result: Any) -> Tensor | None:

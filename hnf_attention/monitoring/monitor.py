@@ -123,7 +123,7 @@ class AttentionStabilityMonitor:
         self._told_of_nothing = False
 
     def __repr__(self) -> str:
-        cadence, off = self._recorder.cadence, self.status.off
+        cadence, off = self._recorder.cadence, self.parts.off
         return (
             f"AttentionStabilityMonitor of {type(self.model).__name__} at step {self.step}: "
             f"log_every {cadence.log_every}, record_every {cadence.record_every}, "
@@ -143,8 +143,11 @@ class AttentionStabilityMonitor:
 
     @property
     def status(self) -> MonitorStatus:
-        """Which parts of the monitor are off now, why, since which step, and when they are tried again."""
-        return self.parts.status
+        """Which parts of the monitor are off now, why, since which step, and when they are tried again.
+
+        With the layers that could not be measured at the last attempt.
+        """
+        return MonitorStatus(self.parts.off, self.instrumentation.failing)
 
     def paused(self) -> AbstractContextManager[None]:
         """A context inside which nothing is measured, for an evaluation in the middle of training."""
@@ -250,7 +253,7 @@ class AttentionStabilityMonitor:
         return diagnose(self.history, self.instrumentation.coverage, self._thresholds)
 
     def _note_lost_processes(self) -> None:
-        if self._together is None or self._together.lost is None or "ranks" in self.status.off:
+        if self._together is None or self._together.lost is None or "ranks" in self.parts.off:
             return
         self.parts.end("ranks", self._together.lost)
         if self._auto_intervene:
