@@ -221,14 +221,13 @@ class AttentionStabilityMonitor:
         try:
             readable = state_dict["fields"] == state.fields()
             history = [state.load(snapshot) for snapshot in state_dict["history"]] if readable else []
-            tracker = IssueTracker()
+            tracker, policy = IssueTracker(), InterventionPolicy(self.model)
             tracker.load_state_dict(state_dict["issues"])
-            step, repeated, policy = state_dict["step"], state_dict["repeated"], state_dict["policy"]
-        except (KeyError, TypeError, ValueError) as error:
+            policy.load_state_dict(state_dict["policy"])
+            self._recorder.resume(state_dict["step"], history, state_dict["repeated"])
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"expected a state_dict of a monitor, got one with {error!r}") from None
-        self._policy.load_state_dict(policy)
-        self._recorder.resume(step, history, repeated)
-        self._tracker = tracker
+        self._tracker, self._policy = tracker, policy
         if not readable:
             _log.warning("the attention monitor's history is of another version, so it starts anew")
 

@@ -115,11 +115,10 @@ class Recorder:
         return snapshot
 
     def resume(self, step: int, history: Sequence[Snapshot], repeated: Iterable[str]) -> None:
-        """Go on from an earlier run. Raises ValueError as `Cadence` does."""
-        self.cadence = Cadence(self.cadence.log_every, self.cadence.record_every, step)
-        self.history = History(self.history.limit)
-        self.history.extend(history)
-        self.repeated = set(repeated)
+        """Go on from an earlier run. Raises ValueError as `Cadence` does; the recorder is as it was then."""
+        cadence, kept, names = self.cadence.at(step), History(self.history.limit), set(repeated)
+        kept.extend(history)
+        self.cadence, self.history, self.repeated = cadence, kept, names
         self._measure()
 
     @contextmanager
