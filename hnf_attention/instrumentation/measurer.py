@@ -32,6 +32,8 @@ _log = logging.getLogger("hnf_attention")
 
 #: A layer whose measuring keeps failing is tried again at the 1st, 2nd, 4th, ... call after, and after so many at most.
 LONGEST_REST = 64
+#: The most calls of a layer in one forward that are told apart: a decoding loop inside of a forward has thousands.
+MOST_CALLS = 16
 
 
 @dataclass
@@ -91,6 +93,7 @@ class Measurer:
         self._delivery = threading.RLock()
         self._repeated: set[str] = set()  # layers of which a forward had several invocations
         self._merged: set[str] = set()  # layers whose invocations cannot be told apart
+        self._numerous: set[str] = set()  # layers of which a forward had more than MOST_CALLS invocations
         self._doubts: dict[tuple[str, str], str] = {}
         self.latest: dict[str, Measurement] = {}
         self.padding = Padding()
@@ -334,8 +337,11 @@ class Measurer:
 
     def _deliver(self, measurement: Measurement, place: str) -> None:
         layer = measurement.layer
-        measurement.forward, measurement.call, merged = self._forwards.place(layer, place)
+        measurement.forward, call, merged = self._forwards.place(layer, place)
+        measurement.call = min(call, MOST_CALLS - 1)
         with self._delivery:
+            if call >= MOST_CALLS:
+                self._numerous.add(layer)
             if merged:
                 self._merged.add(layer)
             if self.on_measure is not None:
