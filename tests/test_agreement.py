@@ -6,9 +6,11 @@ import time
 import pytest
 import torch.distributed as dist
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hnf_attention.monitoring import agreement, ranks
-from hnf_attention.monitoring.agreement import Agreement
+from hnf_attention.monitoring.agreement import Agreement, Together
+from hnf_attention.monitoring.process_groups import ProcessGroups
 
 MEMBERS = [0, 1, 2]
 
@@ -116,3 +118,17 @@ def test_weights_that_cannot_be_read_are_a_reason_for_every_process(store, monke
     monkeypatch.setattr(ranks, "_sample", out_of_memory)
     why = ranks._different_models(nn.Linear(2, 2))
     assert why == "process 0 could not read its weights (MemoryError: out of memory)"
+
+
+@pytest.fixture
+def eight():
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("batch, warned", [([0, 2], True), ([0, 2, 4, 6], False)])
+def test_groups_that_leave_out_processes_say_that_they_have_no_time_limit(eight, caplog, batch, warned):
+    Together(ProcessGroups(batch=dist.new_group(batch), heads=dist.new_group([0, 1])))
+    expected = ["its 2 groups leave out some of the run's 8 processes"] * warned
+    assert len(caplog.records) == len(expected) and all(text in caplog.text for text in expected)
