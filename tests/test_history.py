@@ -67,7 +67,6 @@ def test_numbers_that_float32_cannot_hold_stay_wide():
     layers = history[0].layers
     assert history[0].step == 1 and layers["big"].query_norm[0] == pytest.approx(1e30)
     assert [layers[name].values.dtype.itemsize for name in ("big", "small", "many")] == [8, 4, 4]
-    assert layers["big"].values.base is None  # else the numbers of all layers would be kept with it
     assert layers["many"].rows[0] == 2.0**40 and layers["many"].normalized_entropy[0] == pytest.approx(0.7)
 
 

@@ -31,13 +31,20 @@ from .padding import Padding
 
 _log = logging.getLogger("hnf_attention")
 
+#: A layer whose measuring keeps failing is tried again at the 1st, 2nd, 4th, ... call after, and after so many at most.
+LONGEST_REST = 64
+#: The most calls of a layer in one forward that are told apart: a decoding loop inside of a forward has thousands.
+MOST_CALLS = 16
+
 
 @dataclass
 class _Layer:
     """What is known of one layer from its calls so far.
 
     checked: its own attention function was compared with ours.
-    fused_failed, measuring_failed: our attention failed there; its calls are not measured any more.
+    fused_failed, measuring_failed: our attention cannot compute or measure its calls; they are not tried any more.
+    failures: how often in a row measuring failed of which nothing shows that it lasts. failure: the latest reason.
+    calls: numbers its calls. again: the number of the call that is tried next, after a failure.
     described: the places (EAGER, COMPILED) where calls of it, or inside it, had query and key.
     phases: the phase of the next sample, which is how many calls were probed before.
 
@@ -47,8 +54,16 @@ class _Layer:
     checked: bool = False
     fused_failed: bool = False
     measuring_failed: bool = False
+    failures: int = 0
+    failure: str = ""
+    calls: Iterator[int] = field(default_factory=itertools.count)
+    again: int = 0
     described: set[str] = field(default_factory=set)
     phases: Iterator[int] = field(default_factory=itertools.count)
+
+    def rests(self) -> bool:
+        """Whether the call that begins is left out."""
+        return next(self.calls) < self.again or self.measuring_failed
 
 
 class Measurer:
@@ -80,6 +95,7 @@ class Measurer:
         self._delivery = threading.RLock()
         self._repeated: set[str] = set()  # layers of which a forward had several invocations
         self._merged: set[str] = set()  # layers whose invocations cannot be told apart
+        self._numerous: set[str] = set()  # layers of which a forward had more than MOST_CALLS invocations
         self._doubts: dict[tuple[str, str], str] = {}
         self.latest: dict[str, Measurement] = {}
         self.padding = Padding()
@@ -111,7 +127,8 @@ class Measurer:
     def attend(self, layer: str, describe: Callable[[], AttentionCall], original: Callable[[], Any]) -> Any:
         """Run one attention call of `layer`, measure it, and return what `original()` returns or our output like it.
 
-        Only errors of the model's own attention come out. Any other error ends the measuring of this layer.
+        Only errors of the model's own attention come out. After any other error, the layer rests for some
+        calls, and is not measured any more if nothing else can come of it.
         """
         state = self._layers.get(layer)
         if state is None:
@@ -121,9 +138,10 @@ class Measurer:
         try:
             if compat.running_backward() != -1:  # the second forward of a checkpoint
                 return self._repeat(state, describe, original)
-            if state.measuring_failed and (state.fused_failed or self.mode == "probe"):
+            rests = state.rests()
+            if rests and (state.fused_failed or self.mode == "probe"):
                 return original()
-            return self._run(layer, state, describe, original)
+            return self._run(layer, state, rests, describe, original)
         finally:
             thread.suspended = before
 
@@ -131,9 +149,11 @@ class Measurer:
         self,
         layer: str,
         state: _Layer,
+        rests: bool,
         describe: Callable[[], AttentionCall],
         original: Callable[[], Any],
     ) -> Any:
+        """rests: the call is not measured."""
         result = call = options = rows = failure = None
         done = fused = False
         output: Any = None
@@ -154,13 +174,13 @@ class Measurer:
             result = original()
             output = None
             state.fused_failed |= failure is not None and not isinstance(failure, Unmeasurable)
-        if failure is None and call is not None and options is not None and not state.measuring_failed:
+        if failure is None and call is not None and options is not None and not rests:
             try:
                 with without_dispatch_modes(), engines.no_autocast(call.query):
                     if output is None and result is not None:
                         output = _output(call, result)
                     self._measure(layer, state, call, options, rows, output)
-                self._measured[layer] = self._how(call, options, fused)
+                self._succeed(layer, state, self._how(call, options, fused))
             except Exception as error:  # the monitor never ends a run
                 failure = error.with_traceback(None)
         if failure is not None:
@@ -307,7 +327,7 @@ class Measurer:
             module is caught with query and key.
         """
         state = self._layers.setdefault(layer, _Layer())
-        if state.measuring_failed or (place == COMPILED and place in state.described):
+        if state.rests() or (place == COMPILED and place in state.described):
             return
         try:
             with without_dispatch_modes():
@@ -317,12 +337,15 @@ class Measurer:
         except Exception as error:  # the monitor never ends a run
             self._give_up(layer, state, error.with_traceback(None))
         else:
-            self._measured[layer] = f"probe ({interceptor})"
+            self._succeed(layer, state, f"probe ({interceptor})")
 
     def _deliver(self, measurement: Measurement, place: str) -> None:
         layer = measurement.layer
-        measurement.forward, measurement.call, merged = self._forwards.place(layer, place)
+        measurement.forward, call, merged = self._forwards.place(layer, place)
+        measurement.call = min(call, MOST_CALLS - 1)
         with self._delivery:
+            if call >= MOST_CALLS:
+                self._numerous.add(layer)
             if merged:
                 self._merged.add(layer)
             self._continue(measurement)
@@ -346,17 +369,38 @@ class Measurer:
         if known.continues(forward, query.shape[0], query.shape[2], key.shape[2]):
             measurement.context = measurement.context._replace(continues=True)
 
+    def _succeed(self, layer: str, state: _Layer, how: str) -> None:
+        """Note how a call was measured, and that measuring the layer works again if it failed before."""
+        self._measured[layer] = how
+        if state.failures:
+            if self._problems.get(layer) == state.failure:
+                del self._problems[layer]
+            _log.info("hnf-attention measures %s again", display_name(layer))
+            state.failures = 0
+
     def _give_up(self, layer: str, state: _Layer, failure: Exception) -> None:
         if isinstance(failure, Unmeasurable):
             self._problems[layer] = str(failure)
-            if not failure.lasting:
-                return
-        else:
-            self._problems[layer] = f"measuring failed: {type(failure).__name__}: {failure}"
-            _log.warning("hnf-attention stopped measuring %s: %s", display_name(layer), self._problems[layer])
-        state.measuring_failed = True
-        state.fused_failed |= isinstance(failure, Unmeasurable)
+            if failure.lasting:
+                state.measuring_failed = state.fused_failed = True
+                self._measured.pop(layer, None)
+            return
+        if not state.failure:  # a layer that fails at some of its calls, again and again, is logged once
+            _log.warning(
+                "hnf-attention could not measure %s and tries again: %s: %s",
+                display_name(layer),
+                type(failure).__name__,
+                failure,
+            )
+        state.failures += 1
+        state.again = next(state.calls) + min(2 ** (state.failures - 1), LONGEST_REST)
+        state.failure = self._problems[layer] = f"measuring failed: {type(failure).__name__}: {failure}"
         self._measured.pop(layer, None)
+
+    @property
+    def failing(self) -> dict[str, str]:
+        """The layers whose measuring failed at the last attempt and is tried again, and why."""
+        return {layer: state.failure for layer, state in list(self._layers.items()) if state.failures}
 
 
 def _output(call: AttentionCall, result: Any) -> Tensor | None:
