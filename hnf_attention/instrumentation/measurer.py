@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from . import observer, scores
 from .call import COMPILED, EAGER, AttentionCall, Unmeasurable
 from .decoding import Decoding
 from .forwards import Forwards
+from .layer_state import LayerState
 from .measurement import Forward, Measurement, without_call
 from .padding import Padding
 
@@ -35,35 +34,6 @@ _log = logging.getLogger("hnf_attention")
 LONGEST_REST = 64
 #: The most calls of a layer in one forward that are told apart: a decoding loop inside of a forward has thousands.
 MOST_CALLS = 16
-
-
-@dataclass
-class _Layer:
-    """What is known of one layer from its calls so far.
-
-    checked: its own attention function was compared with ours.
-    fused_failed, measuring_failed: our attention cannot compute or measure its calls; they are not tried any more.
-    failures: how often in a row measuring failed of which nothing shows that it lasts. failure: the latest reason.
-    calls: numbers its calls. again: the number of the call that is tried next, after a failure.
-    described: the places (EAGER, COMPILED) where calls of it, or inside it, had query and key.
-    phases: the phase of the next sample, which is how many calls were probed before.
-
-    Threads share it. Each of its changes is one step of the interpreter.
-    """
-
-    checked: bool = False
-    fused_failed: bool = False
-    measuring_failed: bool = False
-    failures: int = 0
-    failure: str = ""
-    calls: Iterator[int] = field(default_factory=itertools.count)
-    again: int = 0
-    described: set[str] = field(default_factory=set)
-    phases: Iterator[int] = field(default_factory=itertools.count)
-
-    def rests(self) -> bool:
-        """Whether the call that begins is left out."""
-        return next(self.calls) < self.again or self.measuring_failed
 
 
 class Measurer:
@@ -100,7 +70,7 @@ class Measurer:
         self.latest: dict[str, Measurement] = {}
         self.padding = Padding()
         self._decoding: dict[tuple[str, int], Decoding] = {}
-        self._layers: dict[str, _Layer] = {}
+        self._layers: dict[str, LayerState] = {}
         self._measured: dict[str, str] = {}
         self._problems: dict[str, str] = {}
         self._slowed: set[str] = set()
@@ -132,7 +102,7 @@ class Measurer:
         """
         state = self._layers.get(layer)
         if state is None:
-            state = self._layers.setdefault(layer, _Layer())
+            state = self._layers.setdefault(layer, LayerState())
         thread = observer.thread
         before, thread.suspended = thread.suspended, True
         try:
@@ -148,7 +118,7 @@ class Measurer:
     def _run(
         self,
         layer: str,
-        state: _Layer,
+        state: LayerState,
         rests: bool,
         describe: Callable[[], AttentionCall],
         original: Callable[[], Any],
@@ -188,7 +158,7 @@ class Measurer:
         return result
 
     def _repeat(
-        self, state: _Layer, describe: Callable[[], AttentionCall], original: Callable[[], Any]
+        self, state: LayerState, describe: Callable[[], AttentionCall], original: Callable[[], Any]
     ) -> Any:
         """Run the second forward of a checkpoint as the first one ran, so that it saves the same tensors; no record.
 
@@ -237,7 +207,7 @@ class Measurer:
     def _measure(
         self,
         layer: str,
-        state: _Layer,
+        state: LayerState,
         call: AttentionCall,
         options: Options,
         rows: RowStats | None,
@@ -258,7 +228,7 @@ class Measurer:
         self._deliver(measurement, call.place)
 
     @torch.no_grad()
-    def _probe(self, layer: str, state: _Layer, call: AttentionCall, options: Options) -> Measurement:
+    def _probe(self, layer: str, state: LayerState, call: AttentionCall, options: Options) -> Measurement:
         """Measure all rows or the next sample of them."""
         phase = next(state.phases)
         query, key = call.query, call.key
@@ -316,7 +286,7 @@ class Measurer:
     def _note_described(self, layer: str, place: str) -> None:
         """Note at the layer and at all modules around it that its calls are measured with query and key."""
         for outer in (layer, *(layer[:i] for i, letter in enumerate(layer) if letter == "."), ""):
-            self._layers.setdefault(outer, _Layer()).described.add(place)
+            self._layers.setdefault(outer, LayerState()).described.add(place)
 
     def observe(
         self, layer: str, interceptor: str, measure: Callable[[], Measurement], place: str = EAGER
@@ -326,7 +296,7 @@ class Measurer:
         place: where it ran. In a compiled graph, where little is known of a softmax, it is skipped if attention in its
             module is caught with query and key.
         """
-        state = self._layers.setdefault(layer, _Layer())
+        state = self._layers.setdefault(layer, LayerState())
         if state.rests() or (place == COMPILED and place in state.described):
             return
         try:
@@ -369,7 +339,7 @@ class Measurer:
         if known.continues(forward, query.shape[0], query.shape[2], key.shape[2]):
             measurement.context = measurement.context._replace(continues=True)
 
-    def _succeed(self, layer: str, state: _Layer, how: str) -> None:
+    def _succeed(self, layer: str, state: LayerState, how: str) -> None:
         """Note how a call was measured, and that measuring the layer works again if it failed before."""
         self._measured[layer] = how
         if state.failures:
@@ -378,7 +348,7 @@ class Measurer:
             _log.info("hnf-attention measures %s again", display_name(layer))
             state.failures = 0
 
-    def _give_up(self, layer: str, state: _Layer, failure: Exception) -> None:
+    def _give_up(self, layer: str, state: LayerState, failure: Exception) -> None:
         if isinstance(failure, Unmeasurable):
             self._problems[layer] = str(failure)
             if failure.lasting:
