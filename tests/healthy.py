@@ -1,5 +1,6 @@
 """Healthy models, which the diagnosis has to leave alone. Each says in one line why it is healthy."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,7 +63,7 @@ class Attention(nn.Module):
 
 
 class Patterns(Attention):
-    """Head h prefers key targets[h](row, n), with that weight; None is content alone."""
+    """Head h gives that weight to the keys targets[h](row, n), evenly; None is content alone."""
 
     def __init__(self, targets, weight=0.8, **options):
         super().__init__(**options)
@@ -73,10 +74,11 @@ class Patterns(Attention):
         places = torch.eye(n, dtype=q.dtype)
         wanted = torch.zeros(HEADS, n, n, dtype=q.dtype)
         for head, target in enumerate(self.targets):
-            if target is not None:
-                wanted[head] = places[[target(row, n) for row in range(n)]]
-        gain = torch.logit(torch.tensor(self.weight)) + torch.log(torch.tensor(float(n)))
-        q = torch.cat([q * DIM**-0.5, (gain * wanted).expand(size, -1, -1, -1)], -1)
+            for row in range(n if target is not None else 0):
+                keys = torch.tensor(target(row, n)).reshape(-1)
+                gain = torch.logit(torch.tensor(self.weight)) + math.log(n / len(keys))
+                wanted[head, row] = gain * places[keys].sum(0)
+        q = torch.cat([q * DIM**-0.5, wanted.expand(size, -1, -1, -1)], -1)
         k = torch.cat([k, places.expand(size, HEADS, -1, -1)], -1)
         out = F.scaled_dot_product_attention(q, k, F.pad(v, (0, n)), is_causal=self.causal, scale=1.0)
         return out[..., :DIM]
@@ -133,12 +135,14 @@ def induction(row, n):
     return row - n // 2 + 1 if row >= n // 2 else 0
 
 
-def sink(place):
-    return lambda row, n: place % n
+def sink(*places):
+    """All rows of the head share these keys."""
+    return lambda row, n: [place % n for place in places]
 
 
-def register(row, n):
-    return 1 + row % 4
+def delimiter(row, n):
+    """The last of the delimiters, which are 16 tokens apart."""
+    return row - row % 16
 
 
 def alibi():
@@ -287,7 +291,25 @@ HEALTHY = {
     "sink on the first key": Healthy(REST, patterns(*3 * [sink(0)], None, weight=0.95)),
     "sink on the last key": Healthy(REST, patterns(*3 * [sink(-1)], None, weight=0.95)),
     "sink in the middle": Healthy(REST, patterns(*3 * [sink(30)], None, weight=0.95)),
-    "sinks on registers": Healthy(REST, patterns(*3 * [register], None, weight=0.95)),
+    "sinks on registers": Healthy(
+        REST + "; they share four registers (Darcet et al., arXiv 2309.16588)",
+        patterns(*3 * [sink(1, 2, 3, 4)], None, weight=0.95),
+    ),
+    "sharp sinks on registers": Healthy(
+        "likewise, with 0.99 of the weight", patterns(*3 * [sink(1, 2, 3, 4)], None, weight=0.99)
+    ),
+    "sharp sinks on both ends": Healthy(
+        "heads give 0.99 to the first and the last key together: [CLS] and [SEP]",
+        patterns(*3 * [sink(0, -1)], None, weight=0.99),
+    ),
+    "sharp causal sinks on two keys": Healthy(
+        "heads give 0.99 to the first token and the first full stop (Sun et al., arXiv 2402.17762)",
+        patterns(*3 * [sink(0, 7)], None, causal=True, weight=0.99),
+    ),
+    "delimiter head": Healthy(
+        "one head of four rests on the delimiter of its own sentence (Clark et al., arXiv 1906.04341)",
+        patterns(delimiter, None, None, None, causal=True, weight=0.95),
+    ),
     "sharp sinks on the first key": Healthy(
         "two heads give 0.99 to one key, as many of GPT-2's do; two read content",
         patterns(sink(0), sink(0), None, None, weight=0.99),

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from attention_models import Direct
 from sharded_models import (
+    BROKEN,
     CLIP,
     EXAMPLE,
     HEADS,
@@ -18,6 +19,7 @@ from sharded_models import (
     LENGTH,
     MASK,
     QKV,
+    REAL,
     TOKENS,
     WIDTH,
     GatheringAttention,
@@ -148,12 +150,12 @@ def distributed_tensors(rank, size):
         ("queries", Shard(2), ProcessGroups(batch=mesh.get_group())),
         ("everywhere", Replicate(), ProcessGroups(batch=mesh.get_group())),
     ):
-        parts = [distribute_tensor(x, mesh, [placement]) for x in QKV]
+        parts = [distribute_tensor(x, mesh, [placement]) for x in BROKEN]
         options = {"attn_mask": distribute_tensor(MASK, mesh, [Replicate()])} if name != "queries" else {}
         model = Direct()
-        plain = model(*parts, **options).full_tensor()
+        plain = model(*parts, **options).full_tensor().nan_to_num()
         with AttentionStabilityMonitor(model, log_every=1, ranks=kind) as monitor:
-            same = torch.equal(model(*parts, **options).full_tensor(), plain)
+            same = torch.equal(model(*parts, **options).full_tensor().nan_to_num(), plain)
             monitor.on_step()
         found[name] = monitor.instrumentation.coverage, snapshots(monitor), same
     model = Direct()
@@ -170,17 +172,25 @@ def distributed_tensors(rank, size):
 
 
 def gathered_keys(rank, size):
-    """Context parallel over two processes, and other sequences in the others."""
+    """Context parallel over two processes, and other sequences in the others.
+
+    (statistics, output) of the first half of the sequences, then of whole ones, then of padded ones; and how many
+    processes there are.
+    """
     mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "cp"))
     model = stack(GatheringAttention)
-    rows = zigzag(rank % 2, 2)
-    for layer in model:
-        layer.rows, layer.group = rows, mesh["cp"].get_group()
     ranks = ProcessGroups.of_mesh(mesh, queries="cp")
     monitor = AttentionStabilityMonitor(model, log_every=1, ranks=ranks)
-    out = model(share(INPUTS, rank // 2, size // 2)[:, rows]).detach()
-    monitor.on_step()
-    return snapshots(monitor)[0], out, ranks.processes
+    x, real = (share(y, rank // 2, size // 2) for y in (INPUTS, REAL))
+    outputs = []
+    for length, padded in ((LENGTH // 2, False), (LENGTH, False), (LENGTH, True)):
+        rows = zigzag(rank % 2, 2, length)
+        for layer in model:
+            layer.rows, layer.group, layer.real = rows, mesh["cp"].get_group(), real if padded else None
+        monitor.instrumentation.query_mask = real[:, rows] if padded else None
+        outputs.append(model(x[:, rows]).detach())
+        monitor.on_step()
+    return list(zip(snapshots(monitor), outputs, strict=True)), ranks.processes
 
 
 @sdpa_kernel(SDPBackend.MATH)

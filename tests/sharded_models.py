@@ -10,6 +10,7 @@ from torch import nn
 
 WIDTH, HEADS, LENGTH = 16, 4, 40
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "ring_attention.py"
+REAL = torch.arange(LENGTH) < torch.arange(LENGTH - 7, LENGTH + 1)[:, None]  # of INPUTS, the rest is padding
 INPUTS = torch.randn(8, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
 LLAMA = dict(
     vocab_size=64,
@@ -20,6 +21,8 @@ LLAMA = dict(
     num_key_value_heads=4,
 )
 QKV = torch.randn(3, 4, HEADS, 16, 8, generator=torch.Generator().manual_seed(3)).unbind()
+BROKEN = [*QKV[:2], QKV[2].clone()]  # a NaN in a value
+BROKEN[2][1, 2, 5, 0] = torch.nan
 MASK = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(4))
 TOKENS = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(2))
 
@@ -53,18 +56,37 @@ class SeparateAttention(nn.Module):
 
 
 class GatheringAttention(SeparateAttention):
-    """Context parallel: this process's queries against the keys of all. rows: the positions of its tokens."""
+    """Context parallel: this process's queries against the keys of all. rows: the positions of its tokens.
 
-    rows = group = None
+    real: which keys are no padding, boolean (B, N); None for all.
+    """
+
+    rows = group = real = None
 
     def forward(self, x):
         q, k, v = self.split(x)
-        mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+        rows = torch.arange(x.shape[1])
         if self.group is not None:
-            order = _all(self.rows, self.group, 0).argsort()
-            k, v = (_all(y, self.group, 2)[:, :, order] for y in (k, v))
-            mask = mask[self.rows]
+            rows, all_rows = self.rows, _all(self.rows, self.group, 0)
+            k, v = (_all(y, self.group, 2)[:, :, all_rows.argsort()] for y in (k, v))
+        mask = rows[:, None] >= torch.arange(k.shape[2])
+        if self.real is not None:
+            mask = mask & self.real[:, None, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class PartedAttention(SeparateAttention):
+    """What the processes of GatheringAttention compute, in one: the queries of each are a batch element."""
+
+    def forward(self, x):
+        q, k, v = self.split(x)
+        rows = torch.stack([zigzag(rank, 2) for rank in range(2)])
+        q = q[:, :, rows].transpose(1, 2).flatten(0, 1)
+        k, v = (y.repeat_interleave(2, 0) for y in (k, v))
+        mask = rows[:, None, :, None] >= torch.arange(x.shape[1])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(len(x), 1, 1, 1))
+        out = out.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2, 3)[:, :, rows.flatten().argsort()]
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -74,9 +96,9 @@ def _all(x, group, dim):
     return torch.cat(parts, dim)
 
 
-def zigzag(rank, size):
+def zigzag(rank, size, length=LENGTH):
     """Of 2 x size pieces of the sequence, one from its beginning and one from its end."""
-    pieces = torch.arange(LENGTH).chunk(2 * size)
+    pieces = torch.arange(length).chunk(2 * size)
     return torch.cat([pieces[rank], pieces[-1 - rank]])
 
 

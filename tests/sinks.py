@@ -3,6 +3,7 @@
 import torch
 
 ASKED = 32  # rows of a head that say which key they share
+LEAST = 8  # fewer share none
 
 
 def sink_mass(weights, seen=None):
@@ -18,7 +19,7 @@ def sink_mass(weights, seen=None):
         rows = torch.arange(weights.shape[2])
         if weights.shape[2] == weights.shape[3]:  # queries whose own key nobody sees are padding
             rows = rows[seen[batch].any(0).any(0)]
-        if len(rows):
+        if len(rows) >= LEAST:
             asked = rows[((torch.arange(ASKED) + 0.5) * len(rows) / ASKED).long()]
             for head, of_head in enumerate(of_batch):
                 shared[batch, head] = of_head[:, of_head[asked].sum(0).argmax()]

@@ -5,9 +5,12 @@ import time
 
 import pytest
 import torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from hnf_attention.monitoring import agreement
-from hnf_attention.monitoring.agreement import Agreement
+from hnf_attention.monitoring import agreement, ranks
+from hnf_attention.monitoring.agreement import Agreement, Together
+from hnf_attention.monitoring.process_groups import ProcessGroups
 
 MEMBERS = [0, 1, 2]
 
@@ -106,3 +109,26 @@ def test_agreements_of_one_process_do_not_mix(store):
     one, other = Agreement([0], 1.0), Agreement([0], 1.0)
     one.leave("one")
     assert other.meet() is None and one.meet() == "one"
+
+
+def test_weights_that_cannot_be_read_are_a_reason_for_every_process(store, monkeypatch):
+    def out_of_memory(model):
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(ranks, "_sample", out_of_memory)
+    why = ranks._different_models(nn.Linear(2, 2))
+    assert why == "process 0 could not read its weights (MemoryError: out of memory)"
+
+
+@pytest.fixture
+def eight():
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("batch, warned", [([0, 2], True), ([0, 2, 4, 6], False)])
+def test_groups_that_leave_out_processes_say_that_they_have_no_time_limit(eight, caplog, batch, warned):
+    Together(ProcessGroups(batch=dist.new_group(batch), heads=dist.new_group([0, 1])))
+    expected = ["its 2 groups leave out some of the run's 8 processes"] * warned
+    assert len(caplog.records) == len(expected) and all(text in caplog.text for text in expected)

@@ -163,6 +163,7 @@ def test_a_variant_that_runs_out_of_memory_is_reported_and_the_others_go_on(monk
 @pytest.mark.filterwarnings("default")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="dry runs are for the CPU")
 @pytest.mark.parametrize("script", ["whole_step", "long_sequences"])
+@pytest.mark.slow
 def test_a_dry_run_measures_what_it_says(script, tmp_path, monkeypatch, one_thread):
     from importlib import import_module
 

@@ -32,6 +32,7 @@ def test_what_no_field_says_is_read_from_the_class(family):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", sorted(set(PLAIN | CLASS) - set(QUICK)))
 def test_the_predicted_spread_is_what_random_weights_do(family):
     report = assert_predicted(family)

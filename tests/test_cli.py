@@ -162,6 +162,7 @@ def test_check_of_an_unstable_design_advises_and_exits_with_one(tmp_path, capsys
     assert json.loads(captured.out)["design"]["seq_len"] == 64 and "unstable" in captured.err
 
 
+@pytest.mark.slow
 def test_check_of_a_local_folder_needs_no_weights(tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
     transformers.GPT2Config(n_embd=1280, n_head=20, n_layer=36).save_pretrained(tmp_path)
@@ -173,6 +174,7 @@ def test_check_of_a_local_folder_needs_no_weights(tmp_path, capsys):
     assert main(["check", str(tmp_path / "config.json")]) == 0
 
 
+@pytest.mark.slow
 def test_check_reads_weights_when_asked_to(minilm, capsys):
     assert main(["check", minilm, "--weights"]) == 0
     printed = capsys.readouterr().out

@@ -157,6 +157,7 @@ def test_arguments_of_a_function_around_the_model_are_not_guarded():
 
 @carried_by("code", "local", "is_none")
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.slow
 def test_heads_that_transformers_repeats_are_measured_one_by_one_in_a_graph(implementation):
     transformers = pytest.importorskip("transformers")
     sizes = dict(vocab_size=40, num_hidden_layers=1, hidden_size=32, intermediate_size=16)

@@ -257,6 +257,7 @@ def test_the_live_table_fits_the_terminal(breaking, width):
         assert any(line.startswith(f"│ {layer} ") for line in lines)
 
 
+@pytest.mark.slow
 def test_the_demo_draws_a_live_table_on_a_terminal(tmp_path):
     stream = io.StringIO()
     run_demo(replace(TINY, steps=20), tmp_path, Console(file=stream, width=120, force_terminal=True))

@@ -13,6 +13,7 @@ QUICK = (
     "previous-token head",
     "key bias",
     "short sequences",
+    "sharp causal sinks on two keys",
     "nn.TransformerEncoder, padded right",
 )
 NAMES = [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in HEALTHY]

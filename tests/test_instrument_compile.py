@@ -313,6 +313,7 @@ class HelpedAttention(Attention):
         return self.helper(*self.split(inputs)).transpose(-2, -3).flatten(-2)
 
 
+@pytest.mark.slow
 def test_the_layer_is_found_behind_graph_breaks_and_around_compiled_functions():
     kinds = BrokenAttention, NestedAttention, HelpedAttention
     broken, nested, helped = (nn.Sequential(kind(), kind()) for kind in kinds)

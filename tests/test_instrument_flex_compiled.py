@@ -75,6 +75,7 @@ def test_statistics_are_those_of_the_modified_scores(case):
 
 
 @pytest.mark.parametrize("kind", [OfFile, OfClass])
+@pytest.mark.slow
 def test_a_compiled_function_that_a_compiled_model_calls_is_measured(kind):
     model, (query, key, value) = nn.Sequential(kind()), tensors()
     run = compiled(model[0])
@@ -90,6 +91,7 @@ def test_a_compiled_function_that_a_compiled_model_calls_is_measured(kind):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_what_the_functions_hold_is_read_at_every_run():
     model, (query, key, value) = Mixing(), tensors()
     run = compiled(model, "aot_eager")  # lowers as the default backend does

@@ -52,6 +52,7 @@ def test_somebody_elses_patch_over_ours_stays():
         F.scaled_dot_product_attention = ORIGINAL
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_alive():
     model = Model()
     handle = instrument(model, strict=True)

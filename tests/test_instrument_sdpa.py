@@ -187,7 +187,7 @@ def test_a_fault_between_forward_and_recomputation_breaks_no_checkpoint(mode):
 
 
 @pytest.mark.parametrize("mode", ["probe", "fused"])
-def test_faults_of_the_monitor_end_measuring_not_the_run(mode, monkeypatch, caplog):
+def test_a_fault_of_the_monitor_costs_one_measurement_and_not_the_run(mode, monkeypatch, caplog):
     model, inputs = Model(), x()
     plain = model(inputs)
     real = measurer.api.attend
@@ -201,13 +201,33 @@ def test_faults_of_the_monitor_end_measuring_not_the_run(mode, monkeypatch, capl
 
     with instrument(model, mode=mode) as handle, caplog.at_level(logging.WARNING, "hnf_attention"):
         monkeypatch.setattr(measurer.api, "attend", sometimes)
-        for _ in range(3):
+        torch.testing.assert_close(model(inputs), plain)
+        assert list(handle.latest) == list(handle.coverage.measured) == [LAYERS[1]]
+        assert "kernel exploded" in handle.coverage.not_measured[LAYERS[0]]
+        for _ in range(2):
             torch.testing.assert_close(model(inputs), plain)
     assert len(caplog.records) == 1
     assert all(text in caplog.text for text in ("blocks.0.attn", "kernel exploded"))
-    assert list(handle.latest) == list(handle.coverage.measured) == [LAYERS[1]]
-    assert "kernel exploded" in handle.coverage.not_measured[LAYERS[0]]
-    assert len(calls) == 4  # the broken layer once, the other in each forward
+    assert set(handle.latest) == set(handle.coverage.measured) == set(LAYERS)
+    assert not handle.coverage.not_measured
+    assert len(calls) == 6  # each layer once in each forward
+
+
+def test_a_layer_whose_measuring_keeps_failing_is_tried_ever_more_rarely():
+    model, inputs = Model(), x()
+    tried, done = [], []
+
+    def fail(measurement):
+        if measurement.layer == LAYERS[0]:
+            tried.append(len(done))
+            raise RuntimeError("never")
+
+    with instrument(model) as handle:
+        handle.on_measure = fail
+        for _ in range(200):
+            done.append(model(inputs))
+    assert tried == [0, 1, 3, 7, 15, 31, 63, 127, 191]
+    assert handle.failing == {LAYERS[0]: "measuring failed: RuntimeError: never"}
 
 
 def test_errors_of_the_models_own_attention_propagate():

@@ -68,10 +68,24 @@ def test_a_projection_with_adapters_is_refused_and_nothing_changed():
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
-@pytest.mark.parametrize("target, action", [("c_attn", "reduce_lr"), ("c_fc", "qk_clip")])
-def test_what_is_proposed_can_be_carried_out(target, action):
+def train_in_full(model):
+    """Train the projections of the queries and keys themselves, beside the adapters."""
+    for name, parameter in model.named_parameters():
+        if ".c_attn." in name:
+            parameter.requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    "target, in_full, action",
+    [("c_attn", False, "reduce_lr"), ("c_fc", False, "reduce_lr"), ("c_fc", True, "qk_clip")],
+)
+def test_what_is_proposed_can_be_carried_out(target, in_full, action):
+    """Adapters elsewhere leave the projections as they are, but frozen: a checkpoint of adapters has no clip."""
     model = with_adapters(target, heated=True).eval()  # dropout would change the scores between the forwards
+    if in_full:
+        train_in_full(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
     with AttentionStabilityMonitor(model, log_every=1) as monitor:
         model(input_ids=TOKENS)
         diagnosis = monitor.on_step()
@@ -82,15 +96,24 @@ def test_what_is_proposed_can_be_carried_out(target, action):
         after = monitor.on_step()
     largest = [d.stats[LAYERS[0]].max_abs_logit.max() for d in (diagnosis, after)]
     assert (largest[1] < 30.001) == (action == "qk_clip") and largest[0] > 1000
+    assert optimizer.param_groups[0]["lr"] == 5e-3  # which a clip cuts too
+    changed = {name for name, p in model.state_dict().items() if not torch.equal(p, before[name])}
+    assert all(".c_attn." in name for name in changed) and bool(changed) == (action == "qk_clip")
     applied.revert()
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+    for name, p in model.state_dict().items():
+        torch.testing.assert_close(p, before[name], rtol=2**-23, atol=0.0)  # two roundings, as `revert` says
 
 
-def test_auto_intervene_clips_where_the_adapters_are_elsewhere():
+@pytest.mark.parametrize("in_full", [False, True])
+def test_auto_intervene_clips_what_is_trained_beside_adapters(in_full):
     model = with_adapters("c_fc", heated=True)
+    if in_full:
+        train_in_full(model)
     with AttentionStabilityMonitor(model, log_every=1, auto_intervene=True) as monitor:
         model(input_ids=TOKENS)
         monitor.on_step()
-    assert len(monitor.applied) == 1
+    assert len(monitor.applied) == in_full  # without an optimizer no learning rate can be cut
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])

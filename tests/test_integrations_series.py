@@ -111,6 +111,7 @@ def test_kinds_change_with_what_is_found_only():
 # Imports
 
 
+@pytest.mark.slow
 def test_nothing_optional_is_imported_before_it_is_used():
     code = (
         "import sys, hnf_attention, hnf_attention.integrations as i; dir(i); i.JSONLWriter('x');"

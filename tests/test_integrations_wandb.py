@@ -54,6 +54,7 @@ def history(folder):
     ]
 
 
+@pytest.mark.slow
 def test_the_offline_files_hold_what_was_written(tmp_path, options):
     writer = WandbWriter(**options)
     written = diagnoses()

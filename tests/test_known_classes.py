@@ -13,6 +13,7 @@ from hnf_attention.interventions import known_classes, layout, qk_clip, temperat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
 QUICK = ("GPT-NeoX",)
 #: Architectures with projections under the usual names that are not treated, and what else their weights do.
 LOOK_ALIKES = {
@@ -31,7 +32,7 @@ def layers(model, arguments):
 
 @pytest.mark.filterwarnings("ignore")  # what models of transformers 4 do on their own
 @pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in ARCHITECTURES]
+    "name", [pytest.param(x, marks=() if x in QUICK else EXHAUSTIVE) for x in ARCHITECTURES]
 )
 def test_what_is_found_by_class_is_proved_in_the_whole_model(name):
     architecture = ARCHITECTURES[name]
@@ -63,6 +64,7 @@ def test_look_alikes_are_contradicted(name, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 def test_most_architectures_are_treated():
     treated = set()
@@ -75,7 +77,8 @@ def test_most_architectures_are_treated():
                 except ValueError:
                     continue
                 treated.add(name)
-    assert len(treated) >= (112 if transformers.__version__ >= "5" else 106)
+    assert "ALBERT" not in treated  # one module's weights serve all of its layers
+    assert len(treated) >= (111 if transformers.__version__ >= "5" else 105)
 
 
 def test_torchs_multihead_attention_is_known_and_so_is_ours():

@@ -203,6 +203,7 @@ def test_gradients_are_those_of_one_pass(sunk):
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.slow
 def test_compiles_to_a_full_graph():
     q, k, v, _, sinks = Case(sinks=True).tensors()
     leaves = [x.requires_grad_() for x in (q, k, v, sinks)]

@@ -6,7 +6,7 @@ from attention_models import Attention
 from tiny_gpt2 import LAYERS, tiny_gpt2
 from torch import nn
 
-from hnf_attention import AttentionAnalyzer, AttentionStabilityMonitor
+from hnf_attention import AttentionAnalyzer, AttentionStabilityMonitor, instrument
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.randint(0, 40, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -84,6 +84,33 @@ def test_the_calls_of_a_shared_block_are_judged_one_by_one():
     stats = monitor.on_step().stats
     assert list(stats) == [f"block#{depth}" for depth in range(4)]
     assert stats["block#3"].normalized_entropy.mean() < 0.2 < stats["block#0"].normalized_entropy.mean()
+
+
+class Loop(Shared):
+    def forward(self, x):
+        for _ in range(40):
+            x = self.block(x).tanh()
+        return x
+
+
+def test_a_loop_over_a_block_has_sixteen_names_at_most():
+    """Cells of a recurrent network, or decoding inside of a forward, would have one for each token."""
+    model, x = Loop(), torch.randn(2, 5, 16)
+    with instrument(model) as handle, AttentionStabilityMonitor(model, log_every=1) as monitor:
+        model(x)
+        stats = monitor.on_step().stats
+        assert list(stats) == list(handle.latest) == [f"block#{call}" for call in range(16)]
+        assert "calls in one forward from #15 on together" in handle.coverage.measured["block"]
+    assert (stats["block#14"].rows == 10).all() and (stats["block#15"].rows == 25 * 10).all()
+
+
+def test_a_snapshot_keeps_no_numbers_but_its_own(model, train_step):
+    monitor = AttentionStabilityMonitor(model, log_every=1)
+    with torch.no_grad():
+        model(TOKENS)  # evaluations are left out of the snapshot
+    train_step(model)
+    monitor.on_step()
+    assert all(stats.values.base is None for stats in monitor.history[0].layers.values())
 
 
 def test_a_part_of_the_model_that_threads_call_by_itself_is_read():

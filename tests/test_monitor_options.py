@@ -225,17 +225,36 @@ def test_a_run_that_resumes_goes_on_as_if_it_had_not_stopped(model, caplog, tmp_
 
 
 @pytest.mark.parametrize(
-    "change", [lambda s: s.pop("step"), lambda s: s.update(format=99), lambda s: s.update(history=[{}])]
+    "change",
+    [
+        lambda s: s.pop("step"),
+        lambda s: s.update(step=-1),
+        lambda s: s.update(format=99),
+        lambda s: s.update(history=[{}]),
+        lambda s: s.update(policy={}),
+        lambda s: s.update(repeated=None),
+        lambda s: s.update(issues=[3]),
+    ],
 )
 def test_a_state_that_is_none_is_refused_and_changes_nothing(model, change):
     monitor = AttentionStabilityMonitor(model, log_every=1)
     step(model, monitor)
-    saved = monitor.state_dict()
+    before, saved = monitor.state_dict(), monitor.state_dict()
+    saved["step"], saved["policy"] = 7, saved["policy"] | {"clipping": not saved["policy"]["clipping"]}
     change(saved)
     for wrong in (saved, {}, 3):
         with pytest.raises(ValueError, match="expected a state_dict of a monitor"):
             monitor.load_state_dict(wrong)
-    assert monitor.step == 1 and len(monitor.history) == 1
+    assert monitor.state_dict() == before and len(monitor.history) == 1
+
+
+def test_a_state_that_comes_after_the_end_measures_nothing(model):
+    monitor = AttentionStabilityMonitor(model, log_every=1)
+    step(model, monitor)
+    saved = monitor.state_dict()
+    monitor.restore()
+    monitor.load_state_dict(saved)
+    assert not monitor.instrumentation.measuring and step(model, monitor) is None and monitor.step == 2
 
 
 def test_a_state_of_other_statistics_leaves_the_history_out(model, caplog):

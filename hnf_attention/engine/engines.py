@@ -194,7 +194,7 @@ def _triton_backward(call: Call, inputs: BackwardInputs, mask_gradient: bool) ->
 
 
 def _reference_forward(call: Call) -> Results:
-    with _no_autocast(call.query):
+    with no_autocast(call.query):
         out, rows = reference.attention(*call[:4], extended=call.extended)
     return out, *rows.pack(call.extended)
 
@@ -203,17 +203,17 @@ def _reference_sample(call: Call, period: int, phase: int) -> Results:
     query, key, _, options, extended = call
     batch, heads, num_queries, _ = query.shape
     index = sampling.row_index(batch, heads, num_queries, period, phase, query.device)
-    with _no_autocast(query):
+    with no_autocast(query):
         rows = reference.attention(query, key, None, options, extended=extended, index=index)[1]
     return *rows.pack(extended), index
 
 
 def _reference_backward(call: Call, inputs: BackwardInputs, mask_gradient: bool) -> reference.Gradients:
-    with _no_autocast(call.query):
+    with no_autocast(call.query):
         return reference.backward(*call[:4], *inputs, mask_gradient=mask_gradient)  # type: ignore[arg-type]
 
 
-def _no_autocast(query: Tensor) -> torch.autocast:
+def no_autocast(query: Tensor) -> torch.autocast:
     """The reference chooses its own precision: autocast must not round its products again."""
     return torch.autocast(query.device.type, enabled=False)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..reference import fold as reference
 from ..reference import measured
-from ..reference.context import SHARED_ROWS, UNKNOWN, Context
+from ..reference.context import LEAST_ROWS, SHARED_ROWS, UNKNOWN, Context
 from ..reference.measured import Measured
 from ..reference.options import Options
 from ..statistics import fields
@@ -85,7 +85,7 @@ def shared_key(
 
     query (B, H, M, D), key (B, H_kv, N, D), rows: as for `fold`. left_out: boolean (B, M), None for none.
     """
-    if rows.lse.numel() == 0 or key.shape[2] == 0:
+    if min(rows.lse.numel(), key.shape[2]) == 0 or rows.lse.shape[2] < LEAST_ROWS:
         return torch.full(query.shape[:2], -1, dtype=torch.int64, device=query.device)
     if not engines.kernels_cover(query, None):
         return measured.shared_key(query, key, rows, options, left_out)

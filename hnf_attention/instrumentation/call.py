@@ -37,7 +37,7 @@ class AttentionCall:
     not_fused: why our attention must not take the place of the model's in this call; None if it may.
     probe_preferred: why mode="auto" leaves the output to the model although `not_fused` is None; None if it does not.
     output_of: makes our output (B, H, M, D_v) of what the model's own attention returns; H is 1 where the heads are
-        joined already. None where it is not known.
+        joined already. It, or what it makes, is None where the output is not known.
     check: compares the model's own attention with ours, once per layer. True once it could decide; raises
         Unmeasurable where they differ.
     modify: changes and hides the finished scores, where no field above can say how. It gets scores (B, H, R, N), fp32
@@ -59,7 +59,7 @@ class AttentionCall:
     from_output: Callable[[Tensor], Any]
     not_fused: str | None
     probe_preferred: str | None
-    output_of: Callable[[Any], Tensor] | None = None
+    output_of: Callable[[Any], Tensor | None] | None = None
     check: Callable[[AttentionCall], bool] | None = None
     modify: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     place: str = EAGER

@@ -16,7 +16,7 @@ from .compiled import layers, tracer
 from .coverage import Coverage, is_attention, unreached
 from .evidence import UNMET
 from .interceptors import flex, multihead, products, sdpa, softmax
-from .measurer import Measurer
+from .measurer import MOST_CALLS, Measurer
 from .padding import checked_query_mask
 from .patches import Patch
 from .strict import CoverageJudge
@@ -128,6 +128,7 @@ class Instrumentation(Measurer):
     on_measure: gets a `Measurement` for each attention call (never for the second forward of a checkpoint). While it is
         None, `latest` keeps the last measurement of each layer. A layer that is called several times in one forward has
         a name for each call there: "block#0", "block#1", ...
+        The last name, "block#15", is that of all further calls.
     on_forward_end: gets the `Forward` of the whole model when it has returned or raised.
 
     Both are called in the thread that runs the model, by one thread at a time.
@@ -209,23 +210,23 @@ class Instrumentation(Measurer):
     @property
     def coverage(self) -> Coverage:
         """What is measured so far, what is not, and why. Judge it after a forward pass."""
-        attention = dict(self._attention)
+        # Copies, each made in one step of the interpreter: other threads' forwards add to the originals meanwhile.
+        measured, all_problems, all_doubts = dict(self._measured), dict(self._problems), dict(self._doubts)
+        slowed, attention = set(self._slowed), dict(self._attention.items())
         problems = {
-            name: why
-            for name, why in self._problems.items()
-            if why != tracer.SHARED or name not in self._measured
+            name: why for name, why in all_problems.items() if why != tracer.SHARED or name not in measured
         }
         doubts = {
-            name: why
-            for (name, kind), why in list(self._doubts.items())
-            if kind != UNMET or name not in self._measured
+            name: why for (name, kind), why in all_doubts.items() if kind != UNMET or name not in measured
         }
-        measured = {name: how + self._remarks(name) for name, how in self._measured.items()}
-        return Coverage(measured, unreached(attention, self._measured) | doubts | problems)
+        remarked = {name: how + self._remarks(name, slowed) for name, how in measured.items()}
+        return Coverage(remarked, unreached(attention, measured) | doubts | problems)
 
-    def _remarks(self, name: str) -> str:
-        slowed = any(name == outer or name.startswith(f"{outer}.") or not outer for outer in self._slowed)
+    def _remarks(self, name: str, all_slowed: Collection[str]) -> str:
+        slowed = any(name == outer or name.startswith(f"{outer}.") or not outer for outer in all_slowed)
         remarks = ", inference fast path off" if slowed else ""
+        if name in self._numerous:
+            remarks += f", its calls in one forward from #{MOST_CALLS - 1} on together"
         return remarks + (", its calls inside one compiled graph together" if name in self._merged else "")
 
     def require_measured(self) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,32 +22,18 @@ from ..statistics.rows import RowStats
 from ..tracing import without_dispatch_modes
 from . import observer, scores
 from .call import COMPILED, EAGER, AttentionCall, Unmeasurable
+from .decoding import Decoding
 from .forwards import Forwards
+from .layer_state import LayerState
 from .measurement import Forward, Measurement, without_call
 from .padding import Padding
 
 _log = logging.getLogger("hnf_attention")
 
-
-@dataclass
-class _Layer:
-    """What is known of one layer from its calls so far.
-
-    checked: its own attention function was compared with ours.
-    fused_failed, measuring_failed: our attention failed there; its calls are not measured any more.
-    described: the places (EAGER, COMPILED) where calls of it, or inside it, had query and key.
-    phases: the phase of the next sample, which is how many calls were probed before.
-    keys: batch and number of keys of the last call.
-
-    Threads share it. Each of its changes is one step of the interpreter.
-    """
-
-    checked: bool = False
-    fused_failed: bool = False
-    measuring_failed: bool = False
-    described: set[str] = field(default_factory=set)
-    phases: Iterator[int] = field(default_factory=itertools.count)
-    keys: tuple[int, int] | None = None
+#: A layer whose measuring keeps failing is tried again at the 1st, 2nd, 4th, ... call after, and after so many at most.
+LONGEST_REST = 64
+#: The most calls of a layer in one forward that are told apart: a decoding loop inside of a forward has thousands.
+MOST_CALLS = 16
 
 
 class Measurer:
@@ -60,6 +44,8 @@ class Measurer:
     on_measure: gets the `Measurement` of each attention call; the second forward of a checkpoint is no call of its own.
         While it is None, `latest` keeps the last measurement of each layer. Its calls do not overlap.
     on_forward_end: gets each forward of the model when it has ended.
+    queries_split: other processes hold other queries of the same sequences. A call with fewer queries than keys then
+        continues no earlier call.
     """
 
     def __init__(
@@ -73,15 +59,18 @@ class Measurer:
         self.sample = sample
         self.on_measure: Callable[[Measurement], None] | None = None
         self.on_forward_end: Callable[[Forward], None] | None = None
+        self.queries_split = False
         self._attention_classes = attention_classes
         self._forwards = forwards
         self._delivery = threading.RLock()
         self._repeated: set[str] = set()  # layers of which a forward had several invocations
         self._merged: set[str] = set()  # layers whose invocations cannot be told apart
+        self._numerous: set[str] = set()  # layers of which a forward had more than MOST_CALLS invocations
         self._doubts: dict[tuple[str, str], str] = {}
         self.latest: dict[str, Measurement] = {}
         self.padding = Padding()
-        self._layers: dict[str, _Layer] = {}
+        self._decoding: dict[tuple[str, int], Decoding] = {}
+        self._layers: dict[str, LayerState] = {}
         self._measured: dict[str, str] = {}
         self._problems: dict[str, str] = {}
         self._slowed: set[str] = set()
@@ -108,29 +97,33 @@ class Measurer:
     def attend(self, layer: str, describe: Callable[[], AttentionCall], original: Callable[[], Any]) -> Any:
         """Run one attention call of `layer`, measure it, and return what `original()` returns or our output like it.
 
-        Only errors of the model's own attention come out. Any other error ends the measuring of this layer.
+        Only errors of the model's own attention come out. After any other error, the layer rests for some
+        calls, and is not measured any more if nothing else can come of it.
         """
         state = self._layers.get(layer)
         if state is None:
-            state = self._layers.setdefault(layer, _Layer())
+            state = self._layers.setdefault(layer, LayerState())
         thread = observer.thread
         before, thread.suspended = thread.suspended, True
         try:
             if compat.running_backward() != -1:  # the second forward of a checkpoint
                 return self._repeat(state, describe, original)
-            if state.measuring_failed and (state.fused_failed or self.mode == "probe"):
+            rests = state.rests()
+            if rests and (state.fused_failed or self.mode == "probe"):
                 return original()
-            return self._run(layer, state, describe, original)
+            return self._run(layer, state, rests, describe, original)
         finally:
             thread.suspended = before
 
     def _run(
         self,
         layer: str,
-        state: _Layer,
+        state: LayerState,
+        rests: bool,
         describe: Callable[[], AttentionCall],
         original: Callable[[], Any],
     ) -> Any:
+        """rests: the call is not measured."""
         result = call = options = rows = failure = None
         done = fused = False
         output: Any = None
@@ -151,13 +144,13 @@ class Measurer:
             result = original()
             output = None
             state.fused_failed |= failure is not None and not isinstance(failure, Unmeasurable)
-        if failure is None and call is not None and options is not None and not state.measuring_failed:
+        if failure is None and call is not None and options is not None and not rests:
             try:
-                with without_dispatch_modes():
+                with without_dispatch_modes(), engines.no_autocast(call.query):
                     if output is None and result is not None:
                         output = _output(call, result)
                     self._measure(layer, state, call, options, rows, output)
-                self._measured[layer] = self._how(call, options, fused)
+                self._succeed(layer, state, self._how(call, options, fused))
             except Exception as error:  # the monitor never ends a run
                 failure = error.with_traceback(None)
         if failure is not None:
@@ -165,7 +158,7 @@ class Measurer:
         return result
 
     def _repeat(
-        self, state: _Layer, describe: Callable[[], AttentionCall], original: Callable[[], Any]
+        self, state: LayerState, describe: Callable[[], AttentionCall], original: Callable[[], Any]
     ) -> Any:
         """Run the second forward of a checkpoint as the first one ran, so that it saves the same tensors; no record.
 
@@ -214,7 +207,7 @@ class Measurer:
     def _measure(
         self,
         layer: str,
-        state: _Layer,
+        state: LayerState,
         call: AttentionCall,
         options: Options,
         rows: RowStats | None,
@@ -222,14 +215,12 @@ class Measurer:
     ) -> None:
         """rows: of the fused pass, None for a call to be probed. output: (B, H or 1, M, any), None if not known."""
         query, key = call.query, call.key
-        continues = state.keys == (query.shape[0], key.shape[2] - query.shape[2])
-        state.keys = query.shape[0], key.shape[2]
         if rows is None:
             measurement = self._probe(layer, state, call, options)
         else:
             measurement = Measurement(layer, rows, query.shape[3], query.dtype, 1, query, key, options)
         if measurement.beside is None:
-            measurement.context = self._context(layer, call, options, measurement.rows, output, continues)
+            measurement.context = self._context(layer, call, options, measurement.rows, output)
         else:
             self._leave_out(measurement, query.shape[2])
         if call.place not in state.described:
@@ -237,7 +228,7 @@ class Measurer:
         self._deliver(measurement, call.place)
 
     @torch.no_grad()
-    def _probe(self, layer: str, state: _Layer, call: AttentionCall, options: Options) -> Measurement:
+    def _probe(self, layer: str, state: LayerState, call: AttentionCall, options: Options) -> Measurement:
         """Measure all rows or the next sample of them."""
         phase = next(state.phases)
         query, key = call.query, call.key
@@ -258,20 +249,18 @@ class Measurer:
         options: Options,
         rows: RowStats,
         output: Tensor | None,
-        continues: bool,
     ) -> Context:
         """Which rows of the call count, and what became of it."""
         query, key = call.query, call.key
         batch, _, num_queries, _ = query.shape
         hidden = hidden_keys(options, batch, num_queries, key.shape[2])
-        left_out = self.padding.left_out(layer, batch, num_queries, key.shape[2], hidden)
+        left_out = self.padding.left_out(layer, batch, num_queries, key.shape[2], hidden, query.device)
         return Context(
             left_out,
             hidden,
             fold.shared_key(query, key, rows, options, left_out),
             largest(call.value) if call.value.shape[1] == key.shape[1] else None,
             None if output is None else largest(output),
-            continues,
         )
 
     def _leave_out(self, measurement: Measurement, num_queries: int) -> None:
@@ -282,7 +271,12 @@ class Measurer:
         batch, heads = measurement.rows.lse.shape[:2]
         hidden = beside.left_out[:, 0] if index is None and beside.left_out is not None else None
         left_out = self.padding.left_out(
-            measurement.layer, batch, num_queries, beside.key_square.shape[2], hidden
+            measurement.layer,
+            batch,
+            num_queries,
+            beside.key_square.shape[2],
+            hidden,
+            measurement.rows.lse.device,
         )
         rows = None if left_out is None else left_out[:, None]
         if rows is not None and index is not None:
@@ -292,7 +286,7 @@ class Measurer:
     def _note_described(self, layer: str, place: str) -> None:
         """Note at the layer and at all modules around it that its calls are measured with query and key."""
         for outer in (layer, *(layer[:i] for i, letter in enumerate(layer) if letter == "."), ""):
-            self._layers.setdefault(outer, _Layer()).described.add(place)
+            self._layers.setdefault(outer, LayerState()).described.add(place)
 
     def observe(
         self, layer: str, interceptor: str, measure: Callable[[], Measurement], place: str = EAGER
@@ -302,8 +296,8 @@ class Measurer:
         place: where it ran. In a compiled graph, where little is known of a softmax, it is skipped if attention in its
             module is caught with query and key.
         """
-        state = self._layers.setdefault(layer, _Layer())
-        if state.measuring_failed or (place == COMPILED and place in state.described):
+        state = self._layers.setdefault(layer, LayerState())
+        if state.rests() or (place == COMPILED and place in state.described):
             return
         try:
             with without_dispatch_modes():
@@ -313,14 +307,18 @@ class Measurer:
         except Exception as error:  # the monitor never ends a run
             self._give_up(layer, state, error.with_traceback(None))
         else:
-            self._measured[layer] = f"probe ({interceptor})"
+            self._succeed(layer, state, f"probe ({interceptor})")
 
     def _deliver(self, measurement: Measurement, place: str) -> None:
         layer = measurement.layer
-        measurement.forward, measurement.call, merged = self._forwards.place(layer, place)
+        measurement.forward, call, merged = self._forwards.place(layer, place)
+        measurement.call = min(call, MOST_CALLS - 1)
         with self._delivery:
+            if call >= MOST_CALLS:
+                self._numerous.add(layer)
             if merged:
                 self._merged.add(layer)
+            self._continue(measurement)
             if self.on_measure is not None:
                 self.on_measure(measurement)
                 return
@@ -332,17 +330,47 @@ class Measurer:
             name = call_name(layer, measurement.call) if layer in self._repeated else layer
             self.latest[name] = without_call(measurement)
 
-    def _give_up(self, layer: str, state: _Layer, failure: Exception) -> None:
+    def _continue(self, measurement: Measurement) -> None:
+        """Find out whether the call continues one of the forward before."""
+        query, key, forward = measurement.query, measurement.key, measurement.forward
+        if query is None or key is None or forward is None or self.queries_split:
+            return
+        known = self._decoding.setdefault((measurement.layer, measurement.call), Decoding())
+        if known.continues(forward, query.shape[0], query.shape[2], key.shape[2]):
+            measurement.context = measurement.context._replace(continues=True)
+
+    def _succeed(self, layer: str, state: LayerState, how: str) -> None:
+        """Note how a call was measured, and that measuring the layer works again if it failed before."""
+        self._measured[layer] = how
+        if state.failures:
+            if self._problems.get(layer) == state.failure:
+                del self._problems[layer]
+            _log.info("hnf-attention measures %s again", display_name(layer))
+            state.failures = 0
+
+    def _give_up(self, layer: str, state: LayerState, failure: Exception) -> None:
         if isinstance(failure, Unmeasurable):
             self._problems[layer] = str(failure)
-            if not failure.lasting:
-                return
-        else:
-            self._problems[layer] = f"measuring failed: {type(failure).__name__}: {failure}"
-            _log.warning("hnf-attention stopped measuring %s: %s", display_name(layer), self._problems[layer])
-        state.measuring_failed = True
-        state.fused_failed |= isinstance(failure, Unmeasurable)
+            if failure.lasting:
+                state.measuring_failed = state.fused_failed = True
+                self._measured.pop(layer, None)
+            return
+        if not state.failure:  # a layer that fails at some of its calls, again and again, is logged once
+            _log.warning(
+                "hnf-attention could not measure %s and tries again: %s: %s",
+                display_name(layer),
+                type(failure).__name__,
+                failure,
+            )
+        state.failures += 1
+        state.again = next(state.calls) + min(2 ** (state.failures - 1), LONGEST_REST)
+        state.failure = self._problems[layer] = f"measuring failed: {type(failure).__name__}: {failure}"
         self._measured.pop(layer, None)
+
+    @property
+    def failing(self) -> dict[str, str]:
+        """The layers whose measuring failed at the last attempt and is tried again, and why."""
+        return {layer: state.failure for layer, state in list(self._layers.items()) if state.failures}
 
 
 def _output(call: AttentionCall, result: Any) -> Tensor | None:

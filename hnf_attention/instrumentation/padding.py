@@ -6,6 +6,7 @@ keys of other tokens. Its queries are those of the self-attention that ran befor
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 from typing import NamedTuple
@@ -13,7 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_CROSS = re.compile("cross|enc_?dec|encoder_?decoder|encoder_attn|multihead_attn|attn2", re.IGNORECASE)
+# Of the last two parts of a layer's name.
+_CROSS = re.compile(
+    r"cross_?att|cross_mha|(^|_)cross$|enc(oder)?_?dec(oder)?_?att|encoder_attn|src_attn|attn2$",
+    re.IGNORECASE,
+)
 
 
 class _SelfAttention(NamedTuple):
@@ -33,33 +38,42 @@ class Padding(threading.local):
         self._last: _SelfAttention | None = None
 
     def left_out(
-        self, layer: str, batch: int, num_queries: int, num_keys: int, hidden_keys: Tensor | None
+        self,
+        layer: str,
+        batch: int,
+        num_queries: int,
+        num_keys: int,
+        hidden_keys: Tensor | None,
+        device: torch.device,
     ) -> Tensor | None:
-        """The queries of a call that are not judged, boolean (B, M); None for none.
+        """The queries of a call that are not judged, boolean (B, M) on `device`; None for none.
 
         hidden_keys: boolean (B, N), keys that no query sees; None if a mask hides none.
         """
         shape = (batch, num_queries)
         if self.query_mask is not None and tuple(self.query_mask.shape) == shape:
+            self.query_mask = self.query_mask.to(device, non_blocking=True)  # stays there for the next layers
             return ~self.query_mask
+        last = self._last
+        if last is not None and last.shape == shape and last.layer != layer and same_block(last.layer, layer):
+            # An attention of this block, before this one, has shown which of these tokens are padding.
+            return None if last.padding is None else last.padding.to(device, non_blocking=True)
         if num_queries == num_keys and not is_cross(layer):
             self._last = _SelfAttention(layer, shape, hidden_keys)
             return hidden_keys
-        last = self._last
-        if last is not None and last.shape == shape and same_block(last.layer, layer):
-            return last.padding
         return None
 
 
 def is_cross(layer: str) -> bool:
     """Whether the layer's name says that its keys are of other tokens than its queries."""
-    return _CROSS.search(layer) is not None
+    return any(_CROSS.search(part) is not None for part in layer.split(".")[-2:])
 
 
 def same_block(one: str, other: str) -> bool:
     """Whether two layers lie in the same numbered block of a model, as `decoder.block.0.layer.1.attention` says."""
-    shared = [a for a, b in zip(one.split("."), other.split(".")) if a == b]
-    return any(part.isdigit() for part in shared)
+    pairs = zip(one.split("."), other.split("."))
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+    return any(part.isdigit() for part, _ in shared)
 
 
 def checked_query_mask(mask: Tensor | None) -> Tensor | None:

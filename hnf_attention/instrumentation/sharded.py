@@ -19,6 +19,12 @@ def is_sharded(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def own_part(output: Any, query: Any) -> Tensor | None:
+    """This process's part of an attention's output; None unless it is a DTensor that is split as the queries are."""
+    alike = is_sharded(output) and output.placements == query.placements
+    return output.to_local() if alike else None
+
+
 def local(query: Any, key: Any, value: Any, attn_mask: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """This process's parts of DTensors (B, H, rows, D) and of a mask that broadcasts over them; no communication.
 

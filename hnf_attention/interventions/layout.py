@@ -34,11 +34,6 @@ def find(model: nn.Module, layer: str, num_heads: int, *, scaling: bool = True) 
         reader = Reader(layer, shards, changing=scaling)
         found = orders.read(place, num_heads, reader)
         if found is not None:
-            if any(part.is_meta for part in (*found.query, *found.key)):
-                raise ValueError(
-                    f"expected layer {layer!r} to hold its query and key weights, got some on the meta device "
-                    "(an offloaded model keeps them elsewhere and brings them here for a forward only)"
-                )
             if scaling:
                 _prove(model, place, layer, found)
             return found

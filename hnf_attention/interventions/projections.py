@@ -89,6 +89,11 @@ class Reader:
         name: of the parameter's holder in the layer.
         """
         where = f"{self.layer}.{name}"
+        if parameter.is_meta:  # said first: what offloads weights also replaces the forwards of their modules
+            raise ValueError(
+                f"expected layer {self.layer!r} to hold its query and key weights, got those of {name!r} on the "
+                "meta device (an offloaded model keeps them elsewhere and brings them here for a forward only)"
+            )
         if self.changing:
             _check_changeable(parameter, where)
         if self.shards is None and type(parameter.data) is not Tensor:

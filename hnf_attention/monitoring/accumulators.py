@@ -53,13 +53,16 @@ class Lane:
 
     def accumulator(self, place: Place) -> Tensor:
         """What a call at this place is folded into."""
-        self._touched.add(place)
         if place not in self.working:
-            # Made inside inference mode, it could not be added to outside of it.
+            # Made inside inference mode, they could not be added to outside of it.
             with torch.inference_mode(False):
-                self.working[place] = self._new(place)
-                if self.kept is not None:
-                    self.kept[place] = self._new(place)
+                working = self._new(place)
+                kept = None if self.kept is None else self._new(place)
+            # Nothing is noted before both exist: the device may be out of memory for either.
+            self.working[place] = working
+            if self.kept is not None and kept is not None:
+                self.kept[place] = kept
+        self._touched.add(place)
         return self.working[place]
 
     def _new(self, place: Place) -> Tensor:
@@ -70,11 +73,13 @@ class Lane:
 
     def end(self, failed: bool) -> None:
         """Keep what was folded since the last `end`, or drop it; no wait for the device."""
-        if self.kept is not None and self._touched:
-            old, new = [[side[place] for place in self._touched] for side in (self.kept, self.working)]
-            with without_dispatch_modes():
-                compat.copy_all(new, old) if failed else compat.copy_all(old, new)
-        self._touched.clear()
+        try:
+            if self.kept is not None and self._touched:
+                old, new = [[side[place] for place in self._touched] for side in (self.kept, self.working)]
+                with without_dispatch_modes():
+                    compat.copy_all(new, old) if failed else compat.copy_all(old, new)
+        finally:
+            self._touched.clear()
 
     def reset(self) -> None:
         """Start anew. The tensors stay where they are: replays of a captured graph go on adding to them."""

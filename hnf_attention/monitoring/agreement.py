@@ -87,6 +87,14 @@ class Together:
         self._compare: Callable[[], str | None] | None = compare
         members = groups.members
         self._agreement = None if members is None else Agreement(members, groups.time_limit)
+        if members is None and groups.leads:
+            _log.warning(
+                "the attention monitor has no time limit for processes that do not come to a log step: its %d groups "
+                "leave out some of the run's %d processes, so that it does not know which processes it waits for. A "
+                "process that waits does so up to the time limit of torch.distributed, which ends the run",
+                len(groups.groups),
+                dist.get_world_size(),
+            )
 
     def combine(self, read: Callable[[], Reading]) -> Reading:
         """What `read` gives in all processes; in this one alone if they do not meet, or have not met before.

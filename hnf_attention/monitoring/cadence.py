@@ -43,6 +43,12 @@ class Cadence:
         self.step += 1
         return self.step % self.log_every == 0
 
+    def at(self, step: int) -> Cadence:
+        """The same cadence with that many steps done before. Raises ValueError as the class does."""
+        other = Cadence(self.log_every, self.record_every, step)
+        other.resting, other._stopped = self.resting, self._stopped
+        return other
+
     def stop(self) -> None:
         """Measure no further step; counting goes on."""
         self._stopped = True

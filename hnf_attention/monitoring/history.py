@@ -135,6 +135,5 @@ def _narrowed(stats: HeadStats) -> HeadStats:
     narrow = stats.values.astype(np.float32)
     infinite = np.isinf(narrow)
     if infinite.any() and np.isfinite(stats.values[infinite]).any():
-        # A copy, because the values of all layers are parts of one array, which would be kept whole.
-        narrow = stats.values.copy()
+        return stats
     return replace(stats, values=narrow)

@@ -100,6 +100,8 @@ class AttentionStabilityMonitor:
             #: The model, without the wrappers of data parallelism.
             self.model = unwrapped(model)
             self._together, self._leads = resolve(ranks, self.model)
+            groups = None if self._together is None else self._together.groups
+            self.instrumentation.queries_split = groups is not None and groups.queries is not None
             if auto_intervene:
                 _check_auto_intervene(self._together)
             self._recorder = Recorder(
@@ -123,7 +125,7 @@ class AttentionStabilityMonitor:
         self._told_of_nothing = False
 
     def __repr__(self) -> str:
-        cadence, off = self._recorder.cadence, self.status.off
+        cadence, off = self._recorder.cadence, self.parts.off
         return (
             f"AttentionStabilityMonitor of {type(self.model).__name__} at step {self.step}: "
             f"log_every {cadence.log_every}, record_every {cadence.record_every}, "
@@ -143,8 +145,11 @@ class AttentionStabilityMonitor:
 
     @property
     def status(self) -> MonitorStatus:
-        """Which parts of the monitor are off now, why, since which step, and when they are tried again."""
-        return self.parts.status
+        """Which parts of the monitor are off now, why, since which step, and when they are tried again.
+
+        With the layers that could not be measured at the last attempt.
+        """
+        return MonitorStatus(self.parts.off, self.instrumentation.failing)
 
     def paused(self) -> AbstractContextManager[None]:
         """A context inside which nothing is measured, for an evaluation in the middle of training."""
@@ -160,9 +165,7 @@ class AttentionStabilityMonitor:
         self._recorder.rest(parts.rests("recording", 1))
         if snapshot is None:
             return None
-        diagnosis = parts.run(
-            "diagnosis", diagnose, self.history, self.instrumentation.coverage, self._thresholds
-        )
+        diagnosis = parts.run("diagnosis", self._diagnose)
         if diagnosis is None:
             return None
         parts.run("logging", self._announce, diagnosis)
@@ -220,14 +223,13 @@ class AttentionStabilityMonitor:
         try:
             readable = state_dict["fields"] == state.fields()
             history = [state.load(snapshot) for snapshot in state_dict["history"]] if readable else []
-            tracker = IssueTracker()
+            tracker, policy = IssueTracker(), InterventionPolicy(self.model)
             tracker.load_state_dict(state_dict["issues"])
-            step, repeated, policy = state_dict["step"], state_dict["repeated"], state_dict["policy"]
-        except (KeyError, TypeError, ValueError) as error:
+            policy.load_state_dict(state_dict["policy"])
+            self._recorder.resume(state_dict["step"], history, state_dict["repeated"])
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"expected a state_dict of a monitor, got one with {error!r}") from None
-        self._policy.load_state_dict(policy)
-        self._recorder.resume(step, history, repeated)
-        self._tracker = tracker
+        self._tracker, self._policy = tracker, policy
         if not readable:
             _log.warning("the attention monitor's history is of another version, so it starts anew")
 
@@ -248,8 +250,11 @@ class AttentionStabilityMonitor:
         finally:
             self._note_lost_processes()
 
+    def _diagnose(self) -> AttentionDiagnosis:
+        return diagnose(self.history, self.instrumentation.coverage, self._thresholds)
+
     def _note_lost_processes(self) -> None:
-        if self._together is None or self._together.lost is None or "ranks" in self.status.off:
+        if self._together is None or self._together.lost is None or "ranks" in self.parts.off:
             return
         self.parts.end("ranks", self._together.lost)
         if self._auto_intervene:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
 from ..errors import InputError
+from ..names import display_name
 
 _log = logging.getLogger("hnf_attention")
 _Arguments = ParamSpec("_Arguments")
@@ -38,15 +39,21 @@ class Outage:
 
 @dataclass(frozen=True)
 class MonitorStatus:
-    """What of a monitor is off, and why. `bool(status)` is whether everything works."""
+    """What of a monitor is off, and why. `bool(status)` is whether everything works.
+
+    failing: layers whose measuring failed at the last attempt, and why. They are tried again after 1, 2, 4, ... calls.
+    """
 
     off: Mapping[str, Outage] = field(default_factory=dict)
+    failing: Mapping[str, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return not self.off
+        return not self.off and not self.failing
 
     def __str__(self) -> str:
-        return "\n".join(f"{name}: {outage}" for name, outage in self.off.items()) or "all parts work"
+        lines = [f"{name}: {outage}" for name, outage in self.off.items()]
+        lines += [f"layer {display_name(name)}: {why}; tried again" for name, why in self.failing.items()]
+        return "\n".join(lines) or "all parts work"
 
 
 class Parts:
@@ -63,9 +70,9 @@ class Parts:
         self._next: dict[str, int] = {}  # the number of the log step of the next attempt
 
     @property
-    def status(self) -> MonitorStatus:
+    def off(self) -> dict[str, Outage]:
         """Which parts are off now."""
-        return MonitorStatus(dict(self._off))
+        return dict(self._off)
 
     def begin_log_step(self, step: int) -> None:
         """A log step begins, at this step of the training."""

@@ -18,7 +18,7 @@ from .process_groups import ProcessGroups
 _log = logging.getLogger("hnf_attention")
 AUTO: Literal["auto"] = "auto"
 Ranks = ProcessGroups | Literal["auto"] | None
-_COMPARED_LAYERS, _COMPARED_WEIGHTS = 4, 64
+_COMPARED_LAYERS, _COMPARED_SIDE = 4, 8
 # Copies of one weight agree to rounding, or nearly so if each process trains its own for a while; weights of other
 # layers and other heads are independent.
 _SAME_WEIGHTS = 0.5
@@ -84,10 +84,17 @@ def _different_models(model: nn.Module) -> str | None:
 
     Stages of a pipeline that number their layers alike, and heads that are split by hand, would be added up.
     """
-    samples: list[Mapping[str, np.ndarray]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(samples, _sample(model))
+    mine: Mapping[str, np.ndarray] | str
+    try:
+        mine = _sample(model)
+    except Exception as error:  # of any kind: the others wait for this process in the collective operation
+        mine = f"{type(error).__name__}: {error}"
+    samples: list[Mapping[str, np.ndarray] | str] = [""] * dist.get_world_size()
+    dist.all_gather_object(samples, mine)
     first: dict[str, tuple[int, np.ndarray]] = {}
     for rank, theirs in enumerate(samples):
+        if isinstance(theirs, str):
+            return f"process {rank} could not read its weights ({theirs})"
         for name, weights in theirs.items():
             other, known = first.setdefault(name, (rank, weights))
             if known.shape != weights.shape or float(known @ weights) < _SAME_WEIGHTS:
@@ -111,7 +118,8 @@ def _sample(model: nn.Module) -> dict[str, np.ndarray]:
         )
         if not whole or isinstance(module, nn.Embedding):
             continue
-        values = weight.detach().flatten()[:_COMPARED_WEIGHTS].double().cpu().numpy()  # type: ignore[union-attr]
+        corner = weight.detach()[:_COMPARED_SIDE, :_COMPARED_SIDE]  # type: ignore[union-attr]
+        values = corner.flatten().double().cpu().numpy()
         length = np.linalg.norm(values)
         if np.isfinite(length) and length > 0:
             found[name] = values / length

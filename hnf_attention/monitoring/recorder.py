@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,7 +108,10 @@ class Recorder:
         reading = self._read() if self._together is None else self._together.combine(self._read)
         chosen = [part for part in reading.parts if part.name.training] or reading.parts
         self.repeated |= {part.name.layer for part in reading.parts if part.name.call > 0}
-        layers = {self._text(part.name): part.stats for part in chosen}
+        # Copies, because the values of all layers, of those left out too, are parts of one array, which would be kept.
+        layers = {
+            self._text(part.name): replace(part.stats, values=part.stats.values.copy()) for part in chosen
+        }
         if not layers:
             raise NothingMeasured(self._why_nothing())
         snapshot = Snapshot(self.step, layers, chosen[0].name.training, reading.forwards)
@@ -115,11 +119,10 @@ class Recorder:
         return snapshot
 
     def resume(self, step: int, history: Sequence[Snapshot], repeated: Iterable[str]) -> None:
-        """Go on from an earlier run. Raises ValueError as `Cadence` does."""
-        self.cadence = Cadence(self.cadence.log_every, self.cadence.record_every, step)
-        self.history = History(self.history.limit)
-        self.history.extend(history)
-        self.repeated = set(repeated)
+        """Go on from an earlier run. Raises ValueError as `Cadence` does; the recorder is as it was then."""
+        cadence, kept, names = self.cadence.at(step), History(self.history.limit), set(repeated)
+        kept.extend(history)
+        self.cadence, self.history, self.repeated = cadence, kept, names
         self._measure()
 
     @contextmanager

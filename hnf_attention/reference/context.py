@@ -52,6 +52,7 @@ def largest(x: Tensor) -> Tensor:
 
 
 SHARED_ROWS = 32  # rows of a head that are asked which key they share
+LEAST_ROWS = 8  # fewer share no key: of a single row it would be the key with the largest weight
 
 
 def shared_places(
@@ -63,6 +64,8 @@ def shared_places(
     """
     batch, heads, num_rows = rows_per_head
     steps = torch.arange(SHARED_ROWS, device=device) + 0.5
+    if num_rows < LEAST_ROWS:
+        return torch.full((batch, 1, SHARED_ROWS), -1, device=device)
     if left_out is None:
         places = (steps * (num_rows / SHARED_ROWS)).long()
         return places.expand(batch, 1, -1)
@@ -72,4 +75,4 @@ def shared_places(
     total = counts.sum(-1, keepdim=True)
     wanted = (steps * (total / SHARED_ROWS)).long()
     order = counts.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    return torch.where(total > 0, order.gather(-1, wanted), -1)
+    return torch.where(total >= LEAST_ROWS, order.gather(-1, wanted), -1)

@@ -94,7 +94,7 @@ def column_weights(
     batch, heads, _, head_dim = query.shape
     num_keys = key.shape[2]
     query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
-    weights = torch.empty(batch, heads, num_keys, device=query.device)
+    weights = torch.empty(batch, heads, num_keys, dtype=torch.float32, device=query.device)
     launch(
         _columns_kernel,
         (grid_1d(ceil_div(num_keys, _BLOCK_N), batch * heads), 1, 1),

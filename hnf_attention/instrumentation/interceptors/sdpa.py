@@ -127,7 +127,9 @@ def call_of(
     Raises Unmeasurable for tensors that cannot be measured.
     """
     not_fused = why_not_fused(dropout_p, attn_mask)
+    split: Any = None  # the queries, if they are a DTensor
     if heads is None and type(query) is not Tensor and sharded.is_sharded(query):
+        split = query
         query, key, value, attn_mask = sharded.local(query, key, value, attn_mask)
         not_fused = sharded.NOT_FUSED
     require_plain(query=query, key=key, value=value, attn_mask=attn_mask)
@@ -146,6 +148,11 @@ def call_of(
             raise Unmeasurable("query and key have different heads without enable_gqa")
         most = max(query.shape[1], key.shape[1])
         query, key, value = (x.expand(-1, most, -1, -1) for x in (query, key, value))
+
+    def output_of(out: Tensor) -> Tensor | None:
+        mine = out if split is None else sharded.own_part(out, split)
+        return None if mine is None else mine.reshape(*query.shape[:3], mine.shape[-1])
+
     return AttentionCall(
         query=query,
         key=key,
@@ -158,7 +165,7 @@ def call_of(
         interceptor=NAME if heads is None else "transformers sdpa",
         from_output=lambda out: out if len(shape) == 3 else out.reshape(*shape, out.shape[-1]),
         not_fused=not_fused,
-        output_of=lambda out: out.reshape(*query.shape[:3], out.shape[-1]),
+        output_of=output_of,
         # A mask slows our kernels by more than a probe beside PyTorch's costs.
         probe_preferred=None if attn_mask is None else UNDER_A_MASK,
     )

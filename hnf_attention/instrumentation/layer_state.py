@@ -1,0 +1,36 @@
+"""What a measurer remembers of a layer between its calls."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+@dataclass
+class LayerState:
+    """What is known of one layer from its calls so far.
+
+    checked: its own attention function was compared with ours.
+    fused_failed, measuring_failed: our attention cannot compute or measure its calls; they are not tried any more.
+    failures: how often in a row measuring failed of which nothing shows that it lasts. failure: the latest reason.
+    calls: numbers its calls. again: the number of the call that is tried next, after a failure.
+    described: the places (EAGER, COMPILED) where calls of it, or inside it, had query and key.
+    phases: the phase of the next sample, which is how many calls were probed before.
+
+    Threads share it. Each of its changes is one step of the interpreter.
+    """
+
+    checked: bool = False
+    fused_failed: bool = False
+    measuring_failed: bool = False
+    failures: int = 0
+    failure: str = ""
+    calls: Iterator[int] = field(default_factory=itertools.count)
+    again: int = 0
+    described: set[str] = field(default_factory=set)
+    phases: Iterator[int] = field(default_factory=itertools.count)
+
+    def rests(self) -> bool:
+        """Whether the call that begins is left out."""
+        return next(self.calls) < self.again or self.measuring_failed
