@@ -116,7 +116,7 @@ def test_forward_says_nan_for_rows_that_non_finite_input_reached(number, device)
     assert (visible_keys == case.num_keys).all()
 
 
-@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("softcap", [None, pytest.param(5.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("number", NON_FINITE)
 def test_a_non_finite_key_makes_the_rows_nan_that_see_it_and_no_others(number, softcap, device):
     case, tensors, broken = break_a_key(number, softcap)
