@@ -53,6 +53,7 @@ class Multihead(nn.Module):
 
 
 @carried_by("lowered_graph")
+@pytest.mark.slow
 def test_a_call_that_dynamo_keeps_whole_is_left_alone_while_its_graph_is_lowered():
     model, inputs = Multihead(), x()
     plain = model(inputs)

@@ -230,6 +230,7 @@ def test_any_strides(stride, device):
     torch.testing.assert_close(got, expected, rtol=1e-6 if ON_GPU else 0.0, atol=0.0)
 
 
+@pytest.mark.slow
 def test_the_same_bits_every_time(device):
     length = 700 if ON_GPU else 150
     case = Case(batch=2, num_queries=length, num_keys=length, head_dim=64, is_causal=True)

@@ -97,6 +97,7 @@ def test_the_offline_files_hold_what_was_written(tmp_path, options):
     assert layers == {"layer_00": "h.0.attn", "layer_01": "h.1.attn"}
 
 
+@pytest.mark.slow
 def test_an_active_run_is_used_and_left_open(tmp_path, options):
     writer = WandbWriter(project="not started")
     with wandb.init(**options) as run:
