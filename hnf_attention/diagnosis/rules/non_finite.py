@@ -56,7 +56,7 @@ def _origin_issue(step: int, origin: Origin) -> StabilityIssue:
         seen += f", and it is still there at step {step}"
     heads = "" if len(bad) == stats.num_heads else number_text(bad.tolist())
     why, suggestion, what, cure = _explained(origin)
-    evidence = f"layer {name}{heads}: {_numbers(stats)} {seen}; it is the first layer to show it; {why}"
+    evidence = f"layer {name}{heads}: {_numbers(stats)} {seen}; this layer is the first to show it; {why}"
     head = int(bad[0]) if len(bad) == 1 else None
     total = float(stats.nonfinite_rows.sum() + stats.nonfinite_out.sum()) or float(broken_inputs(stats).sum())
     brief = f"{what} -> {cure}"

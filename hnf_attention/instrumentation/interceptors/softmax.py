@@ -201,7 +201,8 @@ def _with_heads(scores: Tensor, module: nn.Module, heads: int | None) -> Tensor:
     rows = scores.shape[0]
     batch = _batch(module, scores.shape[1])
     if heads is None or rows % (heads * (batch or 1)):
-        if batch is None or rows % batch:
+        # Of a module that knows its heads, these may be one head's scores. Part of the heads would be counted wrongly.
+        if batch is None or rows % batch or (heads is not None and rows != batch):
             raise Unmeasurable(
                 f"its softmax is over {tuple(scores.shape)}, its heads (one of {', '.join(_HEADS)}) are {heads}, and "
                 f"its sequences {batch}"
