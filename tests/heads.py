@@ -10,6 +10,7 @@ from hnf_attention import attention_stats
 from hnf_attention.diagnosis import diagnose
 from hnf_attention.diagnosis.issue import HEADLINE_LENGTH, SEVERITIES
 from hnf_attention.diagnosis.thresholds import THRESHOLDS
+from hnf_attention.engine import fold
 from hnf_attention.engine.call import check
 from hnf_attention.instrumentation import Coverage, Measurement
 from hnf_attention.reference.fold import new_accumulator
@@ -147,6 +148,14 @@ class FakeForward:
     training: bool = True
     failed: bool | None = None
     ends: bool = True
+
+
+def folded(*calls):
+    """The accumulator of these calls, (query, key) each, as a recorder reads it."""
+    accumulator = fold.new_accumulator(calls[0][0].shape[1], torch.device("cpu"))
+    for query, key in calls:
+        fold.fold(accumulator, query, key, attention_stats(query, key), checked(query, key))
+    return fold.collect([accumulator]).numpy()
 
 
 class FakeInstrumentation:

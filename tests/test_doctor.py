@@ -2,7 +2,6 @@
 
 import io
 import json
-import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from rich.cells import cell_len
 from rich.console import Console
+from setup_arguments import setup_arguments
 
 from hnf_attention import attention
 from hnf_attention.cli.doctor import calls, command, machine, self_test, watched
@@ -49,13 +49,7 @@ def test_extras_are_those_of_setup(monkeypatch, printed):
     text, document = printed
     assert document["extras"] == machine.extras()
     assert f"numpy {document['versions']['numpy']}" in text and "huggingface" in text
-    setuptools = pytest.importorskip("setuptools")
-    if not (ROOT / "setup.py").is_file():
-        pytest.skip("setup.py is in the checkout only")
-    given = {}
-    monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
-    monkeypatch.chdir(ROOT)
-    runpy.run_path(str(ROOT / "setup.py"))
+    given = setup_arguments(monkeypatch)
     listed = {
         name: tuple(package.partition(">")[0] for package in packages)
         for name, packages in given["extras_require"].items()

@@ -1,10 +1,10 @@
 """What is installed: every package, the kernels inside the package, and nothing else."""
 
 import importlib.metadata
-import runpy
 from pathlib import Path
 
 import pytest
+from setup_arguments import setup_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -16,13 +16,7 @@ def packages(folder: Path, name: str) -> set[str]:
 
 
 def test_setup_lists_every_package(monkeypatch):
-    setuptools = pytest.importorskip("setuptools")
-    if not (ROOT / "setup.py").is_file():
-        pytest.skip("setup.py is in the checkout only")
-    given = {}
-    monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
-    monkeypatch.chdir(ROOT)
-    runpy.run_path(str(ROOT / "setup.py"))
+    given = setup_arguments(monkeypatch)
     wanted = packages(ROOT / "hnf_attention", "hnf_attention")
     wanted |= packages(ROOT / "kernels", "hnf_attention.kernels")
     assert len(given["packages"]) == len(wanted) and set(given["packages"]) == wanted

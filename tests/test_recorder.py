@@ -6,7 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from heads import FakeInstrumentation, checked, queries_and_keys
+from heads import FakeInstrumentation, checked, folded, queries_and_keys
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hnf_attention import attention_stats
@@ -18,13 +18,6 @@ from hnf_attention.statistics.heads import HeadStats
 @pytest.fixture
 def fake():
     return FakeInstrumentation()
-
-
-def expected(*calls):
-    accumulator = fold.new_accumulator(calls[0][0].shape[1], torch.device("cpu"))
-    for query, key in calls:
-        fold.fold(accumulator, query, key, attention_stats(query, key), checked(query, key))
-    return fold.collect([accumulator]).numpy()
 
 
 @pytest.mark.parametrize(
@@ -65,10 +58,10 @@ def test_a_snapshot_is_the_fold_of_the_calls_since_the_last(fake):
         recorder.advance()
     first, second = recorder.history
     assert list(first.layers) == ["a", "b"]
-    np.testing.assert_array_equal(first.layers["a"].values, expected(*calls[:2]))
-    np.testing.assert_array_equal(second.layers["a"].values, expected(*calls[2:]))
-    np.testing.assert_array_equal(first.layers["b"].values, expected(calls[3], calls[2]))
-    np.testing.assert_array_equal(second.layers["b"].values, expected(calls[1], calls[0]))
+    np.testing.assert_array_equal(first.layers["a"].values, folded(*calls[:2]))
+    np.testing.assert_array_equal(second.layers["a"].values, folded(*calls[2:]))
+    np.testing.assert_array_equal(first.layers["b"].values, folded(calls[3], calls[2]))
+    np.testing.assert_array_equal(second.layers["b"].values, folded(calls[1], calls[0]))
     assert (first.layers["a"].head_dim, first.layers["a"].dtype) == (8, "float32")
 
 
@@ -90,7 +83,7 @@ def test_layers_of_different_width_in_the_order_they_first_ran(fake):
     layers = recorder.advance().layers
     assert list(layers) == ["z", "a", "m"]
     for layer, call in calls.items():
-        np.testing.assert_array_equal(layers[layer].values, expected(call))
+        np.testing.assert_array_equal(layers[layer].values, folded(call))
 
 
 def test_a_layer_that_did_not_run_is_not_in_the_snapshot(fake):
@@ -112,7 +105,7 @@ def test_other_shapes_and_dtypes_under_one_name_are_kept_apart(fake):
         recorder.advance()
     layers = recorder.history[-1].layers
     assert list(layers) == ["a", "a [2 heads of 8, float32]", "a [4 heads of 8, bfloat16]"]
-    np.testing.assert_array_equal(layers["a"].values, expected(wide, wide))
+    np.testing.assert_array_equal(layers["a"].values, folded(wide, wide))
     assert layers["a [2 heads of 8, float32]"].num_heads == 2
     assert layers["a [4 heads of 8, bfloat16]"].dtype == "bfloat16"
 
@@ -161,9 +154,9 @@ def test_measuring_in_inference_mode_and_outside_of_it(fake):
     fake.run("a", *call)
     with torch.inference_mode():
         stats = recorder.advance().layers["a"]
-    np.testing.assert_array_equal(stats.values, expected(call, call))
+    np.testing.assert_array_equal(stats.values, folded(call, call))
     fake.run("a", *call)
-    np.testing.assert_array_equal(recorder.advance().layers["a"].values, expected(call))
+    np.testing.assert_array_equal(recorder.advance().layers["a"].values, folded(call))
 
 
 def test_nothing_ever_measured_tells_the_coverage(fake):
@@ -191,7 +184,7 @@ def test_what_a_captured_graph_folds_when_it_replays_is_read(fake):
     (lane,) = recorder._lanes._lanes
     for accumulator in lane.working.values():  # a replay runs no Python
         fold.fold(accumulator, *call, attention_stats(*call), checked(*call))
-    np.testing.assert_array_equal(recorder.advance().layers["a"].values, expected(call))
+    np.testing.assert_array_equal(recorder.advance().layers["a"].values, folded(call))
 
 
 def test_stopped_it_counts_on_and_measures_no_more(fake):

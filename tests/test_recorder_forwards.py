@@ -5,10 +5,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from heads import FakeForward, FakeInstrumentation, checked, queries_and_keys
+from heads import FakeForward, FakeInstrumentation, folded, queries_and_keys
 
-from hnf_attention import attention_stats
-from hnf_attention.engine import fold
 from hnf_attention.monitoring.recorder import NothingMeasured, Recorder
 from hnf_attention.statistics.heads import Forwards, HeadStats, Snapshot
 
@@ -20,17 +18,10 @@ def fake():
     return FakeInstrumentation()
 
 
-def expected(*calls):
-    accumulator = fold.new_accumulator(calls[0][0].shape[1], torch.device("cpu"))
-    for query, key in calls:
-        fold.fold(accumulator, query, key, attention_stats(query, key), checked(query, key))
-    return fold.collect([accumulator]).numpy()
-
-
 def holds(snapshot, **layers):
     assert list(snapshot.layers) == [name.replace("__", "#") for name in layers]
     for stats, calls in zip(snapshot.layers.values(), layers.values(), strict=True):
-        np.testing.assert_array_equal(stats.values, expected(*calls))
+        np.testing.assert_array_equal(stats.values, folded(*calls))
 
 
 # Training and evaluation
@@ -264,7 +255,7 @@ def test_a_snapshot_says_what_it_holds(training, forwards, text):
 
 
 def test_statistics_in_float32_are_read_in_float64():
-    narrow = HeadStats(expected(CALLS[0]).astype(np.float32), 8, "float32")
+    narrow = HeadStats(folded(CALLS[0]).astype(np.float32), 8, "float32")
     for name in ("rows", "normalized_entropy", "normalized_entropy_p10", "max_logit", "log2_curvature"):
         assert getattr(narrow, name).dtype == np.float64
     assert narrow.merge(narrow).values.dtype == np.float64
