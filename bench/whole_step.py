@@ -75,10 +75,7 @@ def turn(training: Training, options: dict | None, warmup: int, steps: int) -> d
     """Milliseconds a step of one variant, after `warmup` steps that are not timed."""
     coverage = None
     if options is not None:
-        mode = options.get("mode", "auto")
-        options = {name: value for name, value in options.items() if name != "mode"}
-        training.monitor = AttentionStabilityMonitor(training.model, **options)
-        training.monitor.instrumentation.mode = mode
+        training.monitor = AttentionStabilityMonitor(training.model, **{"mode": "auto", **options})
     try:
         repeat(training.step, warmup)
         found = timed(training.step, steps)
