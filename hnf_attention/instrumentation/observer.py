@@ -257,8 +257,8 @@ def running(into_graphs: bool = True) -> Iterator[tuple[Owner, Invocation]]:
 
     into_graphs: False for none at all where a compiled graph makes the call.
     """
-    for found, frame in _running(into_graphs):
-        yield found, compat.kept_in(frame, Invocation)
+    for found, variables in _running(into_graphs):
+        yield found, compat.kept_in(variables, Invocation)
 
 
 def running_owner() -> Owner | None:
@@ -268,24 +268,25 @@ def running_owner() -> Owner | None:
 
 def arguments(module: nn.Module) -> tuple[Any, ...]:
     """What the innermost running call of the module was given; () where it does not run."""
-    for found, frame in _running():
+    for found, variables in _running():
         if found.module is module:
-            return (*frame.f_locals.get("args", ()), *frame.f_locals.get("kwargs", {}).values())
+            return (*variables.get("args", ()), *variables.get("kwargs", {}).values())
     return ()
 
 
-def _running(into_graphs: bool = True) -> Iterator[tuple[Owner, FrameType]]:
-    """Running modules are read from the Python stack, from frames of `compat.module_call_code`.
+def _running(into_graphs: bool = True) -> Iterator[tuple[Owner, dict[str, Any]]]:
+    """The registered modules that are running, the innermost first, each with the variables of the frame that runs it.
 
-    Hooks would be wrong in the second forward of a checkpoint, in autograd's threads, and after an exception; the stack
-    is right in all three.
+    Running modules are read from the Python stack, from frames of `compat.module_call_code`. Hooks would be wrong in
+    the second forward of a checkpoint, in autograd's threads, and after an exception; the stack is right in all three.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _MODULE_CALL:
-            found = owner(frame.f_locals["self"])
+            variables = frame.f_locals
+            found = owner(variables["self"])
             if found is not None:
-                yield found, frame
+                yield found, variables
         elif not into_graphs and compat.runs_graph(frame) and not _is_called_by_its_module(frame):
             return
         frame = frame.f_back
