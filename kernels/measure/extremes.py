@@ -127,8 +127,8 @@ class Launch:
     def run(self, calls: Sequence[Sequence[torch.Tensor | None]], number: int, phase: int) -> None:
         """Raise the results by what one block of rows of each (batch, head) and the outputs show.
 
-        calls: `Tensors`, with the shapes and strides of those that the launch was made for. number: of this forward, below 2^31.
-        phase: counts the forwards; each takes the next block.
+        calls: `Tensors`, with the shapes and strides of those that the launch was made for. number: of this forward,
+        below 2^31. phase: counts the forwards; each takes the next block.
         """
         device, together, addresses = self._device, 0, []
         for call in calls:
