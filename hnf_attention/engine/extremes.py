@@ -44,20 +44,14 @@ class Prepared:
                 self._by_reference.append((place, options, left_out, result))
         self._copies = False  # some tensor has another inner stride than 1
         self._launches: list[tuple[Any, list[int]]] = []
-        kernel = engines.kernel("measure.extremes") if groups else None
         for places in groups.values():
-            first = calls[places[0]]
+            kernel, first = engines.kernel("measure.extremes"), calls[places[0]]
             with engines.on_device(first.tensors[0]):
-                tensors = [kernel.Tensors(*map(_with_inner_stride, calls[place].tensors)) for place in places]
-                self._copies |= any(
-                    x is not y
-                    for one, place in zip(tensors, places)
-                    for x, y in zip(one, calls[place].tensors)
-                )
+                given = [calls[place].tensors for place in places]
+                mine = [kernel.Tensors(*map(_with_inner_stride, call)) for call in given]
+                self._copies |= any(x is not y for pair in zip(mine, given) for x, y in zip(*pair))
                 results = [calls[place].result for place in places]
-                self._launches.append(
-                    (kernel.Launch(tensors, results, first.options, first.left_out), places)
-                )
+                self._launches.append((kernel.Launch(mine, results, first.options, first.left_out), places))
 
     @torch.no_grad()
     def run(self, calls: Sequence[Tensors], number: int, phase: int) -> None:

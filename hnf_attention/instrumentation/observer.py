@@ -39,19 +39,6 @@ class Observer(Protocol):
     def keeping(self) -> bool:
         """Whether calls that are not measured are kept until their forward ends, for the extremes of every step."""
 
-    def keep(
-        self,
-        layer: str,
-        invocation: Invocation | None,
-        describe: Callable[[], AttentionCall],
-        plain: Plain | None,
-        output: Any,
-    ) -> None:
-        """Keep a call of `layer` that gave `output`. No error comes out.
-
-        invocation: of the layer's module, None if it is not the innermost one that runs. plain: the call in short.
-        """
-
     def attend(self, layer: str, describe: Callable[[], AttentionCall], original: Callable[[], Any]) -> Any:
         """Run one attention call of `layer`, measure it, and return what `original()` returns or our output like it.
 
@@ -76,11 +63,28 @@ class Observer(Protocol):
         """Whether the user says that each softmax of this module over its last dimension is attention."""
 
 
+class ModelObserver(Observer, Protocol):
+    """The observer of a model's modules, which also keeps calls."""
+
+    def keep(
+        self,
+        layer: str,
+        invocation: Invocation | None,
+        describe: Callable[[], AttentionCall],
+        plain: Plain | None,
+        output: Any,
+    ) -> None:
+        """Keep a call of `layer` that gave `output`. No error comes out.
+
+        invocation: of the layer's module, None if it is not the innermost one that runs. plain: the call in short.
+        """
+
+
 #: ids of the observers that measure now, and of those that keep calls. While both are empty, an interceptor goes to the
 #: original at once.
 active: set[int] = set()
 keeping: set[int] = set()
-_registry: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Observer], str]] = (
+_registry: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[ModelObserver], str]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -88,7 +92,7 @@ _registry: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Observer], str
 class Owner(NamedTuple):
     """A module with its observer. layer: the module's name in the instrumented model."""
 
-    observer: Observer
+    observer: ModelObserver
     layer: str
     module: nn.Module
 
@@ -135,7 +139,7 @@ class _Thread(threading.local):
 thread = _Thread()
 
 
-def register(modules: dict[str, nn.Module], observer: Observer) -> None:
+def register(modules: dict[str, nn.Module], observer: ModelObserver) -> None:
     """Give these modules, by their names in the model, to `observer`."""
     reference = weakref.ref(observer)
     for name, module in modules.items():
