@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 import torch
 import triton
-from cudnn_low_lse import options_of, run_cudnn
+from cudnn_low_lse import options_of, problem, run_cudnn
 from machine import machine
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -57,7 +58,7 @@ def masks(b: int, h: int, m: int, n: int, dtype: torch.dtype) -> dict[str, Tenso
     hidden_rows = of_batch.clone()
     hidden_rows[:, :, m // 2 :: 3] = False
     hidden_sequence = of_batch.clone()
-    hidden_sequence[1] = False
+    hidden_sequence[-1] = False
     normal = torch.randn(b, h, m, n, device="cuda", generator=g)
     offset = torch.zeros(b * m * n + 1, device="cuda", dtype=dtype)[1:].view(b, 1, m, n)
     wide = bias_of(drawn((b, 1, m, 2 * n), g), normal.to(dtype))[..., :n]
@@ -181,6 +182,61 @@ def print_correctness(records: list[dict]) -> None:
             print(f"    {text}: {'; '.join(names)}")
 
 
+LOW_LENGTHS = (
+    (64, 64),
+    (97, 97),
+    (128, 128),
+    (160, 160),
+    (192, 192),
+    (200, 200),
+    (256, 256),
+    (320, 320),
+    (1000, 1000),
+)
+LOW_LENGTHS += (
+    (1216, 1216),
+    (2, 128),
+    (64, 128),
+    (64, 256),
+    (2, 200),
+    (64, 200),
+    (2, 97),
+    (300, 128),
+    (300, 384),
+)
+
+
+def low() -> list[dict]:
+    """The gradients of scores of -122 under boolean masks: cuDNN's beside ours."""
+    cases = [(2, 4, 4, m, n, 64, torch.bfloat16, False) for m, n in LOW_LENGTHS]
+    cases += [
+        (1, 1, 1, m, n, 64, torch.float16, False) for m, n in ((2, 128), (64, 128), (2, 200), (256, 256))
+    ]
+    cases += [
+        (2, 4, 2, n, n, 128, torch.bfloat16, causal) for causal in (False, True) for n in (64, 128, 192, 200)
+    ]
+    return [low_of(*case) for case in cases]
+
+
+def low_of(b, h, kv_heads, m, n, head_dim, dtype, causal) -> dict:
+    record = {"shape": [b, h, kv_heads, m, n, head_dim], "dtype": str(dtype)[6:], "causal": causal}
+    q, k, v, d_out = problem(m, n, head_dim, dtype, causal, -122.0, batch=b, heads=h)
+    k, v = k[:, :kv_heads], v[:, :kv_heads]
+    all_masks = masks(b, h, m, n, dtype)
+    for name in ("bool (B,H,M,N)", "bool (B,1,1,N)", "bool hidden rows"):
+        mask = all_masks[name]
+        out, rows = attention(q, k, v, attn_mask=mask, is_causal=causal)
+        inputs = BackwardInputs(out, rows.lse, rows.entropy, d_out, None, None)
+        call = Call(q, k, v, options_of(q, k, v, causal, mask))
+        ours = [x.double()[..., 1:] for x in engines._triton_backward(call, inputs, False)[:3]]
+        said = tried(lambda: [x[..., 1:] for x in run_cudnn(call, inputs, bias_of(mask, q), rows.lse)], ours)  # noqa: B023
+        right = said.get("error", math.nan) < 2e-2
+        record[name] = (
+            "right" if right else said.get("refused") or f"{said['nonfinite']} non-finite {said['error']:.1e}"
+        )
+    return record
+
+
 def milliseconds(action: Callable[[], object]) -> float:
     return triton.testing.do_bench(action, warmup=20, rep=100, return_mode="median")
 
@@ -230,12 +286,22 @@ def timed(head_dim: int, length: int, additive: bool) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", choices=("correctness", "low", "times"))
+    parser.add_argument("--head-dims", type=int, nargs="*", default=[64, 128])
     arguments = parser.parse_args()
+    warnings.simplefilter("ignore")  # PyTorch's, of the kernels it does not use
     begin = time.monotonic()
-    document: dict = {"machine": machine(), "correctness": correctness(), "times": []}
-    print_correctness(document["correctness"])
-    print(f"{time.monotonic() - begin:.0f} s", flush=True)
-    for head_dim, length, additive in itertools.product((64, 128), (1024, 4096), (False, True)):
+    document: dict = {"machine": machine(), "times": []}
+    if arguments.only in (None, "correctness"):
+        document["correctness"] = correctness()
+        print_correctness(document["correctness"])
+    if arguments.only in (None, "low"):
+        document["low"] = low()
+        for record in document["low"]:
+            print(*record.values(), flush=True)
+    for head_dim, length, additive in itertools.product(arguments.head_dims, (1024, 4096), (False, True)):
+        if arguments.only not in (None, "times"):
+            break
         found = timed(head_dim, length, additive)
         document["times"].append({"head_dim": head_dim, "length": length, "additive": additive, **found})
         text = ", ".join(f"{name} {ms:.3f} ({ms / found['SDPA']:.2f}x)" for name, ms in found.items())
