@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..statistics.rows import RowStats
-from . import engines
+from . import engines, library
 from .call import BackwardInputs, Call
 
 
@@ -40,6 +40,7 @@ class EagerAttention(torch.autograd.Function):
         out, *rows = engines.forward(call)
         options = call.options
         ctx.set_materialize_grads(False)
+        ctx.chosen = library.choice()
         ctx.save_for_backward(query, key, value, attn_mask, sinks, options.seqlens, out, *rows[:2])
         ctx.options = options if options.plain else options._replace(attn_mask=None, sinks=None, seqlens=None)
         rest += rows if detached else rows[2:]
@@ -56,5 +57,7 @@ class EagerAttention(torch.autograd.Function):
             options = options._replace(attn_mask=attn_mask, sinks=sinks, seqlens=seqlens)
         inputs = BackwardInputs(out, lse, entropy, d_out, d_lse, d_entropy)
         call = Call(query, key, value, options)
-        d_query, d_key, d_value, d_sinks, d_mask = engines.backward(call, inputs, ctx.needs_input_grad[3])
+        d_query, d_key, d_value, d_sinks, d_mask = engines.backward(
+            call, inputs, ctx.needs_input_grad[3], ctx.chosen
+        )
         return d_query, d_key, d_value, d_mask, d_sinks, *(None,) * 3

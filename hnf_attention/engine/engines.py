@@ -62,13 +62,19 @@ def sample(call: Call, period: int, phase: int) -> Results:
     return choose(SAMPLE, call).run(call, period, phase)
 
 
-def backward(call: Call, inputs: BackwardInputs, mask_gradient: bool = False) -> reference.Gradients:
-    """The gradients of a call, as `reference.backward` gives them."""
+def backward(
+    call: Call, inputs: BackwardInputs, mask_gradient: bool, chosen: library.Choice
+) -> reference.Gradients:
+    """The gradients of a call, as `reference.backward` gives them.
+
+    chosen: `library.choice()` at the time of the forward.
+    """
     if call.value is None:
         inputs = inputs._replace(d_out=None)
-    # PyTorch's kernels know of no statistics.
-    output_only = inputs.d_out is not None and inputs.d_lse is None and inputs.d_entropy is None
-    return choose(BACKWARD if output_only else STATISTICS_BACKWARD, call).run(call, inputs, mask_gradient)
+    # PyTorch's kernels know of no statistics, and give a mask no gradient.
+    theirs = inputs.d_out is not None and inputs.d_lse is inputs.d_entropy is None and not mask_gradient
+    engines = output_backward(chosen) if theirs else STATISTICS_BACKWARD
+    return choose(engines, call).run(call, inputs, mask_gradient)
 
 
 def choose(engines: Sequence[Engine], call: Call) -> Engine:
@@ -234,13 +240,18 @@ SAMPLE = (
     Engine(TRITON, triton_supports, _triton_sample),
     Engine(REFERENCE, reference_supports, _reference_sample),
 )
-# For cotangents of lse or entropy; the first two of BACKWARD take a cotangent of the output alone.
+# For cotangents of lse or entropy.
 STATISTICS_BACKWARD = (
     Engine(TRITON, triton_supports, _triton_backward),
     Engine(REFERENCE, reference_supports, _reference_backward),
 )
-BACKWARD = (
-    Engine(CUDNN, library.cudnn_supports, library.cudnn_backward),
-    Engine(FLASH, library.flash_supports, library.flash_backward),
-    *STATISTICS_BACKWARD,
-)
+
+
+@functools.cache
+def output_backward(chosen: library.Choice) -> tuple[Engine, ...]:
+    """Engines for a cotangent of the output alone, with PyTorch's own kernels as far as the user lets them run."""
+    return (
+        Engine(CUDNN, functools.partial(library.cudnn_supports, chosen=chosen), library.cudnn_backward),
+        Engine(FLASH, functools.partial(library.flash_supports, chosen=chosen), library.flash_backward),
+        *STATISTICS_BACKWARD,
+    )

@@ -18,7 +18,7 @@ from ..reference.options import Options
 from ..statistics.fields import EXTENDED_FIELDS
 from ..statistics.rows import RowStats
 from ..tracing import untraced
-from . import engines
+from . import engines, library
 from .autograd import EagerAttention
 from .call import BackwardInputs, Call
 
@@ -172,12 +172,13 @@ def _gradients(
     d_out: Optional[Tensor],  # noqa: UP045
     d_lse: Optional[Tensor],  # noqa: UP045
     d_entropy: Optional[Tensor],  # noqa: UP045
-    mask_gradient: bool,
+    switches: List[bool],  # noqa: UP006
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
     shape = (is_causal, window_size, numbers)
     call = _call(query, key, value, attn_mask, sinks, seqlens, *shape)
     inputs = BackwardInputs(out, lse, entropy, d_out, d_lse, d_entropy)
-    gradients = engines.backward(call, inputs, mask_gradient)
+    mask_gradient, *chosen = switches  # whether the mask learns, and the user's `library.choice()`
+    gradients = engines.backward(call, inputs, mask_gradient, library.Choice(*chosen))
     # Contiguous, as the fake kernel says.
     d_query, d_key, d_value, d_sinks, d_mask = (
         _placeholder(None if g is None else g.contiguous(), query) for g in gradients
@@ -190,7 +191,7 @@ gradients_op = torch.library.custom_op("hnf_attention::backward", _gradients, mu
 
 @gradients_op.register_fake
 def _(query, key, value, attn_mask, sinks, *others):
-    mask_gradient = others[-1]
+    mask_gradient = others[-1][0]
 
     def like(x):
         contiguous = None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -204,6 +205,7 @@ def _setup_context(ctx, inputs, output):
     out, lse, entropy, *others = output
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
+    ctx.chosen = library.choice()
     ctx.save_for_backward(query, key, value, attn_mask, sinks, seqlens, out, lse, entropy)
 
 
@@ -214,7 +216,7 @@ def _backward(ctx, d_out, d_lse, d_entropy, *_):
         return (None,) * 10
     learns_mask = ctx.needs_input_grad[3]
     d_query, d_key, d_value, d_sinks, d_mask = gradients_op(
-        *inputs, *ctx.options, out, lse, entropy, d_out, d_lse, d_entropy, learns_mask
+        *inputs, *ctx.options, out, lse, entropy, d_out, d_lse, d_entropy, [learns_mask, *ctx.chosen]
     )
     return (
         d_query,
