@@ -14,7 +14,7 @@ from hnf_attention.reference import attention as reference
 
 pytestmark = pytest.mark.gpu
 # Relative, by norm: the roundings of the weights and of their gradients.
-TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 1.2e-2}
 
 
 def problem(queries, keys, head_dim, dtype, lse, batch=2, heads=3, causal=False):
