@@ -72,6 +72,15 @@ FORWARD = [
     ),
     (A100, {}, {HOPPER: "needs compute capability 9.0, this card has 8.0", TRITON: None}),
     (MI300, {}, {HOPPER: "needs an NVIDIA card", TRITON: None}),
+    (
+        T4,
+        {},
+        {
+            HOPPER: "needs compute capability 9.0, this card has 7.5",
+            TRITON: "needs compute capability 8.0, this card has 7.5",
+            REFERENCE: None,
+        },
+    ),
     (MI250, {}, {HOPPER: "needs an NVIDIA card", TRITON: None}),
     (OTHER_TRITON, {}, {HOPPER: "Triton 3.7.1 is untested (3.6 is)", TRITON: None}),
     (
@@ -117,7 +126,8 @@ BACKWARD = [
         {
             CUDNN: "needs compute capability 9.x, this card has 7.5",
             FLASH: "needs compute capability 8.0, this card has 7.5",
-            TRITON: None,
+            TRITON: "needs compute capability 8.0, this card has 7.5",
+            REFERENCE: None,
         },
     ),
     (MI300, {}, dict.fromkeys((CUDNN, FLASH), "needs an NVIDIA card") | {TRITON: None}),

@@ -245,6 +245,47 @@ def test_a_mask_that_learns_takes_our_backward(monkeypatch):
     assert len(asked) == 1
 
 
+# Refusals that nobody foresaw
+
+
+def refusing(error):
+    def run(*_):
+        raise error
+
+    return lambda chosen: (engines.Engine(CUDNN, lambda *_: None, run), *engines.STATISTICS_BACKWARD)
+
+
+def test_a_kernel_that_refuses_when_it_runs_does_not_end_the_step(monkeypatch, caplog):
+    leaves = qkv(requires_grad=True)
+    expected = torch.autograd.grad(attention(*leaves)[0].sum(), leaves)
+    monkeypatch.setattr(engines, "output_backward", refusing(RuntimeError("No valid plan\nand more")))
+    for _ in range(2):
+        found = torch.autograd.grad(attention(*leaves)[0].sum(), leaves)
+        assert all(map(torch.equal, found, expected))
+    (record,) = caplog.records  # once
+    assert "PyTorch's cudnn backward refused a query of shape (2, 3, 7, 4)" in record.message
+    assert record.message.endswith("No valid plan")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), TypeError("wrong argument")])
+def test_other_errors_of_a_backward_come_out(error, monkeypatch):
+    leaves = qkv(requires_grad=True)
+    monkeypatch.setattr(engines, "output_backward", refusing(error))
+    with pytest.raises(type(error)):
+        attention(*leaves)[0].sum().backward()
+
+
+def test_errors_of_our_own_backward_come_out(monkeypatch):
+    def run(*_):
+        raise RuntimeError("ours")
+
+    ours = (engines.Engine(TRITON, lambda *_: None, run),)
+    monkeypatch.setattr(engines, "STATISTICS_BACKWARD", ours)
+    monkeypatch.setattr(engines, "output_backward", lambda chosen: ours)
+    with pytest.raises(RuntimeError, match="ours"):
+        attention(*qkv(requires_grad=True))[0].sum().backward()
+
+
 # Cards
 
 
