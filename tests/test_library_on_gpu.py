@@ -53,17 +53,15 @@ def assert_right(found, true, dtype):
         assert error <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("lse", [-80.0, -89.0, -122.0, -1e4])
 @pytest.mark.parametrize("head_dim, dtype", [(64, torch.bfloat16), (128, torch.float16)])
 @pytest.mark.parametrize("keys", [64, 97, 128, 192, 1216, 1280])
-def test_gradients_of_low_scores_are_right_at_every_length(keys, head_dim, dtype, lse):
-    for queries in dict.fromkeys((1, 64, 97, 128, keys)):
-        for causal in {False, queries == keys}:
-            for batch, heads in ((2, 3), (1, 1)):
-                given = problem(queries, keys, head_dim, dtype, lse, batch, heads, causal)
-                assert_right(
-                    gradients(*given, is_causal=causal), true_gradients(*given, causal=causal), dtype
-                )
+def test_gradients_of_low_scores_are_right_at_every_length(keys, head_dim, dtype):
+    shapes = [(queries, False, 2, 3) for queries in dict.fromkeys((1, 64, 97, 128, keys))]
+    shapes += [(keys, True, 2, 3), (1, False, 1, 1), (keys, False, 1, 1)]
+    for queries, causal, *sizes in shapes:
+        for lse in (-80.0, -89.0, -122.0, -1e4):  # the same shape again: cuDNN keeps its plan
+            given = problem(queries, keys, head_dim, dtype, lse, *sizes, causal=causal)
+            assert_right(gradients(*given, is_causal=causal), true_gradients(*given, causal=causal), dtype)
 
 
 def _masks(batch, heads, queries, keys):
@@ -77,16 +75,15 @@ def _masks(batch, heads, queries, keys):
 
 
 @pytest.mark.parametrize("queries, keys", [(256, 256), (200, 200), (130, 384), (192, 192), (33, 65)])
-@pytest.mark.parametrize("lse", [4.0, -122.0])
 @pytest.mark.parametrize("head_dim, dtype", [(64, torch.bfloat16), (128, torch.float16)])
-def test_gradients_under_boolean_masks(queries, keys, lse, head_dim, dtype):
-    given = problem(queries, keys, head_dim, dtype, lse)
+def test_gradients_under_boolean_masks(queries, keys, head_dim, dtype):
     for mask in _masks(2, 3, queries, keys).values():
-        true = true_gradients(*given, mask=mask[None, None] if mask.dim() == 2 else mask)
-        found = gradients(*given, attn_mask=mask)
-        assert_right(found, true, dtype)
-        hidden = ~mask.any(-1, keepdim=True)
-        assert (found[0] * hidden == 0).all()
+        for lse in (4.0, -122.0):
+            given = problem(queries, keys, head_dim, dtype, lse)
+            found = gradients(*given, attn_mask=mask)
+            true = true_gradients(*given, mask=mask[None, None] if mask.dim() == 2 else mask)
+            assert_right(found, true, dtype)
+            assert (found[0] * ~mask.any(-1, keepdim=True) == 0).all()
 
 
 @pytest.mark.parametrize(
