@@ -52,7 +52,7 @@ def low_scores() -> LowScores:
     tried: dict[str, Callable[..., Tensor]] = {
         "SDPA": F.scaled_dot_product_attention,
         "SDPA by cuDNN": _by_cudnn,
-        OURS: lambda *tensors: attention(*tensors)[0],
+        OURS: lambda query, key, value: attention(query, key, value)[0],
     }
     wrong: dict[str, list[int]] = {}
     for name, attend in tried.items():
@@ -65,10 +65,10 @@ def low_scores() -> LowScores:
     return LowScores(wrong)
 
 
-def _by_cudnn(*tensors: Tensor) -> Tensor:
+def _by_cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         warnings.simplefilter("ignore")  # they say why the other kernels are not used
-        return F.scaled_dot_product_attention(*tensors)
+        return F.scaled_dot_product_attention(query, key, value)
 
 
 def _right(attend: Callable[..., Tensor], keys: int) -> bool:
@@ -76,11 +76,11 @@ def _right(attend: Callable[..., Tensor], keys: int) -> bool:
     *tensors, d_out = _problem(keys)
     leaves = [x.requires_grad_() for x in tensors]
     gradients = torch.autograd.grad(attend(*leaves), leaves, d_out)
-    exact = [x.detach().double() for x in leaves]
-    options = options_of(exact[0], False)
-    out, rows = reference.attention(*exact, options)
+    q, k, v = (x.detach().double() for x in leaves)
+    options = options_of(q, False)
+    out, rows = reference.attention(q, k, v, options)
     assert out is not None
-    true = reference.backward(*exact, options, out, rows.lse, rows.entropy, d_out.double(), None, None)
+    true = reference.backward(q, k, v, options, out, rows.lse, rows.entropy, d_out.double(), None, None)
     # The first coordinate of dq and dk is the rounded rest of a sum that cancels.
     errors = (relative(g[..., 1:], t[..., 1:]) for g, t in zip(gradients, true[:3]) if t is not None)
     return all(error <= OUTPUT_TOLERANCE[_DTYPE] for error in errors)  # False for NaN
