@@ -103,8 +103,8 @@ def _flash_runs_on(card: Card) -> str | None:
 
 def _shapes_no_cudnn(options: Options) -> str | None:
     """What cuDNN's backward does not know of what shapes the scores; None if it knows everything."""
-    mask, _, _, *others = options
-    if any(other is not None for other in others):
+    mask, _, _, window_size, softcap, sinks, seqlens = options
+    if not window_size is softcap is sinks is seqlens is None:
         return NO_CUDNN_OPTION
     # One of fp32 is taken and gives NaN. The largest finite numbers of bf16 overflow.
     return None if mask is None or mask.dtype == torch.bool else "takes no additive mask"
@@ -142,16 +142,16 @@ def _aligned(tensor: Tensor) -> bool:
     return not (tensor.data_ptr() % ALIGNMENT or (batch | heads | length) % 8)
 
 
-def _repeated(tensor: Tensor | None) -> bool:
+def _repeated(tensor: Tensor) -> bool:
     """Whether a stride of 0 repeats numbers, as expanding a tensor does."""
-    return tensor is not None and any(
-        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)
-    )
+    strides = tensor.stride()
+    return 0 in strides and any(size > 1 for stride, size in zip(strides, tensor.shape) if stride == 0)
 
 
 def _beyond_cudnn(call: Call, card: Card) -> str | None:
     """What of a call that PyTorch's kernels take is too much for cuDNN's."""
     query, key, value, options, _ = call
+    assert value is not None  # `_refused_by_both` has seen to it
     num_queries, num_keys = query.shape[2], key.shape[2]
     if min(num_queries, num_keys) == 1:
         # One query and one key are refused, and one query of one sequence may be as wrong as `LOW_SCORES` says.
