@@ -1,11 +1,13 @@
-"""Where cuDNN's backward of attention is wrong: rows whose lse is low. And what a remedy costs, on a GPU.
+"""For which shapes cuDNN's backward of attention is wrong if a query's scores are low, on a GPU.
 
-    python bench/cudnn_low_lse.py [--out OUT.json] [--seconds 150]
+    python bench/cudnn_low_lse.py [--rule] [--out OUT.json] [--seconds 400]
 
-cuDNN recomputes a weight as exp(score - lse). Where a tile reaches past the last query or key, the score is 0 and
-the weight exp(-lse) overflows fp32 for an lse below -88.7. Every score lies near one value, with noise of deviation
-1, so that the softmax is not trivial. Gradients are judged against fp64: numbers that are not finite, and the error
-beside FlashAttention's. The sweep stops after --seconds and says what it left out.
+cuDNN recomputes a weight as exp(score - lse). For keys that its last tile has too many the score is 0, and the weight
+exp(-lse) overflows fp32 for an lse below -88.7. Every score lies near one value, with noise of deviation 1, so that the
+softmax is not trivial. --rule tries many lengths with scores of -122 (150 s, nearly all of it to make cuDNN's plans).
+Without it follow times, what cuDNN says to very small and large sizes, and a sweep over lse whose gradients are judged
+against fp64: numbers that are not finite, and the error beside FlashAttention's. It stops after --seconds and says what
+it left out.
 """
 
 import argparse
@@ -324,7 +326,7 @@ def times_of(batch: int, heads: int, length: int, head_dim: int, causal: bool) -
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--seconds", type=float, default=400)
     parser.add_argument("--rule", action="store_true", help="only find out which shapes are wrong")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # PyTorch's, of the kernels it does not use
