@@ -1,6 +1,6 @@
 """Gradients of calls under a user mask by cuDNN's backward, the mask as a bias: are they right, and how fast?
 
-    python bench/masked_backward.py [--out OUT.json]
+    python bench/masked_backward.py [--only correctness|low|times] [--head-dims 64 128] [--out OUT.json]
 
 Right: against fp64, beside our own backward, over shapes, layouts and dtypes of masks; rows without a visible key among
 them. Times: medians of forward and backward in milliseconds, B * N = 16k tokens, 16 heads, of SDPA, of attention() with
