@@ -1,5 +1,8 @@
 """Which calls get PyTorch's own backward kernels: where they are right and the user lets them run. Needs no card."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from compat_helpers import Operators, qkv
@@ -311,6 +314,31 @@ def test_rocm_has_no_cudnn_although_pytorch_says_so(hip, expected, monkeypatch):
     assert (found.vendor, found.has_cudnn, found.cudnn_version) == expected
     assert ("NVIDIA" in (engines.hopper_runs_on(found) or "")) == (hip is not None)
     assert (library.cudnn_supports(call(), found, Choice()) is None) == (hip is None)
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # importing it fails
+import torch
+from hnf_attention import AttentionStabilityMonitor, attention
+from hnf_attention.engine import card, engines, fold
+windows = card.Card("4090", card.NVIDIA, (8, 9), triton=card._triton_version())
+assert windows.triton is None
+engines.card_of = fold.card_of = lambda device: windows
+x = torch.randn(1, 2, 70, 16, requires_grad=True)
+attention(x, x, x, is_causal=True)[0].sum().backward()
+model = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+for mode in ("probe", "fused", "auto"):
+    with AttentionStabilityMonitor(model, log_every=1, mode=mode) as monitor:
+        y = torch.randn(2, 9, 16)
+        model(y, y, y, need_weights=False)[0].sum().backward()
+        assert len(monitor.on_step().stats) == 1 and str(monitor.status) == "all parts work", monitor.status
+"""
+
+
+@pytest.mark.slow
+def test_a_card_without_triton_measures_and_trains():
+    subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True, timeout=300)
 
 
 def test_other_versions_of_triton_keep_pytorchs_backward(monkeypatch):
