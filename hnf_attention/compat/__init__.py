@@ -19,9 +19,11 @@ from .torch import (
     flash_backward,
     flattened,
     forward_hooks,
+    forward_mode_enabled,
     fsdp_wrapped,
     functorch_transform,
     hooks,
+    in_gradient_batch,
     inner_schedulers,
     jit_trace,
     kept_in,
@@ -35,6 +37,7 @@ from .torch import (
     script_no_longer,
     vmap_in_operators,
     without_dispatch_modes,
+    without_forward_mode,
 )
 from .transformers import attention_implementation, collects_attention_weights, device_mesh, initialise
 
@@ -53,10 +56,12 @@ __all__ = [
     "flash_backward",
     "flattened",
     "forward_hooks",
+    "forward_mode_enabled",
     "fsdp_wrapped",
     "functorch_transform",
     "hooks",
     "initialise",
+    "in_gradient_batch",
     "inner_schedulers",
     "jit_trace",
     "kept_in",
@@ -70,4 +75,5 @@ __all__ = [
     "script_no_longer",
     "vmap_in_operators",
     "without_dispatch_modes",
+    "without_forward_mode",
 ]
