@@ -82,9 +82,9 @@ class GradientsNode(torch.autograd.Function):
             pulled = plain.pull_back(call, everything[6:], ctx.mask_gradient)
             return tuple(pulled[i] for i in given)  # type: ignore[misc]
 
-        _, pull = torch.func.vjp(first, *(tensors[i] for i in wanted))
+        found = plain.vjp(first, tuple(tensors[i] for i in wanted), tuple(cotangents[i] for i in given))
         seconds: list[Tensor | None] = [None] * len(tensors)
-        for i, second in zip(wanted, pull(tuple(cotangents[i] for i in given))):
+        for i, second in zip(wanted, found):
             seconds[i] = second
         return *seconds[:6], *(None,) * 6, *seconds[6:], None
 

@@ -6,7 +6,7 @@ the weights: the memory is one number per score.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..reference import attention as reference
 from ..statistics.rows import RowStats
+from ..tracing import functional
 from . import engines
 from .call import Call
 
@@ -23,6 +24,20 @@ def attend(call: Call) -> tuple[Tensor | None, RowStats]:
     with engines.no_autocast(call.query):
         out, rows = reference.attention(*call[:4], extended=call.extended)
     return out, replace(rows.detach(), lse=rows.lse, entropy=rows.entropy)
+
+
+def vjp(
+    function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """The gradients of the inputs of a function, from the cotangents of its results."""
+    if functional():
+        return torch.func.vjp(function, *inputs)[1](cotangents)
+    # torch.func refuses hooks on saved tensors, and torch.autograd.functional a batch of cotangents.
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        own = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs]
+        results = function(*own)
+    return torch.autograd.grad(results, own, cotangents, create_graph=again, materialize_grads=True)
 
 
 def pull_back(
@@ -45,6 +60,6 @@ def pull_back(
         computed = (out, rows.lse, rows.entropy)
         return tuple(x for x, cotangent in zip(computed, cotangents) if cotangent is not None)  # type: ignore[misc]
 
-    _, pull = torch.func.vjp(results, *(x for x in inputs if x is not None))
-    gradients = iter(pull(tuple(x for x in cotangents if x is not None)))
+    given = tuple(x for x in cotangents if x is not None)
+    gradients = iter(vjp(results, tuple(x for x in inputs if x is not None), given))
     return tuple(next(gradients) if x else None for x in there)  # type: ignore[return-value]
