@@ -20,9 +20,11 @@ from .torch import (
     flash_backward,
     flattened,
     forward_hooks,
+    forward_mode_enabled,
     fsdp_wrapped,
     functorch_transform,
     hooks,
+    in_gradient_batch,
     inner_schedulers,
     jit_trace,
     kept_in,
@@ -37,6 +39,7 @@ from .torch import (
     script_no_longer,
     vmap_in_operators,
     without_dispatch_modes,
+    without_forward_mode,
 )
 from .transformers import attention_implementation, collects_attention_weights, device_mesh, initialise
 
@@ -56,10 +59,12 @@ __all__ = [
     "flash_backward",
     "flattened",
     "forward_hooks",
+    "forward_mode_enabled",
     "fsdp_wrapped",
     "functorch_transform",
     "hooks",
     "initialise",
+    "in_gradient_batch",
     "inner_schedulers",
     "jit_trace",
     "kept_in",
@@ -74,4 +79,5 @@ __all__ = [
     "script_no_longer",
     "vmap_in_operators",
     "without_dispatch_modes",
+    "without_forward_mode",
 ]

@@ -67,6 +67,28 @@ current_level: Callable[[], int] = functools.partial(getattr, torch.autograd.for
 Missing: -1. `attention()` under forward-mode differentiation then drops the tangents without an error.
 """
 
+in_gradient_batch: Callable[[Tensor], bool] = _find(
+    "_C._functorch.is_legacy_batchedtensor", lambda tensor: False
+)
+"""Whether a tensor stands for many, as in `torch.autograd.grad(is_grads_batched=True)`.
+
+Missing: False. Gradients of attention() that are asked for in a batch then raise an error of PyTorch's.
+"""
+
+forward_mode_enabled: Callable[[], bool] = _find("_C._is_fwd_grad_enabled", lambda: True)
+"""Whether forward-mode differentiation follows the operators of the call.
+
+Missing: True. Measurements of a call in forward-mode differentiation are then computed by plain PyTorch.
+"""
+
+without_forward_mode: Callable[[bool], AbstractContextManager[Any]] = _find(
+    "autograd.forward_ad._set_fwd_grad_enabled", nullcontext
+)
+"""Given False, a context in which forward-mode differentiation does not follow the operators.
+
+Missing: it follows them. Measurements then carry tangents, which nothing reads.
+"""
+
 running_backward: Callable[[], int] = _find("_C._current_graph_task_id", lambda: -1)
 """The number of the backward pass that makes the call, -1 outside of one.
 

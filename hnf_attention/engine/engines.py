@@ -6,6 +6,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -234,9 +235,10 @@ def _reference_backward(call: Call, inputs: BackwardInputs, mask_gradient: bool)
         return reference.backward(*call[:4], *inputs, mask_gradient=mask_gradient)  # type: ignore[arg-type]
 
 
-def no_autocast(query: Tensor) -> torch.autocast:
+def no_autocast(query: Tensor) -> AbstractContextManager[Any]:
     """The reference chooses its own precision: autocast must not round its products again."""
-    return torch.autocast(query.device.type, enabled=False)
+    device = query.device.type
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 @functools.lru_cache(maxsize=256)
