@@ -67,6 +67,28 @@ current_level: Callable[[], int] = functools.partial(getattr, torch.autograd.for
 Missing: -1. `attention()` under forward-mode differentiation then drops the tangents without an error.
 """
 
+in_gradient_batch: Callable[[Tensor], bool] = _find(
+    "_C._functorch.is_legacy_batchedtensor", lambda tensor: False
+)
+"""Whether a tensor stands for many, as in `torch.autograd.grad(is_grads_batched=True)`.
+
+Missing: False. Gradients of attention() that are asked for in a batch then raise an error of PyTorch's.
+"""
+
+forward_mode_enabled: Callable[[], bool] = _find("_C._is_fwd_grad_enabled", lambda: True)
+"""Whether forward-mode differentiation follows the operators of the call.
+
+Missing: True. Measurements of a call in forward-mode differentiation are then computed by plain PyTorch.
+"""
+
+without_forward_mode: Callable[[bool], AbstractContextManager[Any]] = _find(
+    "autograd.forward_ad._set_fwd_grad_enabled", nullcontext
+)
+"""Given False, a context in which forward-mode differentiation does not follow the operators.
+
+Missing: it follows them. Measurements then carry tangents, which nothing reads.
+"""
+
 running_backward: Callable[[], int] = _find("_C._current_graph_task_id", lambda: -1)
 """The number of the backward pass that makes the call, -1 outside of one.
 
@@ -136,6 +158,18 @@ cudnn_backward: Any = _find("ops.aten._scaled_dot_product_cudnn_attention_backwa
 
 flash_backward: Any = _find("ops.aten._scaled_dot_product_flash_attention_backward", None)
 """FlashAttention's backward of attention. Missing: None, and this project's own kernel is used."""
+
+cudnn_enabled: Callable[[], bool] = _find("_C._get_cudnn_enabled", lambda: torch.backends.cudnn.enabled)
+"""Whether the user lets PyTorch use cuDNN at all, `torch.backends.cudnn.enabled`.
+
+Missing: the public property answers, at ten times the cost.
+"""
+
+other_flash: Callable[[], str | None] = _find("nn.attention.current_flash_attention_impl", lambda: None)
+"""The version of FlashAttention that the user put in place of PyTorch's own, None for PyTorch's own.
+
+torch 2.10 and earlier have no such choice. Missing: None, and PyTorch's own is expected.
+"""
 
 
 def vmap_in_operators() -> AbstractContextManager[Any]:

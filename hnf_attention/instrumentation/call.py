@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import compat
 from ..engine.call import autocast, check
 from ..reference.options import Options
 
@@ -75,6 +76,11 @@ class AttentionCall:
             f"AttentionCall of {self.interceptor}: query {tuple(self.query.shape)}, key {tuple(self.key.shape)}, "
             + ", ".join([str(self.query.dtype).removeprefix("torch."), *shown])
         )
+
+    @property
+    def why_left(self) -> str | None:
+        """Why the output is left to the model's own attention: `not_fused`, or how the call is differentiated."""
+        return "forward-mode differentiation" if compat.current_level() >= 0 else self.not_fused
 
     def keywords(self) -> dict[str, Any]:
         """Keyword arguments of `attention` and `attention_stats`."""

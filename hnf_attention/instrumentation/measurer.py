@@ -20,7 +20,7 @@ from ..reference.masks import take_rows
 from ..reference.options import Options
 from ..reference.sampling import effective_period
 from ..statistics.rows import RowStats
-from ..tracing import without_dispatch_modes
+from ..tracing import without_dispatch_modes, without_tangents
 from . import observer, scores
 from .call import COMPILED, EAGER, AttentionCall, Unmeasurable
 from .decoding import Decoding
@@ -151,7 +151,7 @@ class Measurer:
             state.fused_failed |= failure is not None and not isinstance(failure, Unmeasurable)
         if failure is None and call is not None and options is not None and not rests:
             try:
-                with without_dispatch_modes(), engines.no_autocast(call.query):
+                with without_dispatch_modes(), without_tangents(), engines.no_autocast(call.query):
                     if output is None and result is not None:
                         output = call.output(result)
                     self._measure(layer, state, call, options, rows, output)
@@ -184,7 +184,7 @@ class Measurer:
 
     def _takes(self, call: AttentionCall) -> bool:
         """Whether our attention computes this call's output. Only properties of the call decide."""
-        if call.not_fused is not None:
+        if call.why_left is not None:
             return False
         return self.mode == "fused" or (
             self.mode == "auto"
@@ -204,8 +204,8 @@ class Measurer:
     def _why_probed(self, call: AttentionCall) -> str | None:
         """Why our attention did not take a call that it could have taken; None if it could not, or was not asked to."""
         if self.mode == "fused":
-            return call.not_fused
-        reason = call.not_fused or call.probe_preferred
+            return call.why_left
+        reason = call.why_left or call.probe_preferred
         could = reason is not None and self.mode == "auto" and engines.kernels_cover(call.query, call.value)
         return reason if could else None
 
