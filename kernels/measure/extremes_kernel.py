@@ -177,13 +177,11 @@ def _broken(
     """Whether some of a tensor's rows hold NaN or inf; rows = (first, end)."""
     pointer, stride = _tensor(row, like, FIELD, STRIDES, batch, head, PLAN)
     first, end = rows
-    TILE: tl.constexpr = PLAN.tile
-    bad = tl.zeros([TILE, BLOCK], tl.int32)
-    # Unrolled, so that loads of several tiles are on their way at once.
-    for start in tl.range(first, tl.minimum(end, length), PLAN.tile, loop_unroll_factor=4):
+    bad = 0
+    for start in tl.range(first, tl.minimum(end, length), PLAN.tile):
         x = _load(pointer, stride, start + tl.arange(0, PLAN.tile), length, DIM, BLOCK).to(tl.float32)
-        bad |= (x - x != 0.0).to(tl.int32)
-    return tl.max(tl.max(bad, 1), 0) != 0
+        bad |= tl.max(tl.max((x - x != 0.0).to(tl.int32), 1), 0)
+    return bad != 0
 
 
 @triton.jit
