@@ -124,7 +124,7 @@ def test_nan_that_stays_is_an_error_with_the_step_it_began_in():
     (error,) = diagnosis.errors
     assert error.layer == "layers.1" and error.head == 0 and "keys and outputs of head 0" in error.evidence
     assert "at step 14, in forward 14" in error.evidence and "origin is not known" not in error.evidence
-    assert "since step 14" in error.headline and "layers.0" in error.evidence
+    assert "first at step 14" in error.headline and "layers.0" in error.evidence
 
 
 @pytest.mark.parametrize("options", [{}, {"kv_heads": 2}, {"recompute": True}, {"recompute": False}])

@@ -75,7 +75,10 @@ def find_origin(history: Sequence[Snapshot]) -> Origin | None:
         return Origin(snapshot, layer, _before(snapshot, layer), cause, 0, first)
     covered = snapshot.step - history[place - 1].step if place else snapshot.step
     changing = getattr(snapshot, "training", True)  # the weights of a finished model stay as they are
-    every_step = any(np.isfinite(stats.between_max_logit).any() for stats in snapshot.layers.values())
+    # Layers before it, too: one of them may have broken first.
+    names = list(snapshot.layers)
+    own = [snapshot.layers[name] for name in names[: names.index(layer) + 1]]
+    every_step = all(np.isfinite(stats.between_max_logit).any() for stats in own)
     coarse = covered if changing and covered > 1 and not every_step else 0
     return Origin(snapshot, layer, _before(snapshot, layer), _cause(snapshot.layers[layer]), coarse)
 
@@ -85,22 +88,24 @@ def find_first(snapshot: Snapshot) -> tuple[str, First] | None:
 
     Of the layers of one forward, it is the one that ran first.
     """
-    steps = {layer: np.fmin.reduce(stats.first_nonfinite_step) for layer, stats in snapshot.layers.items()}
-    known = {layer: step for layer, step in steps.items() if np.isfinite(step)}
+    numbers = {
+        layer: np.fmin.reduce(stats.first_nonfinite_forward) for layer, stats in snapshot.layers.items()
+    }
+    known = {layer: number for layer, number in numbers.items() if np.isfinite(number)}
     if not known:
         return None
     layer = min(known, key=known.__getitem__)  # the first of equals
-    stats, step = snapshot.layers[layer], known[layer]
+    stats, number = snapshot.layers[layer], known[layer]
     firsts = {
         "query": stats.first_nonfinite_query,
         "key": stats.first_nonfinite_key,
         "value": stats.first_nonfinite_value,
         "out": stats.first_nonfinite_out,
     }
-    heads = np.flatnonzero(stats.first_nonfinite_step == step)
-    tensors = [name for name, first in firsts.items() if (first == step).any()]
-    forward = np.fmin.reduce(stats.first_nonfinite_forward[heads])
-    return layer, First(int(step), int(forward), heads.tolist(), tensors)
+    heads = np.flatnonzero(stats.first_nonfinite_forward == number)
+    tensors = [name for name, first in firsts.items() if (first == number).any()]
+    step = np.fmin.reduce(stats.first_nonfinite_step[heads])
+    return layer, First(int(step), int(number), heads.tolist(), tensors)
 
 
 def _before(snapshot: Snapshot, layer: str) -> str | None:

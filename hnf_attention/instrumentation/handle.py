@@ -146,6 +146,7 @@ class Instrumentation(Measurer):
         attention_classes: tuple[type[nn.Module], ...],
         holder: Any,
     ):
+        self._keeping = False
         watched = Watched.of(model)
         super().__init__(mode, sample, attention_classes, watched.forwards)
         self._watched = watched  # which would not live without its handles
@@ -162,7 +163,6 @@ class Instrumentation(Measurer):
         layers.mark_compiled(modules.values())
         self._problems |= flex.unreachable(modules) | tracer.unreached_before(modules)
         self._slowed |= tracer.slowed_before(modules)
-        self._keeping = False
         self.measuring = True
 
     def __repr__(self) -> str:
@@ -244,8 +244,8 @@ class Instrumentation(Measurer):
         remarks = ", inference fast path off" if slowed else ""
         if name in self._numerous:
             remarks += f", its calls in one forward from #{MOST_CALLS - 1} on together"
-        if name in self.kept_layers.left_out:
-            remarks += f", extremes at measured steps only: {self.kept_layers.left_out[name]}"
+        if name in self.kept_layers.reasons:
+            remarks += f", extremes at measured steps only: {self.kept_layers.reasons[name]}"
         return remarks + (", its calls inside one compiled graph together" if name in self._merged else "")
 
     def require_measured(self) -> None:

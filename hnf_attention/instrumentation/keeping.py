@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from .. import compat
 from ..engine.extremes import Tensors
 from ..reference.options import Options
+from ..tracing import without_dispatch_modes
 from .call import AttentionCall, Unmeasurable, keys_hidden
 from .measurement import Forward
 from .padding import Padding
@@ -66,36 +68,63 @@ class KeptForward(NamedTuple):
     forward: Forward
     calls: Sequence[KeptCall]
     tensors: Sequence[Tensors]
-    prepared: dict[int, Any]
+    prepared: WeakKeyDictionary[object, Any]
+
+
+#: A description, and the tensors of the call.
+Described = tuple[KeptCall, Tensors]
 
 
 @dataclass(slots=True, eq=False)
 class _Raw:
-    """A call as it was made. known: its description and tensors, where they cannot be made later."""
+    """A call as it was made.
+
+    make: makes its description and tensors. known: these, where they could not be made later. tensors: the model's own.
+    versions: of the tensors, and of the mask and the sinks if they are known.
+    """
 
     layer: str
     number: int
-    describe: Callable[[], AttentionCall]
     plain: Plain | None
-    output: Any
-    known: tuple[KeptCall, Tensors] | None
+    make: Callable[[], Described | None] | None
+    known: Described | None
     tensors: tuple[Tensor, ...]
     versions: tuple[int, ...]
 
     def signature(self) -> Hashable:
         """Equal for calls whose descriptions are equal; None where only the description says it."""
-        plain, output = self.plain, self.output
-        if plain is None or type(output) is not Tensor:
+        plain = self.plain
+        if plain is None:
             return None
-        query, key, value, rest = plain
+        query, key, value, output = self.tensors
         inputs = query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride()
         dtypes = query.dtype, key.dtype, value.dtype, output.dtype
-        return self.layer, self.number, rest, inputs, output.shape, output.stride(), dtypes, query.device
+        return (
+            self.layer,
+            self.number,
+            plain.rest,
+            inputs,
+            output.shape,
+            output.stride(),
+            dtypes,
+            query.device,
+        )
+
+    @property
+    def all(self) -> tuple[Tensor, ...]:
+        """The tensors that have to be as they were."""
+        if self.known is None:
+            return self.tensors
+        options = self.known[0].options
+        return *self.tensors, *[x for x in (options.attn_mask, options.sinks) if x is not None]
 
     @property
     def unchanged(self) -> bool:
-        """Whether nobody wrote into its tensors since the call."""
-        return self.versions == tuple([x._version for x in self.tensors])
+        """Whether nobody wrote into them since the call, or freed their memory."""
+        mine = self.all
+        if self.versions != tuple([x._version for x in mine]):
+            return False
+        return all([x.untyped_storage().nbytes() for x in mine])
 
 
 @dataclass(slots=True, eq=False)
@@ -107,32 +136,47 @@ class Pending:
     stream: int = 0
 
 
-@dataclass(slots=True, eq=False)
+#: A layer whose calls cannot be kept is tried again at the 1st, 2nd, 4th, ... call after, and after so many at most.
+LONGEST_REST = 64
+
+
 class KeptLayers:
-    """Of which layers calls are kept, and of which not, and why."""
+    """The layers of which calls are not kept now, and why."""
 
-    layers: set[str] = field(default_factory=set)
-    left_out: dict[str, str] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+        self._failures: dict[str, int] = {}
+        self._rest: dict[str, int] = {}
 
-    def leave_out(self, layer: str, error: Exception) -> None:
-        """Keep no further call of a layer."""
+    def rests(self, layer: str) -> bool:
+        """Whether the call that begins is left out."""
+        left = self._rest.get(layer, 0)
+        if left > 0:
+            self._rest[layer] = left - 1
+        return left > 0 or layer in self._rest and left < 0
+
+    def fail(self, layer: str, error: Exception) -> None:
+        """Leave out the next calls of a layer, or all of them if nothing else can come of it."""
         known = isinstance(error, Unmeasurable)
-        self.left_out[layer] = str(error) if known else f"{type(error).__name__}: {error}"
+        self.reasons[layer] = str(error) if known else f"{type(error).__name__}: {error}"
+        failures = self._failures[layer] = self._failures.get(layer, -1) + 1
+        lasts = isinstance(error, Unmeasurable) and error.lasting
+        self._rest[layer] = -1 if lasts else min(2**failures - 1, LONGEST_REST)
+
+    def succeed(self, layer: str) -> None:
+        """Note that a call was kept."""
+        if layer in self.reasons:
+            for noted in (self.reasons, self._failures, self._rest):
+                noted.pop(layer, None)
 
 
 class Keeper:
     """Keeps the calls of forwards and hands them on.
 
-    describe: (layer, number, describe, output) -> description and tensors, None for a call that is not kept.
     deliver: gets calls of one forward, on the thread that made them.
     """
 
-    def __init__(
-        self,
-        describe: Callable[..., tuple[KeptCall, Tensors] | None],
-        deliver: Callable[[KeptForward], None],
-    ):
-        self._describe = describe
+    def __init__(self, deliver: Callable[[KeptForward], None]):
         self._deliver = deliver
         # The latest calls that could be used again, by the first layer and how many there were.
         self._again: dict[tuple[str, int], _Again] = {}
@@ -141,33 +185,42 @@ class Keeper:
         self,
         place: tuple[Forward, int, Pending | None],
         layer: str,
-        describe: Callable[[], AttentionCall],
         plain: Plain | None,
+        make: Callable[[], Described | None],
         output: Any,
     ) -> None:
-        """Take in a call. place: its forward, its number there, and what is pending of it, None if no end is told."""
+        """Take in a call. place: its forward, its number there, and what is pending of it, None if no end is told.
+
+        plain: None for a call that has to be described now. make: makes the description and the tensors.
+        """
         forward, number, pending = place
-        known = None
-        if plain is None or type(output) is not Tensor or _is_cast(plain.query):
+        if _capturing(output):
+            return  # a CUDA graph can take in no table of addresses
+        if plain is None or type(output) is not Tensor or _is_cast(plain):
             # A mask may be overwritten, and autocast be left, before the forward ends.
-            known, plain = self._describe(layer, number, describe, output), None
+            known = make()
             if known is None:
                 return
-            tensors: tuple[Tensor, ...] = tuple([x for x in known[1] if x is not None])
+            tensors = tuple([x for x in known[1] if x is not None])
+            raw = _Raw(layer, number, None, None, known, tensors, ())
+            copied = plain is not None and _is_cast(plain)
         else:
             tensors = plain.query, plain.key, plain.value, output
-        if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return  # a CUDA graph can take in no table of addresses
-        if pending is None or not _saved(output, tensors):
-            self._hand_on(forward, [_Raw(layer, number, describe, plain, output, known, tensors, ())])
+            raw, copied = _Raw(layer, number, plain, make, None, tensors, ()), False
+        if pending is None or copied or not _saved(output, tensors):
+            if pending is not None:
+                self.flush(forward, pending)  # readers get the calls in their order
+            self._hand_on(forward, [raw])
             return
-        versions = tuple([x._version for x in tensors])
+        raw.versions = tuple([x._version for x in raw.all])
         stream = compat.current_stream(tensors[0].device)
         if pending.calls and stream != pending.stream:
             self.flush(forward, pending)
         pending.stream = stream
-        pending.calls.append(_Raw(layer, number, describe, plain, output, known, tensors, versions))
+        pending.calls.append(raw)
         pending.bytes += 4 * tensors[0].nbytes
+        if raw.known is not None:
+            pending.bytes += sum([x.nbytes for x in raw.all[len(tensors) :]])
         if pending.bytes > MOST_BYTES:
             self.flush(forward, pending)
 
@@ -189,6 +242,11 @@ class Keeper:
         self._again.clear()
 
     def _hand_on(self, forward: Forward, calls: list[_Raw]) -> None:
+        # What happens here is no part of the model: a selective checkpoint counts the operators that it sees.
+        with without_dispatch_modes():
+            self._described(forward, calls)
+
+    def _described(self, forward: Forward, calls: list[_Raw]) -> None:
         signatures = [call.signature() for call in calls]
         place = calls[0].layer, len(calls)
         again = self._again.get(place)
@@ -196,14 +254,13 @@ class Keeper:
             tensors = [_viewed(call.tensors, views) for call, views in zip(calls, again.views)]
             self._deliver(KeptForward(forward, again.calls, tensors, again.prepared))
             return
-        described = [
-            call.known or self._describe(call.layer, call.number, call.describe, call.output)
-            for call in calls
-        ]
+        described = [call.known if call.make is None else call.make() for call in calls]
         found = [x for x in described if x is not None]
         if not found:
             return
-        kept = KeptForward(forward, [call for call, _ in found], [tensors for _, tensors in found], {})
+        kept = KeptForward(
+            forward, [call for call, _ in found], [tensors for _, tensors in found], WeakKeyDictionary()
+        )
         views = [_views(call, one) for call, one in zip(calls, found)]
         if None not in described and None not in signatures and None not in views:
             self._again[place] = _Again(signatures, kept.calls, views, kept.prepared)
@@ -220,10 +277,10 @@ class _Again(NamedTuple):
     signatures: list[Hashable]
     calls: Sequence[KeptCall]
     views: list[Any]  # for each call a list of four _View
-    prepared: dict[int, Any]
+    prepared: WeakKeyDictionary[object, Any]
 
 
-def _views(raw: _Raw, described: tuple[KeptCall, Tensors]) -> list[_View] | None:
+def _views(raw: _Raw, described: Described) -> list[_View] | None:
     """How the model's own tensors stand for those of the description, in a later forward too; None if they do not."""
     call, tensors = described
     if call.left_out is not None or len(raw.tensors) != len(tensors):
@@ -244,9 +301,7 @@ def _viewed(tensors: Sequence[Tensor], views: Sequence[_View]) -> Any:
         return tuple([x if view is None else x.as_strided(*view) for x, view in zip(tensors, views)])
 
 
-def described(
-    layer: str, number: int, call: AttentionCall, result: Any, padding: Padding
-) -> tuple[KeptCall, Tensors]:
+def described(layer: str, number: int, call: AttentionCall, result: Any, padding: Padding) -> Described:
     """A call that gave `result`, checked and cast. Raises Unmeasurable, ValueError or TypeError if it cannot be."""
     if call.modify is not None:
         raise Unmeasurable("its scores are changed by a function")
@@ -274,12 +329,25 @@ def _by_heads(output: Tensor | None, heads: int, value: Tensor) -> Tensor | None
     return output.detach() if output.shape[3] == width else None
 
 
-def _is_cast(query: Tensor) -> bool:
-    """Whether autocast may change the call's dtype."""
-    return query.dtype == torch.float32 and compat.any_autocast()
+def _capturing(output: Any) -> bool:
+    on_cuda = type(output) is not Tensor or output.is_cuda
+    return on_cuda and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _is_cast(plain: Plain) -> bool:
+    """Whether autocast may change a dtype of the call."""
+    if not compat.any_autocast():
+        return False
+    dtype = torch.get_autocast_dtype(plain.query.device.type)
+    return not plain.query.dtype == plain.key.dtype == plain.value.dtype == dtype
 
 
 def _saved(output: Any, tensors: Sequence[Tensor]) -> bool:
-    """Whether autograd keeps a call's tensors as they are until the backward."""
-    seen = output.requires_grad if type(output) is Tensor else any([x.requires_grad for x in tensors])
-    return seen and not compat.saves_elsewhere()
+    """Whether autograd keeps a call's tensors as they are until the backward.
+
+    A parameter's memory, and so that of its views, is freed by FSDP when its module has run.
+    """
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    if not (isinstance(first, Tensor) and first.requires_grad) or compat.saves_elsewhere():
+        return False
+    return not any([compat.learned(x) for x in tensors[:3]])

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from .. import compat
 from ..engine import api, engines, fold
 from ..engine.call import Call
-from ..engine.extremes import Tensors
 from ..names import call_name, display_name
 from ..reference.context import Context, largest
 from ..reference.masks import take_rows
@@ -25,7 +24,7 @@ from . import observer, scores
 from .call import COMPILED, EAGER, AttentionCall, Unmeasurable, keys_hidden
 from .decoding import Decoding
 from .forwards import Forwards
-from .keeping import KeptCall, KeptForward, KeptLayers, described
+from .keeping import Described, KeptForward, KeptLayers, described
 from .layer_state import LayerState
 from .measurement import Forward, Measurement, without_call
 from .padding import Padding
@@ -211,7 +210,7 @@ class Measurer:
 
     def describe_kept(
         self, layer: str, number: int, describe: Callable[[], AttentionCall], output: Any
-    ) -> tuple[KeptCall, Tensors] | None:
+    ) -> Described | None:
         """The description of a call that gave `output`, and its tensors; None for a call that is not kept."""
         state = self._layers.setdefault(layer, LayerState())
         try:
@@ -221,9 +220,9 @@ class Measurer:
                     state.checked = call.check(call)
                 found = described(layer, min(number, MOST_CALLS - 1), call, output, self.padding)
         except Exception as error:  # the monitor never ends a run
-            self.kept_layers.leave_out(layer, error)
+            self.kept_layers.fail(layer, error)
             return None
-        self.kept_layers.layers.add(layer)
+        self.kept_layers.succeed(layer)
         return found
 
     def _measure(

@@ -180,47 +180,52 @@ def run(
     """
     # A step of which nothing is wanted pays for these two branches alone.
     owner = measuring_owner(find, *args, **kwargs) if active else None
-    if owner is None:
-        return (
-            _kept(original, args, kwargs, describe, find, plain_of) if keeping else original(*args, **kwargs)
-        )
-    described, plain = partial(describe, *args, **kwargs), partial(original, *args, **kwargs)
-    return owner.observer.attend(owner.layer, described, plain)
-
-
-def _kept(
-    original: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    describe: Callable[..., AttentionCall],
-    find: Callable[..., Owner | None] | None,
-    plain_of: Callable[..., Plain | None] | None,
-) -> Any:
-    """Run the call; the observer of its owner keeps it."""
-    if (
-        thread.suspended
-        or thread.receiver is not None
-        or compat.running_backward() != -1
-        or compat.jit_trace()
-    ):
+    if owner is None and not keeping:
         return original(*args, **kwargs)
-    found = next(_running(), None)
-    owner = (
-        found[0] if found is not None and find is None else None if find is None else find(*args, **kwargs)
-    )
-    if owner is None or not owner.observer.keeping:
+    wanted = None if not keeping or _repeats() else _keeping_owner(find, args, kwargs)
+    described = partial(describe, *args, **kwargs)
+    if owner is not None:
+        output = owner.observer.attend(owner.layer, described, partial(original, *args, **kwargs))
+    elif wanted is None:
         return original(*args, **kwargs)
-    thread.suspended = True
-    try:
-        output = original(*args, **kwargs)
-    finally:
-        thread.suspended = False
-    invocation = None
-    if found is not None and found[0].layer == owner.layer:
-        invocation = compat.kept_in(found[1], Invocation)
-    plain = None if plain_of is None else plain_of(*args, **kwargs)
-    owner.observer.keep(owner.layer, invocation, partial(describe, *args, **kwargs), plain, output)
+    else:
+        thread.suspended = True
+        try:
+            output = original(*args, **kwargs)
+        finally:
+            thread.suspended = False
+    if wanted is not None:
+        wanted[0].observer.keep(wanted[0].layer, wanted[1], described, _short(plain_of, args, kwargs), output)
     return output
+
+
+def _repeats() -> bool:
+    """Whether the call is part of one that is seen already, or the second forward of a checkpoint."""
+    seen = thread.suspended or thread.receiver is not None
+    return seen or compat.running_backward() != -1 or bool(compat.jit_trace())
+
+
+def _keeping_owner(
+    find: Callable[..., Owner | None] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Owner, Invocation | None] | None:
+    """Who keeps the call made here, and the invocation of its module if that is the innermost one that runs."""
+    nearest = next(_running(), None)
+    innermost = None if nearest is None else nearest[0]
+    owner = innermost if find is None else find(*args, **kwargs)
+    if owner is None or not owner.observer.keeping:
+        return None
+    if nearest is None or nearest[0].layer != owner.layer:
+        return owner, None
+    return owner, compat.kept_in(nearest[1], Invocation)
+
+
+def _short(
+    plain_of: Callable[..., Plain | None] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Plain | None:
+    try:
+        return None if plain_of is None else plain_of(*args, **kwargs)
+    except TypeError:  # a function of the user's own that takes other arguments
+        return None
 
 
 def measuring_owner(

@@ -37,6 +37,11 @@ class Padding(threading.local):
         self.query_mask: Tensor | None = None
         self._last: _SelfAttention | None = None
 
+    @property
+    def known(self) -> bool:
+        """Whether some queries may be left out of a call without a mask."""
+        return self.query_mask is not None or (self._last is not None and self._last.padding is not None)
+
     def left_out(
         self,
         layer: str,

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 _Made = TypeVar("_Made")
+#: Results that are kept: a copy and the hidden keys of two masks, as of self- and cross-attention.
+MOST_MADE = 4
 
 
 class _Thread(threading.local):
@@ -43,6 +45,8 @@ def once(what: Hashable, mask: Tensor, make: Callable[[], _Made]) -> _Made:
     place = what, mask.data_ptr(), mask._version, mask.shape, mask.stride(), mask.dtype, mask.device
     found = made.get(place)
     if found is None:
+        while len(made) >= MOST_MADE:  # a model with a mask for each layer would fill the memory
+            made.pop(next(iter(made)))
         found = made[place] = mask, make()
     result: _Made = found[1]
     return result

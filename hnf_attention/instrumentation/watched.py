@@ -11,14 +11,14 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ..engine.extremes import Tensors
 from ..names import named_modules, unwrapped
 from . import forwards, observer
 from .call import EAGER, AttentionCall
 from .compiled import layers
 from .forwards import Forwards
-from .keeping import Keeper, KeptCall, KeptForward, KeptLayers, Pending, Plain
+from .keeping import Described, Keeper, KeptForward, KeptLayers, Pending, Plain
 from .measurement import Forward, Measurement
+from .padding import Padding
 from .patches import Patch
 
 _log = logging.getLogger("hnf_attention")
@@ -28,13 +28,15 @@ class Member(observer.Observer, Protocol):
     """One handle of a model.
 
     mode: as for `instrument`. on_forward_end: gets each forward of the model when it has ended. on_kept: gets the calls
-    that were kept, of one forward at a time. kept_layers: of which layers.
+    that were kept, of one forward at a time. kept_layers: of which layers not.
+    padding: which queries of its calls are padding.
     """
 
     mode: str
     on_forward_end: Callable[[Forward], None] | None
     on_kept: Callable[[KeptForward], None] | None
     kept_layers: KeptLayers
+    padding: Padding
 
     @property
     def holder(self) -> Any:
@@ -42,7 +44,7 @@ class Member(observer.Observer, Protocol):
 
     def describe_kept(
         self, layer: str, number: int, describe: Callable[[], AttentionCall], output: Any
-    ) -> tuple[KeptCall, Tensors] | None:
+    ) -> Described | None:
         """The description of a call that gave `output`, and its tensors; None for a call that is not kept."""
 
     def restore(self) -> None:
@@ -58,7 +60,7 @@ class Watched:
     def __init__(self, model: nn.Module):
         self.root = weakref.ref(model)
         self.forwards = Forwards(self._forward_ended)
-        self._keeper = Keeper(self._describe, self._deliver)
+        self._keeper = Keeper(self._deliver)
         self._keeps: weakref.ref[Member] | None = None
         self._members: dict[int, weakref.ref[Member]] = {}
         self._registered: list[weakref.ref[nn.Module]] = []
@@ -104,9 +106,9 @@ class Watched:
         with self._lock:
             self._members.pop(identity, None)
             self.renew_keeping()
+            self._keeper.forget()
             if self._members:
                 return
-            self._keeper.forget()
             for reference in self._registered:
                 module = reference()
                 if module is not None:
@@ -151,32 +153,30 @@ class Watched:
         plain: Plain | None,
         output: Any,
     ) -> None:
-        member = None if self._keeps is None else self._keeps()
+        member = None if self._keeps is None else self._keeps()  # it describes for all
+        if member is None or member.kept_layers.rests(layer):
+            return
         try:
-            if member is None or layer in member.kept_layers.left_out:
-                return
             place = self.forwards.kept(layer, invocation)
             if place[0].training:
-                self._keeper.add(place, layer, describe, plain, output)
+                if plain is not None and member.padding.known:
+                    plain = None  # which queries are padding has to be asked in the order of the calls
+                make = partial(member.describe_kept, layer, place[1], describe, output)
+                self._keeper.add(place, layer, plain, make, output)
         except Exception as error:  # the monitor never ends a run
-            if member is not None:
-                member.kept_layers.leave_out(layer, error)
-
-    def _describe(
-        self, layer: str, number: int, describe: Callable[[], AttentionCall], output: Any
-    ) -> tuple[KeptCall, Tensors] | None:
-        member = None if self._keeps is None else self._keeps()  # it describes for all
-        return None if member is None else member.describe_kept(layer, number, describe, output)
+            member.kept_layers.fail(layer, error)
 
     def _deliver(self, kept: KeptForward) -> None:
         for member in self.members:
-            if member.keeping and member.on_kept is not None:
-                try:
+            if not member.keeping or member.on_kept is None:
+                continue
+            try:
+                with self._lock:
                     member.on_kept(kept)
-                except Exception as error:  # the monitor never ends a run
-                    for call in kept.calls:
-                        member.kept_layers.leave_out(call.layer, error)
-                    _log.warning("hnf-attention: no extremes are taken of these calls", exc_info=True)
+            except Exception as error:  # the monitor never ends a run
+                for call in kept.calls:
+                    member.kept_layers.fail(call.layer, error)
+                _log.debug("hnf-attention: no extremes were taken of these calls", exc_info=True)
 
     def observe(
         self, layer: str, interceptor: str, measure: Callable[[], Measurement], place: str = EAGER
@@ -201,7 +201,10 @@ class Watched:
 
     def _forward_ended(self, forward: Forward, pending: Pending) -> None:
         if pending.calls:
-            self._keeper.flush(forward, pending)
+            try:
+                self._keeper.flush(forward, pending)
+            except Exception:  # the monitor never ends a run
+                _log.warning("hnf-attention: the calls of a forward could not be read", exc_info=True)
         for member in self.members:
             if member.on_forward_end is not None:
                 try:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -17,31 +17,46 @@ from .accumulators import Kind, Place
 
 if TYPE_CHECKING:
     from ..instrumentation.keeping import KeptForward
+    from ..instrumentation.measurement import Forward
 
 
 class StepExtremes:
-    """One result for each kind of call, on the device where its calls run; they lie there until they are read."""
+    """One result for each kind of call, on the device where its calls run; they lie there until they are read.
+
+    Forwards under grad are counted here, from 1, whether their calls are kept or measured. Users hold `lock`.
+    """
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
         self._results: dict[Place, Tensor] = {}
-        self._forwards: list[tuple[int, int]] = []  # number and step of the forwards since the last reading
-        self._phase = 0
+        self._raised: set[Place] = set()  # since they were read
+        self._numbers: dict[int, int] = {}  # of the forwards that ran since, by `Forward.number`
+        self._steps: dict[int, int] = {}  # by these numbers
+        self._count = 0
 
-    def prepared(self, kinds: Sequence[Kind], kept: KeptForward) -> engine.Prepared:
+    def number(self, forward: Forward, step: int) -> int:
+        """The number of a forward under grad, which is part of that step."""
+        known = self._numbers.get(forward.number)
+        if known is None:
+            self._count += 1
+            known = self._numbers[forward.number] = self._count
+            self._steps[known] = step
+        return known
+
+    def prepared(self, kinds: Sequence[Kind], kept: KeptForward) -> Prepared:
         """What `record` needs for calls of these kinds, and for later ones of the same descriptions."""
-        calls = []
-        for kind, call, tensors in zip(kinds, kept.calls, kept.tensors):
-            result = self._result((kind, call.device))
-            calls.append(engine.Call(tensors, call.options, call.left_out, result))
-        return engine.Prepared(calls)
+        places = [(kind, call.device) for kind, call in zip(kinds, kept.calls)]
+        calls = [
+            engine.Call(tensors, call.options, call.left_out, self._result(place))
+            for place, call, tensors in zip(places, kept.calls, kept.tensors)
+        ]
+        return Prepared(places, engine.Prepared(calls))
 
-    def record(self, prepared: engine.Prepared, kept: KeptForward, step: int) -> None:
+    def record(self, prepared: Prepared, kept: KeptForward, step: int) -> None:
         """Raise the results by calls of one forward, without waiting for the device."""
-        number = kept.forward.number
-        if not self._forwards or self._forwards[-1][0] != number:
-            self._forwards.append((number, step))
-            self._phase += 1
-        prepared.run(kept.tensors, number, self._phase)
+        number = self.number(kept.forward, step)
+        self._raised.update(prepared.places)
+        prepared.calls.run(kept.tensors, number, number)
 
     def _result(self, place: Place) -> Tensor:
         if place not in self._results:
@@ -49,34 +64,37 @@ class StepExtremes:
                 self._results[place] = reference.new_result(place[0].num_heads, place[1])
         return self._results[place]
 
-    def results(self) -> Iterator[tuple[Place, Tensor]]:
-        """The results that were raised since the last reading, if any."""
-        return iter(self._results.items() if self._forwards else ())
+    def results(self, kinds: Collection[Kind]) -> list[tuple[Place, Tensor]]:
+        """The results of these kinds that were raised since they were read."""
+        return [(place, self._results[place]) for place in self._results if self._is_read(place, kinds)]
 
-    def restart(self) -> Steps:
-        """Start anew. Returns the steps of the forwards until now, for `decoded`."""
-        for result in self._results.values() if self._forwards else ():
-            result.fill_(reference.NONE)
-        forwards, self._forwards = self._forwards, []
-        return Steps(forwards)
+    def _is_read(self, place: Place, kinds: Collection[Kind]) -> bool:
+        return place in self._raised and place[0] in kinds
+
+    def restart(self, kinds: Collection[Kind] | None = None) -> Mapping[int, int]:
+        """Start the results of these kinds anew, None for all. Returns the steps of forwards, for `decoded`."""
+        steps = self._steps
+        for place in [x for x in self._raised if kinds is None or x[0] in kinds]:
+            self._results[place].fill_(reference.NONE)
+            self._raised.discard(place)
+        if not self._raised:
+            self._numbers, self._steps = {}, {}
+        return steps
 
 
-class Steps:
-    """Which step each forward was part of."""
+class Prepared(NamedTuple):
+    """places: of the results. calls: what raises them."""
 
-    def __init__(self, forwards: Sequence[tuple[int, int]]) -> None:
-        self._numbers = [number for number, _ in forwards]
-        self._steps = [step for _, step in forwards]
+    places: list[Place]
+    calls: engine.Prepared
 
-    def decoded(self, results: np.ndarray) -> np.ndarray:
-        """STEP_FIELDS (fields, H) of results (fields, H), int32."""
-        found = reference.decoded(results)
-        firsts = np.where(np.isneginf(found[2:]), -np.inf, -self._step_of(-found[2:]))
-        return np.concatenate([found[:2], firsts, found[2:].max(0, keepdims=True)])
 
-    def _step_of(self, numbers: np.ndarray) -> np.ndarray:
-        places = [bisect_right(self._numbers, number) - 1 for number in np.ravel(numbers).tolist()]
-        return np.reshape([float(self._steps[place]) for place in places], numbers.shape)
+def decoded(results: np.ndarray, steps: Mapping[int, int]) -> np.ndarray:
+    """STEP_FIELDS (fields, H) of results (fields, H). steps: by the numbers of forwards."""
+    found = reference.decoded(results)
+    latest = found[2:].max(0)  # minus the first forward of any tensor
+    numbers = [-steps.get(int(-number), 0) if np.isfinite(number) else -np.inf for number in latest.tolist()]
+    return np.concatenate([found, [numbers]])
 
 
 def with_steps(folded: np.ndarray | None, steps: np.ndarray | None, num_heads: int) -> np.ndarray:

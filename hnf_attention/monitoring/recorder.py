@@ -24,7 +24,7 @@ from ..statistics.heads import Forwards, HeadStats, Snapshot
 from .accumulators import Kind, Lane, Lanes
 from .agreement import Together
 from .cadence import Cadence
-from .extremes import StepExtremes, with_steps
+from .extremes import StepExtremes, decoded, with_steps
 from .history import HISTORY_BYTES, History
 from .process_groups import CallName, Part, Reading
 
@@ -130,6 +130,8 @@ class Recorder:
         cadence, kept, names = self.cadence.at(step), History(self.history.limit), set(repeated)
         kept.extend(history)
         self.cadence, self.history, self.repeated = cadence, kept, names
+        with self._extremes.lock:  # of steps that the earlier run will do again
+            self._extremes.restart()
         self._measure()
 
     @contextmanager
@@ -154,11 +156,11 @@ class Recorder:
         self._measure()
 
     def _measure(self) -> None:
-        measuring = self._holds == 0 and self.cadence.measures_next
-        self._instrumentation.measuring = measuring
-        self._instrumentation.keeping = (
-            self._every_step and self._holds == 0 and not measuring and self.cadence.running
-        )
+        goes_on = self._holds == 0 and self.cadence.running
+        self._instrumentation.measuring = goes_on and self.cadence.measures_next
+        # A log step is looked at whole.
+        log_step = self.step + 1 == self.cadence.next_log_step
+        self._instrumentation.keeping = goes_on and self._every_step and not log_step
 
     def record(self, measurement: Measurement) -> None:
         """Fold one attention call into its layer's accumulator, on the device, without waiting for it."""
@@ -168,6 +170,9 @@ class Recorder:
         layer, heads, head_dim = measurement.layer, rows.shape[1], measurement.head_dim
         kind = Kind(layer, measurement.call, training, heads, head_dim, measurement.dtype)
         lane = self._lanes.of(forward if told else None)
+        if self._every_step and forward is not None and training:
+            with self._extremes.lock:
+                self._extremes.number(forward, self.step + 1)
         try:
             with self._lock:
                 self._note(kind, measurement.sample_period)
@@ -186,13 +191,14 @@ class Recorder:
 
     def record_kept(self, kept: KeptForward) -> None:
         """Take in calls that were not measured, of one forward under grad."""
-        with self._lock:
-            prepared = kept.prepared.get(id(self))
+        with self._extremes.lock:
+            prepared = kept.prepared.get(self)
             if prepared is None:
                 kinds = [Kind(x.layer, x.call, True, x.heads, x.head_dim, x.dtype) for x in kept.calls]
-                for kind in kinds:
-                    self._note(kind, 1)
-                prepared = kept.prepared[id(self)] = self._extremes.prepared(kinds, kept)
+                with self._lock:
+                    for kind in kinds:
+                        self._note(kind, 1)
+                prepared = kept.prepared[self] = self._extremes.prepared(kinds, kept)
             self._extremes.record(prepared, kept, self.step + 1)
 
     def _note(self, kind: Kind, period: int) -> None:
@@ -263,37 +269,40 @@ class Recorder:
 @torch.no_grad()
 def _copy_to_host(
     lanes: list[Lane], extremes: StepExtremes
-) -> list[tuple[Kind, np.ndarray | None, np.ndarray | None]]:
-    """What was folded, (NUM_FOLDED, H), or the extremes of other steps, (STEP_FIELDS, H), of each kind of call.
+) -> list[tuple[Kind, np.ndarray, np.ndarray | None]]:
+    """What was folded, (NUM_FOLDED, H), and the extremes of other steps, (STEP_FIELDS, H), of each kind of call.
 
-    Everything starts anew. The host waits for each device once.
+    What is read starts anew. The host waits for each device once.
     """
     folds: dict[torch.device, list[tuple[Kind, Tensor]]] = {}
     for lane in lanes:
         for (kind, device), accumulator in lane.working.items():
             folds.setdefault(device, []).append((kind, accumulator))
-    results: dict[torch.device, list[tuple[Kind, Tensor]]] = {}
-    for (kind, device), result in extremes.results():
-        results.setdefault(device, []).append((kind, result))
-    copies = []
-    for device in dict.fromkeys((*folds, *results)):
-        parts = [fold.collect([x for _, x in folds[device]])] if device in folds else []
-        if device in results:
-            together = torch.cat([x for _, x in results[device]], 1)
-            parts.append(together.to(parts[0]) if parts else together)
-        flat = torch.cat([x.flatten() for x in parts]).cpu().numpy()
-        copies.append((device, np.split(flat, np.cumsum([x.numel() for x in parts[:-1]]))))
-    steps = extremes.restart()
+    with extremes.lock:
+        results: dict[torch.device, list[tuple[Kind, Tensor]]] = {}
+        for (kind, device), result in extremes.results({kind for of in folds.values() for kind, _ in of}):
+            results.setdefault(device, []).append((kind, result))
+        copies = []
+        for device in folds:
+            parts = [fold.collect([x for _, x in folds[device]])]
+            if device in results:
+                parts.append(torch.cat([x for _, x in results[device]], 1).to(parts[0]))
+            flat = torch.cat([x.flatten() for x in parts]).cpu().numpy()
+            copies.append((device, np.split(flat, [parts[0].numel()])))
+        read: list[tuple[Kind, np.ndarray, np.ndarray | None]] = []
+        done: set[Kind] = set()
+        steps = extremes.restart(())
+        for device, (folded, found) in copies:
+            between = dict(_columns(results[device], found)) if device in results else {}
+            for kind, part in _columns(folds[device], folded):
+                # A layer that did not run keeps its extremes for the next reading.
+                known = part[_SEEN].any() and kind in between and kind not in done
+                read.append((kind, part, decoded(between[kind], steps) if known else None))
+                if known:
+                    done.add(kind)
+        extremes.restart(done)
     for lane in lanes:
         lane.reset()
-    read: list[tuple[Kind, np.ndarray | None, np.ndarray | None]] = []
-    for device, arrays in copies:
-        if device in folds:
-            read += [(kind, part, None) for kind, part in _columns(folds[device], arrays[0])]
-        if device in results:
-            read += [
-                (kind, None, steps.decoded(part)) for kind, part in _columns(results[device], arrays[-1])
-            ]
     return read
 
 

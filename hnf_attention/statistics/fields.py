@@ -59,11 +59,11 @@ MAX_FIELDS = (
 STEP_FIELDS = (
     "max_logit",  # nats, over one block of rows of each sequence in each forward
     "logit_range",  # nats, over the same rows
-    "neg_first_query",  # minus the number of the first step whose queries held NaN or inf
+    "neg_first_query",  # minus the number of the first forward whose queries held NaN or inf
     "neg_first_key",
     "neg_first_value",
     "neg_first_out",
-    "neg_first_forward",  # minus the number of the first forward in which any of them did
+    "neg_first_step",  # minus the number of the first step in which any of them did
 )
 NUM_SUMS = len(SUM_FIELDS) + HISTOGRAM_BINS
 NUM_FOLDED = NUM_SUMS + len(MAX_FIELDS)

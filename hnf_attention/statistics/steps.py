@@ -32,7 +32,10 @@ class HeadSteps:
 
     @property
     def first_nonfinite_query(self) -> np.ndarray:
-        """Number of the first step whose queries held NaN or inf, as far as the output did, too."""
+        """Number of the first forward whose queries held NaN or inf, of those whose output was not finite.
+
+        Forwards under grad are counted, from the first one that the monitor saw.
+        """
         return -self._step("neg_first_query")
 
     @property
@@ -47,16 +50,16 @@ class HeadSteps:
 
     @property
     def first_nonfinite_out(self) -> np.ndarray:
-        """Number of the first step whose outputs held NaN or inf."""
+        """Number of the first forward whose outputs held NaN or inf."""
         return -self._step("neg_first_out")
 
     @property
-    def first_nonfinite_step(self) -> np.ndarray:
-        """Number of the first step in which queries, keys, values or outputs held NaN or inf."""
+    def first_nonfinite_forward(self) -> np.ndarray:
+        """Number of the first forward in which queries, keys, values or outputs held NaN or inf."""
         firsts = (self.first_nonfinite_query, self.first_nonfinite_key, self.first_nonfinite_value)
         return np.fmin(np.fmin.reduce(firsts), self.first_nonfinite_out)
 
     @property
-    def first_nonfinite_forward(self) -> np.ndarray:
-        """Number of the forward in which that was, counted from the first that was measured or kept."""
-        return -self._step("neg_first_forward")
+    def first_nonfinite_step(self) -> np.ndarray:
+        """Number of the step that this forward was part of."""
+        return -self._step("neg_first_step")

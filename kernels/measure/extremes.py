@@ -76,7 +76,7 @@ def _on_device(numbers: tuple[int, ...], device: torch.device, stream: int) -> t
 
     stream: the one that reads them, which alone waits for the copy.
     """
-    table = torch.tensor(numbers, dtype=torch.int64)
+    table = torch.tensor(numbers, dtype=torch.int64, device="cpu")  # whatever the default device is
     if device.type == "cpu":
         return table
     return table.pin_memory().to(device, non_blocking=True)

@@ -76,7 +76,7 @@ def _passing(step: int, layer: str, first: First) -> StabilityIssue:
 
 
 def _first_text(first: First) -> str:
-    """'the queries and the output of head 3 hold NaN or inf at step 37, in forward 37'."""
+    """'queries and outputs of head 3 hold NaN or inf at step 37, in forward 37'."""
     names = {"query": "queries", "key": "keys", "value": "values", "out": "outputs"}
     words = [names[name] for name in first.tensors]
     what = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
@@ -106,12 +106,14 @@ def _first_issue(step: int, origin: Origin, first: First) -> StabilityIssue:
     """Of NaN or inf that began in a step before the first snapshot that shows it."""
     name = display_name(origin.layer)
     why, suggestion, what, cure = _explained(origin)
+    now = next(layer for layer, stats in origin.snapshot.layers.items() if broken_heads(stats).any())
+    there = "there" if now == origin.layer else f"in layer {display_name(now)}"
     evidence = (
-        f"layer {name}: {_first_text(first)}, and NaN or inf is still there at step {step}; this layer is the first to "
-        f"show it; {why}"
+        f"layer {name}: {_first_text(first)}, which no layer did before; NaN or inf is {there} at step {step} too; "
+        f"{why}"
     )
     head = first.heads[0] if len(first.heads) == 1 else None
-    brief = f"since step {first.step}: {what} -> {cure}"
+    brief = f"first at step {first.step}: {what} -> {cure}"
     return make_issue(
         "non_finite",
         "error",
