@@ -9,13 +9,14 @@ import hnf_attention
 from hnf_attention import compat
 from hnf_attention.compat import dynamo
 
+FILES = ("test_compat.py", "test_compat_dynamo.py", "test_compat_distributed.py", "test_transforms.py")
 HERE = Path(__file__).parent
 PACKAGE = Path(hnf_attention.__file__).parent
 
 
 def entries_with_a_test():
     """The entries that the marks `carried_by` name."""
-    for name in ("test_compat.py", "test_compat_dynamo.py", "test_compat_distributed.py"):
+    for name in FILES:
         for node in ast.walk(ast.parse((HERE / name).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "carried_by":
                 yield from map(ast.literal_eval, node.args)
