@@ -155,6 +155,13 @@ def test_vmap_of_packed_sequences_and_of_samples():
     torch.testing.assert_close(vmap(both)(query), tuple(map(torch.stack, zip(*map(both, query)))))
 
 
+def test_second_derivatives_of_the_statistics_alone():
+    query, key, *_ = arguments()
+    got = hessian(lambda q, k: attention_stats(q, k).entropy.sum(), (0, 1))(query, key)
+    wanted = hessian(lambda q, k: attention(q, k, k)[1].entropy.sum(), (0, 1))(query, key)
+    torch.testing.assert_close(got, wanted)
+
+
 def in_mode(mode):
     def run(f):
         with mode():
