@@ -95,6 +95,28 @@ running_backward: Callable[[], int] = _find("_C._current_graph_task_id", lambda:
 Missing: -1. The second forward of an activation checkpoint is then recorded like the first.
 """
 
+_saving: Callable[[bool], Any] = _find("_C._autograd._top_saved_tensors_default_hooks", lambda _: None)
+
+
+def saves_elsewhere() -> bool:
+    """Whether what autograd saves now goes through hooks, as in a checkpoint, which keeps none of it.
+
+    Missing: False. Tensors of a checkpoint may then be held until the end of the forward.
+    """
+    return _saving(False) is not None
+
+
+_raw_stream: Callable[[int], int] = _find("_C._cuda_getCurrentRawStream", lambda _: 0)
+
+
+def current_stream(device: torch.device) -> int:
+    """The number of the current stream of a CUDA device, 0 on any other; quicker than `torch.cuda.current_stream`.
+
+    Missing: 0. A model that runs layers on streams of its own may then be read too early.
+    """
+    return _raw_stream(device.index) if device.type == "cuda" else 0
+
+
 any_autocast: Callable[[], bool] = _find("_C._is_any_autocast_enabled", lambda: True)
 """Whether autocast is on for some device; it leaves out MPS. Ten times cheaper than the question about one device.
 

@@ -95,6 +95,13 @@ class AttentionCall:
             "sinks": self.sinks,
         }
 
+    def output(self, result: Any) -> Tensor | None:
+        """The output of the model's own attention, (B, H or 1, M, any), from what it returned; None if not known."""
+        output = None if self.output_of is None else self.output_of(result)
+        batch, heads, num_queries, _ = self.query.shape
+        shapes = [(batch, most, num_queries) for most in (1, heads)]
+        return output if isinstance(output, Tensor) and tuple(output.shape[:3]) in shapes else None
+
     def cast(self) -> None:
         """Bring the tensors to the dtype that the model's attention computes in."""
         self.query, self.key, self.value, self.attn_mask = autocast(

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from torch import nn
 from .. import compat
 from .call import EAGER, AttentionCall
 from .measurement import Measurement
+
+if TYPE_CHECKING:
+    from .keeping import Plain
 
 TRANSFORMED = "it runs inside a transform of torch.func"
 _MODULE_CALL = compat.module_call_code
@@ -31,6 +34,23 @@ class Observer(Protocol):
     @property
     def measuring(self) -> bool:
         """Whether calls are measured now."""
+
+    @property
+    def keeping(self) -> bool:
+        """Whether calls that are not measured are kept until their forward ends, for the extremes of every step."""
+
+    def keep(
+        self,
+        layer: str,
+        invocation: Invocation | None,
+        describe: Callable[[], AttentionCall],
+        plain: Plain | None,
+        output: Any,
+    ) -> None:
+        """Keep a call of `layer` that gave `output`. No error comes out.
+
+        invocation: of the layer's module, None if it is not the innermost one that runs. plain: the call in short.
+        """
 
     def attend(self, layer: str, describe: Callable[[], AttentionCall], original: Callable[[], Any]) -> Any:
         """Run one attention call of `layer`, measure it, and return what `original()` returns or our output like it.
@@ -56,8 +76,10 @@ class Observer(Protocol):
         """Whether the user says that each softmax of this module over its last dimension is attention."""
 
 
-#: ids of the observers that measure now. While it is empty, an interceptor goes to the original at once.
+#: ids of the observers that measure now, and of those that keep calls. While both are empty, an interceptor goes to the
+#: original at once.
 active: set[int] = set()
+keeping: set[int] = set()
 _registry: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Observer], str]] = (
     weakref.WeakKeyDictionary()
 )
@@ -145,17 +167,56 @@ def run(
     kwargs: dict[str, Any],
     describe: Callable[..., AttentionCall],
     find: Callable[..., Owner | None] | None = None,
+    plain_of: Callable[..., Plain | None] | None = None,
 ) -> Any:
     """Run an intercepted attention call `original(*args, **kwargs)`, measured where somebody measures it.
 
-    describe: makes the call's description from the same arguments. find: as for `measuring_owner`.
+    describe: makes the call's description from the same arguments. find: as for `measuring_owner`. plain_of: says the
+    call in short, None for a call that only the description says.
     """
-    # A step that is not measured pays for this branch alone.
+    # A step of which nothing is wanted pays for these two branches alone.
     owner = measuring_owner(find, *args, **kwargs) if active else None
     if owner is None:
-        return original(*args, **kwargs)
+        return (
+            _kept(original, args, kwargs, describe, find, plain_of) if keeping else original(*args, **kwargs)
+        )
     described, plain = partial(describe, *args, **kwargs), partial(original, *args, **kwargs)
     return owner.observer.attend(owner.layer, described, plain)
+
+
+def _kept(
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    describe: Callable[..., AttentionCall],
+    find: Callable[..., Owner | None] | None,
+    plain_of: Callable[..., Plain | None] | None,
+) -> Any:
+    """Run the call; the observer of its owner keeps it."""
+    if (
+        thread.suspended
+        or thread.receiver is not None
+        or compat.running_backward() != -1
+        or compat.jit_trace()
+    ):
+        return original(*args, **kwargs)
+    found = next(_running(), None)
+    owner = (
+        found[0] if found is not None and find is None else None if find is None else find(*args, **kwargs)
+    )
+    if owner is None or not owner.observer.keeping:
+        return original(*args, **kwargs)
+    thread.suspended = True
+    try:
+        output = original(*args, **kwargs)
+    finally:
+        thread.suspended = False
+    invocation = None
+    if found is not None and found[0].layer == owner.layer:
+        invocation = compat.kept_in(found[1], Invocation)
+    plain = None if plain_of is None else plain_of(*args, **kwargs)
+    owner.observer.keep(owner.layer, invocation, partial(describe, *args, **kwargs), plain, output)
+    return output
 
 
 def measuring_owner(
@@ -169,6 +230,15 @@ def measuring_owner(
         return None
     found = running_owner() if find is None else find(*args, **kwargs)
     return found if found is not None and found.observer.measuring else None
+
+
+def wanting_owner(find: Callable[..., Owner | None], /, *args: Any, **kwargs: Any) -> Owner | None:
+    """The owner that measures or keeps the attention called here, None where nobody does. find: finds the owner."""
+    owner = measuring_owner(find, *args, **kwargs)
+    if owner is not None or not keeping:
+        return owner
+    owner = find(*args, **kwargs)
+    return owner if owner is not None and owner.observer.keeping else None
 
 
 def list_transformed(find: Callable[..., Owner | None] | None = None, /, *args: Any, **kwargs: Any) -> None:
