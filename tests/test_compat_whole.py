@@ -9,7 +9,8 @@ import hnf_attention
 from hnf_attention import compat
 from hnf_attention.compat import dynamo
 
-FILES = ("test_compat.py", "test_compat_dynamo.py", "test_compat_distributed.py", "test_transforms.py")
+FILES = ("test_compat.py", "test_compat_dynamo.py", "test_compat_distributed.py")
+FILES += ("test_transforms.py", "test_transforms_of_models.py")
 HERE = Path(__file__).parent
 PACKAGE = Path(hnf_attention.__file__).parent
 
