@@ -89,17 +89,21 @@ TRANSFORMS = {
     "reverse over forward": lambda f: jacrev(jacfwd(f, (0, 3)), (1, 4))(*arguments()),
     "forward over forward": lambda f: jacfwd(jacfwd(f, 0), (1, 4))(*arguments()),
     "third": third,
-    "make_fx of grad": lambda f: make_fx(grad(f, ALL))(*arguments())(*arguments()),
 }
-LINEARIZE = pytest.param(
-    lambda f: linearize(f, *arguments())[1](*arguments()), marks=pytest.mark.slow, id="linearize"
-)
+TRACED = {
+    "make_fx of grad": lambda f: make_fx(grad(f, ALL))(*arguments())(*arguments()),
+    "linearize": lambda f: linearize(f, *arguments())[1](*arguments()),
+}
 
 
-@pytest.mark.parametrize(
-    "transformed", [*(pytest.param(x, id=name) for name, x in TRANSFORMS.items()), LINEARIZE]
-)
+@pytest.mark.parametrize("transformed", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_transforms_of_torch_func(transformed):
+    same(transformed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transformed", TRACED.values(), ids=TRACED)
+def test_traced_transforms_of_torch_func(transformed):
     same(transformed)
 
 

@@ -69,6 +69,7 @@ def leaves(rows):
     return [x for x in vars(rows).values() if x is not None]
 
 
+@pytest.mark.slow
 def test_an_exported_model_takes_row_statistics():
     query, key, _ = qkv()
     rows = attention_stats(query, key)
