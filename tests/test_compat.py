@@ -159,10 +159,10 @@ def test_what_is_kept_in_a_frame_stays_as_long_as_the_call():
     def call(depth):
         frame, made = sys._getframe(), []
         for _ in range(2):
-            made.append(compat.kept_in(frame, object))
+            made.append(compat.kept_in(frame.f_locals, object))
             depth += 1  # the frame's variables are read anew
         inner = call(depth) if depth < 4 else None
-        assert made[0] is made[1] is compat.kept_in(frame, object) and made[0] is not inner
+        assert made[0] is made[1] is compat.kept_in(frame.f_locals, object) and made[0] is not inner
         return made[0]
 
     assert call(0) is not call(0)

@@ -141,13 +141,12 @@ def runs_graph(frame: FrameType) -> bool:
 _KEPT = "_hnf_attention_invocation"
 
 
-def kept_in(frame: FrameType, make: Callable[[], Any]) -> Any:
+def kept_in(variables: dict[str, Any], make: Callable[[], Any]) -> Any:
     """An object that stays with the frame of one function call, made when it is first asked for.
 
-    It is one more item of `frame.f_locals`, which CPython keeps as long as the frame (the tests ran with 3.11).
-    Missing: made anew each time. Each call of a layer then counts as an invocation of its own.
+    variables: `f_locals` of the frame. The object is one more item of it, which CPython keeps as long as the frame (the
+    tests ran with 3.11). Missing: made anew each time. Each call of a layer then counts as an invocation of its own.
     """
-    variables = frame.f_locals
     found = variables.get(_KEPT)
     if found is None:
         found = variables[_KEPT] = make()

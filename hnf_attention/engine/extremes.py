@@ -42,16 +42,16 @@ class Prepared:
                 groups.setdefault(_kind(tensors, options, left_out), []).append(place)
             else:
                 self._by_reference.append((place, options, left_out, result))
+        self._copies = False  # some tensor has another inner stride than 1
         self._launches: list[tuple[Any, list[int]]] = []
-        kernel = engines.kernel("measure.extremes") if groups else None
         for places in groups.values():
-            first = calls[places[0]]
+            kernel, first = engines.kernel("measure.extremes"), calls[places[0]]
             with engines.on_device(first.tensors[0]):
-                tensors = [kernel.Tensors(*map(_with_inner_stride, calls[place].tensors)) for place in places]
+                given = [calls[place].tensors for place in places]
+                mine = [kernel.Tensors(*map(_with_inner_stride, call)) for call in given]
+                self._copies |= any(x is not y for pair in zip(mine, given) for x, y in zip(*pair))
                 results = [calls[place].result for place in places]
-                self._launches.append(
-                    (kernel.Launch(tensors, results, first.options, first.left_out), places)
-                )
+                self._launches.append((kernel.Launch(mine, results, first.options, first.left_out), places))
 
     @torch.no_grad()
     def run(self, calls: Sequence[Tensors], number: int, phase: int) -> None:
@@ -60,10 +60,11 @@ class Prepared:
         calls: as many as it was prepared for, in their order. number: of this forward, 1 to 2^31 - 1. phase: as for
         `raise_result`; the n-th call of a launch is n phases ahead.
         """
-        kernel = engines.kernel("measure.extremes") if self._launches else None
         for launch, places in self._launches:
             with engines.on_device(calls[places[0]][0]):
-                mine = [kernel.Tensors(*map(_with_inner_stride, calls[place])) for place in places]
+                mine = [calls[place] for place in places]
+                if self._copies:
+                    mine = [tuple(map(_with_inner_stride, call)) for call in mine]  # type: ignore[misc]
                 launch.run(mine, number, phase)
         for place, options, left_out, result in self._by_reference:
             with engines.no_autocast(calls[place][0]):

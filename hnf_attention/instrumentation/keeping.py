@@ -149,26 +149,26 @@ class Keeper:
         """Take in a call. place: its forward, its number there, and what is pending of it, None if no end is told."""
         forward, number, pending = place
         known = None
-        if plain is None or compat.any_autocast() and plain.query.dtype == torch.float32:
+        if plain is None or type(output) is not Tensor or _is_cast(plain.query):
             # A mask may be overwritten, and autocast be left, before the forward ends.
             known, plain = self._describe(layer, number, describe, output), None
             if known is None:
                 return
-        own = (*plain[:3], output) if known is None and plain is not None else known[1] if known else ()
-        tensors = tuple([x for x in own if type(x) is Tensor])
+            tensors: tuple[Tensor, ...] = tuple([x for x in known[1] if x is not None])
+        else:
+            tensors = plain.query, plain.key, plain.value, output
         if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return  # a CUDA graph can take in no table of addresses
-        raw = _Raw(layer, number, describe, plain, output, known, tensors, ())
-        if pending is None or not torch.is_grad_enabled() or not _saved(tensors):
-            self._hand_on(forward, [raw])
+        if pending is None or not _saved(output, tensors):
+            self._hand_on(forward, [_Raw(layer, number, describe, plain, output, known, tensors, ())])
             return
-        raw.versions = tuple([x._version for x in tensors])
+        versions = tuple([x._version for x in tensors])
         stream = compat.current_stream(tensors[0].device)
         if pending.calls and stream != pending.stream:
             self.flush(forward, pending)
         pending.stream = stream
-        pending.calls.append(raw)
-        pending.bytes += sum([x.nbytes for x in tensors])
+        pending.calls.append(_Raw(layer, number, describe, plain, output, known, tensors, versions))
+        pending.bytes += 4 * tensors[0].nbytes
         if pending.bytes > MOST_BYTES:
             self.flush(forward, pending)
 
@@ -275,6 +275,12 @@ def _by_heads(output: Tensor | None, heads: int, value: Tensor) -> Tensor | None
     return output.detach() if output.shape[3] == width else None
 
 
-def _saved(tensors: Sequence[Tensor]) -> bool:
+def _is_cast(query: Tensor) -> bool:
+    """Whether autocast may change the call's dtype."""
+    return query.dtype == torch.float32 and compat.any_autocast()
+
+
+def _saved(output: Any, tensors: Sequence[Tensor]) -> bool:
     """Whether autograd keeps a call's tensors as they are until the backward."""
-    return any([x.requires_grad for x in tensors]) and not compat.saves_elsewhere()
+    seen = output.requires_grad if type(output) is Tensor else any([x.requires_grad for x in tensors])
+    return seen and not compat.saves_elsewhere()

@@ -39,19 +39,6 @@ class Observer(Protocol):
     def keeping(self) -> bool:
         """Whether calls that are not measured are kept until their forward ends, for the extremes of every step."""
 
-    def keep(
-        self,
-        layer: str,
-        invocation: Invocation | None,
-        describe: Callable[[], AttentionCall],
-        plain: Plain | None,
-        output: Any,
-    ) -> None:
-        """Keep a call of `layer` that gave `output`. No error comes out.
-
-        invocation: of the layer's module, None if it is not the innermost one that runs. plain: the call in short.
-        """
-
     def attend(self, layer: str, describe: Callable[[], AttentionCall], original: Callable[[], Any]) -> Any:
         """Run one attention call of `layer`, measure it, and return what `original()` returns or our output like it.
 
@@ -76,11 +63,28 @@ class Observer(Protocol):
         """Whether the user says that each softmax of this module over its last dimension is attention."""
 
 
+class ModelObserver(Observer, Protocol):
+    """The observer of a model's modules, which also keeps calls."""
+
+    def keep(
+        self,
+        layer: str,
+        invocation: Invocation | None,
+        describe: Callable[[], AttentionCall],
+        plain: Plain | None,
+        output: Any,
+    ) -> None:
+        """Keep a call of `layer` that gave `output`. No error comes out.
+
+        invocation: of the layer's module, None if it is not the innermost one that runs. plain: the call in short.
+        """
+
+
 #: ids of the observers that measure now, and of those that keep calls. While both are empty, an interceptor goes to the
 #: original at once.
 active: set[int] = set()
 keeping: set[int] = set()
-_registry: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Observer], str]] = (
+_registry: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[ModelObserver], str]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -88,7 +92,7 @@ _registry: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Observer], str
 class Owner(NamedTuple):
     """A module with its observer. layer: the module's name in the instrumented model."""
 
-    observer: Observer
+    observer: ModelObserver
     layer: str
     module: nn.Module
 
@@ -135,7 +139,7 @@ class _Thread(threading.local):
 thread = _Thread()
 
 
-def register(modules: dict[str, nn.Module], observer: Observer) -> None:
+def register(modules: dict[str, nn.Module], observer: ModelObserver) -> None:
     """Give these modules, by their names in the model, to `observer`."""
     reference = weakref.ref(observer)
     for name, module in modules.items():
@@ -257,8 +261,8 @@ def running(into_graphs: bool = True) -> Iterator[tuple[Owner, Invocation]]:
 
     into_graphs: False for none at all where a compiled graph makes the call.
     """
-    for found, frame in _running(into_graphs):
-        yield found, compat.kept_in(frame, Invocation)
+    for found, variables in _running(into_graphs):
+        yield found, compat.kept_in(variables, Invocation)
 
 
 def running_owner() -> Owner | None:
@@ -268,24 +272,25 @@ def running_owner() -> Owner | None:
 
 def arguments(module: nn.Module) -> tuple[Any, ...]:
     """What the innermost running call of the module was given; () where it does not run."""
-    for found, frame in _running():
+    for found, variables in _running():
         if found.module is module:
-            return (*frame.f_locals.get("args", ()), *frame.f_locals.get("kwargs", {}).values())
+            return (*variables.get("args", ()), *variables.get("kwargs", {}).values())
     return ()
 
 
-def _running(into_graphs: bool = True) -> Iterator[tuple[Owner, FrameType]]:
-    """Running modules are read from the Python stack, from frames of `compat.module_call_code`.
+def _running(into_graphs: bool = True) -> Iterator[tuple[Owner, dict[str, Any]]]:
+    """The registered modules that are running, the innermost first, each with the variables of the frame that runs it.
 
-    Hooks would be wrong in the second forward of a checkpoint, in autograd's threads, and after an exception; the stack
-    is right in all three.
+    Running modules are read from the Python stack, from frames of `compat.module_call_code`. Hooks would be wrong in
+    the second forward of a checkpoint, in autograd's threads, and after an exception; the stack is right in all three.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _MODULE_CALL:
-            found = owner(frame.f_locals["self"])
+            variables = frame.f_locals
+            found = owner(variables["self"])
             if found is not None:
-                yield found, frame
+                yield found, variables
         elif not into_graphs and compat.runs_graph(frame) and not _is_called_by_its_module(frame):
             return
         frame = frame.f_back

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels.shared.sampling import BATCH_STEP, HEAD_STEP
 from . import masks
-from .attention import attention
+from .attention import compute_dtype, score_rows
 from .options import Options
 
 FIELDS = (
@@ -82,24 +82,25 @@ def raise_result(
     """
     batch, heads, num_queries, _ = query.shape
     index = row_index(batch, heads, num_queries, phase, query.device, rows)
-    stats = attention(query, key, None, options, index=index)[1]
-    counts = (index >= 0) & (stats.max_logit > -torch.inf)
+    part = score_rows(query, key.to(compute_dtype(query)), index, options)
+    seen = part.seen & (part.scores == part.scores)
     if left_out is not None:
-        counts = counts & ~masks.take_rows(left_out[:, None].expand(-1, heads, -1), index)
-    high = stats.max_logit.to(torch.float32)
-    wide = high - stats.min_logit.to(torch.float32)
-    wide = torch.where(wide.isnan(), torch.inf, wide)
-    found = [ordered(torch.where(counts, x, -torch.inf).amax((0, 2))) for x in (high, wide)]
-    seen = counts.any(2).any(0)
-    found = [torch.where(seen, x, NONE) for x in found]
+        seen = seen & ~masks.take_rows(left_out[:, None].expand(-1, heads, -1), index)[..., None]
+    high = torch.where(seen, part.scores, -torch.inf).amax(-1)
+    wide = high - torch.where(seen, part.scores, torch.inf).amin(-1)
+    wide = torch.where(high.isinf() & (high > 0), torch.inf, wide)  # inf - inf
+    found = torch.stack([high, wide]).amax((1, 3)).to(torch.float32)
+    found = torch.where(found == -torch.inf, NONE, ordered(found))
+    torch.maximum(result[:2], found, out=result[:2])
+    if out is not None and out.device.type == "cpu" and out.isfinite().all():
+        return  # here the host knows at no cost that nothing else has to be looked at
     bad = [_broken(x, heads) for x in (query, key, value)]
     if out is not None:
         out_bad = _broken(out, heads)
         bad = [*(x & out_bad for x in bad), out_bad]
-    else:
-        bad.append(torch.zeros_like(bad[0]))
-    found += [torch.where(x, -number, NONE).to(torch.int32) for x in bad]
-    torch.maximum(result, torch.stack(found), out=result)
+    firsts = torch.where(torch.stack(bad), -number, NONE).to(torch.int32)
+    firsts = torch.maximum(result[2 : 2 + len(bad)], firsts)
+    result[2 : 2 + len(bad)] = firsts
 
 
 def _broken(x: Tensor, heads: int) -> Tensor:

@@ -124,11 +124,11 @@ class Launch:
         checked = num_queries if out is not None else max(num_queries, key.shape[2])
         self._grid = self._probes * (1 + ceil_div(checked, self._plan(1).chunk)), len(calls), 1
 
-    def run(self, calls: Sequence[Tensors], number: int, phase: int) -> None:
+    def run(self, calls: Sequence[Sequence[torch.Tensor | None]], number: int, phase: int) -> None:
         """Raise the results by what one block of rows of each (batch, head) and the outputs show.
 
-        calls: with the shapes and strides of those that the launch was made for. number: of this forward, below 2^31.
-        phase: counts the forwards; each takes the next block.
+        calls: `Tensors`, with the shapes and strides of those that the launch was made for. number: of this forward,
+        below 2^31. phase: counts the forwards; each takes the next block.
         """
         device, together, addresses = self._device, 0, []
         for call in calls:
@@ -145,7 +145,7 @@ class Launch:
             {
                 "addresses_ptr": _on_device(tuple(addresses), device, stream),
                 "fixed_ptr": _on_device(self._fixed, device, stream),
-                "like": calls[0].query,
+                "like": calls[0][0],
                 "left_out": self._left_out,
                 "call": self._call,
             },
