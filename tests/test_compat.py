@@ -18,15 +18,12 @@ from hnf_attention import (
     compat,
     instrument,
 )
-from hnf_attention.engine import engines
-from hnf_attention.engine.call import BackwardInputs, Call, check
 from hnf_attention.interventions import learning_rate, qk_clip
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),  # PyTorch's own, under vmap
 ]
-LIBRARY_BACKWARDS = pytest.mark.parametrize("engine", engines.BACKWARD[:2], ids=["cudnn", "flash"])
 
 
 # What runs with a call
@@ -204,31 +201,6 @@ def test_memory_that_was_freed_is_nobodys():
 def test_views_of_a_parameter_are_learned():
     weight = nn.Parameter(torch.randn(3, 4))
     assert compat.learned(weight) and compat.learned(weight.T) and not compat.learned(weight * 2)
-
-
-@carried_by("cudnn_backward", "flash_backward")
-@LIBRARY_BACKWARDS
-def test_pytorchs_backward_takes_the_arguments_that_it_is_given(engine):
-    query, key, value = (torch.empty(2, 4, 128, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))
-    options = dict(attn_mask=None, is_causal=True, scale=None, window_size=None, softcap=None, sinks=None)
-    call = Call(query, key, value, check(query, key, value, **options))
-    lse = torch.empty(2, 4, 128, device="meta")
-    inputs = BackwardInputs(torch.empty_like(query), lse, lse, torch.empty_like(query), None, None)
-    gradients = engine.run(call, inputs)
-    assert [g.shape for g in gradients[:3]] == [x.shape for x in (query, key, value)]
-
-
-@pytest.mark.gpu
-@carried_by("cudnn_backward", "flash_backward")
-@LIBRARY_BACKWARDS
-def test_pytorchs_backward_gives_the_gradients(engine, monkeypatch):
-    shape = dict(device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    leaves = [torch.randn(2, 4, 128, 64, **shape) for _ in range(3)]
-    expected = torch.autograd.grad(F.scaled_dot_product_attention(*leaves).sum(), leaves)
-    monkeypatch.setattr(engines, "BACKWARD", [engine])
-    got = torch.autograd.grad(attention(*leaves)[0].sum(), leaves)
-    for ours, theirs in zip(got, expected):
-        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
 
 @carried_by("vmap_in_operators")

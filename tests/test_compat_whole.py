@@ -9,8 +9,9 @@ import hnf_attention
 from hnf_attention import compat
 from hnf_attention.compat import dynamo
 
-FILES = ("test_compat.py", "test_compat_dynamo.py", "test_compat_distributed.py")
-FILES += ("test_transforms.py", "test_transforms_of_models.py")
+#: Those with marks: compat's own, and tests of a behaviour that entries of it carry.
+FILES = [f"test_compat{part}.py" for part in ("", "_dynamo", "_distributed", "_library")]
+FILES += ["test_transforms.py", "test_transforms_of_models.py"]
 HERE = Path(__file__).parent
 PACKAGE = Path(hnf_attention.__file__).parent
 

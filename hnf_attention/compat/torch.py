@@ -159,6 +159,18 @@ cudnn_backward: Any = _find("ops.aten._scaled_dot_product_cudnn_attention_backwa
 flash_backward: Any = _find("ops.aten._scaled_dot_product_flash_attention_backward", None)
 """FlashAttention's backward of attention. Missing: None, and this project's own kernel is used."""
 
+cudnn_enabled: Callable[[], bool] = _find("_C._get_cudnn_enabled", lambda: torch.backends.cudnn.enabled)
+"""Whether the user lets PyTorch use cuDNN at all, `torch.backends.cudnn.enabled`.
+
+Missing: the public property answers, at ten times the cost.
+"""
+
+other_flash: Callable[[], str | None] = _find("nn.attention.current_flash_attention_impl", lambda: None)
+"""The version of FlashAttention that the user put in place of PyTorch's own, None for PyTorch's own.
+
+torch 2.10 and earlier have no such choice. Missing: None, and PyTorch's own is expected.
+"""
+
 
 def vmap_in_operators() -> AbstractContextManager[Any]:
     """A context in which vmap works inside an operator that a compiled graph runs.

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import compat
 from ..statistics.rows import RowStats
 from ..tracing import untraced
-from . import engines
+from . import engines, library
 from .call import BackwardInputs, Call
 from .derivatives import gradients
 from .operators import flat
@@ -44,6 +44,7 @@ class EagerAttention(torch.autograd.Function):
         out, *rows = engines.forward(call)
         options = call.options
         ctx.set_materialize_grads(False)
+        ctx.chosen = library.choice()
         ctx.save_for_backward(query, key, value, attn_mask, sinks, options.seqlens, out, *rows[:2])
         ctx.options = options if options.plain else options._replace(attn_mask=None, sinks=None, seqlens=None)
         rest += rows if detached else rows[2:]
@@ -61,9 +62,9 @@ class EagerAttention(torch.autograd.Function):
         results, cotangents = (out, lse, entropy), (d_out, d_lse, d_entropy)
         # Autograd enables gradients in a backward whose own derivative is wanted (create_graph=True).
         if torch.is_grad_enabled() or not untraced(query, *cotangents) or _batched(cotangents):
-            found = gradients(flat(call)[:9], results, cotangents, learns_mask)
+            found = gradients(flat(call)[:9], results, cotangents, [learns_mask, *ctx.chosen])
         else:
-            found = engines.backward(call, BackwardInputs(*results, *cotangents), learns_mask)
+            found = engines.backward(call, BackwardInputs(*results, *cotangents), learns_mask, ctx.chosen)
         d_query, d_key, d_value, d_sinks, d_mask = found
         return d_query, d_key, d_value, d_mask, d_sinks, *(None,) * 3
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import tracing
-from . import batching, plain
+from . import batching, library, plain
 from .operators import forward_op, gradients_op, sample_op, unflat
 
 _SHAPE = slice(6, 9)  # of the arguments of an operator: is_causal, window_size, numbers
@@ -28,7 +28,7 @@ class AttentionNode(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.shape = inputs[_SHAPE]
+        ctx.shape, ctx.chosen = inputs[_SHAPE], library.choice()
         ctx.mark_non_differentiable(*output[3:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:6], *output[:3])
@@ -39,7 +39,8 @@ class AttentionNode(torch.autograd.Function):
         cotangents = (d_out, d_lse, d_entropy)
         if d_out is d_lse is d_entropy is None:
             return (None,) * 10
-        found = gradients((*inputs, *ctx.shape), (out, lse, entropy), cotangents, ctx.needs_input_grad[3])
+        switches = [ctx.needs_input_grad[3], *ctx.chosen]
+        found = gradients((*inputs, *ctx.shape), (out, lse, entropy), cotangents, switches)
         d_query, d_key, d_value, d_sinks, d_mask = found
         return d_query, d_key, d_value, d_mask, d_sinks, *(None,) * 5
 
@@ -58,8 +59,8 @@ class GradientsNode(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *_, mask_gradient = inputs
-        ctx.shape, ctx.mask_gradient = inputs[_SHAPE], mask_gradient
+        *_, (ctx.mask_gradient, *_) = inputs
+        ctx.shape = inputs[_SHAPE]
         ctx.set_materialize_grads(False)
         # The results of the forward are functions of its inputs: the second derivative starts from these.
         ctx.save_for_backward(*inputs[:6], *inputs[12:15])
@@ -90,7 +91,7 @@ class GradientsNode(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *arguments):
         # The gradient of a mask is summed over its batch, which must stay the batch of one example.
-        folds = batching.fits_one_batch(arguments) and not arguments[-1]
+        folds = batching.fits_one_batch(arguments) and not arguments[-1][0]
         rule = batching.in_one_batch if folds else batching.one_by_one
         return rule(GradientsNode.apply, info.batch_size, in_dims, arguments)
 
@@ -99,16 +100,17 @@ def gradients(
     call: tuple[Any, ...],
     results: tuple[Tensor, Tensor, Tensor],
     cotangents: tuple[Tensor | None, Tensor | None, Tensor | None],
-    mask_gradient: bool,
+    switches: list[bool],
 ) -> list[Tensor | None]:
     """The gradients of query, key, value, sinks and mask, each None where there is none; they are differentiable.
 
     call: the first nine arguments that `operators.flat` gives. results, cotangents: of out, lse and entropy.
+    switches: whether the mask has a gradient, and the `library.choice()` at the forward.
     """
     operator = GradientsNode.apply if tracing.functional() else gradients_op
-    found = operator(*call, *results, *cotangents, mask_gradient)
+    found = operator(*call, *results, *cotangents, switches)
     _query, _key, value, _mask, sinks, *_ = call
-    there = (True, True, value is not None, sinks is not None, mask_gradient)
+    there = (True, True, value is not None, sinks is not None, switches[0])
     return [x if known else None for x, known in zip(found, there)]
 
 

@@ -16,7 +16,7 @@ from ..reference.attention import compute_dtype, empty_output
 from ..reference.options import Options
 from ..statistics.fields import EXTENDED_FIELDS
 from ..statistics.rows import RowStats
-from . import engines
+from . import engines, library
 from .call import BackwardInputs, Call
 
 FlatCall = tuple[
@@ -140,12 +140,13 @@ def _gradients(
     d_out: Optional[Tensor],  # noqa: UP045
     d_lse: Optional[Tensor],  # noqa: UP045
     d_entropy: Optional[Tensor],  # noqa: UP045
-    mask_gradient: bool,
+    switches: List[bool],  # noqa: UP006
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
     shape = (is_causal, window_size, numbers)
     call = unflat(query, key, value, attn_mask, sinks, seqlens, *shape)
     inputs = BackwardInputs(out, lse, entropy, d_out, d_lse, d_entropy)
-    gradients = engines.backward(call, inputs, mask_gradient)
+    mask_gradient, *chosen = switches  # whether the mask learns, and the user's `library.choice()`
+    gradients = engines.backward(call, inputs, mask_gradient, library.Choice(*chosen))
     # Contiguous, as the fake kernel says.
     d_query, d_key, d_value, d_sinks, d_mask = (
         _placeholder(None if g is None else g.contiguous(), query) for g in gradients
@@ -158,7 +159,7 @@ gradients_op = torch.library.custom_op("hnf_attention::backward", _gradients, mu
 
 @gradients_op.register_fake
 def _(query, key, value, attn_mask, sinks, *others):
-    mask_gradient = others[-1]
+    mask_gradient = others[-1][0]
 
     def like(x):
         contiguous = None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from .. import compat
 from ..engine.call import autocast, check
+from ..reference.context import hidden_keys
 from ..reference.options import Options
+from .shared_masks import once
 
 EAGER, COMPILED = "eager", "compiled"  # the places where a call may run
 
@@ -80,9 +82,7 @@ class AttentionCall:
     @property
     def why_left(self) -> str | None:
         """Why the output is left to the model's own attention: `not_fused`, or how the call is differentiated."""
-        if self.not_fused is None and compat.current_level() >= 0:
-            return "forward-mode differentiation"
-        return self.not_fused
+        return "forward-mode differentiation" if compat.current_level() >= 0 else self.not_fused
 
     def keywords(self) -> dict[str, Any]:
         """Keyword arguments of `attention` and `attention_stats`."""
@@ -144,8 +144,20 @@ def hide(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if not mask.is_floating_point():
         return mask
+    return once(("hide", dtype), mask, lambda: _hidden(mask, dtype))
+
+
+def _hidden(mask: Tensor, dtype: torch.dtype) -> Tensor:
     mask = mask.masked_fill(mask < torch.finfo(mask.dtype).min / 2, -torch.inf)
     return mask if mask.dtype == dtype else mask.float()
+
+
+def keys_hidden(options: Options, batch: int, num_queries: int, num_keys: int) -> Tensor | None:
+    """`hidden_keys` of a call, once for all calls of a forward with the same mask."""
+    if options.attn_mask is None:
+        return None
+    sizes = batch, num_queries, num_keys
+    return once(("hidden keys", *sizes), options.attn_mask, lambda: hidden_keys(options, *sizes))
 
 
 def why_not_fused(dropout_p: float, *biases: Tensor | None) -> str | None:

@@ -25,6 +25,7 @@ from .call import COMPILED, EAGER
 from .keeping import Pending
 from .measurement import Forward
 from .patches import Patch
+from .shared_masks import shared
 
 
 @dataclass(slots=True, eq=False)
@@ -175,7 +176,7 @@ def _interceptor(cls: type, original: Callable[..., Any]) -> Callable[..., Any]:
         forwards = None if known is None else known()
         if forwards is None:
             return call(*args, **kwargs)
-        with forwards.running():
+        with shared(), forwards.running():
             return call(*args, **kwargs)
 
     return __call__

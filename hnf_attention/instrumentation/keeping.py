@@ -18,9 +18,8 @@ from torch import Tensor
 
 from .. import compat
 from ..engine.extremes import Tensors
-from ..reference.context import hidden_keys
 from ..reference.options import Options
-from .call import AttentionCall, Unmeasurable
+from .call import AttentionCall, Unmeasurable, keys_hidden
 from .measurement import Forward
 from .padding import Padding
 
@@ -257,7 +256,7 @@ def described(
     batch, heads, num_queries, head_dim = query.shape
     if value.shape[1] != key.shape[1]:
         raise Unmeasurable(f"it has {key.shape[1]} key heads and {value.shape[1]} value heads")
-    hidden = hidden_keys(options, batch, num_queries, key.shape[2])
+    hidden = keys_hidden(options, batch, num_queries, key.shape[2])
     left_out = padding.left_out(layer, batch, num_queries, key.shape[2], hidden, query.device)
     kept = KeptCall(layer, number, heads, head_dim, query.dtype, query.device, options, left_out)
     return kept, (query, key, value, _by_heads(call.output(result), heads, value))

@@ -15,14 +15,14 @@ from ..engine import api, engines, fold
 from ..engine.call import Call
 from ..engine.extremes import Tensors
 from ..names import call_name, display_name
-from ..reference.context import Context, hidden_keys, largest
+from ..reference.context import Context, largest
 from ..reference.masks import take_rows
 from ..reference.options import Options
 from ..reference.sampling import effective_period
 from ..statistics.rows import RowStats
 from ..tracing import without_dispatch_modes, without_tangents
 from . import observer, scores
-from .call import COMPILED, EAGER, AttentionCall, Unmeasurable
+from .call import COMPILED, EAGER, AttentionCall, Unmeasurable, keys_hidden
 from .decoding import Decoding
 from .forwards import Forwards
 from .keeping import KeptCall, KeptForward, KeptLayers, described
@@ -275,7 +275,7 @@ class Measurer:
         """Which rows of the call count, and what became of it."""
         query, key = call.query, call.key
         batch, _, num_queries, _ = query.shape
-        hidden = hidden_keys(options, batch, num_queries, key.shape[2])
+        hidden = keys_hidden(options, batch, num_queries, key.shape[2])
         left_out = self.padding.left_out(layer, batch, num_queries, key.shape[2], hidden, query.device)
         return Context(
             left_out,

@@ -24,6 +24,7 @@ from ..patches import Patch
 
 NAME = "scaled_dot_product_attention"
 UNDER_A_MASK = "under a mask, a probe beside PyTorch's kernel is cheaper"
+ONLY_MATH = "the fused kernels of scaled_dot_product_attention are turned off"
 CONTEXT_PARALLEL = "torch.distributed.tensor.experimental."
 
 
@@ -145,7 +146,7 @@ def call_of(
 
     Raises Unmeasurable for tensors that cannot be measured.
     """
-    not_fused = why_not_fused(dropout_p, attn_mask)
+    not_fused = why_not_fused(dropout_p, attn_mask) or _fused_kernels_off()
     split: Any = None  # the queries, if they are a DTensor
     if heads is None and type(query) is not Tensor and sharded.is_sharded(query):
         split = query
@@ -188,6 +189,17 @@ def call_of(
         # A mask slows our kernels by more than a probe beside PyTorch's costs.
         probe_preferred=None if attn_mask is None else UNDER_A_MASK,
     )
+
+
+def _fused_kernels_off() -> str | None:
+    """Why the user's choice of SDPA's kernels leaves the output to PyTorch, None if it does not.
+
+    Our kernel takes the place of a fused one. Which of PyTorch's fused ones are allowed decides about the backward.
+    """
+    allowed = torch.backends.cuda
+    if allowed.flash_sdp_enabled() or allowed.mem_efficient_sdp_enabled() or allowed.cudnn_sdp_enabled():
+        return None
+    return ONLY_MATH
 
 
 def _four_dimensional(
