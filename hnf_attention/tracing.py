@@ -35,8 +35,12 @@ def functional() -> bool:
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether forward-mode differentiation sees one of the tensors. Within transforms of torch.func it may see any."""
-    if traced() or compat.current_level() < 0 or not compat.forward_mode_enabled():
+    """Whether forward-mode differentiation sees one of the tensors; in a trace or a transform it may see any."""
+    if compat.current_level() < 0:
+        return False
+    if traced():
+        return True
+    if not compat.forward_mode_enabled():
         return False
     if functional():
         return True

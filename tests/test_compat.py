@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from attention_models import Attention, HandWrittenAttention, Model, x
 from compat_helpers import Operators, carried_by, compiled, qkv
 from torch import nn
-from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention import flex_attention as flex
 from torch.utils.checkpoint import checkpoint
 
@@ -20,7 +18,6 @@ from hnf_attention import (
     compat,
     instrument,
 )
-from hnf_attention.engine import plain
 from hnf_attention.interventions import learning_rate, qk_clip
 
 pytestmark = [
@@ -106,38 +103,6 @@ def test_a_jit_trace_of_an_instrumented_model_is_that_of_the_model():
         traced = torch.jit.trace(model, inputs, check_trace=False)
         assert not handle.latest
     assert [node.kind() for node in traced.graph.nodes()] == [node.kind() for node in plain.graph.nodes()]
-
-
-@carried_by("current_level")
-@pytest.mark.filterwarnings(
-    "ignore:.*torch.jit.script:DeprecationWarning"
-)  # PyTorch's own, at its first dual level
-def test_forward_mode_differentiation_gives_the_output_a_tangent():
-    query, key, value = qkv()
-    with forward_ad.dual_level():
-        out, _ = attention(forward_ad.make_dual(query, torch.ones_like(query)), key, value)
-        assert forward_ad.unpack_dual(out).tangent.any()
-
-
-@carried_by("without_forward_mode", "forward_mode_enabled")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-def test_a_measurement_in_forward_mode_has_no_tangent_and_the_model_has_its_own(monkeypatch):
-    model, inputs = Attention(), x()
-    monkeypatch.setattr(plain, "attend", None)  # forward mode needs it, a measurement does not
-    own = sdpa_kernel(SDPBackend.MATH)  # PyTorch's others have no forward mode
-    with instrument(model, mode="fused") as handle, forward_ad.dual_level(), own:
-        out = model(forward_ad.make_dual(inputs, torch.ones_like(inputs)))
-        assert forward_ad.unpack_dual(out).tangent.any()
-        assert forward_ad.unpack_dual(handle.latest[""].rows.lse).tangent is None
-    assert "forward-mode" in handle.coverage.measured[""]
-
-
-@carried_by("in_gradient_batch")
-def test_gradients_may_be_asked_for_in_a_batch():
-    query, key, value = qkv(requires_grad=True)
-    out = attention(query, key, value)[0]
-    (got,) = torch.autograd.grad(out, query, torch.ones(2, *out.shape), True, is_grads_batched=True)
-    torch.testing.assert_close(got[1], torch.autograd.grad(out.sum(), query)[0])
 
 
 @carried_by("running_backward")

@@ -9,14 +9,16 @@ import hnf_attention
 from hnf_attention import compat
 from hnf_attention.compat import dynamo
 
+#: Those with marks: compat's own, and tests of a behaviour that entries of it carry.
+FILES = [f"test_compat{part}.py" for part in ("", "_dynamo", "_distributed", "_library")]
+FILES += ["test_transforms.py", "test_transforms_of_models.py"]
 HERE = Path(__file__).parent
 PACKAGE = Path(hnf_attention.__file__).parent
 
 
 def entries_with_a_test():
     """The entries that the marks `carried_by` name."""
-    for part in ("", "_dynamo", "_distributed", "_library"):
-        name = f"test_compat{part}.py"
+    for name in FILES:
         for node in ast.walk(ast.parse((HERE / name).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "carried_by":
                 yield from map(ast.literal_eval, node.args)

@@ -47,10 +47,12 @@ def attention(
     extended: also the other fields of `RowStats`; these are not differentiable.
 
     Returns the output (B, H, M, D_v) in the query's dtype and `RowStats` of (B, H, M) tensors.
-    `out`, `lse` and `entropy` are differentiable in query, key, value, sinks and an additive mask. The
-    mask's gradient is summed to its shape. On a GPU that takes memory: one number per score, (B, H, M, N), in
-    the mask's dtype, or in fp32 if the mask broadcasts. fp64 and head dimensions above 256 use the
-    chunked PyTorch path on every device. Under autocast, inputs are cast as SDPA casts them.
+    `out`, `lse` and `entropy` are differentiable in query, key, value, sinks and an additive mask: in reverse and
+    forward mode, any number of times, and under transforms of `torch.func`. Kernels compute the first derivative in
+    reverse mode, plain PyTorch the others. The mask's gradient is summed to its shape. On a GPU that takes
+    memory: one number per score, (B, H, M, N), in the mask's dtype, or in fp32 if the mask broadcasts. fp64 and
+    head dimensions above 256 use the chunked PyTorch path on every device. Under autocast, inputs are cast as
+    SDPA casts them.
     Raises ValueError or TypeError (expected, got) before anything runs.
     """
     call = prepare(

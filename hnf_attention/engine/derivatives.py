@@ -67,8 +67,7 @@ class GradientsNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        *inputs, d_out, d_lse, d_entropy = ctx.saved_tensors
-        tensors = [*inputs, d_out, d_lse, d_entropy]
+        tensors = ctx.saved_tensors
         needed = (*ctx.needs_input_grad[:6], *ctx.needs_input_grad[12:15])
         wanted = [i for i, x in enumerate(tensors) if x is not None and needed[i]]
         given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]

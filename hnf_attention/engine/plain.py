@@ -30,14 +30,15 @@ def vjp(
     function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     """The gradients of the inputs of a function, from the cotangents of its results."""
-    if functional():
-        return torch.func.vjp(function, *inputs)[1](cotangents)
-    # torch.func refuses hooks on saved tensors, and torch.autograd.functional a batch of cotangents.
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        own = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs]
-        results = function(*own)
-    return torch.autograd.grad(results, own, cotangents, create_graph=again, materialize_grads=True)
+    with engines.no_autocast(inputs[0]):
+        if functional():
+            return torch.func.vjp(function, *inputs)[1](cotangents)
+        # torch.func refuses hooks on saved tensors, and torch.autograd.functional a batch of cotangents.
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            own = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs]
+            results = function(*own)
+        return torch.autograd.grad(results, own, cotangents, create_graph=again, materialize_grads=True)
 
 
 def pull_back(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import tracing
 from ..reference import sampling
 from ..statistics.rows import RowStats
+from ..tracing import functional, has_tangent, traced, untraced
 from . import engines, plain
 from .autograd import EagerAttention
 from .call import Call
@@ -21,7 +21,7 @@ def run(call: Call, detached: bool = False) -> tuple[Tensor | None, RowStats]:
     detached: the statistics are outside autograd. Without a value the output is None or has no elements.
     """
     query, key, value, options, _ = call
-    if not tracing.untraced(query, key, value):
+    if not untraced(query, key, value):
         out, rows = _run_traced(call)
         return out, rows.detach() if detached else rows
     if torch.is_grad_enabled():
@@ -34,13 +34,11 @@ def run(call: Call, detached: bool = False) -> tuple[Tensor | None, RowStats]:
 
 def _run_traced(call: Call) -> tuple[Tensor | None, RowStats]:
     query, key, value, options, _ = call
-    functional = tracing.functional()
-    # Operators have no forward mode. Compilers do not differentiate the nodes of a transform.
-    if (functional and tracing.traced()) or tracing.has_tangent(
-        query, key, value, options.attn_mask, options.sinks
-    ):
+    transformed = functional()
+    # Operators have no forward mode, and Dynamo does not trace nodes of autograd within a transform.
+    if (transformed and traced()) or has_tangent(query, key, value, options.attn_mask, options.sinks):
         return plain.attend(call)
-    out, *rows = (AttentionNode.apply if functional else forward_op)(*flat(call))
+    out, *rows = (AttentionNode.apply if transformed else forward_op)(*flat(call))
     return out, unpacked(rows)
 
 
@@ -49,7 +47,7 @@ def run_sample(call: Call, sample: tuple[int, int]) -> RowStats:
     """The row statistics of a sample (period, phase) of a checked call's rows."""
     period = sampling.effective_period(sample[0], call.query.shape[2])
     phase = sample[1] % period
-    if tracing.untraced(call.query, call.key):
+    if untraced(call.query, call.key):
         return RowStats.unpack(*engines.sample(call, period, phase))
     query, key, _, *others = flat(call)
     return unpacked(sample_op(query, key, *others, period, phase))

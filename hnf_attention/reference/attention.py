@@ -87,7 +87,7 @@ def attention(
     extended: bool = False,
     index: Tensor | None = None,
 ) -> tuple[Tensor | None, RowStats]:
-    """Attention output (B, H, M, D_v), an `empty_output` filled, or None without a value, and its row statistics.
+    """Attention output (B, H, M, D_v), laid out like an `empty_output`, or None without a value; and row statistics.
 
     index: compute these rows only, int64 (B, H, M_s), -1 for an empty row; M_s then stands for M.
     """
