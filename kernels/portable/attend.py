@@ -9,7 +9,15 @@ import triton.language as tl
 
 from ..shared.masks import cap_and_mask, key_range, mask_of_head
 from ..shared.plan import Options, ScorePlan, is_natural, score_plan
-from ..shared.softmax import LOG2_E, State, first_weight, softmax_finish, softmax_update, start_state
+from ..shared.softmax import (
+    LOG2_E,
+    State,
+    first_weight,
+    softmax_finish,
+    softmax_update,
+    start_state,
+    units_of,
+)
 from ..shared.tiles import Tiles, block_dim, load_tile
 
 
@@ -92,7 +100,7 @@ def _walk_keys(
 ):
     """The state and the output with the keys of one range, tiles = (first, end)."""
     to_natural = 1.0 if PLAN.natural else call.scale
-    unit = to_natural * LOG2_E
+    units = units_of(to_natural * LOG2_E, call.scale, PLAN.natural)
     lo, hi = tiles
     # If False, a row's first visible key is the first key of a range.
     SCATTERED: tl.constexpr = MASKED and PLAN.scattered
@@ -106,7 +114,7 @@ def _walk_keys(
         s, seen, _ = cap_and_mask(raw, offs_m[:, None], offs_n[None, :], call, window, mask_ptr, PLAN, MASKED)
         if PLAN.extended:
             unseen = state.more.number == 0.0
-        state, p, alpha = softmax_update(state, s, seen, unit, MASKED, PLAN.exact, PLAN.extended)
+        state, p, alpha = softmax_update(state, s, seen, units, MASKED, PLAN.exact, PLAN.extended)
         m, l, w, low, more = state  # noqa: E741
         if PLAN.extended and (SCATTERED or start_n == lo):
             more = first_weight(more, unseen, p, seen, offs_n[None, :], start_n, SCATTERED)

@@ -3,6 +3,10 @@
 The state of a row is (m, l, w, low): the running maximum, sum of exp2(t), sum of exp2(t) * t, and the running
 minimum. t = (s - m) * unit <= 0 is the shifted score in log2 units, and `unit` converts scores to them. Scores s
 are raw q.k if nothing but the scale is applied to them (unit = scale * log2 e), otherwise in nats (unit = log2 e).
+
+One fused multiply-add makes t from s and the rounded product m * unit. The rounding error of the product is in every
+t of the row. It cancels while it is small. Where |m * unit| is huge it would reach hundreds: exp2 overflows, or every
+weight is 0. Such rows take a power of two in place of `unit` (see `Units`): their product is exact.
 """
 
 from typing import Any, NamedTuple
@@ -37,6 +41,44 @@ class MoreState(NamedTuple):
     first: Any  # exp2(t) of the first visible key
 
 
+class Units(NamedTuple):
+    """What converts the scores of a row to log2 units, by the size of the row's maximum.
+
+    `fine` is scale * log2 e, and `coarse` the largest power of two <= scale. Rows with |m| >= `limit` take the coarse
+    one. Neighbouring numbers are then at least 2^4 log2 units apart by `fine`, and 5 by `coarse`: either way the keys
+    of the maximum alone keep a weight that is more than the rounding of the scores.
+    """
+
+    fine: Any
+    coarse: Any
+    limit: Any
+    of_fine: Any  # 1 / fine
+    of_coarse: Any
+
+
+# Below it, a rounding error of m * unit is 2^3 at most, so that exp2(t) stays within fp16.
+_LARGEST_PRODUCT = tl.constexpr(268435456.0)  # 2^28
+_EXPONENT = tl.constexpr(0x7F800000)
+
+
+@triton.jit
+def units_of(unit, scale, NATURAL: tl.constexpr):
+    """The units of scores, where scale * log2 e is `unit`. NATURAL promises that the scale is 1."""
+    coarse = 1.0
+    if not NATURAL:
+        coarse = (tl.cast(scale, tl.float32).to(tl.int32, bitcast=True) & _EXPONENT).to(
+            tl.float32, bitcast=True
+        )
+    return Units(unit, coarse, _LARGEST_PRODUCT / unit, 1.0 / unit, 1.0 / coarse)
+
+
+@triton.jit
+def unit_of_row(m, units):
+    """The unit of rows with the maximum m, and what converts it back to scores."""
+    is_fine = tl.abs(m) < units.limit
+    return tl.where(is_fine, units.fine, units.coarse), tl.where(is_fine, units.of_fine, units.of_coarse)
+
+
 @triton.jit
 def start_state(ROWS: tl.constexpr, EXTENDED: tl.constexpr):
     """The state of rows that have seen no key."""
@@ -49,17 +91,22 @@ def start_state(ROWS: tl.constexpr, EXTENDED: tl.constexpr):
 
 
 @triton.jit
-def softmax_update(state, s, seen, unit, MASKED: tl.constexpr, EXACT: tl.constexpr, EXTENDED: tl.constexpr):
+def softmax_update(state, s, seen, units, MASKED: tl.constexpr, EXACT: tl.constexpr, EXTENDED: tl.constexpr):
     """The state with one tile of scores more; also exp2(t), and the factor that rescales what was summed before.
 
     EXACT subtracts before it scales. Otherwise one fused multiply-add does both. Its rounding of m * unit is the
     same for the whole row, so it cancels from the entropy.
     """
+    unit = units.fine
     low = tl.minimum(state.low, tl.min(tl.where(seen, s, float("inf")) if MASKED else s, 1))
     m = tl.maximum(state.m, tl.max(s, 1))
     # A row that has seen nothing yet has m = -inf, which is never subtracted.
     shift = tl.where(m == -float("inf"), 0.0, m) if MASKED else m
-    t = (s - shift[:, None]) * unit if EXACT else s * unit - (shift * unit)[:, None]
+    if EXACT:
+        t = (s - shift[:, None]) * unit
+    else:
+        unit, _ = unit_of_row(shift, units)
+        t = tl.fma(s, unit[:, None], -(shift * unit)[:, None])
     # Exactly 0 where the maximum stays. Fused as above, every tile would add a rounding error: 1e-3 in a row of a
     # million keys.
     d = tl.where(state.m == -float("inf"), 0.0, (state.m - shift) * unit)
@@ -152,7 +199,9 @@ def softmax_finish(state, unit, to_natural, sink, SINKS: tl.constexpr, EXTENDED:
     nan = float("nan")
     l_safe = tl.where(empty, 1.0, l_i)
     log_l = tl.log2(l_safe) * LN_2
-    lse = tl.where(empty & (broken == 0), -float("inf"), shift * to_natural + log_l)
+    # The rounding of the shift must not make the largest weight more than 1.
+    top_logit = shift * to_natural
+    lse = tl.where(empty & (broken == 0), -float("inf"), tl.maximum(top_logit + log_l, top_logit))
     entropy = tl.where(empty & (broken == 0), 0.0, log_l - LN_2 * w_i / l_safe)
     max_logit = tl.where(broken, nan, state.m * to_natural)
     min_logit = tl.where(broken, nan, state.low * to_natural)
