@@ -222,7 +222,9 @@ def extended_oracle(case: Case, q, k, v, mask, sinks):
         plain_mean.squeeze(-1),
         count.double(),
     )
-    return tuple(x.masked_fill(count == 0, 0.0) for x in statistics)
+    # A sink that is alone has all the weight.
+    alone = (statistics[1], statistics[3]) if sinks is not None else ()
+    return tuple(x if any(x is y for y in alone) else x.masked_fill(count == 0, 0.0) for x in statistics)
 
 
 def oracle(case: Case, q, k, v, mask, sinks):
@@ -237,7 +239,7 @@ def oracle(case: Case, q, k, v, mask, sinks):
     out = p[..., : k.shape[2]].nan_to_num() @ v
     return (
         out.masked_fill(empty[..., None], 0.0),
-        rows.logsumexp(-1).masked_fill(empty, -torch.inf),
+        rows.logsumexp(-1).masked_fill(empty & (sinks is None), -torch.inf),
         entropy.masked_fill(empty, 0.0),
         scores.amax(-1),
         torch.where(hidden, torch.inf, scores).amin(-1),

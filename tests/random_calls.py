@@ -85,6 +85,19 @@ class Arguments:
     def group(self) -> int:
         return self.query.shape[1] // max(1, self.key.shape[1])
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query, self.key, self.value
+
+    def shown(self) -> Tensor:
+        """1 for the rows whose result is used, 0 for those whose keys all carry finfo.min; to be multiplied.
+
+        SDPA gives such a row the mean of the values, and a gradient. A model masks both.
+        """
+        mask = self.attn_mask
+        if mask is None or mask.dtype == torch.bool:
+            return torch.ones((), dtype=self.query.dtype, device=self.query.device)
+        return (mask > torch.finfo(mask.dtype).min).any(-1, keepdim=True).to(self.query.dtype)
+
     def shared(self) -> dict:
         return {"attn_mask": self.attn_mask, "is_causal": self.is_causal, "scale": self.scale}
 
@@ -235,8 +248,8 @@ def random_call(
         arguments.query, arguments.key, arguments.value = (
             x.clamp(-6e4, 6e4) for x in (arguments.query, arguments.key, arguments.value)
         )
-    shapes = [tuple(x.shape) for x in (arguments.query, arguments.key, arguments.value)]
-    strides = [x.stride() for x in (arguments.query, arguments.key, arguments.value)]
+    shapes = [tuple(x.shape) for x in arguments.tensors()]
+    strides = [x.stride() for x in arguments.tensors()]
     arguments.text = (
         f"call {seed}: {kind.dtype}, q, k, v {shapes}, strides {strides}, layouts {layouts}, mask {kind.mask}, "
         f"is_causal {kind.is_causal}, scale {arguments.scale}, values {values}"

@@ -109,7 +109,9 @@ def kernels_cover(query: Tensor, value: Tensor | None) -> bool:
 
 def triton_supports(call: Call, card: Card) -> str | None:
     """Why the portable Triton kernels do not compute a call on that card; None if they do."""
-    return _kernels_refuse(call.query, call.value, card)
+    return _kernels_refuse(call.query, call.value, card) or (
+        "there is no key" if call.key.shape[2] == 0 else None
+    )
 
 
 def _kernels_refuse(query: Tensor, value: Tensor | None, card: Card) -> str | None:

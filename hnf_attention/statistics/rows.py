@@ -23,8 +23,9 @@ class RowStats:
     `lse`, `entropy`, `max_logit` and `min_logit` (nats) are always there. The others are None unless asked
     for with `extended=True`. `score_mean` (plain mean over visible keys, nats) and `visible_keys` (their
     number, int64) are there because merging `score_std` needs them. An empty row (no visible key) has
-    lse = max_logit = -inf, min_logit = +inf and 0 elsewhere. A row that NaN or inf reached is NaN in
-    every field but `visible_keys`.
+    lse = max_logit = -inf, min_logit = +inf and 0 elsewhere. With a learned sink, its lse is the sink, as in
+    FlashAttention 4, and collision and sink_mass are 1. A row that NaN or inf reached is NaN in every field but
+    `visible_keys`.
 
     A sample of rows is compact: row i of (b, h) is query `row_index[b, h, i]`, int64 (B, H, M_s). An index
     of -1 marks a place without a query, which holds the statistics of an empty row.
@@ -140,9 +141,7 @@ def merge_rows(blocks: Sequence[RowStats], sinks: Tensor | None) -> tuple[RowSta
     lses, entropies = [block.lse for block in blocks], [block.entropy for block in blocks]
     if sinks is not None:
         # A sink is one more block of one element: no entropy or variance within it, all of its mass on it.
-        empty = torch.stack([lse == -torch.inf for lse in lses]).all(0)
-        sink = sinks.to(first.lse.dtype)[None, :, None].expand_as(first.lse)
-        lses.append(torch.where(empty, -torch.inf, sink))
+        lses.append(sinks.to(first.lse.dtype)[None, :, None].expand_as(first.lse))
         entropies.append(torch.zeros_like(first.lse))
     lse, shared = shares.share_out(torch.stack(lses))
     entropy = torch.stack(entropies)

@@ -173,16 +173,18 @@ def softmax_merge(a, b, unit):
 def softmax_finish(state, unit, to_natural, sink, SINKS: tl.constexpr, EXTENDED: tl.constexpr):
     """The statistics: `Core`, and `Extended` or (); also the factor that normalises the output.
 
-    `sink` is in score units. Empty rows give lse = -inf, entropy = 0; rows that NaN or inf reached give NaN
-    everywhere but in visible_keys.
+    `sink` is in score units. Rows without a key give lse = -inf, entropy = 0; with a sink, they give its logit and 0.
+    Rows that NaN or inf reached give NaN everywhere but in visible_keys.
     """
     l_i, w_i, more = state.l, state.w, state.more
-    empty = state.m == -float("inf")
+    empty = state.m == -float("inf")  # neither a key nor a sink
     shift = tl.where(empty, 0.0, state.m)
     factor = 1.0
     if SINKS:
-        top = tl.maximum(shift, sink)
-        d = (shift - top) * unit
+        top = tl.maximum(state.m, sink)
+        empty = top == -float("inf")
+        top = tl.where(empty, 0.0, top)
+        d = tl.where(state.m == -float("inf"), 0.0, (state.m - top) * unit)
         z = (sink - top) * unit
         factor = tl.exp2(d)
         e_sink = tl.exp2(z)
