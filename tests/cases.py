@@ -198,7 +198,15 @@ def _with_sinks(scores, sinks):
     return torch.cat([scores, sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
 
 
-EXTENDED = ("logit_var", "collision", "score_std", "sink_mass", "score_mean", "visible_keys")
+EXTENDED = (
+    "logit_var",
+    "collision",
+    "score_std",
+    "sink_mass",
+    "score_mean",
+    "log_denominator",
+    "visible_keys",
+)
 
 
 def extended_oracle(case: Case, q, k, v, mask, sinks):
@@ -220,6 +228,7 @@ def extended_oracle(case: Case, q, k, v, mask, sinks):
         spread.sqrt(),
         weight_of_first,
         plain_mean.squeeze(-1),
+        elements.logsumexp(-1) - scores.amax(-1),
         count.double(),
     )
     # A sink that is alone has all the weight.

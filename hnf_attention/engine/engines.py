@@ -48,7 +48,7 @@ def forward(call: Call) -> Results:
     """(out, lse, entropy, max_logit, min_logit, more) of a checked call, by the first engine that supports it.
 
     out: None without a value, else (B, H, M, D_v) in the query's layout. The statistics are (B, H, M).
-    more: None, or the EXTENDED_FIELDS, (6, B, H, M).
+    more: None, or the EXTENDED_FIELDS, (7, B, H, M).
     """
     engine = choose(FORWARD, call)
     _say_once(engine.name, call.query.dtype, call.query.shape[3], call.query.device.type)

@@ -12,7 +12,6 @@ loses seven digits.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -109,7 +108,12 @@ def attention(
     outs, *columns = zip(*parts, strict=True)
     if out is not None:
         out.copy_(torch.cat(outs, 2))
-    return out, replace(RowStats(*(torch.cat(column, 2) for column in columns)), row_index=index)
+    core, more = columns[:4], dict(zip(EXTENDED_FIELDS, columns[4:]))
+    return out, RowStats(
+        *(torch.cat(column, 2) for column in core),
+        **{name: torch.cat(column, 2) for name, column in more.items()},
+        row_index=index,
+    )
 
 
 def _sink_rows(sinks: Tensor | None, rows: slice | Tensor) -> Tensor | None:
@@ -131,7 +135,7 @@ def of_scores(scores: Tensor, seen: Tensor) -> tuple[Any, ...]:
 def _attend_rows(
     part: Scores, value: Tensor | None, sinks: Tensor | None, extended: bool
 ) -> tuple[Tensor | None, ...]:
-    """Output and statistics of some rows, as (out, *RowStats fields). sinks: of `_sink_rows`."""
+    """(out, the four core statistics, EXTENDED_FIELDS) of some rows. sinks: of `_sink_rows`."""
     scores, seen = part.scores, part.seen
     keyless = ~seen.any(-1).expand(scores.shape[:3])
     if scores.shape[-1] == 0:
@@ -198,6 +202,8 @@ def _attend_rows(
             spread.sqrt(),
             sink_weight / l_safe,
             torch.where(keyless, 0.0, shift + plain_mean),
+            # lse - max_logit without the rounding of either.
+            torch.where(keyless, 0.0, shift - max_logit + l_safe.log()),
         )
     return out, *core, *(finish(numbers, 0.0) for numbers in more), visible_keys
 

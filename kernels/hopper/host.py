@@ -2,6 +2,7 @@
 
 import functools
 import heapq
+import math
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -65,11 +66,15 @@ def _width(head_dim: int) -> int:
 
 
 @functools.cache
-def plan(head_dim: int, value_dim: int, is_causal: bool, ragged: bool, stats: bool) -> Plan:
-    """What the kernel is compiled for."""
+def plan(
+    head_dim: int, value_dim: int, is_causal: bool, ragged: bool, stats: bool, scale: float | None = None
+) -> Plan:
+    """What the kernel is compiled for; scale: head_dim ** -0.5 when None."""
     widths = _width(head_dim), _width(value_dim)
     early = (max(widths), is_causal) in _EARLY
-    return Plan(early, is_causal, ragged, stats, *widths, stages=2 if max(widths) == 128 else 3)
+    exponent = math.frexp(head_dim**-0.5 if scale is None else scale)[1] - 1
+    exponent = min(max(exponent, -90), 60)  # so that both powers are fp32
+    return Plan(early, is_causal, ragged, stats, *widths, 2 if max(widths) == 128 else 3, exponent)
 
 
 @functools.cache
@@ -91,7 +96,9 @@ def forward(query, key, value, options, chosen=None):
     out = empty_output(query, value_dim)
     numbers = (batch * heads, num_queries, num_keys, options.is_causal, query.device)
     schedule, programs = _schedules.get(numbers) or _new_schedule(*numbers)
-    chosen = chosen or plan(head_dim, value_dim, options.is_causal, num_keys % BLOCK_N > 0, True)
+    chosen = chosen or plan(
+        head_dim, value_dim, options.is_causal, num_keys % BLOCK_N > 0, True, options.scale
+    )
     launch(
         hopper_kernel,
         (programs, 1, 1),

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..shared import softmax
-from ..shared.softmax import State
+from ..shared.softmax import State, Units
 from .assembly import RESCALE_32, RESCALE_32_OPERANDS, RESCALE_64, RESCALE_64_OPERANDS
 from .channel import new_channel
 
@@ -40,7 +40,6 @@ _FIRST = gl.constexpr(0)
 _SECOND = gl.constexpr(1)
 _LN_2 = softmax.LN_2
 softmax_finish = gluon.jit(softmax.softmax_finish.fn)
-units_of = gluon.jit(softmax.units_of.fn)
 unit_of_row = gluon.jit(softmax.unit_of_row.fn)
 
 
@@ -55,9 +54,10 @@ class Plan:
     block_d: int
     block_dv: int
     stages: int  # depth of the key and value rings: what fits the shared memory
+    exponent: int  # of the largest power of two <= scale; a constant takes no register
 
     def __repr__(self) -> str:  # part of the kernel's name
-        return "plan_" + "_".join(str(int(x)) for x in vars(self).values())
+        return "plan_" + "_".join(str(int(x)).replace("-", "m") for x in vars(self).values())
 
 
 @gluon.jit
@@ -75,8 +75,8 @@ def _partial(x, CHAINS: gl.constexpr, LARGEST: gl.constexpr, P_L: gl.constexpr):
 
 
 @gluon.jit
-def _count(l_i, w_i, low, p, t, m, of_unit, PLAN: gl.constexpr, P_L: gl.constexpr):
-    """Add columns to the state. `t` is 0 where a key is hidden, and p with it. of_unit converts t to raw scores.
+def _count(l_i, w_i, low, p, t, PLAN: gl.constexpr, P_L: gl.constexpr):
+    """Add columns to the state. `t` is 0 where a key is hidden, and p with it.
 
     Of numbers <= 0 the smallest is the one whose bits are the largest unsigned integer: integer maxima are
     taken while the exponentials keep the float units waiting.
@@ -85,8 +85,7 @@ def _count(l_i, w_i, low, p, t, m, of_unit, PLAN: gl.constexpr, P_L: gl.constexp
     if PLAN.stats:
         w_i += _partial(p * t, 2, False, P_L)
         bits = _partial(t.to(gl.uint32, bitcast=True), 2, True, P_L)
-        least = bits.to(gl.float32, bitcast=True) * _per_part(of_unit, P_L) + _per_part(m, P_L)
-        low = gl.minimum(low, least)
+        low = gl.minimum(low, bits.to(gl.float32, bitcast=True))
     return l_i, w_i, low
 
 
@@ -98,9 +97,9 @@ def _per_part(number, P_L: gl.constexpr):
 
 @gluon.jit
 def _exponent(s, m, units):
-    """t of a tile of raw scores whose rows have the maximum m, and `unit_of_row` of them."""
-    unit, of_unit = unit_of_row(m, units)
-    return gl.fma(s, gl.expand_dims(unit, 1), -gl.expand_dims(m * unit, 1)), unit, of_unit
+    """t of a tile of raw scores whose rows have the maximum m, and the rows' unit."""
+    unit = unit_of_row(m, units)
+    return gl.fma(s, gl.expand_dims(unit, 1), -gl.expand_dims(m * unit, 1)), unit
 
 
 @gluon.jit
@@ -108,14 +107,16 @@ def _softmax(s, m_i, l_i, w_i, low, units, PLAN: gl.constexpr, P_L: gl.constexpr
     """One tile of raw scores into the state (m, l, w, low); also exp2(t) and what rescales the output."""
     best = gl.max(_partial(s, 4, True, P_L), 1)
     m_new = gl.maximum(m_i, gl.convert_layout(best, gl.SliceLayout(1, s.type.layout), assert_trivial=True))
-    t, unit, of_unit = _exponent(s, m_new, units)
+    t, unit = _exponent(s, m_new, units)
     p = gl.exp2(t)
     d = (m_i - m_new) * unit
     alpha = gl.exp2(d)
     a = _per_part(alpha, P_L)
     if PLAN.stats:
-        w_i = a * (w_i + l_i * _per_part(d, P_L))
-    l_i, w_i, low = _count(l_i * a, w_i, low, p, t, m_new, of_unit, PLAN, P_L)
+        d = _per_part(d, P_L)
+        w_i = a * (w_i + l_i * d)
+        low += d
+    l_i, w_i, low = _count(l_i * a, w_i, low, p, t, PLAN, P_L)
     return m_new, l_i, w_i, low, p, alpha
 
 
@@ -229,7 +230,9 @@ def _consumer(
     A_L: gl.constexpr = gl.DotOperandLayout(0, O_L, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S_L)
     dtype: gl.constexpr = q_s.dtype
-    units = units_of(unit, to_natural, False)
+    COARSE: gl.constexpr = 2.0**PLAN.exponent
+    LIMIT: gl.constexpr = softmax.LARGEST_PRODUCT / COARSE
+    units = Units(unit, COARSE, LIMIT)
     staged = out_s.index(HALF)
     first = gl.load(schedule_ptr + gl.program_id(0))
     last = gl.load(schedule_ptr + gl.program_id(0) + 1)
@@ -250,7 +253,7 @@ def _consumer(
         offs_n = (num_tiles - 1) * _BLOCK_N + gl.arange(0, _BLOCK_N, gl.SliceLayout(0, S_L))
         l_i = gl.full([_HALF_M, 4], 0.0, gl.float32, P_L)
         w_i = gl.full([_HALF_M, 4], 0.0, gl.float32, P_L)
-        low = gl.full([_HALF_M, 4], float("inf"), gl.float32, P_L)
+        low = gl.full([_HALF_M, 4], 0.0, gl.float32, P_L)
         # Every row sees a key of this tile, and there is nothing yet to rescale.
         seen = gl.expand_dims(offs_n, 0) < num_keys
         if PLAN.is_causal:
@@ -258,11 +261,11 @@ def _consumer(
         if PLAN.is_causal or PLAN.ragged:
             s = gl.where(seen, s, -float("inf"))
         m_i = gl.max(s, 1)
-        t, _unit, of_unit = _exponent(s, m_i, units)
+        t, _unit = _exponent(s, m_i, units)
         p = gl.exp2(t)
         if PLAN.is_causal or PLAN.ragged:
             t = gl.where(seen, t, 0.0)  # 0 * inf is NaN: right for a visible score that is infinite
-        l_i, w_i, low = _count(l_i, w_i, low, p, t, m_i, of_unit, PLAN, P_L)
+        l_i, w_i, low = _count(l_i, w_i, low, p, t, PLAN, P_L)
         acc = gl.full([_HALF_M, PLAN.block_dv], 0.0, gl.float32, O_L)
         alpha = gl.full([_HALF_M], 1.0, gl.float32, ROW)
         step += 1
@@ -300,10 +303,11 @@ def _consumer(
         inside = offs_m < num_queries
         if PLAN.stats:
             weighted = gl.convert_layout(gl.sum(w_i, 1), ROW, assert_trivial=True)
-            # The rounding of t must not lift the minimum over the maximum.
-            least = gl.minimum(gl.convert_layout(gl.min(low, 1), ROW, assert_trivial=True), m_i)
+            # Of a row that became huge on the way, the range is too large here, by a factor of 3 at most.
+            row_unit = unit_of_row(m_i, units)
+            least = m_i + gl.convert_layout(gl.min(low, 1), ROW, assert_trivial=True) / row_unit
             core, _more, normalise = softmax_finish(
-                State(m_i, total, weighted, least, ()), unit, to_natural, 0.0, False, False
+                State(m_i, total, weighted, least, ()), units, to_natural, 0.0, False, False, False
             )
             gl.store(entropy_ptr + row, core.entropy, mask=inside)
             gl.store(max_ptr + row, core.max_logit, mask=inside)

@@ -198,13 +198,23 @@ def attend(
 
 
 @triton.jit
-def finish(state, sink_ptr, head, scale, SINKS: tl.constexpr, NATURAL: tl.constexpr, EXTENDED: tl.constexpr):
+def finish(
+    state,
+    sink_ptr,
+    head,
+    scale,
+    SINKS: tl.constexpr,
+    NATURAL: tl.constexpr,
+    EXTENDED: tl.constexpr,
+    EXACT: tl.constexpr,
+):
     """What `softmax_finish` makes of the state of rows that have seen all their keys."""
     to_natural = 1.0 if NATURAL else scale
     sink = 0.0
     if SINKS:
         sink = tl.load(sink_ptr + head).to(tl.float32) / to_natural
-    return softmax_finish(state, to_natural * LOG2_E, to_natural, sink, SINKS, EXTENDED)
+    units = units_of(to_natural * LOG2_E, scale, NATURAL)
+    return softmax_finish(state, units, to_natural, sink, SINKS, EXTENDED, EXACT)
 
 
 @triton.jit

@@ -27,6 +27,7 @@ class Extended(NamedTuple):
     score_std: Any
     sink_mass: Any
     score_mean: Any
+    log_denominator: Any
     visible_keys: Any
 
 
@@ -37,7 +38,7 @@ class Rows(NamedTuple):
     entropy: Tensor
     max_logit: Tensor
     min_logit: Tensor
-    more: Tensor | None  # the fields of Extended, (6, B, H, M)
+    more: Tensor | None  # the fields of Extended, (7, B, H, M)
     stride_more: int  # from one field of `more` to the next
 
 

@@ -44,20 +44,18 @@ class MoreState(NamedTuple):
 class Units(NamedTuple):
     """What converts the scores of a row to log2 units, by the size of the row's maximum.
 
-    `fine` is scale * log2 e, and `coarse` the largest power of two <= scale. Rows with |m| >= `limit` take the coarse
-    one. Neighbouring numbers are then at least 2^4 log2 units apart by `fine`, and 5 by `coarse`: either way the keys
-    of the maximum alone keep a weight that is more than the rounding of the scores.
+    `fine` is scale * log2 e, and `coarse` the largest power of two <= scale. Rows with |m| >= `limit` = 2^27 / coarse
+    take the coarse one. Two numbers of that size differ by 2^4 units at least, so that by either of them only the keys
+    of the maximum keep a weight. Below the limit, the rounding error of m * fine is 2^4 at most: exp2(t) stays within
+    fp16.
     """
 
     fine: Any
     coarse: Any
     limit: Any
-    of_fine: Any  # 1 / fine
-    of_coarse: Any
 
 
-# Below it, a rounding error of m * unit is 2^3 at most, so that exp2(t) stays within fp16.
-_LARGEST_PRODUCT = tl.constexpr(268435456.0)  # 2^28
+LARGEST_PRODUCT = tl.constexpr(134217728.0)  # 2^27
 _EXPONENT = tl.constexpr(0x7F800000)
 
 
@@ -69,14 +67,13 @@ def units_of(unit, scale, NATURAL: tl.constexpr):
         coarse = (tl.cast(scale, tl.float32).to(tl.int32, bitcast=True) & _EXPONENT).to(
             tl.float32, bitcast=True
         )
-    return Units(unit, coarse, _LARGEST_PRODUCT / unit, 1.0 / unit, 1.0 / coarse)
+    return Units(unit, coarse, LARGEST_PRODUCT / coarse)
 
 
 @triton.jit
 def unit_of_row(m, units):
-    """The unit of rows with the maximum m, and what converts it back to scores."""
-    is_fine = tl.abs(m) < units.limit
-    return tl.where(is_fine, units.fine, units.coarse), tl.where(is_fine, units.of_fine, units.of_coarse)
+    """The unit of rows with the maximum m."""
+    return tl.where(tl.abs(m) < units.limit, units.fine, units.coarse)
 
 
 @triton.jit
@@ -105,7 +102,7 @@ def softmax_update(state, s, seen, units, MASKED: tl.constexpr, EXACT: tl.conste
     if EXACT:
         t = (s - shift[:, None]) * unit
     else:
-        unit, _ = unit_of_row(shift, units)
+        unit = unit_of_row(shift, units)
         t = tl.fma(s, unit[:, None], -(shift * unit)[:, None])
     # Exactly 0 where the maximum stays. Fused as above, every tile would add a rounding error: 1e-3 in a row of a
     # million keys.
@@ -170,12 +167,15 @@ def softmax_merge(a, b, unit):
 
 
 @triton.jit
-def softmax_finish(state, unit, to_natural, sink, SINKS: tl.constexpr, EXTENDED: tl.constexpr):
+def softmax_finish(
+    state, units, to_natural, sink, SINKS: tl.constexpr, EXTENDED: tl.constexpr, EXACT: tl.constexpr
+):
     """The statistics: `Core`, and `Extended` or (); also the factor that normalises the output.
 
-    `sink` is in score units. Rows without a key give lse = -inf, entropy = 0; with a sink, they give its logit and 0.
-    Rows that NaN or inf reached give NaN everywhere but in visible_keys.
+    `sink` is in score units. EXACT: as in `softmax_update`. Rows without a key give lse = -inf and entropy = 0, or
+    the sink and 0. Rows that NaN or inf reached give NaN everywhere but in visible_keys.
     """
+    unit = units.fine
     l_i, w_i, more = state.l, state.w, state.more
     empty = state.m == -float("inf")  # neither a key nor a sink
     shift = tl.where(empty, 0.0, state.m)
@@ -212,6 +212,14 @@ def softmax_finish(state, unit, to_natural, sink, SINKS: tl.constexpr, EXTENDED:
         t_mean = w_i / l_safe
         logit_var = LN_2 * LN_2 * tl.maximum(more.b / l_safe - t_mean * t_mean, 0.0)
         collision = more.c / (l_safe * l_safe)
+        # lse - max_logit without the rounding of either. A fused exponent has the rounding of the maximum in it.
+        log_denominator = log_l
+        if SINKS:
+            log_denominator -= LN_2 * d
+        if not EXACT:
+            peak = tl.where(state.m == -float("inf"), 0.0, state.m)
+            row_unit = unit_of_row(peak, units)
+            log_denominator -= LN_2 * tl.fma(peak, row_unit, -(peak * row_unit))
         score_std = tl.sqrt(more.m2 / tl.maximum(more.number, 1.0)) * to_natural
         extended = Extended(
             _unless(logit_var, empty, broken),
@@ -219,6 +227,7 @@ def softmax_finish(state, unit, to_natural, sink, SINKS: tl.constexpr, EXTENDED:
             _unless(score_std, empty, broken),
             _unless(more.first / l_safe, empty, broken),
             _unless(more.mean * to_natural, empty, broken),
+            tl.where(broken, nan, tl.where(state.m == -float("inf"), 0.0, log_denominator)),
             more.number,
         )
     core = Core(tl.where(broken, nan, lse), tl.where(broken, nan, entropy), max_logit, min_logit)
