@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 # An additive mask below it counts as this number. Models hide keys with the least number of a format. Its product with
-# log2 e and its sums are infinite, and 0 * inf is NaN.
-LEAST_BIAS = -1e30
+# log2 e and its square are infinite, and 0 * inf is NaN. Squares of this one can be summed over a million keys.
+LEAST_BIAS = -1e16
 
 
 class Core(NamedTuple):
