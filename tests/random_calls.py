@@ -33,12 +33,7 @@ MASKS = (
     "keys",
 )
 VALUES = ("normal", "normal", "normal", "large", "huge", "equal", "zero", "tiny")
-HEAD_DIMS = {
-    16: (1, 3, 8, 16),
-    64: (40, 64),
-    128: (80, 96, 128),
-    256: (160, 256),
-}  # by the width of a kernel's tile
+WIDTHS = (1, 3, 8, 16, 40, 64, 64, 80, 96, 128, 128, 160, 256)
 DTYPES = (torch.float16, torch.bfloat16, torch.bfloat16, torch.float32)
 HUGE = 133120.0  # as in https://github.com/pytorch/pytorch/issues/121558
 
@@ -48,7 +43,8 @@ class Kind:
     """What the kernels of a call are compiled for; sizes: of (batch * heads, M, N), see `_size`."""
 
     dtype: torch.dtype
-    width: int  # of a tile; 0: a head dimension that no kernel takes
+    width: int  # head dimension
+    group: int  # query heads of a key head
     is_causal: bool
     mask: str | None
     sizes: tuple[int, int, int]
@@ -60,7 +56,8 @@ class Kind:
         mask = choice((None, choice(MASKS)))
         return Kind(
             choice(dtypes),
-            choice((16, 64, 64, 128, 128, 256)),
+            choice(WIDTHS),
+            choice((1, 1, 2, 3)),
             mask is None and rng.random() < 0.5,
             mask,
             (choice((2, 2, 1)), choice((2, 16, 2, 1)), choice((2, 16, 2, 1))),
@@ -208,12 +205,9 @@ def random_call(
     if kind.sizes[0] == 1:
         batch = kv_heads = group = 1
     else:
-        batch, kv_heads, group = rng.choice((1, 2, 3)), rng.choice((1, 2)), rng.choice((1, 1, 2, 3))
-        if batch * kv_heads * group == 1:
-            kv_heads = 3
+        batch, kv_heads, group = rng.choice((1, 2, 3)), rng.choice((2, 3)), kind.group
     queries, keys = (_size(size, rng, largest) for size in kind.sizes[1:])
-    width = rng.choice(HEAD_DIMS[kind.width])
-    value_dim = width
+    width = value_dim = kind.width
     if rng.random() < 0.03:
         width = value_dim = 257
     if rng.random() < empty:

@@ -1,7 +1,6 @@
 """Random calls, where PyTorch's SDPA is the measure: ours never raises, and is finite and as exact where SDPA is."""
 
 import math
-import time
 from contextlib import nullcontext
 
 import pytest
@@ -15,9 +14,9 @@ from hnf_attention import attention, attention_stats, instrument
 from hnf_attention.engine import engines
 from hnf_attention.engine.card import NVIDIA, Card
 
-KINDS = 24  # of kernels that the sweep on a card compiles
+KINDS = 16  # of kernels that the sweep on a card compiles
 INTERPRETED = (torch.float16, torch.float32)  # Triton's interpreter multiplies no bf16
-CARD_CALLS, CARD_SECONDS = 2000, 120
+CARD_CALLS, MODEL_CALLS = 2000, 1504  # on a card; those from MODEL_CALLS on go through an instrumented model
 
 
 class Model(nn.Module):
@@ -198,12 +197,9 @@ def test_many_random_calls_of_the_kernels_are_never_worse_than_sdpa(interpreter)
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_2000_random_calls_on_a_card_are_never_worse_than_sdpa():
-    start = time.monotonic()
-    most = CARD_CALLS * 3 // 4
-    worse = sweep(range(most), "cuda", kinds=KINDS)
-    worse += instrumented_sweep(range(most, CARD_CALLS), "cuda", kinds=KINDS)
-    took = time.monotonic() - start
-    print(f"{CARD_CALLS} calls in {took:.0f} s")
+@pytest.mark.parametrize("kind", range(KINDS))
+def test_random_calls_on_a_card_are_never_worse_than_sdpa(kind):
+    """One kind of the sweep: most of the time of a first run is compilation, which workers may share."""
+    first, last = range(kind, MODEL_CALLS, KINDS), range(MODEL_CALLS + kind, CARD_CALLS, KINDS)
+    worse = sweep(first, "cuda", kinds=KINDS) + instrumented_sweep(last, "cuda", kinds=KINDS)
     assert not worse, report(worse)
-    assert took < CARD_SECONDS
