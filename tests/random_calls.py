@@ -21,6 +21,7 @@ LAYOUTS = (
     "one for all",  # stride 0 over batch and head
     "one row",  # stride 0 over the length
     "overlapping",  # rows that share all but one number
+    "sliding",  # rows that overlap and start at multiples of 16 bytes
 )
 MASKS = (
     "bool",
@@ -160,9 +161,10 @@ def _laid_out(layout: str, shape: tuple[int, int, int, int], draw) -> Tensor:
         return draw((1, 1, length, width)).expand(shape)
     if layout == "one row":
         return draw((batch, heads, 1, width)).expand(shape)
-    if layout == "overlapping":
-        flat = draw((batch * heads * length + width,))
-        return flat.as_strided(shape, (heads * length, length, 1, 1))
+    if layout in ("overlapping", "sliding"):
+        step = 1 if layout == "overlapping" else 8
+        flat = draw((step * batch * heads * length + width,))
+        return flat.as_strided(shape, (step * heads * length, step * length, step, 1))
     return draw(shape)
 
 
