@@ -2,7 +2,6 @@
 
 import functools
 import heapq
-import math
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -10,6 +9,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..shared import descriptors
 from ..shared.launch import launch
+from ..shared.plan import unit_exponent
 from ..shared.results import empty_output, new_rows
 from ..shared.softmax import LOG2_E
 from ..shared.tiles import HEAD_GROUP, block_dim, ceil_div
@@ -72,8 +72,7 @@ def plan(
     """What the kernel is compiled for; scale: head_dim ** -0.5 when None."""
     widths = _width(head_dim), _width(value_dim)
     early = (max(widths), is_causal) in _EARLY
-    exponent = math.frexp(head_dim**-0.5 if scale is None else scale)[1] - 1
-    exponent = min(max(exponent, -90), 60)  # so that both powers are fp32
+    exponent = unit_exponent(head_dim**-0.5 if scale is None else scale)
     return Plan(early, is_causal, ragged, stats, *widths, 2 if max(widths) == 128 else 3, exponent)
 
 

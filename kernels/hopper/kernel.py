@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..shared import softmax
-from ..shared.softmax import State, Units
+from ..shared.softmax import State
 from .assembly import RESCALE_32, RESCALE_32_OPERANDS, RESCALE_64, RESCALE_64_OPERANDS
 from .channel import new_channel
 
@@ -40,6 +40,7 @@ _FIRST = gl.constexpr(0)
 _SECOND = gl.constexpr(1)
 _LN_2 = softmax.LN_2
 softmax_finish = gluon.jit(softmax.softmax_finish.fn)
+units_of = gluon.jit(softmax.units_of.fn)
 unit_of_row = gluon.jit(softmax.unit_of_row.fn)
 
 
@@ -54,7 +55,7 @@ class Plan:
     block_d: int
     block_dv: int
     stages: int  # depth of the key and value rings: what fits the shared memory
-    exponent: int  # of the largest power of two <= scale; a constant takes no register
+    exponent: int  # see `plan.unit_exponent`
 
     def __repr__(self) -> str:  # part of the kernel's name
         return "plan_" + "_".join(str(int(x)).replace("-", "m") for x in vars(self).values())
@@ -230,9 +231,7 @@ def _consumer(
     A_L: gl.constexpr = gl.DotOperandLayout(0, O_L, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S_L)
     dtype: gl.constexpr = q_s.dtype
-    COARSE: gl.constexpr = 2.0**PLAN.exponent
-    LIMIT: gl.constexpr = softmax.LARGEST_PRODUCT / COARSE
-    units = Units(unit, COARSE, LIMIT)
+    units = units_of(unit, PLAN.exponent)
     staged = out_s.index(HALF)
     first = gl.load(schedule_ptr + gl.program_id(0))
     last = gl.load(schedule_ptr + gl.program_id(0) + 1)

@@ -22,7 +22,15 @@ def _forward_kernel(q_desc, k_desc, v_desc, out, rows, sink_ptr, call, window, P
     batch, head = bh // call.heads, bh % call.heads
     state, acc = attend(q_desc, k_desc, v_desc, call, window, batch, head, start_m, call.num_keys, PLAN)
     core, more, normalise = finish(
-        state, sink_ptr, head, call.scale, PLAN.has_sinks, PLAN.natural, PLAN.extended, PLAN.exact
+        state,
+        sink_ptr,
+        head,
+        call.scale,
+        PLAN.has_sinks,
+        PLAN.natural,
+        PLAN.extended,
+        PLAN.exact,
+        PLAN.exponent,
     )
     result = acc * normalise[:, None]
     offs_m = start_m + tl.arange(0, PLAN.block_m)

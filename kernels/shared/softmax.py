@@ -55,19 +55,14 @@ class Units(NamedTuple):
     limit: Any
 
 
-LARGEST_PRODUCT = tl.constexpr(134217728.0)  # 2^27
-_EXPONENT = tl.constexpr(0x7F800000)
+_LARGEST_PRODUCT = tl.constexpr(134217728.0)  # 2^27
 
 
 @triton.jit
-def units_of(unit, scale, NATURAL: tl.constexpr):
-    """The units of scores, where scale * log2 e is `unit`. NATURAL promises that the scale is 1."""
-    coarse = 1.0
-    if not NATURAL:
-        coarse = (tl.cast(scale, tl.float32).to(tl.int32, bitcast=True) & _EXPONENT).to(
-            tl.float32, bitcast=True
-        )
-    return Units(unit, coarse, LARGEST_PRODUCT / coarse)
+def units_of(unit, EXPONENT: tl.constexpr):
+    """The units of scores, where scale * log2 e is `unit`. EXPONENT: of `plan.unit_exponent`."""
+    COARSE: tl.constexpr = 2.0**EXPONENT
+    return Units(unit, COARSE, _LARGEST_PRODUCT / COARSE)
 
 
 @triton.jit
