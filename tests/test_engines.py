@@ -6,8 +6,9 @@ import torch
 from hnf_attention.engine import engines
 from hnf_attention.engine.call import Call, check
 from hnf_attention.engine.card import NO_CARD, NVIDIA, Card
+from hnf_attention.engine.library import Choice
 
-H200 = Card("H200", NVIDIA, (9, 0), triton="3.6.0", has_flash=True, has_cudnn=True)
+H200 = Card("H200", NVIDIA, (9, 0), triton="3.6.0", has_flash=True, has_cudnn=True, cudnn_version=(9, 19))
 A100 = Card("A100", NVIDIA, (8, 0), triton="3.6.0", has_flash=True, has_cudnn=True)
 T4 = Card("T4", NVIDIA, (7, 5), triton="3.6.0")
 MI300 = Card("MI300", "AMD", (9, 4), triton="3.6.0", has_flash=True)
@@ -15,6 +16,7 @@ OTHER_TRITON = Card("H200", NVIDIA, (9, 0), triton="3.7.1", has_flash=True, has_
 WITHOUT_TRITON = Card("H200", NVIDIA, (9, 0), has_flash=True, has_cudnn=True)
 CPU = Card("cpu")
 HOPPER, TRITON, REFERENCE = engines.HOPPER, engines.TRITON, engines.REFERENCE
+MI250 = Card("MI250", "AMD", (9, 0), triton="3.6.0", has_flash=True, has_cudnn=True)
 SHAPES = "takes no mask, window, soft-cap, sinks or packed sequences"
 
 
@@ -70,6 +72,16 @@ FORWARD = [
     ),
     (A100, {}, {HOPPER: "needs compute capability 9.0, this card has 8.0", TRITON: None}),
     (MI300, {}, {HOPPER: "needs an NVIDIA card", TRITON: None}),
+    (
+        T4,
+        {},
+        {
+            HOPPER: "needs compute capability 9.0, this card has 7.5",
+            TRITON: "needs compute capability 8.0, this card has 7.5",
+            REFERENCE: None,
+        },
+    ),
+    (MI250, {}, {HOPPER: "needs an NVIDIA card", TRITON: None}),
     (OTHER_TRITON, {}, {HOPPER: "Triton 3.7.1 is untested (3.6 is)", TRITON: None}),
     (
         WITHOUT_TRITON,
@@ -87,7 +99,11 @@ BACKWARD = [
         {CUDNN: "head dimension 256 exceeds 128", FLASH: "q has head dimension 256, v has 64", TRITON: None},
     ),
     (H200, {"head_dim": 256, "value_dim": 256}, {CUDNN: "head dimension 256 exceeds 128", FLASH: None}),
-    (H200, {"softcap": 5.0}, {CUDNN: SHAPES, FLASH: SHAPES, TRITON: None}),
+    (
+        H200,
+        {"softcap": 5.0},
+        {CUDNN: "takes no window, soft-cap, sinks or packed sequences", FLASH: SHAPES, TRITON: None},
+    ),
     (
         H200,
         {"dtype": torch.float32},
@@ -110,17 +126,18 @@ BACKWARD = [
         {
             CUDNN: "needs compute capability 9.x, this card has 7.5",
             FLASH: "needs compute capability 8.0, this card has 7.5",
-            TRITON: None,
+            TRITON: "needs compute capability 8.0, this card has 7.5",
+            REFERENCE: None,
         },
     ),
-    (MI300, {}, {CUDNN: "needs an NVIDIA card", FLASH: None}),
+    (MI300, {}, dict.fromkeys((CUDNN, FLASH), "needs an NVIDIA card") | {TRITON: None}),
     (CPU, {}, dict.fromkeys((CUDNN, FLASH, TRITON), NO_CARD) | {REFERENCE: None}),
 ]
 CASES = [
     pytest.param(engines_, *case, id=f"{name} {case[0].name} {case[1]}")
     for name, engines_, cases in (
         ("forward", engines.FORWARD, FORWARD),
-        ("backward", engines.BACKWARD, BACKWARD),
+        ("backward", engines.output_backward(Choice()), BACKWARD),
     )
     for case in cases
 ]
@@ -132,15 +149,6 @@ def test_the_first_engine_that_supports_a_call_takes_it(engines_, card, options,
     made = call(**options)
     assert dict(engines.explain(engines_, made)) == expected
     assert engines.choose(engines_, made).name == list(expected)[-1]
-
-
-def test_deterministic_algorithms_take_no_kernel_that_adds_in_any_order(monkeypatch):
-    monkeypatch.setattr(engines, "card_of", lambda device: H200)
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert engines.choose(engines.BACKWARD, call()).name == TRITON
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def test_the_constants_of_the_hopper_kernel_are_its_own():
