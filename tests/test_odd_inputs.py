@@ -107,7 +107,7 @@ if ON_GPU:
     HUGE_CASES += [(torch.bfloat16, number) for number in (HUGE, 2.0**14, 2.0**40, 2.0**59)]
 
 
-@pytest.mark.parametrize("scale", [None, 0.3, 1.0])
+@pytest.mark.parametrize("scale", [None, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.3, 1.0))])
 @pytest.mark.parametrize("dtype, number", HUGE_CASES)
 def test_huge_scores_have_a_finite_output_and_statistics(dtype, number, scale, device):
     q, k, v = _equal(number, 70, dtype, device)
@@ -269,6 +269,7 @@ def test_tensors_on_the_cpu_beside_a_card_are_clear_errors():
         attention(q, q.cpu(), q)
 
 
+@pytest.mark.slow
 def test_multihead_attention_takes_what_pytorchs_does(device):
     torch.manual_seed(0)
     ours = MultiheadAttention(24, 3, device=device)

@@ -111,12 +111,10 @@ def attention(
         out = torch.cat(outs, 2).to(query.dtype)
         if query.stride(1) < query.stride(2):
             out = out.transpose(1, 2).contiguous().transpose(1, 2)
-    core, more = columns[:4], dict(zip(EXTENDED_FIELDS, columns[4:]))
-    return out, RowStats(
-        *(torch.cat(column, 2) for column in core),
-        **{name: torch.cat(column, 2) for name, column in more.items()},
-        row_index=index,
-    )
+    whole = [torch.cat(column, 2) for column in columns]
+    lse, entropy, max_logit, min_logit = whole[:4]
+    numbers: dict[str, Any] = dict(zip(EXTENDED_FIELDS, whole[4:]))
+    return out, RowStats(lse, entropy, max_logit, min_logit, row_index=index, **numbers)
 
 
 def _sink_rows(sinks: Tensor | None, rows: slice | Tensor) -> Tensor | None:

@@ -163,15 +163,16 @@ def merge_rows(blocks: Sequence[RowStats], sinks: Tensor | None) -> tuple[RowSta
         return torch.stack(values)
 
     lse = torch.stack([*(block.lse for block in blocks), *(() if sink is None else (sink,))])
-    top, excess = lse.detach(), torch.zeros_like(lse)
-    denominators = stacked("log_denominator", 0.0)
-    if denominators is not None:
-        max_logit = stacked("max_logit", 0.0 if sink is None else sink)
-        keyless = max_logit == -torch.inf  # a block may be a sink alone
-        top, excess = torch.where(keyless, top, max_logit), torch.where(keyless, 0.0, denominators)
-    lse, excess, shared = shares.share_out(shares.Masses(lse, top, excess))
-    entropy = stacked("entropy", 0.0)
+    entropy = torch.stack(
+        [*(block.entropy for block in blocks), *(() if sink is None else (torch.zeros_like(sink),))]
+    )
     max_logit = torch.stack([block.max_logit for block in blocks]).amax(0)
+    top, excess = lse.detach(), torch.zeros_like(lse)
+    tops, denominators = stacked("max_logit", 0.0 if sink is None else sink), stacked("log_denominator", 0.0)
+    if tops is not None and denominators is not None:
+        keyless = tops == -torch.inf  # a block may be a sink alone
+        top, excess = torch.where(keyless, top, tops), torch.where(keyless, 0.0, denominators)
+    lse, excess, shared = shares.share_out(shares.Masses(lse, top, excess))
     with torch.no_grad():
         extended = shares.merge_extended(stacked, shared, entropy.detach())
         if denominators is not None:
