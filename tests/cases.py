@@ -198,7 +198,15 @@ def _with_sinks(scores, sinks):
     return torch.cat([scores, sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
 
 
-EXTENDED = ("logit_var", "collision", "score_std", "sink_mass", "score_mean", "visible_keys")
+EXTENDED = (
+    "logit_var",
+    "collision",
+    "score_std",
+    "sink_mass",
+    "score_mean",
+    "log_denominator",
+    "visible_keys",
+)
 
 
 def extended_oracle(case: Case, q, k, v, mask, sinks):
@@ -220,9 +228,12 @@ def extended_oracle(case: Case, q, k, v, mask, sinks):
         spread.sqrt(),
         weight_of_first,
         plain_mean.squeeze(-1),
+        elements.logsumexp(-1) - scores.amax(-1),
         count.double(),
     )
-    return tuple(x.masked_fill(count == 0, 0.0) for x in statistics)
+    # A sink that is alone has all the weight.
+    alone = (statistics[1], statistics[3]) if sinks is not None else ()
+    return tuple(x if any(x is y for y in alone) else x.masked_fill(count == 0, 0.0) for x in statistics)
 
 
 def oracle(case: Case, q, k, v, mask, sinks):
@@ -237,7 +248,7 @@ def oracle(case: Case, q, k, v, mask, sinks):
     out = p[..., : k.shape[2]].nan_to_num() @ v
     return (
         out.masked_fill(empty[..., None], 0.0),
-        rows.logsumexp(-1).masked_fill(empty, -torch.inf),
+        rows.logsumexp(-1).masked_fill(empty & (sinks is None), -torch.inf),
         entropy.masked_fill(empty, 0.0),
         scores.amax(-1),
         torch.where(hidden, torch.inf, scores).amin(-1),

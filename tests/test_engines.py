@@ -47,7 +47,7 @@ FORWARD = [
         {HOPPER: "needs values with a head dimension that is a multiple of 8", TRITON: None},
     ),
     (H200, {"queries": 64}, {HOPPER: "needs more than 64 queries", TRITON: None}),
-    (H200, {"keys": 0}, {HOPPER: "the call is empty", TRITON: None}),
+    (H200, {"keys": 0}, {HOPPER: "the call is empty", TRITON: "there is no key", REFERENCE: None}),
     (H200, {"window_size": 9}, {HOPPER: SHAPES, TRITON: None}),
     (H200, {"scale": -1.0}, {HOPPER: "needs a positive scale", TRITON: None}),
     (H200, {"extended": True}, {HOPPER: "does not compute the extended statistics", TRITON: None}),

@@ -162,7 +162,7 @@ def test_shares_far_below_the_largest_do_no_harm():
         row = torch.full((1, 1, 1), level)
         zero = torch.zeros(1, 1, 1)
         one = torch.ones(1, 1, 1, dtype=torch.int64)
-        return RowStats(row, zero, row, row, zero, zero + 1, zero, None, row, one)
+        return RowStats(row, zero, row, row, zero, zero + 1, zero, None, row, visible_keys=one)
 
     merged = block(3.0).merge(block(-1e30), block(-200.0))
     assert merged.lse == 3.0 and merged.entropy == 0.0 and merged.logit_var == 0.0 and merged.collision == 1.0

@@ -31,13 +31,14 @@ def attention(
     H may be a multiple of H_kv (grouped-query attention). Scores are
     `softcap * tanh(scale * q.k / softcap) + attn_mask`, in natural-log units.
 
-    attn_mask: boolean (True = attend) or additive (the query's dtype or fp32; -inf hides a key),
-        broadcastable to (B, H, M, N). It combines with `is_causal` and `window_size`.
+    attn_mask: boolean (True = attend) or additive (the query's dtype or fp32; -inf hides a key, and less than
+        -1e16 counts as -1e16), broadcastable to (B, H, M, N). It combines with `is_causal` and `window_size`.
     is_causal: query i sees keys 0..i (top-left aligned).
     scale: D ** -0.5 when None.
     window_size: only keys with |i - j| < window_size are visible.
     softcap: logit soft-cap (Gemma 2, arXiv 2408.00118, section 2).
-    sinks: (H,) learned sink logits, one more softmax element without a value (gpt-oss).
+    sinks: (H,) learned sink logits, one more softmax element without a value (gpt-oss). A row without a visible
+        key gives its sink as lse, as in FlashAttention 4.
     seqlens: cumulative lengths of packed sequences, (S + 1,) int32 or int64, 0 first and never
         decreasing: FlashAttention's `cu_seqlens`. Sequences lie end to end in a batch of 1 with M = N; a
         query sees keys of its own sequence only, and `is_causal`, `window_size` and `attn_mask` apply
@@ -51,7 +52,7 @@ def attention(
     forward mode, any number of times, and under transforms of `torch.func`. Kernels compute the first derivative in
     reverse mode, plain PyTorch the others. The mask's gradient is summed to its shape. On a GPU that takes
     memory: one number per score, (B, H, M, N), in the mask's dtype, or in fp32 if the mask broadcasts. fp64 and
-    head dimensions above 256 use the chunked PyTorch path on every device. Under autocast, inputs are cast as
+    head dimensions of 0 or above 256 use the chunked PyTorch path on every device. Under autocast, inputs are cast as
     SDPA casts them.
     Raises ValueError or TypeError (expected, got) before anything runs.
     """

@@ -193,20 +193,15 @@ def check(
     key_batch, kv_heads, num_keys, key_dim = key.shape
     if key_batch != batch:
         raise expected(f"key of the query's batch size {batch}", key_batch)
-    if head_dim == 0:
-        raise expected("a head dimension of at least 1", head_dim)
     if key_dim != head_dim:
         raise expected(f"key of the query's head dimension {head_dim}", key_dim)
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
         raise expected(f"query heads to be a multiple of the {kv_heads} key heads", f"{heads} query heads")
     if value is not None:
         _check_tensor("value", value, query)
-        *leading, value_dim = value.shape
-        wanted = [batch, kv_heads, num_keys]
-        if leading != wanted:
-            raise expected(f"value of shape {tuple(wanted)} + (D_v,)", tuple(value.shape))
-        if value_dim == 0:
-            raise expected("a value head dimension of at least 1", value_dim)
+        wanted = (batch, kv_heads, num_keys)
+        if value.shape[:3] != wanted:
+            raise expected(f"value of shape {wanted} + (D_v,)", tuple(value.shape))
     if not isinstance(is_causal, bool):
         raise expected("is_causal to be a bool", is_causal, TypeError)
     if window_size is not None:
@@ -218,7 +213,10 @@ def check(
         window_size = max(1, min(int(window_size), num_queries + num_keys))
     if softcap is not None:
         softcap = _check_number("softcap", softcap, positive=True)
-    scale = head_dim**-0.5 if scale is None else _check_number("scale", scale, positive=False)
+    if scale is None:
+        scale = head_dim**-0.5 if head_dim else 1.0  # without a dimension every score is 0, as in SDPA
+    else:
+        scale = _check_number("scale", scale, positive=False)
     if attn_mask is not None:
         attn_mask = _check_mask(attn_mask, query, num_keys)
     if seqlens is not None:

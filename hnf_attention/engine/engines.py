@@ -27,6 +27,7 @@ HOPPER_ROWS = 64  # with so few queries, one of two groups of warps has none
 # The Hopper forward is written in Gluon, whose interface changes between versions of Triton. It is used
 # with those that the GPU tests were run on.
 HOPPER_TRITON = "3.6"
+NO_HEAD_DIM = "a head dimension is 0"
 FEW_QUERIES = f"needs more than {HOPPER_ROWS} queries"
 _log = logging.getLogger("hnf_attention")
 
@@ -49,7 +50,7 @@ def forward(call: Call) -> Results:
     """(out, lse, entropy, max_logit, min_logit, more) of a checked call, by the first engine that supports it.
 
     out: None without a value, else (B, H, M, D_v) in the query's layout. The statistics are (B, H, M).
-    more: None, or the EXTENDED_FIELDS, (6, B, H, M).
+    more: None, or the EXTENDED_FIELDS, (7, B, H, M).
     """
     engine = choose(FORWARD, call)
     _say_once(engine.name, call.query.dtype, call.query.shape[3], call.query.device.type)
@@ -128,7 +129,9 @@ def kernels_cover(query: Tensor, value: Tensor | None) -> bool:
 
 def triton_supports(call: Call, card: Card) -> str | None:
     """Why the portable Triton kernels do not compute a call on that card; None if they do."""
-    return _kernels_refuse(call.query, call.value, card)
+    return _kernels_refuse(call.query, call.value, card) or (
+        "there is no key" if call.key.shape[2] == 0 else None
+    )
 
 
 def _kernels_refuse(query: Tensor, value: Tensor | None, card: Card) -> str | None:
@@ -140,8 +143,8 @@ def _kernels_refuse(query: Tensor, value: Tensor | None, card: Card) -> str | No
         return f"needs compute capability 8.0, this card has {card.compute}"
     if query.dtype not in KERNEL_DTYPES:
         return f"needs fp16, bf16 or fp32, got {str(query.dtype).removeprefix('torch.')}"
-    largest = query.shape[3] if value is None else max(query.shape[3], value.shape[3])
-    return too_wide(largest, KERNEL_HEAD_DIM)
+    head_dims = (query.shape[3],) if value is None else (query.shape[3], value.shape[3])
+    return NO_HEAD_DIM if 0 in head_dims else too_wide(max(head_dims), KERNEL_HEAD_DIM)
 
 
 @functools.cache
@@ -176,7 +179,7 @@ def hopper_supports(call: Call, card: Card) -> str | None:
         return "needs values with a head dimension that is a multiple of 8"
     if query.shape[2] <= HOPPER_ROWS:
         return FEW_QUERIES
-    if key.shape[2] == 0 or query.numel() == 0:
+    if value.numel() == 0 or query.numel() == 0:
         return "the call is empty"
     return None if options.scale > 0 else "needs a positive scale"
 

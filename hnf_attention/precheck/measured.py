@@ -125,7 +125,7 @@ def _read(measurement: Measurement, latest: LatestScores) -> MeasuredLayer:
 
     ratios = torch.where(judged, std / critical, torch.nan).transpose(0, 1).flatten(1)
     largest = torch.maximum(rows.max_logit.abs(), rows.min_logit.abs()).double().cpu()
-    seen = rows.lse.isfinite().cpu()
+    seen = rows.max_logit.isfinite().cpu()
     return MeasuredLayer(
         layer=measurement.layer,
         keys=int(visible.max()),

@@ -40,7 +40,7 @@ def random_token_maxima(model: nn.Module, seq_len: int) -> dict[str, Tensor]:
     def read(measurement: Measurement) -> None:
         rows = measurement.rows
         largest = torch.maximum(rows.max_logit.abs(), rows.min_logit.abs()).double().cpu()
-        largest = torch.where(rows.lse.cpu() == -torch.inf, 0.0, largest).amax(2).mean(0)
+        largest = torch.where(rows.max_logit.cpu() == -torch.inf, 0.0, largest).amax(2).mean(0)
         before = found.get(measurement.layer)
         found[measurement.layer] = largest if before is None else torch.maximum(before, largest)
 

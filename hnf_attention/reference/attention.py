@@ -12,13 +12,12 @@ loses seven digits.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels.shared.results import Gradients, empty_output, sink_gradient
+from ..kernels.shared.results import LEAST_BIAS, Gradients, empty_output, sink_gradient
 from ..statistics.fields import EXTENDED_FIELDS
 from ..statistics.rows import RowStats
 from .masks import mask_rows, row_chunks, take_rows, visible
@@ -74,7 +73,7 @@ def score_rows(query: Tensor, key: Tensor, rows: slice | Tensor, options: Option
         tanh = (scores / options.softcap).tanh()
         scores, slope = options.softcap * tanh, 1 - tanh.square()
     if bias is not None:
-        scores = scores + bias.to(scores.dtype)
+        scores = scores + bias.to(scores.dtype).clamp(min=LEAST_BIAS)
     return Scores(torch.where(seen, scores, 0.0), seen, slope, capped)
 
 
@@ -99,7 +98,7 @@ def attention(
     value = None if value is None else value.to(dtype)
     chunks = row_chunks(num_queries, key.shape[2], batch * heads)
     parts = [
-        _attend_rows(score_rows(query, key, rows, options), value, options.sinks, extended)
+        _attend_rows(score_rows(query, key, rows, options), value, _sink_rows(options.sinks, rows), extended)
         for rows in (chunk if index is None else index[:, :, chunk] for chunk in chunks)
     ]
     if not parts:
@@ -112,7 +111,18 @@ def attention(
         out = torch.cat(outs, 2).to(query.dtype)
         if query.stride(1) < query.stride(2):
             out = out.transpose(1, 2).contiguous().transpose(1, 2)
-    return out, replace(RowStats(*(torch.cat(column, 2) for column in columns)), row_index=index)
+    whole = [torch.cat(column, 2) for column in columns]
+    lse, entropy, max_logit, min_logit = whole[:4]
+    numbers: dict[str, Any] = dict(zip(EXTENDED_FIELDS, whole[4:]))
+    return out, RowStats(lse, entropy, max_logit, min_logit, row_index=index, **numbers)
+
+
+def _sink_rows(sinks: Tensor | None, rows: slice | Tensor) -> Tensor | None:
+    """The sinks (H,) of some rows, broadcastable to (B, H, rows); -inf, which is no sink, where there is no row."""
+    if sinks is None:
+        return None
+    of_heads = sinks[None, :, None]
+    return of_heads if isinstance(rows, slice) else torch.where(rows >= 0, of_heads, -torch.inf)
 
 
 def of_scores(scores: Tensor, seen: Tensor) -> tuple[Any, ...]:
@@ -126,9 +136,9 @@ def of_scores(scores: Tensor, seen: Tensor) -> tuple[Any, ...]:
 def _attend_rows(
     part: Scores, value: Tensor | None, sinks: Tensor | None, extended: bool
 ) -> tuple[Tensor | None, ...]:
-    """Output and statistics of some rows, as (out, *RowStats fields)."""
+    """(out, the four core statistics, EXTENDED_FIELDS) of some rows. sinks: of `_sink_rows`."""
     scores, seen = part.scores, part.seen
-    empty = ~seen.any(-1).expand(scores.shape[:3])
+    keyless = ~seen.any(-1).expand(scores.shape[:3])
     if scores.shape[-1] == 0:
         max_logit = scores.new_full(scores.shape[:3], -torch.inf)
         min_logit = -max_logit
@@ -136,17 +146,19 @@ def _attend_rows(
         max_logit = torch.where(seen, scores, -torch.inf).amax(-1)
         min_logit = torch.where(seen, scores, torch.inf).amin(-1)
     # The shift cancels in every result, so no gradient needs to pass through it.
-    shift = torch.where(empty, 0.0, max_logit).detach()
+    top, empty = max_logit.detach(), keyless
     if sinks is not None:
-        sink = sinks.to(scores.dtype)[None, :, None]
-        shift = torch.maximum(shift, sink.detach())
+        sink = sinks.to(scores.dtype)
+        top = torch.maximum(top, sink.detach())
+        empty = keyless & (sink.detach() == -torch.inf)  # a sink of -inf is no sink
+    shift = torch.where(empty, 0.0, top)
     z = torch.where(seen, scores - shift[..., None], 0.0)
     e = torch.where(seen, z.exp(), 0.0)
     l_i, w_i = e.sum(-1), (e * z).sum(-1)
     if sinks is not None:
         z_sink = sink - shift
         e_sink = z_sink.exp()
-        z_sink = torch.where(z_sink == -torch.inf, 0.0, z_sink)  # a sink of -inf is no sink: 0 * -inf
+        z_sink = torch.where(z_sink == -torch.inf, 0.0, z_sink)  # 0 * -inf must not become NaN
         l_i, w_i = l_i + e_sink, w_i + e_sink * z_sink
     l_safe = torch.where(empty, 1.0, l_i)
     # NaN or inf in q or k always reaches l or w, but not always the maximum.
@@ -190,7 +202,9 @@ def _attend_rows(
             collision / l_safe.square(),
             spread.sqrt(),
             sink_weight / l_safe,
-            shift + plain_mean,
+            torch.where(keyless, 0.0, shift + plain_mean),
+            # lse - max_logit without the rounding of either.
+            torch.where(keyless, 0.0, shift - max_logit + l_safe.log()),
         )
     return out, *core, *(finish(numbers, 0.0) for numbers in more), visible_keys
 
@@ -207,6 +221,23 @@ def softmax_offset(
     if d_lse is not None:
         offset = offset - d_lse
     return offset if d_entropy is None else offset + d_entropy * entropy
+
+
+def _weights(scores: Tensor, seen: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The logarithms of the softmax weights of some rows, -inf where a key is hidden, and the weights.
+
+    scores, seen: of `score_rows`. lse (B, H, rows, 1). The sum of the weights takes out what the rounding of lse put
+    in: from 2^24 on, a lse in fp32 does not know how many keys share the maximum.
+    """
+    log_p = torch.where(seen, scores - lse, -torch.inf)
+    p = log_p.exp()
+    total = p.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.where(
+            lse == -torch.inf, 0.0, (sinks.to(lse.dtype)[None, :, None, None] - lse).exp()
+        )
+    total = torch.where(total > 0, total, 1.0)
+    return log_p - total.log(), p / total
 
 
 def backward(
@@ -244,8 +275,7 @@ def backward(
     batch, heads, num_queries, _ = query.shape
     for rows in row_chunks(num_queries, key.shape[2], batch * heads):
         scores, seen, slope, _ = score_rows(query, key_c, rows, options)
-        log_p = torch.where(seen, scores - lse[:, :, rows, None], -torch.inf)
-        p = log_p.exp()
+        log_p, p = _weights(scores, seen, lse[:, :, rows, None], options.sinks)
         inner = -offset[:, :, rows, None]
         if value_c is not None and d_value is not None and d_out is not None:
             d_rows = _group(d_out[:, :, rows].to(dtype), kv_heads)

@@ -70,4 +70,12 @@ NUM_FOLDED = NUM_SUMS + len(MAX_FIELDS)
 NUM_FIELDS = NUM_FOLDED + len(STEP_FIELDS)
 
 # What `extended=True` adds to a RowStats, in the order that the kernels write them.
-EXTENDED_FIELDS = ("logit_var", "collision", "score_std", "sink_mass", "score_mean", "visible_keys")
+EXTENDED_FIELDS = (
+    "logit_var",
+    "collision",
+    "score_std",
+    "sink_mass",
+    "score_mean",
+    "log_denominator",
+    "visible_keys",
+)

@@ -22,9 +22,11 @@ class RowStats:
 
     `lse`, `entropy`, `max_logit` and `min_logit` (nats) are always there. The others are None unless asked
     for with `extended=True`. `score_mean` (plain mean over visible keys, nats) and `visible_keys` (their
-    number, int64) are there because merging `score_std` needs them. An empty row (no visible key) has
-    lse = max_logit = -inf, min_logit = +inf and 0 elsewhere. A row that NaN or inf reached is NaN in
-    every field but `visible_keys`.
+    number, int64) are there because merging `score_std` needs them, and `log_denominator` because merging rows
+    with huge scores does: it is lse - max_logit without the rounding of either. An empty row (no visible key) has
+    lse = max_logit = -inf, min_logit = +inf and 0 elsewhere. With a learned sink, its lse is the sink, as in
+    FlashAttention 4, and collision and sink_mass are 1. A row that NaN or inf reached is NaN in every field but
+    `visible_keys`.
 
     A sample of rows is compact: row i of (b, h) is query `row_index[b, h, i]`, int64 (B, H, M_s). An index
     of -1 marks a place without a query, which holds the statistics of an empty row.
@@ -42,6 +44,7 @@ class RowStats:
     score_std: Tensor | None = None
     sink_mass: Tensor | None = None
     score_mean: Tensor | None = None
+    log_denominator: Tensor | None = None
     visible_keys: Tensor | None = None
     row_index: Tensor | None = None
 
@@ -58,7 +61,8 @@ class RowStats:
     @property
     def max_weight(self) -> Tensor:
         """Largest softmax weight on a key, exp(max_logit - lse); 0 for an empty row."""
-        return torch.where(self.max_logit == -torch.inf, 0.0, (self.max_logit - self.lse).exp())
+        excess = self.lse - self.max_logit if self.log_denominator is None else self.log_denominator
+        return torch.where(self.max_logit == -torch.inf, 0.0, excess.neg().exp())
 
     @property
     def logit_range(self) -> Tensor:
@@ -79,8 +83,10 @@ class RowStats:
         """The statistics of the same rows over all the keys of these disjoint key blocks, in any order.
 
         For ring or context-parallel attention and split-KV decoding; `merge_attention` merges the
-        outputs too. Exact up to the rounding of its inputs (in fp32 at |lse| = 1e4, `lse` itself is
-        good to 5e-4 nats), associative and commutative. A block in which a row sees no key does not
+        outputs too. Exact up to the rounding of its inputs, associative and commutative. In fp32 at
+        |lse| = 1e4, `lse` itself is good to 5e-4 nats. From 2^24 on it does not know how many keys share the
+        maximum. Blocks of extended statistics have `log_denominator` beside `max_logit`, and merge exactly at any
+        size. A block in which a row sees no key does not
         change that row. Differentiable in `lse`, `entropy` and `sinks`.
 
         sinks: (H,) learned sinks. Give them here, once, and to none of the blocks: a sink is one
@@ -102,7 +108,7 @@ class RowStats:
     def pack(self, extended: bool) -> tuple[Tensor | None, ...]:
         """As the kernels return them: (lse, entropy, max_logit, min_logit, more).
 
-        more: with `extended` the EXTENDED_FIELDS, (6, B, H, M) in the dtype of `lse`, else None.
+        more: with `extended` the EXTENDED_FIELDS, (7, B, H, M) in the dtype of `lse`, else None.
         """
         more = None
         if extended:
@@ -143,30 +149,39 @@ def value_range(name: str, values: np.ndarray) -> str:
 def merge_rows(blocks: Sequence[RowStats], sinks: Tensor | None) -> tuple[RowStats, Tensor]:
     """`RowStats.merge` of checked blocks, and the share (x, B, H, M) of each block's output; a sink's is last."""
     first = blocks[0]
-    lses, entropies = [block.lse for block in blocks], [block.entropy for block in blocks]
-    if sinks is not None:
-        # A sink is one more block of one element: no entropy or variance within it, all of its mass on it.
-        empty = torch.stack([lse == -torch.inf for lse in lses]).all(0)
-        sink = sinks.to(first.lse.dtype)[None, :, None].expand_as(first.lse)
-        lses.append(torch.where(empty, -torch.inf, sink))
-        entropies.append(torch.zeros_like(first.lse))
-    lse, shared = shares.share_out(torch.stack(lses))
-    entropy = torch.stack(entropies)
+    # A sink is one more block of one element: no entropy or variance within it, all of its mass on it.
+    sink = None if sinks is None else sinks.to(first.lse.dtype)[None, :, None].expand_as(first.lse)
 
-    def stacked(name: str, of_sink: float) -> Tensor | None:
+    def stacked(name: str, of_sink: float | Tensor) -> Tensor | None:
         values = [getattr(block, name) for block in blocks]
         if any(value is None for value in values):
             return None
-        if sinks is not None:
-            values.append(torch.full_like(values[0], of_sink))
+        if sink is not None:
+            values.append(
+                of_sink.detach() if isinstance(of_sink, Tensor) else torch.full_like(values[0], of_sink)
+            )
         return torch.stack(values)
 
+    lse = torch.stack([*(block.lse for block in blocks), *(() if sink is None else (sink,))])
+    entropy = torch.stack(
+        [*(block.entropy for block in blocks), *(() if sink is None else (torch.zeros_like(sink),))]
+    )
+    max_logit = torch.stack([block.max_logit for block in blocks]).amax(0)
+    top, excess = lse.detach(), torch.zeros_like(lse)
+    tops, denominators = stacked("max_logit", 0.0 if sink is None else sink), stacked("log_denominator", 0.0)
+    if tops is not None and denominators is not None:
+        keyless = tops == -torch.inf  # a block may be a sink alone
+        top, excess = torch.where(keyless, top, tops), torch.where(keyless, 0.0, denominators)
+    lse, excess, shared = shares.share_out(shares.Masses(lse, top, excess))
     with torch.no_grad():
         extended = shares.merge_extended(stacked, shared, entropy.detach())
+        if denominators is not None:
+            keyless = max_logit == -torch.inf
+            extended["log_denominator"] = torch.where(keyless, 0.0, top.amax(0) - max_logit + excess)
     rows = RowStats(
         lse,
         shares.merge_entropy(entropy, shared),
-        torch.stack([block.max_logit for block in blocks]).amax(0),
+        max_logit,
         torch.stack([block.min_logit for block in blocks]).amin(0),
         row_index=first.row_index,
         **extended,

@@ -24,17 +24,32 @@ class Shares(NamedTuple):
     share: Tensor  # 0 where a block is empty
 
 
-def share_out(lse: Tensor) -> tuple[Tensor, Shares]:
-    """The lse (B, H, M) of all blocks together, and their shares, from the lse (x, B, H, M) of each."""
-    empty = lse == -torch.inf
-    # The shift cancels from every result, so no gradient needs to pass through it.
-    shift = lse.detach().amax(0)
-    all_empty = shift == -torch.inf
-    z = torch.where(empty, 0.0, lse - torch.where(all_empty, 0.0, shift))
+class Masses(NamedTuple):
+    """lse = top + excess of blocks, (x, B, H, M) each, nats; top is -inf where a block is empty.
+
+    Where both are known, their sum is never taken: in fp32, a large top leaves nothing of the excess.
+    """
+
+    lse: Tensor  # what gradients pass through
+    top: Tensor
+    excess: Tensor
+
+
+def share_out(masses: Masses) -> tuple[Tensor, Tensor, Shares]:
+    """The lse (B, H, M) of all blocks together, also less their largest top, and their shares."""
+    empty = masses.top == -torch.inf
+    # The shifts cancel from every result, so no gradient needs to pass through them.
+    top = masses.top.amax(0)
+    all_empty = top == -torch.inf
+    known = masses.top - torch.where(all_empty, 0.0, top) + masses.excess
+    shift = torch.where(all_empty, 0.0, torch.where(empty, -torch.inf, known).amax(0))
+    # The difference of lse is 0: it leads the gradient to lse.
+    z = torch.where(empty, 0.0, known - shift + (masses.lse - masses.lse.detach()))
     e = torch.where(empty, 0.0, z.exp())
     total = torch.where(all_empty, 1.0, e.sum(0))
     log_total = total.log()
-    return shift + log_total, Shares(z, z - log_total, e / total)
+    excess = shift + log_total
+    return top + excess, excess, Shares(z, z - log_total, e / total)
 
 
 def mean(share: Tensor, numbers: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..shared import descriptors
 from ..shared.launch import launch
+from ..shared.plan import unit_exponent
 from ..shared.results import empty_output, new_rows
 from ..shared.softmax import LOG2_E
 from ..shared.tiles import HEAD_GROUP, block_dim, ceil_div
@@ -65,11 +66,14 @@ def _width(head_dim: int) -> int:
 
 
 @functools.cache
-def plan(head_dim: int, value_dim: int, is_causal: bool, ragged: bool, stats: bool) -> Plan:
-    """What the kernel is compiled for."""
+def plan(
+    head_dim: int, value_dim: int, is_causal: bool, ragged: bool, stats: bool, scale: float | None = None
+) -> Plan:
+    """What the kernel is compiled for; scale: head_dim ** -0.5 when None."""
     widths = _width(head_dim), _width(value_dim)
     early = (max(widths), is_causal) in _EARLY
-    return Plan(early, is_causal, ragged, stats, *widths, stages=2 if max(widths) == 128 else 3)
+    exponent = unit_exponent(head_dim**-0.5 if scale is None else scale)
+    return Plan(early, is_causal, ragged, stats, *widths, 2 if max(widths) == 128 else 3, exponent)
 
 
 @functools.cache
@@ -91,7 +95,9 @@ def forward(query, key, value, options, chosen=None):
     out = empty_output(query, value_dim)
     numbers = (batch * heads, num_queries, num_keys, options.is_causal, query.device)
     schedule, programs = _schedules.get(numbers) or _new_schedule(*numbers)
-    chosen = chosen or plan(head_dim, value_dim, options.is_causal, num_keys % BLOCK_N > 0, True)
+    chosen = chosen or plan(
+        head_dim, value_dim, options.is_causal, num_keys % BLOCK_N > 0, True, options.scale
+    )
     launch(
         hopper_kernel,
         (programs, 1, 1),

@@ -40,6 +40,8 @@ _FIRST = gl.constexpr(0)
 _SECOND = gl.constexpr(1)
 _LN_2 = softmax.LN_2
 softmax_finish = gluon.jit(softmax.softmax_finish.fn)
+units_of = gluon.jit(softmax.units_of.fn)
+unit_of_row = gluon.jit(softmax.unit_of_row.fn)
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,10 @@ class Plan:
     block_d: int
     block_dv: int
     stages: int  # depth of the key and value rings: what fits the shared memory
+    exponent: int  # see `plan.unit_exponent`
 
     def __repr__(self) -> str:  # part of the kernel's name
-        return "plan_" + "_".join(str(int(x)) for x in vars(self).values())
+        return "plan_" + "_".join(str(int(x)).replace("-", "m") for x in vars(self).values())
 
 
 @gluon.jit
@@ -88,17 +91,30 @@ def _count(l_i, w_i, low, p, t, PLAN: gl.constexpr, P_L: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, m_i, l_i, w_i, low, unit, PLAN: gl.constexpr, P_L: gl.constexpr):
+def _per_part(number, P_L: gl.constexpr):
+    """A number per row, against the partials of its four threads."""
+    return gl.expand_dims(gl.convert_layout(number, gl.SliceLayout(1, P_L), assert_trivial=True), 1)
+
+
+@gluon.jit
+def _exponent(s, m, units):
+    """t of a tile of raw scores whose rows have the maximum m, and the rows' unit."""
+    unit = unit_of_row(m, units)
+    return gl.fma(s, gl.expand_dims(unit, 1), -gl.expand_dims(m * unit, 1)), unit
+
+
+@gluon.jit
+def _softmax(s, m_i, l_i, w_i, low, units, PLAN: gl.constexpr, P_L: gl.constexpr):
     """One tile of raw scores into the state (m, l, w, low); also exp2(t) and what rescales the output."""
     best = gl.max(_partial(s, 4, True, P_L), 1)
     m_new = gl.maximum(m_i, gl.convert_layout(best, gl.SliceLayout(1, s.type.layout), assert_trivial=True))
-    t = s * unit - gl.expand_dims(m_new * unit, 1)
+    t, unit = _exponent(s, m_new, units)
     p = gl.exp2(t)
     d = (m_i - m_new) * unit
     alpha = gl.exp2(d)
-    a = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, P_L), assert_trivial=True), 1)
+    a = _per_part(alpha, P_L)
     if PLAN.stats:
-        d = gl.expand_dims(gl.convert_layout(d, gl.SliceLayout(1, P_L), assert_trivial=True), 1)
+        d = _per_part(d, P_L)
         w_i = a * (w_i + l_i * d)
         low += d
     l_i, w_i, low = _count(l_i * a, w_i, low, p, t, PLAN, P_L)
@@ -215,6 +231,7 @@ def _consumer(
     A_L: gl.constexpr = gl.DotOperandLayout(0, O_L, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S_L)
     dtype: gl.constexpr = q_s.dtype
+    units = units_of(unit, PLAN.exponent)
     staged = out_s.index(HALF)
     first = gl.load(schedule_ptr + gl.program_id(0))
     last = gl.load(schedule_ptr + gl.program_id(0) + 1)
@@ -243,7 +260,7 @@ def _consumer(
         if PLAN.is_causal or PLAN.ragged:
             s = gl.where(seen, s, -float("inf"))
         m_i = gl.max(s, 1)
-        t = s * unit - gl.expand_dims(m_i * unit, 1)
+        t, _unit = _exponent(s, m_i, units)
         p = gl.exp2(t)
         if PLAN.is_causal or PLAN.ragged:
             t = gl.where(seen, t, 0.0)  # 0 * inf is NaN: right for a visible score that is infinite
@@ -261,7 +278,7 @@ def _consumer(
             step += 1
             if PLAN.early:
                 channel.wait_full(step)
-            m_i, l_i, w_i, low, p, alpha = _softmax(s, m_i, l_i, w_i, low, unit, PLAN, P_L)
+            m_i, l_i, w_i, low, p, alpha = _softmax(s, m_i, l_i, w_i, low, units, PLAN, P_L)
             # A branch, always or never taken, keeps the assembler from moving the wait for the product in among
             # the exponentials.
             if PLAN.early:
@@ -285,9 +302,11 @@ def _consumer(
         inside = offs_m < num_queries
         if PLAN.stats:
             weighted = gl.convert_layout(gl.sum(w_i, 1), ROW, assert_trivial=True)
-            least = m_i + gl.convert_layout(gl.min(low, 1), ROW, assert_trivial=True) / unit
+            # Of a row that became huge on the way, the range is too large here, by a factor of 3 at most.
+            row_unit = unit_of_row(m_i, units)
+            least = m_i + gl.convert_layout(gl.min(low, 1), ROW, assert_trivial=True) / row_unit
             core, _more, normalise = softmax_finish(
-                State(m_i, total, weighted, least, ()), unit, to_natural, 0.0, False, False
+                State(m_i, total, weighted, least, ()), units, to_natural, 0.0, False, False, False
             )
             gl.store(entropy_ptr + row, core.entropy, mask=inside)
             gl.store(max_ptr + row, core.max_logit, mask=inside)

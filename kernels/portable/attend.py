@@ -8,8 +8,16 @@ import triton
 import triton.language as tl
 
 from ..shared.masks import cap_and_mask, key_range, mask_of_head
-from ..shared.plan import Options, ScorePlan, is_natural, score_plan
-from ..shared.softmax import LOG2_E, State, first_weight, softmax_finish, softmax_update, start_state
+from ..shared.plan import Options, ScorePlan, is_natural, score_plan, unit_exponent
+from ..shared.softmax import (
+    LOG2_E,
+    State,
+    first_weight,
+    softmax_finish,
+    softmax_update,
+    start_state,
+    units_of,
+)
 from ..shared.tiles import Tiles, block_dim, load_tile
 
 
@@ -18,6 +26,7 @@ class AttendPlan(ScorePlan):
     """What the forward and the probe are compiled for."""
 
     natural: bool  # see `is_natural`
+    exponent: int  # see `unit_exponent`
     exact: bool  # see `softmax_update`
     has_sinks: bool
     extended: bool
@@ -38,6 +47,7 @@ class AttendPlan(ScorePlan):
 def _attend_plan(
     scores: ScorePlan,
     natural: bool,
+    exponent: int,
     exact: bool,
     has_sinks: bool,
     extended: bool,
@@ -49,6 +59,7 @@ def _attend_plan(
     return AttendPlan(
         **vars(scores),
         natural=natural,
+        exponent=exponent,
         exact=exact,
         has_sinks=has_sinks,
         extended=extended,
@@ -70,7 +81,10 @@ def attend_plan(
     natural = exact or is_natural(scores, options.scale)
     group = query.shape[1] // key.shape[1]
     has_sinks = options.sinks is not None
-    return _attend_plan(scores, natural, exact, has_sinks, extended, group, tiles, query.shape[3], value_dim)
+    exponent = unit_exponent(1.0 if natural else options.scale)
+    return _attend_plan(
+        scores, natural, exponent, exact, has_sinks, extended, group, tiles, query.shape[3], value_dim
+    )
 
 
 @triton.jit
@@ -92,7 +106,7 @@ def _walk_keys(
 ):
     """The state and the output with the keys of one range, tiles = (first, end)."""
     to_natural = 1.0 if PLAN.natural else call.scale
-    unit = to_natural * LOG2_E
+    units = units_of(to_natural * LOG2_E, PLAN.exponent)
     lo, hi = tiles
     # If False, a row's first visible key is the first key of a range.
     SCATTERED: tl.constexpr = MASKED and PLAN.scattered
@@ -106,7 +120,7 @@ def _walk_keys(
         s, seen, _ = cap_and_mask(raw, offs_m[:, None], offs_n[None, :], call, window, mask_ptr, PLAN, MASKED)
         if PLAN.extended:
             unseen = state.more.number == 0.0
-        state, p, alpha = softmax_update(state, s, seen, unit, MASKED, PLAN.exact, PLAN.extended)
+        state, p, alpha = softmax_update(state, s, seen, units, MASKED, PLAN.exact, PLAN.extended)
         m, l, w, low, more = state  # noqa: E741
         if PLAN.extended and (SCATTERED or start_n == lo):
             more = first_weight(more, unseen, p, seen, offs_n[None, :], start_n, SCATTERED)
@@ -190,13 +204,24 @@ def attend(
 
 
 @triton.jit
-def finish(state, sink_ptr, head, scale, SINKS: tl.constexpr, NATURAL: tl.constexpr, EXTENDED: tl.constexpr):
+def finish(
+    state,
+    sink_ptr,
+    head,
+    scale,
+    SINKS: tl.constexpr,
+    NATURAL: tl.constexpr,
+    EXTENDED: tl.constexpr,
+    EXACT: tl.constexpr,
+    EXPONENT: tl.constexpr,
+):
     """What `softmax_finish` makes of the state of rows that have seen all their keys."""
     to_natural = 1.0 if NATURAL else scale
     sink = 0.0
     if SINKS:
         sink = tl.load(sink_ptr + head).to(tl.float32) / to_natural
-    return softmax_finish(state, to_natural * LOG2_E, to_natural, sink, SINKS, EXTENDED)
+    units = units_of(to_natural * LOG2_E, EXPONENT)
+    return softmax_finish(state, units, to_natural, sink, SINKS, EXTENDED, EXACT)
 
 
 @triton.jit

@@ -29,6 +29,9 @@ from .dq import dq_kernel
 from .gradient import GradientPlan
 
 _ROWS = 32  # of one program that prepares rows
+# From a larger |lse| no weight can be recomputed: its own rounding would change it by a factor of 2^6 and more, and
+# soon beyond any number. The gradient of such a row is 0, like that of an empty one.
+_LARGEST_LSE = tl.constexpr(134217728.0)  # 2^27
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,7 +49,7 @@ class PreparePlan(Plan):
 class PreparedRows(NamedTuple):
     """What the gradient needs of each row, fp32 (B, H, M); a head starts at a multiple of 16 bytes."""
 
-    scaled_lse: Any  # lse * log2 e; +inf in an empty row, see `softmax_weights`
+    scaled_lse: Any  # lse * log2 e; +inf in a row without weights, see `softmax_weights`
     offset: Any  # delta''
     scaled_d_entropy: Any  # d_entropy * ln 2, or None
 
@@ -75,7 +78,7 @@ def _prepare_rows_kernel(
     row = bh.to(tl.int64) * num_queries + offs_m
     result = bh.to(tl.int64) * stride_rows + offs_m
     lse = tl.load(lse_ptr + row, mask=inside, other=0.0)
-    scaled_lse = tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)
+    scaled_lse = tl.where(tl.abs(lse) >= _LARGEST_LSE, float("inf"), lse * LOG2_E)
     tl.store(prepared.scaled_lse + result, scaled_lse, mask=inside)
     offset = tl.full([PLAN.rows], 0.0, tl.float32)
     if PLAN.has_d_out:

@@ -22,7 +22,15 @@ def _forward_kernel(q_desc, k_desc, v_desc, out, rows, sink_ptr, call, window, P
     batch, head = bh // call.heads, bh % call.heads
     state, acc = attend(q_desc, k_desc, v_desc, call, window, batch, head, start_m, call.num_keys, PLAN)
     core, more, normalise = finish(
-        state, sink_ptr, head, call.scale, PLAN.has_sinks, PLAN.natural, PLAN.extended
+        state,
+        sink_ptr,
+        head,
+        call.scale,
+        PLAN.has_sinks,
+        PLAN.natural,
+        PLAN.extended,
+        PLAN.exact,
+        PLAN.exponent,
     )
     result = acc * normalise[:, None]
     offs_m = start_m + tl.arange(0, PLAN.block_m)
@@ -48,7 +56,7 @@ def forward(
 
     query (B, H, M, D), key (B, H_kv, N, D), value (B, H_kv, N, D_v); D, D_v <= 256; fp16, bf16 or
     fp32; any strides. out: (B, H, M, D_v), see `empty_output`. Statistics are fp32 (B, H, M). more: the fields of
-    `Extended`, fp32 (6, B, H, M), or None. `tiles` take the place of the tuned ones.
+    `Extended`, fp32 (7, B, H, M), or None. `tiles` take the place of the tuned ones.
     """
     batch, heads, num_queries, head_dim = query.shape
     num_keys, value_dim = value.shape[2:]

@@ -81,6 +81,7 @@ def _blank_outside(core, more, inside, EXTENDED: tl.constexpr):
             tl.where(inside, more.score_std, 0.0),
             tl.where(inside, more.sink_mass, 0.0),
             tl.where(inside, more.score_mean, 0.0),
+            tl.where(inside, more.log_denominator, 0.0),
             tl.where(inside, more.visible_keys, 0.0),
         )
     return core, more
@@ -144,7 +145,17 @@ def _probe_kernel(
     if PLAN.parts > 1:
         _store_state(state, parts_ptr + part * 4 * rows.stride_more + row, rows.stride_more, inside)
         return
-    core, more, _ = finish(state, sink_ptr, head, call.scale, PLAN.has_sinks, PLAN.natural, PLAN.extended)
+    core, more, _ = finish(
+        state,
+        sink_ptr,
+        head,
+        call.scale,
+        PLAN.has_sinks,
+        PLAN.natural,
+        PLAN.extended,
+        PLAN.exact,
+        PLAN.exponent,
+    )
     if PLAN.is_sampled:
         core, more = _blank_outside(core, more, offs_m < call.num_queries, PLAN.extended)
     store_rows(core, more, rows, row, inside, PLAN.extended)
@@ -165,7 +176,7 @@ def _join_kernel(
         other = _load_state(parts_ptr + part * 4 * num_rows + row, num_rows, inside)
         state = softmax_merge(state, other, unit)
     head = row // row_length % heads
-    core, more, _ = finish(state, sink_ptr, head, scale, PLAN.has_sinks, PLAN.natural, False)
+    core, more, _ = finish(state, sink_ptr, head, scale, PLAN.has_sinks, PLAN.natural, False, False, 0)
     if PLAN.is_sampled:
         index = tl.load(index_ptr + row, mask=inside, other=-1)
         core, more = _blank_outside(core, more, index >= 0, False)

@@ -8,7 +8,10 @@ import triton.language as tl
 
 from .packing import sequence_bounds
 from .plan import Options
+from .results import LEAST_BIAS
 from .softmax import LOG2_E
+
+_LEAST_BIAS = tl.constexpr(LEAST_BIAS)
 
 
 class Mask(NamedTuple):
@@ -144,7 +147,7 @@ def cap_and_mask(s, rows, columns, call, window, mask_ptr, PLAN: tl.constexpr, M
             if PLAN.has_bias:
                 bias = tile.to(tl.float32)
                 seen = seen & (bias != -float("inf"))
-                s = s + bias
+                s = s + tl.maximum(bias, _LEAST_BIAS, propagate_nan=tl.PropagateNan.ALL)
             else:
                 seen = seen & (tile != 0)
         s = tl.where(seen, s, -float("inf"))

@@ -5,6 +5,7 @@ once for each plan, each set of dtypes, and each class of integers (`launch.clas
 """
 
 import functools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -37,7 +38,7 @@ def _words(numbers: Iterable[Any]) -> Iterator[str]:
         if isinstance(number, tuple):
             yield from _words(number)
         else:
-            yield str(int(number) if isinstance(number, bool) else number).replace(".", "p")
+            yield str(int(number) if isinstance(number, bool) else number).replace(".", "p").replace("-", "m")
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,6 +71,12 @@ def score_plan(options: Options) -> ScorePlan:
         mask is not None,
         mask is not None and mask.dtype != torch.bool,
     )
+
+
+@functools.cache
+def unit_exponent(scale: float) -> int:
+    """The exponent of the largest power of two <= scale, for `softmax.units_of`: a constant takes no register."""
+    return min(max(math.frexp(scale)[1] - 1, -90), 60)  # so that the limit is a number of fp32, too
 
 
 def is_natural(scores: ScorePlan, scale: float) -> bool:

@@ -5,6 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# An additive mask below it counts as this number. Models hide keys with the least number of a format. Its product with
+# log2 e and its square are infinite, and 0 * inf is NaN. Squares of this one can be summed over a million keys.
+LEAST_BIAS = -1e16
+
 
 class Core(NamedTuple):
     """The statistics of every row, in nats."""
@@ -23,6 +27,7 @@ class Extended(NamedTuple):
     score_std: Any
     sink_mass: Any
     score_mean: Any
+    log_denominator: Any
     visible_keys: Any
 
 
@@ -33,7 +38,7 @@ class Rows(NamedTuple):
     entropy: Tensor
     max_logit: Tensor
     min_logit: Tensor
-    more: Tensor | None  # the fields of Extended, (6, B, H, M)
+    more: Tensor | None  # the fields of Extended, (7, B, H, M)
     stride_more: int  # from one field of `more` to the next
 
 

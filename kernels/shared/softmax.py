@@ -3,6 +3,10 @@
 The state of a row is (m, l, w, low): the running maximum, sum of exp2(t), sum of exp2(t) * t, and the running
 minimum. t = (s - m) * unit <= 0 is the shifted score in log2 units, and `unit` converts scores to them. Scores s
 are raw q.k if nothing but the scale is applied to them (unit = scale * log2 e), otherwise in nats (unit = log2 e).
+
+One fused multiply-add makes t from s and the rounded product m * unit. The rounding error of the product is in every
+t of the row. It cancels while it is small. Where |m * unit| is huge it would reach hundreds: exp2 overflows, or every
+weight is 0. Such rows take a power of two in place of `unit` (see `Units`): their product is exact.
 """
 
 from typing import Any, NamedTuple
@@ -37,6 +41,36 @@ class MoreState(NamedTuple):
     first: Any  # exp2(t) of the first visible key
 
 
+class Units(NamedTuple):
+    """What converts the scores of a row to log2 units, by the size of the row's maximum.
+
+    `fine` is scale * log2 e, and `coarse` the largest power of two <= scale. Rows with |m| >= `limit` = 2^27 / coarse
+    take the coarse one. Two numbers of that size differ by 2^4 units at least, so that by either of them only the keys
+    of the maximum keep a weight. Below the limit, the rounding error of m * fine is 2^4 at most: exp2(t) stays within
+    fp16.
+    """
+
+    fine: Any
+    coarse: Any
+    limit: Any
+
+
+_LARGEST_PRODUCT = tl.constexpr(134217728.0)  # 2^27
+
+
+@triton.jit
+def units_of(unit, EXPONENT: tl.constexpr):
+    """The units of scores, where scale * log2 e is `unit`. EXPONENT: of `plan.unit_exponent`."""
+    COARSE: tl.constexpr = 2.0**EXPONENT
+    return Units(unit, COARSE, _LARGEST_PRODUCT / COARSE)
+
+
+@triton.jit
+def unit_of_row(m, units):
+    """The unit of rows with the maximum m."""
+    return tl.where(tl.abs(m) < units.limit, units.fine, units.coarse)
+
+
 @triton.jit
 def start_state(ROWS: tl.constexpr, EXTENDED: tl.constexpr):
     """The state of rows that have seen no key."""
@@ -49,17 +83,22 @@ def start_state(ROWS: tl.constexpr, EXTENDED: tl.constexpr):
 
 
 @triton.jit
-def softmax_update(state, s, seen, unit, MASKED: tl.constexpr, EXACT: tl.constexpr, EXTENDED: tl.constexpr):
+def softmax_update(state, s, seen, units, MASKED: tl.constexpr, EXACT: tl.constexpr, EXTENDED: tl.constexpr):
     """The state with one tile of scores more; also exp2(t), and the factor that rescales what was summed before.
 
     EXACT subtracts before it scales. Otherwise one fused multiply-add does both. Its rounding of m * unit is the
     same for the whole row, so it cancels from the entropy.
     """
+    unit = units.fine
     low = tl.minimum(state.low, tl.min(tl.where(seen, s, float("inf")) if MASKED else s, 1))
     m = tl.maximum(state.m, tl.max(s, 1))
     # A row that has seen nothing yet has m = -inf, which is never subtracted.
     shift = tl.where(m == -float("inf"), 0.0, m) if MASKED else m
-    t = (s - shift[:, None]) * unit if EXACT else s * unit - (shift * unit)[:, None]
+    if EXACT:
+        t = (s - shift[:, None]) * unit
+    else:
+        unit = unit_of_row(shift, units)
+        t = tl.fma(s, unit[:, None], -(shift * unit)[:, None])
     # Exactly 0 where the maximum stays. Fused as above, every tile would add a rounding error: 1e-3 in a row of a
     # million keys.
     d = tl.where(state.m == -float("inf"), 0.0, (state.m - shift) * unit)
@@ -123,19 +162,24 @@ def softmax_merge(a, b, unit):
 
 
 @triton.jit
-def softmax_finish(state, unit, to_natural, sink, SINKS: tl.constexpr, EXTENDED: tl.constexpr):
+def softmax_finish(
+    state, units, to_natural, sink, SINKS: tl.constexpr, EXTENDED: tl.constexpr, EXACT: tl.constexpr
+):
     """The statistics: `Core`, and `Extended` or (); also the factor that normalises the output.
 
-    `sink` is in score units. Empty rows give lse = -inf, entropy = 0; rows that NaN or inf reached give NaN
-    everywhere but in visible_keys.
+    `sink` is in score units. EXACT: as in `softmax_update`. Rows without a key give lse = -inf and entropy = 0, or
+    the sink and 0. Rows that NaN or inf reached give NaN everywhere but in visible_keys.
     """
+    unit = units.fine
     l_i, w_i, more = state.l, state.w, state.more
-    empty = state.m == -float("inf")
+    empty = state.m == -float("inf")  # neither a key nor a sink
     shift = tl.where(empty, 0.0, state.m)
     factor = 1.0
     if SINKS:
-        top = tl.maximum(shift, sink)
-        d = (shift - top) * unit
+        top = tl.maximum(state.m, sink)
+        empty = top == -float("inf")
+        top = tl.where(empty, 0.0, top)
+        d = tl.where(state.m == -float("inf"), 0.0, (state.m - top) * unit)
         z = (sink - top) * unit
         factor = tl.exp2(d)
         e_sink = tl.exp2(z)
@@ -152,7 +196,9 @@ def softmax_finish(state, unit, to_natural, sink, SINKS: tl.constexpr, EXTENDED:
     nan = float("nan")
     l_safe = tl.where(empty, 1.0, l_i)
     log_l = tl.log2(l_safe) * LN_2
-    lse = tl.where(empty & (broken == 0), -float("inf"), shift * to_natural + log_l)
+    # The rounding of the shift must not make the largest weight more than 1.
+    top_logit = shift * to_natural
+    lse = tl.where(empty & (broken == 0), -float("inf"), tl.maximum(top_logit + log_l, top_logit))
     entropy = tl.where(empty & (broken == 0), 0.0, log_l - LN_2 * w_i / l_safe)
     max_logit = tl.where(broken, nan, state.m * to_natural)
     min_logit = tl.where(broken, nan, state.low * to_natural)
@@ -161,6 +207,14 @@ def softmax_finish(state, unit, to_natural, sink, SINKS: tl.constexpr, EXTENDED:
         t_mean = w_i / l_safe
         logit_var = LN_2 * LN_2 * tl.maximum(more.b / l_safe - t_mean * t_mean, 0.0)
         collision = more.c / (l_safe * l_safe)
+        # lse - max_logit without the rounding of either. A fused exponent has the rounding of the maximum in it.
+        log_denominator = log_l
+        if SINKS:
+            log_denominator -= LN_2 * d
+        if not EXACT:
+            peak = tl.where(state.m == -float("inf"), 0.0, state.m)
+            row_unit = unit_of_row(peak, units)
+            log_denominator -= LN_2 * tl.fma(peak, row_unit, -(peak * row_unit))
         score_std = tl.sqrt(more.m2 / tl.maximum(more.number, 1.0)) * to_natural
         extended = Extended(
             _unless(logit_var, empty, broken),
@@ -168,6 +222,7 @@ def softmax_finish(state, unit, to_natural, sink, SINKS: tl.constexpr, EXTENDED:
             _unless(score_std, empty, broken),
             _unless(more.first / l_safe, empty, broken),
             _unless(more.mean * to_natural, empty, broken),
+            tl.where(broken, nan, tl.where(state.m == -float("inf"), 0.0, log_denominator)),
             more.number,
         )
     core = Core(tl.where(broken, nan, lse), tl.where(broken, nan, entropy), max_logit, min_logit)
