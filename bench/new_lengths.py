@@ -1,6 +1,6 @@
 """What a length costs that no call had before, and the Hopper forward beside that of another checkout.
 
-    python bench/new_lengths.py [--old TREE] [--stretch 256 1024] [--out OUT.json]
+    python bench/new_lengths.py [--old TREE] [--stretch 256] [--lengths 4096] [--odd 2] [--out OUT.json]
 
 Stall: milliseconds of the host from a call to its return while the card is busy with other work, so that a call that
 waits for the card is seen. Every length is called twice; the first call is compared with the second one. The kernels
@@ -16,6 +16,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -111,23 +112,24 @@ def kernels_of(tree: Path) -> ModuleType:
     return importlib.import_module("old_kernels.hopper.host")
 
 
-def shapes():
+def shapes(lengths: list[int], odd: int):
+    """(head dimension, heads, batch, length, causal), with so many of the odd shapes."""
     for head_dim, heads in ((64, 32), (128, 16)):
         for is_causal in (True, False):
-            for length in LENGTHS:
+            for length in lengths:
                 yield head_dim, heads, TOKENS // length, length, is_causal
-        for heads_, batch, length in ODD:
+        for heads_, batch, length in ODD[:odd]:
             yield head_dim, heads_, batch, length, True
 
 
-def forwards(old: ModuleType | None, stretches: list[int]) -> list[dict]:
+def forwards(old: ModuleType | None, stretches: list[int], chosen: Iterable[tuple]) -> list[dict]:
     """Milliseconds of the Hopper forward, of the other checkout's, and with other stretches, by shape."""
     new, schedule = engines.kernel("hopper.host"), engines.kernel("hopper.schedule")
     variants = {"new": (new, schedule.STRETCH)} | {f"stretch {n}": (new, n) for n in stretches}
     if old is not None:
         variants["old"] = old, schedule.STRETCH
     found = []
-    for head_dim, heads, batch, length, is_causal in shapes():
+    for head_dim, heads, batch, length, is_causal in chosen:
         q, k, v = tensors(batch, heads, length, head_dim)
         options = check(q, k, v, is_causal=is_causal, **DEFAULTS)
         times: dict[str, list[float]] = {name: [] for name in variants}
@@ -152,6 +154,8 @@ def main() -> None:
     parser.add_argument(
         "--stretch", type=int, nargs="*", default=[], help="other values of schedule.STRETCH to time"
     )
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--odd", type=int, default=len(ODD), help="how many of the odd shapes to time")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     reason = engines.hopper_runs_on(card_of(torch.device("cuda", torch.cuda.current_device())))
@@ -159,7 +163,11 @@ def main() -> None:
         sys.exit(f"the Hopper forward does not run here: {reason}")
     torch.manual_seed(0)
     document = {"machine_info": machine(), "target_ms": TARGET_MS, "stalls": stalls()}
-    document["forwards"] = forwards(None if options.old is None else kernels_of(options.old), options.stretch)
+    document["forwards"] = forwards(
+        None if options.old is None else kernels_of(options.old),
+        options.stretch,
+        shapes(options.lengths, options.odd),
+    )
     if options.out:
         options.out.write_text(json.dumps(document, indent=1) + "\n")
     for row in document["forwards"]:
