@@ -134,6 +134,32 @@ def test_the_first_engine_that_supports_a_call_takes_it(engines_, card, options,
     assert engines.choose(engines_, made).name == list(expected)[-1]
 
 
+ROCM_90 = Card("MI250X", "AMD", (9, 0), triton="3.6.0", has_flash=True)
+H100, B200 = (Card(name, NVIDIA, (n, 0), triton="3.6.0") for name, n in (("H100", 9), ("B200", 10)))
+
+
+@pytest.mark.parametrize(
+    ("card", "options", "reason"),
+    [
+        (H200, {}, None),
+        (H100, {"dtype": torch.float16, "head_dim": 128, "value_dim": 128}, None),
+        (OTHER_TRITON, {"head_dim": 256, "value_dim": 256, "is_causal": False}, None),
+        *(
+            (card, {}, f"not measured on this card ({card.name})")
+            for card in (A100, T4, B200, MI300, ROCM_90)
+        ),
+        (H200, {"dtype": torch.float32}, "needs fp16 or bf16, got float32"),
+        (H200, {"queries": 64}, "needs more than 64 queries"),
+        (H200, {"head_dim": 80, "value_dim": 80}, "not measured with head dimension 80"),
+        (H200, {"head_dim": 128}, "not measured with head dimension 128 and 64"),
+    ],
+)
+def test_auto_fuses_where_fused_was_measured(card, options, reason, monkeypatch):
+    monkeypatch.setattr(engines, "card_of", lambda device: card)
+    made = call(**options)
+    assert engines.fused_is_unmeasured(made.query, made.value) == reason
+
+
 def test_deterministic_algorithms_take_no_kernel_that_adds_in_any_order(monkeypatch):
     monkeypatch.setattr(engines, "card_of", lambda device: H200)
     torch.use_deterministic_algorithms(True)

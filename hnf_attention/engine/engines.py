@@ -26,6 +26,9 @@ HOPPER_ROWS = 64  # with so few queries, one of two groups of warps has none
 # with those that the GPU tests were run on.
 HOPPER_TRITON = "3.6"
 FEW_QUERIES = f"needs more than {HOPPER_ROWS} queries"
+# Where fused attention was timed and found to be cheaper than PyTorch's beside a probe: docs/performance.md has the
+# figures, taken on an H100 and an H200.
+MEASURED_CAPABILITY, MEASURED_HEAD_DIMS = (9, 0), (64, 128, 256)
 _log = logging.getLogger("hnf_attention")
 
 Results = tuple[Any, ...]  # of Tensor or None, see `forward` and `sample`
@@ -109,6 +112,33 @@ def kernels_cover(query: Tensor, value: Tensor | None) -> bool:
 def triton_supports(call: Call, card: Card) -> str | None:
     """Why the portable Triton kernels do not compute a call on that card; None if they do."""
     return _kernels_refuse(call.query, call.value, card)
+
+
+def fused_is_unmeasured(query: Tensor, value: Tensor) -> str | None:
+    """Why mode="auto" probes a call that fused attention could compute; None where fused was measured to be cheaper.
+
+    The kernels must cover the call, see `kernels_cover`.
+    """
+    reason = unmeasured_on(card_of(query.device)) or not_half(query.dtype)
+    if reason is None and query.shape[2] <= HOPPER_ROWS:
+        reason = FEW_QUERIES
+    return reason or _unmeasured_width(query.shape[3], value.shape[3])
+
+
+@functools.cache
+def unmeasured_on(card: Card) -> str | None:
+    """Why mode="auto" fuses nothing on a CUDA card; None on cards where fused attention was timed."""
+    if card.vendor == NVIDIA and card.capability == MEASURED_CAPABILITY:
+        return None
+    return f"not measured on this card ({card.name})"
+
+
+@functools.cache
+def _unmeasured_width(head_dim: int, value_dim: int) -> str | None:
+    if head_dim == value_dim and head_dim in MEASURED_HEAD_DIMS:
+        return None
+    widths = str(head_dim) if head_dim == value_dim else f"{head_dim} and {value_dim}"
+    return f"not measured with head dimension {widths}"
 
 
 def _kernels_refuse(query: Tensor, value: Tensor | None, card: Card) -> str | None:

@@ -42,6 +42,7 @@ def _print_machine(screen: Console) -> None:
     for name, version in machine.software().items():
         screen.print(f"{name} {version or 'not installed'}", highlight=False)
     screen.print(machine.card_text(), highlight=False)
+    screen.print(machine.auto_text(), highlight=False)
     table = _table("Extras", "extra", "packages")
     for name, packages in machine.extras().items():
         table.add_row(name, machine.extra_text(packages))
@@ -105,6 +106,7 @@ def _document(trials: list[Trial], watched: Watched, passed: bool) -> dict[str, 
         "versions": machine.software(),
         "extras": machine.extras(),
         "card": machine.card_document(),
+        "auto": machine.auto_text(),
         "engines": {
             "by_head_dim": {
                 engines: [
