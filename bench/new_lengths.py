@@ -1,6 +1,6 @@
 """What a length costs that no call had before, and the Hopper forward beside that of another checkout.
 
-    python bench/new_lengths.py [--old TREE] [--stretch 256] [--lengths 4096] [--odd 2] [--out OUT.json]
+    python bench/new_lengths.py [--old TREE] [--causal] [--forward] [--lengths 4096] [--odd 2] [--out OUT.json]
 
 Stall: milliseconds of the host from a call to its return while the card is busy with other work, so that a call that
 waits for the card is seen. Every length is called twice; the first call is compared with the second one. The kernels
@@ -112,10 +112,10 @@ def kernels_of(tree: Path) -> ModuleType:
     return importlib.import_module("old_kernels.hopper.host")
 
 
-def shapes(lengths: list[int], odd: int):
+def shapes(lengths: list[int], odd: int, causalities: tuple[bool, ...]):
     """(head dimension, heads, batch, length, causal), with so many of the odd shapes."""
     for head_dim, heads in ((64, 32), (128, 16)):
-        for is_causal in (True, False):
+        for is_causal in causalities:
             for length in lengths:
                 yield head_dim, heads, TOKENS // length, length, is_causal
         for heads_, batch, length in ODD[:odd]:
@@ -156,17 +156,23 @@ def main() -> None:
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--odd", type=int, default=len(ODD), help="how many of the odd shapes to time")
+    parser.add_argument("--causal", action="store_true", help="leave shapes without a causal mask out")
+    parser.add_argument("--forward", action="store_true", help="leave the stall of the host out")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     reason = engines.hopper_runs_on(card_of(torch.device("cuda", torch.cuda.current_device())))
     if reason is not None:
         sys.exit(f"the Hopper forward does not run here: {reason}")
     torch.manual_seed(0)
-    document = {"machine_info": machine(), "target_ms": TARGET_MS, "stalls": stalls()}
+    document = {
+        "machine_info": machine(),
+        "target_ms": TARGET_MS,
+        "stalls": [] if options.forward else stalls(),
+    }
     document["forwards"] = forwards(
         None if options.old is None else kernels_of(options.old),
         options.stretch,
-        shapes(options.lengths, options.odd),
+        shapes(options.lengths, options.odd, (True,) if options.causal else (True, False)),
     )
     if options.out:
         options.out.write_text(json.dumps(document, indent=1) + "\n")

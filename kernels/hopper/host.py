@@ -12,7 +12,7 @@ from ..shared.results import empty_output, new_rows
 from ..shared.softmax import LOG2_E
 from ..shared.tiles import block_dim, ceil_div
 from .kernel import BLOCK_M, BLOCK_N, HALF_M, Plan, hopper_kernel
-from .schedule import heads_together
+from .schedule import order_of
 
 _LOG2_E = LOG2_E.value
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -54,10 +54,11 @@ def forward(query, key, value, options, chosen=None):
     rows = new_rows((batch, heads, num_queries), query.device, extended=False, blank=False)
     out = empty_output(query, value_dim)
     num_heads, num_blocks = batch * heads, ceil_div(num_queries, BLOCK_M)
+    programs = min(_multiprocessors(query.device), num_heads * num_blocks)
     chosen = chosen or plan(head_dim, value_dim, options.is_causal, num_keys % BLOCK_N > 0, True)
     launch(
         hopper_kernel,
-        (min(_multiprocessors(query.device), num_heads * num_blocks), 1, 1),
+        (programs, 1, 1),
         chosen,
         query.device,
         {
@@ -72,11 +73,9 @@ def forward(query, key, value, options, chosen=None):
         {
             "heads": heads,
             "group": heads // kv_heads,
-            "num_heads": num_heads,
             "num_queries": num_queries,
             "num_keys": num_keys,
-            "num_blocks": num_blocks,
-            "together": heads_together(num_heads, num_blocks, options.is_causal),
+            **order_of(num_heads, num_blocks, programs, options.is_causal)._asdict(),
         },
         num_warps=4,
     )

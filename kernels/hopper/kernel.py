@@ -30,7 +30,7 @@ from ..shared import softmax
 from ..shared.softmax import State
 from .assembly import RESCALE_32, RESCALE_32_OPERANDS, RESCALE_64, RESCALE_64_OPERANDS
 from .channel import new_channel
-from .schedule import block_of_turn, turns_of_program
+from .schedule import Order, block_of_turn, turns_of_program
 
 HALF_M = 64  # query rows of a consumer
 BLOCK_M = 2 * HALF_M
@@ -111,8 +111,8 @@ def _softmax(s, m_i, l_i, w_i, low, unit, PLAN: gl.constexpr, P_L: gl.constexpr)
 @gluon.jit
 def _turn(turn, sizes, PLAN: gl.constexpr):
     """What this program computes in one turn: batch, head, key head, first query, number of key tiles."""
-    heads, group, num_heads, _num_queries, num_keys, num_blocks, together = sizes
-    bh, block = _block_of_turn(turn, num_heads, num_blocks, together)
+    heads, group, _num_queries, num_keys, order = sizes
+    bh, block = _block_of_turn(turn, order)
     start_m = block * (2 * _HALF_M)
     hi = num_keys
     if PLAN.is_causal:
@@ -124,7 +124,7 @@ def _turn(turn, sizes, PLAN: gl.constexpr):
 def _producer(descriptors, buffers, channel, sizes, PLAN: gl.constexpr):
     q_desc, k_desc, v_desc, _out_desc = descriptors
     q_s, k_s, v_s, _out_s = buffers
-    _heads, _group, num_heads, _num_queries, _num_keys, num_blocks, _together = sizes
+    _heads, _group, _num_queries, _num_keys, order = sizes
     Q_BYTES: gl.constexpr = 2 * q_desc.block_type.nbytes
     K_BYTES: gl.constexpr = k_desc.block_type.nbytes
     V_BYTES: gl.constexpr = v_desc.block_type.nbytes
@@ -132,7 +132,7 @@ def _producer(descriptors, buffers, channel, sizes, PLAN: gl.constexpr):
     v_batch = gl.to_tensor(0)
     v_head = gl.to_tensor(0)
     v_start = gl.to_tensor(0)
-    for turn in range(_turns_of_program(num_heads, num_blocks)):
+    for turn in range(_turns_of_program(order)):
         batch, head, kv_head, start_m, num_tiles = _turn(turn, sizes, PLAN)
         for j in range(num_tiles):
             channel.wait_empty(step)
@@ -202,7 +202,7 @@ def _output(buffers, step, a, acc, PLAN: gl.constexpr):
 def _consumer(HALF: gl.constexpr, descriptors, buffers, channel, sizes, results, PLAN: gl.constexpr):
     _q_desc, _k_desc, _v_desc, out_desc = descriptors
     q_s, _k_s, _v_s, out_s = buffers
-    heads, _group, num_heads, num_queries, num_keys, num_blocks, _together = sizes
+    heads, _group, num_queries, num_keys, order = sizes
     lse_ptr, entropy_ptr, max_ptr, min_ptr, unit, to_natural = results
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PLAN.block_dv, 16])
@@ -220,7 +220,7 @@ def _consumer(HALF: gl.constexpr, descriptors, buffers, channel, sizes, results,
     scores = _scores(HALF, buffers, 0, 0, donor, PLAN)
     s = warpgroup_mma_wait(0, [scores])
     channel.release(0)
-    for turn in range(_turns_of_program(num_heads, num_blocks)):
+    for turn in range(_turns_of_program(order)):
         batch, head, _kv_head, start_m, num_tiles = _turn(turn, sizes, PLAN)
         start_m += HALF * _HALF_M
         offs_m = start_m + gl.arange(0, _HALF_M, ROW)
@@ -300,9 +300,7 @@ def _consumer(HALF: gl.constexpr, descriptors, buffers, channel, sizes, results,
     tma.store_wait(pendings=0)
 
 
-@gluon.jit(
-    do_not_specialize=["heads", "group", "num_heads", "num_queries", "num_keys", "num_blocks", "together"]
-)
+@gluon.jit(do_not_specialize=["heads", "group", "num_queries", "num_keys", *Order._fields])
 def hopper_kernel(
     q_desc,
     k_desc,
@@ -313,11 +311,13 @@ def hopper_kernel(
     to_natural,
     heads,
     group,
-    num_heads,
     num_queries,
     num_keys,
+    num_heads,
     num_blocks,
     together,
+    stretches,
+    turns,
     PLAN: gl.constexpr,
 ):
     dtype: gl.constexpr = q_desc.dtype
@@ -329,7 +329,7 @@ def hopper_kernel(
     )
     channel = new_channel(PLAN.stages, 2)
     descriptors = (q_desc, k_desc, v_desc, out_desc)
-    sizes = (heads, group, num_heads, num_queries, num_keys, num_blocks, together)
+    sizes = (heads, group, num_queries, num_keys, Order(num_heads, num_blocks, together, stretches, turns))
     lse_ptr, entropy_ptr, max_ptr, min_ptr = rows
     results = (lse_ptr, entropy_ptr, max_ptr, min_ptr, unit, to_natural)
     fence_async_shared()
