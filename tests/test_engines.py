@@ -11,7 +11,10 @@ H200 = Card("H200", NVIDIA, (9, 0), triton="3.6.0", has_flash=True, has_cudnn=Tr
 A100 = Card("A100", NVIDIA, (8, 0), triton="3.6.0", has_flash=True, has_cudnn=True)
 T4 = Card("T4", NVIDIA, (7, 5), triton="3.6.0")
 MI300 = Card("MI300", "AMD", (9, 4), triton="3.6.0", has_flash=True)
-OTHER_TRITON = Card("H200", NVIDIA, (9, 0), triton="3.7.1", has_flash=True, has_cudnn=True)
+NEXT_TRITON, OTHER_TRITON, NEW_TRITON = (
+    Card("H200", NVIDIA, (9, 0), triton=version, has_flash=True, has_cudnn=True)
+    for version in ("3.7.1", "3.9.0", "3.10.0")
+)
 WITHOUT_TRITON = Card("H200", NVIDIA, (9, 0), has_flash=True, has_cudnn=True)
 CPU = Card("cpu")
 HOPPER, TRITON, REFERENCE = engines.HOPPER, engines.TRITON, engines.REFERENCE
@@ -70,7 +73,13 @@ FORWARD = [
     ),
     (A100, {}, {HOPPER: "needs compute capability 9.0, this card has 8.0", TRITON: None}),
     (MI300, {}, {HOPPER: "needs an NVIDIA card", TRITON: None}),
-    (OTHER_TRITON, {}, {HOPPER: "Triton 3.7.1 is untested (3.6 is)", TRITON: None}),
+    (NEXT_TRITON, {}, {HOPPER: None}),
+    (
+        OTHER_TRITON,
+        {},
+        {HOPPER: "Triton 3.9.0 compiles it with spilled registers: needs 3.6 or 3.7", TRITON: None},
+    ),
+    (NEW_TRITON, {}, {HOPPER: "Triton 3.10.0 is untested: needs 3.6 or 3.7", TRITON: None}),
     (
         WITHOUT_TRITON,
         {},

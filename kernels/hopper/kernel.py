@@ -30,6 +30,7 @@ from ..shared import softmax
 from ..shared.softmax import State
 from .assembly import RESCALE_32, RESCALE_32_OPERANDS, RESCALE_64, RESCALE_64_OPERANDS
 from .channel import new_channel
+from .names import copy_in, copy_out
 from .schedule import Order, block_of_turn, turns_of_program
 
 HALF_M = 64  # query rows of a consumer
@@ -148,20 +149,20 @@ def _producer(descriptors, buffers, channel, sizes, PLAN: gl.constexpr):
                 for half in gl.static_range(2):
                     place = [batch, head, start_m + half * _HALF_M, 0]
                     slot = turn % PLAN.stages * 2 + half
-                    tma.async_copy_global_to_shared(q_desc, place, ready, q_s.index(slot))
+                    copy_in(q_desc, place, ready, q_s.index(slot))
             if step > 0:
                 place = [v_batch, v_head, v_start, 0]
-                tma.async_copy_global_to_shared(v_desc, place, ready, v_s.index(stage))
+                copy_in(v_desc, place, ready, v_s.index(stage))
             v_batch = batch
             v_head = kv_head
             v_start = (num_tiles - 1 - j) * _BLOCK_N
-            tma.async_copy_global_to_shared(k_desc, [batch, kv_head, v_start, 0], ready, k_s.index(stage))
+            copy_in(k_desc, [batch, kv_head, v_start, 0], ready, k_s.index(stage))
             step += 1
     channel.wait_empty(step)
     ready = channel.ready(step)
     mbarrier.expect(ready, V_BYTES)
     place = [v_batch, v_head, v_start, 0]
-    tma.async_copy_global_to_shared(v_desc, place, ready, v_s.index(channel.stage(step)))
+    copy_in(v_desc, place, ready, v_s.index(channel.stage(step)))
 
 
 @gluon.jit
@@ -294,7 +295,7 @@ def _consumer(HALF: gl.constexpr, descriptors, buffers, channel, sizes, results,
         normalised = acc * _per_row(normalise, acc)
         staged.reshape([_HALF_M, PLAN.block_dv]).store(normalised.to(dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [batch, head, start_m, 0], staged)
+        copy_out(out_desc, [batch, head, start_m, 0], staged)
         s = warpgroup_mma_wait(0, [scores])
         channel.release(step)
     tma.store_wait(pendings=0)
