@@ -55,6 +55,7 @@ def forward(query, key, value, options, chosen=None):
     out = empty_output(query, value_dim)
     num_heads, num_blocks = batch * heads, ceil_div(num_queries, BLOCK_M)
     programs = min(_multiprocessors(query.device), num_heads * num_blocks)
+    order = order_of(num_heads, num_blocks, programs, options.is_causal)
     chosen = chosen or plan(head_dim, value_dim, options.is_causal, num_keys % BLOCK_N > 0, True)
     launch(
         hopper_kernel,
@@ -75,7 +76,10 @@ def forward(query, key, value, options, chosen=None):
             "group": heads // kv_heads,
             "num_queries": num_queries,
             "num_keys": num_keys,
-            **order_of(num_heads, num_blocks, programs, options.is_causal)._asdict(),
+            "num_heads": num_heads,
+            "together": order.together,
+            "stretches": order.stretches,
+            "turns": order.turns,
         },
         num_warps=4,
     )

@@ -41,6 +41,7 @@ _BLOCK_N = gl.constexpr(BLOCK_N)
 _FIRST = gl.constexpr(0)
 _SECOND = gl.constexpr(1)
 _LN_2 = softmax.LN_2
+_SIZES = ["heads", "group", "num_queries", "num_keys", "num_heads", "together", "stretches", "turns"]
 softmax_finish = gluon.jit(softmax.softmax_finish.fn)
 _block_of_turn = gluon.jit(block_of_turn.fn)
 _turns_of_program = gluon.jit(turns_of_program.fn)
@@ -301,7 +302,18 @@ def _consumer(HALF: gl.constexpr, descriptors, buffers, channel, sizes, results,
     tma.store_wait(pendings=0)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "num_queries", "num_keys", *Order._fields])
+@gluon.jit(
+    do_not_specialize=[
+        "heads",
+        "group",
+        "num_queries",
+        "num_keys",
+        "num_heads",
+        "together",
+        "stretches",
+        "turns",
+    ]
+)
 def hopper_kernel(
     q_desc,
     k_desc,
@@ -315,7 +327,6 @@ def hopper_kernel(
     num_queries,
     num_keys,
     num_heads,
-    num_blocks,
     together,
     stretches,
     turns,
@@ -330,7 +341,8 @@ def hopper_kernel(
     )
     channel = new_channel(PLAN.stages, 2)
     descriptors = (q_desc, k_desc, v_desc, out_desc)
-    sizes = (heads, group, num_queries, num_keys, Order(num_heads, num_blocks, together, stretches, turns))
+    order = Order(num_heads, gl.cdiv(num_queries, 2 * _HALF_M), together, stretches, turns)
+    sizes = (heads, group, num_queries, num_keys, order)
     lse_ptr, entropy_ptr, max_ptr, min_ptr = rows
     results = (lse_ptr, entropy_ptr, max_ptr, min_ptr, unit, to_natural)
     fence_async_shared()
