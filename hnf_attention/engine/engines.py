@@ -22,8 +22,8 @@ CUDNN, FLASH = "PyTorch's cudnn backward", "PyTorch's flash backward"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KERNEL_HEAD_DIM, HOPPER_HEAD_DIM = 256, 128  # the largest
 HOPPER_ROWS = 64  # with so few queries, one of two groups of warps has none
-# Versions of Triton by how they compile the Hopper forward (bench/offline.py). The GPU tests ran with 3.6; 3.7 makes the
-# same inner loop. That of 3.8 and 3.9 is 7 to 10% longer and spills at D = 128.
+# Versions of Triton by how they compile the Hopper forward (bench/offline.py). GPU tests ran with 3.6, and 3.7 makes
+# the same inner loop. That of 3.8 and 3.9 is 7 to 10% longer and spills at D = 128.
 HOPPER_TRITON, SPILLING_TRITON = ("3.6", "3.7"), ("3.8", "3.9")
 FEW_QUERIES = f"needs more than {HOPPER_ROWS} queries"
 # Where fused attention was timed and found to be cheaper than PyTorch's beside a probe: docs/performance.md has the

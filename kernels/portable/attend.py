@@ -10,7 +10,7 @@ import triton.language as tl
 from ..shared.masks import cap_and_mask, key_range, mask_of_head
 from ..shared.plan import Options, ScorePlan, is_natural, score_plan
 from ..shared.softmax import LOG2_E, State, first_weight, softmax_finish, softmax_update, start_state
-from ..shared.tiles import Tiles, block_dim, load_tile
+from ..shared.tiles import Tiles, block_dim, load_tile, loads_by_pointers
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,6 +27,7 @@ class AttendPlan(ScorePlan):
     block_d: int
     value_dim: int  # 0 without a value
     block_dv: int
+    pointers: bool  # see `load_tile`
 
     @property
     def scattered(self) -> bool:
@@ -45,6 +46,7 @@ def _attend_plan(
     tiles: Tiles,
     head_dim: int,
     value_dim: int,
+    by_pointers: bool,
 ) -> AttendPlan:
     return AttendPlan(
         **vars(scores),
@@ -58,6 +60,7 @@ def _attend_plan(
         block_d=block_dim(head_dim),
         value_dim=value_dim,
         block_dv=block_dim(value_dim or 1),
+        pointers=by_pointers,
     )
 
 
@@ -70,7 +73,9 @@ def attend_plan(
     natural = exact or is_natural(scores, options.scale)
     group = query.shape[1] // key.shape[1]
     has_sinks = options.sinks is not None
-    return _attend_plan(scores, natural, exact, has_sinks, extended, group, tiles, query.shape[3], value_dim)
+    dims = query.shape[3], value_dim
+    by_pointers = loads_by_pointers(query.device)
+    return _attend_plan(scores, natural, exact, has_sinks, extended, group, tiles, *dims, by_pointers)
 
 
 @triton.jit
@@ -97,7 +102,7 @@ def _walk_keys(
     # If False, a row's first visible key is the first key of a range.
     SCATTERED: tl.constexpr = MASKED and PLAN.scattered
     for start_n in tl.range(lo, hi, PLAN.block_n):
-        k = load_tile(k_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_d)
+        k = load_tile(k_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_d, PLAN.pointers)
         s = tl.dot(q, k.T, input_precision="ieee")
         if PLAN.natural:
             s = s * call.scale
@@ -116,7 +121,7 @@ def _walk_keys(
             w += tl.sum(tl.where(seen, raw - raw, 0.0) if MASKED else raw - raw, 1)
         state = State(m, l, w, low, more)
         if PLAN.value_dim:
-            v = load_tile(v_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_dv)
+            v = load_tile(v_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_dv, PLAN.pointers)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return state, acc
 
@@ -140,7 +145,7 @@ def attend(
     kv_head = head // PLAN.group
     offs_m = start_m + tl.arange(0, PLAN.block_m)
     mask_ptr = mask_of_head(call, batch, head, PLAN)
-    q = load_tile(q_desc, batch, head, start_m, PLAN.block_m, PLAN.block_d)
+    q = load_tile(q_desc, batch, head, start_m, PLAN.block_m, PLAN.block_d, PLAN.pointers)
     state = start_state(PLAN.block_m, PLAN.extended)
     acc = tl.full([PLAN.block_m, PLAN.block_dv], 0.0, tl.float32)
     lo, full_lo, full_hi, hi = key_range(

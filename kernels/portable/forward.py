@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..shared.descriptors import describe, strided
+from ..shared.descriptors import source, strided
 from ..shared.launch import launch
 from ..shared.masks import call_of
 from ..shared.plan import Options
@@ -58,15 +58,16 @@ def forward(
     if idle:
         return out.zero_(), *rows[:5]
     tiles = tiles or forward_tiles(head_dim, value_dim, query.dtype, options, extended)
+    plan = attend_plan(query, key, value_dim, options, extended, tiles)
     launch(
         _forward_kernel,
         (grid_1d(ceil_div(num_queries, tiles.block_m), batch * heads), 1, 1),
-        attend_plan(query, key, value_dim, options, extended, tiles),
+        plan,
         query.device,
         {
-            "q_desc": describe(query, tiles.block_m),
-            "k_desc": describe(key, tiles.block_n),
-            "v_desc": describe(value, tiles.block_n),
+            "q_desc": source(query, tiles.block_m, plan.pointers),
+            "k_desc": source(key, tiles.block_n, plan.pointers),
+            "v_desc": source(value, tiles.block_n, plan.pointers),
             "out": strided(out),
             "rows": rows,
             "sink_ptr": options.sinks,

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..shared.descriptors import describe
+from ..shared.descriptors import source
 from ..shared.launch import launch
 from ..shared.masks import call_of
 from ..shared.plan import Options, Plan
@@ -218,8 +218,8 @@ def probe(
         plan,
         device,
         {
-            "q_desc": describe(query, tiles.block_m),
-            "k_desc": describe(key, tiles.block_n),
+            "q_desc": source(query, tiles.block_m, plan.pointers),
+            "k_desc": source(key, tiles.block_n, plan.pointers),
             "rows": rows,
             "index_ptr": index,
             "parts_ptr": partial,

@@ -1,6 +1,7 @@
 """Tile shapes by head dimension, dtype and causality (pinned, nothing is tuned at run time), and tiles in kernels."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -76,6 +77,7 @@ _BACKWARD_FLOAT = {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles
 # Query blocks of this many heads run side by side: their keys and values stay in the L2 cache.
 HEAD_GROUP = 8
 _HEAD_GROUP = tl.constexpr(HEAD_GROUP)
+_LARGEST_STRIDE = 1 << 23  # of rows of a tile, whose offsets are 32-bit numbers; a tile has up to 256 rows
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -154,9 +156,49 @@ def scheduled_block(length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
     return block * BLOCK, group * _HEAD_GROUP + inside % _HEAD_GROUP
 
 
+@functools.cache
+def loads_by_pointers(device: torch.device) -> bool:
+    """Whether kernels load tiles by pointers: on cards without a bulk-copy engine.
+
+    Triton compiles a descriptor's load there to loads of single elements.
+    """
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) < (9, 0)
+
+
+class Pointers(NamedTuple):
+    """A tensor (B, H, L, D) of inner stride 1, for loads by pointers."""
+
+    ptr: Any
+    stride_b: int
+    stride_h: int
+    stride_m: int
+    length: int
+    width: int
+
+
+def pointable(x: torch.Tensor) -> torch.Tensor:
+    """x (B, H, L, D), or a copy if its strides are none that `Pointers` has."""
+    return x if x.stride(3) == 1 and x.stride(2) < _LARGEST_STRIDE else x.contiguous()
+
+
+def pointers(x: torch.Tensor) -> Pointers:
+    """x (B, H, L, D), copied if need be."""
+    x = pointable(x)
+    return Pointers(x, *x.stride()[:3], *x.shape[2:])
+
+
 @triton.jit
-def load_tile(desc, batch, head, row, ROWS: tl.constexpr, COLS: tl.constexpr):
-    return desc.load([batch, head, row, 0]).reshape(ROWS, COLS)
+def load_tile(source, batch, head, row, ROWS: tl.constexpr, COLS: tl.constexpr, POINTERS: tl.constexpr):
+    """(ROWS, COLS) of one (batch, head) from `row` on, zeros beyond its end. source: `Pointers`, or a descriptor."""
+    if POINTERS:
+        rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+        start = source.ptr + batch.to(tl.int64) * source.stride_b + head.to(tl.int64) * source.stride_h
+        start += row.to(tl.int64) * source.stride_m
+        inside = (row + rows < source.length) & (columns < source.width)
+        return tl.load(start + (rows * source.stride_m + columns), mask=inside, other=0.0)
+    return source.load([batch, head, row, 0]).reshape(ROWS, COLS)
 
 
 @triton.jit
