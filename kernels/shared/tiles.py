@@ -194,11 +194,12 @@ def load_tile(source, batch, head, row, ROWS: tl.constexpr, COLS: tl.constexpr, 
     """(ROWS, COLS) of one (batch, head) from `row` on, zeros beyond its end. source: `Pointers`, or a descriptor."""
     if POINTERS:
         rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
-        start = source.ptr + batch.to(tl.int64) * source.stride_b + head.to(tl.int64) * source.stride_h
-        start += row.to(tl.int64) * source.stride_m
+        start = source.ptr + tl.cast(batch, tl.int64) * source.stride_b
+        start += tl.cast(head, tl.int64) * source.stride_h + tl.cast(row, tl.int64) * source.stride_m
         inside = (row + rows < source.length) & (columns < source.width)
         return tl.load(start + (rows * source.stride_m + columns), mask=inside, other=0.0)
-    return source.load([batch, head, row, 0]).reshape(ROWS, COLS)
+    else:  # without it, Triton would compile the next line in both cases
+        return source.load([batch, head, row, 0]).reshape(ROWS, COLS)
 
 
 @triton.jit
