@@ -230,10 +230,11 @@ def prepare(
         _score_gradient(options, (batch, heads, num_queries, num_keys)) if mask_gradient else None,
     )
     value_dim = value.shape[3] if has_d_out else 16
+    by_pointers = loads_by_pointers(query.device)
     chosen = BackwardTiles(
-        *(tiles or backward_tiles(head_dim, value_dim, query.dtype, options, mask_gradient))
+        *(tiles or backward_tiles(head_dim, value_dim, query.dtype, options, mask_gradient, by_pointers))
     )
-    scores, by_pointers = score_plan(options), loads_by_pointers(query.device)
+    scores = score_plan(options)
     plans = _gradient_plans(
         scores,
         is_natural(scores, options.scale),

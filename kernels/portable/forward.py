@@ -9,7 +9,7 @@ from ..shared.launch import launch
 from ..shared.masks import call_of
 from ..shared.plan import Options
 from ..shared.results import empty_output, new_rows
-from ..shared.tiles import Tiles, ceil_div, forward_tiles, grid_1d, scheduled_block
+from ..shared.tiles import Tiles, ceil_div, forward_tiles, grid_1d, loads_by_pointers, scheduled_block
 from .attend import attend, attend_plan, finish, store_rows
 
 
@@ -57,7 +57,9 @@ def forward(
     rows = new_rows((batch, heads, num_queries), query.device, extended, blank=idle)
     if idle:
         return out.zero_(), *rows[:5]
-    tiles = tiles or forward_tiles(head_dim, value_dim, query.dtype, options, extended)
+    if tiles is None:
+        by_pointers = loads_by_pointers(query.device)
+        tiles = forward_tiles(head_dim, value_dim, query.dtype, options, extended, by_pointers)
     plan = attend_plan(query, key, value_dim, options, extended, tiles)
     launch(
         _forward_kernel,

@@ -74,6 +74,17 @@ _BACKWARD_HALF = {
 _MASK_GRADIENT_HALF = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 8, 2)}
 _BACKWARD_FLOAT = {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 32, 8, 1)}
 
+# Where tiles are loaded by pointers (half precision, read offline for sm_80; not timed on any card): tiles that spill
+# little and fit 64 KiB of shared memory. Operands pass through registers there.
+_POINTER_FORWARD_HALF = {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 8, 2)}
+# Under a user mask and with extended statistics.
+_POINTER_SMALL_HALF = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 8, 2)}
+_POINTER_BACKWARD_HALF = {
+    64: BackwardTiles(dq=Tiles(64, 64, 4, 2), dkv=Tiles(64, 32, 4, 2)),
+    128: BackwardTiles(dq=Tiles(64, 32, 4, 2), dkv=Tiles(32, 64, 8, 2)),
+    256: BackwardTiles(dq=Tiles(64, 32, 8, 2), dkv=Tiles(32, 32, 8, 1)),
+}
+
 # Query blocks of this many heads run side by side: their keys and values stay in the L2 cache.
 HEAD_GROUP = 8
 _HEAD_GROUP = tl.constexpr(HEAD_GROUP)
@@ -105,11 +116,19 @@ def _masked_tiles(width: int, mask: torch.Tensor) -> Tiles:
 
 
 def forward_tiles(
-    head_dim: int, value_dim: int, dtype: torch.dtype, options: Options, extended: bool = False
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    options: Options,
+    extended: bool = False,
+    by_pointers: bool = False,
 ) -> Tiles:
     width = _width(head_dim, value_dim)
     if dtype == torch.float32:
         return _FORWARD_FLOAT[width]
+    if by_pointers:
+        small = extended or options.attn_mask is not None
+        return (_POINTER_SMALL_HALF if small else _POINTER_FORWARD_HALF)[width]
     if extended:
         return (_EXTENDED_HALF if options.seqlens is None else _EXTENDED_PACKED_HALF)[width]
     if options.attn_mask is not None:
@@ -117,21 +136,30 @@ def forward_tiles(
     return _FORWARD_HALF[width, has_edges(options)]
 
 
-def probe_tiles(head_dim: int, dtype: torch.dtype, options: Options, extended: bool = False) -> Tiles:
+def probe_tiles(
+    head_dim: int, dtype: torch.dtype, options: Options, extended: bool = False, by_pointers: bool = False
+) -> Tiles:
     """Tiles of the probe; its query blocks divide a sample's."""
     width = _width(head_dim, 16)
     if dtype == torch.float32:
         return _FORWARD_FLOAT[width]
+    if by_pointers:
+        return forward_tiles(head_dim, 16, dtype, options, extended, by_pointers)
     return (_EXTENDED_PACKED_HALF if extended and options.seqlens is not None else _PROBE_HALF)[width]
 
 
 def backward_tiles(
-    head_dim: int, value_dim: int, dtype: torch.dtype, options: Options, mask_gradient: bool = False
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    options: Options,
+    mask_gradient: bool = False,
+    by_pointers: bool = False,
 ) -> BackwardTiles:
     width = _width(head_dim, value_dim)
     if dtype == torch.float32:
         return BackwardTiles(dq=_BACKWARD_FLOAT[width], dkv=_BACKWARD_FLOAT[width])
-    tiles = _BACKWARD_HALF[width, has_edges(options)]
+    tiles = _POINTER_BACKWARD_HALF[width] if by_pointers else _BACKWARD_HALF[width, has_edges(options)]
     return tiles._replace(dq=_MASK_GRADIENT_HALF[width]) if mask_gradient else tiles
 
 
@@ -156,15 +184,28 @@ def scheduled_block(length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
     return block * BLOCK, group * _HEAD_GROUP + inside % _HEAD_GROUP
 
 
+class Kind(NamedTuple):
+    """A kind of card, as far as tiles depend on it."""
+
+    is_amd: bool
+    capability: tuple[int, int]  # compute capability; of an AMD card what PyTorch calls so
+
+
 @functools.cache
+def kind_of(device: torch.device) -> Kind:
+    """The kind of a CUDA or ROCm device; Triton's interpreter counts as a card with a bulk-copy engine."""
+    if device.type != "cuda":
+        return Kind(False, (9, 0))
+    return Kind(torch.version.hip is not None, torch.cuda.get_device_capability(device))
+
+
 def loads_by_pointers(device: torch.device) -> bool:
     """Whether kernels load tiles by pointers: on cards without a bulk-copy engine.
 
     Triton compiles a descriptor's load there to loads of single elements.
     """
-    if device.type != "cuda":
-        return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) < (9, 0)
+    kind = kind_of(device)
+    return kind.is_amd or kind.capability < (9, 0)
 
 
 class Pointers(NamedTuple):
