@@ -3,7 +3,8 @@
     python tests/compile_variants.py TARGET [few]
 
 TARGET: a compute capability without its point, such as 80, or an AMD architecture, such as gfx942. Prints JSON:
-variants, each with [spilled bytes of a thread, shared memory in bytes]. Run by tests/test_compile_variants.py in a process of its own.
+variants, each with [spilled bytes of a thread, shared memory in bytes]. Run by tests/test_compile_variants.py in a
+process of its own.
 """
 
 import json
