@@ -32,13 +32,13 @@ def config(name: str, length: int, tiny: bool) -> GPT2Config | LlamaConfig:
 class Training:
     """A model with its optimizer and one batch; `step` trains it once."""
 
-    def __init__(self, name: str, length: int, tiny: bool = False):
+    def __init__(self, name: str, batch: int, length: int, tiny: bool = False):
         torch.manual_seed(0)
         shape = config(name, length, tiny)
         with torch.device(DEVICE):
             model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16, attn_implementation="sdpa")
             self.model = model.train()
-            self.tokens = torch.randint(shape.vocab_size, (1, length))
+            self.tokens = torch.randint(shape.vocab_size, (batch, length))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.monitor = None
 

@@ -200,7 +200,7 @@ def portable(torch, q, k, v, options):
         sampled = [row] * 4 if sample is None else probe.probe(q, k, options, sample=sample)
         index = None if sample is None else sampled[5]
         rows = statistics.RowStats(*(x.contiguous() for x in sampled[:4]), row_index=index)
-        accumulator = torch.zeros(fold.SLOTS, statistics.NUM_FIELDS, q.shape[1], dtype=torch.float64)
+        accumulator = torch.zeros(fold.SLOTS, statistics.NUM_FOLDED, q.shape[1], dtype=torch.float64)
         layout = [] if is_flat() else [module("engine.fold").kernel_layout()]
         if "context" in inspect.signature(fold.fold).parameters:
             layout.insert(0, module("reference.context").UNKNOWN)

@@ -1,6 +1,7 @@
-"""What monitoring adds to a whole training step: GPT-2 124M and a 1B LLaMA, bf16, one sequence a step.
+"""What monitoring adds to a whole training step: GPT-2 124M and a 1B LLaMA, bf16.
 
-    python bench/whole_step.py OUT.json [--models gpt2 llama] [--lengths 1024 4096 16384] [--steps 500]
+    python bench/whole_step.py OUT.json [--models gpt2 llama] [--shapes 16x1024 1x4096] [--variants plain every_step]
+                               [--steps 500]
     python bench/whole_step.py OUT.json --dry       # tiny models on a CPU: does it run
 
 A step is forward, loss, backward, AdamW, zero_grad and `on_step`. The variants share one model and take turns in
@@ -11,12 +12,14 @@ variant's time over that of "plain" in the same round. The first round, which co
 - log_every=1: every step is measured, read out and judged
 - record_every=1: every step is measured, and no timed step is a log step
 - probe: as record_every=1, measured beside the model's own attention even where "auto" would fuse
-- idle: log_every=100, and no timed step is measured
+- every_step: a monitor's default mode with log_every=100: of the timed steps, extremes alone are taken
+- logged: the same with log_every=1
+- idle: log_every=100, every_step=False, and no timed step is measured
 - eager: attn_implementation="eager" with output_attentions=True, and the entropy of each head from the weights;
   timed last and alone, because it would take the allocator's memory from the others
 
-"log_every=100" is derived: of 100 steps, 99 are idle and one is as under log_every=1, so its overhead is
-(99 * idle + 1 * logged) / (100 * plain) - 1. `--steps 500` runs that many steps of plain and of a monitor with
+"log_every=100" is derived: of 100 steps, 99 are as under every_step and one is logged, so its overhead is
+(99 * every_step + 1 * logged) / (100 * plain) - 1. `--steps 500` runs that many steps of plain and of a monitor with
 log_every=100, in turns of 100 steps, and reports the measured overhead beside the derived one.
 
 Dropout is 0, as fused measuring needs it; GPT-2's table of positions is as long as its sequence.
@@ -50,7 +53,9 @@ VARIANTS = {  # what the monitor is made with
     "log_every=1": {"log_every": 1},
     "record_every=1": {"log_every": PERIOD, "record_every": 1},
     "probe": {"log_every": PERIOD, "record_every": 1, "mode": "probe"},
-    "idle": {"log_every": PERIOD},
+    "every_step": {"log_every": PERIOD, "mode": "probe"},
+    "logged": {"log_every": 1, "mode": "probe"},
+    "idle": {"log_every": PERIOD, "every_step": False},
 }
 
 
@@ -105,9 +110,9 @@ def summary(turns: list[dict], plain: list[dict] | None = None) -> dict:
     return found
 
 
-def rounds(training: Training, count: int) -> dict:
+def rounds(training: Training, count: int, variants: list[str]) -> dict:
     """The variants in turns, first to last in one round and last to first in the next; the first round is left out."""
-    turns = {name: [] for name in VARIANTS}
+    turns = {name: [] for name in variants}
     steps = 1
     for number in range(count + 1):
         for name in list(turns)[:: 1 if number % 2 == 0 else -1]:
@@ -121,25 +126,24 @@ def rounds(training: Training, count: int) -> dict:
             seconds = turn(training, None, 0, 1)["host_ms"] / 1e3
             steps = min(MOST_STEPS, max(LEAST_STEPS, round(TURN_SECONDS / seconds)))
     plain = turns.get("plain", [])[1:]
-    found = {name: OUT_OF_MEMORY for name in VARIANTS}
+    found = {name: OUT_OF_MEMORY for name in variants}
     for name, own in turns.items():
         found[name] = summary(own[1:], None if name == "plain" else plain)
-    if len(turns) == len(VARIANTS):
-        found[f"log_every={PERIOD}"] = derived(
-            *(turns[name][1:] for name in ("plain", "idle", "log_every=1"))
-        )
+    needed = ("plain", "every_step", "logged")
+    if all(name in turns for name in needed):
+        found[f"log_every={PERIOD}"] = derived(*(turns[name][1:] for name in needed))
     return {"steps_a_turn": steps, "variants": found}
 
 
-def derived(plain: list[dict], idle: list[dict], logged: list[dict]) -> dict:
+def derived(plain: list[dict], others: list[dict], logged: list[dict]) -> dict:
     """A monitor with log_every=100 over a whole period."""
     overhead = statistics.median(
-        ((PERIOD - 1) * i["ms"] + one["ms"]) / (PERIOD * p["ms"]) for p, i, one in zip(plain, idle, logged)
+        ((PERIOD - 1) * o["ms"] + one["ms"]) / (PERIOD * p["ms"]) for p, o, one in zip(plain, others, logged)
     )
     return {
         "ms": statistics.median(p["ms"] for p in plain) * overhead,
         "overhead": overhead - 1,
-        "derived": f"({PERIOD - 1} * idle + 1 * logged) / ({PERIOD} * plain) - 1, logged as in log_every=1",
+        "derived": f"({PERIOD - 1} * every_step + 1 * logged) / ({PERIOD} * plain) - 1",
         "peak_bytes": logged[-1]["peak_bytes"],
     }
 
@@ -169,26 +173,29 @@ def long_run(training: Training, steps: int, period: int) -> dict:
     }
 
 
-def compare(name: str, length: int, arguments: argparse.Namespace) -> dict:
-    """Everything about one model at one length."""
-    row = {"model": name, "tokens": length, "rounds": arguments.rounds}
-    row["variants"] = dict.fromkeys([*VARIANTS, "eager"], OUT_OF_MEMORY)
-    training = guarded(lambda: Training(name, length, arguments.dry))
+def compare(name: str, batch: int, length: int, arguments: argparse.Namespace) -> dict:
+    """Everything about one model at one shape of its batches."""
+    row = {"model": name, "batch": batch, "tokens": length, "rounds": arguments.rounds}
+    row["variants"] = dict.fromkeys(arguments.variants, OUT_OF_MEMORY)
+    training = guarded(lambda: Training(name, batch, length, arguments.dry))
     if training != OUT_OF_MEMORY:
         row["parameters"] = sum(p.numel() for p in training.model.parameters())
-        row |= rounds(training, arguments.rounds)
+        row |= rounds(training, arguments.rounds, [name for name in arguments.variants if name != "eager"])
         plain = row["variants"]["plain"]
         if arguments.steps:
             row["long_run"] = guarded(lambda: long_run(training, arguments.steps, arguments.period))
             cleanup(training)
-        row["variants"]["eager"] = OUT_OF_MEMORY if plain == OUT_OF_MEMORY else eager(training, plain)
+        if "eager" in arguments.variants:
+            row["variants"]["eager"] = OUT_OF_MEMORY if plain == OUT_OF_MEMORY else eager(training, plain)
     training = None
     cleanup(None)
     return row
 
 
 def show(row: dict) -> None:
-    print(f"\n{row['model']}, {row['tokens']} tokens, {row.get('parameters', 0) / 1e6:.0f}M parameters")
+    print(
+        f"\n{row['model']}, {row['batch']} x {row['tokens']} tokens, {row.get('parameters', 0) / 1e6:.0f}M parameters"
+    )
     lines = dict(row["variants"])
     if isinstance(run := row.get("long_run"), dict):
         lines[f"{run['turns']} x {run['period']} steps"] = run["monitored"]
@@ -205,20 +212,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the JSON file to write")
     parser.add_argument("--models", nargs="+", default=["gpt2", "llama"], choices=["gpt2", "llama"])
-    parser.add_argument("--lengths", nargs="+", type=int, help="1024 4096 16384 unless given")
+    parser.add_argument("--shapes", nargs="+", help="sequences x tokens; 1x1024 1x4096 1x16384 unless given")
+    parser.add_argument("--variants", nargs="+", default=[*VARIANTS, "eager"], choices=[*VARIANTS, "eager"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=0, help="run this many steps as well")
     parser.add_argument("--dry", action="store_true", help="tiny models, short sequences")
     arguments = parser.parse_args()
     arguments.period = 5 if arguments.dry else PERIOD
-    lengths = arguments.lengths or ([32, 64] if arguments.dry else [1024, 4096, 16384])
+    default = ["1x32", "2x64"] if arguments.dry else ["1x1024", "1x4096", "1x16384"]
+    shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes or default]
     logging.getLogger("hnf_attention").addHandler(
         logging.NullHandler()
     )  # issues of random weights are expected
     document = {"machine": machine() | {"matmul_tflops": matmul_tflops()}, "dry": arguments.dry, "steps": []}
     for name in arguments.models:
-        for length in lengths:
-            document["steps"].append(compare(name, length, arguments))
+        for batch, length in shapes:
+            document["steps"].append(compare(name, batch, length, arguments))
             show(document["steps"][-1])
             arguments.out.write_text(json.dumps(document, indent=1) + "\n")
 

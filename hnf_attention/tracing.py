@@ -29,6 +29,21 @@ def traced() -> bool:
     return torch.compiler.is_dynamo_compiling()
 
 
+def functional() -> bool:
+    """Whether a transform of torch.func runs the call, or will run the graph that Dynamo traces."""
+    return compat.functorch_transform()
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode differentiation sees one of the tensors. Within transforms of torch.func it may see any."""
+    if traced() or compat.current_level() < 0 or not compat.forward_mode_enabled():
+        return False
+    if functional():
+        return True
+    unpack = torch.autograd.forward_ad.unpack_dual
+    return any(x is not None and unpack(x).tangent is not None for x in tensors)
+
+
 def untraced(*tensors: Tensor | None) -> bool:
     """Whether autograd alone sees the call, so that it can do without the operators of torch.library.
 
@@ -43,6 +58,11 @@ def untraced(*tensors: Tensor | None) -> bool:
 def without_dispatch_modes() -> AbstractContextManager[Any]:
     """Hide the operators inside from dispatch modes: a selective checkpoint counts the operators that it sees."""
     return compat.without_dispatch_modes() if compat.dispatch_modes() else _NO_CONTEXT
+
+
+def without_tangents() -> AbstractContextManager[Any]:
+    """Hide the operators inside from forward-mode differentiation."""
+    return compat.without_forward_mode(False) if compat.current_level() >= 0 else _NO_CONTEXT
 
 
 def readable(tensor: Tensor) -> bool:

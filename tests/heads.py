@@ -13,7 +13,7 @@ from hnf_attention.diagnosis.thresholds import THRESHOLDS
 from hnf_attention.engine import fold
 from hnf_attention.engine.call import check
 from hnf_attention.instrumentation import Coverage, Measurement
-from hnf_attention.reference.fold import new_accumulator
+from hnf_attention.monitoring.extremes import with_steps
 from hnf_attention.statistics.fields import ERROR_FIELDS, MAX_FIELDS, NUM_SUMS, SUM_FIELDS
 from hnf_attention.statistics.heads import HeadStats, Snapshot
 
@@ -57,7 +57,7 @@ def head_stats(heads=4, head_dim=64, dtype="float32", sample_period=1, **numbers
     if given["min_logit"] is None:
         given["min_logit"] = -np.abs(given["max_logit"])
     columns = {k: np.broadcast_to(np.float64(v), heads) for k, v in given.items()}
-    values = new_accumulator(heads, "cpu").numpy()
+    values = with_steps(None, None, heads)
     rows, judged = columns["rows"], columns["judged_rows"]
     columns["saturated_rows"], columns["stray_rows"] = columns["saturated_share"], columns["stray_share"]
     columns["rest_entropy"] = columns["rest_normalized_entropy"] * (1 - columns["sink_mass"])
@@ -151,11 +151,11 @@ class FakeForward:
 
 
 def folded(*calls):
-    """The accumulator of these calls, (query, key) each, as a recorder reads it."""
+    """The values of a recorder's statistics after these calls, (query, key) each."""
     accumulator = fold.new_accumulator(calls[0][0].shape[1], torch.device("cpu"))
     for query, key in calls:
         fold.fold(accumulator, query, key, attention_stats(query, key), checked(query, key))
-    return fold.collect([accumulator]).numpy()
+    return with_steps(fold.collect([accumulator]).numpy(), None, accumulator.shape[2])
 
 
 class FakeInstrumentation:

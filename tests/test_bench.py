@@ -155,7 +155,7 @@ def test_a_variant_that_runs_out_of_memory_is_reported_and_the_others_go_on(monk
 
     monkeypatch.setattr(whole_step, "turn", turn)
     monkeypatch.setattr(whole_step, "cleanup", lambda training: None)
-    found = whole_step.rounds(None, 2)["variants"]
+    found = whole_step.rounds(None, 2, list(whole_step.VARIANTS))["variants"]
     assert found["log_every=1"] == whole_step.OUT_OF_MEMORY and "log_every=100" not in found
     assert found["record_every=1"]["overhead"] == pytest.approx(0.02)
 
@@ -170,7 +170,7 @@ def test_a_dry_run_measures_what_it_says(script, tmp_path, monkeypatch, one_thre
     if script == "whole_step":
         pytest.importorskip("transformers")
     path = tmp_path / "out.json"
-    options = ["--dry", "--lengths", "130" if script == "long_sequences" else "16"]
+    options = ["--dry", *(["--lengths", "130"] if script == "long_sequences" else ["--shapes", "1x16"])]
     options += ["--models", "llama", "--rounds", "1"] if script == "whole_step" else []
     monkeypatch.setattr(sys, "argv", [script, str(path), *options])
     module = import_module(script)

@@ -37,7 +37,13 @@ def test_bad_input_is_one_line_and_exit_code_two(arguments, said, folder, monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "arguments", ["analyze cut --text text.txt", "check nan --weights", "demo --steps 3", "dance"]
+    "arguments",
+    [
+        pytest.param("analyze cut --text text.txt", marks=pytest.mark.exhaustive),
+        "check nan --weights",
+        pytest.param("demo --steps 3", marks=pytest.mark.exhaustive),
+        "dance",
+    ],
 )
 def test_a_process_says_the_same(arguments, folder):
     command = [sys.executable, "-m", "hnf_attention", *shlex.split(arguments)]

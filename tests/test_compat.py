@@ -10,6 +10,7 @@ from attention_models import Attention, HandWrittenAttention, Model, x
 from compat_helpers import Operators, carried_by, compiled, qkv
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention import flex_attention as flex
 from torch.utils.checkpoint import checkpoint
 
@@ -19,15 +20,13 @@ from hnf_attention import (
     compat,
     instrument,
 )
-from hnf_attention.engine import engines
-from hnf_attention.engine.call import BackwardInputs, Call, check
+from hnf_attention.engine import plain
 from hnf_attention.interventions import learning_rate, qk_clip
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),  # PyTorch's own, under vmap
 ]
-LIBRARY_BACKWARDS = pytest.mark.parametrize("engine", engines.BACKWARD[:2], ids=["cudnn", "flash"])
 
 
 # What runs with a call
@@ -113,11 +112,32 @@ def test_a_jit_trace_of_an_instrumented_model_is_that_of_the_model():
 @pytest.mark.filterwarnings(
     "ignore:.*torch.jit.script:DeprecationWarning"
 )  # PyTorch's own, at its first dual level
-def test_forward_mode_differentiation_meets_the_one_operator_on_every_device():
+def test_forward_mode_differentiation_gives_the_output_a_tangent():
     query, key, value = qkv()
     with forward_ad.dual_level():
         out, _ = attention(forward_ad.make_dual(query, torch.ones_like(query)), key, value)
-        assert forward_ad.unpack_dual(out).tangent is None
+        assert forward_ad.unpack_dual(out).tangent.any()
+
+
+@carried_by("without_forward_mode", "forward_mode_enabled")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_measurement_in_forward_mode_has_no_tangent_and_the_model_has_its_own(monkeypatch):
+    model, inputs = Attention(), x()
+    monkeypatch.setattr(plain, "attend", None)  # forward mode needs it, a measurement does not
+    own = sdpa_kernel(SDPBackend.MATH)  # PyTorch's others have no forward mode
+    with instrument(model, mode="fused") as handle, forward_ad.dual_level(), own:
+        out = model(forward_ad.make_dual(inputs, torch.ones_like(inputs)))
+        assert forward_ad.unpack_dual(out).tangent.any()
+        assert forward_ad.unpack_dual(handle.latest[""].rows.lse).tangent is None
+    assert "forward-mode" in handle.coverage.measured[""]
+
+
+@carried_by("in_gradient_batch")
+def test_gradients_may_be_asked_for_in_a_batch():
+    query, key, value = qkv(requires_grad=True)
+    out = attention(query, key, value)[0]
+    (got,) = torch.autograd.grad(out, query, torch.ones(2, *out.shape), True, is_grads_batched=True)
+    torch.testing.assert_close(got[1], torch.autograd.grad(out.sum(), query)[0])
 
 
 @carried_by("running_backward")
@@ -171,10 +191,10 @@ def test_what_is_kept_in_a_frame_stays_as_long_as_the_call():
     def call(depth):
         frame, made = sys._getframe(), []
         for _ in range(2):
-            made.append(compat.kept_in(frame, object))
+            made.append(compat.kept_in(frame.f_locals, object))
             depth += 1  # the frame's variables are read anew
         inner = call(depth) if depth < 4 else None
-        assert made[0] is made[1] is compat.kept_in(frame, object) and made[0] is not inner
+        assert made[0] is made[1] is compat.kept_in(frame.f_locals, object) and made[0] is not inner
         return made[0]
 
     assert call(0) is not call(0)
@@ -216,31 +236,6 @@ def test_memory_that_was_freed_is_nobodys():
 def test_views_of_a_parameter_are_learned():
     weight = nn.Parameter(torch.randn(3, 4))
     assert compat.learned(weight) and compat.learned(weight.T) and not compat.learned(weight * 2)
-
-
-@carried_by("cudnn_backward", "flash_backward")
-@LIBRARY_BACKWARDS
-def test_pytorchs_backward_takes_the_arguments_that_it_is_given(engine):
-    query, key, value = (torch.empty(2, 4, 128, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))
-    options = dict(attn_mask=None, is_causal=True, scale=None, window_size=None, softcap=None, sinks=None)
-    call = Call(query, key, value, check(query, key, value, **options))
-    lse = torch.empty(2, 4, 128, device="meta")
-    inputs = BackwardInputs(torch.empty_like(query), lse, lse, torch.empty_like(query), None, None)
-    gradients = engine.run(call, inputs)
-    assert [g.shape for g in gradients[:3]] == [x.shape for x in (query, key, value)]
-
-
-@pytest.mark.gpu
-@carried_by("cudnn_backward", "flash_backward")
-@LIBRARY_BACKWARDS
-def test_pytorchs_backward_gives_the_gradients(engine, monkeypatch):
-    shape = dict(device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    leaves = [torch.randn(2, 4, 128, 64, **shape) for _ in range(3)]
-    expected = torch.autograd.grad(F.scaled_dot_product_attention(*leaves).sum(), leaves)
-    monkeypatch.setattr(engines, "BACKWARD", [engine])
-    got = torch.autograd.grad(attention(*leaves)[0].sum(), leaves)
-    for ours, theirs in zip(got, expected):
-        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
 
 @carried_by("vmap_in_operators")

@@ -15,7 +15,8 @@ PACKAGE = Path(hnf_attention.__file__).parent
 
 def entries_with_a_test():
     """The entries that the marks `carried_by` name."""
-    for name in ("test_compat.py", "test_compat_dynamo.py", "test_compat_distributed.py"):
+    for part in ("", "_dynamo", "_distributed", "_library"):
+        name = f"test_compat{part}.py"
         for node in ast.walk(ast.parse((HERE / name).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "carried_by":
                 yield from map(ast.literal_eval, node.args)

@@ -12,7 +12,7 @@ from rich.console import Console
 from setup_arguments import setup_arguments
 
 from hnf_attention import attention
-from hnf_attention.cli.doctor import calls, command, machine, self_test, watched
+from hnf_attention.cli.doctor import calls, command, low_scores, machine, self_test, watched
 from hnf_attention.cli.main import main
 from hnf_attention.engine import engines
 from hnf_attention.engine.card import NVIDIA, Card
@@ -139,6 +139,40 @@ def test_measuring_something_else_fails_the_self_test(monkeypatch, capsys):
     monkeypatch.setattr("hnf_attention.cli.doctor.command.self_test", lambda: iter(()))
     assert main(["doctor"]) == 1
     assert "the self-test of measuring a model failed" in capsys.readouterr().out
+
+
+def nan_with_half_a_tile(query, key, value):
+    """Attention with the fault of cuDNN 9.19: gradients are NaN with 64 and 192 keys."""
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    if key.shape[2] % 128 == 64:
+        out.register_hook(lambda gradient: gradient * float("nan"))
+    return out
+
+
+def test_a_fault_of_pytorchs_own_at_low_scores_is_told_and_is_not_ours(monkeypatch, capsys):
+    monkeypatch.setattr(low_scores, "_by_cudnn", nan_with_half_a_tile)
+    found = low_scores.low_scores()
+    assert found.wrong == {"SDPA": [], "SDPA by cuDNN": [64, 192], "attention()": []} and found.passed
+    monkeypatch.setattr(command, "self_test", lambda: iter(()))
+    assert main(["doctor", "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    said = "are -122: SDPA right, SDPA by cuDNN WRONG (64 and 192 keys), attention() right"
+    assert said in captured.err.replace("\n", " ")
+    assert json.loads(captured.out)["low_scores"]["keys_with_wrong_gradients"]["SDPA by cuDNN"] == [64, 192]
+
+
+@pytest.mark.parametrize("fault", [nan_with_half_a_tile, lambda q, k, v: attention(q, k, v)[0] * 1.1])
+def test_ours_must_be_right_at_low_scores(fault, monkeypatch, capsys):
+    monkeypatch.setattr(low_scores, "attention", lambda *tensors: (fault(*tensors), None))
+    assert low_scores.low_scores().wrong["attention()"][0] == 64
+    monkeypatch.setattr(command, "self_test", lambda: iter(()))
+    assert main(["doctor"]) == 1
+    assert "the self-test of low scores failed" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="cuDNN's attention may be offered here")
+def test_a_kernel_that_pytorch_does_not_offer_is_left_out():
+    assert low_scores.low_scores().wrong == {"SDPA": [], "attention()": []}
 
 
 def test_the_random_state_of_the_process_is_left_alone():

@@ -6,8 +6,9 @@ import torch
 from hnf_attention.engine import engines
 from hnf_attention.engine.call import Call, check
 from hnf_attention.engine.card import NO_CARD, NVIDIA, Card
+from hnf_attention.engine.library import Choice
 
-H200 = Card("H200", NVIDIA, (9, 0), triton="3.6.0", has_flash=True, has_cudnn=True)
+H200 = Card("H200", NVIDIA, (9, 0), triton="3.6.0", has_flash=True, has_cudnn=True, cudnn_version=(9, 19))
 A100 = Card("A100", NVIDIA, (8, 0), triton="3.6.0", has_flash=True, has_cudnn=True)
 T4 = Card("T4", NVIDIA, (7, 5), triton="3.6.0")
 MI300 = Card("MI300", "AMD", (9, 4), triton="3.6.0", has_flash=True)
@@ -18,6 +19,7 @@ NEXT_TRITON, OTHER_TRITON, NEW_TRITON = (
 WITHOUT_TRITON = Card("H200", NVIDIA, (9, 0), has_flash=True, has_cudnn=True)
 CPU = Card("cpu")
 HOPPER, TRITON, REFERENCE = engines.HOPPER, engines.TRITON, engines.REFERENCE
+MI250 = Card("MI250", "AMD", (9, 0), triton="3.6.0", has_flash=True, has_cudnn=True)
 SHAPES = "takes no mask, window, soft-cap, sinks or packed sequences"
 
 
@@ -81,6 +83,16 @@ FORWARD = [
     ),
     (NEW_TRITON, {}, {HOPPER: "Triton 3.10.0 is untested: needs 3.6 or 3.7", TRITON: None}),
     (
+        T4,
+        {},
+        {
+            HOPPER: "needs compute capability 9.0, this card has 7.5",
+            TRITON: "needs compute capability 8.0, this card has 7.5",
+            REFERENCE: None,
+        },
+    ),
+    (MI250, {}, {HOPPER: "needs an NVIDIA card", TRITON: None}),
+    (
         WITHOUT_TRITON,
         {},
         {HOPPER: "Triton is not installed", TRITON: "Triton is not installed", REFERENCE: None},
@@ -96,7 +108,11 @@ BACKWARD = [
         {CUDNN: "head dimension 256 exceeds 128", FLASH: "q has head dimension 256, v has 64", TRITON: None},
     ),
     (H200, {"head_dim": 256, "value_dim": 256}, {CUDNN: "head dimension 256 exceeds 128", FLASH: None}),
-    (H200, {"softcap": 5.0}, {CUDNN: SHAPES, FLASH: SHAPES, TRITON: None}),
+    (
+        H200,
+        {"softcap": 5.0},
+        {CUDNN: "takes no window, soft-cap, sinks or packed sequences", FLASH: SHAPES, TRITON: None},
+    ),
     (
         H200,
         {"dtype": torch.float32},
@@ -119,17 +135,18 @@ BACKWARD = [
         {
             CUDNN: "needs compute capability 9.x, this card has 7.5",
             FLASH: "needs compute capability 8.0, this card has 7.5",
-            TRITON: None,
+            TRITON: "needs compute capability 8.0, this card has 7.5",
+            REFERENCE: None,
         },
     ),
-    (MI300, {}, {CUDNN: "needs an NVIDIA card", FLASH: None}),
+    (MI300, {}, dict.fromkeys((CUDNN, FLASH), "needs an NVIDIA card") | {TRITON: None}),
     (CPU, {}, dict.fromkeys((CUDNN, FLASH, TRITON), NO_CARD) | {REFERENCE: None}),
 ]
 CASES = [
     pytest.param(engines_, *case, id=f"{name} {case[0].name} {case[1]}")
     for name, engines_, cases in (
         ("forward", engines.FORWARD, FORWARD),
-        ("backward", engines.BACKWARD, BACKWARD),
+        ("backward", engines.output_backward(Choice()), BACKWARD),
     )
     for case in cases
 ]
@@ -143,7 +160,6 @@ def test_the_first_engine_that_supports_a_call_takes_it(engines_, card, options,
     assert engines.choose(engines_, made).name == list(expected)[-1]
 
 
-ROCM_90 = Card("MI250X", "AMD", (9, 0), triton="3.6.0", has_flash=True)
 H100, B200 = (Card(name, NVIDIA, (n, 0), triton="3.6.0") for name, n in (("H100", 9), ("B200", 10)))
 
 
@@ -153,10 +169,7 @@ H100, B200 = (Card(name, NVIDIA, (n, 0), triton="3.6.0") for name, n in (("H100"
         (H200, {}, None),
         (H100, {"dtype": torch.float16, "head_dim": 128, "value_dim": 128}, None),
         (OTHER_TRITON, {"head_dim": 256, "value_dim": 256, "is_causal": False}, None),
-        *(
-            (card, {}, f"not measured on this card ({card.name})")
-            for card in (A100, T4, B200, MI300, ROCM_90)
-        ),
+        *((card, {}, f"not measured on this card ({card.name})") for card in (A100, T4, B200, MI300, MI250)),
         (H200, {"dtype": torch.float32}, "needs fp16 or bf16, got float32"),
         (H200, {"queries": 64}, "needs more than 64 queries"),
         (H200, {"head_dim": 80, "value_dim": 80}, "not measured with head dimension 80"),
@@ -167,15 +180,6 @@ def test_auto_fuses_where_fused_was_measured(card, options, reason, monkeypatch)
     monkeypatch.setattr(engines, "card_of", lambda device: card)
     made = call(**options)
     assert engines.fused_is_unmeasured(made.query, made.value) == reason
-
-
-def test_deterministic_algorithms_take_no_kernel_that_adds_in_any_order(monkeypatch):
-    monkeypatch.setattr(engines, "card_of", lambda device: H200)
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert engines.choose(engines.BACKWARD, call()).name == TRITON
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def test_the_constants_of_the_hopper_kernel_are_its_own():

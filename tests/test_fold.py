@@ -253,7 +253,7 @@ def test_collect_joins_layers_of_different_width(device):
         part[2, 0] = 10
         part[1, fields.NUM_SUMS] = -3.0
     together = fold.collect(parts)
-    assert together.shape == (fields.NUM_FIELDS, 7)
+    assert together.shape == (fields.NUM_FOLDED, 7)
     assert together[0].tolist() == [11, 11, 12, 12, 12, 12, 12]
     assert together[fields.NUM_SUMS].tolist() == [-3.0] * 7
     assert (together[fields.NUM_SUMS + 1] == -torch.inf).all()

@@ -8,6 +8,7 @@ from heads import found, snapshot
 from hnf_attention.diagnosis import diagnose
 from hnf_attention.engine import fold
 from hnf_attention.instrumentation.scores import given
+from hnf_attention.monitoring.extremes import with_steps
 from hnf_attention.reference import masks
 from hnf_attention.statistics.heads import HeadStats, Snapshot
 
@@ -60,7 +61,7 @@ def test_a_softmax_over_hidden_keys_only_is_found_from_what_it_returns(own_keys)
     measured = given("a", part, (2, 4, 24, 24), 16, torch.float32, **options)
     values = fold.new_accumulator(4, scores.device)
     fold.fold_measured(values, measured.rows, measured.beside)
-    stats = HeadStats(fold.collect([values]).numpy(), 16, "float32")
+    stats = HeadStats(with_steps(fold.collect([values]).numpy(), None, 4), 16, "float32")
     assert (stats.nonfinite_rows == 0).all()
     error = origin(Snapshot(1, {"a": stats, "b": snapshot(1, b=FED).layers["b"]}))
     assert error.layer == "a" and "rows whose keys are all hidden" in error.evidence

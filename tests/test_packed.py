@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hnf_attention import attention, attention_stats
-from hnf_attention.engine import engines, fold
+from hnf_attention.engine import engines, fold, library
 from hnf_attention.engine.call import Call, check
 from hnf_attention.reference import attention as reference
 from hnf_attention.reference import masks, sampling
@@ -245,7 +245,7 @@ def test_neither_the_hopper_forward_nor_the_library_takes_a_pack():
     q, k, v, *_ = Case(1, 2, 1, 256, 256, 64, 64).tensors(torch.bfloat16, "cuda")
     call = Call(q, k, v, Case(seqlens=(0, 100, 256)).options(q, k, v, None, None))
     assert engines.choose(engines.FORWARD, call).name == engines.TRITON
-    assert engines.choose(engines.BACKWARD, call).name == engines.TRITON
+    assert engines.choose(engines.output_backward(library.Choice()), call).name == engines.TRITON
 
 
 @pytest.mark.gpu

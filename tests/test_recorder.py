@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hnf_attention import attention_stats
 from hnf_attention.engine import fold
 from hnf_attention.monitoring.recorder import NothingMeasured, Recorder
+from hnf_attention.statistics.fields import NUM_FOLDED
 from hnf_attention.statistics.heads import HeadStats
 
 
@@ -143,7 +144,7 @@ def test_one_copy_at_a_log_step(fake, monkeypatch):
     copy = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: sizes.append(tensor.numel()) or copy(tensor))
     layers = recorder.advance().layers
-    assert sizes == [sum(stats.values.size for stats in layers.values())]
+    assert sizes == [NUM_FOLDED * sum(stats.num_heads for stats in layers.values())]
 
 
 def test_measuring_in_inference_mode_and_outside_of_it(fake):

@@ -48,7 +48,7 @@ OF_EACH_PROCESS = np.array(
 )
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.exhaustive), 4])
 def found(request, tmp_path_factory):
     """By scenario, what each process found."""
     folder = tmp_path_factory.mktemp("sharded")

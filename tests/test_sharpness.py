@@ -115,16 +115,22 @@ def test_saturated_rows_and_growth_are_an_error():
 # Sinks
 
 
+def by_head(numbers):
+    """The issues of single heads about their sharpness, of one layer with these numbers."""
+    issues = found([snapshot(1, a=numbers)], "entropy_collapse")
+    return {head: issue for head, issue in issues.items() if head is not None}
+
+
 @pytest.mark.parametrize("sink", [0.31, 0.79, 0.81, 0.98])
 def test_a_head_with_a_sink_is_judged_by_its_other_keys(sink):
     resting = ONE_HOT | {"sink_mass": sink, "stray_share": 0.0}
-    assert diagnose([snapshot(1, a=resting)]).issues == []
+    assert [issue.severity for issue in diagnose([snapshot(1, a=resting)]).issues] == ["note"]  # of the layer
     # A fifth of the weight or more beside the sink, and nearly all of it on one key a row.
-    sharp_rest = found([snapshot(1, a=resting | {"rest_normalized_entropy": 0.01})], "entropy_collapse")
+    sharp_rest = by_head(resting | {"rest_normalized_entropy": 0.01})
     assert len(sharp_rest) == (4 if sink < 0.8 else 0)
-    assert not found([snapshot(1, a=resting | {"rest_normalized_entropy": 0.13})], "entropy_collapse")
+    assert not by_head(resting | {"rest_normalized_entropy": 0.13})
     # Rows that are saturated elsewhere.
-    stray = found([snapshot(1, a=resting | {"stray_share": 0.4})], "entropy_collapse")
+    stray = by_head(resting | {"stray_share": 0.4})
     assert {i.severity for i in stray.values()} == {"warning"} and stray[0].value == pytest.approx(0.4)
     assert f"{sink:.2f} of the weight is on a sink" in stray[0].evidence
 
@@ -132,7 +138,30 @@ def test_a_head_with_a_sink_is_judged_by_its_other_keys(sink):
 @pytest.mark.parametrize("whole, told", [(0.17, False), (0.11, False), (0.09, True)])
 def test_a_sink_does_not_accuse_a_head_that_rests_on_two_keys(whole, told):
     two = {"normalized_entropy": whole, "sink_mass": 0.5, "rest_normalized_entropy": 0.04, "stray_share": 0.0}
-    assert bool(found([snapshot(1, a=two)], "entropy_collapse")) == told
+    assert bool(by_head(two)) == told
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_layers_that_rest_as_a_whole_are_one_note(layers):
+    resting = {"normalized_entropy": [0.05, 0.17, 0.12, 0.20], "sink_mass": [0.92, 0.72, 0.79, 0.68]}
+    given = {f"block{index}": resting | {"stray_share": 0.0} for index in range(layers)}
+    (note,) = diagnose([snapshot(4, other={}, **given)]).issues
+    assert (note.layer, note.head, note.issue_type, note.severity) == ("", None, "entropy_collapse", "note")
+    assert note.value == pytest.approx(0.135) and f"in {layers} layer" in note.evidence
+    assert f"of {layers + 1} every head rests" in note.evidence and len(note.headline) <= 160
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"sink_mass": [0.92, 0.72, 0.79, 0.2], "normalized_entropy": [0.01, 0.01, 0.01, 0.4]},
+        {"normalized_entropy": 0.2},
+        {"heads": 1},
+    ],
+)
+def test_a_layer_that_rests_in_part_is_no_note(changed):
+    resting = {"normalized_entropy": 0.05, "sink_mass": 0.9, "stray_share": 0.0}
+    assert diagnose([snapshot(4, a=resting | changed)]).issues == []
 
 
 def test_a_sink_with_large_scores_is_no_excuse():

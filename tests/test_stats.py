@@ -16,7 +16,7 @@ from hnf_attention.statistics.fields import (
     HISTOGRAM_BINS,
     JUDGED_MIN_KEYS,
     MAX_FIELDS,
-    NUM_FIELDS,
+    NUM_FOLDED,
     NUM_SUMS,
     SATURATED_ENTROPY,
     SUM_FIELDS,
@@ -216,13 +216,13 @@ def test_the_empty_fold_is_the_identity_of_merge():
 
 def test_merge_refuses_other_head_counts():
     one, two = (head_stats(new_accumulator(h, "cpu")) for h in (1, 2))
-    with pytest.raises(ValueError, match=rf"\({NUM_FIELDS}, 1\), got \({NUM_FIELDS}, 2\)"):
+    with pytest.raises(ValueError, match=rf"\({NUM_FOLDED}, 1\), got \({NUM_FOLDED}, 2\)"):
         one.merge(two)
 
 
 def test_sums_come_first_in_the_accumulator():
     accumulator = new_accumulator(3, "cpu")
-    assert accumulator.shape == (NUM_FIELDS, 3) and accumulator.dtype == torch.float64
+    assert accumulator.shape == (NUM_FOLDED, 3) and accumulator.dtype == torch.float64
     assert (accumulator[: len(SUM_FIELDS) + HISTOGRAM_BINS] == 0).all()
     assert (accumulator[len(SUM_FIELDS) + HISTOGRAM_BINS :] == -torch.inf).all()
 

@@ -67,11 +67,55 @@ current_level: Callable[[], int] = functools.partial(getattr, torch.autograd.for
 Missing: -1. `attention()` under forward-mode differentiation then drops the tangents without an error.
 """
 
+in_gradient_batch: Callable[[Tensor], bool] = _find(
+    "_C._functorch.is_legacy_batchedtensor", lambda tensor: False
+)
+"""Whether a tensor stands for many, as in `torch.autograd.grad(is_grads_batched=True)`.
+
+Missing: False. Gradients of attention() that are asked for in a batch then raise an error of PyTorch's.
+"""
+
+forward_mode_enabled: Callable[[], bool] = _find("_C._is_fwd_grad_enabled", lambda: True)
+"""Whether forward-mode differentiation follows the operators of the call.
+
+Missing: True. Measurements of a call in forward-mode differentiation are then computed by plain PyTorch.
+"""
+
+without_forward_mode: Callable[[bool], AbstractContextManager[Any]] = _find(
+    "autograd.forward_ad._set_fwd_grad_enabled", nullcontext
+)
+"""Given False, a context in which forward-mode differentiation does not follow the operators.
+
+Missing: it follows them. Measurements then carry tangents, which nothing reads.
+"""
+
 running_backward: Callable[[], int] = _find("_C._current_graph_task_id", lambda: -1)
 """The number of the backward pass that makes the call, -1 outside of one.
 
 Missing: -1. The second forward of an activation checkpoint is then recorded like the first.
 """
+
+_saving: Callable[[bool], Any] = _find("_C._autograd._top_saved_tensors_default_hooks", lambda _: None)
+
+
+def saves_elsewhere() -> bool:
+    """Whether what autograd saves now goes through hooks, as in a checkpoint, which keeps none of it.
+
+    Missing: False. Tensors of a checkpoint may then be held until the end of the forward.
+    """
+    return _saving(False) is not None
+
+
+_raw_stream: Callable[[int], int] = _find("_C._cuda_getCurrentRawStream", lambda _: 0)
+
+
+def current_stream(device: torch.device) -> int:
+    """The number of the current stream of a CUDA device, 0 on any other; quicker than `torch.cuda.current_stream`.
+
+    Missing: 0. A model that runs layers on streams of its own may then be read too early.
+    """
+    return _raw_stream(device.index) if device.type == "cuda" else 0
+
 
 any_autocast: Callable[[], bool] = _find("_C._is_any_autocast_enabled", lambda: True)
 """Whether autocast is on for some device; it leaves out MPS. Ten times cheaper than the question about one device.
@@ -97,13 +141,12 @@ def runs_graph(frame: FrameType) -> bool:
 _KEPT = "_hnf_attention_invocation"
 
 
-def kept_in(frame: FrameType, make: Callable[[], Any]) -> Any:
+def kept_in(variables: dict[str, Any], make: Callable[[], Any]) -> Any:
     """An object that stays with the frame of one function call, made when it is first asked for.
 
-    It is one more item of `frame.f_locals`, which CPython keeps as long as the frame (the tests ran with 3.11).
-    Missing: made anew each time. Each call of a layer then counts as an invocation of its own.
+    variables: `f_locals` of the frame. The object is one more item of it, which CPython keeps as long as the frame (the
+    tests ran with 3.11). Missing: made anew each time. Each call of a layer then counts as an invocation of its own.
     """
-    variables = frame.f_locals
     found = variables.get(_KEPT)
     if found is None:
         found = variables[_KEPT] = make()
@@ -115,6 +158,18 @@ cudnn_backward: Any = _find("ops.aten._scaled_dot_product_cudnn_attention_backwa
 
 flash_backward: Any = _find("ops.aten._scaled_dot_product_flash_attention_backward", None)
 """FlashAttention's backward of attention. Missing: None, and this project's own kernel is used."""
+
+cudnn_enabled: Callable[[], bool] = _find("_C._get_cudnn_enabled", lambda: torch.backends.cudnn.enabled)
+"""Whether the user lets PyTorch use cuDNN at all, `torch.backends.cudnn.enabled`.
+
+Missing: the public property answers, at ten times the cost.
+"""
+
+other_flash: Callable[[], str | None] = _find("nn.attention.current_flash_attention_impl", lambda: None)
+"""The version of FlashAttention that the user put in place of PyTorch's own, None for PyTorch's own.
+
+torch 2.10 and earlier have no such choice. Missing: None, and PyTorch's own is expected.
+"""
 
 
 def vmap_in_operators() -> AbstractContextManager[Any]:

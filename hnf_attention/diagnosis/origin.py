@@ -18,12 +18,25 @@ SCORES, INPUT = "scores", "input"
 NOT_LEARNED = (EMPTY, FP16, MASK)
 
 
+class First(NamedTuple):
+    """The first step between two snapshots in which a layer held NaN or inf, and what of it did.
+
+    step, forward: numbers; see `HeadSteps`. heads: which. tensors: "query", "key", "value", "out", or some of them.
+    """
+
+    step: int
+    forward: int
+    heads: list[int]
+    tensors: list[str]
+
+
 class Origin(NamedTuple):
     """The first layer, in the order they ran, that is not finite, in the first snapshot of the latest run of such.
 
     before: the last finite layer that ran before it, None if it was the first. cause: one of the causes above: SCORES
     if its q and k are not known, INPUT if q, k or v are not finite themselves. coarse: steps between the last finite
-    snapshot and this one, if there are several in which the weights may have changed; else 0.
+    snapshot and this one, if there are several in which the weights may have changed; else 0. first: what the steps
+    before the snapshot showed, None if they were finite or nothing was taken of them.
     """
 
     snapshot: Snapshot
@@ -31,6 +44,7 @@ class Origin(NamedTuple):
     before: str | None
     cause: str
     coarse: int
+    first: First | None = None
 
     @property
     def stats(self) -> HeadStats:
@@ -54,12 +68,45 @@ def find_origin(history: Sequence[Snapshot]) -> Origin | None:
         return None
     place, layer = found
     snapshot = history[place]
-    names = list(snapshot.layers)
-    before = names[names.index(layer) - 1] if layer != names[0] else None
+    earlier = find_first(snapshot)
+    if earlier is not None:
+        layer, first = earlier
+        cause = OUTPUT if first.tensors == ["out"] else INPUT
+        return Origin(snapshot, layer, _before(snapshot, layer), cause, 0, first)
     covered = snapshot.step - history[place - 1].step if place else snapshot.step
     changing = getattr(snapshot, "training", True)  # the weights of a finished model stay as they are
-    coarse = covered if changing and covered > 1 else 0
-    return Origin(snapshot, layer, before, _cause(snapshot.layers[layer]), coarse)
+    every_step = any(np.isfinite(stats.between_max_logit).any() for stats in snapshot.layers.values())
+    coarse = covered if changing and covered > 1 and not every_step else 0
+    return Origin(snapshot, layer, _before(snapshot, layer), _cause(snapshot.layers[layer]), coarse)
+
+
+def find_first(snapshot: Snapshot) -> tuple[str, First] | None:
+    """The layer that was the first to hold NaN or inf in the steps before a snapshot; None if none did.
+
+    Of the layers of one forward, it is the one that ran first.
+    """
+    steps = {layer: np.fmin.reduce(stats.first_nonfinite_step) for layer, stats in snapshot.layers.items()}
+    known = {layer: step for layer, step in steps.items() if np.isfinite(step)}
+    if not known:
+        return None
+    layer = min(known, key=known.__getitem__)  # the first of equals
+    stats, step = snapshot.layers[layer], known[layer]
+    firsts = {
+        "query": stats.first_nonfinite_query,
+        "key": stats.first_nonfinite_key,
+        "value": stats.first_nonfinite_value,
+        "out": stats.first_nonfinite_out,
+    }
+    heads = np.flatnonzero(stats.first_nonfinite_step == step)
+    tensors = [name for name, first in firsts.items() if (first == step).any()]
+    forward = np.fmin.reduce(stats.first_nonfinite_forward[heads])
+    return layer, First(int(step), int(forward), heads.tolist(), tensors)
+
+
+def _before(snapshot: Snapshot, layer: str) -> str | None:
+    """The layer that ran before this one."""
+    names = list(snapshot.layers)
+    return names[names.index(layer) - 1] if layer != names[0] else None
 
 
 def broken_heads(stats: HeadStats) -> np.ndarray:

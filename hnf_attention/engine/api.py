@@ -7,7 +7,7 @@ from torch import Tensor
 from ..reference.options import Options
 from ..statistics.rows import RowStats
 from .call import Call, check_sample, prepare
-from .operators import run, run_sample
+from .run import run, run_sample
 
 
 def attention(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -96,7 +95,8 @@ def _check_mask(attn_mask: Tensor, query: Tensor, num_keys: int) -> Tensor:
 def _check_number(name: str, number: object, *, positive: bool) -> float:
     if not isinstance(number, (float, int, Real)) or isinstance(number, bool):
         raise expected(f"{name} to be a number", number, TypeError)
-    if not math.isfinite(number) or (positive and number <= 0):
+    # A difference of two infinities is no number. A compiler can trace this for a number that it does not know.
+    if number - number != 0 or (positive and number <= 0):
         raise expected(f"{name} {'> 0' if positive else 'finite'}", number)
     return float(number)
 

@@ -20,7 +20,8 @@ class Card:
     """One device. A CPU, or any device that is not CUDA's or ROCm's, has no vendor.
 
     capability: compute capability, (major, minor). memory: bytes. triton: its version; None if it is not installed.
-    has_flash, has_cudnn: whether this PyTorch offers FlashAttention's kernels, and cuDNN's, on the device.
+    has_flash, has_cudnn: whether this PyTorch offers FlashAttention's kernels, and cuDNN's, on the device. PyTorch
+    calls ROCm's MIOpen cuDNN, too: it does not count here. cudnn_version: (major, minor).
     """
 
     name: str
@@ -30,6 +31,7 @@ class Card:
     triton: str | None = None
     has_flash: bool = False
     has_cudnn: bool = False
+    cudnn_version: tuple[int, int] = (0, 0)
 
     @property
     def compute(self) -> str:
@@ -43,14 +45,17 @@ def card_of(device: torch.device) -> Card:
     if device.type != "cuda":
         return Card(device.type)
     properties = torch.cuda.get_device_properties(device)
+    vendor = NVIDIA if torch.version.hip is None else AMD
+    has_cudnn = vendor == NVIDIA and torch.backends.cudnn.is_available()
     return Card(
         properties.name,
-        NVIDIA if torch.version.hip is None else AMD,
+        vendor,
         (properties.major, properties.minor),
         properties.total_memory,
         _triton_version(),
         torch.backends.cuda.is_flash_attention_available(),
-        torch.backends.cudnn.is_available(),
+        has_cudnn,
+        _cudnn_version() if has_cudnn else (0, 0),
     )
 
 
@@ -66,6 +71,13 @@ def on_device(query: Tensor) -> AbstractContextManager[Any]:
     # Entering a device costs host time, even if it is current.
     index = query.device.index
     return _HERE if index == torch.cuda.current_device() else torch.cuda.device(index)
+
+
+def _cudnn_version() -> tuple[int, int]:
+    """(9, 19) of the number 91900; before cuDNN 9 a number had one digit less for the major version."""
+    number = torch.backends.cudnn.version() or 0
+    major = number // (10_000 if number >= 90_000 else 1_000)
+    return major, number // 100 % (100 if number >= 90_000 else 10)
 
 
 def _triton_version() -> str | None:

@@ -6,6 +6,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from .card import NO_CARD, NVIDIA, Card, card_of, on_device
 HOPPER, TRITON, REFERENCE = "Hopper kernel", "Triton kernel", "PyTorch reference"
 CUDNN, FLASH = "PyTorch's cudnn backward", "PyTorch's flash backward"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TRITON_CAPABILITY = (8, 0)  # the least that Triton supports on NVIDIA's cards
 KERNEL_HEAD_DIM, HOPPER_HEAD_DIM = 256, 128  # the largest
 HOPPER_ROWS = 64  # with so few queries, one of two groups of warps has none
 # Versions of Triton by how they compile the Hopper forward (bench/offline.py). GPU tests ran with 3.6, and 3.7 makes
@@ -65,13 +67,31 @@ def sample(call: Call, period: int, phase: int) -> Results:
     return choose(SAMPLE, call).run(call, period, phase)
 
 
-def backward(call: Call, inputs: BackwardInputs, mask_gradient: bool = False) -> reference.Gradients:
-    """The gradients of a call, as `reference.backward` gives them."""
+def backward(
+    call: Call, inputs: BackwardInputs, mask_gradient: bool, chosen: library.Choice
+) -> reference.Gradients:
+    """The gradients of a call, as `reference.backward` gives them.
+
+    chosen: `library.choice()` at the time of the forward.
+    """
     if call.value is None:
         inputs = inputs._replace(d_out=None)
-    # PyTorch's kernels know of no statistics.
-    output_only = inputs.d_out is not None and inputs.d_lse is None and inputs.d_entropy is None
-    return choose(BACKWARD if output_only else STATISTICS_BACKWARD, call).run(call, inputs, mask_gradient)
+    # PyTorch's kernels know of no statistics, and give a mask no gradient.
+    theirs = inputs.d_out is not None and inputs.d_lse is inputs.d_entropy is None and not mask_gradient
+    if not theirs:
+        return choose(STATISTICS_BACKWARD, call).run(call, inputs, mask_gradient)
+    engine = choose(output_backward(chosen), call)
+    try:
+        return engine.run(call, inputs, mask_gradient)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        # cuDNN and FlashAttention refuse some calls when they run. The forward has been ours: the step must go on.
+        instead = choose(STATISTICS_BACKWARD, call)
+        if instead.name == engine.name:
+            raise
+        _warn_once(engine.name, tuple(call.query.shape), tuple(call.key.shape), str(error).partition("\n")[0])
+        return instead.run(call, inputs, mask_gradient)
 
 
 def choose(engines: Sequence[Engine], call: Call) -> Engine:
@@ -146,6 +166,8 @@ def _kernels_refuse(query: Tensor, value: Tensor | None, card: Card) -> str | No
         return NO_CARD
     if card.triton is None:
         return "Triton is not installed"
+    if card.vendor == NVIDIA and card.capability < TRITON_CAPABILITY:
+        return f"needs compute capability 8.0, this card has {card.compute}"
     if query.dtype not in KERNEL_DTYPES:
         return f"needs fp16, bf16 or fp32, got {str(query.dtype).removeprefix('torch.')}"
     largest = query.shape[3] if value is None else max(query.shape[3], value.shape[3])
@@ -247,9 +269,21 @@ def _reference_backward(call: Call, inputs: BackwardInputs, mask_gradient: bool)
         return reference.backward(*call[:4], *inputs, mask_gradient=mask_gradient)  # type: ignore[arg-type]
 
 
-def no_autocast(query: Tensor) -> torch.autocast:
+def no_autocast(query: Tensor) -> AbstractContextManager[Any]:
     """The reference chooses its own precision: autocast must not round its products again."""
-    return torch.autocast(query.device.type, enabled=False)
+    device = query.device.type
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
+@functools.lru_cache(maxsize=256)
+def _warn_once(engine: str, query: tuple[int, ...], key: tuple[int, ...], error: str) -> None:
+    _log.warning(
+        "%s refused a query of shape %s and a key of shape %s, the gradient is computed by this project's own: %s",
+        engine,
+        query,
+        key,
+        error,
+    )
 
 
 @functools.cache
@@ -268,13 +302,18 @@ SAMPLE = (
     Engine(TRITON, triton_supports, _triton_sample),
     Engine(REFERENCE, reference_supports, _reference_sample),
 )
-# For cotangents of lse or entropy; the first two of BACKWARD take a cotangent of the output alone.
+# For cotangents of lse or entropy.
 STATISTICS_BACKWARD = (
     Engine(TRITON, triton_supports, _triton_backward),
     Engine(REFERENCE, reference_supports, _reference_backward),
 )
-BACKWARD = (
-    Engine(CUDNN, library.cudnn_supports, library.cudnn_backward),
-    Engine(FLASH, library.flash_supports, library.flash_backward),
-    *STATISTICS_BACKWARD,
-)
+
+
+@functools.cache
+def output_backward(chosen: library.Choice) -> tuple[Engine, ...]:
+    """Engines for a cotangent of the output alone, with PyTorch's own kernels as far as the user lets them run."""
+    return (
+        Engine(CUDNN, functools.partial(library.cudnn_supports, chosen=chosen), library.cudnn_backward),
+        Engine(FLASH, functools.partial(library.flash_supports, chosen=chosen), library.flash_backward),
+        *STATISTICS_BACKWARD,
+    )

@@ -1,6 +1,6 @@
 """One attention call folded into its heads' statistics, where the call ran: no host synchronisation.
 
-An accumulator is (slots, NUM_FIELDS, H) fp64: on CUDA the programs of the fold kernel own a slot each,
+An accumulator is (slots, NUM_FOLDED, H) fp64: on CUDA the programs of the fold kernel own a slot each,
 elsewhere there is one. `collect` merges the slots; every slot obeys the laws of `reference.fold.fold_rows`.
 Where a device has no fp64, two slots of fp32 hold one sum: the sum, and what its rounding lost.
 """
@@ -116,7 +116,7 @@ def fold_measured(accumulator: Tensor, rows: RowStats, beside: Measured) -> None
 
 
 def collect(accumulators: Sequence[Tensor]) -> Tensor:
-    """Merge the slots of accumulators on one device: (NUM_FIELDS, sum of their H), heads in their order."""
+    """Merge the slots of accumulators on one device: (NUM_FOLDED, sum of their H), heads in their order."""
     together = torch.cat(list(accumulators), 2)
     if together.dtype == torch.float32:
         together = together.cpu().double()

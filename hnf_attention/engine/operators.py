@@ -1,8 +1,7 @@
 """Calls as operators of torch.library.
 
-A compiler, a transform or a dispatch mode sees one operator with a fake kernel and a gradient, so that
-`torch.compile(fullgraph=True)` keeps a call whole. A call that nothing traces goes to its engine directly, or to
-autograd's node.
+A compiler or a dispatch mode sees one operator with a fake kernel, so that `torch.compile(fullgraph=True)` keeps a call
+whole. `derivatives` gives the operators their gradients.
 """
 # No `from __future__ import annotations` here: torch.library reads the annotations themselves.
 
@@ -17,44 +16,13 @@ from ..reference.attention import compute_dtype, empty_output
 from ..reference.options import Options
 from ..statistics.fields import EXTENDED_FIELDS
 from ..statistics.rows import RowStats
-from ..tracing import untraced
-from . import engines
-from .autograd import EagerAttention
+from . import engines, library
 from .call import BackwardInputs, Call
 
 FlatCall = tuple[
     Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None,
     bool, int | None, list[float], bool,
 ]  # fmt: skip
-
-
-def run(call: Call, detached: bool = False) -> tuple[Tensor | None, RowStats]:
-    """The output and the row statistics of a checked call.
-
-    detached: the statistics are outside autograd. Without a value the output is None or has no elements.
-    """
-    query, key, value, options, _ = call
-    if not untraced(query, key, value):
-        out, *rows = forward_op(*flat(call))
-        stats = _unpacked(rows)
-        return out, stats.detach() if detached else stats
-    if torch.is_grad_enabled():
-        differentiable = (query, key, value, options.attn_mask, options.sinks)
-        if any(x is not None and x.requires_grad for x in differentiable):
-            return EagerAttention.attach(call, detached)
-    out, *rows = engines.forward(call)
-    return out, RowStats.unpack(*rows)
-
-
-@torch.no_grad()
-def run_sample(call: Call, sample: tuple[int, int]) -> RowStats:
-    """The row statistics of a sample (period, phase) of a checked call's rows."""
-    period = sampling.effective_period(sample[0], call.query.shape[2])
-    phase = sample[1] % period
-    if untraced(call.query, call.key):
-        return RowStats.unpack(*engines.sample(call, period, phase))
-    query, key, _, *others = flat(call)
-    return _unpacked(sample_op(query, key, *others, period, phase))
 
 
 def flat(call: Call) -> FlatCall:
@@ -64,7 +32,7 @@ def flat(call: Call) -> FlatCall:
     return query, key, value, o.attn_mask, o.sinks, o.seqlens, o.is_causal, o.window_size, numbers, extended
 
 
-def _call(
+def unflat(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
@@ -89,7 +57,7 @@ def _placeholder(x: Tensor | None, query: Tensor) -> Tensor:
     return query.new_empty(0) if x is None else x
 
 
-def _unpacked(rows: Sequence[Tensor]) -> RowStats:
+def unpacked(rows: Sequence[Tensor]) -> RowStats:
     """Row statistics from an operator's results."""
     lse, entropy, max_logit, min_logit, more, *index = rows
     return RowStats.unpack(lse, entropy, max_logit, min_logit, None if more.dim() == 1 else more, *index)
@@ -108,7 +76,7 @@ def _forward(
     extended: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
     shape = (is_causal, window_size, numbers)
-    out, *core, more = engines.forward(_call(query, key, value, attn_mask, sinks, seqlens, *shape, extended))
+    out, *core, more = engines.forward(unflat(query, key, value, attn_mask, sinks, seqlens, *shape, extended))
     return _placeholder(out, query), *core, _placeholder(more, query)
 
 
@@ -141,7 +109,7 @@ def _sample(
     phase: int,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
     shape = (is_causal, window_size, numbers)
-    call = _call(query, key, None, attn_mask, sinks, seqlens, *shape, extended)
+    call = unflat(query, key, None, attn_mask, sinks, seqlens, *shape, extended)
     *core, more, index = engines.sample(call, period, phase)
     return *core, _placeholder(more, query), index
 
@@ -172,12 +140,13 @@ def _gradients(
     d_out: Optional[Tensor],  # noqa: UP045
     d_lse: Optional[Tensor],  # noqa: UP045
     d_entropy: Optional[Tensor],  # noqa: UP045
-    mask_gradient: bool,
+    switches: List[bool],  # noqa: UP006
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # noqa: UP006
     shape = (is_causal, window_size, numbers)
-    call = _call(query, key, value, attn_mask, sinks, seqlens, *shape)
+    call = unflat(query, key, value, attn_mask, sinks, seqlens, *shape)
     inputs = BackwardInputs(out, lse, entropy, d_out, d_lse, d_entropy)
-    gradients = engines.backward(call, inputs, mask_gradient)
+    mask_gradient, *chosen = switches  # whether the mask learns, and the user's `library.choice()`
+    gradients = engines.backward(call, inputs, mask_gradient, library.Choice(*chosen))
     # Contiguous, as the fake kernel says.
     d_query, d_key, d_value, d_sinks, d_mask = (
         _placeholder(None if g is None else g.contiguous(), query) for g in gradients
@@ -190,40 +159,10 @@ gradients_op = torch.library.custom_op("hnf_attention::backward", _gradients, mu
 
 @gradients_op.register_fake
 def _(query, key, value, attn_mask, sinks, *others):
-    mask_gradient = others[-1]
+    mask_gradient = others[-1][0]
 
     def like(x):
         contiguous = None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         return _placeholder(contiguous, query)
 
     return like(query), like(key), like(value), like(sinks), like(attn_mask if mask_gradient else None)
-
-
-def _setup_context(ctx, inputs, output):
-    query, key, value, attn_mask, sinks, seqlens, *ctx.options, _extended = inputs
-    out, lse, entropy, *others = output
-    ctx.mark_non_differentiable(*others)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, attn_mask, sinks, seqlens, out, lse, entropy)
-
-
-def _backward(ctx, d_out, d_lse, d_entropy, *_):
-    *inputs, out, lse, entropy = ctx.saved_tensors
-    _query, _key, value, _mask, sinks, _seqlens = inputs
-    if d_out is None and d_lse is None and d_entropy is None:
-        return (None,) * 10
-    learns_mask = ctx.needs_input_grad[3]
-    d_query, d_key, d_value, d_sinks, d_mask = gradients_op(
-        *inputs, *ctx.options, out, lse, entropy, d_out, d_lse, d_entropy, learns_mask
-    )
-    return (
-        d_query,
-        d_key,
-        None if value is None else d_value,
-        d_mask if learns_mask else None,
-        None if sinks is None else d_sinks,
-        *(None,) * 5,
-    )
-
-
-forward_op.register_autograd(_backward, setup_context=_setup_context)

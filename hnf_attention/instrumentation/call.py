@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import compat
 from ..engine.call import autocast, check
+from ..reference.context import hidden_keys
 from ..reference.options import Options
+from .shared_masks import once
 
 EAGER, COMPILED = "eager", "compiled"  # the places where a call may run
 
@@ -76,6 +79,11 @@ class AttentionCall:
             + ", ".join([str(self.query.dtype).removeprefix("torch."), *shown])
         )
 
+    @property
+    def why_left(self) -> str | None:
+        """Why the output is left to the model's own attention: `not_fused`, or how the call is differentiated."""
+        return "forward-mode differentiation" if compat.current_level() >= 0 else self.not_fused
+
     def keywords(self) -> dict[str, Any]:
         """Keyword arguments of `attention` and `attention_stats`."""
         return {
@@ -86,6 +94,13 @@ class AttentionCall:
             "softcap": self.softcap,
             "sinks": self.sinks,
         }
+
+    def output(self, result: Any) -> Tensor | None:
+        """The output of the model's own attention, (B, H or 1, M, any), from what it returned; None if not known."""
+        output = None if self.output_of is None else self.output_of(result)
+        batch, heads, num_queries, _ = self.query.shape
+        shapes = [(batch, most, num_queries) for most in (1, heads)]
+        return output if isinstance(output, Tensor) and tuple(output.shape[:3]) in shapes else None
 
     def cast(self) -> None:
         """Bring the tensors to the dtype that the model's attention computes in."""
@@ -129,8 +144,20 @@ def hide(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if not mask.is_floating_point():
         return mask
+    return once(("hide", dtype), mask, lambda: _hidden(mask, dtype))
+
+
+def _hidden(mask: Tensor, dtype: torch.dtype) -> Tensor:
     mask = mask.masked_fill(mask < torch.finfo(mask.dtype).min / 2, -torch.inf)
     return mask if mask.dtype == dtype else mask.float()
+
+
+def keys_hidden(options: Options, batch: int, num_queries: int, num_keys: int) -> Tensor | None:
+    """`hidden_keys` of a call, once for all calls of a forward with the same mask."""
+    if options.attn_mask is None:
+        return None
+    sizes = batch, num_queries, num_keys
+    return once(("hidden keys", *sizes), options.attn_mask, lambda: hidden_keys(options, *sizes))
 
 
 def why_not_fused(dropout_p: float, *biases: Tensor | None) -> str | None:

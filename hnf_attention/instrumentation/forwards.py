@@ -21,17 +21,20 @@ from torch import nn
 
 from ..compat import dynamo
 from . import observer
-from .call import COMPILED
+from .call import COMPILED, EAGER
+from .keeping import Pending
 from .measurement import Forward
 from .patches import Patch
+from .shared_masks import shared
 
 
 @dataclass(slots=True, eq=False)
 class _Pass:
-    """A forward, with how many invocations of each layer it has had."""
+    """A forward, with how many invocations of each layer it has had, and its calls that were kept."""
 
     forward: Forward
     invocations: dict[str, int] = field(default_factory=dict)
+    pending: Pending = field(default_factory=Pending)
 
 
 class _Thread(threading.local):
@@ -44,10 +47,10 @@ class _Thread(threading.local):
 class Forwards:
     """The forward passes of one model. Threads that run it at the same time have forwards of their own.
 
-    ended: gets each forward of the whole model when it has returned or raised.
+    ended: gets each forward of the whole model when it has returned or raised, and the calls that are pending.
     """
 
-    def __init__(self, ended: Callable[[Forward], None]):
+    def __init__(self, ended: Callable[[Forward, Pending], None]):
         self._ended = ended
         self._numbers = count(1)
         self._thread = _Thread()
@@ -59,8 +62,8 @@ class Forwards:
         if thread.running is not None:
             yield
             return
-        forward = self._new(ends=True).forward
-        thread.running = _Pass(forward)
+        running = thread.running = self._new(ends=True)
+        forward = running.forward
         try:
             yield
         except BaseException:
@@ -70,7 +73,7 @@ class Forwards:
             forward.failed = False
         finally:
             thread.running = None
-            self._ended(forward)
+            self._ended(forward, running.pending)
 
     def place(self, layer: str, place: str) -> tuple[Forward, int, bool]:
         """(the forward, the number of this invocation of the layer in it, whether invocations cannot be told apart).
@@ -98,10 +101,18 @@ class Forwards:
             seen[layer] = 1
             return current.forward, 0, merged
         merged = own is None and place == COMPILED and layer in invocation.numbers
-        if layer not in invocation.numbers:
-            invocation.numbers[layer] = seen.get(layer, 0)
-            seen[layer] = invocation.numbers[layer] + 1
-        return current.forward, invocation.numbers[layer], merged
+        return current.forward, _numbered(layer, invocation, seen), merged
+
+    def kept(self, layer: str, invocation: observer.Invocation | None) -> tuple[Forward, int, Pending | None]:
+        """(the forward, the number of this invocation of the layer in it, where its calls are kept).
+
+        invocation: of the layer's module; None to search for it. The last is None where no end of the forward is told.
+        """
+        current = self._thread.running
+        if current is None or invocation is None:
+            forward, number, _ = self.place(layer, EAGER)
+            return forward, number, None if current is None else current.pending
+        return current.forward, _numbered(layer, invocation, current.invocations), current.pending
 
     def _new(self, ends: bool) -> _Pass:
         return _Pass(Forward(next(self._numbers), torch.is_grad_enabled(), ends=ends))
@@ -119,6 +130,14 @@ class Forwards:
         if current is None or layer in current.invocations:
             current = self._thread.loose = self._new(ends=False)
         return current
+
+
+def _numbered(layer: str, invocation: observer.Invocation, seen: dict[str, int]) -> int:
+    """The number of an invocation of the layer. seen: how many each layer has had in this forward."""
+    if layer not in invocation.numbers:
+        invocation.numbers[layer] = seen.get(layer, 0)
+        seen[layer] = invocation.numbers[layer] + 1
+    return invocation.numbers[layer]
 
 
 _roots: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Forwards]] = weakref.WeakKeyDictionary()
@@ -151,13 +170,13 @@ def _interceptor(cls: type, original: Callable[..., Any]) -> Callable[..., Any]:
         call = functools.partial(original, self)
         if inherited:  # looked up now: others, such as torch.fx, replace nn.Module.__call__ for a while
             call = super(cls, self).__call__  # type: ignore[arg-type]  # mypy takes no variable there
-        if torch.compiler.is_compiling() or not observer.active:
+        if torch.compiler.is_compiling() or not (observer.active or observer.keeping):
             return call(*args, **kwargs)
         known = _roots.get(dynamo.unwrapped(self))
         forwards = None if known is None else known()
         if forwards is None:
             return call(*args, **kwargs)
-        with forwards.running():
+        with shared(), forwards.running():
             return call(*args, **kwargs)
 
     return __call__

@@ -130,8 +130,11 @@ class Instrumentation(Measurer):
         a name for each call there: "block#0", "block#1", ...
         The last name, "block#15", is that of all further calls.
     on_forward_end: gets the `Forward` of the whole model when it has returned or raised.
+    keeping: while it is True, calls under grad that are not measured are kept until their forward ends.
+    on_kept: gets them then, as a `KeptForward`. It gets a call at once whose tensors autograd does not save. The
+        tensors are the model's own: whoever keeps one keeps memory.
 
-    Both are called in the thread that runs the model, by one thread at a time.
+    All of them are called in the thread that runs the model, by one thread at a time.
     """
 
     def __init__(
@@ -159,6 +162,7 @@ class Instrumentation(Measurer):
         layers.mark_compiled(modules.values())
         self._problems |= flex.unreachable(modules) | tracer.unreached_before(modules)
         self._slowed |= tracer.slowed_before(modules)
+        self._keeping = False
         self.measuring = True
 
     def __repr__(self) -> str:
@@ -197,6 +201,19 @@ class Instrumentation(Measurer):
         else:
             observer.active.discard(id(self))
 
+    @property
+    def keeping(self) -> bool:
+        return self._keeping
+
+    @keeping.setter
+    def keeping(self, value: bool) -> None:
+        self._keeping = bool(value)
+        if value and self._restore.alive:
+            observer.keeping.add(id(self))
+        else:
+            observer.keeping.discard(id(self))
+        self._watched.renew_keeping()
+
     def restore(self) -> None:
         """Put the model and every replaced function back exactly. A second call does nothing."""
         self._restore()
@@ -227,6 +244,8 @@ class Instrumentation(Measurer):
         remarks = ", inference fast path off" if slowed else ""
         if name in self._numerous:
             remarks += f", its calls in one forward from #{MOST_CALLS - 1} on together"
+        if name in self.kept_layers.left_out:
+            remarks += f", extremes at measured steps only: {self.kept_layers.left_out[name]}"
         return remarks + (", its calls inside one compiled graph together" if name in self._merged else "")
 
     def require_measured(self) -> None:
@@ -255,6 +274,7 @@ def _install(modules: Collection[nn.Module]) -> list[Patch]:
 
 def _restore(watched: Watched, patches: list[Patch], hook: Any, identity: int) -> None:
     observer.active.discard(identity)
+    observer.keeping.discard(identity)
     watched.leave(identity)
     while patches:
         patches.pop().release()

@@ -13,17 +13,19 @@ from torch import Tensor, nn
 from .. import compat
 from ..engine import api, engines, fold
 from ..engine.call import Call
+from ..engine.extremes import Tensors
 from ..names import call_name, display_name
-from ..reference.context import Context, hidden_keys, largest
+from ..reference.context import Context, largest
 from ..reference.masks import take_rows
 from ..reference.options import Options
 from ..reference.sampling import effective_period
 from ..statistics.rows import RowStats
-from ..tracing import without_dispatch_modes
+from ..tracing import without_dispatch_modes, without_tangents
 from . import observer, scores
-from .call import COMPILED, EAGER, AttentionCall, Unmeasurable
+from .call import COMPILED, EAGER, AttentionCall, Unmeasurable, keys_hidden
 from .decoding import Decoding
 from .forwards import Forwards
+from .keeping import KeptCall, KeptForward, KeptLayers, described
 from .layer_state import LayerState
 from .measurement import Forward, Measurement, without_call
 from .padding import Padding
@@ -44,6 +46,7 @@ class Measurer:
     on_measure: gets the `Measurement` of each attention call; the second forward of a checkpoint is no call of its own.
         While it is None, `latest` keeps the last measurement of each layer. Its calls do not overlap.
     on_forward_end: gets each forward of the model when it has ended.
+    on_kept: gets calls that were not measured, of one forward at a time, while `keeping`.
     queries_split: other processes hold other queries of the same sequences. A call with fewer queries than keys then
         continues no earlier call.
     """
@@ -59,6 +62,7 @@ class Measurer:
         self.sample = sample
         self.on_measure: Callable[[Measurement], None] | None = None
         self.on_forward_end: Callable[[Forward], None] | None = None
+        self.on_kept: Callable[[KeptForward], None] | None = None
         self.queries_split = False
         self._attention_classes = attention_classes
         self._forwards = forwards
@@ -74,6 +78,7 @@ class Measurer:
         self._measured: dict[str, str] = {}
         self._problems: dict[str, str] = {}
         self._slowed: set[str] = set()
+        self.kept_layers = KeptLayers()
 
     def note(self, layer: str, reason: str) -> None:
         """List `layer`, or some of its calls, as not measured."""
@@ -146,9 +151,9 @@ class Measurer:
             state.fused_failed |= failure is not None and not isinstance(failure, Unmeasurable)
         if failure is None and call is not None and options is not None and not rests:
             try:
-                with without_dispatch_modes(), engines.no_autocast(call.query):
+                with without_dispatch_modes(), without_tangents(), engines.no_autocast(call.query):
                     if output is None and result is not None:
-                        output = _output(call, result)
+                        output = call.output(result)
                     self._measure(layer, state, call, options, rows, output)
                 self._succeed(layer, state, self._how(call, options, fused))
             except Exception as error:  # the monitor never ends a run
@@ -179,7 +184,7 @@ class Measurer:
 
     def _takes(self, call: AttentionCall) -> bool:
         """Whether our attention computes this call's output. Only properties of the call decide."""
-        if call.not_fused is not None:
+        if call.why_left is not None:
             return False
         return self.mode == "fused" or (
             self.mode == "auto"
@@ -200,11 +205,28 @@ class Measurer:
     def _why_probed(self, call: AttentionCall) -> str | None:
         """Why our attention did not take a call that it could have taken; None if it could not, or was not asked to."""
         if self.mode == "fused":
-            return call.not_fused
+            return call.why_left
         if self.mode == "probe" or not engines.kernels_cover(call.query, call.value):
             return None
         unmeasured = engines.fused_is_unmeasured(call.query, call.value)
-        return call.not_fused or call.probe_preferred or (unmeasured and f"fused attention: {unmeasured}")
+        return call.why_left or call.probe_preferred or (unmeasured and f"fused attention: {unmeasured}")
+
+    def describe_kept(
+        self, layer: str, number: int, describe: Callable[[], AttentionCall], output: Any
+    ) -> tuple[KeptCall, Tensors] | None:
+        """The description of a call that gave `output`, and its tensors; None for a call that is not kept."""
+        state = self._layers.setdefault(layer, LayerState())
+        try:
+            with torch.no_grad(), without_dispatch_modes():
+                call = describe()
+                if call.check is not None and not state.checked:
+                    state.checked = call.check(call)
+                found = described(layer, min(number, MOST_CALLS - 1), call, output, self.padding)
+        except Exception as error:  # the monitor never ends a run
+            self.kept_layers.leave_out(layer, error)
+            return None
+        self.kept_layers.layers.add(layer)
+        return found
 
     def _measure(
         self,
@@ -255,7 +277,7 @@ class Measurer:
         """Which rows of the call count, and what became of it."""
         query, key = call.query, call.key
         batch, _, num_queries, _ = query.shape
-        hidden = hidden_keys(options, batch, num_queries, key.shape[2])
+        hidden = keys_hidden(options, batch, num_queries, key.shape[2])
         left_out = self.padding.left_out(layer, batch, num_queries, key.shape[2], hidden, query.device)
         return Context(
             left_out,
@@ -373,11 +395,3 @@ class Measurer:
     def failing(self) -> dict[str, str]:
         """The layers whose measuring failed at the last attempt and is tried again, and why."""
         return {layer: state.failure for layer, state in list(self._layers.items()) if state.failures}
-
-
-def _output(call: AttentionCall, result: Any) -> Tensor | None:
-    """The output of the model's own attention, (B, H or 1, M, any); None where it is not known."""
-    output = None if call.output_of is None else call.output_of(result)
-    batch, heads, num_queries, _ = call.query.shape
-    shapes = [(batch, most, num_queries) for most in (1, heads)]
-    return output if isinstance(output, Tensor) and tuple(output.shape[:3]) in shapes else None

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from torch import nn
 from .. import compat
 from .call import EAGER, AttentionCall
 from .measurement import Measurement
+
+if TYPE_CHECKING:
+    from .keeping import Plain
 
 TRANSFORMED = "it runs inside a transform of torch.func"
 _MODULE_CALL = compat.module_call_code
@@ -31,6 +34,10 @@ class Observer(Protocol):
     @property
     def measuring(self) -> bool:
         """Whether calls are measured now."""
+
+    @property
+    def keeping(self) -> bool:
+        """Whether calls that are not measured are kept until their forward ends, for the extremes of every step."""
 
     def attend(self, layer: str, describe: Callable[[], AttentionCall], original: Callable[[], Any]) -> Any:
         """Run one attention call of `layer`, measure it, and return what `original()` returns or our output like it.
@@ -56,9 +63,28 @@ class Observer(Protocol):
         """Whether the user says that each softmax of this module over its last dimension is attention."""
 
 
-#: ids of the observers that measure now. While it is empty, an interceptor goes to the original at once.
+class ModelObserver(Observer, Protocol):
+    """The observer of a model's modules, which also keeps calls."""
+
+    def keep(
+        self,
+        layer: str,
+        invocation: Invocation | None,
+        describe: Callable[[], AttentionCall],
+        plain: Plain | None,
+        output: Any,
+    ) -> None:
+        """Keep a call of `layer` that gave `output`. No error comes out.
+
+        invocation: of the layer's module, None if it is not the innermost one that runs. plain: the call in short.
+        """
+
+
+#: ids of the observers that measure now, and of those that keep calls. While both are empty, an interceptor goes to the
+#: original at once.
 active: set[int] = set()
-_registry: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Observer], str]] = (
+keeping: set[int] = set()
+_registry: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[ModelObserver], str]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -66,7 +92,7 @@ _registry: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Observer], str
 class Owner(NamedTuple):
     """A module with its observer. layer: the module's name in the instrumented model."""
 
-    observer: Observer
+    observer: ModelObserver
     layer: str
     module: nn.Module
 
@@ -113,7 +139,7 @@ class _Thread(threading.local):
 thread = _Thread()
 
 
-def register(modules: dict[str, nn.Module], observer: Observer) -> None:
+def register(modules: dict[str, nn.Module], observer: ModelObserver) -> None:
     """Give these modules, by their names in the model, to `observer`."""
     reference = weakref.ref(observer)
     for name, module in modules.items():
@@ -145,17 +171,56 @@ def run(
     kwargs: dict[str, Any],
     describe: Callable[..., AttentionCall],
     find: Callable[..., Owner | None] | None = None,
+    plain_of: Callable[..., Plain | None] | None = None,
 ) -> Any:
     """Run an intercepted attention call `original(*args, **kwargs)`, measured where somebody measures it.
 
-    describe: makes the call's description from the same arguments. find: as for `measuring_owner`.
+    describe: makes the call's description from the same arguments. find: as for `measuring_owner`. plain_of: says the
+    call in short, None for a call that only the description says.
     """
-    # A step that is not measured pays for this branch alone.
+    # A step of which nothing is wanted pays for these two branches alone.
     owner = measuring_owner(find, *args, **kwargs) if active else None
     if owner is None:
-        return original(*args, **kwargs)
+        return (
+            _kept(original, args, kwargs, describe, find, plain_of) if keeping else original(*args, **kwargs)
+        )
     described, plain = partial(describe, *args, **kwargs), partial(original, *args, **kwargs)
     return owner.observer.attend(owner.layer, described, plain)
+
+
+def _kept(
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    describe: Callable[..., AttentionCall],
+    find: Callable[..., Owner | None] | None,
+    plain_of: Callable[..., Plain | None] | None,
+) -> Any:
+    """Run the call; the observer of its owner keeps it."""
+    if (
+        thread.suspended
+        or thread.receiver is not None
+        or compat.running_backward() != -1
+        or compat.jit_trace()
+    ):
+        return original(*args, **kwargs)
+    found = next(_running(), None)
+    owner = (
+        found[0] if found is not None and find is None else None if find is None else find(*args, **kwargs)
+    )
+    if owner is None or not owner.observer.keeping:
+        return original(*args, **kwargs)
+    thread.suspended = True
+    try:
+        output = original(*args, **kwargs)
+    finally:
+        thread.suspended = False
+    invocation = None
+    if found is not None and found[0].layer == owner.layer:
+        invocation = compat.kept_in(found[1], Invocation)
+    plain = None if plain_of is None else plain_of(*args, **kwargs)
+    owner.observer.keep(owner.layer, invocation, partial(describe, *args, **kwargs), plain, output)
+    return output
 
 
 def measuring_owner(
@@ -169,6 +234,15 @@ def measuring_owner(
         return None
     found = running_owner() if find is None else find(*args, **kwargs)
     return found if found is not None and found.observer.measuring else None
+
+
+def wanting_owner(find: Callable[..., Owner | None], /, *args: Any, **kwargs: Any) -> Owner | None:
+    """The owner that measures or keeps the attention called here, None where nobody does. find: finds the owner."""
+    owner = measuring_owner(find, *args, **kwargs)
+    if owner is not None or not keeping:
+        return owner
+    owner = find(*args, **kwargs)
+    return owner if owner is not None and owner.observer.keeping else None
 
 
 def list_transformed(find: Callable[..., Owner | None] | None = None, /, *args: Any, **kwargs: Any) -> None:
@@ -187,8 +261,8 @@ def running(into_graphs: bool = True) -> Iterator[tuple[Owner, Invocation]]:
 
     into_graphs: False for none at all where a compiled graph makes the call.
     """
-    for found, frame in _running(into_graphs):
-        yield found, compat.kept_in(frame, Invocation)
+    for found, variables in _running(into_graphs):
+        yield found, compat.kept_in(variables, Invocation)
 
 
 def running_owner() -> Owner | None:
@@ -198,24 +272,25 @@ def running_owner() -> Owner | None:
 
 def arguments(module: nn.Module) -> tuple[Any, ...]:
     """What the innermost running call of the module was given; () where it does not run."""
-    for found, frame in _running():
+    for found, variables in _running():
         if found.module is module:
-            return (*frame.f_locals.get("args", ()), *frame.f_locals.get("kwargs", {}).values())
+            return (*variables.get("args", ()), *variables.get("kwargs", {}).values())
     return ()
 
 
-def _running(into_graphs: bool = True) -> Iterator[tuple[Owner, FrameType]]:
-    """Running modules are read from the Python stack, from frames of `compat.module_call_code`.
+def _running(into_graphs: bool = True) -> Iterator[tuple[Owner, dict[str, Any]]]:
+    """The registered modules that are running, the innermost first, each with the variables of the frame that runs it.
 
-    Hooks would be wrong in the second forward of a checkpoint, in autograd's threads, and after an exception; the stack
-    is right in all three.
+    Running modules are read from the Python stack, from frames of `compat.module_call_code`. Hooks would be wrong in
+    the second forward of a checkpoint, in autograd's threads, and after an exception; the stack is right in all three.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _MODULE_CALL:
-            found = owner(frame.f_locals["self"])
+            variables = frame.f_locals
+            found = owner(variables["self"])
             if found is not None:
-                yield found, frame
+                yield found, variables
         elif not into_graphs and compat.runs_graph(frame) and not _is_called_by_its_module(frame):
             return
         frame = frame.f_back

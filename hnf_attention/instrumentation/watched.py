@@ -11,11 +11,13 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from ..engine.extremes import Tensors
 from ..names import named_modules, unwrapped
 from . import forwards, observer
 from .call import EAGER, AttentionCall
 from .compiled import layers
 from .forwards import Forwards
+from .keeping import Keeper, KeptCall, KeptForward, KeptLayers, Pending, Plain
 from .measurement import Forward, Measurement
 from .patches import Patch
 
@@ -25,15 +27,23 @@ _log = logging.getLogger("hnf_attention")
 class Member(observer.Observer, Protocol):
     """One handle of a model.
 
-    mode: as for `instrument`. on_forward_end: gets each forward of the model when it has ended.
+    mode: as for `instrument`. on_forward_end: gets each forward of the model when it has ended. on_kept: gets the calls
+    that were kept, of one forward at a time. kept_layers: of which layers.
     """
 
     mode: str
     on_forward_end: Callable[[Forward], None] | None
+    on_kept: Callable[[KeptForward], None] | None
+    kept_layers: KeptLayers
 
     @property
     def holder(self) -> Any:
         """Whose `restore()` ends the handle: a monitor, an analyzer, or the handle itself."""
+
+    def describe_kept(
+        self, layer: str, number: int, describe: Callable[[], AttentionCall], output: Any
+    ) -> tuple[KeptCall, Tensors] | None:
+        """The description of a call that gave `output`, and its tensors; None for a call that is not kept."""
 
     def restore(self) -> None:
         """End the handle."""
@@ -48,6 +58,8 @@ class Watched:
     def __init__(self, model: nn.Module):
         self.root = weakref.ref(model)
         self.forwards = Forwards(self._forward_ended)
+        self._keeper = Keeper(self._describe, self._deliver)
+        self._keeps: weakref.ref[Member] | None = None
         self._members: dict[int, weakref.ref[Member]] = {}
         self._registered: list[weakref.ref[nn.Module]] = []
         self._patches: list[Patch] = []
@@ -91,8 +103,10 @@ class Watched:
         """Let the member of this id go. After the last one, the modules and their class are as before."""
         with self._lock:
             self._members.pop(identity, None)
+            self.renew_keeping()
             if self._members:
                 return
+            self._keeper.forget()
             for reference in self._registered:
                 module = reference()
                 if module is not None:
@@ -120,6 +134,50 @@ class Watched:
             original = partial(member.attend, layer, describe, original)
         return original()
 
+    @property
+    def keeping(self) -> bool:
+        return self._keeps is not None
+
+    def renew_keeping(self) -> None:
+        """Find out anew whether a member keeps calls."""
+        keeps = [member for member in self.members if member.keeping]
+        self._keeps = weakref.ref(keeps[0]) if keeps else None
+
+    def keep(
+        self,
+        layer: str,
+        invocation: observer.Invocation | None,
+        describe: Callable[[], AttentionCall],
+        plain: Plain | None,
+        output: Any,
+    ) -> None:
+        member = None if self._keeps is None else self._keeps()
+        try:
+            if member is None or layer in member.kept_layers.left_out:
+                return
+            place = self.forwards.kept(layer, invocation)
+            if place[0].training:
+                self._keeper.add(place, layer, describe, plain, output)
+        except Exception as error:  # the monitor never ends a run
+            if member is not None:
+                member.kept_layers.leave_out(layer, error)
+
+    def _describe(
+        self, layer: str, number: int, describe: Callable[[], AttentionCall], output: Any
+    ) -> tuple[KeptCall, Tensors] | None:
+        member = None if self._keeps is None else self._keeps()  # it describes for all
+        return None if member is None else member.describe_kept(layer, number, describe, output)
+
+    def _deliver(self, kept: KeptForward) -> None:
+        for member in self.members:
+            if member.keeping and member.on_kept is not None:
+                try:
+                    member.on_kept(kept)
+                except Exception as error:  # the monitor never ends a run
+                    for call in kept.calls:
+                        member.kept_layers.leave_out(call.layer, error)
+                    _log.warning("hnf-attention: no extremes are taken of these calls", exc_info=True)
+
     def observe(
         self, layer: str, interceptor: str, measure: Callable[[], Measurement], place: str = EAGER
     ) -> None:
@@ -141,7 +199,9 @@ class Watched:
     def is_named(self, module: nn.Module) -> bool:
         return any(member.is_named(module) for member in self._measuring())
 
-    def _forward_ended(self, forward: Forward) -> None:
+    def _forward_ended(self, forward: Forward, pending: Pending) -> None:
+        if pending.calls:
+            self._keeper.flush(forward, pending)
         for member in self.members:
             if member.on_forward_end is not None:
                 try:

@@ -26,9 +26,14 @@ class Cadence:
         self._stopped = False
 
     @property
+    def running(self) -> bool:
+        """Whether steps are measured at all now."""
+        return not (self._stopped or self.resting)
+
+    @property
     def measures_next(self) -> bool:
         """Whether the step to come is measured."""
-        if self._stopped or self.resting:
+        if not self.running:
             return False
         step, others = self.step + 1, self.record_every
         return step % self.log_every == 0 or (others is not None and step % others == 0)

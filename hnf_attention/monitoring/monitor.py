@@ -62,6 +62,8 @@ class AttentionStabilityMonitor:
     thresholds: other values for names of `hnf_attention.diagnosis.thresholds.THRESHOLDS`.
     on_alert: gets the list of the errors and warnings that are new or worse, at each log step with some.
     history_bytes: the most memory that `history` takes. Older snapshots are thinned when it is reached.
+    every_step: take the extremes of the training steps that are not measured: the first NaN or inf, and lower bounds of
+        the largest scores. See `HeadStats.between_max_logit` and what stands beside it.
 
     A snapshot holds the forwards under grad since the last one, and evaluation forwards only if there was no other;
     `Snapshot.holds` says which. A forward that raised is left out. `with monitor.paused():` leaves out all inside.
@@ -87,6 +89,7 @@ class AttentionStabilityMonitor:
         thresholds: Mapping[str, float] | None = None,
         on_alert: Callable[[list[StabilityIssue]], object] | None = None,
         history_bytes: int = HISTORY_BYTES,
+        every_step: bool = True,
     ):
         self._writers = [writer_part(number, writer) for number, writer in enumerate(writers)]
         self._thresholds = checked_thresholds(thresholds)
@@ -105,7 +108,7 @@ class AttentionStabilityMonitor:
             if auto_intervene:
                 _check_auto_intervene(self._together)
             self._recorder = Recorder(
-                self.instrumentation, log_every, record_every, step, self._together, history_bytes
+                self.instrumentation, log_every, record_every, step, self._together, history_bytes, every_step
             )
         except (ValueError, TypeError):
             self.instrumentation.restore()

@@ -24,11 +24,13 @@ from ..statistics.heads import Forwards, HeadStats, Snapshot
 from .accumulators import Kind, Lane, Lanes
 from .agreement import Together
 from .cadence import Cadence
+from .extremes import StepExtremes, with_steps
 from .history import HISTORY_BYTES, History
 from .process_groups import CallName, Part, Reading
 
 if TYPE_CHECKING:
     from ..instrumentation import Instrumentation, Measurement
+    from ..instrumentation.keeping import KeptForward
 
 _SEEN = [SUM_FIELDS.index(name) for name in ("rows", "left_out_rows", "empty_rows", "nonfinite_rows")]
 
@@ -44,6 +46,7 @@ class Recorder:
         runs its own attention.
     together: puts the statistics of several processes together; None for this process alone.
     history_bytes: as for `History`, with its errors.
+    every_step: take the extremes of the steps that are not measured.
 
     A snapshot holds forwards under grad only, if there was one since the last snapshot; else the evaluation forwards.
     A forward that raised is dropped. Calls of one layer in one forward are kept apart: from the first time that a
@@ -58,8 +61,10 @@ class Recorder:
         step: int = 0,
         together: Together | None = None,
         history_bytes: int = HISTORY_BYTES,
+        every_step: bool = False,
     ):
         self.cadence = Cadence(log_every, record_every, step)
+        self._every_step = every_step
         self.pending = False  # whether anything was recorded since the last snapshot
         #: The snapshots that are kept, oldest first.
         self.history = History(history_bytes)
@@ -67,6 +72,7 @@ class Recorder:
         self._instrumentation = instrumentation
         self._together = together
         self._lanes = Lanes()
+        self._extremes = StepExtremes()
         self._lock = threading.Lock()  # of all that is below
         self._kinds: dict[Kind, str] = {}  # in the order of their first calls, with what their names end in
         # The largest sample_period since the last snapshot. If no Python has run since, it is that of the snapshot
@@ -78,6 +84,7 @@ class Recorder:
         self._holds = 0  # how many `paused` and `rest` there are
         instrumentation.on_measure = _weakly(self, Recorder.record)
         instrumentation.on_forward_end = _weakly(self, Recorder.end_forward)
+        instrumentation.on_kept = _weakly(self, Recorder.record_kept)
         self._measure()
 
     @property
@@ -147,7 +154,11 @@ class Recorder:
         self._measure()
 
     def _measure(self) -> None:
-        self._instrumentation.measuring = self._holds == 0 and self.cadence.measures_next
+        measuring = self._holds == 0 and self.cadence.measures_next
+        self._instrumentation.measuring = measuring
+        self._instrumentation.keeping = (
+            self._every_step and self._holds == 0 and not measuring and self.cadence.running
+        )
 
     def record(self, measurement: Measurement) -> None:
         """Fold one attention call into its layer's accumulator, on the device, without waiting for it."""
@@ -172,6 +183,17 @@ class Recorder:
         finally:
             if not told:
                 self._lanes.release(lane)
+
+    def record_kept(self, kept: KeptForward) -> None:
+        """Take in calls that were not measured, of one forward under grad."""
+        with self._lock:
+            prepared = kept.prepared.get(id(self))
+            if prepared is None:
+                kinds = [Kind(x.layer, x.call, True, x.heads, x.head_dim, x.dtype) for x in kept.calls]
+                for kind in kinds:
+                    self._note(kind, 1)
+                prepared = kept.prepared[id(self)] = self._extremes.prepared(kinds, kept)
+            self._extremes.record(prepared, kept, self.step + 1)
 
     def _note(self, kind: Kind, period: int) -> None:
         if kind not in self._kinds:
@@ -207,15 +229,19 @@ class Recorder:
         """What was measured in this process since the last snapshot; a layer on several devices is merged."""
         found: dict[Kind, HeadStats] = {}
         with self._lanes.to_read() as lanes:
-            copied = _copy_to_host(lanes)
+            copied = _copy_to_host(lanes, self._extremes)
             with self._lock:
                 forwards, self._forwards = self._forwards, Forwards()
                 kinds, periods = dict(self._kinds), dict(self._periods)
                 self._recorded.clear()
                 self._untold.clear()
                 self.pending = False
-        for kind, values in copied:
-            if values[_SEEN].any():  # or it is known from an earlier snapshot, and did not run since
+        for kind, folded, between in copied:
+            # Otherwise it is known from an earlier snapshot, and did not run since.
+            if (folded is not None and folded[_SEEN].any()) or (
+                between is not None and np.isfinite(between).any()
+            ):
+                values = with_steps(folded, between, kind.num_heads)
                 stats = HeadStats(values, kind.head_dim, _text(kind.dtype), periods[kind])
                 found[kind] = found[kind].merge(stats) if kind in found else stats
         ordered = [kind for kind in kinds if kind in found]
@@ -235,22 +261,47 @@ class Recorder:
 
 
 @torch.no_grad()
-def _copy_to_host(lanes: list[Lane]) -> list[tuple[Kind, np.ndarray]]:
-    """The accumulators' values, (NUM_FIELDS, H) each; all start anew."""
-    packed: dict[torch.device, list[Tensor]] = {}
-    places = [place for lane in lanes for place in lane.working]
+def _copy_to_host(
+    lanes: list[Lane], extremes: StepExtremes
+) -> list[tuple[Kind, np.ndarray | None, np.ndarray | None]]:
+    """What was folded, (NUM_FOLDED, H), or the extremes of other steps, (STEP_FIELDS, H), of each kind of call.
+
+    Everything starts anew. The host waits for each device once.
+    """
+    folds: dict[torch.device, list[tuple[Kind, Tensor]]] = {}
     for lane in lanes:
-        for (_, device), accumulator in lane.working.items():
-            packed.setdefault(device, []).append(accumulator)
-    copies = {device: fold.collect(parts).cpu().numpy() for device, parts in packed.items()}
+        for (kind, device), accumulator in lane.working.items():
+            folds.setdefault(device, []).append((kind, accumulator))
+    results: dict[torch.device, list[tuple[Kind, Tensor]]] = {}
+    for (kind, device), result in extremes.results():
+        results.setdefault(device, []).append((kind, result))
+    copies = []
+    for device in dict.fromkeys((*folds, *results)):
+        parts = [fold.collect([x for _, x in folds[device]])] if device in folds else []
+        if device in results:
+            together = torch.cat([x for _, x in results[device]], 1)
+            parts.append(together.to(parts[0]) if parts else together)
+        flat = torch.cat([x.flatten() for x in parts]).cpu().numpy()
+        copies.append((device, np.split(flat, np.cumsum([x.numel() for x in parts[:-1]]))))
+    steps = extremes.restart()
     for lane in lanes:
         lane.reset()
-    ends = dict.fromkeys(copies, 0)
-    read = []
-    for kind, device in places:
-        start, ends[device] = ends[device], ends[device] + kind.num_heads
-        read.append((kind, copies[device][:, start : ends[device]]))
+    read: list[tuple[Kind, np.ndarray | None, np.ndarray | None]] = []
+    for device, arrays in copies:
+        if device in folds:
+            read += [(kind, part, None) for kind, part in _columns(folds[device], arrays[0])]
+        if device in results:
+            read += [
+                (kind, None, steps.decoded(part)) for kind, part in _columns(results[device], arrays[-1])
+            ]
     return read
+
+
+def _columns(kinds: list[tuple[Kind, Tensor]], flat: np.ndarray) -> Iterator[tuple[Kind, np.ndarray]]:
+    """The columns of each kind in an array (fields * sum of their heads)."""
+    widths = np.cumsum([kind.num_heads for kind, _ in kinds])
+    parts = np.split(flat.reshape(-1, widths[-1]), widths[:-1], axis=1)
+    return zip((kind for kind, _ in kinds), parts)
 
 
 def _weakly(recorder: Recorder, method: Callable[[Recorder, Any], None]) -> Callable[[Any], None]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..statistics.fields import HISTOGRAM_BINS, MAX_FIELDS, SUM_FIELDS
+from ..statistics.fields import HISTOGRAM_BINS, MAX_FIELDS, STEP_FIELDS, SUM_FIELDS
 from ..statistics.heads import Forwards, HeadStats, Snapshot
 
 
@@ -18,6 +18,7 @@ def fields() -> list[str]:
         *SUM_FIELDS,
         *(f"bin {index}" for index in range(HISTOGRAM_BINS)),
         *(f"max {x}" for x in MAX_FIELDS),
+        *(f"step {x}" for x in STEP_FIELDS),
     ]
 
 

@@ -107,8 +107,11 @@ def attention(
         more = query.new_zeros(len(EXTENDED_FIELDS), batch, heads, 0, dtype=dtype) if extended else None
         return out, RowStats.unpack(lse, entropy, high, low, more, index)
     outs, *columns = zip(*parts, strict=True)
-    if out is not None:
-        out.copy_(torch.cat(outs, 2))
+    if value is not None:
+        # Not written into `out`: transforms of torch.func refuse to write into a tensor that they do not know.
+        out = torch.cat(outs, 2).to(query.dtype)
+        if query.stride(1) < query.stride(2):
+            out = out.transpose(1, 2).contiguous().transpose(1, 2)
     return out, replace(RowStats(*(torch.cat(column, 2) for column in columns)), row_index=index)
 
 

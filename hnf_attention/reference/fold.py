@@ -15,7 +15,7 @@ from ..statistics.fields import (
     HISTOGRAM_BINS,
     JUDGED_MIN_KEYS,
     MAX_FIELDS,
-    NUM_FIELDS,
+    NUM_FOLDED,
     NUM_SUMS,
     SATURATED_ENTROPY,
     SUM_FIELDS,
@@ -31,14 +31,14 @@ def wide(device: torch.device | str) -> torch.dtype:
 
 
 def new_accumulator(num_heads: int, device: torch.device | str) -> Tensor:
-    """An empty fold, (NUM_FIELDS, H) of dtype `wide`: NUM_SUMS sums at 0, then the maxima at -inf."""
-    accumulator = torch.zeros(NUM_FIELDS, num_heads, dtype=wide(device), device=device)
+    """An empty fold, (NUM_FOLDED, H) of dtype `wide`: NUM_SUMS sums at 0, then the maxima at -inf."""
+    accumulator = torch.zeros(NUM_FOLDED, num_heads, dtype=wide(device), device=device)
     accumulator[NUM_SUMS:] = -torch.inf
     return accumulator
 
 
 def fold_rows(accumulator: Tensor, stats: RowStats, measured: Measured) -> None:
-    """Add one call's rows to `accumulator` (NUM_FIELDS, H) in place.
+    """Add one call's rows to `accumulator` (NUM_FOLDED, H) in place.
 
     Rows that are left out, empty or not finite are counted, and nothing else of them. A call without rows
     changes nothing. Of a call whose scale is inf, no bound of q.k is known. The host does not wait for the device.

@@ -1,7 +1,8 @@
 """The one ordered list of what a head's fold holds: sums, a histogram, maxima.
 
-An accumulator is (NUM_FIELDS, H) fp64: SUM_FIELDS, then HISTOGRAM_BINS counts, then MAX_FIELDS. Two folds
+An accumulator is (NUM_FOLDED, H) fp64: SUM_FIELDS, then HISTOGRAM_BINS counts, then MAX_FIELDS. Two folds
 merge by one addition (sums and counts) and one maximum. Kernels get the indices of these names from their host.
+Head statistics are (NUM_FIELDS, H): behind the fold they have STEP_FIELDS, which merge by the maximum too.
 """
 
 from __future__ import annotations
@@ -54,8 +55,19 @@ MAX_FIELDS = (
     "num_keys",  # count: keys of a call, visible or not; of a pack, all its tokens
     "score_kind",  # 0, 1 or 2: what else shapes the scores, see `reference.fold.Measured`
 )
+#: Maxima of the steps since the snapshot before that were not measured, from the calls that were kept.
+STEP_FIELDS = (
+    "max_logit",  # nats, over one block of rows of each sequence in each forward
+    "logit_range",  # nats, over the same rows
+    "neg_first_query",  # minus the number of the first step whose queries held NaN or inf
+    "neg_first_key",
+    "neg_first_value",
+    "neg_first_out",
+    "neg_first_forward",  # minus the number of the first forward in which any of them did
+)
 NUM_SUMS = len(SUM_FIELDS) + HISTOGRAM_BINS
-NUM_FIELDS = NUM_SUMS + len(MAX_FIELDS)
+NUM_FOLDED = NUM_SUMS + len(MAX_FIELDS)
+NUM_FIELDS = NUM_FOLDED + len(STEP_FIELDS)
 
 # What `extended=True` adds to a RowStats, in the order that the kernels write them.
 EXTENDED_FIELDS = ("logit_var", "collision", "score_std", "sink_mass", "score_mean", "visible_keys")

@@ -14,6 +14,7 @@ import numpy as np
 from .fields import HISTOGRAM_BINS, MAX_FIELDS, NUM_SUMS, SUM_FIELDS
 from .precision import HeadPrecision
 from .rows import value_range
+from .steps import HeadSteps
 
 # Names of version 0.1, kept as deprecated aliases for one version.
 _RENAMED = {
@@ -27,14 +28,14 @@ _RENAMED = {
 
 
 @dataclass(frozen=True)
-class HeadStats(HeadPrecision):
+class HeadStats(HeadPrecision, HeadSteps):
     """One layer's statistics, one number per head: every property is a float64 array of shape (H,).
 
     A number without rows to take it from (no judged rows, no rows at all) is NaN.
     If rows were sampled, means are estimates and extremes are bounds: the maximum of all rows is at least as
     large, the minimum at least as small.
-    `values` is the accumulator of `reference.fold.fold_rows`, copied to the host: (NUM_FIELDS, H), the fields
-    of `fields.py`, float64. A long history keeps older ones in float32.
+    `values` is the accumulator of `reference.fold.fold_rows`, copied to the host, and behind it what `HeadSteps` reads:
+    (NUM_FIELDS, H), the fields of `fields.py`, float64. A long history keeps older ones in float32.
     """
 
     values: np.ndarray

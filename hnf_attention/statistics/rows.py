@@ -16,7 +16,7 @@ from .checks import check_sinks, expected
 from .fields import EXTENDED_FIELDS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowStats:
     """Softmax statistics of every query row; each tensor is (B, H, M), fp32 (fp64 for fp64 inputs).
 
@@ -28,6 +28,9 @@ class RowStats:
 
     A sample of rows is compact: row i of (b, h) is query `row_index[b, h, i]`, int64 (B, H, M_s). An index
     of -1 marks a place without a query, which holds the statistics of an empty row.
+
+    Two objects are equal only if they are one. It is a pytree of its tensors: `torch.func`, `torch.export` and hooks of
+    FSDP see each of them.
     """
 
     lse: Tensor
@@ -122,6 +125,9 @@ class RowStats:
         extended: dict[str, Any] = dict(zip(EXTENDED_FIELDS, more.unbind(0)))
         extended["visible_keys"] = extended["visible_keys"].long()
         return RowStats(*core, row_index=row_index, **extended)
+
+
+torch.export.register_dataclass(RowStats, serialized_type_name="hnf_attention.RowStats")
 
 
 def value_range(name: str, values: np.ndarray) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...engine import engines
+from ...engine import engines, library
 from ...engine.call import Call, prepare
 from ...engine.card import current_device
 
@@ -97,7 +97,9 @@ def _kinds_of_calls() -> dict[str, Call]:
 
 def _kind(name: str, call: Call) -> Kind:
     # Without a value there is no output: its gradients are those of the statistics.
-    lists = (engines.FORWARD, engines.STATISTICS_BACKWARD if call.value is None else engines.BACKWARD)
+    statistics = call.value is None
+    gradients = engines.STATISTICS_BACKWARD if statistics else engines.output_backward(library.choice())
+    lists = (engines.FORWARD, gradients)
     explained = [engines.explain(each, call) for each in lists]
     forward, backward = (each[-1][0] for each in explained)
     refused = {engine: reason for each in explained for engine, reason in each if reason is not None}

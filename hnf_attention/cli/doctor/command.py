@@ -13,6 +13,7 @@ from ...engine.card import current_device
 from ..exit_codes import FOUND, HEALTHY
 from ..output import check_target, for_people, write_document
 from . import calls, machine, warm
+from .low_scores import SCORE, LowScores, low_scores
 from .self_test import LENGTH, Trial, self_test
 from .watched import Watched, watch
 
@@ -27,17 +28,19 @@ def run(options: argparse.Namespace) -> int:
     _print_machine(screen)
     warmed = _warm(screen, options) if options.warm else None
     _print_engines(screen)
-    trials, watched = list(self_test()), watch()
+    trials, low, watched = list(self_test()), low_scores(), watch()
     failed = [trial for trial in trials if not trial.passed]
-    _print_self_test(screen, trials, watched)
+    _print_self_test(screen, trials, low, watched)
     if failed:
         screen.print(f"{len(failed)} of {len(trials)} self-tests of calls failed")
+    if not low.passed:
+        screen.print("the self-test of low scores failed")
     if not watched.passed:
         screen.print("the self-test of measuring a model failed")
-    passed = not failed and watched.passed
+    passed = not failed and low.passed and watched.passed
     if passed:
         screen.print("self-test passed")
-    write_document(options.json, _document(trials, watched, passed) | {"warm": warmed})
+    write_document(options.json, _document(trials, low, watched, passed) | {"warm": warmed})
     return HEALTHY if passed else FOUND
 
 
@@ -91,7 +94,7 @@ def _by_reason(reasons: dict[str, str]) -> str:
     return "\n".join(f"{', '.join(names)}: {reason}" for reason, names in engines.items())
 
 
-def _print_self_test(screen: Console, trials: list[Trial], watched: Watched) -> None:
+def _print_self_test(screen: Console, trials: list[Trial], low: LowScores, watched: Watched) -> None:
     title = f"Errors against double precision, {LENGTH} tokens"
     table = _table(title, "dtype", "head dim", "causal", "output", "statistics", "gradients", "")
     for trial in trials:
@@ -99,6 +102,7 @@ def _print_self_test(screen: Console, trials: list[Trial], watched: Watched) -> 
         name, causal = str(trial.dtype).removeprefix("torch."), "yes" if trial.is_causal else "no"
         table.add_row(name, str(trial.head_dim), causal, *numbers, "ok" if trial.passed else "WRONG")
     screen.print(table)
+    screen.print(f"gradients where all scores of a query are {SCORE:g}: {low.text()}", highlight=False)
     errors = ", ".join(f"{name} {error:.1e}" for name, error in watched.errors.items())
     output = "unchanged" if watched.unchanged else "CHANGED"
     screen.print(
@@ -115,7 +119,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _document(trials: list[Trial], watched: Watched, passed: bool) -> dict[str, Any]:
+def _document(trials: list[Trial], low: LowScores, watched: Watched, passed: bool) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "versions": machine.software(),
@@ -133,6 +137,7 @@ def _document(trials: list[Trial], watched: Watched, passed: bool) -> dict[str, 
             "kinds": [asdict(kind) for kind in calls.kinds()],
         },
         "self_test": [trial.to_dict() for trial in trials],
+        "low_scores": low.to_dict(),
         "instrumentation": watched.to_dict(),
         "passed": passed,
     }

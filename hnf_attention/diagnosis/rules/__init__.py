@@ -17,6 +17,7 @@ from . import (
     non_finite,
     one_hot_attention,
     overflow_risk,
+    resting_layers,
     vanishing_gradient,
 )
 
@@ -30,4 +31,9 @@ HEAD_RULES: tuple[HeadRule, ...] = (
 )
 #: (history, oldest first; all heads of its last snapshot, in groups) -> issues of the model
 ModelRule = Callable[[Sequence[Snapshot], Sequence[Heads]], Iterator[StabilityIssue]]
-MODEL_RULES: tuple[ModelRule, ...] = (non_finite.rule, dormant_attention.rule, empty_rows.rule)
+MODEL_RULES: tuple[ModelRule, ...] = (
+    non_finite.rule,
+    dormant_attention.rule,
+    resting_layers.rule,
+    empty_rows.rule,
+)

@@ -18,9 +18,11 @@ from ..origin import (
     OUTPUT,
     PRODUCT,
     SCORES,
+    First,
     Origin,
     broken_heads,
     broken_inputs,
+    find_first,
     find_origin,
     fp16_product,
 )
@@ -35,6 +37,9 @@ _EVERY_STEP = "set log_every=1 and run again from finite weights"
 def rule(history: Sequence[Snapshot], groups: Sequence[Heads]) -> Iterator[StabilityIssue]:
     """An error for the layer that was the first to show NaN or inf, and a note for all that followed."""
     if not any(broken_heads(heads.stats).any() for heads in groups):
+        earlier = find_first(history[-1])
+        if earlier is not None:
+            yield _passing(history[-1].step, *earlier)
         return
     origin = find_origin(history)
     assert origin is not None  # the latest snapshot has some
@@ -48,7 +53,39 @@ def rule(history: Sequence[Snapshot], groups: Sequence[Heads]) -> Iterator[Stabi
         yield _followers(history[-1].step, origin, bad)
 
 
+def _passing(step: int, layer: str, first: First) -> StabilityIssue:
+    """NaN or inf in a step before a snapshot that is finite again."""
+    name, what = display_name(layer), _first_text(first)
+    evidence = f"layer {name}: {what}; at step {step} everything is finite again"
+    suggestion = (
+        "if this step was skipped, as a gradient scaler does, nothing was lost; else look at its batch, and go back to "
+        "a checkpoint if the loss has changed since"
+    )
+    brief = f"NaN or inf at step {first.step}, finite again at step {step} -> look at that step's batch"
+    head = first.heads[0] if len(first.heads) == 1 else None
+    return make_issue(
+        "non_finite",
+        "warning",
+        (layer, head),
+        float(first.step),
+        "nonfinite_rows",
+        evidence,
+        suggestion,
+        brief,
+    )
+
+
+def _first_text(first: First) -> str:
+    """'the queries and the output of head 3 hold NaN or inf at step 37, in forward 37'."""
+    names = {"query": "queries", "key": "keys", "value": "values", "out": "outputs"}
+    words = [names[name] for name in first.tensors]
+    what = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    return f"{what} of{number_text(first.heads)} hold NaN or inf at step {first.step}, in forward {first.forward}"
+
+
 def _origin_issue(step: int, origin: Origin) -> StabilityIssue:
+    if origin.first is not None:
+        return _first_issue(step, origin, origin.first)
     stats, bad = origin.stats, np.flatnonzero(broken_heads(origin.stats))
     name = display_name(origin.layer)
     seen = f"at step {origin.snapshot.step}"
@@ -62,6 +99,28 @@ def _origin_issue(step: int, origin: Origin) -> StabilityIssue:
     brief = f"{what} -> {cure}"
     return make_issue(
         "non_finite", "error", (origin.layer, head), total, "nonfinite_rows", evidence, suggestion, brief
+    )
+
+
+def _first_issue(step: int, origin: Origin, first: First) -> StabilityIssue:
+    """Of NaN or inf that began in a step before the first snapshot that shows it."""
+    name = display_name(origin.layer)
+    why, suggestion, what, cure = _explained(origin)
+    evidence = (
+        f"layer {name}: {_first_text(first)}, and NaN or inf is still there at step {step}; this layer is the first to "
+        f"show it; {why}"
+    )
+    head = first.heads[0] if len(first.heads) == 1 else None
+    brief = f"since step {first.step}: {what} -> {cure}"
+    return make_issue(
+        "non_finite",
+        "error",
+        (origin.layer, head),
+        float(first.step),
+        "nonfinite_rows",
+        evidence,
+        suggestion,
+        brief,
     )
 
 

@@ -19,10 +19,12 @@ from ...tracing import traced, transformed
 from .. import observer, sharded
 from ..call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
 from ..compiled import layers, operators, tracer
+from ..keeping import Plain
 from ..patches import Patch
 
 NAME = "scaled_dot_product_attention"
 UNDER_A_MASK = "under a mask, a probe beside PyTorch's kernel is cheaper"
+ONLY_MATH = "the fused kernels of scaled_dot_product_attention are turned off"
 CONTEXT_PARALLEL = "torch.distributed.tensor.experimental."
 
 
@@ -33,7 +35,8 @@ def install(modules: Iterable[nn.Module] = ()) -> list[Patch]:
 
 def _interceptor(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     # Context parallelism of PyTorch puts a function here that exchanges keys with other processes.
-    describe = _of_a_ring if getattr(original, "__module__", "").startswith(CONTEXT_PARALLEL) else call_of
+    ring = getattr(original, "__module__", "").startswith(CONTEXT_PARALLEL)
+    describe, plain = (_of_a_ring, None) if ring else (call_of, _plain_of)
 
     def described(*args: Any, **kwargs: Any) -> AttentionCall:
         return describe(observer.thread.heads, *args, **kwargs)
@@ -48,14 +51,31 @@ def _interceptor(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         thread = observer.thread
         if thread.receiver is not None:
             return thread.receiver(original, *args, **kwargs)
-        return observer.run(original, args, kwargs, described, _owner)
+        find = None if thread.heads is None else _announced
+        return observer.run(original, args, kwargs, described, find, plain)
 
     return scaled_dot_product_attention
 
 
-def _owner(*_: Any, **__: Any) -> observer.Owner | None:
+def _announced(*_: Any, **__: Any) -> observer.Owner | None:
     heads = observer.thread.heads
-    return observer.running_owner() if heads is None else heads.owner
+    return None if heads is None else heads.owner
+
+
+def _plain_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Plain | None:
+    if attn_mask is not None or not type(query) is type(key) is type(value) is Tensor:
+        return None
+    heads = observer.thread.heads
+    return Plain(query, key, value, (is_causal, scale, enable_gqa, heads and heads[1:]))
 
 
 def _of_a_ring(*_: Any, **__: Any) -> AttentionCall:
@@ -126,7 +146,7 @@ def call_of(
 
     Raises Unmeasurable for tensors that cannot be measured.
     """
-    not_fused = why_not_fused(dropout_p, attn_mask)
+    not_fused = why_not_fused(dropout_p, attn_mask) or _fused_kernels_off()
     split: Any = None  # the queries, if they are a DTensor
     if heads is None and type(query) is not Tensor and sharded.is_sharded(query):
         split = query
@@ -169,6 +189,17 @@ def call_of(
         # A mask slows our kernels by more than a probe beside PyTorch's costs.
         probe_preferred=None if attn_mask is None else UNDER_A_MASK,
     )
+
+
+def _fused_kernels_off() -> str | None:
+    """Why the user's choice of SDPA's kernels leaves the output to PyTorch, None if it does not.
+
+    Our kernel takes the place of a fused one. Which of PyTorch's fused ones are allowed decides about the backward.
+    """
+    allowed = torch.backends.cuda
+    if allowed.flash_sdp_enabled() or allowed.mem_efficient_sdp_enabled() or allowed.cudnn_sdp_enabled():
+        return None
+    return ONLY_MATH
 
 
 def _four_dimensional(

@@ -92,7 +92,7 @@ def _sdpa_interceptor(original: Callable[..., Any]) -> Callable[..., Any]:
             if traced():
                 return tracer.announced(_heads(args, kwargs), original, args, kwargs)
             return original(*args, **kwargs)
-        owner = observer.measuring_owner(_owner, *args, **kwargs)
+        owner = observer.wanting_owner(_owner, *args, **kwargs)
         if owner is None:
             return original(*args, **kwargs)
         thread = observer.thread

@@ -1,0 +1,65 @@
+"""What the private names of PyTorch's own attention kernels carry: the public behaviour that fails if one is wrong."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compat_helpers import carried_by
+
+from hnf_attention import attention, compat
+from hnf_attention.engine import engines, library
+from hnf_attention.engine.call import BackwardInputs, Call, check
+
+LIBRARY_BACKWARDS = pytest.mark.parametrize(
+    "engine", engines.output_backward(library.Choice())[:2], ids=["cudnn", "flash"]
+)
+
+
+@carried_by("cudnn_backward", "flash_backward")
+@LIBRARY_BACKWARDS
+def test_pytorchs_backward_takes_the_arguments_that_it_is_given(engine):
+    query, key, value = (torch.empty(2, 4, 128, 64, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    options = dict(attn_mask=None, is_causal=True, scale=None, window_size=None, softcap=None, sinks=None)
+    call = Call(query, key, value, check(query, key, value, **options))
+    lse = torch.empty(2, 4, 128, device="meta")
+    inputs = BackwardInputs(torch.empty_like(query), lse, lse, torch.empty_like(query), None, None)
+    gradients = engine.run(call, inputs)
+    assert [g.shape for g in gradients[:3]] == [x.shape for x in (query, key, value)]
+
+
+@pytest.mark.gpu
+@carried_by("cudnn_backward", "flash_backward")
+@LIBRARY_BACKWARDS
+def test_pytorchs_backward_gives_the_gradients(engine, monkeypatch):
+    shape = dict(device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    leaves = [torch.randn(2, 4, 128, 64, **shape) for _ in range(3)]
+    expected = torch.autograd.grad(F.scaled_dot_product_attention(*leaves).sum(), leaves)
+    monkeypatch.setattr(engines, "output_backward", lambda chosen: [engine])
+    got = torch.autograd.grad(attention(*leaves)[0].sum(), leaves)
+    for ours, theirs in zip(got, expected):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+@carried_by("cudnn_enabled")
+def test_who_turns_cudnn_off_gets_none_of_its_gradients():
+    assert library.choice().cudnn
+    with torch.backends.cudnn.flags(enabled=False):
+        assert not compat.cudnn_enabled() and not library.choice().cudnn
+    assert library.choice().cudnn
+
+
+@carried_by("other_flash")
+@pytest.mark.skipif(
+    not hasattr(torch.nn.attention, "activate_flash_attention_impl"), reason="torch has no such choice"
+)
+def test_another_flash_attention_gives_no_gradient_of_our_output():
+    class Handle:
+        def remove(self):
+            pass
+
+    torch.nn.attention.register_flash_attention_impl("of this test", register_fn=Handle)
+    torch.nn.attention.activate_flash_attention_impl("of this test")
+    try:
+        assert compat.other_flash() == "of this test" and not library.choice().flash
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+    assert compat.other_flash() is None and library.choice().flash
