@@ -31,6 +31,7 @@ from ..shared.tiles import (
     ceil_div,
     grid_1d,
     has_edges,
+    kind_of,
     loads_by_pointers,
     pointable,
 )
@@ -231,8 +232,9 @@ def prepare(
     )
     value_dim = value.shape[3] if has_d_out else 16
     by_pointers = loads_by_pointers(query.device)
+    card = by_pointers, kind_of(query.device).is_amd
     chosen = BackwardTiles(
-        *(tiles or backward_tiles(head_dim, value_dim, query.dtype, options, mask_gradient, by_pointers))
+        *(tiles or backward_tiles(head_dim, value_dim, query.dtype, options, mask_gradient, *card))
     )
     scores = score_plan(options)
     plans = _gradient_plans(

@@ -84,6 +84,8 @@ _POINTER_BACKWARD_HALF = {
     128: BackwardTiles(dq=Tiles(64, 32, 4, 2), dkv=Tiles(32, 64, 8, 2)),
     256: BackwardTiles(dq=Tiles(64, 32, 8, 2), dkv=Tiles(32, 32, 8, 1)),
 }
+# AMD's compiler spills 800 bytes in dk and dv at the tiles above (read for gfx942).
+_AMD_DKV_HALF = {64: Tiles(32, 64, 8, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(32, 32, 8, 1)}
 
 # Query blocks of this many heads run side by side: their keys and values stay in the L2 cache.
 HEAD_GROUP = 8
@@ -155,11 +157,14 @@ def backward_tiles(
     options: Options,
     mask_gradient: bool = False,
     by_pointers: bool = False,
+    is_amd: bool = False,
 ) -> BackwardTiles:
     width = _width(head_dim, value_dim)
     if dtype == torch.float32:
         return BackwardTiles(dq=_BACKWARD_FLOAT[width], dkv=_BACKWARD_FLOAT[width])
     tiles = _POINTER_BACKWARD_HALF[width] if by_pointers else _BACKWARD_HALF[width, has_edges(options)]
+    if is_amd:
+        tiles = tiles._replace(dkv=_AMD_DKV_HALF[width])
     return tiles._replace(dq=_MASK_GRADIENT_HALF[width]) if mask_gradient else tiles
 
 
