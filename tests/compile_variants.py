@@ -94,11 +94,12 @@ def main() -> None:
         return compiled
 
     driver.set_active(Card())
-    capability = (9, 4) if TARGET.backend == "hip" else divmod(TARGET.arch, 10)
+    kind = tiles.Kind(TARGET.backend == "hip", (9, 4) if TARGET.backend == "hip" else divmod(TARGET.arch, 10))
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(launch, "_compiled", Forgets()),
-        mock.patch.object(tiles, "kind_of", lambda device: tiles.Kind(TARGET.backend == "hip", capability)),
+        mock.patch.object(tiles, "kind_of", lambda device: kind),
+        mock.patch.object(backward, "kind_of", lambda device: kind),
     ):
         dims = (64, 128) if FEW_ONLY else (64, 128, 256)
         for head_dim in dims:
