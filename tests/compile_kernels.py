@@ -9,11 +9,12 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from hnf_attention.engine import fold
-from hnf_attention.kernels.measure import columns
+from hnf_attention.kernels.measure import columns, extremes
 from hnf_attention.kernels.measure import fold as fold_kernel
 from hnf_attention.kernels.portable import backward, forward, probe
 from hnf_attention.kernels.shared import launch, packing
 from hnf_attention.reference.context import UNKNOWN, Context
+from hnf_attention.reference.extremes import new_result
 from hnf_attention.statistics.rows import RowStats
 
 CASES = (
@@ -58,6 +59,10 @@ def compile_all(case: Case) -> None:
         fold_kernel.fold(accumulator, q, k, RowStats(*rows), options, context, fold.kernel_layout())
     index = torch.zeros(*q.shape[:2], 32, dtype=torch.int64)
     columns.column_weights(q, k, rows[0], options, 32)
+    calls = [extremes.Tensors(q, k, v, out), extremes.Tensors(q, k, v, None)]
+    for call, left_out in zip(calls, (None, padded[0])):
+        result = new_result(q.shape[1], q.device)
+        extremes.Launch([call], [result], options, left_out).run([call], 1, 0)
     columns.column_weights(q, k, rows[0][:, :, :32], options, 32, index)
 
 

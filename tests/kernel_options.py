@@ -20,6 +20,7 @@ KERNELS: dict[str, frozenset[str]] = {
     "dkv_kernel": FLOATS,
     "fold_kernel": FLOATS | {"bfloat16"},
     "columns_kernel": FLOATS,
+    "extremes_kernel": FLOATS,
     "scan_mask_kernel": frozenset({"uint8", "float32"}),  # boolean masks are read as bytes
     "bounds_kernel": frozenset({"int32", "int64"}),
 }

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases import CASES, Case, random_cases
+from cases import Case, cases_with, random_cases
 from hypothesis import given, settings
 
 from hnf_attention.engine import extremes as engine
@@ -51,9 +51,9 @@ def check(case, dtype=torch.float32, **options):
         same(got, by_reference(*given, **options | {"phase": options.get("phase", 0) + place}))
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_kernel_matches_the_specification(case):
-    check(case)
+@pytest.mark.parametrize("case, dtype", cases_with([torch.float32, torch.float16]))
+def test_kernel_matches_the_specification(case, dtype):
+    check(case, dtype)
 
 
 @pytest.mark.slow
