@@ -74,13 +74,13 @@ _BACKWARD_HALF = {
 _MASK_GRADIENT_HALF = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 8, 2)}
 _BACKWARD_FLOAT = {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 32, 8, 1)}
 
-# Where tiles are loaded by pointers (half precision, read offline for sm_80; not timed on any card): tiles that spill
+# Where tiles are loaded by pointers (half precision, read offline for sm_80 and sm_120; not timed on any card): tiles that spill
 # little and fit 64 KiB of shared memory. Operands pass through registers there.
 _POINTER_FORWARD_HALF = {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 8, 2)}
 # Under a user mask and with extended statistics.
 _POINTER_SMALL_HALF = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 8, 2)}
 _POINTER_BACKWARD_HALF = {
-    64: BackwardTiles(dq=Tiles(64, 64, 4, 2), dkv=Tiles(64, 32, 4, 2)),
+    64: BackwardTiles(dq=Tiles(64, 32, 4, 2), dkv=Tiles(64, 32, 4, 2)),
     128: BackwardTiles(dq=Tiles(64, 32, 4, 2), dkv=Tiles(32, 64, 8, 2)),
     256: BackwardTiles(dq=Tiles(64, 32, 8, 2), dkv=Tiles(32, 32, 8, 1)),
 }
@@ -205,12 +205,13 @@ def kind_of(device: torch.device) -> Kind:
 
 
 def loads_by_pointers(device: torch.device) -> bool:
-    """Whether kernels load tiles by pointers: on cards without a bulk-copy engine.
+    """Whether kernels load tiles by pointers: everywhere but on compute capability 9.x and 10.x.
 
-    Triton compiles a descriptor's load there to loads of single elements.
+    Cards before 9.0 and AMD's have no bulk-copy engine, and Triton compiles a descriptor's load to loads of single
+    elements. 12.x has one, but its products take operands from registers, as those of 8.x do.
     """
     kind = kind_of(device)
-    return kind.is_amd or kind.capability < (9, 0)
+    return kind.is_amd or kind.capability[0] not in (9, 10)
 
 
 class Pointers(NamedTuple):
