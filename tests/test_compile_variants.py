@@ -29,8 +29,8 @@ def check(target: str, folder: Path, *amount: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["80", "gfx942"])
-def test_common_calls_compile_well_where_there_is_no_bulk_copy_engine(target, tmp_path):
+@pytest.mark.parametrize("target", ["80", "120", "gfx942"])
+def test_common_calls_compile_well_where_tiles_are_loaded_by_pointers(target, tmp_path):
     check(target, tmp_path, "few")
 
 

@@ -74,8 +74,8 @@ _BACKWARD_HALF = {
 _MASK_GRADIENT_HALF = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 8, 2)}
 _BACKWARD_FLOAT = {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 32, 8, 1)}
 
-# Where tiles are loaded by pointers (half precision, read offline for sm_80 and sm_120; not timed on any card): tiles that spill
-# little and fit 64 KiB of shared memory. Operands pass through registers there.
+# Where tiles are loaded by pointers (half precision; read offline for sm_80 and sm_120, not timed on any card): tiles
+# that spill little and fit 64 KiB of shared memory. Operands pass through registers there.
 _POINTER_FORWARD_HALF = {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 8, 2)}
 # Under a user mask and with extended statistics.
 _POINTER_SMALL_HALF = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 8, 2)}
