@@ -12,7 +12,10 @@ H200 = Card("H200", NVIDIA, (9, 0), triton="3.6.0", has_flash=True, has_cudnn=Tr
 A100 = Card("A100", NVIDIA, (8, 0), triton="3.6.0", has_flash=True, has_cudnn=True)
 T4 = Card("T4", NVIDIA, (7, 5), triton="3.6.0")
 MI300 = Card("MI300", "AMD", (9, 4), triton="3.6.0", has_flash=True)
-OTHER_TRITON = Card("H200", NVIDIA, (9, 0), triton="3.7.1", has_flash=True, has_cudnn=True)
+NEXT_TRITON, OTHER_TRITON, NEW_TRITON = (
+    Card("H200", NVIDIA, (9, 0), triton=version, has_flash=True, has_cudnn=True)
+    for version in ("3.7.1", "3.9.0", "3.10.0")
+)
 WITHOUT_TRITON = Card("H200", NVIDIA, (9, 0), has_flash=True, has_cudnn=True)
 CPU = Card("cpu")
 HOPPER, TRITON, REFERENCE = engines.HOPPER, engines.TRITON, engines.REFERENCE
@@ -72,6 +75,13 @@ FORWARD = [
     ),
     (A100, {}, {HOPPER: "needs compute capability 9.0, this card has 8.0", TRITON: None}),
     (MI300, {}, {HOPPER: "needs an NVIDIA card", TRITON: None}),
+    (NEXT_TRITON, {}, {HOPPER: None}),
+    (
+        OTHER_TRITON,
+        {},
+        {HOPPER: "Triton 3.9.0 compiles it with spilled registers: needs 3.6 or 3.7", TRITON: None},
+    ),
+    (NEW_TRITON, {}, {HOPPER: "Triton 3.10.0 is untested: needs 3.6 or 3.7", TRITON: None}),
     (
         T4,
         {},
@@ -82,7 +92,6 @@ FORWARD = [
         },
     ),
     (MI250, {}, {HOPPER: "needs an NVIDIA card", TRITON: None}),
-    (OTHER_TRITON, {}, {HOPPER: "Triton 3.7.1 is untested (3.6 is)", TRITON: None}),
     (
         WITHOUT_TRITON,
         {},
@@ -149,6 +158,28 @@ def test_the_first_engine_that_supports_a_call_takes_it(engines_, card, options,
     made = call(**options)
     assert dict(engines.explain(engines_, made)) == expected
     assert engines.choose(engines_, made).name == list(expected)[-1]
+
+
+H100, B200 = (Card(name, NVIDIA, (n, 0), triton="3.6.0") for name, n in (("H100", 9), ("B200", 10)))
+
+
+@pytest.mark.parametrize(
+    ("card", "options", "reason"),
+    [
+        (H200, {}, None),
+        (H100, {"dtype": torch.float16, "head_dim": 128, "value_dim": 128}, None),
+        (OTHER_TRITON, {"head_dim": 256, "value_dim": 256, "is_causal": False}, None),
+        *((card, {}, f"not measured on this card ({card.name})") for card in (A100, T4, B200, MI300, MI250)),
+        (H200, {"dtype": torch.float32}, "needs fp16 or bf16, got float32"),
+        (H200, {"queries": 64}, "needs more than 64 queries"),
+        (H200, {"head_dim": 80, "value_dim": 80}, "not measured with head dimension 80"),
+        (H200, {"head_dim": 128}, "not measured with head dimension 128 and 64"),
+    ],
+)
+def test_auto_fuses_where_fused_was_measured(card, options, reason, monkeypatch):
+    monkeypatch.setattr(engines, "card_of", lambda device: card)
+    made = call(**options)
+    assert engines.fused_is_unmeasured(made.query, made.value) == reason
 
 
 def test_the_constants_of_the_hopper_kernel_are_its_own():

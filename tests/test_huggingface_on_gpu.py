@@ -19,7 +19,7 @@ def fused_path(refused: str) -> str:
 
 
 @pytest.mark.parametrize("use_reentrant", [None, True, False])
-def test_auto_takes_fused_for_sdpa_on_a_gpu(use_reentrant):
+def test_fused_gradients_for_sdpa_on_a_gpu(use_reentrant):
     """A checkpoint is recomputed in a thread of autograd's there: the layers must still be found."""
     family = FAMILIES["llama"]
     model = family.build("sdpa").cuda().train()
@@ -35,7 +35,7 @@ def test_auto_takes_fused_for_sdpa_on_a_gpu(use_reentrant):
     if use_reentrant is not None:
         enable_checkpointing(model, use_reentrant)
         model.enable_input_require_grads()
-    with instrument(model, "auto", strict=True) as instrumentation:
+    with instrument(model, "fused", strict=True) as instrumentation:
         seen = []
         instrumentation.on_measure = lambda measurement: seen.append(measurement.layer)
         fused = step()

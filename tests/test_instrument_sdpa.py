@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from attention_models import LAYERS, Attention, Direct, Model, x
 from torch import nn
 
+from hnf_attention.engine import engines
 from hnf_attention.instrumentation import instrument, measurer
 
 ORIGINAL = F.scaled_dot_product_attention
@@ -91,6 +93,17 @@ def test_output_and_rows(name, mode):
     torch.testing.assert_close(measurement.query_norm, q.norm(dim=(2, 3)))
     torch.testing.assert_close(measurement.key_norm, k.norm(dim=(2, 3)))
     assert (measurement.head_dim, measurement.dtype) == (4, torch.float32)
+
+
+def test_auto_probes_on_a_card_where_fused_was_not_measured(monkeypatch):
+    covers = SimpleNamespace(**vars(engines) | {"kernels_cover": lambda query, value: True})
+    monkeypatch.setattr(measurer, "engines", covers)
+    model, inputs = Model(), x()
+    plain = model(inputs)
+    with instrument(model, mode="auto") as handle:
+        assert torch.equal(model(inputs), plain)
+    why = "fused attention: not measured on this card (cpu)"
+    assert handle.coverage.measured == dict.fromkeys(LAYERS, f"probe: {why} (scaled_dot_product_attention)")
 
 
 SHAPES = {

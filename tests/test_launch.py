@@ -56,6 +56,13 @@ def test_the_second_launch_of_a_kind_takes_what_the_first_compiled():
     assert second == ("kept", (2, 1, 1), 4)
 
 
+def test_an_option_of_none_is_not_passed_on():
+    """AMD's compiler refuses the name of an option that it does not have."""
+    kernel = Kernel()
+    start(kernel, torch.zeros(32), num_warps=4, maxnreg=None)
+    assert kernel.ways == [("compiled", (2, 1, 1), 4, {"num_warps": 4, **module.FUSED})]
+
+
 def test_other_plans_options_and_kernels_are_compiled_anew():
     kernel, other, x = Kernel(), Kernel(), torch.zeros(32)
     start(kernel, x)

@@ -7,7 +7,8 @@ from torch.nn.functional import cross_entropy
 
 from hnf_attention import AttentionStabilityMonitor, ProcessGroups, instrument
 from hnf_attention.cli.demo.model import GPT
-from hnf_attention.engine import api, fold
+from hnf_attention.engine import api, engines, fold
+from hnf_attention.engine.card import card_of
 from hnf_attention.monitoring.recorder import Recorder
 
 pytestmark = pytest.mark.gpu
@@ -23,13 +24,13 @@ def _batch():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_auto_is_fused_and_as_exact_as_the_plain_model(dtype):
+def test_fused_is_as_exact_as_the_plain_model(dtype):
     model, tokens = _gpt(), _batch()
     with torch.no_grad():
         exact = model.double()(tokens)
         model = model.to(dtype)
         plain = model(tokens)
-        with instrument(model, "auto") as instrumentation:
+        with instrument(model, "fused") as instrumentation:
             ours = model(tokens)
             latest = instrumentation.latest
     assert all("fused" in how for how in instrumentation.coverage.measured.values())
@@ -37,6 +38,20 @@ def test_auto_is_fused_and_as_exact_as_the_plain_model(dtype):
     norm = exact.norm()
     error, theirs = (ours.double() - exact).norm() / norm, (plain.double() - exact).norm() / norm
     assert error <= 2 * theirs + torch.finfo(dtype).eps / 2
+
+
+def test_auto_fuses_what_was_measured_and_says_why_it_probes_else():
+    torch.manual_seed(0)
+    model = GPT(layers=2, width=128, heads=2, context=96, sharpness=1.0).cuda()
+    card = card_of(torch.device("cuda", 0))
+    for dtype in (torch.bfloat16, torch.float32):
+        with instrument(model.to(dtype), "auto") as instrumentation, torch.no_grad():
+            model(_batch())
+        found = set(instrumentation.coverage.measured.values())
+        if card.capability == engines.MEASURED_CAPABILITY and dtype == torch.bfloat16:
+            assert all(how.startswith("fused") for how in found)
+        else:
+            assert all(how.startswith("probe: fused attention: ") for how in found)
 
 
 def test_probe_is_bit_identical_and_agrees_with_fused():

@@ -28,7 +28,11 @@ EXAMPLES = {
         "hnf-attention check gpt2 --region region.png",
         "hnf-attention check ./my-model --weights --json - --fail-on marginal",
     ),
-    "doctor": ("hnf-attention doctor", "hnf-attention doctor --json -"),
+    "doctor": (
+        "hnf-attention doctor",
+        "hnf-attention doctor --json -",
+        "hnf-attention doctor --warm --heads 32 --kv-heads 8 --head-dim 128",
+    ),
 }
 _WIDTH = 78  # columns of a description
 _LARGEST = 2**63 - 1  # what PyTorch takes
@@ -79,11 +83,12 @@ def make_parser() -> Parser:
     )
     _command(
         commands,
-        lambda doctor: None,
+        _add_doctor,
         "doctor",
         "show what computes attention on this machine, and test it",
         "Print versions, the card, the engine that each kind of call takes and why not a faster one. Test small calls,"
-        " and the measuring of a small model, against double precision.",
+        " and the measuring of a small model, against double precision. With --warm, compile first what common calls"
+        " and monitors need, so that a run does not wait for it.",
         ("every self-test passes", "one fails"),
     )
     return parser
@@ -112,6 +117,30 @@ def _command(
     add_options(command)
     command.add_argument("--json", metavar="PATH", help="write a JSON document there; - for standard output")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _add_doctor(doctor: Parser) -> None:
+    warm = doctor.add_argument_group("compiling ahead")
+    warm.add_argument(
+        "--warm",
+        action="store_true",
+        help="compile the kernels of the calls below; they stay in Triton's cache",
+    )
+    warm.add_argument("--heads", type=_positive, metavar="H", help="query heads (default 16)")
+    warm.add_argument("--kv-heads", type=_positive, metavar="H", help="key heads (default: as many)")
+    warm.add_argument(
+        "--head-dim", type=_positive, nargs="+", metavar="D", help="head dimensions (default 64 128)"
+    )
+    warm.add_argument(
+        "--dtype", nargs="+", choices=("bfloat16", "float16", "float32"), help="dtypes (default bfloat16)"
+    )
+    warm.add_argument(
+        "--length",
+        type=_positive,
+        nargs="+",
+        metavar="N",
+        help="tokens; lengths that 16 divides and others have kernels of their own (default 1024 1000)",
+    )
 
 
 def _add_demo(demo: Parser) -> None:

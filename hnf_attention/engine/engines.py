@@ -24,11 +24,14 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_CAPABILITY = (8, 0)  # the least that Triton supports on NVIDIA's cards
 KERNEL_HEAD_DIM, HOPPER_HEAD_DIM = 256, 128  # the largest
 HOPPER_ROWS = 64  # with so few queries, one of two groups of warps has none
-# The Hopper forward is written in Gluon, whose interface changes between versions of Triton. It is used
-# with those that the GPU tests were run on.
-HOPPER_TRITON = "3.6"
 NO_HEAD_DIM = "a head dimension is 0"
+# Versions of Triton by how they compile the Hopper forward (bench/offline.py). GPU tests ran with 3.6, and 3.7 makes
+# the same inner loop. That of 3.8 and 3.9 is 7 to 10% longer and spills at D = 128.
+HOPPER_TRITON, SPILLING_TRITON = ("3.6", "3.7"), ("3.8", "3.9")
 FEW_QUERIES = f"needs more than {HOPPER_ROWS} queries"
+# Where fused attention was timed and found to be cheaper than PyTorch's beside a probe: docs/performance.md has the
+# figures, taken on an H100 and an H200.
+MEASURED_CAPABILITY, MEASURED_HEAD_DIMS = (9, 0), (64, 128, 256)
 _log = logging.getLogger("hnf_attention")
 
 Results = tuple[Any, ...]  # of Tensor or None, see `forward` and `sample`
@@ -134,6 +137,33 @@ def triton_supports(call: Call, card: Card) -> str | None:
     )
 
 
+def fused_is_unmeasured(query: Tensor, value: Tensor) -> str | None:
+    """Why mode="auto" probes a call that fused attention could compute; None where fused was measured to be cheaper.
+
+    The kernels must cover the call, see `kernels_cover`.
+    """
+    reason = unmeasured_on(card_of(query.device)) or not_half(query.dtype)
+    if reason is None and query.shape[2] <= HOPPER_ROWS:
+        reason = FEW_QUERIES
+    return reason or _unmeasured_width(query.shape[3], value.shape[3])
+
+
+@functools.cache
+def unmeasured_on(card: Card) -> str | None:
+    """Why mode="auto" fuses nothing on a CUDA card; None on cards where fused attention was timed."""
+    if card.vendor == NVIDIA and card.capability == MEASURED_CAPABILITY:
+        return None
+    return f"not measured on this card ({card.name})"
+
+
+@functools.cache
+def _unmeasured_width(head_dim: int, value_dim: int) -> str | None:
+    if head_dim == value_dim and head_dim in MEASURED_HEAD_DIMS:
+        return None
+    widths = str(head_dim) if head_dim == value_dim else f"{head_dim} and {value_dim}"
+    return f"not measured with head dimension {widths}"
+
+
 def _kernels_refuse(query: Tensor, value: Tensor | None, card: Card) -> str | None:
     if card.vendor is None:
         return NO_CARD
@@ -156,8 +186,12 @@ def hopper_runs_on(card: Card) -> str | None:
         return f"needs compute capability 9.0, this card has {card.compute}"
     if card.triton is None:
         return "Triton is not installed"
-    tested = card.triton.startswith(f"{HOPPER_TRITON}.")
-    return None if tested else f"Triton {card.triton} is untested ({HOPPER_TRITON} is)"
+    version, good = ".".join(card.triton.split(".")[:2]), " or ".join(HOPPER_TRITON)
+    if version in HOPPER_TRITON:
+        return None
+    if version in SPILLING_TRITON:
+        return f"Triton {card.triton} compiles it with spilled registers: needs {good}"
+    return f"Triton {card.triton} is untested: needs {good}"
 
 
 def hopper_supports(call: Call, card: Card) -> str | None:

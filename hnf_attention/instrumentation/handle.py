@@ -48,8 +48,8 @@ def instrument(
         dropout, with a mask that requires a gradient, with attention weights to return, and of flex_attention are
         probed, and `.coverage` says so. A row whose keys are all hidden by a finite mask gets output 0, where an eager
         softmax averages all values: such rows are padding.
-        "auto" takes fused for SDPA calls without a user mask that the GPU kernels cover, else probe: under a mask, a
-        probe beside SDPA is the cheaper way.
+        "auto" takes fused for SDPA calls without a user mask, on cards and for calls where fused was measured to be
+        cheaper (docs/limits.md, "Cards"), else probe. `.coverage` gives the reason.
     strict: after the first complete forward, raise RuntimeError if any attention was not measured, or none at all.
         A forward that is part of a compiled graph is not judged.
     sample: probe one block of 64 query rows of every `sample`, or of all of them in a shorter sequence. Each call of a

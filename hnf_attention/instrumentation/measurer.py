@@ -189,6 +189,7 @@ class Measurer:
             self.mode == "auto"
             and call.probe_preferred is None
             and engines.kernels_cover(call.query, call.value)
+            and engines.fused_is_unmeasured(call.query, call.value) is None
         )
 
     def _how(self, call: AttentionCall, options: Options, fused: bool) -> str:
@@ -204,9 +205,10 @@ class Measurer:
         """Why our attention did not take a call that it could have taken; None if it could not, or was not asked to."""
         if self.mode == "fused":
             return call.why_left
-        reason = call.why_left or call.probe_preferred
-        could = reason is not None and self.mode == "auto" and engines.kernels_cover(call.query, call.value)
-        return reason if could else None
+        if self.mode == "probe" or not engines.kernels_cover(call.query, call.value):
+            return None
+        unmeasured = engines.fused_is_unmeasured(call.query, call.value)
+        return call.why_left or call.probe_preferred or (unmeasured and f"fused attention: {unmeasured}")
 
     def describe_kept(
         self, layer: str, number: int, describe: Callable[[], AttentionCall], output: Any

@@ -3,13 +3,11 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
-from triton.language import core
 
-# Triton 3.6 has no public name for this.
-_aggregate = getattr(gluon, "aggregate", None) or core._aggregate
+from .names import aggregate
 
 
-@_aggregate
+@aggregate
 class Channel:
     """Barriers of a ring of STAGES stages. Step s takes stage s % STAGES.
 

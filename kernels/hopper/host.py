@@ -1,7 +1,6 @@
-"""The sm_90 forward on the host: how it is scheduled, and its launch."""
+"""The sm_90 forward on the host: its plan and its launch."""
 
 import functools
-import heapq
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -12,53 +11,18 @@ from ..shared.launch import launch
 from ..shared.plan import unit_exponent
 from ..shared.results import empty_output, new_rows
 from ..shared.softmax import LOG2_E
-from ..shared.tiles import HEAD_GROUP, block_dim, ceil_div
+from ..shared.tiles import block_dim, ceil_div
 from .kernel import BLOCK_M, BLOCK_N, HALF_M, Plan, hopper_kernel
+from .schedule import order_of
 
 _LOG2_E = LOG2_E.value
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 _EARLY = {(64, True)}  # widths and causalities at which Plan.early won in bench/tune_hopper.py
 
 
-# Never dropped: a captured graph goes on reading its schedule, or copying it from the host's memory.
-_schedules: dict[tuple, tuple[torch.Tensor, int]] = {}
-_copied_by_graphs: list[torch.Tensor] = []
-
-
-def _new_schedule(
-    num_heads: int, num_queries: int, num_keys: int, is_causal: bool, device: torch.device
-) -> tuple[torch.Tensor, int]:
-    """Which query blocks each program takes: heavy ones first, each to the least loaded program.
-
-    int32: the programs' offsets into this tensor (one more than programs), then `bh * num_blocks + block`.
-    """
-    programs = torch.cuda.get_device_properties(device).multi_processor_count
-    num_blocks = ceil_div(num_queries, BLOCK_M)
-
-    def cost(block: int) -> int:
-        keys = min(num_keys, (block + 1) * BLOCK_M) if is_causal else num_keys
-        return ceil_div(keys, BLOCK_N) + 1  # a block's beginning and end cost about one step
-
-    loads = [(0, program) for program in range(programs)]
-    tiles: list[list[int]] = [[] for _ in range(programs)]
-    for group in range(0, num_heads, HEAD_GROUP):
-        for block in reversed(range(num_blocks)):
-            for head in range(group, min(group + HEAD_GROUP, num_heads)):
-                load, program = loads[0]
-                heapq.heapreplace(loads, (load + cost(block), program))
-                tiles[program].append(head * num_blocks + block)
-    tiles = [part for part in tiles if part]
-    offsets = [len(tiles) + 1]
-    for part in tiles:
-        offsets.append(offsets[-1] + len(part))
-    numbers = torch.tensor(offsets + [tile for part in tiles for tile in part], dtype=torch.int32)
-    if torch.cuda.is_current_stream_capturing():  # the copy runs when the graph does: nobody else may use it
-        pinned = numbers.pin_memory()
-        _copied_by_graphs.append(pinned)
-        return pinned.to(device, non_blocking=True), len(tiles)
-    kind = (num_heads, num_queries, num_keys, is_causal, device)
-    _schedules[kind] = numbers.to(device), len(tiles)  # waits, so that every stream may read it
-    return _schedules[kind]
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _width(head_dim: int) -> int:
@@ -93,8 +57,9 @@ def forward(query, key, value, options, chosen=None):
     kv_heads, num_keys, value_dim = *key.shape[1:3], value.shape[3]
     rows = new_rows((batch, heads, num_queries), query.device, extended=False, blank=False)
     out = empty_output(query, value_dim)
-    numbers = (batch * heads, num_queries, num_keys, options.is_causal, query.device)
-    schedule, programs = _schedules.get(numbers) or _new_schedule(*numbers)
+    num_heads, num_blocks = batch * heads, ceil_div(num_queries, BLOCK_M)
+    programs = min(_multiprocessors(query.device), num_heads * num_blocks)
+    order = order_of(num_heads, num_blocks, programs, options.is_causal)
     chosen = chosen or plan(
         head_dim, value_dim, options.is_causal, num_keys % BLOCK_N > 0, True, options.scale
     )
@@ -108,7 +73,6 @@ def forward(query, key, value, options, chosen=None):
             "k_desc": _describe(key, BLOCK_N, chosen.block_d),
             "v_desc": _describe(value, BLOCK_N, chosen.block_dv),
             "out_desc": _describe(out, HALF_M, chosen.block_dv),
-            "schedule_ptr": schedule,
             "rows": rows[:4],
             "unit": options.scale * _LOG2_E,
             "to_natural": options.scale,
@@ -118,7 +82,10 @@ def forward(query, key, value, options, chosen=None):
             "group": heads // kv_heads,
             "num_queries": num_queries,
             "num_keys": num_keys,
-            "num_blocks": ceil_div(num_queries, BLOCK_M),
+            "num_heads": num_heads,
+            "together": order.together,
+            "stretches": order.stretches,
+            "turns": order.turns,
         },
         num_warps=4,
     )

@@ -30,6 +30,8 @@ from ..shared import softmax
 from ..shared.softmax import State
 from .assembly import RESCALE_32, RESCALE_32_OPERANDS, RESCALE_64, RESCALE_64_OPERANDS
 from .channel import new_channel
+from .names import copy_in, copy_out
+from .schedule import Order, block_of_turn, turns_of_program
 
 HALF_M = 64  # query rows of a consumer
 BLOCK_M = 2 * HALF_M
@@ -39,9 +41,12 @@ _BLOCK_N = gl.constexpr(BLOCK_N)
 _FIRST = gl.constexpr(0)
 _SECOND = gl.constexpr(1)
 _LN_2 = softmax.LN_2
+_SIZES = ["heads", "group", "num_queries", "num_keys", "num_heads", "together", "stretches", "turns"]
 softmax_finish = gluon.jit(softmax.softmax_finish.fn)
 units_of = gluon.jit(softmax.units_of.fn)
 unit_of_row = gluon.jit(softmax.unit_of_row.fn)
+_block_of_turn = gluon.jit(block_of_turn.fn)
+_turns_of_program = gluon.jit(turns_of_program.fn)
 
 
 @dataclass(frozen=True)
@@ -122,11 +127,11 @@ def _softmax(s, m_i, l_i, w_i, low, units, PLAN: gl.constexpr, P_L: gl.constexpr
 
 
 @gluon.jit
-def _tile(schedule_ptr, index, heads, group, num_blocks, num_keys, PLAN: gl.constexpr):
-    """What one entry of the schedule is: batch, head, key head, first query, number of key tiles."""
-    tile = gl.load(schedule_ptr + index)
-    bh = tile // num_blocks
-    start_m = tile % num_blocks * (2 * _HALF_M)
+def _turn(turn, sizes, PLAN: gl.constexpr):
+    """What this program computes in one turn: batch, head, key head, first query, number of key tiles."""
+    heads, group, _num_queries, num_keys, order = sizes
+    bh, block = _block_of_turn(turn, order)
+    start_m = block * (2 * _HALF_M)
     hi = num_keys
     if PLAN.is_causal:
         hi = gl.minimum(hi, start_m + 2 * _HALF_M)
@@ -134,12 +139,10 @@ def _tile(schedule_ptr, index, heads, group, num_blocks, num_keys, PLAN: gl.cons
 
 
 @gluon.jit
-def _producer(descriptors, buffers, channel, schedule_ptr, sizes, PLAN: gl.constexpr):
+def _producer(descriptors, buffers, channel, sizes, PLAN: gl.constexpr):
     q_desc, k_desc, v_desc, _out_desc = descriptors
     q_s, k_s, v_s, _out_s = buffers
-    heads, group, _num_queries, num_keys, num_blocks = sizes
-    first = gl.load(schedule_ptr + gl.program_id(0))
-    last = gl.load(schedule_ptr + gl.program_id(0) + 1)
+    _heads, _group, _num_queries, _num_keys, order = sizes
     Q_BYTES: gl.constexpr = 2 * q_desc.block_type.nbytes
     K_BYTES: gl.constexpr = k_desc.block_type.nbytes
     V_BYTES: gl.constexpr = v_desc.block_type.nbytes
@@ -147,10 +150,8 @@ def _producer(descriptors, buffers, channel, schedule_ptr, sizes, PLAN: gl.const
     v_batch = gl.to_tensor(0)
     v_head = gl.to_tensor(0)
     v_start = gl.to_tensor(0)
-    for index in range(first, last):
-        batch, head, kv_head, start_m, num_tiles = _tile(
-            schedule_ptr, index, heads, group, num_blocks, num_keys, PLAN
-        )
+    for turn in range(_turns_of_program(order)):
+        batch, head, kv_head, start_m, num_tiles = _turn(turn, sizes, PLAN)
         for j in range(num_tiles):
             channel.wait_empty(step)
             stage = channel.stage(step)
@@ -164,21 +165,21 @@ def _producer(descriptors, buffers, channel, schedule_ptr, sizes, PLAN: gl.const
                     mbarrier.expect(ready, Q_BYTES + K_BYTES)
                 for half in gl.static_range(2):
                     place = [batch, head, start_m + half * _HALF_M, 0]
-                    slot = (index - first) % PLAN.stages * 2 + half
-                    tma.async_copy_global_to_shared(q_desc, place, ready, q_s.index(slot))
+                    slot = turn % PLAN.stages * 2 + half
+                    copy_in(q_desc, place, ready, q_s.index(slot))
             if step > 0:
                 place = [v_batch, v_head, v_start, 0]
-                tma.async_copy_global_to_shared(v_desc, place, ready, v_s.index(stage))
+                copy_in(v_desc, place, ready, v_s.index(stage))
             v_batch = batch
             v_head = kv_head
             v_start = (num_tiles - 1 - j) * _BLOCK_N
-            tma.async_copy_global_to_shared(k_desc, [batch, kv_head, v_start, 0], ready, k_s.index(stage))
+            copy_in(k_desc, [batch, kv_head, v_start, 0], ready, k_s.index(stage))
             step += 1
     channel.wait_empty(step)
     ready = channel.ready(step)
     mbarrier.expect(ready, V_BYTES)
     place = [v_batch, v_head, v_start, 0]
-    tma.async_copy_global_to_shared(v_desc, place, ready, v_s.index(channel.stage(step)))
+    copy_in(v_desc, place, ready, v_s.index(channel.stage(step)))
 
 
 @gluon.jit
@@ -199,10 +200,10 @@ def _rescale(acc, alpha, PLAN: gl.constexpr):
 
 
 @gluon.jit
-def _scores(HALF: gl.constexpr, buffers, count, step, donor, PLAN: gl.constexpr):
+def _scores(HALF: gl.constexpr, buffers, turn, step, donor, PLAN: gl.constexpr):
     """Start q k^T of this consumer's rows and the key tile of `step`, into registers that `donor` gives up."""
     q_s, k_s, _v_s, _out_s = buffers
-    q = q_s.index(count % PLAN.stages * 2 + HALF).reshape([_HALF_M, PLAN.block_d])
+    q = q_s.index(turn % PLAN.stages * 2 + HALF).reshape([_HALF_M, PLAN.block_d])
     k = k_s.index(step % PLAN.stages).reshape([_BLOCK_N, PLAN.block_d])
     return warpgroup_mma(q, k.permute((1, 0)), donor, use_acc=False, is_async=True)
 
@@ -216,12 +217,10 @@ def _output(buffers, step, a, acc, PLAN: gl.constexpr):
 
 
 @gluon.jit
-def _consumer(
-    HALF: gl.constexpr, descriptors, buffers, channel, schedule_ptr, sizes, results, PLAN: gl.constexpr
-):
+def _consumer(HALF: gl.constexpr, descriptors, buffers, channel, sizes, results, PLAN: gl.constexpr):
     _q_desc, _k_desc, _v_desc, out_desc = descriptors
     q_s, _k_s, _v_s, out_s = buffers
-    heads, group, num_queries, num_keys, num_blocks = sizes
+    heads, _group, num_queries, num_keys, order = sizes
     lse_ptr, entropy_ptr, max_ptr, min_ptr, unit, to_natural = results
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PLAN.block_dv, 16])
@@ -233,8 +232,6 @@ def _consumer(
     dtype: gl.constexpr = q_s.dtype
     units = units_of(unit, PLAN.exponent)
     staged = out_s.index(HALF)
-    first = gl.load(schedule_ptr + gl.program_id(0))
-    last = gl.load(schedule_ptr + gl.program_id(0) + 1)
 
     step = 0
     channel.wait_full(0)
@@ -242,11 +239,8 @@ def _consumer(
     scores = _scores(HALF, buffers, 0, 0, donor, PLAN)
     s = warpgroup_mma_wait(0, [scores])
     channel.release(0)
-    for index in range(first, last):
-        count = index - first
-        batch, head, _kv_head, start_m, num_tiles = _tile(
-            schedule_ptr, index, heads, group, num_blocks, num_keys, PLAN
-        )
+    for turn in range(_turns_of_program(order)):
+        batch, head, _kv_head, start_m, num_tiles = _turn(turn, sizes, PLAN)
         start_m += HALF * _HALF_M
         offs_m = start_m + gl.arange(0, _HALF_M, ROW)
         offs_n = (num_tiles - 1) * _BLOCK_N + gl.arange(0, _BLOCK_N, gl.SliceLayout(0, S_L))
@@ -271,7 +265,7 @@ def _consumer(
         channel.wait_full(step)
         for _ in range(1, num_tiles):
             a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
-            scores = _scores(HALF, buffers, count, step, p, PLAN)
+            scores = _scores(HALF, buffers, turn, step, p, PLAN)
             acc = _rescale(acc, alpha, PLAN)  # while the scores are computed
             product = _output(buffers, step, a, acc, PLAN)
             s = warpgroup_mma_wait(1, [scores])
@@ -291,10 +285,10 @@ def _consumer(
         a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
         acc = _rescale(acc, alpha, PLAN)
         product = _output(buffers, step, a, acc, PLAN)
-        # The next rows' first scores are computed while these rows are finished. After the last entry
+        # The next rows' first scores are computed while these rows are finished. After the last turn
         # the same product runs once more on what lies in the buffers, and nobody reads it.
         donor = gl.full([_HALF_M, _BLOCK_N], 0.0, gl.float32, S_L)
-        scores = _scores(HALF, buffers, count + 1, step, donor, PLAN)
+        scores = _scores(HALF, buffers, turn + 1, step, donor, PLAN)
 
         # The four threads of a row put their partials together.
         total = gl.convert_layout(gl.sum(l_i, 1), ROW, assert_trivial=True)
@@ -321,19 +315,29 @@ def _consumer(
         normalised = acc * _per_row(normalise, acc)
         staged.reshape([_HALF_M, PLAN.block_dv]).store(normalised.to(dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [batch, head, start_m, 0], staged)
+        copy_out(out_desc, [batch, head, start_m, 0], staged)
         s = warpgroup_mma_wait(0, [scores])
         channel.release(step)
     tma.store_wait(pendings=0)
 
 
-@gluon.jit(do_not_specialize=["heads", "group", "num_queries", "num_keys", "num_blocks"])
+@gluon.jit(
+    do_not_specialize=[
+        "heads",
+        "group",
+        "num_queries",
+        "num_keys",
+        "num_heads",
+        "together",
+        "stretches",
+        "turns",
+    ]
+)
 def hopper_kernel(
     q_desc,
     k_desc,
     v_desc,
     out_desc,
-    schedule_ptr,
     rows,
     unit,
     to_natural,
@@ -341,7 +345,10 @@ def hopper_kernel(
     group,
     num_queries,
     num_keys,
-    num_blocks,
+    num_heads,
+    together,
+    stretches,
+    turns,
     PLAN: gl.constexpr,
 ):
     dtype: gl.constexpr = q_desc.dtype
@@ -353,15 +360,16 @@ def hopper_kernel(
     )
     channel = new_channel(PLAN.stages, 2)
     descriptors = (q_desc, k_desc, v_desc, out_desc)
-    sizes = (heads, group, num_queries, num_keys, num_blocks)
+    order = Order(num_heads, gl.cdiv(num_queries, 2 * _HALF_M), together, stretches, turns)
+    sizes = (heads, group, num_queries, num_keys, order)
     lse_ptr, entropy_ptr, max_ptr, min_ptr = rows
     results = (lse_ptr, entropy_ptr, max_ptr, min_ptr, unit, to_natural)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consumer, (_FIRST, descriptors, buffers, channel, schedule_ptr, sizes, results, PLAN)),
-            (_consumer, (_SECOND, descriptors, buffers, channel, schedule_ptr, sizes, results, PLAN)),
-            (_producer, (descriptors, buffers, channel, schedule_ptr, sizes, PLAN)),
+            (_consumer, (_FIRST, descriptors, buffers, channel, sizes, results, PLAN)),
+            (_consumer, (_SECOND, descriptors, buffers, channel, sizes, results, PLAN)),
+            (_producer, (descriptors, buffers, channel, sizes, PLAN)),
         ],
         [4, 1],
         [240, 24],

@@ -18,7 +18,7 @@ from ..shared.softmax import (
     start_state,
     units_of,
 )
-from ..shared.tiles import Tiles, block_dim, load_tile
+from ..shared.tiles import Tiles, block_dim, load_tile, loads_by_pointers
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,6 +36,7 @@ class AttendPlan(ScorePlan):
     block_d: int
     value_dim: int  # 0 without a value
     block_dv: int
+    pointers: bool  # see `load_tile`
 
     @property
     def scattered(self) -> bool:
@@ -55,6 +56,7 @@ def _attend_plan(
     tiles: Tiles,
     head_dim: int,
     value_dim: int,
+    by_pointers: bool,
 ) -> AttendPlan:
     return AttendPlan(
         **vars(scores),
@@ -69,6 +71,7 @@ def _attend_plan(
         block_d=block_dim(head_dim),
         value_dim=value_dim,
         block_dv=block_dim(value_dim or 1),
+        pointers=by_pointers,
     )
 
 
@@ -82,8 +85,10 @@ def attend_plan(
     group = query.shape[1] // key.shape[1]
     has_sinks = options.sinks is not None
     exponent = unit_exponent(1.0 if natural else options.scale)
+    dims = query.shape[3], value_dim
+    by_pointers = loads_by_pointers(query.device)
     return _attend_plan(
-        scores, natural, exponent, exact, has_sinks, extended, group, tiles, query.shape[3], value_dim
+        scores, natural, exponent, exact, has_sinks, extended, group, tiles, *dims, by_pointers
     )
 
 
@@ -111,7 +116,7 @@ def _walk_keys(
     # If False, a row's first visible key is the first key of a range.
     SCATTERED: tl.constexpr = MASKED and PLAN.scattered
     for start_n in tl.range(lo, hi, PLAN.block_n):
-        k = load_tile(k_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_d)
+        k = load_tile(k_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_d, PLAN.pointers)
         s = tl.dot(q, k.T, input_precision="ieee")
         if PLAN.natural:
             s = s * call.scale
@@ -130,7 +135,7 @@ def _walk_keys(
             w += tl.sum(tl.where(seen, raw - raw, 0.0) if MASKED else raw - raw, 1)
         state = State(m, l, w, low, more)
         if PLAN.value_dim:
-            v = load_tile(v_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_dv)
+            v = load_tile(v_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_dv, PLAN.pointers)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return state, acc
 
@@ -154,7 +159,7 @@ def attend(
     kv_head = head // PLAN.group
     offs_m = start_m + tl.arange(0, PLAN.block_m)
     mask_ptr = mask_of_head(call, batch, head, PLAN)
-    q = load_tile(q_desc, batch, head, start_m, PLAN.block_m, PLAN.block_d)
+    q = load_tile(q_desc, batch, head, start_m, PLAN.block_m, PLAN.block_d, PLAN.pointers)
     state = start_state(PLAN.block_m, PLAN.extended)
     acc = tl.full([PLAN.block_m, PLAN.block_dv], 0.0, tl.float32)
     lo, full_lo, full_hi, hi = key_range(

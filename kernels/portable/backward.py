@@ -17,13 +17,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..shared.descriptors import aligned, describe, describe_rows, strided
+from ..shared.descriptors import aligned, describe_rows, source, strided
 from ..shared.launch import launch
 from ..shared.masks import call_of
 from ..shared.plan import Options, Plan, ScorePlan, is_natural, score_plan
 from ..shared.results import Gradients, sink_gradient
 from ..shared.softmax import LN_2, LOG2_E
-from ..shared.tiles import BackwardTiles, Tiles, backward_tiles, block_dim, ceil_div, grid_1d, has_edges
+from ..shared.tiles import (
+    BackwardTiles,
+    Tiles,
+    backward_tiles,
+    block_dim,
+    ceil_div,
+    grid_1d,
+    has_edges,
+    kind_of,
+    loads_by_pointers,
+    pointable,
+)
 from .dkv import dkv_kernel
 from .dq import dq_kernel
 from .gradient import GradientPlan
@@ -166,6 +177,7 @@ def _gradient_plans(
     head_dim: int,
     value_dim: int,
     tiles: BackwardTiles,
+    by_pointers: bool,
 ) -> tuple[GradientPlan, GradientPlan]:
     """dq's and dkv's."""
 
@@ -183,6 +195,7 @@ def _gradient_plans(
             block_n=tiles.block_n,
             block_d=block_dim(head_dim),
             block_dv=block_dim(value_dim),
+            pointers=by_pointers,
         )
 
     return plan(tiles.dq, has_d_scores), plan(tiles.dkv, False)
@@ -221,8 +234,10 @@ def prepare(
         _score_gradient(options, (batch, heads, num_queries, num_keys)) if mask_gradient else None,
     )
     value_dim = value.shape[3] if has_d_out else 16
+    by_pointers = loads_by_pointers(query.device)
+    card = by_pointers, kind_of(query.device).is_amd
     chosen = BackwardTiles(
-        *(tiles or backward_tiles(head_dim, value_dim, query.dtype, options, mask_gradient))
+        *(tiles or backward_tiles(head_dim, value_dim, query.dtype, options, mask_gradient, *card))
     )
     scores = score_plan(options)
     plans = _gradient_plans(
@@ -235,17 +250,19 @@ def prepare(
         head_dim,
         value_dim,
         chosen,
+        by_pointers,
     )
     call = call_of(query, key, options)
-    query, key = aligned(query), aligned(key)
-    value, d_out = (aligned(value), aligned(d_out)) if has_d_out else (key, query)
+    fit = pointable if by_pointers else aligned  # once for both launches
+    query, key = fit(query), fit(key)
+    value, d_out = (fit(value), fit(d_out)) if has_d_out else (key, query)
 
     def launch_of(kernel, plan, tiles, blocks, call, filled) -> Callable[[], Any]:
         arguments = {
-            "q_desc": describe(query, tiles.block_m),
-            "k_desc": describe(key, tiles.block_n),
-            "v_desc": describe(value, tiles.block_n),
-            "do_desc": describe(d_out, tiles.block_m),
+            "q_desc": source(query, tiles.block_m, plan.pointers),
+            "k_desc": source(key, tiles.block_n, plan.pointers),
+            "v_desc": source(value, tiles.block_n, plan.pointers),
+            "do_desc": source(d_out, tiles.block_m, plan.pointers),
             **filled,
             "scaled_lse_desc": describe_rows(rows.scaled_lse, tiles.block_m),
             "offset_desc": describe_rows(rows.offset, tiles.block_m),

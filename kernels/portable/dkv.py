@@ -40,10 +40,10 @@ def _walk_queries(
         start_m = walk_position(start, tiles, BOTH_ENDS, MASKED)
         offs_m = start_m + tl.arange(0, PLAN.block_m)
         # Loads that follow each other share one barrier.
-        q = load_tile(q_desc, batch, head, start_m, PLAN.block_m, PLAN.block_d)
+        q = load_tile(q_desc, batch, head, start_m, PLAN.block_m, PLAN.block_d, PLAN.pointers)
         do = q
         if PLAN.has_d_out:
-            do = load_tile(do_desc, batch, head, start_m, PLAN.block_m, PLAN.block_dv)
+            do = load_tile(do_desc, batch, head, start_m, PLAN.block_m, PLAN.block_dv, PLAN.pointers)
         qk = tl.dot(k, q.T, input_precision="ieee")
         dp = 0.0
         if PLAN.has_d_out:
@@ -85,10 +85,10 @@ def dkv_kernel(
         return
     batch, kv_head = bh // call.heads, bh % call.heads
     offs_n = start_n + tl.arange(0, PLAN.block_n)
-    k = load_tile(k_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_d)
+    k = load_tile(k_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_d, PLAN.pointers)
     v = k
     if PLAN.has_d_out:
-        v = load_tile(v_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_dv)
+        v = load_tile(v_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_dv, PLAN.pointers)
     dk = tl.full([PLAN.block_n, PLAN.block_d], 0.0, tl.float32)
     dv = tl.full([PLAN.block_n, PLAN.block_dv], 0.0, tl.float32)
     tiles = query_range(start_n, call, window, PLAN)

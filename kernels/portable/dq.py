@@ -34,10 +34,10 @@ def _walk_keys(
     for start in tl.range(begin, end, PLAN.block_n):
         start_n = walk_position(start, tiles, BOTH_ENDS, MASKED)
         # Loads that follow each other share one barrier.
-        k = load_tile(k_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_d)
+        k = load_tile(k_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_d, PLAN.pointers)
         v = k
         if PLAN.has_d_out:
-            v = load_tile(v_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_dv)
+            v = load_tile(v_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_dv, PLAN.pointers)
         qk = tl.dot(q, k.T, input_precision="ieee")
         dp = 0.0
         if PLAN.has_d_out:
@@ -82,10 +82,10 @@ def dq_kernel(
     mask_ptr = mask_of_head(call, batch, head, PLAN)
     if PLAN.has_d_scores:
         d_scores_ptr += bh.to(tl.int64) * call.num_queries * call.num_keys
-    q = load_tile(q_desc, batch, head, start_m, PLAN.block_m, PLAN.block_d)
+    q = load_tile(q_desc, batch, head, start_m, PLAN.block_m, PLAN.block_d, PLAN.pointers)
     do = q
     if PLAN.has_d_out:
-        do = load_tile(do_desc, batch, head, start_m, PLAN.block_m, PLAN.block_dv)
+        do = load_tile(do_desc, batch, head, start_m, PLAN.block_m, PLAN.block_dv, PLAN.pointers)
     scaled_lse = load_rows(scaled_lse_desc, bh, start_m, PLAN.block_m)[:, None]
     offset = load_rows(offset_desc, bh, start_m, PLAN.block_m)[:, None]
     scaled_d_entropy = 0.0

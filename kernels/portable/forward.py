@@ -4,12 +4,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..shared.descriptors import describe, strided
+from ..shared.descriptors import source, strided
 from ..shared.launch import launch
 from ..shared.masks import call_of
 from ..shared.plan import Options
 from ..shared.results import empty_output, new_rows
-from ..shared.tiles import Tiles, ceil_div, forward_tiles, grid_1d, scheduled_block
+from ..shared.tiles import Tiles, ceil_div, forward_tiles, grid_1d, loads_by_pointers, scheduled_block
 from .attend import attend, attend_plan, finish, store_rows
 
 
@@ -65,16 +65,19 @@ def forward(
     rows = new_rows((batch, heads, num_queries), query.device, extended, blank=idle)
     if idle:
         return out.zero_(), *rows[:5]
-    tiles = tiles or forward_tiles(head_dim, value_dim, query.dtype, options, extended)
+    if tiles is None:
+        by_pointers = loads_by_pointers(query.device)
+        tiles = forward_tiles(head_dim, value_dim, query.dtype, options, extended, by_pointers)
+    plan = attend_plan(query, key, value_dim, options, extended, tiles)
     launch(
         _forward_kernel,
         (grid_1d(ceil_div(num_queries, tiles.block_m), batch * heads), 1, 1),
-        attend_plan(query, key, value_dim, options, extended, tiles),
+        plan,
         query.device,
         {
-            "q_desc": describe(query, tiles.block_m),
-            "k_desc": describe(key, tiles.block_n),
-            "v_desc": describe(value, tiles.block_n),
+            "q_desc": source(query, tiles.block_m, plan.pointers),
+            "k_desc": source(key, tiles.block_n, plan.pointers),
+            "v_desc": source(value, tiles.block_n, plan.pointers),
             "out": strided(out),
             "rows": rows,
             "sink_ptr": options.sinks,

@@ -25,6 +25,7 @@ class GradientPlan(ScorePlan):
     block_n: int
     block_d: int
     block_dv: int
+    pointers: bool  # see `load_tile`
 
 
 @triton.jit

@@ -7,14 +7,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..shared.descriptors import describe
+from ..shared.descriptors import source
 from ..shared.launch import launch
 from ..shared.masks import call_of
 from ..shared.plan import Options, Plan
 from ..shared.results import Core, Extended, new_rows
 from ..shared.sampling import BATCH_STEP, BLOCK_ROWS, HEAD_STEP, STRATUM_STEP, num_rows, row_index
 from ..shared.softmax import LOG2_E, State, softmax_merge
-from ..shared.tiles import Tiles, ceil_div, grid_1d, probe_tiles, scheduled_block
+from ..shared.tiles import Tiles, ceil_div, grid_1d, loads_by_pointers, probe_tiles, scheduled_block
 from .attend import AttendPlan, attend, attend_plan, finish, store_rows
 
 _BATCH_STEP = tl.constexpr(BATCH_STEP)
@@ -216,7 +216,8 @@ def probe(
     if idle:
         return *rows[:5], row_index(batch, heads, num_queries, period, phase, device) if sample else None
     index = torch.empty(shape, dtype=torch.int64, device=device) if sample else None
-    tiles = tiles or probe_tiles(head_dim, query.dtype, options, extended)
+    if tiles is None:
+        tiles = probe_tiles(head_dim, query.dtype, options, extended, loads_by_pointers(device))
     blocks = ceil_div(row_length, tiles.block_m)
     reach = key.shape[2] if options.window_size is None else min(key.shape[2], 2 * options.window_size)
     parts = 1 if extended else parts or _parts(blocks * batch * heads, reach)
@@ -229,8 +230,8 @@ def probe(
         plan,
         device,
         {
-            "q_desc": describe(query, tiles.block_m),
-            "k_desc": describe(key, tiles.block_n),
+            "q_desc": source(query, tiles.block_m, plan.pointers),
+            "k_desc": source(key, tiles.block_n, plan.pointers),
             "rows": rows,
             "index_ptr": index,
             "parts_ptr": partial,

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tiles import block_dim, ceil_div
+from .tiles import Pointers, block_dim, ceil_div, pointers
 
 
 class Strided(NamedTuple):
@@ -41,6 +41,11 @@ def describe(x: torch.Tensor, rows: int, width: int | None = None, kind: type = 
     described.base, described.shape, described.strides = x, list(x.shape), list(strides)
     described.block_shape = [1, 1, rows, width or block_dim(x.shape[3])]
     return described
+
+
+def source(x: torch.Tensor, rows: int, by_pointers: bool) -> TensorDescriptor | Pointers:
+    """What `tiles.load_tile` loads (rows, block_dim(D)) of x (B, H, L, D) from."""
+    return pointers(x) if by_pointers else describe(x, rows)
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,7 @@ def launch(
 
     plan: the kernel's last parameter, a constant. device: the current one. numbers: integers that the kernel is not
     specialised on (its `do_not_specialize`). Arguments and numbers stand in the order of the kernel's parameters.
-    options: Triton's own, such as num_warps.
+    options: Triton's own, such as num_warps; None for one that is not given (AMD's compiler has no maxnreg).
     """
     key: list[Hashable] = [kernel.fn, plan, device, *options.values()]
     classes(arguments.values(), key)
@@ -71,7 +71,8 @@ def launch(
     names = code.co_varnames[: code.co_argcount]
     if names[:-1] != (*arguments, *numbers):
         raise TypeError(f"expected arguments {names[:-1]}, got {(*arguments, *numbers)}")
-    compiled = kernel[grid](*arguments.values(), *numbers.values(), plan, **options, **FUSED)
+    given = {name: option for name, option in options.items() if option is not None}
+    compiled = kernel[grid](*arguments.values(), *numbers.values(), plan, **given, **FUSED)
     if compiled is not None:
         if len(_compiled) >= _LIMIT:
             _compiled.clear()

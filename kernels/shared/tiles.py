@@ -1,6 +1,7 @@
 """Tile shapes by head dimension, dtype and causality (pinned, nothing is tuned at run time), and tiles in kernels."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -73,9 +74,23 @@ _BACKWARD_HALF = {
 _MASK_GRADIENT_HALF = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 8, 2)}
 _BACKWARD_FLOAT = {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 32, 8, 1)}
 
+# Where tiles are loaded by pointers (half precision; read offline for sm_80 and sm_120, not timed on any card): tiles
+# that spill little and fit 64 KiB of shared memory. Operands pass through registers there.
+_POINTER_FORWARD_HALF = {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 8, 2)}
+# Under a user mask and with extended statistics.
+_POINTER_SMALL_HALF = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 8, 2)}
+_POINTER_BACKWARD_HALF = {
+    64: BackwardTiles(dq=Tiles(64, 32, 4, 2), dkv=Tiles(64, 32, 4, 2)),
+    128: BackwardTiles(dq=Tiles(64, 32, 4, 2), dkv=Tiles(32, 64, 8, 2)),
+    256: BackwardTiles(dq=Tiles(64, 32, 8, 2), dkv=Tiles(32, 32, 8, 1)),
+}
+# AMD's compiler spills 800 bytes in dk and dv at the tiles above (read for gfx942).
+_AMD_DKV_HALF = {64: Tiles(32, 64, 8, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(32, 32, 8, 1)}
+
 # Query blocks of this many heads run side by side: their keys and values stay in the L2 cache.
 HEAD_GROUP = 8
 _HEAD_GROUP = tl.constexpr(HEAD_GROUP)
+_LARGEST_STRIDE = 1 << 23  # of rows of a tile, whose offsets are 32-bit numbers; a tile has up to 256 rows
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -103,11 +118,19 @@ def _masked_tiles(width: int, mask: torch.Tensor) -> Tiles:
 
 
 def forward_tiles(
-    head_dim: int, value_dim: int, dtype: torch.dtype, options: Options, extended: bool = False
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    options: Options,
+    extended: bool = False,
+    by_pointers: bool = False,
 ) -> Tiles:
     width = _width(head_dim, value_dim)
     if dtype == torch.float32:
         return _FORWARD_FLOAT[width]
+    if by_pointers:
+        small = extended or options.attn_mask is not None
+        return (_POINTER_SMALL_HALF if small else _POINTER_FORWARD_HALF)[width]
     if extended:
         return (_EXTENDED_HALF if options.seqlens is None else _EXTENDED_PACKED_HALF)[width]
     if options.attn_mask is not None:
@@ -115,21 +138,33 @@ def forward_tiles(
     return _FORWARD_HALF[width, has_edges(options)]
 
 
-def probe_tiles(head_dim: int, dtype: torch.dtype, options: Options, extended: bool = False) -> Tiles:
+def probe_tiles(
+    head_dim: int, dtype: torch.dtype, options: Options, extended: bool = False, by_pointers: bool = False
+) -> Tiles:
     """Tiles of the probe; its query blocks divide a sample's."""
     width = _width(head_dim, 16)
     if dtype == torch.float32:
         return _FORWARD_FLOAT[width]
+    if by_pointers:
+        return forward_tiles(head_dim, 16, dtype, options, extended, by_pointers)
     return (_EXTENDED_PACKED_HALF if extended and options.seqlens is not None else _PROBE_HALF)[width]
 
 
 def backward_tiles(
-    head_dim: int, value_dim: int, dtype: torch.dtype, options: Options, mask_gradient: bool = False
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    options: Options,
+    mask_gradient: bool = False,
+    by_pointers: bool = False,
+    is_amd: bool = False,
 ) -> BackwardTiles:
     width = _width(head_dim, value_dim)
     if dtype == torch.float32:
         return BackwardTiles(dq=_BACKWARD_FLOAT[width], dkv=_BACKWARD_FLOAT[width])
-    tiles = _BACKWARD_HALF[width, has_edges(options)]
+    tiles = _POINTER_BACKWARD_HALF[width] if by_pointers else _BACKWARD_HALF[width, has_edges(options)]
+    if is_amd:
+        tiles = tiles._replace(dkv=_AMD_DKV_HALF[width])
     return tiles._replace(dq=_MASK_GRADIENT_HALF[width]) if mask_gradient else tiles
 
 
@@ -154,9 +189,64 @@ def scheduled_block(length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
     return block * BLOCK, group * _HEAD_GROUP + inside % _HEAD_GROUP
 
 
+class Kind(NamedTuple):
+    """A kind of card, as far as tiles depend on it."""
+
+    is_amd: bool
+    capability: tuple[int, int]  # compute capability; of an AMD card what PyTorch calls so
+
+
+@functools.cache
+def kind_of(device: torch.device) -> Kind:
+    """The kind of a CUDA or ROCm device; Triton's interpreter counts as a card with a bulk-copy engine."""
+    if device.type != "cuda":
+        return Kind(False, (9, 0))
+    return Kind(torch.version.hip is not None, torch.cuda.get_device_capability(device))
+
+
+def loads_by_pointers(device: torch.device) -> bool:
+    """Whether kernels load tiles by pointers: everywhere but on compute capability 9.x and 10.x.
+
+    Cards before 9.0 and AMD's have no bulk-copy engine, and Triton compiles a descriptor's load to loads of single
+    elements. 12.x has one, but its products take operands from registers, as those of 8.x do.
+    """
+    kind = kind_of(device)
+    return kind.is_amd or kind.capability[0] not in (9, 10)
+
+
+class Pointers(NamedTuple):
+    """A tensor (B, H, L, D) of inner stride 1, for loads by pointers."""
+
+    ptr: Any
+    stride_b: int
+    stride_h: int
+    stride_m: int
+    length: int
+    width: int
+
+
+def pointable(x: torch.Tensor) -> torch.Tensor:
+    """x (B, H, L, D), or a copy if its strides are none that `Pointers` has."""
+    return x if x.stride(3) == 1 and x.stride(2) < _LARGEST_STRIDE else x.contiguous()
+
+
+def pointers(x: torch.Tensor) -> Pointers:
+    """x (B, H, L, D), copied if need be."""
+    x = pointable(x)
+    return Pointers(x, *x.stride()[:3], *x.shape[2:])
+
+
 @triton.jit
-def load_tile(desc, batch, head, row, ROWS: tl.constexpr, COLS: tl.constexpr):
-    return desc.load([batch, head, row, 0]).reshape(ROWS, COLS)
+def load_tile(source, batch, head, row, ROWS: tl.constexpr, COLS: tl.constexpr, POINTERS: tl.constexpr):
+    """(ROWS, COLS) of one (batch, head) from `row` on, zeros beyond its end. source: `Pointers`, or a descriptor."""
+    if POINTERS:
+        rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+        start = source.ptr + tl.cast(batch, tl.int64) * source.stride_b
+        start += tl.cast(head, tl.int64) * source.stride_h + tl.cast(row, tl.int64) * source.stride_m
+        inside = (row + rows < source.length) & (columns < source.width)
+        return tl.load(start + (rows * source.stride_m + columns), mask=inside, other=0.0)
+    else:  # without it, Triton would compile the next line in both cases
+        return source.load([batch, head, row, 0]).reshape(ROWS, COLS)
 
 
 @triton.jit

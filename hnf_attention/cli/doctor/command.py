@@ -9,9 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ...engine.card import current_device
 from ..exit_codes import FOUND, HEALTHY
 from ..output import check_target, for_people, write_document
-from . import calls, machine
+from . import calls, machine, warm
 from .low_scores import SCORE, LowScores, low_scores
 from .self_test import LENGTH, Trial, self_test
 from .watched import Watched, watch
@@ -22,8 +23,10 @@ SCHEMA_VERSION = 1
 def run(options: argparse.Namespace) -> int:
     """Print everything; the exit code says whether the self-tests passed."""
     check_target(options.json, "--json")
+    warm.check(options)
     screen = for_people(options.json)
     _print_machine(screen)
+    warmed = _warm(screen, options) if options.warm else None
     _print_engines(screen)
     trials, low, watched = list(self_test()), low_scores(), watch()
     failed = [trial for trial in trials if not trial.passed]
@@ -37,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     passed = not failed and low.passed and watched.passed
     if passed:
         screen.print("self-test passed")
-    write_document(options.json, _document(trials, low, watched, passed))
+    write_document(options.json, _document(trials, low, watched, passed) | {"warm": warmed})
     return HEALTHY if passed else FOUND
 
 
@@ -45,10 +48,23 @@ def _print_machine(screen: Console) -> None:
     for name, version in machine.software().items():
         screen.print(f"{name} {version or 'not installed'}", highlight=False)
     screen.print(machine.card_text(), highlight=False)
+    screen.print(machine.auto_text(), highlight=False)
     table = _table("Extras", "extra", "packages")
     for name, packages in machine.extras().items():
         table.add_row(name, machine.extra_text(packages))
     screen.print(table)
+
+
+def _warm(screen: Console, options: argparse.Namespace) -> dict[str, Any]:
+    """Compile ahead, and print what took how long; the same as a document."""
+    table = _table("Compiled ahead: attention and its backward, and each kind of monitor", "calls", "seconds")
+    seconds = {str(shape): warm.warm(shape, current_device()) for shape in warm.shapes(options)}
+    for name, taken in seconds.items():
+        table.add_row(name, f"{taken:.1f}")
+    screen.print(table)
+    folder = str(warm.cache_folder())
+    screen.print(f"{sum(seconds.values()):.1f} s in all; kept in {folder}", highlight=False, soft_wrap=True)
+    return {"seconds": seconds, "cache": folder}
 
 
 def _print_engines(screen: Console) -> None:
@@ -109,6 +125,7 @@ def _document(trials: list[Trial], low: LowScores, watched: Watched, passed: boo
         "versions": machine.software(),
         "extras": machine.extras(),
         "card": machine.card_document(),
+        "auto": machine.auto_text(),
         "engines": {
             "by_head_dim": {
                 engines: [

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...engine import engines
 from ...engine.card import Card, card_of, current_device
 from ...versions import versions
 
@@ -46,6 +47,18 @@ def card_text() -> str:
     if card.vendor is None:
         return "no CUDA card: attention runs in PyTorch, in chunks"
     return f"{card.name}, compute capability {card.compute}, {card.memory / 2**30:.0f} GiB"
+
+
+def auto_text() -> str:
+    """What mode="auto" does on this machine."""
+    device = current_device()
+    if card_of(device).vendor is None:
+        return 'mode="auto" probes: needs a CUDA card'
+    widths = ", ".join(map(str, engines.MEASURED_HEAD_DIMS))
+    reason = engines.unmeasured_on(card_of(device))
+    if reason is not None:
+        return f'mode="auto" probes: fused attention is {reason}'
+    return f'mode="auto" fuses plain fp16 and bf16 calls with head dimensions {widths}, and probes else'
 
 
 def card_document() -> dict[str, Any] | None:
