@@ -11,7 +11,7 @@ from hnf_attention.compat import dynamo
 
 #: Those with marks: compat's own, and tests of a behaviour that entries of it carry.
 FILES = [f"test_compat{part}.py" for part in ("", "_dynamo", "_distributed", "_library")]
-FILES += ["test_transforms.py", "test_transforms_of_models.py"]
+FILES += ["test_transforms.py", "test_transforms_of_models.py", "test_every_step_faults.py"]
 HERE = Path(__file__).parent
 PACKAGE = Path(hnf_attention.__file__).parent
 
@@ -88,6 +88,7 @@ def texts(tree, known):
 OTHERS = {
     "_replace", "_asdict", "_fields",  # of Python's NamedTuple
     "_getframe",  # of Python's sys
+    "_aggregate",  # of Triton 3.6, for kernels, which import nothing of this package
     "_batches_that_stepped",  # of Lightning, which has no public name for it
 }  # fmt: skip
 

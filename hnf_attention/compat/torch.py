@@ -95,6 +95,15 @@ running_backward: Callable[[], int] = _find("_C._current_graph_task_id", lambda:
 Missing: -1. The second forward of an activation checkpoint is then recorded like the first.
 """
 
+
+def version(tensor: Tensor) -> int:
+    """How often the memory of a tensor was written to, as autograd counts it. Tensors of inference mode have no count.
+
+    Missing: 0. A tensor that was overwritten since then counts as unchanged.
+    """
+    return getattr(tensor, "_version", 0)
+
+
 _saving: Callable[[bool], Any] = _find("_C._autograd._top_saved_tensors_default_hooks", lambda _: None)
 
 

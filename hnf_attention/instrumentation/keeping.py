@@ -122,7 +122,7 @@ class _Raw:
     def unchanged(self) -> bool:
         """Whether nobody wrote into them since the call, or freed their memory."""
         mine = self.all
-        if self.versions != tuple([x._version for x in mine]):
+        if self.versions != tuple([compat.version(x) for x in mine]):
             return False
         return all([x.untyped_storage().nbytes() for x in mine])
 
@@ -212,7 +212,7 @@ class Keeper:
                 self.flush(forward, pending)  # readers get the calls in their order
             self._hand_on(forward, [raw])
             return
-        raw.versions = tuple([x._version for x in raw.all])
+        raw.versions = tuple([compat.version(x) for x in raw.all])
         stream = compat.current_stream(tensors[0].device)
         if pending.calls and stream != pending.stream:
             self.flush(forward, pending)

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from .. import compat
+
 _Made = TypeVar("_Made")
 #: Results that are kept: a copy and the hidden keys of two masks, as of self- and cross-attention.
 MOST_MADE = 4
@@ -42,7 +44,7 @@ def once(what: Hashable, mask: Tensor, make: Callable[[], _Made]) -> _Made:
     made = _thread.made
     if made is None or mask.is_inference():  # such a mask has no version
         return make()
-    place = what, mask.data_ptr(), mask._version, mask.shape, mask.stride(), mask.dtype, mask.device
+    place = what, mask.data_ptr(), compat.version(mask), mask.shape, mask.stride(), mask.dtype, mask.device
     found = made.get(place)
     if found is None:
         while len(made) >= MOST_MADE:  # a model with a mask for each layer would fill the memory
