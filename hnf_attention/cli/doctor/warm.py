@@ -102,9 +102,11 @@ def warm(shape: Shape, device: torch.device) -> float:
     _step(lambda *inputs: attention(*inputs, is_causal=shape.is_causal)[0], tensors)
     for keywords in ({"mode": "probe"}, {"mode": "fused"}, {"mode": "probe", "sample": _SAMPLE}):
         model = _Model(shape)
-        with AttentionStabilityMonitor(model, log_every=1, ranks=None, **keywords) as monitor:
-            _step(model, tensors)
-            monitor.on_step()
+        # Of the first step extremes are taken, and the second one is a log step.
+        with AttentionStabilityMonitor(model, log_every=2, ranks=None, **keywords) as monitor:
+            for _ in range(2):
+                _step(model, tensors)
+                monitor.on_step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - begin
