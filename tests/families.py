@@ -216,7 +216,9 @@ def assert_rows_equal_weights(measurement, weights, seen, sinks=None, text=None)
     layer on: where its keys are all hidden, eager attention averages all values, others give 0.
     """
     rows, occupied = measurement.rows, seen.any(-1)[:, None].expand(weights.shape[:3])
-    assert (rows.entropy[~occupied] == 0).all() and (rows.lse[~occupied] == -torch.inf).all()
+    alone = torch.tensor(-torch.inf) if sinks is None else sinks[:, None]  # of a row that sees no key
+    assert (rows.entropy[~occupied] == 0).all()
+    assert (rows.lse[~occupied] == alone.expand_as(rows.lse)[~occupied]).all()
     if text is not None and text.shape[1] == occupied.shape[2]:
         occupied = occupied & text[:, None]
     weights = weights.double()

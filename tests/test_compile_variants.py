@@ -29,7 +29,9 @@ def check(target: str, folder: Path, *amount: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["80", "120", "gfx942"])
+@pytest.mark.parametrize(
+    "target", ["80", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("120", "gfx942"))]
+)
 def test_common_calls_compile_well_where_tiles_are_loaded_by_pointers(target, tmp_path):
     check(target, tmp_path, "few")
 

@@ -229,6 +229,7 @@ def test_hugging_face_with_grouped_heads_and_padding(implementation):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(shutil.which("g++") is None, reason="without a C++ compiler")
 def test_the_default_backend_keeps_its_numbers():
     inputs = x()

@@ -6,6 +6,7 @@ from heads import found, growing, head_stats, only, snapshot
 
 from hnf_attention.diagnosis import diagnose
 from hnf_attention.diagnosis.thresholds import threshold
+from hnf_attention.statistics.fields import MAX_FIELDS, NUM_SUMS, SUM_FIELDS
 
 SHARP = {"normalized_entropy": 0.02, "max_weight": 0.9, "saturated_share": 0.7, "jacobian_trace_bound": 0.15}
 # All that three rules could say of one head.
@@ -86,11 +87,11 @@ def test_few_saturated_rows_are_normal():
 def test_the_tenth_percentile_is_read_where_no_row_is_saturated():
     stats = head_stats(normalized_entropy=0.5)
     low = stats.values.copy()
-    histogram = slice(-32 - 10, -10)  # before the ten maxima
+    histogram = slice(len(SUM_FIELDS), NUM_SUMS)
     assert low[histogram].sum(0).tolist() == [1000.0] * 4
     low[histogram] = 0
     low[histogram][1], low[histogram][30] = 150.0, 850.0  # 15 % of the rows below 2/32
-    low[-10 + 4] = -0.03  # the smallest
+    low[NUM_SUMS + MAX_FIELDS.index("neg_normalized_entropy")] = -0.03  # the smallest
     sick = type(stats)(low, stats.head_dim, stats.dtype)
     assert sick.normalized_entropy_p10[0] < 0.06
     low[histogram][0], low[histogram][1] = 150.0, 0.0

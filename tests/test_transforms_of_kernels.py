@@ -32,11 +32,14 @@ def kernels(monkeypatch):
     def supports(call, card):
         return None if call.query.dtype in engines.KERNEL_DTYPES else "the test compares with fp64"
 
-    backward = (engines.Engine("interpreter", supports, engines._triton_backward), engines.BACKWARD[-1])
+    backward = (
+        engines.Engine("interpreter", supports, engines._triton_backward),
+        engines.STATISTICS_BACKWARD[-1],
+    )
     forward = (engines.Engine("interpreter", supports, engines._triton_forward), engines.FORWARD[-1])
     monkeypatch.setattr(engines, "FORWARD", forward)
-    for name in ("BACKWARD", "STATISTICS_BACKWARD"):
-        monkeypatch.setattr(engines, name, backward)
+    monkeypatch.setattr(engines, "STATISTICS_BACKWARD", backward)
+    monkeypatch.setattr(engines, "output_backward", lambda chosen: backward)
     monkeypatch.setattr(engines, "on_device", lambda query: nullcontext())
 
 

@@ -89,7 +89,8 @@ def find_first(snapshot: Snapshot) -> tuple[str, First] | None:
     Of the layers of one forward, it is the one that ran first.
     """
     numbers = {
-        layer: np.fmin.reduce(stats.first_nonfinite_forward) for layer, stats in snapshot.layers.items()
+        layer: np.fmin.reduce(stats.first_nonfinite_forward, initial=np.nan)
+        for layer, stats in snapshot.layers.items()
     }
     known = {layer: number for layer, number in numbers.items() if np.isfinite(number)}
     if not known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ class EagerAttention(torch.autograd.Function):
             options = options._replace(attn_mask=attn_mask, sinks=sinks, seqlens=seqlens)
         call = Call(query, key, value, options)
         results, cotangents = (out, lse, entropy), (d_out, d_lse, d_entropy)
+        found: Sequence[Tensor | None]
         # Autograd enables gradients in a backward whose own derivative is wanted (create_graph=True).
         if torch.is_grad_enabled() or not untraced(query, *cotangents) or _batched(cotangents):
             found = gradients(flat(call)[:9], results, cotangents, [learns_mask, *ctx.chosen])
