@@ -94,6 +94,7 @@ def test_anywhere(case):
     _check(q, k, case.options(*tensors), context=_context(q, k))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["causal window", "additive mask", *(pytest.param(x, marks=SLOW) for x in ("causal", "bool mask"))],
@@ -177,6 +178,7 @@ def test_the_weight_of_each_key(case, dtype, device):
     torch.testing.assert_close(got.double(), weights.sum(2), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask_shape", [(1, 1, 1, 23), (2, 1, 1, 23), (1, 2, 1, 23), (1, 1, 19, 1)])
 @pytest.mark.parametrize("is_causal", [pytest.param(False, marks=SLOW), True])
 def test_masks_that_broadcast(mask_shape, is_causal, device):

@@ -87,6 +87,7 @@ def compare(model, run, backend=BACKEND, interceptor=None, exact=True):
     assert interceptor is None or ways == {interceptor}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "order",
     [

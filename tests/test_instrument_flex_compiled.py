@@ -59,6 +59,7 @@ def compiled(model, backend="eager"):
     return torch.compile(model, backend=backend, fullgraph=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["plain", "mask", "hidden by the scores"])
 def test_statistics_are_those_of_the_modified_scores(case):
     score_mod, mask_mod = CASES[case]

@@ -109,6 +109,7 @@ def test_an_active_run_is_used_and_left_open(tmp_path, options):
     assert [row.get("loss") for row in rows] == [2.0, None, 1.0] and rows[1]["attn/step"] == 10
 
 
+@pytest.mark.slow
 def test_a_run_given_is_used(tmp_path, options):
     with wandb.init(**options) as run:
         WandbWriter(run).write(diagnoses()[0])

@@ -272,6 +272,7 @@ def test_backward_takes_cotangents_of_any_strides(device):
     assert all(torch.equal(a, b) for a, b in zip(got[:3], expected[:3]))
 
 
+@pytest.mark.slow
 def test_forward_and_backward_are_deterministic(device):
     length, tiles = (600, None) if ON_GPU else (40, BACKWARD_TILES)
     batch, kv_heads = (2, 2) if ON_GPU else (1, 1)

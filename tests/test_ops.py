@@ -106,6 +106,7 @@ def test_max_and_min_are_not_differentiable():
     assert not rows.max_logit.requires_grad and not rows.min_logit.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["causal", "packed everything"])
 def test_opcheck(name, device):
     case = CASES[name]

@@ -70,6 +70,7 @@ def test_keys_split_over_programs_give_the_same(name, dtype, device):
         close(actual, wanted, 2e-5, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -125,7 +125,7 @@ def by_head(numbers):
 @pytest.mark.parametrize("sink", [0.31, 0.79, 0.81, 0.98])
 def test_a_head_with_a_sink_is_judged_by_its_other_keys(sink):
     resting = ONE_HOT | {"sink_mass": sink, "stray_share": 0.0}
-    assert [issue.severity for issue in diagnose([snapshot(1, a=resting)]).issues] == ["note"]  # of the layer
+    assert diagnose([snapshot(1, a=resting)]).issues == []
     # A fifth of the weight or more beside the sink, and nearly all of it on one key a row.
     sharp_rest = by_head(resting | {"rest_normalized_entropy": 0.01})
     assert len(sharp_rest) == (4 if sink < 0.8 else 0)
@@ -145,7 +145,8 @@ def test_a_sink_does_not_accuse_a_head_that_rests_on_two_keys(whole, told):
 @pytest.mark.parametrize("layers", [1, 3])
 def test_layers_that_rest_as_a_whole_are_one_note(layers):
     resting = {"normalized_entropy": [0.05, 0.17, 0.12, 0.20], "sink_mass": [0.92, 0.72, 0.79, 0.68]}
-    given = {f"block{index}": resting | {"stray_share": 0.0} for index in range(layers)}
+    rest = {"rest_normalized_entropy": [0.16, 0.25, 0.12, 0.15], "stray_share": 0.0}
+    given = {f"block{index}": resting | rest for index in range(layers)}
     (note,) = diagnose([snapshot(4, other={}, **given)]).issues
     assert (note.layer, note.head, note.issue_type, note.severity) == ("", None, "entropy_collapse", "note")
     assert note.value == pytest.approx(0.135) and f"in {layers} layer" in note.evidence
@@ -157,11 +158,17 @@ def test_layers_that_rest_as_a_whole_are_one_note(layers):
     [
         {"sink_mass": [0.92, 0.72, 0.79, 0.2], "normalized_entropy": [0.01, 0.01, 0.01, 0.4]},
         {"normalized_entropy": 0.2},
+        {"rest_normalized_entropy": 0.35},
         {"heads": 1},
     ],
 )
 def test_a_layer_that_rests_in_part_is_no_note(changed):
-    resting = {"normalized_entropy": 0.05, "sink_mass": 0.9, "stray_share": 0.0}
+    resting = {
+        "normalized_entropy": 0.05,
+        "sink_mass": 0.9,
+        "stray_share": 0.0,
+        "rest_normalized_entropy": 0.2,
+    }
     assert diagnose([snapshot(4, a=resting | changed)]).issues == []
 
 

@@ -132,6 +132,11 @@ THRESHOLDS: dict[str, Threshold] = {
         "of log(visible keys)",
         f"{_MINILM} 0.13 in the keys beside a sink; a previous-token head is below 0.05",
     ),
+    "sharp_rest": Threshold(
+        0.3,
+        "of log(visible keys)",
+        "own choice: the keys beside a sink, on average over a layer whose heads all rest; broad attention has more",
+    ),
     "dormant_sink": Threshold(
         0.99,
         "of weight",

@@ -1,4 +1,4 @@
-"""Layers all of whose heads rest on one key each."""
+"""Layers all of whose heads rest on one key each, and attend to few others."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .wording import make_issue
 
 
 def rule(history: Sequence[Snapshot], groups: Sequence[Heads]) -> Iterator[StabilityIssue]:
-    """One note for the model if in some layers every head has a sink and the mean normalized entropy is low.
+    """One note for the model if in some layers every head has a sink and the entropy is low, beside the sinks too.
 
-    The rules on single heads excuse a head with a sink. Such layers are common in trained models, and a layer that
-    collapsed onto a key looks the same.
+    The rules on single heads excuse a head with a sink. Beside its sink, a head that rests attends broadly. A layer
+    whose rows collapsed onto a key attends to few others.
     """
     entropies = {
         layer: entropy
-        for layer, entropy in _resting(history[-1], groups)
-        if entropy < threshold("low_entropy")
+        for layer, entropy, rest in _resting(groups)
+        if entropy < threshold("low_entropy") and rest < threshold("sharp_rest")
     }
     if not entropies or any(dormant_attention.rule(history, groups)):  # which says it of the whole model
         return
@@ -33,24 +33,25 @@ def rule(history: Sequence[Snapshot], groups: Sequence[Heads]) -> Iterator[Stabi
     lowest, layers = min(entropies.values()), counted(len(entropies), "layer")
     evidence = (
         f"in {layers} of {len(history[-1].layers)} every head rests on a key that its rows share, its sink, at step "
-        f"{history[-1].step}: the mean normalized entropy is at least {lowest:.3f}, in layer {named}"
+        f"{history[-1].step}, and attends to few others: the mean normalized entropy is {lowest:.3f} in layer {named}"
     )
-    suggestion = (
-        "nothing to do in a trained model, where such layers are common; if the entropy fell to this early in "
-        "training, check learning rate and warm-up"
+    suggestion = "watch whether the scores rise; if the entropy fell to this early in training, check learning rate and warm-up"
+    brief = (
+        f"all heads of {layers} rest on their sinks and attend to few other keys, mean normalized entropy "
+        f"{lowest:.3f} -> watch the scores"
     )
-    brief = f"all heads of {layers} rest on their sinks, mean normalized entropy {lowest:.3f} -> normal once trained"
     yield make_issue(
         "entropy_collapse", "note", ("", None), lowest, "low_entropy", evidence, suggestion, brief
     )
 
 
-def _resting(snapshot: Snapshot, groups: Sequence[Heads]) -> Iterator[tuple[str, float]]:
-    """Layers of several heads, all judged and resting, with their mean normalized entropy."""
+def _resting(groups: Sequence[Heads]) -> Iterator[tuple[str, float, float]]:
+    """Layers of several heads, all judged and resting; their mean normalized entropy, and that beside the sinks."""
     for heads in groups:
         resting = heads.resting & (heads.stats.judged_rows > 0)
-        entropy = heads.stats.normalized_entropy
+        entropy, rest = heads.stats.normalized_entropy, heads.stats.rest_normalized_entropy
         for layer in np.unique(heads.layer):
             own = heads.layer == layer
             if own.sum() > 1 and resting[own].all():
-                yield heads.places[int(np.flatnonzero(own)[0])][0], float(entropy[own].mean())
+                layer_name = heads.places[int(np.flatnonzero(own)[0])][0]
+                yield layer_name, float(entropy[own].mean()), float(rest[own].mean())
