@@ -35,7 +35,10 @@ def rule(history: Sequence[Snapshot], groups: Sequence[Heads]) -> Iterator[Stabi
         f"in {layers} of {len(history[-1].layers)} every head rests on a key that its rows share, its sink, at step "
         f"{history[-1].step}, and attends to few others: the mean normalized entropy is {lowest:.3f} in layer {named}"
     )
-    suggestion = "watch whether the scores rise; if the entropy fell to this early in training, check learning rate and warm-up"
+    suggestion = (
+        "watch whether the scores rise; if the entropy fell to this early in training, check the learning rate and "
+        "its warm-up"
+    )
     brief = (
         f"all heads of {layers} rest on their sinks and attend to few other keys, mean normalized entropy "
         f"{lowest:.3f} -> watch the scores"
