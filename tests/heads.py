@@ -57,7 +57,7 @@ def head_stats(heads=4, head_dim=64, dtype="float32", sample_period=1, **numbers
     if given["min_logit"] is None:
         given["min_logit"] = -np.abs(given["max_logit"])
     columns = {k: np.broadcast_to(np.float64(v), heads) for k, v in given.items()}
-    values = with_steps(None, None, heads)
+    values = with_steps(fold.new_accumulator(heads, torch.device("cpu"))[0].numpy())
     rows, judged = columns["rows"], columns["judged_rows"]
     columns["saturated_rows"], columns["stray_rows"] = columns["saturated_share"], columns["stray_share"]
     columns["rest_entropy"] = columns["rest_normalized_entropy"] * (1 - columns["sink_mass"])
@@ -155,7 +155,7 @@ def folded(*calls):
     accumulator = fold.new_accumulator(calls[0][0].shape[1], torch.device("cpu"))
     for query, key in calls:
         fold.fold(accumulator, query, key, attention_stats(query, key), checked(query, key))
-    return with_steps(fold.collect([accumulator]).numpy(), None, accumulator.shape[2])
+    return with_steps(fold.collect([accumulator]).numpy())
 
 
 class FakeInstrumentation:

@@ -61,7 +61,7 @@ def test_a_softmax_over_hidden_keys_only_is_found_from_what_it_returns(own_keys)
     measured = given("a", part, (2, 4, 24, 24), 16, torch.float32, **options)
     values = fold.new_accumulator(4, scores.device)
     fold.fold_measured(values, measured.rows, measured.beside)
-    stats = HeadStats(with_steps(fold.collect([values]).numpy(), None, 4), 16, "float32")
+    stats = HeadStats(with_steps(fold.collect([values]).numpy()), 16, "float32")
     assert (stats.nonfinite_rows == 0).all()
     error = origin(Snapshot(1, {"a": stats, "b": snapshot(1, b=FED).layers["b"]}))
     assert error.layer == "a" and "rows whose keys are all hidden" in error.evidence

@@ -22,6 +22,7 @@ from ..engine.extremes import Tensors
 from ..reference.options import Options
 from ..tracing import without_dispatch_modes
 from .call import AttentionCall, Unmeasurable, keys_hidden
+from .layer_state import LayerState
 from .measurement import Forward
 from .padding import Padding
 
@@ -136,38 +137,30 @@ class Pending:
     stream: int = 0
 
 
-#: A layer whose calls cannot be kept is tried again at the 1st, 2nd, 4th, ... call after, and after so many at most.
-LONGEST_REST = 64
-
-
 class KeptLayers:
     """The layers of which calls are not kept now, and why."""
 
     def __init__(self) -> None:
         self.reasons: dict[str, str] = {}
-        self._failures: dict[str, int] = {}
-        self._rest: dict[str, int] = {}
+        self._states: dict[str, LayerState] = {}  # of these layers
 
     def rests(self, layer: str) -> bool:
         """Whether the call that begins is left out."""
-        left = self._rest.get(layer, 0)
-        if left > 0:
-            self._rest[layer] = left - 1
-        return left > 0 or layer in self._rest and left < 0
+        state = self._states.get(layer)
+        return state is not None and state.rests()
 
     def fail(self, layer: str, error: Exception) -> None:
         """Leave out the next calls of a layer, or all of them if nothing else can come of it."""
         known = isinstance(error, Unmeasurable)
         self.reasons[layer] = str(error) if known else f"{type(error).__name__}: {error}"
-        failures = self._failures[layer] = self._failures.get(layer, -1) + 1
-        lasts = isinstance(error, Unmeasurable) and error.lasting
-        self._rest[layer] = -1 if lasts else min(2**failures - 1, LONGEST_REST)
+        state = self._states.setdefault(layer, LayerState())
+        state.rest()
+        state.measuring_failed = isinstance(error, Unmeasurable) and error.lasting
 
     def succeed(self, layer: str) -> None:
         """Note that a call was kept."""
-        if layer in self.reasons:
-            for noted in (self.reasons, self._failures, self._rest):
-                noted.pop(layer, None)
+        self.reasons.pop(layer, None)
+        self._states.pop(layer, None)
 
 
 class Keeper:

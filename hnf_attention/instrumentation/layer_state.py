@@ -6,6 +6,9 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+#: A layer whose measuring keeps failing is tried again at the 1st, 2nd, 4th, ... call after, and after so many at most.
+LONGEST_REST = 64
+
 
 @dataclass
 class LayerState:
@@ -30,6 +33,11 @@ class LayerState:
     again: int = 0
     described: set[str] = field(default_factory=set)
     phases: Iterator[int] = field(default_factory=itertools.count)
+
+    def rest(self) -> None:
+        """Leave out the next calls after a failure: 0, 1, 3, 7, ... of them."""
+        self.failures += 1
+        self.again = next(self.calls) + min(2 ** (self.failures - 1), LONGEST_REST)
 
     def rests(self) -> bool:
         """Whether the call that begins is left out."""

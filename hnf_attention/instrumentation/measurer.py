@@ -31,8 +31,6 @@ from .padding import Padding
 
 _log = logging.getLogger("hnf_attention")
 
-#: A layer whose measuring keeps failing is tried again at the 1st, 2nd, 4th, ... call after, and after so many at most.
-LONGEST_REST = 64
 #: The most calls of a layer in one forward that are told apart: a decoding loop inside of a forward has thousands.
 MOST_CALLS = 16
 
@@ -385,8 +383,7 @@ class Measurer:
                 type(failure).__name__,
                 failure,
             )
-        state.failures += 1
-        state.again = next(state.calls) + min(2 ** (state.failures - 1), LONGEST_REST)
+        state.rest()
         state.failure = self._problems[layer] = f"measuring failed: {type(failure).__name__}: {failure}"
         self._measured.pop(layer, None)
 

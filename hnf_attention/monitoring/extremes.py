@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..engine import extremes as engine
 from ..reference import extremes as reference
-from ..statistics.fields import NUM_FOLDED, NUM_SUMS, STEP_FIELDS
+from ..statistics.fields import STEP_FIELDS
 from .accumulators import Kind, Place
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class StepExtremes:
         self._results: dict[Place, Tensor] = {}
         self._raised: set[Place] = set()  # since they were read
         self._numbers: dict[int, int] = {}  # of the forwards that ran since, by `Forward.number`
-        self._steps: dict[int, int] = {}  # by these numbers
+        self.steps: dict[int, int] = {}  # by these numbers, for `decoded`
         self._count = 0
 
     def number(self, forward: Forward, step: int) -> int:
@@ -40,7 +40,7 @@ class StepExtremes:
         if known is None:
             self._count += 1
             known = self._numbers[forward.number] = self._count
-            self._steps[known] = step
+            self.steps[known] = step
         return known
 
     def prepared(self, kinds: Sequence[Kind], kept: KeptForward) -> Prepared:
@@ -66,20 +66,15 @@ class StepExtremes:
 
     def results(self, kinds: Collection[Kind]) -> list[tuple[Place, Tensor]]:
         """The results of these kinds that were raised since they were read."""
-        return [(place, self._results[place]) for place in self._results if self._is_read(place, kinds)]
+        return [(place, self._results[place]) for place in self._raised if place[0] in kinds]
 
-    def _is_read(self, place: Place, kinds: Collection[Kind]) -> bool:
-        return place in self._raised and place[0] in kinds
-
-    def restart(self, kinds: Collection[Kind] | None = None) -> Mapping[int, int]:
-        """Start the results of these kinds anew, None for all. Returns the steps of forwards, for `decoded`."""
-        steps = self._steps
+    def restart(self, kinds: Collection[Kind] | None = None) -> None:
+        """Start the results of these kinds anew, None for all."""
         for place in [x for x in self._raised if kinds is None or x[0] in kinds]:
             self._results[place].fill_(reference.NONE)
             self._raised.discard(place)
         if not self._raised:
-            self._numbers, self._steps = {}, {}
-        return steps
+            self._numbers, self.steps = {}, {}
 
 
 class Prepared(NamedTuple):
@@ -97,11 +92,8 @@ def decoded(results: np.ndarray, steps: Mapping[int, int]) -> np.ndarray:
     return np.concatenate([found, [numbers]])
 
 
-def with_steps(folded: np.ndarray | None, steps: np.ndarray | None, num_heads: int) -> np.ndarray:
-    """The values of a `HeadStats`: what was folded (NUM_FOLDED, H) and STEP_FIELDS (fields, H). None for nothing."""
-    if folded is None:
-        folded = np.zeros((NUM_FOLDED, num_heads))
-        folded[NUM_SUMS:] = -np.inf
+def with_steps(folded: np.ndarray, steps: np.ndarray | None = None) -> np.ndarray:
+    """The values of a `HeadStats`: what was folded (NUM_FOLDED, H) and STEP_FIELDS (fields, H), None for nothing."""
     if steps is None:
-        steps = np.full((len(STEP_FIELDS), num_heads), -np.inf)
+        steps = np.full((len(STEP_FIELDS), folded.shape[1]), -np.inf)
     return np.concatenate([folded, steps])

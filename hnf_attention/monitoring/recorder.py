@@ -244,10 +244,8 @@ class Recorder:
                 self.pending = False
         for kind, folded, between in copied:
             # Otherwise it is known from an earlier snapshot, and did not run since.
-            if (folded is not None and folded[_SEEN].any()) or (
-                between is not None and np.isfinite(between).any()
-            ):
-                values = with_steps(folded, between, kind.num_heads)
+            if folded[_SEEN].any():
+                values = with_steps(folded, between)
                 stats = HeadStats(values, kind.head_dim, _text(kind.dtype), periods[kind])
                 found[kind] = found[kind].merge(stats) if kind in found else stats
         ordered = [kind for kind in kinds if kind in found]
@@ -291,13 +289,12 @@ def _copy_to_host(
             copies.append((device, np.split(flat, [parts[0].numel()])))
         read: list[tuple[Kind, np.ndarray, np.ndarray | None]] = []
         done: set[Kind] = set()
-        steps = extremes.restart(())
         for device, (folded, found) in copies:
             between = dict(_columns(results[device], found)) if device in results else {}
             for kind, part in _columns(folds[device], folded):
                 # A layer that did not run keeps its extremes for the next reading.
-                known = part[_SEEN].any() and kind in between and kind not in done
-                read.append((kind, part, decoded(between[kind], steps) if known else None))
+                known = part[_SEEN].any() and kind in between
+                read.append((kind, part, decoded(between[kind], extremes.steps) if known else None))
                 if known:
                     done.add(kind)
         extremes.restart(done)
