@@ -1,0 +1,68 @@
+"""Experiment 1: train a sweep of recipes with their twins, and record what the monitor saw.
+
+    python -m bench.validation.predict FOLDER --split calibration [--seconds 480] [--processes 6]
+    python -m bench.validation.predict FOLDER --small
+
+The records go to FOLDER; `python -m bench.validation.judge FOLDER` judges them, as often as the rules change.
+--small: a few small models on the CPU, judged at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import pool
+from .harm import CLEAN, HARMED, harm
+from .recipes import SPLITS, ensembles, sweep
+from .record import Record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--split", choices=SPLITS, default="calibration")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--ensembles", type=int, default=20)
+    parser.add_argument("--members", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=6)
+    parser.add_argument("--seconds", type=float, default=480.0)
+    given = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() and not given.small else "cpu"
+    count, members, processes = given.ensembles, given.members, given.processes
+    if given.small:
+        count, members, processes = 2, 6, 1
+    recipes = sweep(given.split, count, members, given.small)
+    start, steps, harms = time.monotonic(), 0, []
+    archives = pool.Archives(given.folder, given.split)
+    size = 0
+    for done in pool.run(ensembles(recipes), device, processes, given.seconds):
+        if done.problem:
+            print(f"{done.name}: {done.problem}", flush=True)
+            continue
+        archives.add(done.records)
+        found = [Record.from_bytes(data) for _, data in done.records]
+        size += sum(len(data) for _, data in done.records)
+        harms += [harm(record) for record in found]
+        steps += sum(record.recipe.steps * (2 if len(record.twin_losses) else 1) for record in found)
+        recipe = found[0].recipe
+        print(
+            f"{done.name}: {len(found)} runs of {recipe.depth} x {recipe.width}, {recipe.precision}, read every "
+            f"{recipe.log_every}, in {done.seconds:.0f} s; {sum(x >= HARMED for x in harms)} harmed so far",
+            flush=True,
+        )
+    seconds = time.monotonic() - start
+    values = np.array(harms)
+    print(
+        f"{len(values)} of {len(recipes)} runs in {seconds:.0f} s, {steps / seconds:.0f} steps a second, "
+        f"{size / max(1, len(values)) / 1000:.0f} kB a run: {(values >= HARMED).sum()} harmed, "
+        f"{(values < CLEAN).sum()} clean, {np.isinf(values).sum()} not finite"
+    )
+
+
+if __name__ == "__main__":
+    main()
