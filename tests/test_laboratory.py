@@ -6,17 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 if not (ROOT / "bench" / "validation").is_dir():
     pytest.skip("the laboratory is in the checkout only", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from bench.validation.recipes import Recipe, ensembles, sweep  # noqa: E402
-from bench.validation.record import Record, rounded  # noqa: E402
+from bench.validation.harm import harm, onset  # noqa: E402
+from bench.validation.recipes import Recipe  # noqa: E402
+from bench.validation.record import Record, record_of  # noqa: E402
+from bench.validation.replay import diagnoses  # noqa: E402
 from bench.validation.runs import train  # noqa: E402
 from bench.validation.single import Training  # noqa: E402
+from hnf_attention import AttentionStabilityMonitor  # noqa: E402
 
 TINY = Recipe("tiny-0", 3, width=32, depth=2, heads=2, kv_heads=2, context=32, batch=4, steps=12, log_every=4)
 VARIANTS = {
@@ -24,7 +26,13 @@ VARIANTS = {
     "rms, rope, grouped": {"norm": "rms", "positions": "rope", "kv_heads": 1, "beta2": 0.95, "clip": 0.0},
     "muon": {"optimizer": "muon", "rate": 5e-3, "sharpness": 4.0},
     "qk-norm": {"qk_norm": True, "rate": 1e-2, "logit_scale": 8.0},
-    "noise, cosine": {"label_noise": 0.1, "schedule": "cosine", "init": 2.0, "event": "bad batch", "event_step": 3},
+    "noise, cosine": {
+        "label_noise": 0.1,
+        "schedule": "cosine",
+        "init": 2.0,
+        "event": "bad batch",
+        "event_step": 3,
+    },
 }
 
 
@@ -44,3 +52,58 @@ def test_a_member_of_an_ensemble_trains_as_the_plain_model_does(variant):
             twin.advance()
         np.testing.assert_allclose(records[1].twin_losses, twin.loss_array(), rtol=2e-3)
         assert np.abs(records[1].twin_losses - records[1].losses).max() > 1e-3
+
+
+FAILING = replace(TINY, steps=160, sharpness=16.0, rate=5e-2, warmup=80, precision="float32")
+
+
+def said(diagnosis):
+    return diagnosis.step, sorted((x.layer, x.head, x.issue_type, x.severity) for x in diagnosis.issues)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("log_every", [1, 8])
+def test_a_replay_says_what_the_live_monitor_said(log_every):
+    run, live = Training(FAILING), []
+    with AttentionStabilityMonitor(run.model, log_every=log_every) as monitor:
+        for _ in range(FAILING.steps):
+            run.advance()
+            diagnosis = monitor.on_step()
+            live += [] if diagnosis is None else [said(diagnosis)]
+        record = record_of(
+            replace(FAILING, log_every=log_every), run.loss_array(), run.loss_array(), monitor.history
+        )
+    again = Record.from_bytes(record.to_bytes())
+    assert [said(diagnosis) for diagnosis in diagnoses(again)] == live
+    assert sum(bool(issues) for _, issues in live) > 3  # there was something to say
+    assert len(record.to_bytes()) < 100_000
+    if log_every == 1:  # a slower cadence has these readings, and what lies between in its extremes
+        slow = list(again.history(8))
+        assert [snapshot.step for snapshot in slow] == list(range(8, FAILING.steps + 1, 8))
+        layer = next(iter(slow[0].layers))
+        between = [x.layers[layer].max_logit for x in again.history() if 8 < x.step < 16]
+        np.testing.assert_allclose(slow[1].layers[layer].between_max_logit, np.max(between, 0))
+
+
+def test_a_cadence_that_a_record_does_not_hold_is_refused():
+    record = Record(TINY, *[np.zeros(0)] * 3, (), (), np.zeros(0, int), np.zeros((0, 77, 0)))
+    with pytest.raises(ValueError, match="a multiple of the run's log_every 4, got 6"):
+        list(record.history(6))
+
+
+def losses(run, twin):
+    return Record(
+        TINY, np.array(run), np.zeros(0), np.array(twin), (), (), np.zeros(0, int), np.zeros((0, 77, 0))
+    )
+
+
+def test_harm_is_what_a_run_loses_against_its_twin():
+    twin = np.linspace(5.0, 2.0, 200)
+    worse = np.where(np.arange(200) < 100, twin, twin + 0.3)
+    assert harm(losses(worse, twin)) == pytest.approx(0.3)
+    assert 101 <= onset(losses(worse, twin)) <= 110
+    assert harm(losses(twin, twin)) == 0 and onset(losses(twin, twin)) is None
+    broken = np.where(np.arange(200) < 150, twin, np.nan)
+    assert harm(losses(broken, twin)) == np.inf and onset(losses(broken, twin)) == 151
+    assert harm(losses(broken, broken)) == 0  # attention has no part in it
+    assert harm(losses(twin + 1, [])) == 0  # QK-norm itself

@@ -167,7 +167,7 @@ def _shared(draw: np.random.Generator, split: str, number: int, small: bool) -> 
         "norm": _pick(draw, "layer", "layer", "rms"),
         "positions": _pick(draw, "learned", "rope"),
         "optimizer": "muon" if shift and number % 3 == 0 else "adamw",
-        "precision": _pick(draw, "float32", "bfloat16", "bfloat16", "float16 scaled", "float16"),
+        "precision": _pick(draw, "float32", "bfloat16", "bfloat16", "float32", "float16 scaled", "float16"),
         "pretrain": 300 if shift and number % 3 == 1 else 0,
         "steps": 600 if shift else 500,
         # One in five is read at every step, so that slower cadences can be taken from it.

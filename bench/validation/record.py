@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,6 +112,40 @@ class Record:
             arrays["readings"],
             np.moveaxis(_whole(arrays["values"]), -1, 0),
         )
+
+
+def record_of(
+    recipe: Recipe,
+    losses: np.ndarray,
+    norms: np.ndarray,
+    history: Sequence[Snapshot],
+    twin_losses: np.ndarray | None = None,
+    evaluation: Sequence[float] = (),
+    columns: slice | None = None,
+) -> Record:
+    """The record of a run from the snapshots of its monitor. columns: of each layer's heads, None for all.
+
+    Raises ValueError if the layers are not the same in all snapshots.
+    """
+    names = list(history[0].layers)
+    if any(list(snapshot.layers) != names for snapshot in history):
+        raise ValueError("expected the same layers in every snapshot")
+    columns = columns or slice(None)
+    chosen = [[stats.values[:, columns] for stats in snapshot.layers.values()] for snapshot in history]
+    layers = tuple(
+        Layer(name, values.shape[1], stats.head_dim, stats.dtype)
+        for values, (name, stats) in zip(chosen[-1], history[-1].layers.items())
+    )
+    return Record(
+        recipe,
+        losses,
+        norms,
+        np.empty(0, np.float32) if twin_losses is None else twin_losses,
+        tuple(map(float, evaluation)),
+        layers,
+        np.array([snapshot.step for snapshot in history]),
+        rounded(np.stack([np.concatenate(parts, 1) for parts in chosen])),
+    )
 
 
 def _extremes(values: np.ndarray) -> np.ndarray:

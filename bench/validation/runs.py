@@ -19,7 +19,7 @@ from .batches import Batches
 from .ensemble import Ensemble
 from .optimizers import Together
 from .recipes import Recipe
-from .record import Layer, Record, rounded
+from .record import Record, record_of
 
 EVALUATION_STEPS = 8
 PRETRAIN_RATE = 2e-3
@@ -114,31 +114,20 @@ def _records(
     evaluation: np.ndarray,
 ) -> list[Record]:
     """The columns of each recipe, and the losses of its twin."""
-    heads = recipes[0].heads
-    readings = np.array([snapshot.step for snapshot in history])
-    twin = len(recipes)
-    found = []
+    heads, twin, found = recipes[0].heads, len(recipes), []
     for number, recipe in enumerate(recipes):
         columns = slice(number * heads, (number + 1) * heads)
-        values = [
-            np.concatenate([stats.values[:, columns] for stats in snapshot.layers.values()], 1)
-            for snapshot in history
-        ]
-        layers = tuple(
-            Layer(name, heads, stats.head_dim, stats.dtype) for name, stats in history[-1].layers.items()
-        )
         twins: list[int] = [] if recipe.qk_norm else [twin]
         twin += len(twins)
         found.append(
-            Record(
+            record_of(
                 recipe,
                 losses[:, number],
                 norms[:, number],
-                losses[:, twins[0]] if twins else np.empty(0, np.float32),
-                tuple(float(evaluation[index]) for index in (number, *twins)),
-                layers,
-                readings,
-                rounded(np.stack(values)),
+                history,
+                losses[:, twins[0]] if twins else None,
+                evaluation[[number, *twins]],
+                columns,
             )
         )
     return found
