@@ -57,7 +57,8 @@ def run(ensembles: Sequence[Sequence[Recipe]], device: str, processes: int, seco
 def _work(tasks, results, device: str, deadline: float) -> None:
     import torch
 
-    from .runs import OutOfTime, train
+    from . import ordinary, runs
+    from .clock import OutOfTime
 
     torch.set_num_threads(1)
     while (ensemble := tasks.get()) is not None:
@@ -68,7 +69,10 @@ def _work(tasks, results, device: str, deadline: float) -> None:
         records: tuple[Packed, ...] = ()
         problem = ""
         try:
-            found = train(ensemble, device, deadline)
+            if ensemble[0].architecture:
+                found = [ordinary.train(each, device, deadline) for each in ensemble]
+            else:
+                found = runs.train(ensemble, device, deadline)
             records = tuple((record.recipe.name, record.to_bytes()) for record in found)
         except OutOfTime:
             problem = "out of time"

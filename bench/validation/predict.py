@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import pool
+from . import ordinary, pool
 from .harm import CLEAN, HARMED, harm
 from .recipes import SPLITS, ensembles, sweep
 from .record import Record
@@ -36,7 +36,10 @@ def main() -> None:
     count, members, processes = given.ensembles, given.members, given.processes
     if given.small:
         count, members, processes = 2, 6, 1
-    recipes = sweep(given.split, count, members, given.small)
+    if given.split == "ordinary":
+        recipes = ordinary.recipes(given.small)
+    else:
+        recipes = sweep(given.split, count, members, given.small)
     start, steps, harms = time.monotonic(), 0, []
     archives = pool.Archives(given.folder, given.split)
     size = 0

@@ -9,8 +9,8 @@ import numpy as np
 
 PRECISIONS = ("float32", "bfloat16", "float16", "float16 scaled")
 EVENTS = ("", "bad batch", "bit in query", "bit in mlp", "tied keys")
-SPLITS = ("calibration", "held-out", "shift")
-KINDS = ("sweep", "output", "qk-norm", "bad batch", "fault", "fine-tuning")
+SPLITS = ("calibration", "held-out", "shift", "ordinary")
+KINDS = ("sweep", "output", "qk-norm", "bad batch", "fault", "fine-tuning", "ordinary")
 #: What all members of an ensemble share; see `ensemble`.
 SHARED = (
     "width",
@@ -41,6 +41,7 @@ class Recipe:
     pretrain: steps on the Python sources at a usual rate before step 1, which the monitor does not see.
     event: one of EVENTS, from step `event_step` on. "bad batch": random bytes for five steps. "bit in ...": the
         highest exponent bit of one weight is flipped once. "tied keys": the batch is one byte repeated, for five steps.
+    architecture: of transformers; "" for the laboratory's own GPT.
     kind: why the recipe is in the sweep, one of KINDS.
     """
 
@@ -75,6 +76,7 @@ class Recipe:
     event: str = ""
     event_step: int = 0
     log_every: int = 10
+    architecture: str = ""
 
     @property
     def head_dim(self) -> int:

@@ -16,6 +16,7 @@ from hnf_attention.monitoring.recorder import Recorder
 from hnf_attention.statistics.heads import Snapshot
 
 from .batches import Batches
+from .clock import OutOfTime
 from .ensemble import Ensemble
 from .optimizers import Together
 from .recipes import Recipe
@@ -25,10 +26,6 @@ EVALUATION_STEPS = 8
 PRETRAIN_RATE = 2e-3
 _HISTORY = 2**33  # bytes; nothing is thinned
 _TOP_BIT = 1 << 30  # of the exponent of a float32
-
-
-class OutOfTime(RuntimeError):
-    """The deadline came before the run ended."""
 
 
 def train(
