@@ -6,10 +6,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hnf_attention import instrument
 from hnf_attention.monitoring.recorder import Recorder
 
 from .batches import Batches
@@ -100,6 +102,7 @@ def build(recipe: Recipe) -> nn.Module:
         "pad_token_id": None,
         "bos_token_id": None,
         "eos_token_id": None,
+        "use_cache": False,
     }
     classes = {
         "llama": (t.LlamaConfig, {}),
@@ -120,6 +123,7 @@ def build(recipe: Recipe) -> nn.Module:
             n_positions=recipe.context,
             bos_token_id=None,
             eos_token_id=None,
+            use_cache=False,
             # The trainings that this rate is known from have no dropout.
             attn_pdrop=0.0,
             embd_pdrop=0.0,
@@ -148,10 +152,23 @@ def build(recipe: Recipe) -> nn.Module:
 
 def train(recipe: Recipe, device: torch.device | str = "cpu", deadline: float = float("inf")) -> Record:
     """Train an ordinary recipe, watched at its log_every. Raises OutOfTime past the deadline."""
-    from hnf_attention import instrument
+    model = build(recipe).to(device)
+    with instrument(model, mode="probe") as instrumentation:
+        recorder = Recorder(instrumentation, recipe.log_every, history_bytes=2**33, every_step=True)
+        losses, norms = fit(model, recipe, deadline, recorder)
+        history = list(recorder.history)
+        recorder.stop()
+    return record_of(recipe, losses, norms, history)
 
-    device = torch.device(device)
-    model = build(recipe).to(device).train()
+
+def fit(
+    model: nn.Module, recipe: Recipe, deadline: float = float("inf"), recorder: Recorder | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Train the model of an ordinary recipe. Returns its losses and gradient norms, (steps,) each.
+
+    Raises OutOfTime past the deadline.
+    """
+    device = next(model.parameters()).device
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
@@ -161,34 +178,24 @@ def train(recipe: Recipe, device: torch.device | str = "cpu", deadline: float = 
         fused=device.type == "cuda",
     )
     losses, norms, rates = [], [], recipe.rates().tolist()
-    batches = _batches(recipe, device)
     low = None if recipe.precision == "float32" else getattr(torch, recipe.precision)
-    with instrument(model, mode="probe") as instrumentation:
-        recorder = Recorder(instrumentation, recipe.log_every, history_bytes=2**33, every_step=True)
-        for step in range(recipe.steps):
-            if time.monotonic() > deadline:
-                raise OutOfTime(f"{recipe.name} at step {step}")
-            for group in optimizer.param_groups:
-                group["lr"] = rates[step]
-            inputs, targets = next(batches)
-            with torch.autocast(device.type, dtype=low, enabled=low is not None):
-                logits = (
-                    model(input_ids=inputs, use_cache=False).logits
-                    if recipe.architecture != "bert"
-                    else model(input_ids=inputs).logits
-                )
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip))
-            optimizer.step()
-            losses.append(loss.detach())
+    model.train()
+    for step, (inputs, targets) in enumerate(_batches(recipe, device)):
+        if time.monotonic() > deadline:
+            raise OutOfTime(f"{recipe.name} at step {step}")
+        for group in optimizer.param_groups:
+            group["lr"] = rates[step]
+        with torch.autocast(device.type, dtype=low, enabled=low is not None):
+            logits = model(input_ids=inputs).logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip))
+        optimizer.step()
+        losses.append(loss.detach())
+        if recorder is not None:
             recorder.advance()
-        history = list(recorder.history)
-        recorder.stop()
-    return record_of(
-        recipe, torch.stack(losses).cpu().numpy(), torch.stack(norms).detach().cpu().numpy(), history
-    )
+    return torch.stack(losses).cpu().numpy(), torch.stack(norms).detach().cpu().numpy()
 
 
 def _batches(recipe: Recipe, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -11,16 +11,30 @@ from pathlib import Path
 
 import numpy as np
 
-from hnf_attention.statistics.fields import MAX_FIELDS, NUM_FOLDED, NUM_SUMS, STEP_FIELDS
+from hnf_attention.statistics.fields import (
+    ERROR_FIELDS,
+    MAX_FIELDS,
+    NUM_FOLDED,
+    NUM_SUMS,
+    STEP_FIELDS,
+    SUM_FIELDS,
+)
 from hnf_attention.statistics.heads import HeadStats, Snapshot
 
 from .recipes import Recipe
 
 Packed = tuple[str, bytes]  # a record's name and its bytes
 
-#: Significant bits of a stored number. Counts of rows up to 4096 are exact; other numbers are off by 1.2e-4 at most.
-BITS = 12
+#: Significant bits of a stored number, and of one that lines are fitted to: a line is the difference of large numbers.
+#: Counts of rows are round numbers, which are stored exactly.
+BITS, FINE_BITS = 9, 12
 _RANGE, _MAX = (NUM_SUMS + MAX_FIELDS.index(name) for name in ("logit_range", "max_logit"))
+_FINE = [
+    SUM_FIELDS.index("normalized_entropy"),
+    *(NUM_SUMS + MAX_FIELDS.index(name) for name in ("max_logit", "neg_min_logit", "logit_range")),
+]
+# Sums over blocks of rows give standard errors of sampled rows, and here all rows are measured.
+_BLOCKS = [SUM_FIELDS.index(f"{name}_blocks") for name in ERROR_FIELDS]
 _STEP_RANGE, _STEP_MAX = (NUM_FOLDED + STEP_FIELDS.index(name) for name in ("logit_range", "max_logit"))
 
 
@@ -90,7 +104,7 @@ class Record:
             file,
             items=np.frombuffer(json.dumps(items).encode(), dtype=np.uint8),
             losses=self.losses.astype(np.float32),
-            norms=_planes(self.norms),
+            norms=_planes(rounded(self.norms, BITS)),
             twin_losses=self.twin_losses.astype(np.float32),
             readings=self.readings.astype(np.int32),
             values=_planes(np.moveaxis(self.values, 0, -1)),
@@ -132,9 +146,13 @@ def record_of(
         raise ValueError("expected the same layers in every snapshot")
     columns = columns or slice(None)
     chosen = [[stats.values[:, columns] for stats in snapshot.layers.values()] for snapshot in history]
+    whole = np.stack([np.concatenate(parts, 1) for parts in chosen])
+    values = rounded(whole, BITS)
+    values[:, _FINE] = rounded(whole[:, _FINE], FINE_BITS)
+    values[:, _BLOCKS] = 0.0
     layers = tuple(
-        Layer(name, values.shape[1], stats.head_dim, stats.dtype)
-        for values, (name, stats) in zip(chosen[-1], history[-1].layers.items())
+        Layer(name, own.shape[1], stats.head_dim, stats.dtype)
+        for own, (name, stats) in zip(chosen[-1], history[-1].layers.items())
     )
     return Record(
         recipe,
@@ -144,7 +162,7 @@ def record_of(
         tuple(map(float, evaluation)),
         layers,
         np.array([snapshot.step for snapshot in history]),
-        rounded(np.stack([np.concatenate(parts, 1) for parts in chosen])),
+        values,
     )
 
 
@@ -157,18 +175,18 @@ def _extremes(values: np.ndarray) -> np.ndarray:
     return found
 
 
-def rounded(values: np.ndarray) -> np.ndarray:
-    """float32 numbers with BITS significant bits; NaN and infinities stay."""
+def rounded(values: np.ndarray, significant: int) -> np.ndarray:
+    """float32 numbers with so many significant bits; NaN and infinities stay."""
     with np.errstate(over="ignore"):
         bits = values.astype(np.float32).view(np.int32)
-    drop = 24 - BITS
+    drop = 24 - significant
     near = (bits + (1 << (drop - 1))) & ~((1 << drop) - 1)
     return np.where(np.isfinite(values), near, bits).view(np.float32)
 
 
 def _planes(values: np.ndarray) -> np.ndarray:
-    """Rounded numbers as the bytes of their changes along the last axis, uint8 (4, ...): they compress well."""
-    bits = rounded(values).view(np.uint32)
+    """Numbers as the bytes of their changes along the last axis, uint8 (4, ...): rounded ones compress well."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     changes = bits.copy()
     changes[..., 1:] ^= bits[..., :-1]
     return np.moveaxis(np.ascontiguousarray(changes)[..., None].view(np.uint8), -1, 0).copy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,13 +19,17 @@ from .recipes import Recipe
 class Training:
     """A run of a recipe that can be stopped and changed.
 
-    losses: of the steps so far. A fix lowers a rate by the "factor" of its parameter group.
+    losses: of the steps so far. Each parameter group's rate is the recipe's, times the group's "initial_lr", which is 1
+    at first. A cut of the rates by `apply_intervention` lowers it.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device | str = "cpu") -> None:
         self.recipe, self.device = recipe, torch.device(device)
         self.model: nn.Module = GPT(recipe).to(self.device)
         self.optimizers: Sequence[torch.optim.Optimizer] = optimizers_of(self.model, recipe)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["initial_lr"] = 1.0
         self.losses: list[Tensor] = []
         self._rates = recipe.rates().tolist()
         self._batches = Batches([recipe], recipe.steps, self.device)
@@ -37,12 +42,29 @@ class Training:
         """How many steps were done."""
         return len(self.losses)
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The one that has the parameters which Muon does not take."""
+        return self.optimizers[-1]
+
+    def cut_rates(self, factor: float) -> None:
+        """Multiply the rates of all parameters from now on."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group.get("initial_lr", 1.0) * factor
+
+    def went_back(self, step: int) -> None:
+        """Go on from that step, whose state the caller has restored, with batches that were not seen before."""
+        del self.losses[step:]
+        fresh = replace(self.recipe, seed=self.recipe.seed + 1)
+        self._batches = Batches([fresh], self.recipe.steps, self.device)
+
     def advance(self) -> None:
         """Train one step."""
         number = self.step
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self._rates[number] * group.setdefault("factor", 1.0)
+                group["lr"] = self._rates[number] * group.setdefault("initial_lr", 1.0)
         inputs, targets = (part[0] for part in self._batches.at(number))
         with torch.autocast(self.device.type, dtype=self._low, enabled=self._low is not None):
             logits = self.model(inputs)
