@@ -3,5 +3,6 @@
 from .apply import Applied, apply_intervention
 from .intervention import Intervention
 from .policy import InterventionPolicy
+from .standing_clip import QKClip
 
-__all__ = ["Applied", "Intervention", "InterventionPolicy", "apply_intervention"]
+__all__ = ["Applied", "Intervention", "InterventionPolicy", "QKClip", "apply_intervention"]
