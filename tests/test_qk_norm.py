@@ -1,6 +1,7 @@
 """QK-norm started in a trained model: the scores after, the gains, what is refused, and the way back."""
 
 import copy
+import gc
 import io
 
 import pytest
@@ -16,6 +17,14 @@ from hnf_attention.interventions import start_qk_norm
 
 X = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(0))
 t = transformers
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _leave_nothing_behind():
+    original = F.scaled_dot_product_attention
+    yield
+    gc.collect()
+    assert F.scaled_dot_product_attention is original
 
 
 def hugging_face(config, cls, **options):

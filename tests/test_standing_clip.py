@@ -1,5 +1,6 @@
 """QK-clip after every optimizer step: what it holds, what it leaves alone, what it refuses."""
 
+import gc
 import logging
 
 import pytest
@@ -12,6 +13,14 @@ from torch import nn
 
 from hnf_attention import AttentionStabilityMonitor, instrument
 from hnf_attention.interventions import QKClip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _leave_nothing_behind():
+    original = F.scaled_dot_product_attention
+    yield
+    gc.collect()
+    assert F.scaled_dot_product_attention is original
 
 
 def sizes(model, run, measure="range"):

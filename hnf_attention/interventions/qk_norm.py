@@ -77,7 +77,6 @@ class QKNormStart:
         self._names = {module: name for name, module in named_modules(model)}
         self._change = QKNorm()
         self._undo: list[Callable[[], Any]] = []
-        self._patches = interceptors(model.modules())
 
     def __repr__(self) -> str:
         state = "started" if self.started else "to start in the next forward"
@@ -90,9 +89,11 @@ class QKNormStart:
 
     def listen(self) -> None:
         """Measure in the next forward of the model."""
+        patches = interceptors(self._model.modules())
+        self._undo += [patch.release for patch in patches]
         treating.finders.append(self)
         hook = self._model.register_forward_hook(self._ended, always_call=True)
-        self._undo += [lambda: self in treating.finders and treating.finders.remove(self), hook.remove]
+        self._undo += [lambda: treating.finders.remove(self), hook.remove]
 
     def found(self, module: nn.Module, query: Tensor, key: Tensor) -> Call | None:
         """A call of `module` is seen. Its gains are measured in it, and used."""
@@ -139,8 +140,7 @@ class QKNormStart:
 
     def start(self) -> None:
         """Bring the gains into the optimizer. Raises ValueError if no layer was found."""
-        while self._undo:
-            self._undo.pop()()
+        self._stop_listening()
         if not self.layers:
             raise ValueError(
                 "expected a model with attention by scaled_dot_product_attention, or by a function of transformers, "
@@ -166,16 +166,17 @@ class QKNormStart:
 
         All other weights are as they are now. If nothing was learnt since, the model computes what it computed before.
         """
-        while self._undo:
-            self._undo.pop()()
+        self._stop_listening()
         optim.leave(self._optimizers, self.gains)
         for module in self.layers.values():
             Treated.remove(module, self._change)
             for name in (QUERY, KEY):
                 delattr(module, name)
         self.layers.clear()
-        while self._patches:
-            self._patches.pop().release()
+
+    def _stop_listening(self) -> None:
+        while self._undo:
+            self._undo.pop()()
 
 
 def start_qk_norm(
