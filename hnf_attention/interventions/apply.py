@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from . import dropout, learning_rate, qk_clip, temperature
+from . import dropout, layout, learning_rate, qk_clip, temperature
 from .intervention import Change, positive, shortened
 from .scaling import LayerScaling, refuse_masters, scale_layers
 
@@ -93,7 +93,9 @@ def apply_intervention(
         else:
             plan = _SCALINGS[action](model, intervention)
             if optimizer is not None:
-                refuse_masters(model, plan, optimizer)
+                for scaling in plan:
+                    found = layout.find(model, scaling.layer, len(scaling.query))
+                    refuse_masters(scaling.layer, found.parameters, optimizer)
             todo.append(partial(scale_layers, model, plan))
     todo += cut
     done: list[Change] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,8 +49,8 @@ def scale_layers(model: nn.Module, plan: Sequence[LayerScaling]) -> Change:
     return Change(text, lambda: run([scaling.inverse() for scaling in plan]))
 
 
-def refuse_masters(model: nn.Module, plan: Sequence[LayerScaling], optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError if the optimizer seems to keep fp32 copies of these layers' 16-bit weights.
+def refuse_masters(layer: str, parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError if the optimizer seems to keep fp32 copies of these 16-bit parameters of a layer.
 
     Its next step would write the copies over any change of the weights.
     """
@@ -58,11 +58,10 @@ def refuse_masters(model: nn.Module, plan: Sequence[LayerScaling], optimizer: to
     if not any(parameter.dtype == torch.float32 for parameter in held):
         return
     updated = {id(parameter) for parameter in held}
-    for scaling in plan:
-        for parameter in layout.find(model, scaling.layer, len(scaling.query)).parameters:
-            if parameter.element_size() == 2 and id(parameter) not in updated:
-                raise ValueError(
-                    f"expected an optimizer that updates the {parameter.dtype} weights of layer {scaling.layer!r} "
-                    "themselves, got one with other tensors in fp32: its master weights would undo the change "
-                    "(hand over the model that holds them)"
-                )
+    for parameter in parameters:
+        if parameter.element_size() == 2 and id(parameter) not in updated:
+            raise ValueError(
+                f"expected an optimizer that updates the {parameter.dtype} weights of layer {layer!r} "
+                "themselves, got one with other tensors in fp32: its master weights would undo the change "
+                "(hand over the model that holds them)"
+            )
