@@ -35,8 +35,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, recipe.kv_heads * recipe.head_dim, bias=False)
         self.v_proj = nn.Linear(width, recipe.kv_heads * recipe.head_dim, bias=False)
         self.out_proj = nn.Linear(width, width, bias=False)
-        self.q_norm = nn.RMSNorm(recipe.head_dim, eps=1e-6) if recipe.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(recipe.head_dim, eps=1e-6) if recipe.qk_norm else nn.Identity()
+        if recipe.qk_norm:
+            self.q_norm = nn.RMSNorm(recipe.head_dim, eps=1e-6)
+            self.k_norm = nn.RMSNorm(recipe.head_dim, eps=1e-6)
+        self.normed = recipe.qk_norm
         if recipe.positions == "rope":
             cosines, sines = rotary(recipe.context, recipe.head_dim)
             self.register_buffer("cosines", cosines, persistent=False)
@@ -48,7 +50,8 @@ class Attention(nn.Module):
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if self.normed:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if self.rope:
             q, k = rotate(q, (self.cosines, self.sines)), rotate(k, (self.cosines, self.sines))
         mixed = F.scaled_dot_product_attention(

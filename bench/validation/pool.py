@@ -1,4 +1,4 @@
-"""Many ensembles in several processes, up to a deadline; whatever ended by then is kept."""
+"""Many tasks in several processes, up to a deadline; whatever ended by then is kept."""
 
 from __future__ import annotations
 
@@ -6,41 +6,44 @@ import multiprocessing
 import time
 import traceback
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
+from typing import Any
 
-from .recipes import Recipe
+from .clock import OutOfTime
 from .record import Packed
 
 _GRACE = 20.0  # seconds past the deadline after which a process that hangs is ended
+#: (task, device, deadline of `time.monotonic`) -> result; a function of a module, because other processes call it
+Work = Callable[[Any, str, float], Any]
 
 
 @dataclass(frozen=True)
 class Done:
-    """One ensemble that ended. records: packed. problem: why it has none; "" if it has them."""
+    """A task that ended. problem: why it has no result; "" if it has one."""
 
-    name: str
+    task: Any
     seconds: float
-    records: tuple[Packed, ...]
+    result: Any
     problem: str = ""
 
 
-def run(ensembles: Sequence[Sequence[Recipe]], device: str, processes: int, seconds: float) -> Iterator[Done]:
-    """Train the ensembles, each in one of the processes, for `seconds` at most."""
+def run(work: Work, tasks: Sequence[Any], device: str, processes: int, seconds: float) -> Iterator[Done]:
+    """Do the tasks, each in one of the processes, for `seconds` at most; results come as they are ready."""
     deadline = time.monotonic() + seconds
     context = multiprocessing.get_context("spawn")
-    tasks, results = context.Queue(), context.Queue()
-    for ensemble in ensembles:
-        tasks.put(list(ensemble))
+    queue, results = context.Queue(), context.Queue()
+    for task in tasks:
+        queue.put(task)
     for _ in range(processes):
-        tasks.put(None)
-    arguments = (tasks, results, device, deadline)
-    workers = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(processes)]
+        queue.put(None)
+    arguments = (work, queue, results, device, deadline)
+    workers = [context.Process(target=_serve, args=arguments, daemon=True) for _ in range(processes)]
     for worker in workers:
         worker.start()
-    left = len(ensembles)
+    left = len(tasks)
     while left and time.monotonic() < deadline + _GRACE:
         try:
             yield results.get(timeout=1.0)
@@ -54,31 +57,22 @@ def run(ensembles: Sequence[Sequence[Recipe]], device: str, processes: int, seco
             worker.terminate()
 
 
-def _work(tasks, results, device: str, deadline: float) -> None:
+def _serve(work: Work, queue: Any, results: Any, device: str, deadline: float) -> None:
     import torch
 
-    from . import ordinary, runs
-    from .clock import OutOfTime
-
     torch.set_num_threads(1)
-    while (ensemble := tasks.get()) is not None:
-        start, name = time.monotonic(), ensemble[0].name.rpartition("-")[0]
+    while (task := queue.get()) is not None:
+        start = time.monotonic()
         if start > deadline:
-            results.put(Done(name, 0.0, (), "not begun"))
+            results.put(Done(task, 0.0, None, "not begun"))
             continue
-        records: tuple[Packed, ...] = ()
-        problem = ""
         try:
-            if ensemble[0].architecture:
-                found = [ordinary.train(each, device, deadline) for each in ensemble]
-            else:
-                found = runs.train(ensemble, device, deadline)
-            records = tuple((record.recipe.name, record.to_bytes()) for record in found)
+            result, problem = work(task, device, deadline), ""
         except OutOfTime:
-            problem = "out of time"
-        except Exception:  # the other ensembles go on
-            problem = traceback.format_exc()
-        results.put(Done(name, time.monotonic() - start, records, problem))
+            result, problem = None, "out of time"
+        except Exception:  # the other tasks go on
+            result, problem = None, traceback.format_exc()
+        results.put(Done(task, time.monotonic() - start, result, problem))
 
 
 class Archives:

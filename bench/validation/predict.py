@@ -11,15 +11,25 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from . import ordinary, pool
+from . import ordinary, pool, runs
 from .harm import CLEAN, HARMED, harm
-from .recipes import SPLITS, ensembles, sweep
-from .record import Record
+from .recipes import SPLITS, Recipe, ensembles, sweep
+from .record import Packed, Record
+
+
+def packed(recipes: Sequence[Recipe], device: str, deadline: float) -> list[Packed]:
+    """The packed records of one ensemble, or of ordinary recipes one after the other."""
+    if recipes[0].architecture:
+        found = [ordinary.train(recipe, device, deadline) for recipe in recipes]
+    else:
+        found = runs.train(recipes, device, deadline)
+    return [(record.recipe.name, record.to_bytes()) for record in found]
 
 
 def main() -> None:
@@ -43,18 +53,18 @@ def main() -> None:
     start, steps, harms = time.monotonic(), 0, []
     archives = pool.Archives(given.folder, given.split)
     size = 0
-    for done in pool.run(ensembles(recipes), device, processes, given.seconds):
+    for done in pool.run(packed, ensembles(recipes), device, processes, given.seconds):
         if done.problem:
-            print(f"{done.name}: {done.problem}", flush=True)
+            print(f"{done.task[0].name}: {done.problem}", flush=True)
             continue
-        archives.add(done.records)
-        found = [Record.from_bytes(data) for _, data in done.records]
-        size += sum(len(data) for _, data in done.records)
+        archives.add(done.result)
+        found = [Record.from_bytes(data) for _, data in done.result]
+        size += sum(len(data) for _, data in done.result)
         harms += [harm(record) for record in found]
         steps += sum(record.recipe.steps * (2 if len(record.twin_losses) else 1) for record in found)
         recipe = found[0].recipe
         print(
-            f"{done.name}: {len(found)} runs of {recipe.depth} x {recipe.width}, {recipe.precision}, read every "
+            f"{recipe.name}: {len(found)} runs of {recipe.depth} x {recipe.width}, {recipe.precision}, read every "
             f"{recipe.log_every}, in {done.seconds:.0f} s; {sum(x >= HARMED for x in harms)} harmed so far",
             flush=True,
         )
