@@ -1,5 +1,6 @@
 """The laboratory of bench/validation: its runs are what they say, and its replay is what a monitor would say."""
 
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -107,3 +108,25 @@ def test_harm_is_what_a_run_loses_against_its_twin():
     assert harm(losses(broken, twin)) == np.inf and onset(losses(broken, twin)) == 151
     assert harm(losses(broken, broken)) == 0  # attention has no part in it
     assert harm(losses(twin + 1, [])) == 0  # QK-norm itself
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["predict", "fixes", "real_models"])
+def test_the_small_version_of_an_experiment_runs(command, tmp_path):
+    out = tmp_path / ("fixes.json" if command == "fixes" else "records")
+    done = run_command(command, str(out), "--small")
+    if command == "predict":
+        assert "12 of 12 runs" in done
+        judged = run_command("judge", str(out), "--misses")
+        assert judged.startswith("12 runs: ") and "clean runs that fire" in judged
+    elif command == "fixes":
+        assert "2 failures of 2 runs" in done and "0/2" in done.partition("untreated")[2].splitlines()[0]
+    else:
+        assert len(list(out.glob("*.png"))) == 3 and (out / "real_models.json").stat().st_size > 1_000
+
+
+def run_command(name, *arguments):
+    command = [sys.executable, "-m", f"bench.validation.{name}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
