@@ -187,7 +187,7 @@ def _member(draw: np.random.Generator, shared: dict[str, Any], base: Recipe) -> 
     shift = base.split == "shift"
     kind = str(draw.choice(KINDS[:5], p=(0.70, 0.08, 0.08, 0.07, 0.07)))
     items: dict[str, Any] = {
-        "sharpness": float(draw.choice([0.5, 1.0, 2.0, 4.0, 8.0, 16.0], p=(0.05, 0.2, 0.15, 0.2, 0.2, 0.2))),
+        "sharpness": float(draw.choice([0.5, 1.0, 2.0, 4.0, 8.0], p=(0.05, 0.25, 0.2, 0.25, 0.25))),
         "init": float(draw.choice([0.5, 1.0, 2.0, 4.0], p=(0.1, 0.6, 0.2, 0.1))),
         "rate": float(np.exp(draw.uniform(np.log(6e-4), np.log(3e-2)))),
         "warmup": int(_pick(draw, 5, 20, 100, 200)),
