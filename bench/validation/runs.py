@@ -31,11 +31,12 @@ _TOP_BIT = 1 << 30  # of the exponent of a float32
 def train(
     recipes: Sequence[Recipe], device: torch.device | str = "cpu", deadline: float = float("inf")
 ) -> list[Record]:
-    """Train recipes of one shape, each with its twin where it has no QK-norm itself.
+    """Train recipes of one shape, each with its twin where it has no QK-norm itself; those with it come last.
 
     deadline: of `time.monotonic`. Raises OutOfTime when it has passed, and ValueError for recipes of several shapes.
     """
     device = torch.device(device)
+    recipes = sorted(recipes, key=lambda recipe: recipe.qk_norm)
     members = [*recipes, *(each.twin for each in recipes if not each.qk_norm)]
     run = _Run(members, device, len(recipes))
     if recipes[0].pretrain:
