@@ -112,8 +112,8 @@ def found(history, issue_type):
 
 
 def growing(scores, steps=None, **numbers):
-    """History of layer `a`, whose largest score takes these values (each a number or one per head)."""
-    steps = range(1, len(scores) + 1) if steps is None else steps
+    """History of layer `a`, whose largest score takes these values (each a number or one per head), every 10 steps."""
+    steps = range(10, 10 * len(scores) + 1, 10) if steps is None else steps
     each = [
         {k: v[t] if isinstance(v, list) and len(v) == len(scores) else v for k, v in numbers.items()}
         for t in range(len(scores))

@@ -7,6 +7,7 @@ from heads import found, growing, head_stats, only, snapshot
 from hnf_attention.diagnosis import diagnose
 from hnf_attention.diagnosis.thresholds import threshold
 from hnf_attention.statistics.fields import MAX_FIELDS, NUM_SUMS, SUM_FIELDS
+from hnf_attention.statistics.heads import Snapshot
 
 SHARP = {"normalized_entropy": 0.02, "max_weight": 0.9, "saturated_share": 0.7, "jacobian_trace_bound": 0.15}
 # All that three rules could say of one head.
@@ -46,26 +47,32 @@ def test_one_head_of_few(heads, severity):
     assert found([snapshot(3, a={"heads": heads, **numbers})], "entropy_collapse")[0].severity == severity
 
 
-def test_one_sharp_head_with_large_scores_is_an_error():
+def test_one_sharp_head_with_large_scores_is_a_warning_and_with_huge_ones_an_error():
     issue = found([snapshot(3, a=only(2, **SHARP, max_logit=150.0, min_logit=-150.0))], "entropy_collapse")[2]
-    assert issue.severity == "error" and "scores range over 300 nats" in issue.evidence
+    assert issue.severity == "warning" and "scores range over 300 nats" in issue.evidence
+    huge = only(2, **SHARP, max_logit=1500.0, min_logit=-1500.0)
+    assert found([snapshot(3, a=huge)], "entropy_collapse")[2].severity == "error"
     offset = only(2, **SHARP, max_logit=150.0, min_logit=140.0)
     assert found([snapshot(3, a=offset)], "entropy_collapse")[2].severity == "note"
 
 
 def test_one_sharp_head_with_rising_scores_is_an_error():
-    scores = [np.where(np.arange(4) == 2, 40.0 + 4 * t, 5.0) for t in range(10)]
+    scores = [np.where(np.arange(4) == 2, 40.0 + 6 * t, 5.0) for t in range(10)]
     issue = found(growing(scores, **only(2, **SHARP)), "entropy_collapse")[2]
-    assert issue.severity == "error" and "scores range over 152 nats and rising" in issue.evidence
+    assert issue.severity == "error" and "scores range over 188 nats and rising" in issue.evidence
+    behind = [
+        Snapshot(s.step, {"healthy": head_stats(), **s.layers}) for s in growing(scores, **only(2, **SHARP))
+    ]
+    assert found(behind, "entropy_collapse")[2].severity == "note"  # the first layer is as it was
     steady = growing([np.where(np.arange(4) == 2, 80.0, 5.0)] * 10, **only(2, **SHARP))
     assert found(steady, "entropy_collapse")[2].severity == "note"
 
 
-@pytest.mark.parametrize("count, severity", [(1, "note"), (3, "error")])
-def test_small_scores_that_rise_in_most_of_a_layer_are_an_error(count, severity):
+@pytest.mark.parametrize("count", [1, 3])
+def test_small_scores_that_rise_are_a_note(count):
     scores = [np.where(np.arange(4) < count, 8.0 + t, 5.0) for t in range(10)]
     issues = found(growing(scores, **first(count, **SHARP)), "entropy_collapse")
-    assert {i.severity for i in issues.values()} == {severity} and len(issues) == count
+    assert {i.severity for i in issues.values()} == {"note"} and len(issues) == count
 
 
 # Rows, not means
@@ -108,8 +115,8 @@ def test_low_entropy_is_a_warning_in_most_heads(entropy, told):
 
 
 def test_saturated_rows_and_growth_are_an_error():
-    numbers = {"normalized_entropy": 0.3, "saturated_share": 0.95, "max_logit": 150.0}
-    issues = found([snapshot(1, a=numbers)], "entropy_collapse")
+    numbers = {"normalized_entropy": 0.3, "saturated_share": 0.95}
+    issues = found(growing([60.0, 80.0, 100.0], **numbers), "entropy_collapse")
     assert issues[0].severity == "error" and issues[0].threshold == threshold("collapsed_saturation")
 
 
@@ -175,7 +182,7 @@ def test_a_layer_that_rests_in_part_is_no_note(changed):
 def test_a_sink_with_large_scores_is_no_excuse():
     grown = ONE_HOT | {"sink_mass": 0.9, "stray_share": 0.0, "max_logit": 150.0}
     issues = found([snapshot(1, a=grown)], "entropy_collapse")
-    assert issues[0].severity == "error" and "0.90 of the weight is on a sink" in issues[0].evidence
+    assert issues[0].severity == "warning" and "0.90 of the weight is on a sink" in issues[0].evidence
 
 
 DORMANT = dict(sink_mass=0.9999, max_weight=0.9999, jacobian_trace_bound=4e-8, normalized_entropy=1e-4)
@@ -214,9 +221,11 @@ def test_one_head_that_attends_is_enough(other):
 def test_a_coming_collapse_is_announced_with_its_time():
     steps = range(10, 101, 10)
     ratios = [0.45 - 0.002 * (s - 10) for s in steps]  # at step 100: 0.27, then 110 steps to 0.05
-    scores = [(3 + 0.04 * s) ** 2 for s in steps]  # at step 100: 49
+    scores = [(3 + 0.04 * s) ** 2 for s in steps]  # at step 100: 49, and 81 after 50 more, 121 after 100
     issues = found(growing(scores, steps, normalized_entropy=ratios), "entropy_collapse")
-    assert issues[0].severity == "warning"
+    assert issues[0].severity == "note"
+    warned = found(growing([1.5 * x for x in scores], steps, normalized_entropy=ratios), "entropy_collapse")
+    assert warned[0].severity == "warning"
     assert "head 0 of a: will collapse in about 110 steps" in issues[0].evidence
     # sqrt(size) is 7 at step 100 and grows by 0.04 a step: 2.9 more is twice the size.
     assert issues[0].headline == (
@@ -230,7 +239,7 @@ def test_a_coming_collapse_is_announced_with_its_time():
     [
         (0.45, 0.002, [20.0] * 10),  # what learning looks like: entropy falls, the scores stay
         (0.45, 0.002, [70.0] * 10),  # also where they are large
-        (0.45, 0.00091, None),  # 350 steps ahead, beyond three times the 90 steps that were seen
+        (0.45, 0.00091, None),  # 350 steps ahead, beyond three times the 50 steps that are looked at
         (0.865, 0.0035, None),  # 143 steps ahead, from more than half of the full entropy
     ],
 )
@@ -259,7 +268,8 @@ def test_one_hot_attention():
         (0.04, 4, 5, "warning"),
         (0.004, 1, 5, "note"),
         (0.004, 4, 5, "warning"),
-        (0.004, 1, 150, "error"),
+        (0.004, 1, 150, "warning"),
+        (0.004, 1, 1500, "error"),
     ],
 )
 def test_vanishing_gradient(share, heads, score, severity):

@@ -54,7 +54,15 @@ _ORDINARY = (
     ("gemma2", 4, 256, 4, 4, 1e-3, 1000),
     ("mistral", 6, 512, 8, 4, 6e-4, 2000),
     ("mistral", 4, 256, 4, 2, 1e-3, 2000),
+    # Those that a CPU trains in minutes: a context of 128, batches of 4.
+    ("gpt2", 2, 128, 4, 4, 1e-3, 2000),
+    ("llama", 2, 128, 4, 2, 1e-3, 2000),
+    ("qwen3", 2, 128, 4, 2, 1e-3, 2000),
+    ("bert", 2, 128, 4, 4, 1e-3, 2000),
+    ("gemma2", 2, 128, 4, 2, 1e-3, 2000),
+    ("mistral", 2, 128, 4, 2, 1e-3, 2000),
 )
+_SMALL_WIDTH = 128  # of those
 
 
 def recipes(small: bool = False) -> list[Recipe]:
@@ -75,6 +83,8 @@ def recipes(small: bool = False) -> list[Recipe]:
             # Fewer readings of long runs: 200 at most, in steps that a cadence of 10 has too.
             log_every=max(10, steps // 200 // 10 * 10),
         )
+        if width <= _SMALL_WIDTH and steps <= 2000:
+            recipe = replace(recipe, context=128, batch=4, precision="float32")
         found.append(recipe)
     if not small:
         return found

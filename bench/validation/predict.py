@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--split", choices=SPLITS, default="calibration")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--only", default="", help="ordinary recipes whose names hold this text")
     parser.add_argument("--ensembles", type=int, default=20)
     parser.add_argument("--members", type=int, default=20)
     parser.add_argument("--processes", type=int, default=6)
@@ -47,7 +48,7 @@ def main() -> None:
     if given.small:
         count, members, processes = 2, 6, 1
     if given.split == "ordinary":
-        recipes = ordinary.recipes(given.small)
+        recipes = [x for x in ordinary.recipes(given.small) if given.only in x.name]
     else:
         recipes = sweep(given.split, count, members, given.small)
     start, steps, harms = time.monotonic(), 0, []

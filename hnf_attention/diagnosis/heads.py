@@ -106,31 +106,32 @@ class Heads:
 
     @cached_property
     def alarming(self) -> np.ndarray:
-        """Heads whose scores are soon large, and so are those of the first layer and of half of all layers.
+        """Heads whose scores are soon large, and so are those of the first layer and of most layers.
 
-        A model gets along with a few such layers, but not without its first one.
+        A model gets along with a few such layers, but not without its first one. Without a line, as in a finished
+        model, scores have to be much larger: they may always have been large.
         """
-        return (self._soon > threshold("alarm_logit")) & (self._reach > threshold("alarm_logit"))
+        return self._passes & self._widespread
 
     @cached_property
-    def _soon(self) -> np.ndarray:
-        return self.score_ahead(threshold("alarm_horizon"))
+    def _passes(self) -> np.ndarray:
+        soon = self.score_ahead(threshold("alarm_horizon")) > threshold("alarm_logit")
+        return np.where(self.known, soon, self.score > threshold("deteriorating_logit"))
 
     @property
-    def _reach(self) -> float:
-        """The size that the largest head will have in the first layer, and in half of the layers at least."""
-        layers: dict[str, float] = {}
+    def _widespread(self) -> bool:
+        """Whether a head passes in the first layer, and in `alarm_layers` of the layers at least."""
+        layers: dict[str, bool] = {}
         for heads in self.company:
-            for place, size in zip(heads.places, heads._soon.tolist()):
-                layers[place[0]] = max(layers.get(place[0], 0.0), size)
-        ordered = sorted(layers.values(), reverse=True)
-        first = next((layers[name] for name in self.snapshots[-1].layers if name in layers), 0.0)
-        return min(first, ordered[len(ordered) // 2])
+            for (layer, _), passes in zip(heads.places, heads._passes.tolist()):
+                layers[layer] = layers.get(layer, False) or passes
+        first = layers.get(next(iter(self.snapshots[-1].layers)), False)
+        return first and sum(layers.values()) >= threshold("alarm_layers") * len(layers)
 
     @property
     def known(self) -> np.ndarray:
-        """Heads of which it is known whether they grow: of a model that trains, or with a line."""
-        return ~np.isnan(self.root_score.slope) | self.snapshots[-1].training
+        """Heads of which it is known whether they grow: those with a line."""
+        return ~np.isnan(self.root_score.slope)
 
     @cached_property
     def resting(self) -> np.ndarray:

@@ -49,12 +49,15 @@ THRESHOLDS: dict[str, Threshold] = {
     "warning_horizon": Threshold(100, "steps", f"{_LABORATORY}: how far the warning's line is projected"),
     "warning_floor": Threshold(20.0, "nats", f"{_LABORATORY}: smaller scores may grow fast and stop"),
     "alarm_logit": Threshold(
-        100.0, "nats", f"{_LABORATORY}: in the first layer and half of all layers, by the trend line"
+        100.0, "nats", f"{_LABORATORY}: in the first layer and most layers, by the trend line"
+    ),
+    "alarm_layers": Threshold(
+        0.75, "of layers", f"{_LABORATORY}: fewer layers with such scores often do no harm"
     ),
     "watch_snapshots": Threshold(3, "snapshots", f"{_RUNS}: so many in a row above watch_logit"),
     "alarm_horizon": Threshold(50, "steps", f"{_LABORATORY}: how far the alarm's line is projected"),
     "trend_steps": Threshold(50, "steps", f"{_LABORATORY}: length of the trend window, at any cadence"),
-    "trend_snapshots": Threshold(11, "snapshots", "own choice: the most that a trend line is fitted to"),
+    "trend_snapshots": Threshold(10, "snapshots", "own choice: the most that a trend line is fitted to"),
     "trend_snapshots_min": Threshold(3, "snapshots", f"{_LABORATORY}: fewer give no line"),
     "trend_span": Threshold(20, "steps", f"{_LABORATORY}: a line through fewer follows the noise of batches"),
     "trend_restart": Threshold(

@@ -102,19 +102,20 @@ def _growth(heads: Heads, head: int, watched: int, eta: float, step: int) -> _Ve
     half = f", {size:.4g} to either side"
     if size > threshold("diverged_logit"):
         verdict = error, "diverged_logit", size, f"{half}, beyond where published runs diverged", ""
-    elif heads.alarming[head]:
-        soon = f"; will saturate near step {step + eta:.0f}" if np.isfinite(eta) else "; saturated"
-        value = heads.score_ahead(threshold("alarm_horizon"))[head]
-        why = f"{half}, and by its trend {value:.4g} within {threshold('alarm_horizon'):.0f} steps, as in the first "
-        verdict = error, "alarm_logit", value, f"{why}layer and in half of all layers", soon
     elif size > threshold("deteriorating_logit"):
+        severity = error if heads.alarming[head] else warning
         verdict = (
-            warning,
+            severity,
             "deteriorating_logit",
             size,
             f"{half}, beyond where published runs deteriorated",
             "",
         )
+    elif heads.alarming[head]:
+        soon = f"; will saturate near step {step + eta:.0f}" if np.isfinite(eta) else "; saturated"
+        value = heads.score_ahead(threshold("alarm_horizon"))[head]
+        why = f"{half}, and by its trend {value:.4g} within {threshold('alarm_horizon'):.0f} steps, as in the first "
+        verdict = error, "alarm_logit", value, f"{why}layer and in most layers", soon
     elif size > threshold("clip_logit"):
         verdict = warning, "clip_logit", size, f"{half}, beyond where Kimi K2 clips", ""
     elif heads.grown[head]:
