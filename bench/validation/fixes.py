@@ -1,11 +1,12 @@
 """Experiment 2: failing runs, started again with each fix at the product's own alarm.
 
-    python -m bench.validation.fixes OUT.json --split held-out [--cases 40] [--seconds 300] [--policies NAME ...]
+    python -m bench.validation.fixes OUT.json [--cases FILE] [--most 40] [--seconds 300] [--policies NAME ...]
     python -m bench.validation.fixes OUT.json --small
 
-Failures are runs of the split's sweep that end 0.25 nat or more above what their configuration can reach: the best
-final loss over rates, without QK-norm and with it. A fix resolves a failure if the run ends less than 0.25 nat above
-that. The alarm is the monitor's first error, or first warning for the policies whose names begin with W.
+FILE: recipes of failures, as `judge --failures FILE` writes them; without it, those that are committed. The reference
+is what a configuration can reach: the best final loss over rates, without QK-norm and with it. A fix resolves a
+failure if the run ends less than 0.25 nat above that. The alarm is the monitor's first error, or first warning for
+the policies whose names begin with W.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from .clock import OutOfTime
 from .harm import final
 from .metrics import median, share
 from .policies import POLICIES, Case
-from .recipes import SPLITS, Recipe, sweep
+from .recipes import Recipe
 from .single import Training
 
+CASES = Path(__file__).with_name("cases.json")
 RATES = (1.0, 0.5, 0.25, 0.125, 0.0625)  # of the recipe's own, for the reference
 RESOLVED = 0.25  # nats above the reference
 SMALL = ("untreated", "product", "W: rewind + QK-norm + rate x 0.5")
@@ -114,12 +116,10 @@ def table(cases: dict[str, dict[str, Any]], policies: Sequence[str]) -> list[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--split", choices=SPLITS[:3], default="calibration")
-    parser.add_argument("--ensembles", type=int, default=28)
-    parser.add_argument("--members", type=int, default=20)
-    parser.add_argument("--cases", type=int, default=40)
+    parser.add_argument("--cases", type=Path, default=CASES)
+    parser.add_argument("--most", type=int, default=40)
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
-    parser.add_argument("--stable", nargs="*", choices=POLICIES, default=["product"])
+    parser.add_argument("--stable", nargs="*", choices=POLICIES, default=[])
     parser.add_argument("--processes", type=int, default=14)
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--small", action="store_true")
@@ -127,46 +127,41 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() and not given.small else "cpu"
     start = time.monotonic()
     if given.small:
-        given.policies = [name for name in SMALL if name in given.policies]
-    candidates = _candidates(given)
-    cases: dict[str, dict[str, Any]] = {}
-    groups = [list(group) for _, group in groupby(candidates, key=lambda x: x.shape)]
-    processes = 1 if given.small else given.processes
-    recipes: dict[str, Recipe] = {}
-    for done in pool.run(_work, groups, device, processes, given.seconds * 0.4):
-        if done.problem:
-            print(f"{done.task[0].name}: {done.problem}", flush=True)
-            continue
-        for recipe, found in zip(done.task, done.result):
-            if found["untreated"] - found["reference"] >= RESOLVED and len(cases) < given.cases:
-                cases[recipe.name] = {"recipe": recipe.to_dict(), **found, "policies": {}, "stable": {}}
-                recipes[recipe.name] = recipe
-    print(f"{len(cases)} failures of {len(candidates)} runs in {time.monotonic() - start:.0f} s", flush=True)
-    jobs = [Job(recipe, policy) for policy in given.policies for recipe in recipes.values()]
-    jobs += [Job(recipe, policy, True) for policy in given.stable for recipe in recipes.values()]
-    left = given.seconds - (time.monotonic() - start)
-    for done in pool.run(_work, jobs, device, processes, left):
+        given.policies, given.processes = [name for name in SMALL if name in given.policies], 1
+    recipes = (_small() if given.small else read_cases(given.cases))[: given.most]
+    cases = {x.name: {"recipe": x.to_dict(), "policies": {}, "stable": {}} for x in recipes}
+    # References first; then policy by policy, so that those that are done are done on all cases.
+    tasks: list[Any] = [list(group) for _, group in groupby(recipes, key=lambda x: x.shape)]
+    tasks += [Job(recipe, policy) for policy in given.policies for recipe in recipes]
+    tasks += [Job(recipe, policy, True) for policy in given.stable for recipe in recipes]
+    for done in pool.run(_work, tasks, device, given.processes, given.seconds):
         if done.problem:
             if done.problem not in ("not begun", "out of time"):
-                print(f"{done.task.recipe.name}, {done.task.policy}: {done.problem}", flush=True)
-            continue
-        kind = "stable" if done.task.stable else "policies"
-        cases[done.task.recipe.name][kind][done.task.policy] = done.result
-    for line in table(cases, given.policies):
+                print(done.problem, flush=True)
+        elif isinstance(done.task, Job):
+            kind = "stable" if done.task.stable else "policies"
+            cases[done.task.recipe.name][kind][done.task.policy] = done.result
+        else:
+            for recipe, found in zip(done.task, done.result):
+                cases[recipe.name] |= found
+    known = {name: case for name, case in cases.items() if "reference" in case}
+    failures = {n: c for n, c in known.items() if c["untreated"] - c["reference"] >= RESOLVED}
+    print(f"{len(failures)} failures of {len(recipes)} runs in {time.monotonic() - start:.0f} s", flush=True)
+    for line in table(failures, given.policies):
         print(line)
-    given.out.write_text(json.dumps(cases, indent=1) + "\n")
-    print(f"{time.monotonic() - start:.0f} s")
+    given.out.write_text(json.dumps(failures, indent=1) + "\n")
 
 
-def _candidates(given: argparse.Namespace) -> list[Recipe]:
-    """Recipes that may fail: of the sweep, in ensembles of few shapes."""
-    if given.small:
-        base = Recipe("fixes-0", 5, width=32, depth=2, heads=2, kv_heads=2, context=32, batch=8, steps=160)
-        base = replace(base, rate=5e-2, warmup=80, log_every=10, clip=0.0, weight_decay=0.0)
-        return [replace(base, name=f"fixes-{n}", seed=n, sharpness=s) for n, s in enumerate((8.0, 16.0))]
-    found = [x for x in sweep(given.split, given.ensembles, given.members) if x.kind == "sweep"]
-    # Those that hardly ever fail would only cost time.
-    return [x for x in found if x.optimizer == "adamw" and x.log_every == 10 and x.rate * x.sharpness > 4e-3]
+def read_cases(path: Path) -> list[Recipe]:
+    """Recipes of a file that `write_cases` wrote, those of one shape together."""
+    found = [Recipe.from_dict(items) for items in json.loads(path.read_text())]
+    return sorted(found, key=lambda recipe: recipe.shape)
+
+
+def _small() -> list[Recipe]:
+    base = Recipe("fixes-0", 5, width=32, depth=2, heads=2, kv_heads=2, context=32, batch=8, steps=160)
+    base = replace(base, rate=5e-2, warmup=80, log_every=10, clip=0.0, weight_decay=0.0)
+    return [replace(base, name=f"fixes-{n}", seed=n, sharpness=s) for n, s in enumerate((8.0, 16.0))]
 
 
 if __name__ == "__main__":

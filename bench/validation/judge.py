@@ -24,6 +24,8 @@ from .metrics import auroc, median, share
 from .record import read
 from .replay import TIERS, Verdict, judged
 
+FAILURE = 0.25  # nats of harm that a fix can undo
+
 
 def table(verdicts: Sequence[Verdict]) -> list[str]:
     """Recall, precision, false alarms and lead, of each tier."""
@@ -133,6 +135,9 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=NUMBER")
     parser.add_argument("--misses", action="store_true")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument(
+        "--failures", type=Path, help="write the recipes of failures that got an error, for fixes"
+    )
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     thresholds = {name: float(number) for name, _, number in (text.partition("=") for text in given.set)}
@@ -149,6 +154,9 @@ def main() -> None:
         print("\n".join(before.table([v.recipe for v in own], [v.harm for v in own])))
     if given.misses:
         print("\n".join(misses(others)))
+    if given.failures:
+        failures = [v.recipe.to_dict() for v in own if v.harm >= FAILURE and v.first["error"] is not None]
+        given.failures.write_text(json.dumps(failures, indent=1) + "\n")
     if given.out:
         given.out.write_text(json.dumps([asdict(v) for v in verdicts], indent=1) + "\n")
 

@@ -35,7 +35,7 @@ def packed(recipes: Sequence[Recipe], device: str, deadline: float) -> list[Pack
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--split", choices=SPLITS, default="calibration")
+    parser.add_argument("--split", choices=SPLITS, nargs="+", default=["calibration"])
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--only", default="", help="ordinary recipes whose names hold this text")
     parser.add_argument("--ensembles", type=int, default=20)
@@ -47,12 +47,14 @@ def main() -> None:
     count, members, processes = given.ensembles, given.members, given.processes
     if given.small:
         count, members, processes = 2, 6, 1
-    if given.split == "ordinary":
-        recipes = [x for x in ordinary.recipes(given.small) if given.only in x.name]
-    else:
-        recipes = sweep(given.split, count, members, given.small)
+    recipes = []
+    for split in given.split:
+        if split == "ordinary":
+            recipes += [x for x in ordinary.recipes(given.small) if given.only in x.name]
+        else:
+            recipes += sweep(split, count, members, given.small)
     start, steps, harms = time.monotonic(), 0, []
-    archives = pool.Archives(given.folder, given.split)
+    archives = pool.Archives(given.folder, "-".join(given.split))
     size = 0
     for done in pool.run(packed, ensembles(recipes), device, processes, given.seconds):
         if done.problem:
