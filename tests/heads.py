@@ -1,7 +1,7 @@
 """Head statistics with chosen numbers, and a stand-in for an instrumentation."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -95,6 +95,11 @@ def snapshot(step=1, **layers):
         name: value if isinstance(value, HeadStats) else head_stats(**value) for name, value in layers.items()
     }
     return Snapshot(step, made)
+
+
+def finished(step=1, **layers):
+    """As `snapshot`, of a model that does not train."""
+    return replace(snapshot(step, **layers), training=False)
 
 
 def found(history, issue_type):

@@ -59,11 +59,11 @@ def test_numbers_that_are_not_finite_become_null():
 def test_summary_groups_heads_and_ends_with_notes(broken):
     lines = broken.summary().splitlines()
     assert lines[0].startswith(
-        "step 1: 2 layers, 8 heads measured, 8 judged over 8,000 rows; 1 error, 7 warnings, 1 note"
+        "step 1: 2 layers, 8 heads measured, 8 judged over 8,000 rows; 1 error, 6 warnings, 2 notes"
     )
     assert lines[0].endswith(": not healthy")
     assert (
-        "error: non_finite in wild head 3" in lines and "warning: entropy_collapse in wild heads 0-3" in lines
+        "error: non_finite in wild head 3" in lines and "warning: entropy_collapse in wild heads 0-2" in lines
     )
     start = lines.index("warning: overflow_risk in wild heads 0-2")
     assert "2000" in lines[start + 1] and "QK-clip at 30" in lines[start + 2]

@@ -30,13 +30,13 @@ def smoothed(losses: np.ndarray) -> np.ndarray:
 
 
 def harm(record: Record) -> float:
-    """How much higher the run ends than its twin, nats; inf if it alone is not finite, 0 if it has QK-norm itself."""
-    if not len(record.twin_losses):
-        return 0.0
-    run, twin = final(record.losses), final(record.twin_losses)
-    if np.isinf(twin):
-        return 0.0 if np.isinf(run) else run - twin
-    return run - twin
+    """How much higher the run ends than its twin, nats; inf if it alone is not finite; 0 if it has QK-norm itself.
+
+    NaN if the twin is not finite either: such a run failed, and attention is not the reason.
+    """
+    run = final(record.losses)
+    twin = final(record.twin_losses) if len(record.twin_losses) else run
+    return float("nan") if np.isinf(run) and np.isinf(twin) else run - twin
 
 
 def onset(record: Record) -> int | None:

@@ -31,9 +31,12 @@ def table(verdicts: Sequence[Verdict]) -> list[str]:
     """Recall, precision, false alarms and lead, of each tier."""
     harmed = [v for v in verdicts if v.harm >= HARMED]
     clean = [v for v in verdicts if v.harm < CLEAN]
-    lines = [f"{len(verdicts)} runs: {len(harmed)} harmed, {len(clean)} clean"]
+    broken = sum(v.harm != v.harm for v in verdicts)
+    lines = [
+        f"{len(verdicts)} runs: {len(harmed)} harmed, {len(clean)} clean, {broken} not finite like their twins"
+    ]
     for tier in TIERS:
-        fired = [v for v in verdicts if v.first[tier] is not None]
+        fired = [v for v in verdicts if v.first[tier] is not None and v.harm == v.harm]
         leads = [lead for v in harmed if (lead := v.lead(tier)) is not None]
         steps = sum(v.last for v in clean)
         lines += [
@@ -59,7 +62,7 @@ def baseline_table(verdicts: Sequence[Verdict]) -> list[str]:
         leads = [v.onset - step(v) for v in found if v.onset is not None]
         lines.append(
             f"{name:24} recall {len(found) / max(1, sum(harmed)):.2f}, precision "
-            f"{share([v.harm >= HARMED for v in verdicts if step(v) is not None]).value:.2f}, "
+            f"{share([v.harm >= HARMED for v in verdicts if step(v) is not None and v.harm == v.harm]).value:.2f}, "
             f"clean {share([step(v) is not None for v in clean]).value:.2f}, "
             f"lead {median(leads):.0f}, positive {share([x > 0 for x in leads]).value:.2f}"
         )
@@ -76,7 +79,7 @@ def baseline_table(verdicts: Sequence[Verdict]) -> list[str]:
 def misses(verdicts: Sequence[Verdict]) -> list[str]:
     """Every run that was judged wrongly, with its recipe."""
     lines = []
-    for v in sorted(verdicts, key=lambda v: -v.harm):
+    for v in sorted((v for v in verdicts if v.harm == v.harm), key=lambda v: -v.harm):
         wrong = []
         if v.harm >= HARMED and v.first["error"] is None:
             wrong.append("harm without an error" if v.first["warning"] else "harm without a warning")

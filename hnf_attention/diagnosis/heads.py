@@ -104,6 +104,11 @@ class Heads:
         large = self.score > threshold("clip_logit")
         return large | (self.first & soon & (self.score > threshold("warning_floor")))
 
+    @property
+    def finished(self) -> bool:
+        """Whether the model does not train, so that nothing can be known of its growth."""
+        return not self.snapshots[-1].training
+
     @cached_property
     def alarming(self) -> np.ndarray:
         """Heads whose scores are soon large, and so are those of the first layer and of most layers.
