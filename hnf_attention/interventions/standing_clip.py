@@ -153,7 +153,7 @@ class QKClip:
         except ValueError as reason:
             self.refused[layer] = str(reason)
             self._found.pop(layer, None)
-            _log.warning("QK-clip leaves layer %s alone: %s", display_name(layer), reason)
+            _log.warning("QK-clip leaves layer %s alone: %s", display_name(layer), self.refused[layer])
             return None
         self._found[layer] = _places(found), found
         return found
