@@ -1,6 +1,7 @@
 """Fixes that can be applied and reverted, and which one to choose. They touch models, never kernels."""
 
-from .apply import Applied, apply_intervention
+from .action import Action, Preview, Verdict
+from .apply import Applied, apply_intervention, plan_intervention
 from .good_states import GoodStates, name_checkpoint
 from .intervention import Intervention
 from .policy import InterventionPolicy
@@ -8,12 +9,16 @@ from .qk_norm import start_qk_norm
 from .standing_clip import QKClip
 
 __all__ = [
+    "Action",
     "Applied",
     "GoodStates",
     "Intervention",
     "InterventionPolicy",
+    "Preview",
     "QKClip",
+    "Verdict",
     "apply_intervention",
     "name_checkpoint",
+    "plan_intervention",
     "start_qk_norm",
 ]

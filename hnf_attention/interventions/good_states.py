@@ -120,15 +120,7 @@ class GoodStates:
         the gains of QK-norm, stays as it is. Call it between two steps; every process of torch.distributed must.
         Raises ValueError if there is no such state, and has then changed nothing.
         """
-        old = [slot for slot in self._slots if slot.step <= before - self.margin]
-        good = self._good(old)
-        if not good:
-            bad = f", of which {len(old)} hold NaN or inf" if old else ""
-            raise ValueError(
-                f"expected a good state at least {self.margin} steps before step {before}, got those of steps "
-                f"{self.steps}{bad}"
-            )
-        chosen = good[-1]
+        chosen = self._choose(before)
         self.settle()
         left = self._before or self._free_slot()
         self._state.save(left, self._step)
@@ -144,6 +136,10 @@ class GoodStates:
             before,
         )
         return chosen.step
+
+    def chosen(self, before: int) -> int:
+        """The step that `rewind` would restore. Raises ValueError as it does."""
+        return self._choose(before).step
 
     def revert(self) -> int:
         """Take back the last rewind: restore the state that it left. Returns the step of that state.
@@ -166,6 +162,17 @@ class GoodStates:
         for slot in self._slots:
             slot.wait()
         self._slots, self._spare, self._before = [], [], None
+
+    def _choose(self, before: int) -> Slot:
+        old = [slot for slot in self._slots if slot.step <= before - self.margin]
+        good = self._good(old)
+        if not good:
+            bad = f", of which {len(old)} hold NaN or inf" if old else ""
+            raise ValueError(
+                f"expected a good state at least {self.margin} steps before step {before}, got those of steps "
+                f"{self.steps}{bad}"
+            )
+        return good[-1]
 
     def _take(self, step: int) -> None:
         if len(self._slots) >= self.keep:

@@ -72,8 +72,8 @@ class TrainingState:
     ):
         self._model, self._optimizers, self._rng = model, optimizers, rng
         given = scheduler if isinstance(scheduler, (list, tuple)) else [scheduler]
-        self._schedulers = [one for one in given if one is not None]
-        for one in self._schedulers:
+        self._given_schedulers = [one for one in given if one is not None]
+        for one in self._given_schedulers:
             if not (hasattr(one, "state_dict") and hasattr(one, "load_state_dict")):
                 raise TypeError(f"expected a scheduler with state_dict, got {type(one).__name__}")
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -160,9 +160,9 @@ class TrainingState:
     def _places(self) -> Iterator[tuple[Hashable, _Place, bool]]:
         """(key, place, whether a forward may change it) of every tensor."""
         mine = set()
-        for parameter in self._model.parameters():
-            mine.add(id(parameter))
-            yield id(parameter), _Place(parameter), False
+        for learned in self._model.parameters():
+            mine.add(id(learned))
+            yield id(learned), _Place(learned), False
         for buffer in self._model.buffers():
             yield id(buffer), _Place(buffer), True
         for number, optimizer in enumerate(self._optimizers):
@@ -187,8 +187,8 @@ class TrainingState:
                     plain = {k: copy.deepcopy(v) for k, v in state.items() if not isinstance(v, Tensor)}
                     states.append((number, parameter, plain))
         found: dict[str, Any] = {"states": states}
-        if self._schedulers:
-            found["schedulers"] = [copy.deepcopy(one.state_dict()) for one in self._schedulers]
+        if self._given_schedulers:
+            found["schedulers"] = [copy.deepcopy(one.state_dict()) for one in self._given_schedulers]
             groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
             found["rates"] = [copy.deepcopy(group["lr"]) for group in groups]
         if self._rng:
@@ -197,7 +197,7 @@ class TrainingState:
         return found
 
     def _write_others(self, others: dict[str, Any]) -> None:
-        for one, state in zip(self._schedulers, others.get("schedulers", [])):
+        for one, state in zip(self._given_schedulers, others.get("schedulers", [])):
             one.load_state_dict(copy.deepcopy(state))
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         for group, rate in zip(groups, others.get("rates", [])):
@@ -225,4 +225,4 @@ def _norms(tensors: Sequence[Tensor]) -> Tensor:
 def _local(tensor: Tensor) -> Tensor:
     """The tensor itself, or this process's part of one that is sharded."""
     tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "placements") else tensor  # type: ignore[operator]
+    return tensor.to_local() if hasattr(tensor, "placements") else tensor  # type: ignore[attr-defined]
