@@ -48,7 +48,8 @@ class QKClip:
         torch.distributed. Their largest sizes are put together at each step.
 
     Factors are computed and multiplied in on the device. The host never waits for it, unless FSDP2 shards the weights.
-    Sizes are those of the step's own forward, so a head may be over the threshold by what one optimizer step adds.
+    Sizes are those of the step's own forward, so a head may be over the threshold by what one optimizer step adds. They
+    are exact for every layer that may be over half of the threshold: see `ScoreSizes` for the others.
     Where several query heads share a key head, the queries take the whole factor.
 
     A layer is clipped only on proof that its scores, and nothing else, follow the weights: see `apply_intervention`.
@@ -97,7 +98,12 @@ class QKClip:
 
         An upper bound for layers far below the threshold: see `ScoreSizes`.
         """
-        return {layer: sizes.tolist() for layer, sizes in self._last.items()}
+        bounds = {name: layer.bound for name, layer in self._sizes.layers.items()}
+        found = {layer: sizes.tolist() for layer, sizes in self._last.items()}
+        return {
+            layer: [size if size > -torch.inf else bounds[layer] for size in sizes]
+            for layer, sizes in found.items()
+        }
 
     @torch.no_grad()
     def step(self) -> None:
