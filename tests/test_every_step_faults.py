@@ -116,8 +116,8 @@ def test_a_function_of_the_users_own_in_sdpas_place(monkeypatch):
 
 
 def test_a_default_device_changes_nothing():
-    model = Model()
-    with AttentionStabilityMonitor(model, log_every=3) as monitor, torch.device("cpu"):
+    model = Model().to(DEVICE)
+    with AttentionStabilityMonitor(model, log_every=3) as monitor, torch.device("meta"):
         train(model, monitor, 3)
     assert np.isfinite(between(monitor)).all()
 
