@@ -87,8 +87,8 @@ def test_keys_hidden_with_the_least_number_leave_the_statistics_finite(dtype, wi
     options = _options(q, k, v, attn_mask=mask)
     out, *core, more = forward.forward(q, k, v, options, extended=True)
     assert all(x.isfinite().all() for x in (out, *core, *more))
-    torch.testing.assert_close(out, SDPA(q, k, v, attn_mask=mask), rtol=2e-3, atol=2e-3)
     exact, rows = reference.attention(q, k, v, options)
+    torch.testing.assert_close(out, exact, rtol=2e-3, atol=2e-3)  # SDPA's kernels differ in such rows
     for mine, name in zip(core, ("lse", "entropy", "max_logit", "min_logit")):
         torch.testing.assert_close(mine, getattr(rows, name), rtol=1e-3, atol=1e-3)
     shown = torch.ones(9, 1, device=device)
