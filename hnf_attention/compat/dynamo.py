@@ -169,6 +169,23 @@ class Frame:
         return SymNodeVariable(fx.Proxy(node, self._translator.output.current_tracer), self.example(node))
 
 
+def mark_static(tensor: torch.Tensor) -> None:
+    """Tell compilers that a tensor stays where it is, so that a CUDA graph may write into it.
+
+    Missing: a graph that writes into it is run without CUDA graphs.
+    """
+    try:
+        from torch._dynamo import mark_static_address
+    except ImportError:
+        return
+    mark_static_address(tensor, guard=False)
+
+
+def example_of(variable: Any) -> torch.Tensor:
+    """What Dynamo's variable of a tensor computes: a tensor without numbers."""
+    return variable.realize().as_proxy().node.meta["example_value"]
+
+
 def constant(value: Any) -> Any:
     """Dynamo's variable of a Python constant."""
     from torch._dynamo.variables import ConstantVariable
@@ -196,6 +213,11 @@ def constant_of(variable: Any) -> Any:
 def module_of(variable: Any) -> nn.Module:
     """The module that a variable of `Frame.first_argument` is."""
     return variable.value
+
+
+def items(variable: Any) -> list[Any]:
+    """The variables in one of a list or tuple."""
+    return list(variable.items)
 
 
 def types_in(variable: Any) -> set[type]:

@@ -65,6 +65,18 @@ class Lane:
         self._touched.add(place)
         return self.working[place]
 
+    def adopt(self, place: Place, accumulator: Tensor) -> None:
+        """Take an empty accumulator that calls at this place are folded into without being asked for here."""
+        with torch.inference_mode(False):
+            kept = self._new(place)
+        self.working[place] = accumulator
+        if self.kept is not None:
+            self.kept[place] = kept
+
+    def touch_all(self) -> None:
+        """Note that something may have been folded at every place."""
+        self._touched.update(self.working)
+
     def _new(self, place: Place) -> Tensor:
         size = place[0].num_heads, place[1]
         if size not in self._empty:

@@ -43,11 +43,20 @@ class StepExtremes:
             self.steps[known] = step
         return known
 
+    def next_number(self, step: int) -> int:
+        """The number of a forward under grad that will be the next one, as part of that step."""
+        self.steps[self._count + 1] = step
+        return self._count + 1
+
+    def skip(self, number: int) -> None:
+        """Count a forward that nobody tells of, unless its number was given to another one."""
+        self._count = max(self._count, number)
+
     def prepared(self, kinds: Sequence[Kind], kept: KeptForward) -> Prepared:
         """What `record` needs for calls of these kinds, and for later ones of the same descriptions."""
         places = [(kind, call.device) for kind, call in zip(kinds, kept.calls)]
         calls = [
-            engine.Call(tensors, call.options, call.left_out, self._result(place))
+            engine.Call(tensors, call.options, call.left_out, self.result(place))
             for place, call, tensors in zip(places, kept.calls, kept.tensors)
         ]
         return Prepared(places, engine.Prepared(calls))
@@ -58,7 +67,12 @@ class StepExtremes:
         self._raised.update(prepared.places)
         prepared.calls.run(kept.tensors, number, number)
 
-    def _result(self, place: Place) -> Tensor:
+    def mark_raised(self, places: Collection[Place]) -> None:
+        """Note that the results of these places may have been raised."""
+        self._raised.update(places)
+
+    def result(self, place: Place) -> Tensor:
+        """The result of a place, which stays where it is."""
         if place not in self._results:
             with torch.inference_mode(False):
                 self._results[place] = reference.new_result(place[0].num_heads, place[1])
@@ -74,7 +88,8 @@ class StepExtremes:
             self._results[place].fill_(reference.NONE)
             self._raised.discard(place)
         if not self._raised:
-            self._numbers, self.steps = {}, {}
+            self._numbers = {}
+            self.steps = {number: step for number, step in self.steps.items() if number > self._count}
 
 
 class Prepared(NamedTuple):

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..shared.gate import STATISTICS, is_off
 from ..shared.descriptors import strided
+from ..shared.gate import STATISTICS, is_off
 from ..shared.launch import launch
 from ..shared.plan import Plan
 from ..shared.tiles import block_dim, ceil_div
@@ -73,10 +73,9 @@ def _sizes(sizes_ptr, x, first, num_rows, heads, length, PLAN: tl.constexpr):
         tl.store(sizes_ptr + row, tl.where(bad != 0, float("nan"), 0.0), mask=inside)
 
 
-
-
-
-@triton.jit(do_not_specialize=["heads", "kv_heads", "num_queries", "num_keys", "least_rows", "num_bh", "value_rows"])
+@triton.jit(
+    do_not_specialize=["heads", "kv_heads", "num_queries", "num_keys", "least_rows", "num_bh", "value_rows"]
+)
 def _beside_kernel(
     shared_ptr,
     weights_ptr,
@@ -95,7 +94,7 @@ def _beside_kernel(
     PLAN: tl.constexpr,
 ):
     """A program takes the weights of one (batch, head), or some rows of all values, or some of all outputs."""
-    if control_ptr is not None:
+    if control_ptr is not None:  # noqa: SIM102  # the compiler drops this branch, and not an `and`
         if is_off(control_ptr, STATISTICS):
             return
     program = tl.program_id(0)

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..shared.gate import STATISTICS, is_off
 from ..shared.descriptors import strided
+from ..shared.gate import STATISTICS, is_off
 from ..shared.launch import launch
 from ..shared.masks import call_of, cap_and_mask, mask_of_head
 from ..shared.plan import Options, ScorePlan, score_plan
@@ -43,11 +43,9 @@ def _plan(scores: ScorePlan, group: int, head_dim: int, has_index: bool, rows: i
 
 
 @triton.jit(do_not_specialize=["window"])
-def _columns_kernel(
-    weights_ptr, q, k, index_ptr, lse_ptr, control_ptr, call, window, PLAN: tl.constexpr
-):
+def _columns_kernel(weights_ptr, q, k, index_ptr, lse_ptr, control_ptr, call, window, PLAN: tl.constexpr):
     """Weights of one block of keys, summed over the rows."""
-    if control_ptr is not None:
+    if control_ptr is not None:  # noqa: SIM102  # the compiler drops this branch, and not an `and`
         if is_off(control_ptr, STATISTICS):
             return
     start_n, bh = scheduled_block(call.num_keys, PLAN.block_n, False)

@@ -286,9 +286,7 @@ def _check(row, result_ptr, like, call, batch, head, start, number, PLAN: tl.con
 
 
 @triton.jit
-def _look(
-    row, result_ptr, like, left_out, call, window, program, number, phase, probes, PLAN: tl.constexpr
-):
+def _look(row, result_ptr, like, left_out, call, window, program, number, phase, probes, PLAN: tl.constexpr):
     """What one program does: it takes a block of rows if its number is below `probes`, else a chunk."""
     if program < probes:
         # The blocks of a head come in turn. Other heads, sequences and calls begin elsewhere: see `sampling`.
@@ -335,9 +333,7 @@ def extremes_kernel(
 
 
 @triton.jit(do_not_specialize=["window", "phase", "probes"])
-def single_extremes_kernel(
-    result_ptr, control_ptr, tensors, call, window, phase, probes, PLAN: tl.constexpr
-):
+def single_extremes_kernel(result_ptr, control_ptr, tensors, call, window, phase, probes, PLAN: tl.constexpr):
     """The extremes of a single call, if `control` asks for them: see `control`. The grid is (programs,).
 
     phase: added to the number of the forward, which says which block of rows comes next.

@@ -111,8 +111,9 @@ def fold_kernel(
     window,
     PLAN: tl.constexpr,
 ):
-    """Add a call to the accumulator (slots, fields, H), or to one of two that `control` says. rows: pointers to `Core`. q, k: `Strided`, inner stride 1.
+    """Add a call to the accumulator (slots, fields, H), or to one of two, as `control` says.
 
+    rows: pointers to `Core`. q, k: `Strided`, inner stride 1.
     num_places: rows of a (batch, head) that have statistics. sequences: how many the call adds, -1 for those of a
     pack. first_new_key: the keys before it were counted with an earlier call.
     """

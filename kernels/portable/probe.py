@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..shared.gate import STATISTICS, is_off
 from ..shared.descriptors import source
+from ..shared.gate import STATISTICS, is_off
 from ..shared.launch import launch
 from ..shared.masks import call_of
 from ..shared.plan import Options, Plan
@@ -123,7 +123,7 @@ def _probe_kernel(
     PLAN: tl.constexpr,
 ):
     """The statistics of one block of rows, or the state of one part of its keys."""
-    if control_ptr is not None:
+    if control_ptr is not None:  # noqa: SIM102  # the compiler drops this branch, and not an `and`
         if is_off(control_ptr, STATISTICS):
             return
     start_m, bh = scheduled_block(row_length, PLAN.block_m, True)
@@ -211,8 +211,8 @@ def probe(
     query (B, H, M, D), key (B, H_kv, N, D); D <= 256; fp16, bf16 or fp32; any strides. Statistics are fp32
     (B, H, M). sample: (period, phase) of `sampling.row_index`, with a period of at most the number of blocks; M_s
     rows then stand for M, and row_index is theirs. Without a sample it is None. parts: over how many programs keys
-    are split. That takes a second launch; extended statistics are never split. control: see `shared.control`; what it does
-    not ask for is left as it is in memory. None for a probe that always runs.
+    are split. That takes a second launch; extended statistics are never split. control: see `shared.control`; what it
+    does not ask for is left as it is in memory. None for a probe that always runs.
     """
     batch, heads, num_queries, head_dim = query.shape
     period, phase = sample or (1, 0)

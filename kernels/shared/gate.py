@@ -5,7 +5,9 @@ import triton.language as tl
 
 from . import control
 
-EXTREMES, STATISTICS, EVALUATION = map(tl.constexpr, (control.EXTREMES, control.STATISTICS, control.EVALUATION))
+EXTREMES, STATISTICS, EVALUATION = map(
+    tl.constexpr, (control.EXTREMES, control.STATISTICS, control.EVALUATION)
+)
 _NUMBER = tl.constexpr(control.NUMBER)
 
 
