@@ -170,14 +170,16 @@ class Frame:
 
 
 def mark_static(tensor: torch.Tensor) -> None:
-    """Tell compilers that a tensor stays where it is, so that a CUDA graph may write into it.
+    """Tell compilers that a tensor stays where it is and keeps its shape, so that a CUDA graph may write into it.
 
-    Missing: a graph that writes into it is run without CUDA graphs.
+    A size would otherwise be taken for another one of the same number, which varies. Missing: a graph that writes into
+    the tensor is run without CUDA graphs.
     """
     try:
-        from torch._dynamo import mark_static_address
+        from torch._dynamo import mark_static, mark_static_address
     except ImportError:
         return
+    mark_static(tensor)
     mark_static_address(tensor, guard=False)
 
 
