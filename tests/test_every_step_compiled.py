@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from compat_helpers import carried_by
 from test_every_step import DEVICE, HEADS, WIDTH, batch, diagnosis_of
 from torch import nn
 from torch._dynamo.utils import counters
@@ -108,6 +109,7 @@ def same(some, others, rtol=1e-4):
         np.testing.assert_allclose(stats.values, others.layers[name].values, rtol=rtol, atol=rtol)
 
 
+@carried_by("example_of", "items")
 def test_a_graph_gives_what_the_model_gives():
     model, x = Model().to(DEVICE), batch(100)
     run = compiled(model)
@@ -120,6 +122,7 @@ def test_a_graph_gives_what_the_model_gives():
 
 
 @pytest.mark.slow
+@carried_by("mark_static")  # two graphs for "dynamic" without it: the accumulator has a size of 70, too
 @pytest.mark.parametrize("kind", ["grouped", "autocast", "blocks", "checkpoint", "reentrant", "dynamic"])
 def test_every_kind_gives_what_the_model_gives(kind):
     recompute = {"checkpoint": False, "reentrant": True}.get(kind)
@@ -148,7 +151,7 @@ def test_the_second_forward_of_a_checkpoint_in_a_graph_is_not_measured():
 @pytest.mark.parametrize(
     "log_every", [10, pytest.param(1, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
 )
-def test_a_nan_is_named_right_at_any_cadence(log_every):
+def test_a_nan_is_named_right_at_any_cadence_in_a_graph(log_every):
     model, x = Model().to(DEVICE), batch(24)
     run = compiled(model)
     first = {name: 13 + 11 * place for place, name in enumerate(TENSORS)}  # 13, 24, 35, 46
@@ -156,15 +159,12 @@ def test_a_nan_is_named_right_at_any_cadence(log_every):
     with AttentionStabilityMonitor(run, log_every=log_every) as monitor:
         train(run, monitor, max(50, log_every), x, spoil, model)
     assert graphs() == 1
-    if log_every == 1:
+    if log_every == 1:  # there are no steps in between: the readings name them
         for place, (name, step) in enumerate(first.items()):
-            stats = monitor.history[step - 1].layers["layers.1"]
-            counts = getattr(stats, f"nonfinite_{name}_rate" if False else f"first_nonfinite_{name}")
-            assert np.isnan(counts).all()  # steps in between are none
             (issue,) = [
                 x for x in diagnosis_of(monitor, step) if x.issue_type == "non_finite" and x.head == place
             ]
-            assert issue.layer == "layers.1"
+            assert issue.layer == "layers.1" and f"step {step}" in issue.evidence, (name, issue.evidence)
         return
     for place, (name, step) in enumerate(first.items()):
         stats = monitor.history[(step - 1) // log_every].layers["layers.1"]

@@ -176,11 +176,12 @@ def mark_static(tensor: torch.Tensor) -> None:
     the tensor is run without CUDA graphs.
     """
     try:
-        from torch._dynamo import mark_static, mark_static_address
+        from torch._dynamo import mark_static_address
     except ImportError:
         return
-    mark_static(tensor)
     mark_static_address(tensor, guard=False)
+    # As torch._dynamo.mark_static does, but for while Dynamo traces.
+    vars(tensor)["_dynamo_static_indices"] = set(range(tensor.dim()))
 
 
 def example_of(variable: Any) -> torch.Tensor:

@@ -14,6 +14,7 @@ from ..engine import extremes as engine
 from ..reference import extremes as reference
 from ..statistics.fields import STEP_FIELDS
 from .accumulators import Kind, Place
+from .streams import LastUse
 
 if TYPE_CHECKING:
     from ..instrumentation.keeping import KeptForward
@@ -30,6 +31,7 @@ class StepExtremes:
         self.lock = threading.RLock()
         self._results: dict[Place, Tensor] = {}
         self._raised: set[Place] = set()  # since they were read
+        self._streams = LastUse()  # that raised or read them, by device
         self._numbers: dict[int, int] = {}  # of the forwards that ran since, by `Forward.number`
         self.steps: dict[int, int] = {}  # by these numbers, for `decoded`
         self._count = 0
@@ -64,12 +66,17 @@ class StepExtremes:
     def record(self, prepared: Prepared, kept: KeptForward, step: int) -> None:
         """Raise the results by calls of one forward, without waiting for the device."""
         number = self.number(kept.forward, step)
+        self._use(prepared.places)
         self._raised.update(prepared.places)
         prepared.calls.run(kept.tensors, number, number)
 
     def mark_raised(self, places: Collection[Place]) -> None:
-        """Note that the results of these places may have been raised."""
+        """Note that what runs next on the current stream may raise the results of these places."""
+        self._use(places)
         self._raised.update(places)
+
+    def _use(self, places: Collection[Place]) -> None:
+        self._streams.use((None, device) for device in {device for _, device in places})
 
     def result(self, place: Place) -> Tensor:
         """The result of a place, which stays where it is."""
@@ -79,7 +86,9 @@ class StepExtremes:
         return self._results[place]
 
     def results(self, kinds: Collection[Kind]) -> list[tuple[Place, Tensor]]:
-        """The results of these kinds that were raised since they were read."""
+        """The results of these kinds that were raised since they were read, by whatever stream."""
+        self._streams.settle()
+        self._use(self._raised)
         return [(place, self._results[place]) for place in self._raised if place[0] in kinds]
 
     def restart(self, kinds: Collection[Kind] | None = None) -> None:

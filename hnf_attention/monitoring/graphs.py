@@ -16,6 +16,7 @@ from ..engine.graphed import EVALUATION, EXTREMES, STATISTICS, State, new_state
 from ..instrumentation.graph_reader import GraphKind
 from .accumulators import Kind, Lane, Place
 from .extremes import StepExtremes
+from .streams import LastUse, is_captured
 
 
 class GraphStates:
@@ -30,6 +31,7 @@ class GraphStates:
         self.number = 0
         self._extremes, self._note = extremes, note
         self._controls: dict[torch.device, Tensor] = {}
+        self._streams = LastUse()  # that read the controls
         self._states: dict[GraphKind, State] = {}
         self._places: list[Place] = []  # of the extremes
 
@@ -67,8 +69,11 @@ class GraphStates:
         self.wanted = (
             STATISTICS * statistics + EXTREMES * (extremes and training) + EVALUATION * (not training)
         )
+        self._streams.use(("control", device) for device in self._controls)
         for device, control in self._controls.items():
-            if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            if is_captured(device):
+                self.lane.touch_all()  # which notes that replays may fold here
+            else:
                 control.fill_(number | self.wanted)
         self._raised()
 
@@ -87,3 +92,8 @@ class GraphStates:
         if self.folds:
             self.lane.touch_all()
             self.lane.end(failed)
+
+    def settle(self) -> None:
+        """Have the current stream wait for all that was folded here."""
+        self.end(failed=False)
+        self.lane.settle()

@@ -274,7 +274,7 @@ class Recorder:
         """What was measured in this process since the last snapshot; a layer on several devices is merged."""
         found: dict[Kind, HeadStats] = {}
         with self._lanes.to_read() as lanes:
-            self._graphs.end(failed=False)
+            self._graphs.settle()
             copied = _copy_to_host([*lanes, self._graphs.lane], self._extremes)
             with self._lock:
                 forwards, self._forwards = self._forwards, Forwards()
