@@ -6,6 +6,7 @@ import torch
 from test_every_step import Model, batch, train
 
 from hnf_attention import AttentionStabilityMonitor
+from hnf_attention.instrumentation import watched
 from hnf_attention.monitoring import accumulators, streams
 from hnf_attention.monitoring.accumulators import Kind, Lane
 
@@ -24,6 +25,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(streams, "wait_for", lambda stream, device: Fake.waits.append((Fake.now, stream)))
     for module in (streams, accumulators):
         monkeypatch.setattr(module, "is_captured", lambda device: Fake.captures)
+    monkeypatch.setattr(watched, "captured", lambda: Fake.captures)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: Fake.waits.append("device"))
     return Fake
 

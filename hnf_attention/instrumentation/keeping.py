@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import compat
 from ..engine.extremes import Tensors
 from ..reference.options import Options
-from ..tracing import without_dispatch_modes
+from ..tracing import captured, without_dispatch_modes
 from .call import AttentionCall, Unmeasurable, keys_hidden
 from .layer_state import LayerState
 from .measurement import Forward
@@ -329,8 +329,7 @@ def by_heads(output: Tensor | None, heads: int, value: Tensor) -> Tensor | None:
 
 
 def _capturing(output: Any) -> bool:
-    on_cuda = type(output) is not Tensor or output.is_cuda
-    return on_cuda and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return (type(output) is not Tensor or output.is_cuda) and captured()
 
 
 def _is_cast(plain: Plain) -> bool:

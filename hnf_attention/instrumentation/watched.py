@@ -12,8 +12,9 @@ from typing import Any, Protocol
 from torch import nn
 
 from ..names import named_modules, unwrapped
+from ..tracing import captured
 from . import forwards, observer
-from .call import EAGER, AttentionCall
+from .call import EAGER, FIRST_IN_CAPTURE, AttentionCall
 from .compiled import layers
 from .forwards import Forwards
 from .graph_reader import GraphReader
@@ -69,6 +70,7 @@ class Watched:
         self._keeper = Keeper(self._deliver)
         self._keeps: weakref.ref[Member] | None = None
         self._members: dict[int, weakref.ref[Member]] = {}
+        self._attended: set[str] = set()  # layers of which a call was measured
         self._registered: list[weakref.ref[nn.Module]] = []
         self._patches: list[Patch] = []
         self._lock = threading.RLock()
@@ -139,7 +141,14 @@ class Watched:
         return bool(self._measuring())
 
     def attend(self, layer: str, describe: Callable[[], AttentionCall], original: Callable[[], Any]) -> Any:
-        for member in self._measuring():
+        members = self._measuring()
+        if layer not in self._attended:
+            if captured():  # a first call compiles and loads kernels, which would break the capture
+                for member in members:
+                    member.note(layer, FIRST_IN_CAPTURE)
+                return original()
+            self._attended.add(layer)
+        for member in members:
             original = partial(member.attend, layer, describe, original)
         return original()
 

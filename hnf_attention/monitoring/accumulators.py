@@ -16,13 +16,9 @@ from torch import Tensor
 
 from .. import compat
 from ..engine import fold
-from ..instrumentation.call import Unmeasurable
+from ..instrumentation.call import FIRST_IN_CAPTURE, Unmeasurable
 from ..tracing import without_dispatch_modes
 from .streams import LastUse, is_captured
-
-FIRST_IN_CAPTURE = (
-    "its first measured call is inside the capture of a CUDA graph: run the model once before it"
-)
 
 
 class Kind(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...compat import dynamo, running_backward
 from ...engine.graphed import EXTREMES, STATISTICS, GraphedCall, State
 from ...names import display_name
-from ...tracing import without_dispatch_modes
+from ...tracing import captured, without_dispatch_modes
 from .. import observer
 from ..call import AttentionCall, Unmeasurable
 from ..graph_reader import GraphKind, GraphReader
@@ -59,7 +59,7 @@ class Slot:
         """
         if self._failed or observer.thread.suspended or running_backward() != -1:
             return  # inside a backward it is the second forward of a checkpoint
-        capturing, wanted = _captured(tensors[0]), self._reader.wanted
+        capturing, wanted = tensors[0].is_cuda and captured(), self._reader.wanted
         signature = *((x.shape, x.stride(), x.dtype) for x in tensors), rest
         known = signature in self._calls
         # Replays ask the control, so what is captured holds every launch. So does the first run, which compiles them.
@@ -137,7 +137,3 @@ def _tensors(call: AttentionCall, output: Tensor) -> Any:
     call.cast()
     value = call.value
     return call.query, call.key, value, by_heads(call.output(output), call.query.shape[1], value)
-
-
-def _captured(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
