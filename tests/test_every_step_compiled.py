@@ -270,6 +270,23 @@ def test_what_a_graph_cannot_measure_itself_is_measured_as_before_and_said():
     assert graphs() == 1
 
 
+@pytest.mark.slow
+def test_calls_of_a_shared_block_are_one_layer_and_said_to_be():
+    class Shared(Model):
+        def forward(self, x):
+            for _ in range(3):
+                x = x + self.layers[0](x)
+            return x
+
+    model, x = Shared().to(DEVICE), batch(24)
+    model.layers[0].compile(backend="aot_eager", fullgraph=True)
+    with AttentionStabilityMonitor(model, log_every=2) as monitor:
+        train(model, monitor, 2, x)
+        assert "calls in compiled graphs together" in monitor.instrumentation.coverage.measured["layers.0"]
+    assert list(monitor.history[0].layers) == ["layers.0"]
+    assert monitor.history[0].layers["layers.0"].rows.tolist() == [3 * 48] * 4
+
+
 def test_copies_carry_nothing():
     model, x = Model().to(DEVICE), batch(24)
     run = compiled(model)

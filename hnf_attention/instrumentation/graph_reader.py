@@ -24,11 +24,14 @@ class GraphKind(NamedTuple):
 
 
 class GraphReader(Protocol):
-    """Keeps the states of one model's layers."""
+    """Keeps the states of one model's layers.
 
-    @property
-    def wanted(self) -> int:
-        """The bits of the control, as it was last told to the device."""
+    wanted, number: of the control, as it was last told to the device: what is wanted of the forward that runs, and the
+    number of this forward, 0 for one without grad.
+    """
+
+    wanted: int
+    number: int
 
     def state(self, kind: GraphKind) -> State:
         """The state of this kind, a new one if there is none. Its tensors stay where they are."""

@@ -264,7 +264,7 @@ class Instrumentation(Measurer):
             remarks += f", its calls in one forward from #{MOST_CALLS - 1} on together"
         if name in self.kept_layers.reasons:
             remarks += f", extremes at measured steps only: {self.kept_layers.reasons[name]}"
-        return remarks + (", its calls inside one compiled graph together" if name in self._merged else "")
+        return remarks + (", its calls in compiled graphs together" if name in self._merged else "")
 
     def require_measured(self) -> None:
         """Raise RuntimeError, with the coverage report, if nothing at all has been measured."""

@@ -86,8 +86,9 @@ class Measurer:
         """Say in the coverage that `layer` gave up PyTorch's inference fast path to be measured."""
         self._slowed.add(layer)
 
-    def note_graphed(self, layer: str, interceptor: str) -> None:
-        """Say in the coverage that compiled graphs measure `layer` by themselves."""
+    def note_graphed(self, layer: str, interceptor: str, merged: bool) -> None:
+        """Say in the coverage that compiled graphs measure `layer` by themselves, its calls of a forward together."""
+        self._merged |= {layer} if merged else set()
         compiled = "" if self.mode == "probe" else f": {COMPILED}"
         self._measured[layer] = f"probe{compiled} ({interceptor})"
 

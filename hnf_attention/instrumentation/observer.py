@@ -71,8 +71,11 @@ class ModelObserver(Observer, Protocol):
     def graph_reader(self) -> GraphReader | None:
         """Who reads what compiled graphs measure by themselves; None where each call has to be delivered."""
 
-    def note_graphed(self, layer: str, interceptor: str) -> None:
-        """Say in the coverage that compiled graphs measure `layer` by themselves."""
+    def note_graphed(self, layer: str, interceptor: str, merged: bool) -> None:
+        """Say in the coverage that compiled graphs measure `layer` by themselves.
+
+        merged: its calls in one forward are not told apart.
+        """
 
     def note_ungraphed(self, layer: str, reason: str) -> None:
         """Say in the coverage why compiled graphs take no extremes of calls of `layer`."""

@@ -51,7 +51,7 @@ class Member(observer.Observer, Protocol):
     ) -> Described | None:
         """The description of a call that gave `output`, and its tensors; None for a call that is not kept."""
 
-    def note_graphed(self, layer: str, interceptor: str) -> None:
+    def note_graphed(self, layer: str, interceptor: str, merged: bool) -> None:
         """As in `observer.ModelObserver`."""
 
     def restore(self) -> None:
@@ -221,9 +221,9 @@ class Watched:
         for member in self._measuring():
             member.note_slowed(layer)
 
-    def note_graphed(self, layer: str, interceptor: str) -> None:
+    def note_graphed(self, layer: str, interceptor: str, merged: bool) -> None:
         for member in self.members:
-            member.note_graphed(layer, interceptor)
+            member.note_graphed(layer, interceptor, merged)
 
     def note_ungraphed(self, layer: str, reason: str) -> None:
         for member in self.members:

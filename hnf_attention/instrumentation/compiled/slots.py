@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...compat import dynamo, running_backward
 from ...engine.graphed import EXTREMES, STATISTICS, GraphedCall, State
 from ...names import display_name
-from ...tracing import captured, without_dispatch_modes
+from ...tracing import without_dispatch_modes
 from .. import observer
 from ..call import AttentionCall, Unmeasurable
 from ..graph_reader import GraphKind, GraphReader
@@ -42,7 +42,8 @@ class Slot:
             dynamo.mark_static(tensor)
         self._reader, self._module = reader, weakref.ref(module)
         self._calls: dict[Hashable, _Described | None] = {}
-        self._failed = False
+        self._failed = self._merged = False
+        self._number = 0  # of the forward of the call before
         _slots[self.token.data_ptr()] = self
 
     def measure(
@@ -59,13 +60,18 @@ class Slot:
         """
         if self._failed or observer.thread.suspended or running_backward() != -1:
             return  # inside a backward it is the second forward of a checkpoint
-        capturing, wanted = tensors[0].is_cuda and captured(), self._reader.wanted
+        capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        wanted = self._reader.wanted
         signature = *((x.shape, x.stride(), x.dtype) for x in tensors), rest
         known = signature in self._calls
         # Replays ask the control, so what is captured holds every launch. So does the first run, which compiles them.
         everything = capturing or not known
         if not (everything or wanted & (EXTREMES | STATISTICS)):
             return
+        number, self._number = self._number, self._reader.number
+        if known and number and number == self._number and not self._merged:
+            self._merged = True
+            self._note(self._calls[signature])
         try:
             with torch.no_grad(), without_dispatch_modes():
                 call = self._calls[signature] if known else self._describe(signature, tensors, describe)
@@ -90,11 +96,15 @@ class Slot:
         call = describe()
         call.cast()
         options, mine = call.validated(), _tensors(call, tensors[3])
-        self._calls[signature] = found = _Described(GraphedCall(mine, options, 0), views_of(tensors, mine))
-        owner = self._owner()
-        if owner is not None:
-            owner.observer.note_graphed(owner.layer, call.interceptor)
+        measure, views = GraphedCall(mine, options, 0), views_of(tensors, mine)
+        self._calls[signature] = found = _Described(measure, views, call.interceptor)
+        self._note(found)
         return found
+
+    def _note(self, call: _Described | None) -> None:
+        owner = self._owner()
+        if owner is not None and call is not None:
+            owner.observer.note_graphed(owner.layer, call.interceptor, self._merged)
 
     def _fail(self, error: Exception) -> None:
         owner = self._owner()
@@ -116,10 +126,10 @@ class Slot:
 class _Described:
     """How calls of one signature are measured. views: see `keeping.views_of`."""
 
-    __slots__ = ("measure", "views")
+    __slots__ = ("interceptor", "measure", "views")
 
-    def __init__(self, measure: GraphedCall, views: list[Any] | None):
-        self.measure, self.views = measure, views
+    def __init__(self, measure: GraphedCall, views: list[Any] | None, interceptor: str):
+        self.measure, self.views, self.interceptor = measure, views, interceptor
 
 
 def of(token: Tensor) -> Slot | None:
