@@ -47,11 +47,12 @@ class _Thread(threading.local):
 class Forwards:
     """The forward passes of one model. Threads that run it at the same time have forwards of their own.
 
-    ended: gets each forward of the whole model when it has returned or raised, and the calls that are pending.
+    began: gets each forward of the whole model. ended: gets it when it has returned or raised, and the calls that are
+    pending.
     """
 
-    def __init__(self, ended: Callable[[Forward, Pending], None]):
-        self._ended = ended
+    def __init__(self, began: Callable[[Forward], None], ended: Callable[[Forward, Pending], None]):
+        self._began, self._ended = began, ended
         self._numbers = count(1)
         self._thread = _Thread()
 
@@ -64,6 +65,7 @@ class Forwards:
             return
         running = thread.running = self._new(ends=True)
         forward = running.forward
+        self._began(forward)
         try:
             yield
         except BaseException:

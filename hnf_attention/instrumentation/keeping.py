@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import compat
 from ..engine.extremes import Tensors
 from ..reference.options import Options
-from ..tracing import without_dispatch_modes
+from ..tracing import captured, without_dispatch_modes
 from .call import AttentionCall, Unmeasurable, keys_hidden
 from .layer_state import LayerState
 from .measurement import Forward
@@ -244,7 +244,7 @@ class Keeper:
         place = calls[0].layer, len(calls)
         again = self._again.get(place)
         if again is not None and again.signatures == signatures:
-            tensors = [_viewed(call.tensors, views) for call, views in zip(calls, again.views)]
+            tensors = [viewed(call.tensors, views) for call, views in zip(calls, again.views)]
             self._deliver(KeptForward(forward, again.calls, tensors, again.prepared))
             return
         described = [call.known if call.make is None else call.make() for call in calls]
@@ -276,10 +276,15 @@ class _Again(NamedTuple):
 def _views(raw: _Raw, described: Described) -> list[_View] | None:
     """How the model's own tensors stand for those of the description, in a later forward too; None if they do not."""
     call, tensors = described
-    if call.left_out is not None or len(raw.tensors) != len(tensors):
+    return None if call.left_out is not None else views_of(raw.tensors, tensors)
+
+
+def views_of(tensors: Sequence[Tensor], described: Sequence[Tensor | None]) -> list[Any] | None:
+    """How a call's own tensors stand for those of its description; None if they do not, as where one was copied."""
+    if len(tensors) != len(described):
         return None
     views: list[_View] = []
-    for own, mine in zip(raw.tensors, tensors):
+    for own, mine in zip(tensors, described):
         if mine is None or mine.data_ptr() != own.data_ptr() or mine.dtype != own.dtype:
             return None
         same = mine.shape == own.shape and mine.stride() == own.stride()
@@ -287,7 +292,8 @@ def _views(raw: _Raw, described: Described) -> list[_View] | None:
     return views
 
 
-def _viewed(tensors: Sequence[Tensor], views: Sequence[_View]) -> Any:
+def viewed(tensors: Sequence[Tensor], views: Sequence[_View]) -> Any:
+    """The tensors as `views_of` found them."""
     if views.count(None) == len(views):
         return tensors
     with torch.no_grad():
@@ -307,10 +313,10 @@ def described(layer: str, number: int, call: AttentionCall, result: Any, padding
     hidden = keys_hidden(options, batch, num_queries, key.shape[2])
     left_out = padding.left_out(layer, batch, num_queries, key.shape[2], hidden, query.device)
     kept = KeptCall(layer, number, heads, head_dim, query.dtype, query.device, options, left_out)
-    return kept, (query, key, value, _by_heads(call.output(result), heads, value))
+    return kept, (query, key, value, by_heads(call.output(result), heads, value))
 
 
-def _by_heads(output: Tensor | None, heads: int, value: Tensor) -> Tensor | None:
+def by_heads(output: Tensor | None, heads: int, value: Tensor) -> Tensor | None:
     """An output (B, H or 1, M, any) as (B, H, M, D_v), where it is of that size."""
     if output is None or output.dtype != value.dtype:
         return None
@@ -323,8 +329,7 @@ def _by_heads(output: Tensor | None, heads: int, value: Tensor) -> Tensor | None
 
 
 def _capturing(output: Any) -> bool:
-    on_cuda = type(output) is not Tensor or output.is_cuda
-    return on_cuda and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return (type(output) is not Tensor or output.is_cuda) and captured()
 
 
 def _is_cast(plain: Plain) -> bool:

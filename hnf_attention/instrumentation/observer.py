@@ -22,6 +22,7 @@ from .call import EAGER, AttentionCall
 from .measurement import Measurement
 
 if TYPE_CHECKING:
+    from .graph_reader import GraphReader
     from .keeping import Plain
 
 TRANSFORMED = "it runs inside a transform of torch.func"
@@ -65,6 +66,19 @@ class Observer(Protocol):
 
 class ModelObserver(Observer, Protocol):
     """The observer of a model's modules, which also keeps calls."""
+
+    @property
+    def graph_reader(self) -> GraphReader | None:
+        """Who reads what compiled graphs measure by themselves; None where each call has to be delivered."""
+
+    def note_graphed(self, layer: str, interceptor: str, merged: bool) -> None:
+        """Say in the coverage that compiled graphs measure `layer` by themselves.
+
+        merged: its calls in one forward are not told apart.
+        """
+
+    def note_ungraphed(self, layer: str, reason: str) -> None:
+        """Say in the coverage why compiled graphs take no extremes of calls of `layer`."""
 
     def keep(
         self,
