@@ -24,8 +24,8 @@ from . import observer, scores
 from .call import COMPILED, EAGER, AttentionCall, Unmeasurable, keys_hidden
 from .decoding import Decoding
 from .forwards import Forwards
-from .keeping import Described, KeptForward, KeptLayers, described
-from .layer_state import LayerState
+from .keeping import Described, KeptForward, described
+from .layer_state import KeptLayers, LayerState
 from .measurement import Forward, Measurement, without_call
 from .padding import Padding
 

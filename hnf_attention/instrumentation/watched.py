@@ -16,9 +16,11 @@ from ..tracing import captured
 from . import forwards, observer
 from .call import EAGER, FIRST_IN_CAPTURE, AttentionCall
 from .compiled import layers
+from .expected import Plain
 from .forwards import Forwards
 from .graph_reader import GraphReader
-from .keeping import Described, Keeper, KeptForward, KeptLayers, Pending, Plain
+from .keeping import Described, Keeper, KeptForward, Pending
+from .layer_state import KeptLayers
 from .measurement import Forward, Measurement
 from .padding import Padding
 from .patches import Patch
@@ -203,6 +205,7 @@ class Watched:
                 with self._lock:
                     member.on_kept(kept)
             except Exception as error:  # the monitor never ends a run
+                self._keeper.forget()  # these layers rest for some calls
                 for call in kept.calls:
                     member.kept_layers.fail(call.layer, error)
                 _log.debug("hnf-attention: no extremes were taken of these calls", exc_info=True)
@@ -236,7 +239,10 @@ class Watched:
     def is_named(self, module: nn.Module) -> bool:
         return any(member.is_named(module) for member in self._measuring())
 
-    def _forward_began(self, forward: Forward) -> None:
+    def _forward_began(self, forward: Forward, pending: Pending) -> None:
+        keeps = None if self._keeps is None else self._keeps()
+        if keeps is not None and forward.training and not keeps.padding.known:
+            pending.expected = self._keeper.expected()
         for member in self.members:
             if member.on_forward_begin is not None:
                 try:
@@ -244,10 +250,14 @@ class Watched:
                 except Exception:  # the monitor never ends a run
                     _log.warning("hnf-attention: on_forward_begin failed", exc_info=True)
 
+    def _module_of(self, layer: str) -> nn.Module | None:
+        model = self.root()
+        return None if model is None else dict(named_modules(model)).get(layer)
+
     def _forward_ended(self, forward: Forward, pending: Pending) -> None:
-        if pending.calls:
+        if pending.calls or pending.expected is not None:
             try:
-                self._keeper.flush(forward, pending)
+                self._keeper.finish(forward, pending, self._module_of)
             except Exception:  # the monitor never ends a run
                 _log.warning("hnf-attention: the calls of a forward could not be read", exc_info=True)
         for member in self.members:

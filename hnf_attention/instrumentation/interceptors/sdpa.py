@@ -19,7 +19,7 @@ from ...tracing import traced, transformed
 from .. import observer, sharded
 from ..call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
 from ..compiled import graphed, layers, operators, slots, tracer
-from ..keeping import Plain
+from ..expected import Plain
 from ..patches import Patch
 
 NAME = "scaled_dot_product_attention"
