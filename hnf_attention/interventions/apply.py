@@ -13,12 +13,16 @@ from ..names import unwrapped
 from . import qk_clip, temperature
 from .action import Action, Reading, Verdict
 from .dropout import RaiseDropout
+from .epsilon import SetEpsilon
 from .intervention import numbers_by_layer, positive, shortened
 from .learning_rate import ReduceRate
 from .optimizers import as_list
 from .qk_norm import StartQKNorm
+from .qk_rate import QKRates
+from .rewarm import Rewarm
 from .rewind import Rewind
 from .scaling import ScaleHeads
+from .skip_spikes import SkipSpikes
 from .standing_clip import StandingClip
 
 
@@ -76,6 +80,10 @@ _BUILDERS: dict[str, Callable[[_Run, Mapping[str, Any]], list[Action]]] = {
     "standing_qk_clip": lambda run, wanted: [StandingClip(run.model(wanted), run.optimizers, wanted)],
     "qk_norm": lambda run, wanted: [StartQKNorm(unwrapped(run.model(wanted)), run.optimizers, wanted)],
     "rewind": lambda run, wanted: [Rewind(run.model(wanted), wanted)],
+    "rewarm_lr": lambda run, wanted: [Rewarm(run.optimizers, wanted)],
+    "qk_rate": lambda run, wanted: [QKRates(run.model(wanted), run.optimizers, wanted)],
+    "set_eps": lambda run, wanted: [SetEpsilon(run.optimizers, wanted)],
+    "skip_spikes": lambda run, wanted: [SkipSpikes(run.optimizers, wanted)],
 }
 ACTIONS = tuple(_BUILDERS)
 
@@ -151,6 +159,8 @@ def apply_intervention(
     - standing_qk_clip does QK-clip after every optimizer step from now on: see `QKClip`.
     - qk_norm normalises queries and keys from the next forward on: see `start_qk_norm`.
     - rewind restores a state from before the alarm: see `GoodStates`.
+    - rewarm_lr warms the learning rate up again, set_eps sets the optimizer's epsilon, qk_rate gives query and key
+      weights a rate of their own, skip_spikes leaves out gradients that are far larger than usual.
 
     Those that scale change a weight only on proof that the scores of its head, and nothing else, follow it: they take
     the attention of `torch.nn` and of the transformers classes in `known_classes`. A layer of any other class is

@@ -20,6 +20,9 @@ class Intervention(dict[str, Any]):
     standing_qk_clip: {'action', 'reason'} and optionally 'threshold' and 'measure', as for `QKClip`.
     qk_norm: {'action', 'reason'} and optionally 'layers' (a list of names) and 'most', as for `start_qk_norm`.
     rewind: {'action', 'before' (the step of the alarm), 'reason'}; the model needs a `GoodStates`.
+    rewarm_lr: {'action', 'reason'} and optionally 'steps' (100) and 'floor' (0.1, of the rate).
+    qk_rate: {'action', 'factor', 'layers': {layer: number of heads}, 'reason'}.
+    set_eps: {'action', 'eps', 'reason'}. skip_spikes: {'action', 'reason'} and optionally 'limit' (6, in deviations).
     Each may have 'then': a list of further ones, which are carried out after it, as one.
     """
 
