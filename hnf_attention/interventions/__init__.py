@@ -4,13 +4,16 @@ from .action import Action, Preview, Verdict
 from .apply import Applied, apply_intervention, plan_intervention
 from .good_states import GoodStates, name_checkpoint
 from .intervention import Intervention
+from .penalty import AttentionPenalty
 from .policy import InterventionPolicy
+from .prune import loss_change
 from .qk_norm import start_qk_norm
 from .standing_clip import QKClip
 
 __all__ = [
     "Action",
     "Applied",
+    "AttentionPenalty",
     "GoodStates",
     "Intervention",
     "InterventionPolicy",
@@ -18,6 +21,7 @@ __all__ = [
     "QKClip",
     "Verdict",
     "apply_intervention",
+    "loss_change",
     "name_checkpoint",
     "plan_intervention",
     "start_qk_norm",

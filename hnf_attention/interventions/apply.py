@@ -15,14 +15,17 @@ from .action import Action, Reading, Verdict
 from .dropout import RaiseDropout
 from .epsilon import SetEpsilon
 from .intervention import numbers_by_layer, positive, shortened
+from .layer_precision import LayerPrecision
 from .learning_rate import ReduceRate
 from .optimizers import as_list
+from .prune import PruneHeads
 from .qk_norm import StartQKNorm
 from .qk_rate import QKRates
 from .rewarm import Rewarm
 from .rewind import Rewind
 from .scaling import ScaleHeads
 from .skip_spikes import SkipSpikes
+from .softcap import Softcap
 from .standing_clip import StandingClip
 
 
@@ -84,6 +87,9 @@ _BUILDERS: dict[str, Callable[[_Run, Mapping[str, Any]], list[Action]]] = {
     "qk_rate": lambda run, wanted: [QKRates(run.model(wanted), run.optimizers, wanted)],
     "set_eps": lambda run, wanted: [SetEpsilon(run.optimizers, wanted)],
     "skip_spikes": lambda run, wanted: [SkipSpikes(run.optimizers, wanted)],
+    "softcap": lambda run, wanted: [Softcap(run.model(wanted), wanted)],
+    "precision": lambda run, wanted: [LayerPrecision(run.model(wanted), wanted)],
+    "prune_heads": lambda run, wanted: [PruneHeads(run.model(wanted), wanted)],
 }
 ACTIONS = tuple(_BUILDERS)
 
@@ -161,6 +167,7 @@ def apply_intervention(
     - rewind restores a state from before the alarm: see `GoodStates`.
     - rewarm_lr warms the learning rate up again, set_eps sets the optimizer's epsilon, qk_rate gives query and key
       weights a rate of their own, skip_spikes leaves out gradients that are far larger than usual.
+    - softcap caps the scores of layers, precision computes their attention in fp32, prune_heads switches heads off.
 
     Those that scale change a weight only on proof that the scores of its head, and nothing else, follow it: they take
     the attention of `torch.nn` and of the transformers classes in `known_classes`. A layer of any other class is

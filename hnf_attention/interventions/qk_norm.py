@@ -39,11 +39,21 @@ EPS = 1e-6
 class QKNorm:
     """The change of one module's call. Its gains are parameters of the module: query (H,), key (H_kv,), fp32."""
 
-    name = "QK-norm"
+    name, sdpa_only = "QK-norm", False
 
-    def before(self, module: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys whose root mean square is their head's gain."""
-        return _normed(query, module.get_parameter(QUERY)), _normed(key, module.get_parameter(KEY))
+    def run(
+        self,
+        module: nn.Module,
+        attend: Callable[..., Any],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *rest: Any,
+        **named: Any,
+    ) -> Any:
+        """Attend with queries and keys whose root mean square is their head's gain."""
+        query = _normed(query, module.get_parameter(QUERY))
+        return attend(query, _normed(key, module.get_parameter(KEY)), value, *rest, **named)
 
 
 def _normed(x: Tensor, gain: Tensor) -> Tensor:

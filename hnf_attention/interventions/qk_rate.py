@@ -70,8 +70,8 @@ class QKRates(BesideSteps):
                     p.untyped_storage().data_ptr() for p in one.parameters
                 }:
                     raise RuntimeError(
-                        "expected query and key weights where they were when qk_rate began, got a model that was moved: "
-                        "revert it and apply it again"
+                        "expected query and key weights where they were when qk_rate began, got a model that was "
+                        "moved: revert it and apply it again"
                     )
                 found += [*one.query, *one.key, *one.rest]
         return found

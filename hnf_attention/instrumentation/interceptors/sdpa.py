@@ -44,7 +44,7 @@ def _interceptor(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
         changed = treating.current(*args, **kwargs) if treating.thread.running or treating.finders else None
-        return attend(*args, **kwargs) if changed is None else changed.run(attend, *args, **kwargs)
+        return attend(*args, **kwargs) if changed is None else changed.run(attend, True, *args, **kwargs)
 
     def attend(*args: Any, **kwargs: Any) -> Tensor:
         if transformed():
