@@ -6,8 +6,9 @@
 A step is forward, loss, backward, AdamW and zero_grad. The variants share one model and take turns in every round:
 
 - plain: no clip
-- far: every head is far below the threshold, so the bound alone is computed
-- near: every layer is close to the threshold, so the exact size of every head is computed
+- far: every head is far below the threshold, so a bound is computed at one step of eight
+- bound: every layer's bound is just below half of the threshold, so it is computed at every step
+- near: every layer is close to the threshold, so the exact size of every head is computed at every step
 - steps that clip cost the same as "near": factors are multiplied in whether they are 1 or not
 
 A clip is made for its turn and ended after it. The first round, which compiles, does not count. One step of each turn
@@ -30,15 +31,19 @@ from timing import repeat, timed
 from hnf_attention.interventions import QKClip
 
 WARMUP = 4  # until the way of measuring is chosen and the bounds have been read
-FAR, NEAR = 1e6, 1.05  # nats, and of the largest size
+FAR, BOUND, NEAR = 1e6, 2.2, 1.05  # nats; of the largest bound; of the largest size
+STEPS = 8  # in a row: as many as a layer that is far below is looked at once in
 
 
-def sizes(training: Training) -> float:
-    """The largest exact size of a head."""
+def sizes(training: Training) -> tuple[float, float]:
+    """The largest exact size of a head, and the largest bound of one."""
     clip = QKClip(training.model, FAR).attach(training.optimizer)
-    training.step()
+    found = []
+    for _ in range(3):  # the third step takes bounds alone
+        training.step()
+        found.append(max(max(heads) for heads in clip.sizes.values()))
     clip.remove()
-    return max(max(heads) for heads in clip.sizes.values())
+    return found[0], found[2]
 
 
 def turn(training: Training, threshold: float | None, steps: int) -> dict:
@@ -70,13 +75,13 @@ def host_waits(training: Training) -> str | None:
 def measure(shape: str, rounds: int, tiny: bool) -> dict:
     batch, length = map(int, shape.split("x"))
     training = Training("llama", batch, length, tiny)
-    largest = sizes(training)
-    variants = {"plain": None, "far": FAR, "near": NEAR * largest}
+    largest, bound = sizes(training)
+    variants = {"plain": None, "far": FAR, "bound": BOUND * bound, "near": NEAR * largest}
     turns = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name in list(variants)[:: 1 if number % 2 == 0 else -1]:
-            turns[name].append(turn(training, variants[name], 1 if number == 0 else 6))
-    found = {"largest_size": largest}
+            turns[name].append(turn(training, variants[name], 1 if number == 0 else STEPS))
+    found = {"largest_size": largest, "largest_bound": bound}
     for name, own in turns.items():
         ratios = [t["ms"] / p["ms"] - 1 for t, p in zip(own[1:], turns["plain"][1:])]
         found[name] = dict(own[-1]) | {
@@ -100,7 +105,7 @@ def main() -> None:
         asked.out.write_text(json.dumps(found, indent=1))
     for shape, variants in found["shapes"].items():
         print(f"\n1B LLaMA, {shape} tokens, largest size {variants['largest_size']:.1f} nats")
-        for name in ("plain", "far", "near"):
+        for name in ("plain", "far", "bound", "near"):
             print(
                 f"  {name:6} {variants[name]['ms']:9.2f} ms  {variants[name]['overhead']:+8.2%}"
                 f"  {'the host waits' if variants[name]['waits'] else 'no wait'}"

@@ -13,6 +13,7 @@ from torch import nn
 
 from hnf_attention import AttentionStabilityMonitor, instrument
 from hnf_attention.interventions import QKClip
+from hnf_attention.interventions.sizes import MOST_REST, bounds_of_sizes
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -82,19 +83,39 @@ def test_heads_below_the_limit_keep_every_bit_and_the_bound_stands_for_them():
     assert not changed(old, weights(model))
 
 
-def test_a_layer_that_jumps_over_the_limit_is_clipped_in_the_same_step():
+@pytest.mark.parametrize("far", [False, True])
+def test_a_layer_that_jumps_over_the_limit_is_clipped_at_its_next_look(far):
+    """In the same step, unless it was so far below that it was left alone."""
     torch.manual_seed(0)
     model = nn.Sequential(Fused())
-    clip = QKClip(model, 100.0)
+    bound = sizes_by_bound(model)
+    limit = bound * (300 if far else 2.5)
+    clip = QKClip(model, limit)
     for _ in range(3):
         model(X).sum().backward()
         clip.step()
-    loud(model, 40.0)
-    assert sizes(model, lambda: model(X))["0"].max() > 1000
-    for _ in range(2):
+    loud(model, 90.0)
+    assert sizes(model, lambda: model(X))["0"].max() > 10 * limit
+    clipped_after = 0
+    while sizes(model, lambda: model(X))["0"].max() > limit:
+        clipped_after += 1
         model(X).sum().backward()
         clip.step()
-        assert sizes(model, lambda: model(X))["0"].max() <= 100.1
+        assert clipped_after < 10
+    assert clipped_after <= MOST_REST if far else clipped_after == 1
+    model(X).sum().backward()
+    clip.step()
+    assert sizes(model, lambda: model(X))["0"].max() <= limit * 1.001
+
+
+def sizes_by_bound(model):
+    found = []
+    with instrument(model, mode="probe") as handle, torch.no_grad():
+        handle.on_measure = found.append
+        model(X)
+    bounds = bounds_of_sizes([(found[0].query, found[0].key)], [found[0].options.scale], "range")
+    assert (bounds[0] >= sizes(model, lambda: model(X))["0"]).all()
+    return float(bounds[0].max())
 
 
 def test_a_key_bias_triggers_nothing_but_for_max_logit():

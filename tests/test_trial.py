@@ -15,6 +15,8 @@ from odd_layers import (
     Cross,
     Fused,
     Gated,
+    Grouped,
+    Latent,
     Norm,
     Reused,
     Separate,
@@ -54,13 +56,17 @@ PROVED = {
     "grouped keys, by a softmax": lambda: Separate(groups=2, softmax=True),
     "cross attention": Cross,
     "a bias on the scores, zero output": Biased,
+    "rows by heads, kinds": lambda: Fused("heads, kinds"),
+    "rows by heads, kinds, by a softmax": lambda: Fused("heads, kinds", softmax=True),
+    "rows by groups": lambda: Grouped(2),
+    "rows by one group": lambda: Grouped(1),
+    "a gate beside the queries of each head": Gated,
+    "a gate beside all queries": lambda: Gated(inner=False),
+    "latent keys": Latent,
+    "latent queries and keys": lambda: Latent(latent_queries=True),
 }
 REFUSED = {
-    **{f"rows by {x}": (lambda x=x: Fused(x), "order|something else") for x in list(ORDERS)[1:]},
-    "rows by heads, kinds, by a softmax": (
-        lambda: Fused("heads, kinds", softmax=True),
-        "order|something else",
-    ),
+    **{f"rows by {x}": (lambda x=x: Fused(x), "order|something else") for x in list(ORDERS)[2:]},
     "a norm by a call": (lambda: Fused(inside=normed), "stay as they are"),
     "a norm by a call, separate": (lambda: Separate(inside=normed), "stay as they are"),
     "cosine": (lambda: Fused(inside=cosine), "stay as they are"),
@@ -81,7 +87,7 @@ REFUSED = {
     ),
     "queries with a part of their own": (lambda: Fused(inside=shifted), "its key weights|something else"),
     "a soft-cap": (Softcapped, "not grow in proportion"),
-    "a gate beside the queries": (Gated, "something else"),
+    "a gate that is the queries": (lambda: Gated(gate="queries"), "something else"),
     "keys that are values": (lambda: Reused("values"), "something else"),
     "queries in the output": (lambda: Reused("residual"), "something else"),
     "two attentions": (Twice, "one attention .* got 2"),
@@ -212,7 +218,7 @@ class _Uncopied(nn.Module):
         raise AssertionError("copied")
 
 
-@pytest.mark.parametrize("order", ["kinds, heads", "heads, kinds"])
+@pytest.mark.parametrize("order", ["kinds, heads", "heads, kinds", "heads backwards"])
 @pytest.mark.parametrize("norm", [None, normed])
 def test_auto_intervene_moves_only_what_is_proved(order, norm):
     torch.manual_seed(0)
@@ -226,7 +232,7 @@ def test_auto_intervene_moves_only_what_is_proved(order, norm):
             model(x)
             monitor.on_step()
         assert "auto_intervene" not in repr(monitor)
-    if order == "kinds, heads" and norm is None:
+    if order != "heads backwards" and norm is None:
         assert monitor.applied and products_of(model, x).abs().max() < 31
     else:
         assert not monitor.applied and not changed(weights(before), weights(model))

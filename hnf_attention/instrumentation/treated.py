@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -20,15 +21,28 @@ ATTRIBUTE = "_hnf_attention_treated"
 
 
 class Change(Protocol):
-    """What happens to the queries and keys of a module. It keeps its numbers in the module, not in itself.
+    """What happens in the attention of a module. It keeps what is learned in the module, not in itself.
 
-    name: what messages call it.
+    name: what messages call it. sdpa_only: it needs the options of scaled_dot_product_attention.
     """
 
     name: str
+    sdpa_only: bool
 
-    def before(self, module: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Other queries (B, H, M, D) and keys (B, H_kv, N, D) in place of these."""
+    def run(
+        self,
+        module: nn.Module,
+        attend: Callable[..., Any],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *rest: Any,
+        **named: Any,
+    ) -> Any:
+        """What `attend(query, key, value, *rest, **named)` is to return, changed.
+
+        query (B, H, M, D), key (B, H_kv, N, D), value (B, H_kv, N, D_v).
+        """
 
 
 class Treated:
@@ -99,20 +113,18 @@ class Call:
     def __init__(self, module: nn.Module, changes: list[Change]):
         self.module, self.changes, self.changed = module, changes, False
 
-    def run(
-        self,
-        original: Callable[..., Any],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *rest: Any,
-        **named: Any,
-    ) -> Any:
+    def run(self, original: Callable[..., Any], sdpa: bool, *args: Any, **named: Any) -> Any:
         """As `treating.Running.run`."""
         self.changed = True
-        for change in self.changes:
-            query, key = change.before(self.module, query, key)
-        return original(query, key, value, *rest, **named)
+        attend = original
+        for change in reversed(self.changes):
+            if change.sdpa_only and not sdpa:
+                raise RuntimeError(
+                    f"expected {type(self.module).__name__} to call scaled_dot_product_attention for {change.name}, "
+                    "got another attention function"
+                )
+            attend = partial(change.run, self.module, attend)
+        return attend(*args, **named)
 
 
 def interceptors(modules: Iterable[nn.Module]) -> list[Patch]:

@@ -18,16 +18,11 @@ from .. import compat
 class Running(Protocol):
     """One call of a module whose attention is changed, while it runs."""
 
-    def run(
-        self,
-        original: Callable[..., Any],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *rest: Any,
-        **named: Any,
-    ) -> Any:
-        """Compute the changed call of `original`, which takes these tensors first: (B, H, M, D), (B, H_kv, N, D)."""
+    def run(self, original: Callable[..., Any], sdpa: bool, *args: Any, **named: Any) -> Any:
+        """Compute the changed call of `original`, which takes query, key and value first, by place or by name.
+
+        sdpa: it is scaled_dot_product_attention, or what takes its place.
+        """
 
 
 class Finder(Protocol):

@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compat import dynamo
+from ..diagnosis.trends import product_size
 from ..instrumentation import treating
 from ..instrumentation.treated import Call, Treated, interceptors
 from ..names import display_name, named_modules, unwrapped
 from . import optimizers as optim
+from .action import Action, Preview, Reading, Verdict
 from .intervention import check_positive
 from .layout import QK_NORM
 from .shards import Shards
@@ -37,11 +39,21 @@ EPS = 1e-6
 class QKNorm:
     """The change of one module's call. Its gains are parameters of the module: query (H,), key (H_kv,), fp32."""
 
-    name = "QK-norm"
+    name, sdpa_only = "QK-norm", False
 
-    def before(self, module: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys whose root mean square is their head's gain."""
-        return _normed(query, module.get_parameter(QUERY)), _normed(key, module.get_parameter(KEY))
+    def run(
+        self,
+        module: nn.Module,
+        attend: Callable[..., Any],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *rest: Any,
+        **named: Any,
+    ) -> Any:
+        """Attend with queries and keys whose root mean square is their head's gain."""
+        query = _normed(query, module.get_parameter(QUERY))
+        return attend(query, _normed(key, module.get_parameter(KEY)), value, *rest, **named)
 
 
 def _normed(x: Tensor, gain: Tensor) -> Tensor:
@@ -221,8 +233,7 @@ def start_qk_norm(
         if gains is not None:
             _resume(start, inner, gains)
             return start
-        compiled = model is not inner and any(dynamo.is_wrapper(m) for m in model.modules())
-        compiled = compiled or any(dynamo.is_wrapper(m) for m in inner.modules())
+        compiled = _is_compiled(model)
         if compiled and forward is None:
             raise ValueError(
                 "expected forward=, which runs one forward of the model, for a compiled model, got None: "
@@ -242,6 +253,67 @@ def start_qk_norm(
         start.revert()
         raise
     return start
+
+
+class StartQKNorm(Action):
+    """`start_qk_norm` as an action. Reverting takes the norm and its gains away; other weights keep what they learnt.
+
+    Where nothing was learnt since, the model computes bit for bit what it computed before.
+    """
+
+    name = "qk_norm"
+
+    def __init__(
+        self, model: nn.Module, optimizers: list[torch.optim.Optimizer], intervention: Mapping[str, Any]
+    ):
+        super().__init__()
+        layers = intervention.get("layers")
+        if layers is not None and not isinstance(layers, (list, tuple)):
+            raise ValueError(f"expected 'layers' to be a list of names of modules, got {layers!r}")
+        self._most = check_positive("'most'", intervention.get("most", MOST))
+        self._model, self._optimizers = model, optimizers
+        self._layers = None if layers is None else _known(model, layers)
+        optim.vector_group(optimizers)
+        if _is_compiled(model):
+            raise ValueError(
+                "expected a model that is not compiled for the action qk_norm, got a compiled one: call "
+                "start_qk_norm(model, optimizer, forward=...), which measures the gains without the graphs"
+            )
+        self.started: QKNormStart | None = None
+
+    def preview(self) -> Preview:
+        """As `Action.preview`: gains are measured in the next forward."""
+        where = "every layer that can have it" if self._layers is None else ", ".join(sorted(self._layers))
+        text = f"QK-norm in {where}, gains to be measured in the next forward, at most {self._most:g}"
+        return Preview(
+            text, {"layers": None if self._layers is None else sorted(self._layers), "most": self._most}
+        )
+
+    def verify(self, reading: Reading) -> Verdict:
+        """Whether every score lies within gain_q * gain_k * D * scale, where the scale is D ** -0.5."""
+        if self.started is None or not self.started.started:
+            return Verdict(None, "the gains are not measured yet")
+        said, holds = [], True
+        for name, module in self.started.layers.items():
+            stats = reading.get(name)
+            if stats is None:
+                return Verdict(None, f"layer {display_name(name)} was not measured")
+            gains = [float(module.get_parameter(x).detach().abs().max()) for x in (QUERY, KEY)]
+            most, found = gains[0] * gains[1] * stats.head_dim**0.5, float(product_size(stats).max())
+            holds &= found <= 1.05 * most
+            said.append(
+                f"{display_name(name)}: scores up to {found:.1f} nats, at most {most:.1f} are possible"
+            )
+        return Verdict(holds, "; ".join(said))
+
+    def _do(self, undo: list[Callable[[], Any]]) -> str:
+        self.started = start_qk_norm(self._model, self._optimizers, layers=self._layers, most=self._most)
+        undo.append(self.started.revert)
+        return self.preview().text
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(dynamo.is_wrapper(module) for module in model.modules())
 
 
 def _resume(start: QKNormStart, model: nn.Module, state: Mapping[str, Tensor]) -> None:

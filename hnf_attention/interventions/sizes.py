@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from ..instrumentation import instrument
 from ..reference.options import Options
 
 if TYPE_CHECKING:
-    from ..instrumentation.keeping import KeptForward
+    from ..instrumentation.keeping import KeptCall, KeptForward
     from ..instrumentation.measurement import Measurement
 
 MEASURES = ("range", "max_logit")
@@ -53,16 +54,24 @@ def exact_sizes(
 
 
 @torch.no_grad()
-def bound_of_sizes(query: Tensor, key: Tensor, scale: float, measure: str) -> Tensor:
-    """(H,) fp32, nats: an upper bound of `exact_sizes` from the lengths of queries and keys (Cauchy and Schwarz).
+def bounds_of_sizes(
+    calls: Sequence[tuple[Tensor, Tensor]], scales: Sequence[float], measure: str
+) -> list[Tensor]:
+    """(H,) fp32 each, nats: an upper bound of `exact_sizes` of calls (query, key) that have the same heads.
 
-    It reads q and k once, which costs a few percent of what the scores cost.
+    It comes from the lengths of queries and keys (Cauchy and Schwarz), and reads both once. That costs a few percent of
+    what the scores cost.
     """
-    length = [
-        torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.float32).amax((0, 2)) for x in (query, key)
-    ]
-    lengths = length[0] * length[1].repeat_interleave(query.shape[1] // key.shape[1])
-    return lengths * (abs(scale) * (2 if measure == "range" else 1))
+    heads, key_heads = calls[0][0].shape[1], calls[0][1].shape[1]
+    query, key = (
+        torch.stack(
+            [torch.linalg.vector_norm(call[i], dim=-1, dtype=torch.float32).amax((0, 2)) for call in calls]
+        )
+        for i in range(2)
+    )
+    lengths = query.view(len(calls), key_heads, heads // key_heads) * key[..., None]
+    factor = 2 if measure == "range" else 1
+    return [x.flatten() * (abs(scale) * factor) for x, scale in zip(lengths, scales)]
 
 
 def _has_more(options: Options) -> bool:
@@ -71,10 +80,14 @@ def _has_more(options: Options) -> bool:
     return options.softcap is not None or (mask is not None and mask.is_floating_point())
 
 
+#: The most steps that a layer is left alone.
+MOST_REST = 7
+
+
 class LayerSizes:
     """One layer. largest: (H,) fp32 on its device, -inf for nothing yet. bound: of its size, as last read, nats.
 
-    top: the largest bound since the last step, on the device.
+    top: the largest bound since the last step, on the device. rest: for how many steps the layer is left alone.
     """
 
     def __init__(self, heads: int, device: torch.device):
@@ -82,13 +95,20 @@ class LayerSizes:
             self.largest = torch.full((heads,), -torch.inf, device=device)
             self.top = torch.full((), -torch.inf, device=device)
         self.bound = float("inf")
+        self.rest = 0
+
+    def note(self, bound: float, threshold: float) -> None:
+        """Take in a bound that was read, and say for how long doubling keeps the layer below half of the limit."""
+        self.bound = bound
+        below = threshold / 2 / bound if bound > 0 else float("inf")
+        self.rest = min(MOST_REST, int(math.log2(below))) if 1 <= below < float("inf") else 0
 
 
 class _Reading:
     """Numbers of the device on their way to the host, which never waits for them."""
 
-    def __init__(self, layers: Sequence[LayerSizes]):
-        self._layers = layers
+    def __init__(self, layers: Sequence[LayerSizes], threshold: float):
+        self._layers, self._threshold = layers, threshold
         tops = torch.stack([layer.top for layer in layers])
         self._event = None
         if tops.is_cuda:
@@ -104,7 +124,8 @@ class _Reading:
         if self._event is not None and not self._event.query():
             return False
         for layer, number in zip(self._layers, self._numbers.tolist()):
-            layer.bound = number if number > -torch.inf else layer.bound
+            if number > -torch.inf:
+                layer.note(number, self._threshold)
         return True
 
 
@@ -115,7 +136,8 @@ class ScoreSizes:
     Calls that cannot be kept, such as those of a compiled graph or of a written-out softmax, are probed one by one.
 
     The bound reads q and k once. Where it was below half of the threshold at the step before, it stands for the size.
-    Should it pass the threshold within that one step, it is taken for the size: no head passes the threshold unnoticed.
+    Should it pass the threshold within that one step, it is taken for the size. A layer that is further below is left
+    alone for as many steps, at most MOST_REST, as it takes to reach half of the threshold by doubling at each step.
 
     layers: the sizes since `restart`, by layer. measure: "range" or "max_logit", see `QKClip`.
     holder: as for `instrument`.
@@ -141,10 +163,11 @@ class ScoreSizes:
         for device, layers in by_device.items():
             reading = self._readings.get(device)
             if reading is None or reading.arrived():
-                self._readings[device] = _Reading(layers)
+                self._readings[device] = _Reading(layers, self._threshold)
         for layer in self.layers.values():
             layer.largest.fill_(-torch.inf)
             layer.top.fill_(-torch.inf)
+            layer.rest = max(0, layer.rest - 1)
         if self._measured:
             # Two ways of measuring serve to find out which one reaches every layer; one of them is enough.
             every_one_is_kept = self._measured <= self._kept
@@ -167,17 +190,23 @@ class ScoreSizes:
             return
         with self._lock:
             self._readings = {device: x for device, x in self._readings.items() if not x.arrived()}
+            alike: dict[tuple[Any, ...], list[tuple[KeptCall, Tensor, Tensor]]] = {}
             for call, (query, key, _, _) in zip(kept.calls, kept.tensors):
                 self._kept.add(call.layer)
                 if self.handle.measuring and call.layer in self._measured:
                     continue
-                layer = self._layer(call.layer, call.heads, call.device)
-                sizes = bound_of_sizes(query, key, call.options.scale, self._measure)
-                torch.maximum(layer.top, sizes.amax(), out=layer.top)
-                if layer.bound >= self._threshold / 2:
-                    left_out = None if call.left_out is None else call.left_out[:, None]
-                    sizes = exact_sizes(query, key, call.options, left_out, self._measure)
-                torch.maximum(layer.largest, sizes, out=layer.largest)
+                if self._layer(call.layer, call.heads, call.device).rest == 0:
+                    alike.setdefault((call.device, call.heads, key.shape[1]), []).append((call, query, key))
+            for calls in alike.values():
+                scales = [call.options.scale for call, _, _ in calls]
+                bounds = bounds_of_sizes([(q, k) for _, q, k in calls], scales, self._measure)
+                for (call, query, key), sizes in zip(calls, bounds):
+                    layer = self.layers[call.layer]
+                    torch.maximum(layer.top, sizes.amax(), out=layer.top)
+                    if layer.bound >= self._threshold / 2:
+                        left_out = None if call.left_out is None else call.left_out[:, None]
+                        sizes = exact_sizes(query, key, call.options, left_out, self._measure)
+                    torch.maximum(layer.largest, sizes, out=layer.largest)
 
     @torch.no_grad()
     def _on_measure(self, measurement: Measurement) -> None:

@@ -7,7 +7,7 @@ the query and key weights of the head are each multiplied by sqrt(t / S).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,11 +15,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..names import display_name, unwrapped
-from . import layout
+from . import good_states, layout
+from .action import Action, Preview, Reading, Verdict
 from .intervention import check_positive
 from .projections import Projections
 from .scaling import refuse_masters
 from .sizes import MEASURES, ScoreSizes
+
+THRESHOLD = 100.0  # nats; of Kimi K2
+#: By what a head may be over the threshold at a reading, of it: one optimizer step lies between a clip and a forward.
+ONE_STEP = 0.5
 
 _log = logging.getLogger("hnf_attention")
 
@@ -43,7 +48,8 @@ class QKClip:
         torch.distributed. Their largest sizes are put together at each step.
 
     Factors are computed and multiplied in on the device. The host never waits for it, unless FSDP2 shards the weights.
-    Sizes are those of the step's own forward, so a head may be over the threshold by what one optimizer step adds.
+    Sizes are those of the step's own forward, so a head may be over the threshold by what one optimizer step adds. They
+    are exact for every layer that may be over half of the threshold: see `ScoreSizes` for the others.
     Where several query heads share a key head, the queries take the whole factor.
 
     A layer is clipped only on proof that its scores, and nothing else, follow the weights: see `apply_intervention`.
@@ -54,7 +60,7 @@ class QKClip:
     """
 
     def __init__(
-        self, model: nn.Module, threshold: float = 100.0, measure: str = "range", *, group: Any = None
+        self, model: nn.Module, threshold: float = THRESHOLD, measure: str = "range", *, group: Any = None
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
@@ -92,12 +98,18 @@ class QKClip:
 
         An upper bound for layers far below the threshold: see `ScoreSizes`.
         """
-        return {layer: sizes.tolist() for layer, sizes in self._last.items()}
+        bounds = {name: layer.bound for name, layer in self._sizes.layers.items()}
+        found = {layer: sizes.tolist() for layer, sizes in self._last.items()}
+        return {
+            layer: [size if size > -torch.inf else bounds[layer] for size in sizes]
+            for layer, sizes in found.items()
+        }
 
     @torch.no_grad()
     def step(self) -> None:
         """Clip by what the training forwards since the last step showed. Call it after `optimizer.step()`."""
         self.steps += 1
+        good_states.settle(self._model)
         layers = self._sizes.layers
         if not layers:
             raise RuntimeError(
@@ -153,7 +165,7 @@ class QKClip:
         except ValueError as reason:
             self.refused[layer] = str(reason)
             self._found.pop(layer, None)
-            _log.warning("QK-clip leaves layer %s alone: %s", display_name(layer), reason)
+            _log.warning("QK-clip leaves layer %s alone: %s", display_name(layer), self.refused[layer])
             return None
         self._found[layer] = _places(found), found
         return found
@@ -161,3 +173,59 @@ class QKClip:
 
 def _places(found: Projections) -> tuple[int, ...]:
     return tuple([x.data_ptr() if found.shards is None else id(x) for x in found.parameters])
+
+
+class StandingClip(Action):
+    """`QKClip` as an action. Reverting ends it; the weights stay as they were trained under it."""
+
+    name = "standing_qk_clip"
+
+    def __init__(
+        self, model: nn.Module, optimizers: list[torch.optim.Optimizer], intervention: Mapping[str, Any]
+    ):
+        super().__init__()
+        if not optimizers:
+            raise ValueError("expected an optimizer for standing_qk_clip, got None")
+        self._threshold = check_positive("'threshold'", intervention.get("threshold", THRESHOLD))
+        self._measure = intervention.get("measure", "range")
+        if self._measure not in MEASURES:
+            raise ValueError(f"expected 'measure' in {MEASURES}, got {self._measure!r}")
+        self._model, self._optimizers = model, optimizers
+        self.clip: QKClip | None = None
+
+    def preview(self) -> Preview:
+        """As `Action.preview`."""
+        what = "range of a row's scores" if self._measure == "range" else "largest score"
+        text = (
+            f"from now on, QK-clip after every step: the {what} of each head at most {self._threshold:g} nats"
+        )
+        return Preview(text, {"threshold": self._threshold, "measure": self._measure})
+
+    def verify(self, reading: Reading) -> Verdict:
+        """Whether every head that is clipped was measured within the threshold, and what one step adds."""
+        if self.clip is None or not self.clip.steps:
+            return Verdict(None, "no step has ended yet")
+        found = {
+            layer: stats.logit_range_max if self._measure == "range" else stats.max_logit
+            for layer, stats in reading.items()
+            if layer not in self.clip.refused
+        }
+        if not found:
+            return Verdict(None, "no layer that is clipped was measured")
+        layer, largest = max(
+            ((name, float(sizes.max())) for name, sizes in found.items()), key=lambda x: x[1]
+        )
+        text = f"up to {largest:.1f} nats in {display_name(layer)}, threshold {self._threshold:g}"
+        return Verdict(largest <= self._threshold * (1 + ONE_STEP), text)
+
+    def _do(self, undo: list[Callable[[], Any]]) -> str:
+        last = self._optimizers[-1:] if len(self._optimizers) == 1 else self._holders()
+        self.clip = QKClip(self._model, self._threshold, self._measure)
+        undo.append(self.clip.remove)
+        self.clip.attach(*last)
+        return self.preview().text
+
+    def _holders(self) -> list[torch.optim.Optimizer]:
+        """The optimizers that hold matrices, where query and key weights are."""
+        held = [any(p.dim() > 1 for g in one.param_groups for p in g["params"]) for one in self._optimizers]
+        return [one for one, holds in zip(self._optimizers, held) if holds]

@@ -32,14 +32,15 @@ _verdicts: weakref.WeakKeyDictionary[nn.Module, dict[Any, str | None]] = weakref
 
 
 def disproof(
-    model: nn.Module, place: nn.Module, num_heads: int, read: Callable[[nn.Module], Projections]
+    model: nn.Module, place: nn.Module, what: tuple[int, int], read: Callable[[nn.Module], Projections]
 ) -> str | None:
     """Why the projections of `place` are not proved to be what `read` takes them for; None if they are.
 
-    place: the module that holds them, in `model`. read: finds them in a copy of it.
-    Each module is tried once.
+    place: the module that holds them, in `model`. what: the number of heads, and of the candidate that `read` tries.
+    read: finds them in a copy of the module. Each candidate is tried once.
     """
-    key = (num_heads, *((name, type(module)) for name, module in place.named_modules()))
+    num_heads = what[0]
+    key = (*what, *((name, type(module)) for name, module in place.named_modules()))
     verdicts = _verdicts.setdefault(place, {})
     if key not in verdicts:
         verdicts[key] = _try(model, place, num_heads, read)
@@ -170,7 +171,7 @@ def _products(query: Tensor, key: Tensor, **options: Any) -> Tensor:
 
 def _inputs(module: nn.Module, projections: Projections) -> list[Tensor]:
     """Random inputs (B, N, width), one for each argument that the module's forward needs."""
-    widths = [side[0].shape[-1] for side in (projections.query, projections.key)]
+    widths = [projections.width or side[0].shape[-1] for side in (projections.query, projections.key)]
     needed = [
         parameter
         for parameter in inspect.signature(module.forward).parameters.values()

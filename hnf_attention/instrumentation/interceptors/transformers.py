@@ -115,7 +115,7 @@ def _perhaps_changed(attend: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     if changed is None:
         return attend(*args, **kwargs)
     rest = {name: value for name, value in kwargs.items() if name not in ("module", *_TENSORS)}
-    return changed.run(functools.partial(attend, module), *tensors, *args[4:], **rest)
+    return changed.run(functools.partial(attend, module), False, *tensors, *args[4:], **rest)
 
 
 def _eager_interceptor(original: Callable[..., Any]) -> Callable[..., Any]:
