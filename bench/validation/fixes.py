@@ -73,7 +73,6 @@ def treat(job: Job, device: str, deadline: float) -> dict[str, Any]:
     logging.getLogger("hnf_attention").setLevel(logging.CRITICAL)
     with AttentionStabilityMonitor(run.model, log_every=recipe.log_every) as monitor:
         case, after = Case(run, monitor), None
-        case.remember()
         while run.step < recipe.steps:
             if time.monotonic() > deadline:
                 raise OutOfTime(f"{recipe.name}, {job.policy}")
@@ -88,7 +87,7 @@ def treat(job: Job, device: str, deadline: float) -> dict[str, Any]:
                     after = policy.act(case, diagnosis)
             elif after is not None:
                 after(diagnosis)
-            case.remember()
+            case.states.on_step(run.step)
     return {"final": _finite(final(run.loss_array())), "acted": case.acted, "done": case.done}
 
 

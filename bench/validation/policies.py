@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,46 +11,30 @@ import numpy as np
 import torch
 
 from hnf_attention import AttentionDiagnosis, AttentionStabilityMonitor, apply_intervention
-from hnf_attention.interventions import QKClip, start_qk_norm
+from hnf_attention.interventions import GoodStates, QKClip, start_qk_norm
 
 from .single import Training
 
-REWIND, SNAPSHOT_EVERY = 40, 20  # steps back at least, and between two snapshots
+STATES_EVERY, STATES_KEPT = 20, 4  # so that one is always 40 steps old
 
 
-@dataclass
 class Case:
-    """A run that is watched.
+    """A run that is watched, with its good states.
 
-    done: what was done to it, in words. acted: the step of the first action. states: step to the model's and the
-    optimizers' states.
+    done: what was done to it, in words. acted: the step of the first action.
     """
 
-    run: Training
-    monitor: AttentionStabilityMonitor
-    done: list[str] = field(default_factory=list)
-    acted: int | None = None
-    states: dict[int, Any] = field(default_factory=dict)
-
-    def remember(self) -> None:
-        """Keep the state of this step, every SNAPSHOT_EVERY steps, as far back as a rewind may need it."""
-        if self.run.step % SNAPSHOT_EVERY == 0:
-            parts = (self.run.model, *self.run.optimizers)
-            self.states[self.run.step] = [copy.deepcopy(part.state_dict()) for part in parts]
-            self.states = {step: s for step, s in self.states.items() if step >= self.run.step - 2 * REWIND}
+    def __init__(self, run: Training, monitor: AttentionStabilityMonitor) -> None:
+        self.run, self.monitor = run, monitor
+        self.done: list[str] = []
+        self.acted: int | None = None
+        self.states = GoodStates(run.model, run.optimizers, STATES_EVERY, STATES_KEPT)
 
     def rewind(self) -> None:
-        """Go back to the latest snapshot that is REWIND steps old, or to the oldest one."""
+        """Go back to the newest state that is 40 steps old, or to the first one; go on with fresh batches."""
         now = self.run.step
-        step = max((s for s in self.states if s <= now - REWIND), default=min(self.states))
-        rates = [[group["initial_lr"] for group in each.param_groups] for each in self.run.optimizers]
-        for part, state in zip((self.run.model, *self.run.optimizers), self.states[step]):
-            part.load_state_dict(state)
-        for optimizer, kept in zip(self.run.optimizers, rates):  # cuts of the rate stay
-            for group, rate in zip(optimizer.param_groups, kept):
-                group["initial_lr"] = rate
+        step = self.states.rewind(before=max(now, self.states.margin))
         self.run.went_back(step)
-        self.states = {s: state for s, state in self.states.items() if s <= step}
         self.done.append(f"step {now}: back to step {step}")
 
 

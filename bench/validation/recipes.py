@@ -155,8 +155,8 @@ def _pick(draw: np.random.Generator, *choices: Any) -> Any:
 
 def _shared(draw: np.random.Generator, split: str, number: int, small: bool) -> dict[str, Any]:
     shift = split == "shift"
-    width = _pick(draw, 192, 256, 320) if shift else _pick(draw, 64, 96, 128, 192)
-    depth = _pick(draw, 2, 6, 8) if shift else _pick(draw, 2, 3, 4, 5)
+    width = _pick(draw, 192, 256) if shift else _pick(draw, 64, 96, 128, 192)
+    depth = _pick(draw, 2, 6, 7) if shift else _pick(draw, 2, 3, 4, 5)
     head_dim = _pick(draw, 16, 64) if shift else _pick(draw, 16, 32)
     heads = width // head_dim
     items = {
@@ -164,7 +164,7 @@ def _shared(draw: np.random.Generator, split: str, number: int, small: bool) -> 
         "depth": depth,
         "heads": heads,
         "kv_heads": _pick(draw, heads, heads, heads // 2 if heads % 2 == 0 else heads),
-        "context": _pick(draw, 96, 256) if shift else _pick(draw, 64, 128),
+        "context": _pick(draw, 96, 192) if shift else _pick(draw, 64, 128),
         "batch": 8 if shift else 16,
         "norm": _pick(draw, "layer", "layer", "rms"),
         "positions": _pick(draw, "learned", "rope"),
