@@ -43,7 +43,13 @@ def test_heads_without_any_number_cause_nothing():
 
 
 @pytest.mark.parametrize(
-    "size, severity, limit", [(101.0, "warning", 100.0), (1001.0, "error", 1e3), (10001.0, "error", 1e4)]
+    "size, severity, limit",
+    [
+        (101.0, "warning", 100.0),
+        (301.0, "error", 300.0),
+        (1001.0, "error", 1e3),
+        (10001.0, "error", 1e4),
+    ],
 )
 @pytest.mark.parametrize("offset", [0.0, 0.9, -1.0, 50.0])  # of the size; -1: all scores are below 0
 def test_overflow_of_one_snapshot(size, severity, limit, offset):

@@ -8,33 +8,41 @@ import numpy as np
 import torch
 
 from hnf_attention import check_attention_stability
+from hnf_attention.precheck.rates import CLEAN_ODDS
 
 from .batches import Batches
 from .harm import HARMED
-from .metrics import auroc
+from .metrics import auroc, share
 from .model import GPT
 from .recipes import Recipe
 
 
-def ratios(recipe: Recipe) -> dict[str, float]:
-    """sigma / sigma_c of a recipe, from its configuration alone and with one forward of its first batch."""
+def numbers(recipe: Recipe) -> dict[str, float]:
+    """What the check says of a recipe, from its configuration alone and with one forward of its first batch."""
     design = recipe.design()
-    alone = check_attention_stability(config=design)
+    plan = {"learning_rate": recipe.rate, "warmup": recipe.warmup}
+    alone = check_attention_stability(config=design, **plan)
     inputs, _ = Batches([recipe], 1, torch.device("cpu")).at(0)
-    measured = check_attention_stability(GPT(recipe), inputs[0, :2], design)
-    return {"configuration": alone["sigma_ratio"], "one forward": measured["sigma_ratio"]}
+    measured = check_attention_stability(GPT(recipe), inputs[0, :2], design, **plan)
+    return {
+        "sigma ratio, configuration": alone["sigma_ratio"],
+        "sigma ratio, one forward": measured["sigma_ratio"],
+        "sigma ratio x rate": measured["sigma_ratio"] * recipe.rate,
+        "rate": recipe.rate,
+        "harm probability": alone["harm_probability"],
+    }
 
 
 def table(recipes: Sequence[Recipe], harms: Sequence[float]) -> list[str]:
-    """AUROC for harm of each number that is known before the first step."""
-    found = [ratios(recipe) for recipe in recipes]
+    """AUROC for harm of what is known before the first step, and how well the probability of harm is calibrated."""
+    found = [numbers(recipe) for recipe in recipes]
     harmed = np.asarray(harms) >= HARMED
-    lines = []
-    for source in ("configuration", "one forward"):
-        values = np.array([each[source] for each in found])
-        rates = np.array([recipe.rate for recipe in recipes])
+    lines = [f"check, {name}: AUROC {auroc([x[name] for x in found], harmed):.3f}" for name in found[0]]
+    probability = np.array([each["harm probability"] for each in found])
+    edges = (0.0, CLEAN_ODDS, 0.2, 0.5, 0.8, 1.0)
+    for low, high in zip(edges, edges[1:]):
+        own = (probability > low) & (probability <= high)
         lines.append(
-            f"check, {source}: AUROC of sigma ratio {auroc(values, harmed):.3f}, "
-            f"of sigma ratio x rate {auroc(values * rates, harmed):.3f}"
+            f"check, harm probability {low:g} to {high:g}: {share(harmed[own].tolist())} were harmed"
         )
     return lines

@@ -121,7 +121,7 @@ class Heads:
     @cached_property
     def _passes(self) -> np.ndarray:
         soon = self.score_ahead(threshold("alarm_horizon")) > threshold("alarm_logit")
-        return np.where(self.known, soon, self.score > threshold("deteriorating_logit"))
+        return np.where(self.known, soon, self.score > threshold("standing_logit"))
 
     @property
     def _widespread(self) -> bool:
