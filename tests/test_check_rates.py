@@ -1,10 +1,12 @@
 """The check before training takes the learning rate: what it says of harm, and the largest clean rate."""
 
+import json
 import math
 
 import pytest
 
 from hnf_attention import check_attention_stability
+from hnf_attention.cli.main import main
 from hnf_attention.precheck.rates import CLEAN_ODDS, WIDEST
 
 SMALL = {"d_model": 128, "n_heads": 4, "seq_len": 128}
@@ -72,3 +74,13 @@ def test_wide_models_are_told_apart():
 def test_wrong_plans(given, words):
     with pytest.raises(ValueError, match=words):
         check(**given)
+
+
+def test_the_command_takes_the_rate(tmp_path, capsys):
+    path = tmp_path / "design.json"
+    path.write_text(json.dumps(SMALL))
+    assert main(["check", str(path), "--learning-rate", "1e-2", "--warmup", "20", "--json", "-"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["verdict"] == "unstable" and report["harm_probability"] > 0.8
+    assert main(["check", str(path), "--warmup", "20"]) == 0
+    assert main(["check", str(path), "--learning-rate", "-1"]) == 2
