@@ -174,6 +174,11 @@ def owner(module: nn.Module) -> Owner | None:
     return None if observer is None else Owner(observer, entry[1], module)
 
 
+def modules() -> list[nn.Module]:
+    """The modules that have an observer, of all models."""
+    return list(_registry)
+
+
 def modules_of(observer: Observer) -> list[nn.Module]:
     """The modules of an observer that are still alive."""
     return [module for module, (reference, _) in list(_registry.items()) if reference() is observer]
