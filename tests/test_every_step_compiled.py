@@ -223,9 +223,13 @@ def test_a_compiled_training_step_is_measured_without_a_forward_that_is_told_of(
         for step in range(1, 9):
             model.spoil(0, "key" if step == 6 else None, 3)
             run(x).backward()
+            with torch.no_grad():
+                run(7 * x)
             monitor.on_step()
+        assert "without grad" in monitor.instrumentation.coverage.measured["layers.0"]
     first, second = monitor.history
-    assert first.forwards.training == 1 and np.isfinite(first.layers["layers.0"].between_max_logit).all()
+    assert first.forwards == (1, 1, 0) and first.layers["layers.0"].rows.tolist() == [48] * 4
+    assert np.isfinite(first.layers["layers.0"].between_max_logit).all()
     stats = second.layers["layers.0"]
     assert stats.first_nonfinite_step[3] == 6 and stats.first_nonfinite_key[3] == 6
 
