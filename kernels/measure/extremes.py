@@ -114,9 +114,7 @@ class SingleLaunch:
         self._strides, self._call = _strides(call), call_of(query, key, options)
         self._window, self._probes = options.window_size or 0, batch * heads
         self._grid = _programs(call, self._plan), 1, 1
-        self._aligned: Any = (
-            None  # what launches the compiled kernel, for tensors that lie at multiples of 16 bytes
-        )
+        self._aligned: Any = None  # the compiled kernel, for tensors that lie at multiples of 16 bytes
 
     def run(self, result: torch.Tensor, control: torch.Tensor, call: Tensors, phase: int) -> None:
         """Raise a result, int32 (fields, H), contiguous. phase: added to the number of the forward in `control`."""
@@ -128,7 +126,7 @@ class SingleLaunch:
         # Only alignment varies from call to call, so the kernel need not be looked up anew.
         if self._aligned is not None and not together & 15:
             numbers = self._window, phase, self._probes
-            self._aligned(result, control, tensors, self._call, *numbers, self._plan)
+            self._aligned[self._grid](result, control, tensors, self._call, *numbers, self._plan)
             return
         compiled = launch(
             single_extremes_kernel,
@@ -141,7 +139,7 @@ class SingleLaunch:
             num_stages=self._tiles.num_stages,
         )
         if compiled is not None and not together & 15:
-            self._aligned = compiled[self._grid]
+            self._aligned = compiled
 
 
 class Launch:
