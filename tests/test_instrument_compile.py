@@ -340,24 +340,6 @@ def test_a_graph_from_before_notices_that_its_model_is_instrumented_beside_anoth
         assert not theirs.latest
 
 
-@pytest.mark.parametrize("order", ["before", pytest.param("after", marks=pytest.mark.slow)])
-def test_a_graph_of_an_equal_model_that_nobody_measures_is_not_run_instead(order):
-    other, model, inputs = Model(), Model(), x()
-    runs = [compiled(one) for one in (other, model)]
-    with instrument(Model() if order == "after" else model):
-        runs[0](inputs)
-        if order == "after":
-            with instrument(model) as handle:
-                runs[1](inputs)
-                assert list(handle.latest) == LAYERS
-        else:
-            with AttentionStabilityMonitor(model, log_every=1) as monitor:
-                runs[1](inputs)
-                assert list(monitor.on_step().stats) == LAYERS
-    runs[1](inputs)
-    assert graphs() == 3  # the other's, the measured one, and one of a process where nothing is replaced
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False])
 def test_an_exported_program_holds_nothing_of_it(strict):
