@@ -69,16 +69,15 @@ class GraphedCall:
             mine = kernel.Tensors(*map(with_inner_stride, tensors))
             self._extremes = kernel.SingleLaunch(mine, options)
 
-    @torch.no_grad()
     def run(self, state: State, tensors: Tensors, extremes: bool = True, statistics: bool = True) -> None:
-        """Measure one call as `state.control` says.
+        """Measure one call as `state.control` says. The tensors are outside autograd.
 
         extremes, statistics: False where the host knows that the control asks for none.
         """
         if self._empty:
             return
         if not self._by_kernels:
-            with engines.no_autocast(tensors[0]):
+            with torch.no_grad(), engines.no_autocast(tensors[0]):
                 self._by_reference(state, tensors)
             return
         with engines.on_device(tensors[0]):
