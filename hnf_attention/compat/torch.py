@@ -95,6 +95,34 @@ running_backward: Callable[[], int] = _find("_C._current_graph_task_id", lambda:
 Missing: -1. The second forward of an activation checkpoint is then recorded like the first.
 """
 
+next_node_number: Callable[[], int] = _find("_C._autograd._get_sequence_nr", lambda: -1)
+"""The number that autograd gives to the next node that this thread makes in a forward.
+
+Missing: -1. A trace then cannot say which module an operation of the backward belongs to.
+"""
+
+_running_node: Callable[[], Any] = _find("_C._current_autograd_node", lambda: None)
+
+
+def running_node_number() -> int:
+    """The number of the autograd node whose backward makes the call, -1 outside of one.
+
+    Missing: -1. A trace then cannot say which module an operation of the backward belongs to.
+    """
+    node = _running_node()
+    number: Callable[[], int] = getattr(node, "_sequence_nr", lambda: -1)
+    return number()
+
+
+def parameters_of(operator: Any) -> list[tuple[str, bool]]:
+    """The name of each parameter of an operator of torch.ops, and whether a call writes to it.
+
+    Missing: none. A trace then calls arguments by their places, and overlooks what an operation wrote in place.
+    """
+    schema = getattr(operator, "_schema", None)
+    given = [] if schema is None else schema.arguments
+    return [(x.name, x.alias_info is not None and x.alias_info.is_write) for x in given]
+
 
 def version(tensor: Tensor) -> int:
     """How often the memory of a tensor was written to, as autograd counts it. Tensors of inference mode have no count.

@@ -1,0 +1,117 @@
+"""The cause of a root, from what is known of it."""
+
+from __future__ import annotations
+
+from .case import (
+    FITS,
+    LARGEST,
+    NOT_FINITE,
+    TOO_LARGE,
+    Case,
+    feeds_a_sum,
+    is_exponential,
+    is_fused_attention,
+    is_softmax,
+)
+from .records import BACKWARD, BUFFER, CLIPPING, OPTIMIZER, PARAMETER, SCALING, STATE
+from .roots import SOURCE, UNSEEN
+
+NAIVE_SOFTMAX = "naive softmax overflow"
+FP16_PRODUCT = "fp16 product overflow"
+PRODUCT = "product overflow"
+EMPTY_ROW = "fully masked row"
+MASK = "NaN or inf in the mask"
+INPUT = "NaN or inf in an input"
+WEIGHT = "NaN or inf in a weight"
+WRITTEN = "NaN or inf written into activations"
+ACTIVATION = "activation overflow"
+UNDEFINED = "undefined operation"
+NO_TARGETS = "loss over no targets"
+KERNEL = "kernel fault"
+GRADIENT = "gradient overflow"
+SCALER = "loss-scaler underflow"
+EPSILON = "optimizer epsilon"
+SECOND_MOMENT = "optimizer second moment"
+OPTIMIZER_STATE = "NaN or inf in the optimizer's state"
+UPDATE = "optimizer update overflow"
+
+CAUSES = (
+    *(NAIVE_SOFTMAX, FP16_PRODUCT, PRODUCT, EMPTY_ROW, MASK, INPUT, WEIGHT, WRITTEN, ACTIVATION, UNDEFINED),
+    *(NO_TARGETS, KERNEL, GRADIENT, SCALER, EPSILON, SECOND_MOMENT, OPTIMIZER_STATE, UPDATE),
+)
+_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+
+
+def find_cause(case: Case) -> str:
+    """One of `CAUSES`."""
+    root, operation = case.root, case.operation
+    if root.kind == SOURCE:
+        return _of_a_source(case)
+    if root.kind == UNSEEN:
+        return KERNEL
+    if root.masked:
+        return EMPTY_ROW if is_softmax(operation) or is_fused_attention(operation) else UNDEFINED
+    if operation.constants and operation.phase not in (OPTIMIZER, SCALING):
+        return WRITTEN
+    if operation.phase == SCALING:
+        return GRADIENT if operation.packet in ("mul", "mul_") else SCALER
+    if operation.phase == OPTIMIZER:
+        return _of_the_optimizer(case)
+    if operation.phase == CLIPPING:
+        return GRADIENT
+    if case.numbers.no_targets:
+        return NO_TARGETS
+    if is_fused_attention(operation) or operation.library != "aten":
+        return _of_a_kernel(case)
+    return _of_an_operation(case)
+
+
+def _of_a_source(case: Case) -> str:
+    source = case.root.source
+    if source is not None and source.kind in (PARAMETER, BUFFER):
+        return WEIGHT
+    if source is not None and source.kind == STATE:
+        return OPTIMIZER_STATE
+    reached = case.place.reached
+    if case.place.attention and reached and not {"query", "key", "value"} & set(reached):
+        return EMPTY_ROW if case.root.tensor.hidden_only else MASK
+    return INPUT
+
+
+def _of_the_optimizer(case: Case) -> str:
+    if case.numbers.zero_denominator:
+        return EPSILON
+    if case.written_state in _SECOND_MOMENTS or "sq" in case.written_state:
+        return SECOND_MOMENT
+    written = {name.partition("[")[0] for name in case.numbers.overflowed}
+    if any("sq" in name for name in written):
+        return SECOND_MOMENT
+    return UPDATE
+
+
+def _of_a_kernel(case: Case) -> str:
+    """Of an operation that computes a whole attention, or of one that is not PyTorch's own."""
+    numbers = case.numbers
+    if numbers.scores is not None and numbers.scores > LARGEST["float32"]:
+        return PRODUCT
+    if numbers.double == TOO_LARGE:
+        return GRADIENT if case.operation.phase == BACKWARD else ACTIVATION
+    if numbers.double == NOT_FINITE:
+        return UNDEFINED
+    return KERNEL
+
+
+def _of_an_operation(case: Case) -> str:
+    numbers, operation = case.numbers, case.operation
+    if operation.phase == BACKWARD:
+        return UNDEFINED if numbers.double == NOT_FINITE else GRADIENT
+    if is_exponential(operation) and feeds_a_sum(case):
+        return NAIVE_SOFTMAX
+    if numbers.double == NOT_FINITE and not is_exponential(operation):
+        return UNDEFINED
+    if case.place.attention and case.place.tensor == "scores":
+        return FP16_PRODUCT if case.dtype == "float16" else PRODUCT
+    largest = max((x.size for x in operation.inputs), default=0.0)
+    if numbers.double == FITS and largest < LARGEST.get(case.dtype, LARGEST["float32"]) ** 0.5:
+        return KERNEL
+    return ACTIVATION

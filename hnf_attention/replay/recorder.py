@@ -1,0 +1,217 @@
+"""Records every operation of a run, with the smallest and largest number of each tensor, read once at its end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .. import compat
+from ..diagnosis.triage.records import BACKWARD, WITHOUT_NUMBERS, Operation, TensorRecord
+from .owners import Owners
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+#: Operations that read nothing of what they write to.
+_OVERWRITES = frozenset(
+    "copy_ fill_ zero_ normal_ uniform_ random_ bernoulli_ exponential_ set_ resize_".split()
+)
+
+
+class Captured(NamedTuple):
+    """One operation with its tensors, as copies.
+
+    operator: of torch.ops. args, kwargs: as it was given them, before it ran. results: what it returned and wrote, by name.
+    shapes: those that the first result is viewed in by the operations that follow at once.
+    """
+
+    operator: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: dict[str, Tensor]
+    shapes: list[tuple[int, ...]]
+
+
+class Recorder(TorchDispatchMode):
+    """A context inside which operations are recorded.
+
+    owners: say which module and which part of a step makes a call.
+    capture: the number of an operation whose tensors are copied; then no number of the others is looked at.
+    went_back: whether a backward ran.
+    """
+
+    def __init__(self, owners: Owners, capture: int | None = None):
+        super().__init__()
+        self._owners, self._capture = owners, capture
+        self.operations: list[Operation] = []
+        self.captured: Captured | None = None
+        self.went_back = False
+        self._memories: dict[int, int] = {}  # by address
+        self._kept: list[StorageWeakRef] = []  # so that no address is given away again
+        self._numbers: list[tuple[TensorRecord, Tensor, Tensor]] = []
+        self._viewed: int | None = None  # memory of the captured result
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        given = list(_named(operator, args, kwargs))
+        if any(type(x) not in _PLAIN for _, x in given) or torch.compiler.is_compiling():
+            return NotImplemented if given else operator(*args, **kwargs)
+        inputs = [self._look(name, x) for name, x in given if self._reads(operator, name)]
+        written = _written(operator)
+        index = len(self.operations)
+        copied = (_copied(args), _copied(kwargs)) if index == self._capture else None
+        result = operator(*args, **kwargs)
+        outputs = [x for x in named_results(operator, args, kwargs, result) if type(x[1]) in _PLAIN]
+        known = {self.memory(x) for _, x in given}
+        if not written and outputs and all(self.memory(x) in known for _, x in outputs):
+            self._saw_view(outputs[0][1])
+            return result
+        module, phase = self._owners.place()
+        self.went_back |= phase == BACKWARD
+        self.operations.append(
+            Operation(
+                index,
+                str(operator),
+                module,
+                phase,
+                inputs,
+                [self._look(name, x, operator) for name, x in outputs],
+                tuple(_infinite(args, kwargs)),
+            )
+        )
+        if copied is not None:
+            self._viewed = self.memory(outputs[0][1]) if outputs else None
+            self.captured = Captured(operator, *copied, {name: x.detach().clone() for name, x in outputs}, [])
+        return result
+
+    def memory(self, tensor: Tensor) -> int:
+        """The number of the memory that holds a tensor."""
+        reference = StorageWeakRef(tensor.untyped_storage())
+        number = self._memories.get(reference.cdata)
+        if number is None:
+            number = self._memories[reference.cdata] = len(self._memories)
+            self._kept.append(reference)
+        return number
+
+    def add(self, tensor: Tensor, name: str) -> TensorRecord:
+        """Look at a tensor outside of any operation."""
+        return self._look(name, tensor)
+
+    def read(self) -> None:
+        """Fill in the numbers: one copy from each device."""
+        groups: dict[tuple[torch.device, torch.dtype], list[tuple[TensorRecord, Tensor, Tensor]]] = {}
+        for entry in self._numbers:
+            groups.setdefault((entry[1].device, entry[1].dtype), []).append(entry)
+        for entries in groups.values():
+            pairs = torch.stack([torch.stack(entry[1:]) for entry in entries]).cpu().double().tolist()
+            for (record, *_), (least, most) in zip(entries, pairs):
+                record.least, record.most = least, most
+        self._numbers.clear()
+
+    def _reads(self, operator: Any, name: str) -> bool:
+        return not (name in _written(operator) and (_packet(operator) in _OVERWRITES or name == "out"))
+
+    def _look(self, name: str, tensor: Tensor, operator: Any = None) -> TensorRecord:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        record = TensorRecord(name, self.memory(tensor), tuple(tensor.shape), dtype)
+        blank = operator is not None and _packet(operator) in WITHOUT_NUMBERS
+        if self._capture is None and not blank and _has_numbers(tensor):
+            with torch.no_grad():
+                plain = tensor.detach()
+                plain = torch.view_as_real(plain) if plain.is_complex() else plain
+                plain = plain.float() if plain.element_size() == 1 else plain
+                self._numbers.append((record, *plain.aminmax()))
+        return record
+
+    def _saw_view(self, tensor: Tensor) -> None:
+        if self.captured is not None and self._capture is not None and self.memory(tensor) == self._viewed:
+            if len(self.operations) <= self._capture + 3:
+                self.captured.shapes.append(tuple(tensor.shape))
+
+
+def _packet(operator: Any) -> str:
+    return str(operator).split(".")[1]
+
+
+def _written(operator: Any) -> frozenset[str]:
+    """The names of the parameters that a call of the operator writes to."""
+    found = _WRITTEN.get(operator)
+    if found is None:
+        found = _WRITTEN[operator] = frozenset(
+            name for name, writes in compat.parameters_of(operator) if writes
+        )
+    return found
+
+
+_WRITTEN: dict[Any, frozenset[str]] = {}
+
+
+def _named(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among the arguments by the names of their parameters; 'name[2]' for those in lists."""
+    for name, value in named_arguments(operator, args, kwargs):
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, (list, tuple)):
+            for place, x in enumerate(value):
+                if isinstance(x, Tensor):
+                    yield f"{name}[{place}]", x
+
+
+def named_arguments(
+    operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """All arguments of a call by the names of their parameters."""
+    names = [name for name, _ in compat.parameters_of(operator)]
+    yield from ((names[place] if place < len(names) else str(place), x) for place, x in enumerate(args))
+    yield from kwargs.items()
+
+
+def named_results(
+    operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
+) -> list[tuple[str, Tensor]]:
+    """What a call wrote to, by the parameters' names, and then what it returned, by places from "0"."""
+    written = _written(operator)
+    changed = [(name, x) for name, x in _named(operator, args, kwargs) if name.partition("[")[0] in written]
+    addresses = {x.untyped_storage().data_ptr() for _, x in changed}
+    returned = [(str(place), x) for place, x in enumerate(_tensors(result))]
+    return changed + [(name, x) for name, x in returned if x.untyped_storage().data_ptr() not in addresses]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for x in value:
+            yield from _tensors(x)
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    return (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel() > 0 and not tensor.is_meta
+
+
+def _infinite(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[float]:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield value
+
+
+def _copied(value: Any) -> Any:
+    """The same arguments with copies of their tensors."""
+    return map_tensors(value, lambda x: x.detach().clone())
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same lists, tuples and dicts with each tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(x, change) for x in value)
+    if isinstance(value, dict):
+        return {name: map_tensors(x, change) for name, x in value.items()}
+    return value

@@ -1,0 +1,265 @@
+"""`trace_non_finite`: run one step again, find where NaN or inf begins, and why."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..diagnosis.triage.case import Case, Numbers, is_fused_attention
+from ..diagnosis.triage.causes import find_cause
+from ..diagnosis.triage.finding import NonFiniteTrace
+from ..diagnosis.triage.records import BATCH, BUFFER, PARAMETER, STATE, Record, Source, TensorRecord
+from ..diagnosis.triage.roots import OPERATION, Root, find_root
+from ..diagnosis.triage.wording import SUGGESTIONS, evidence_of
+from ..names import named_modules, unwrapped
+from ..versions import versions
+from .calls import Calls
+from .evaluate import evaluate
+from .kept import Kept, keeping
+from .owners import Owners
+from .place import find_place
+from .recorder import Captured, Recorder
+from .reproduction import check_folder, write_reproduction
+from .step import Outcome, Step, make_step
+from .wide import replay_wide
+
+#: (what is being done, how many of the runs are done, how many there are)
+Progress = Callable[[str, int, int], None]
+
+
+def trace_non_finite(
+    model: nn.Module,
+    batch: Any,
+    loss: Callable[[Any], Tensor] | None = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    wide: bool = True,
+    folder: str | Path | None = None,
+    step: int | None = None,
+    progress: Progress = lambda doing, done, total: None,
+) -> NonFiniteTrace:
+    """Run one training step again and say where NaN or inf begins: layer, head, tensor, row, operation and cause.
+
+        trace = trace_non_finite(model, lambda: model(**batch).loss, optimizer=optimizer)
+        print(trace)
+
+    batch: what the model takes (a tensor, or a mapping or sequence of its arguments), or a callable without arguments
+        that runs the forward and returns the loss, an output with a `loss`, or outputs. The callable may run the
+        backward itself; otherwise it is run of what was returned, if that is one number with a gradient.
+    loss: makes the loss of what the model, or the callable, returns; None where that holds it.
+    optimizer: its step is traced, too. scaler: the loss is scaled by it before the backward.
+    wide: run the step in double precision as well (single where that fails), which tells overflow of the format.
+    folder: write a minimal reproduction there, the tensors of the operation and a script; see
+        `replay.reproduction`. Needs safetensors.
+    step: the number of the training step, to be repeated in the answer.
+
+    The step runs up to four times, each time from the same weights, states and random numbers: to record every
+    operation, to copy the tensors of one, to watch the attention, and in the wider format. Modules that were compiled run
+    without compilation. Afterwards weights, buffers, gradients, the optimizer's states and the random numbers are as
+    they were, to the last bit. Memory: a copy of these, and for `wide` the weights in double precision.
+
+    Raises TypeError for a batch, model, loss, optimizer or scaler of another kind, ValueError if the folder holds other
+    files, and ImportError if safetensors is missing. An error of the step itself comes out if all was finite before it.
+    """
+    run = make_step(unwrapped_of(model), batch, loss, optimizer, scaler)
+    target = None if folder is None else check_folder(Path(folder))
+    total = 4 if wide else 3
+    with keeping(run.model, optimizer) as kept, _uncompiled():
+        progress("recording", 0, total)
+        record, outcome = _record(run, kept)
+        root = find_root(record)
+        if root is None:
+            if outcome.error is not None:
+                raise outcome.error
+            return _nothing(record, outcome, step)
+        progress("copying the tensors of one operation", 1, total)
+        captured = _capture(run, kept, root)
+        progress("watching attention", 2, total)
+        kept.rewind()
+        with Calls(run.model) as calls:
+            run.run(_never, plain=True)
+        case, notes = _case(root, record, calls, captured)
+        cause = find_cause(case)
+        replayed = None
+        if wide:
+            progress("running in a wider format", 3, total)
+            replayed = replay_wide(run, kept)
+    operation, place = root.operation, case.place
+    found = NonFiniteTrace(
+        cause=cause,
+        phase=operation.phase,
+        layer=place.layer,
+        module=operation.module,
+        heads=place.heads,
+        tensor=place.tensor,
+        batch=place.batch,
+        row=place.row,
+        operation=operation.name,
+        dtype=root.tensor.dtype,
+        evidence=evidence_of(case, cause),
+        suggestion=SUGGESTIONS[cause],
+        wide=replayed,
+        symptoms=tuple(record.symptoms.values()),
+        notes=tuple(notes),
+        step=step,
+    )
+    if target is None or captured is None:
+        return found
+    return replace(found, reproduction=write_reproduction(target, found, captured, case.numbers))
+
+
+def unwrapped_of(model: Any) -> Any:
+    """The model without the wrappers of data parallelism; anything else as it is."""
+    return unwrapped(model) if isinstance(model, nn.Module) else model
+
+
+def _never() -> bool:
+    return False
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """A context in which torch.compile's graphs are not used: no dispatch mode sees inside of them."""
+    compiled = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def _record(run: Step, kept: Kept) -> tuple[Record, Outcome]:
+    """The record of one step, with names for what it was given and the symptoms that it left."""
+    kept.rewind()
+    recorder = Recorder(Owners(run.model))
+    names = _names(run, recorder)
+    with recorder:
+        outcome = run.run(lambda: recorder.went_back)
+    names |= _states(run, recorder)
+    seen = [(recorder.add(x, name), name) for name, x in _visible(run, outcome)]
+    recorder.read()
+    symptoms = {found.memory: name for found, name in seen if _is_symptom(found, name)}
+    if not symptoms and outcome.error is not None:
+        broken = [x for x in recorder.operations if not x.clean]
+        symptoms = {x.memory: "the error that ended the step" for x in (broken[-1].outputs if broken else [])}
+    return Record(recorder.operations, names, symptoms), outcome
+
+
+def _names(run: Step, recorder: Recorder) -> dict[int, Source]:
+    names: dict[int, Source] = {}
+    for name, x in run.inputs.items():
+        names[recorder.memory(x)] = Source(BATCH, name)
+    for prefix, module in named_modules(run.model):
+        at = f"{prefix}." if prefix else ""
+        for name, x in module.named_buffers(recurse=False):
+            names.setdefault(recorder.memory(x), Source(BUFFER, at + name))
+        for name, x in module.named_parameters(recurse=False):
+            names.setdefault(recorder.memory(x), Source(PARAMETER, at + name))
+    return names | _states(run, recorder)
+
+
+def _states(run: Step, recorder: Recorder) -> dict[int, Source]:
+    """The states of the optimizer, some of which its first step makes."""
+    if run.optimizer is None:
+        return {}
+    names = {id(x): name for name, x in run.model.named_parameters()}
+    found: dict[int, Source] = {}
+    for parameter, state in run.optimizer.state.items():
+        owner = names.get(id(parameter), "a parameter outside of the model")
+        for key, x in state.items():
+            if isinstance(x, Tensor):
+                found[recorder.memory(x)] = Source(STATE, key, owner)
+    return found
+
+
+def _visible(run: Step, outcome: Outcome) -> list[tuple[str, Tensor]]:
+    """What the user sees of a step: loss, outputs, gradients, weights and states after it."""
+    loss = [] if outcome.loss is None else [("loss", outcome.loss)]
+    seen = loss or [(f"output {name}", x) for name, x in (outcome.outputs or {}).items()]
+    seen += [
+        (f"gradient of {name}", x.grad) for name, x in run.model.named_parameters() if x.grad is not None
+    ]
+    if run.optimizer is not None:
+        seen += [(f"weight {name}", x) for name, x in run.model.named_parameters()]
+        seen += [
+            (f"optimizer state {key}", x)
+            for state in run.optimizer.state.values()
+            for key, x in state.items()
+            if isinstance(x, Tensor)
+        ]
+    return [(name, x.detach()) for name, x in seen if not x.is_sparse]
+
+
+def _is_symptom(found: TensorRecord, name: str) -> bool:
+    """Whether it is not finite; -inf in an output may hide something on purpose."""
+    return not found.finite and not (name.startswith("output ") and found.hidden_only)
+
+
+def _capture(run: Step, kept: Kept, root: Root) -> Captured | None:
+    """The tensors of the root's operation, from a second run; None if that took another course."""
+    kept.rewind()
+    recorder = Recorder(Owners(run.model), capture=root.operation.index)
+    with recorder:
+        run.run(lambda: recorder.went_back)
+    captured = recorder.captured
+    return captured if captured is not None and str(captured.operator) == root.operation.name else None
+
+
+def _case(root: Root, record: Record, calls: Calls, captured: Captured | None) -> tuple[Case, list[str]]:
+    """All that is known of a root, and notes on what is not."""
+    notes: list[str] = []
+    numbers = Numbers()
+    if captured is None:
+        notes.append(
+            "a second run of the step took another course, so the numbers of this operation are not known"
+        )
+    elif root.kind == OPERATION:
+        numbers = evaluate(root.operation, captured)
+        if not numbers.index:
+            notes.append(
+                "this operation was finite in a second run: the step does not repeat itself to the bit"
+            )
+    if calls.unseen is not None:
+        notes.append(f"attention was not watched: {calls.unseen}")
+    place = find_place(root, record, calls, numbers, captured)
+    index = root.operation.index
+    written = record.names.get(root.tensor.memory)
+    case = Case(
+        root,
+        numbers,
+        place,
+        following=tuple(record.operations[index + 1 : index + 30]),
+        written_state=written.name if written is not None and written.kind == STATE else "",
+        versions=_versions(root),
+    )
+    return case, notes
+
+
+def _versions(root: Root) -> str:
+    """The software that may have computed an operation."""
+    operation = root.operation
+    if operation.library == "aten" and not is_fused_attention(operation):
+        return f"torch {torch.__version__}"
+    names = ("torch",) if operation.library == "aten" else ("torch", "triton", operation.library)
+    texts = [
+        f"{name} {version}" for name, version in versions(*names).items() if version and name != "python"
+    ]
+    if torch.cuda.is_available():
+        if torch.backends.cudnn.is_available():
+            texts.append(f"cuDNN {torch.backends.cudnn.version()}")
+        texts.append(torch.cuda.get_device_name())
+    return ", ".join(texts)
+
+
+def _nothing(record: Record, outcome: Outcome, step: int | None) -> NonFiniteTrace:
+    passing = sum(
+        not x.clean and not all(y.finite or y.hidden_only for y in x.outputs) for x in record.operations
+    )
+    loss = "" if outcome.loss is None else f", loss {float(outcome.loss.detach()):.6g}"
+    notes = []
+    if passing:
+        notes.append(f"{passing} operations gave NaN or +inf that reached nothing: what followed left it out")
+    return NonFiniteTrace(None, evidence=f"everything is finite{loss}", notes=tuple(notes), step=step)
