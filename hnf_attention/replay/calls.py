@@ -1,4 +1,4 @@
-"""How each attention call of a forward saw NaN and inf: which of q, k, v, scores and output, in which heads and rows."""
+"""How each attention call of a forward saw NaN and inf: in which tensors, heads and rows."""
 
 from __future__ import annotations
 

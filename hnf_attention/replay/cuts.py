@@ -48,9 +48,7 @@ def cuts(operator: Any, call: Call, numbers: Numbers) -> Iterator[Call]:
         one = _one_head(call, index)
         yield _one_query(one, index[2])
         yield one
-    elif name in ("bmm", "baddbmm") and len(shape) == 3:
-        yield call.map(_product(index, name))
-    elif name in ("mm", "addmm") and len(shape) == 2:
+    elif name in ("bmm", "baddbmm") and len(shape) == 3 or name in ("mm", "addmm") and len(shape) == 2:
         yield call.map(_product(index, name))
     else:
         yield call.map(lambda _, x: _rows(x, index, shape))

@@ -1,4 +1,4 @@
-"""A captured operation in double precision: whether its NaN is one of the number format, of the kernel, or a true one."""
+"""A captured operation in double precision: is its NaN one of the number format, of the kernel, or a true one?"""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def evaluate(operation: Operation, captured: Captured) -> Numbers:
     if head is not None:
         doubles = {name: head.results[int(name)]} if int(name) < len(head.results) else {}
         shown = {name: _of_head(result, index)}
-    else:
-        doubles, shown = in_double(captured), {name: result}
+    else:  # a kernel of another library may be at fault in double precision, too
+        doubles, shown = in_double(captured) if operation.library == "aten" else {}, {name: result}
     double, size = _verdict(shown[name], doubles.get(name))
     return Numbers(
         double=double,
@@ -39,6 +39,8 @@ def evaluate(operation: Operation, captured: Captured) -> Numbers:
         zero_denominator=operation.phase == OPTIMIZER and _divides_by_zero(operation, given),
         no_targets=_without_targets(operation, captured),
         overflowed=tuple(broken),
+        first=_along(result, 0),
+        second=_along(result, 1),
     )
 
 
@@ -85,6 +87,14 @@ def first_index(result: Tensor) -> tuple[int, ...]:
     """Where the first number that is not finite stands."""
     flat = (~torch.isfinite(result)).flatten().to(torch.uint8).argmax()
     return tuple(int(x) for x in torch.unravel_index(flat, result.shape))
+
+
+def _along(result: Tensor, dim: int) -> tuple[int, ...]:
+    """Where along a dimension there are numbers that are not finite."""
+    if result.dim() <= dim:
+        return ()
+    broken = (~torch.isfinite(result)).movedim(dim, 0).flatten(1).any(1)
+    return tuple(broken.nonzero().flatten().tolist())
 
 
 def _finite(x: Tensor) -> bool:
@@ -165,7 +175,7 @@ def _divides_by_zero(operation: Operation, given: dict[str, Any]) -> bool:
     elif name in ("div", "_foreach_div"):
         denominators = given.get("other")
     elif "_fused_" in name and "exp_avg_sqs" in given and "eps" in given:
-        small = given["eps"] == 0 or 1e-38 > given["eps"]
+        small = given["eps"] == 0 or given["eps"] < 1e-38
         denominators = given["exp_avg_sqs"] if small else None
     else:
         denominators = None

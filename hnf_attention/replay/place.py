@@ -30,16 +30,18 @@ def find_place(
         return _outside(root, calls, module, numbers)
     seen = calls.first(layer)
     reached = () if seen is None else tuple(name for name in TENSORS if name in seen.heads)
-    tensor = _tensor(root, record, layer, reached)
+    known = reached if seen is not None and seen.head_dim else ()
+    role = _role(root, record, layer, reached)
+    tensor = role if root.kind != SOURCE else "mask" if root.source is None else root.source.name
     if root.kind == OPERATION and module == layer:
         found = _by_shape(numbers, seen, captured)
         if found is not None:
-            head, batch, row = found
-            return Place(layer, True, head, tensor, batch, row, reached)
+            heads, batch, row = found
+            return Place(layer, True, heads, tensor, batch, row, role, known)
     if seen is None or not reached or operation.phase != FORWARD:
-        return Place(layer, True, (), tensor, None, None, reached)
+        return Place(layer, True, (), tensor, None, None, role, known)
     batch, row = seen.rows[reached[0]]
-    return Place(layer, True, seen.heads[reached[0]], tensor, batch, row, reached)
+    return Place(layer, True, seen.heads[reached[0]], tensor, batch, row, role, known)
 
 
 def _outside(root: Root, calls: Calls, module: str | None, numbers: Numbers) -> Place:
@@ -50,7 +52,8 @@ def _outside(root: Root, calls: Calls, module: str | None, numbers: Numbers) -> 
     if root.kind == SOURCE and first is not None and not set(_PROJECTED) & set(first.heads):
         reached = tuple(first.heads)
         batch, row = first.rows[reached[0]]
-        return Place(plain(first.layer), True, first.heads[reached[0]], "mask", batch, row, reached)
+        known = reached if first.head_dim else ()
+        return Place(plain(first.layer), True, first.heads[reached[0]], "mask", batch, row, "", known)
     if root.kind == SOURCE:
         return Place(module, False, (), "input" if root.source is None else root.source.name)
     if len(numbers.index) == 3:
@@ -58,29 +61,27 @@ def _outside(root: Root, calls: Calls, module: str | None, numbers: Numbers) -> 
     return Place(module, False)
 
 
-def _tensor(root: Root, record: Record, layer: str, reached: tuple[str, ...]) -> str:
-    """Which tensor of an attention layer it is."""
+def _role(root: Root, record: Record, layer: str, reached: tuple[str, ...]) -> str:
+    """Which tensor of an attention layer the operation makes, or reads."""
     operation = root.operation
-    if root.kind == SOURCE:
-        return "mask" if root.source is None else root.source.name
     if operation.phase == BACKWARD:
         names = _GRADIENTS if is_fused_attention(operation) and root.tensor.name.isdecimal() else ()
         place = int(root.tensor.name) if names else 0
         return names[place] if place < len(names) else "gradients"
     if operation.phase != FORWARD:
         named = record.names.get(root.tensor.memory)
-        return "weights' state" if named is None else named.name
+        return "" if named is None else named.name
     if operation.module == layer:
         if is_fused_attention(operation):
             return "out"
         if is_softmax(operation) or is_exponential(operation):
             return "weights"
-        later = [x for x in record.operations[operation.index + 1 :] if x.module == layer]
-        if not any(is_softmax(x) or is_exponential(x) for x in later if x.phase == FORWARD):
+        own = [x for x in record.operations if x.module == layer and x.phase == FORWARD]
+        if not any(is_softmax(x) or is_exponential(x) for x in own if x.index > operation.index):
             return "out"
-        if not set(_PROJECTED) & set(reached):
+        if any(x.packet in ("bmm", "baddbmm") for x in own if x.index <= operation.index):
             return "scores"
-    return next((name for name in _PROJECTED if name in reached), "output projection")
+    return next((name for name in _PROJECTED if name in reached), "a projection")
 
 
 def _by_shape(
@@ -90,17 +91,16 @@ def _by_shape(
     index, shape = numbers.index, numbers.shape
     views = [x for x in (() if captured is None else captured.shapes) if len(x) == 4]
     if len(shape) == 4:
-        batch, head, row = index[:3]
-        heads = shape[1]
+        (batch, _, row), heads, broken = index[:3], shape[1], numbers.second
     elif len(shape) == 3 and (views or seen is not None):
-        heads = views[0][1] if views else 0 if seen is None else seen.num_heads
-        batch, head = divmod(index[0], max(1, heads))
-        row = index[1]
+        heads = max(1, views[0][1] if views else 0 if seen is None else seen.num_heads)
+        batch, row = index[0] // heads, index[1]
+        broken = tuple(sorted({at % heads for at in numbers.first}))
     else:
         return None
     if seen is None:
-        return (head,), batch, row
+        return broken, batch, row
     if heads not in (seen.num_heads, seen.num_key_heads) or (len(shape) == 3 and shape[0] % heads):
         return None
     group = seen.num_heads // heads
-    return tuple(range(head * group, (head + 1) * group)), batch, row
+    return tuple(head * group + member for head in broken for member in range(group)), batch, row

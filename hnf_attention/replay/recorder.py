@@ -18,14 +18,26 @@ from .owners import Owners
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 #: Operations that read nothing of what they write to.
 _OVERWRITES = frozenset(
-    "copy_ fill_ zero_ normal_ uniform_ random_ bernoulli_ exponential_ set_ resize_".split()
+    [
+        "copy_",
+        "fill_",
+        "zero_",
+        "normal_",
+        "uniform_",
+        "random_",
+        "bernoulli_",
+        "exponential_",
+        "set_",
+        "resize_",
+    ]
 )
 
 
 class Captured(NamedTuple):
     """One operation with its tensors, as copies.
 
-    operator: of torch.ops. args, kwargs: as it was given them, before it ran. results: what it returned and wrote, by name.
+    operator: of torch.ops. args, kwargs: as it was given them, before it ran. results: what it returned and wrote, by
+    name.
     shapes: those that the first result is viewed in by the operations that follow at once.
     """
 
@@ -130,9 +142,11 @@ class Recorder(TorchDispatchMode):
         return record
 
     def _saw_view(self, tensor: Tensor) -> None:
-        if self.captured is not None and self._capture is not None and self.memory(tensor) == self._viewed:
-            if len(self.operations) <= self._capture + 3:
-                self.captured.shapes.append(tuple(tensor.shape))
+        captured = self.captured
+        if captured is None or self._capture is None or len(self.operations) > self._capture + 3:
+            return
+        if self.memory(tensor) == self._viewed:
+            captured.shapes.append(tuple(tensor.shape))
 
 
 def _packet(operator: Any) -> str:

@@ -1,4 +1,4 @@
-"""A minimal reproduction: the tensors of one operation, cut to where the fault still shows, and a script that runs it."""
+"""A minimal reproduction: one operation's tensors, cut to where the fault still shows, and a script that runs it."""
 
 from __future__ import annotations
 

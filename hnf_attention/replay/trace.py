@@ -62,8 +62,8 @@ def trace_non_finite(
     step: the number of the training step, to be repeated in the answer.
 
     The step runs up to four times, each time from the same weights, states and random numbers: to record every
-    operation, to copy the tensors of one, to watch the attention, and in the wider format. Modules that were compiled run
-    without compilation. Afterwards weights, buffers, gradients, the optimizer's states and the random numbers are as
+    operation, to copy the tensors of one, to watch the attention, and in the wider format. Modules that were compiled
+    run without compilation. Afterwards weights, buffers, gradients, the optimizer's states and the random numbers are as
     they were, to the last bit. Memory: a copy of these, and for `wide` the weights in double precision.
 
     Raises TypeError for a batch, model, loss, optimizer or scaler of another kind, ValueError if the folder holds other
@@ -143,7 +143,9 @@ def _record(run: Step, kept: Kept) -> tuple[Record, Outcome]:
     recorder.read()
     symptoms = {found.memory: name for found, name in seen if _is_symptom(found, name)}
     if not symptoms and outcome.error is not None:
-        broken = [x for x in recorder.operations if not x.clean]
+        broken = [
+            x for x in recorder.operations if any(not y.finite and not y.hidden_only for y in x.outputs)
+        ]
         symptoms = {x.memory: "the error that ended the step" for x in (broken[-1].outputs if broken else [])}
     return Record(recorder.operations, names, symptoms), outcome
 

@@ -28,7 +28,8 @@ class Numbers:
         `result`. kind: "NaN" or "inf".
     scores: largest |score| of the attention head in double precision; least_lse: smallest lse of its rows.
     zero_denominator: an optimizer divides by a number that is 0. no_targets: a loss averages over no target.
-    overflowed: names of the results that are not finite.
+    overflowed: names of the results that are not finite. first, second: where they are not, along the first two
+        dimensions of `result`.
     """
 
     double: str = UNKNOWN
@@ -42,6 +43,8 @@ class Numbers:
     zero_denominator: bool = False
     no_targets: bool = False
     overflowed: tuple[str, ...] = ()
+    first: tuple[int, ...] = ()
+    second: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,8 @@ class Place:
         attention layer. heads: query heads, empty where all are concerned or none. tensor: "query", "key", "value",
         "scores", "weights", "out", a gradient of these, a weight's name, or "activations". batch, row: of the first
         number that is not finite, None where they are not known.
-    reached: how the attention call of that layer saw it: the tensors of it that are not finite.
+    role: which tensor of the attention the operation makes or reads, as for `tensor`; "" where that is not known.
+    reached: the tensors of the layer's attention call that are not finite, where its q, k and v are known.
     """
 
     layer: str | None = None
@@ -61,6 +65,7 @@ class Place:
     tensor: str = "activations"
     batch: int | None = None
     row: int | None = None
+    role: str = ""
     reached: tuple[str, ...] = ()
 
 

@@ -11,7 +11,6 @@ from .case import (
     feeds_a_sum,
     is_exponential,
     is_fused_attention,
-    is_softmax,
 )
 from .records import BACKWARD, BUFFER, CLIPPING, OPTIMIZER, PARAMETER, SCALING, STATE
 from .roots import SOURCE, UNSEEN
@@ -49,8 +48,8 @@ def find_cause(case: Case) -> str:
         return _of_a_source(case)
     if root.kind == UNSEEN:
         return KERNEL
-    if root.masked:
-        return EMPTY_ROW if is_softmax(operation) or is_fused_attention(operation) else UNDEFINED
+    if root.masked and not is_exponential(operation):
+        return EMPTY_ROW
     if operation.constants and operation.phase not in (OPTIMIZER, SCALING):
         return WRITTEN
     if operation.phase == SCALING:
@@ -67,15 +66,15 @@ def find_cause(case: Case) -> str:
 
 
 def _of_a_source(case: Case) -> str:
-    source = case.root.source
-    if source is not None and source.kind in (PARAMETER, BUFFER):
+    source, place = case.root.source, case.place
+    if source is not None and source.kind in (PARAMETER, STATE):
+        return WEIGHT if source.kind == PARAMETER else OPTIMIZER_STATE
+    reached = bool(place.reached) and not {"query", "key", "value"} & set(place.reached)
+    if place.attention and (reached or place.role == "scores"):
+        return MASK
+    if source is not None and source.kind == BUFFER:
         return WEIGHT
-    if source is not None and source.kind == STATE:
-        return OPTIMIZER_STATE
-    reached = case.place.reached
-    if case.place.attention and reached and not {"query", "key", "value"} & set(reached):
-        return EMPTY_ROW if case.root.tensor.hidden_only else MASK
-    return INPUT
+    return WRITTEN if source is None and not case.root.tensor.shape else INPUT
 
 
 def _of_the_optimizer(case: Case) -> str:
@@ -94,6 +93,8 @@ def _of_a_kernel(case: Case) -> str:
     numbers = case.numbers
     if numbers.scores is not None and numbers.scores > LARGEST["float32"]:
         return PRODUCT
+    if case.operation.library != "aten":
+        return KERNEL
     if numbers.double == TOO_LARGE:
         return GRADIENT if case.operation.phase == BACKWARD else ACTIVATION
     if numbers.double == NOT_FINITE:
@@ -109,7 +110,7 @@ def _of_an_operation(case: Case) -> str:
         return NAIVE_SOFTMAX
     if numbers.double == NOT_FINITE and not is_exponential(operation):
         return UNDEFINED
-    if case.place.attention and case.place.tensor == "scores":
+    if case.place.attention and case.place.role == "scores":
         return FP16_PRODUCT if case.dtype == "float16" else PRODUCT
     largest = max((x.size for x in operation.inputs), default=0.0)
     if numbers.double == FITS and largest < LARGEST.get(case.dtype, LARGEST["float32"]) ** 0.5:

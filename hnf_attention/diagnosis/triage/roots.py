@@ -41,8 +41,8 @@ def find_root(record: Record) -> Root | None:
 class _Walk:
     """The walk from the symptoms, against the order of execution.
 
-    From an operation it goes on to inputs with NaN or +inf. To -inf it goes only where nothing else is there: masks hold
-    it on purpose.
+    From an operation it goes on to inputs with NaN or +inf. To -inf it goes only where nothing else is there: masks
+    hold it on purpose.
     """
 
     def __init__(self, record: Record):
@@ -95,7 +95,9 @@ class _Walk:
         if all(x.finite or x.hidden_only for x in operation.outputs):
             return self._back(operation, broken)
         accidents = self._accidents(operation)
-        return [], accidents or [Root(OPERATION, operation, first_broken(operation), masked=True)]
+        if accidents or takes_minus_infinity(operation):
+            return [], accidents or [Root(OPERATION, operation, first_broken(operation), masked=True)]
+        return self._back(operation, broken)
 
     def _back(self, operation: Operation, inputs: list[TensorRecord]) -> tuple[list[Operation], list[Root]]:
         further, roots = [], []
@@ -134,8 +136,17 @@ def first_broken(operation: Operation) -> TensorRecord:
     return next((x for x in operation.outputs if not x.finite), operation.outputs[0])
 
 
+def takes_minus_infinity(operation: Operation) -> bool:
+    """Whether -inf among the inputs is in order: a softmax, an exponential, a whole attention."""
+    name = operation.packet
+    return "softmax" in name or "attention" in name or name.rstrip("_") in ("exp", "exp2", "logsumexp")
+
+
 def on_purpose(operation: Operation) -> bool:
-    """Whether an operation makes -inf of finite numbers to hide keys: it was told so, or its mask is the lowest number."""
+    """Whether an operation makes -inf of finite numbers to hide keys.
+
+    It was told so, or its mask holds the lowest number of a format.
+    """
     if any(constant == float("-inf") for constant in operation.constants):
         return True
     out = first_broken(operation)

@@ -21,13 +21,14 @@ _CALMER = "smaller query and key weights (QK-clip, QK-norm) keep scores small fo
 SUGGESTIONS = {
     causes.NAIVE_SOFTMAX: "subtract each row's maximum before the exponential, as torch.softmax does",
     causes.FP16_PRODUCT: f"scale q before the product, or {_WIDER} (bfloat16 reaches 3e38); {_CALMER}",
-    causes.PRODUCT: f"the query and key weights have exploded: go back to a checkpoint, lower the learning rate; {_CALMER}",
+    causes.PRODUCT: "the query and key weights have exploded: go back to a checkpoint, lower the learning rate; "
+    f"{_CALMER}",
     causes.EMPTY_ROW: "give every row a key to see, padding included, or set such rows to 0 after the softmax, as "
     "scaled_dot_product_attention does",
     causes.MASK: "look for NaN and +inf in the mask or position bias; hide keys with -inf or a boolean mask",
     causes.INPUT: "look at the batch: skip or repair it; check where the data come from",
-    causes.WEIGHT: "an earlier step broke this weight: go back to a checkpoint in which it is finite, and trace the step "
-    "that breaks it, with the optimizer",
+    causes.WEIGHT: "an earlier step broke this weight: go back to a checkpoint in which it is finite, and trace the "
+    "step that breaks it, with the optimizer",
     causes.WRITTEN: "look at the code that writes this constant: a hook, a masked_fill, an index assignment",
     causes.ACTIVATION: f"{_WIDER}; if it is in float32 already, the weights before it have exploded: go back to a "
     "checkpoint and lower the learning rate",
@@ -116,13 +117,12 @@ def _what(case: Case, cause: str) -> str:
 def _of_a_source(case: Case, cause: str) -> str:
     source, tensor = case.root.source, case.root.tensor
     shape = f"{tensor.dtype} {tensor.shape}"
-    known = (
-        f"{source.kind} {source.name} ({shape})"
-        if source is not None
-        else f"a tensor {shape} that the run was given"
-    )
-    if cause == causes.EMPTY_ROW:
-        return f"{known}, whose -inf hides every key of a row"
+    known = f"a tensor {shape} that the run was given"
+    if source is not None:
+        owner = f" of {source.parameter}" if source.parameter else ""
+        known = f"{source.kind} {source.name}{owner} ({shape})"
+    if cause == causes.WRITTEN:
+        return f"the constant {tensor.most:g}, written by {case.operation.packet} in {_module(case)}"
     if cause == causes.MASK:
         return f"{known}, which is added to the scores: q, k and v are finite"
     first = "" if source is not None and source.kind == "parameter" else f", first read by {_module(case)}"
