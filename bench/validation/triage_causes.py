@@ -1,6 +1,6 @@
 """Inject faults into small models and count how often a trace names layer, heads and cause.
 
-    python -m bench.validation.triage_causes [--places 3] [--only WORDS] [--out FILE.json]
+    python -m bench.validation.triage_causes [--places 3] [--only WORDS] [--device cuda] [--out FILE.json]
 
 Every fault is put into several places (layer, head). Every miss is printed. Exit code 1 below 95% right.
 """
@@ -62,10 +62,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--places", type=int, default=3)
     parser.add_argument("--only", default="")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     logging.getLogger("hnf_attention").setLevel(logging.ERROR)
     torch.set_num_threads(1)
+    torch.set_default_device(options.device)
     rows = []
     for name in FAULTS:
         if options.only not in name:
@@ -81,7 +83,7 @@ def main() -> int:
     kinds = len({x["fault"] for x in rows})
     print(f"{kinds} faults in {len(rows)} places: " + ", ".join(f"{k} {v:.1%}" for k, v in share.items()))
     if options.out:
-        document = {"torch": torch.__version__, "share": share, "rows": rows}
+        document = {"torch": torch.__version__, "device": options.device, "share": share, "rows": rows}
         options.out.write_text(json.dumps(document, indent=1) + "\n")
     return 0 if share["right"] >= TARGET else 1
 

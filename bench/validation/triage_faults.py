@@ -267,7 +267,7 @@ def _backward_kernel(layer: int, head: int) -> tuple[Setup, Expected]:
 def _gradient(layer: int, head: int) -> tuple[Setup, Expected]:
     made = setup("plain", dtype="float16")
     made.module("layer", layer).gradient = (head, 6e4)
-    made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**13)
+    made.scaler = torch.amp.GradScaler(models.device(), init_scale=2.0**13)
     return made, Expected(causes.GRADIENT, made.name("layer", layer), (head,))
 
 
@@ -278,7 +278,7 @@ def _mlp_gradient(layer: int, head: int) -> tuple[Setup, Expected]:
     made.module("mlp", layer).register_forward_hook(
         lambda _m, _i, out: models.ScaledGradient.apply(out, factor)
     )
-    made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+    made.scaler = torch.amp.GradScaler(models.device(), init_scale=2.0**14)
     return made, Expected(causes.GRADIENT, made.name("mlp", layer))
 
 
@@ -294,7 +294,7 @@ def _root(layer: int, head: int) -> tuple[Setup, Expected]:
 @fault("loss scale beyond float16")
 def _scale(layer: int, head: int) -> tuple[Setup, Expected]:
     made = setup("gpt2", dtype="float16")
-    made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (17 + layer))
+    made.scaler = torch.amp.GradScaler(models.device(), init_scale=2.0 ** (17 + layer))
     made.loss = lambda out: out.loss.half()
     return made, Expected(causes.GRADIENT, None)
 
@@ -304,7 +304,7 @@ def scaled(name: str, scale: float, family: str) -> None:
     def make(layer: int, head: int) -> tuple[Setup, Expected]:
         made = setup(family, dtype="autocast float16")
         made.optimizer = torch.optim.SGD(made.model.parameters(), 0.1)
-        made.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        made.scaler = torch.amp.GradScaler(models.device(), init_scale=scale)
         return made, Expected(causes.SCALER, None)
 
 

@@ -13,6 +13,11 @@ LAYERS, HEADS, WIDTH, LENGTH, VOCABULARY, BATCH = 3, 4, 32, 12, 40, 2
 HEAD_DIM = WIDTH // HEADS
 
 
+def device() -> str:
+    """The kind of device that tensors are made on."""
+    return torch.get_default_device().type
+
+
 class Attention(nn.Module):
     """Attention that is written out, by the softmax of the user's choice; `bias` is added to the scores."""
 
@@ -144,7 +149,7 @@ class Setup:
     def run(self) -> Any:
         if not self.dtype.startswith("autocast"):
             return self.model(**self.inputs)
-        with torch.autocast("cpu", getattr(torch, self.dtype.split()[1])):
+        with torch.autocast(device(), getattr(torch, self.dtype.split()[1])):
             return self.model(**self.inputs)
 
     def module(self, role: str, layer: int) -> nn.Module:

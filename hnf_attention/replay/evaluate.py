@@ -44,6 +44,22 @@ def evaluate(operation: Operation, captured: Captured) -> Numbers:
     )
 
 
+def locate(captured: Captured, given: Tensor | None) -> Numbers:
+    """Where the first result of an operation that read a broken tensor is not finite. given: that tensor, if known."""
+    for name, result in captured.results.items():
+        if not _finite(result):
+            element = () if given is None or _finite(given) else first_index(given)
+            broken = 0 if given is None else int((~given.isfinite()).sum())
+            return Numbers(
+                result=name,
+                index=first_index(result),
+                shape=tuple(result.shape),
+                element=element,
+                broken=broken,
+            )
+    return Numbers()
+
+
 def in_double(captured: Captured) -> dict[str, Tensor]:
     """The results of the operation on double-precision copies of its tensors; {} where it cannot be computed so."""
     args, kwargs = (map_tensors(x, _double) for x in (captured.args, captured.kwargs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..diagnosis.triage.wording import SUGGESTIONS, evidence_of
 from ..names import named_modules, unwrapped
 from ..versions import versions
 from .calls import Calls
-from .evaluate import evaluate
+from .evaluate import evaluate, locate
 from .kept import Kept, keeping
 from .owners import Owners
 from .place import find_place
@@ -63,8 +63,8 @@ def trace_non_finite(
 
     The step runs up to four times, each time from the same weights, states and random numbers: to record every
     operation, to copy the tensors of one, to watch the attention, and in the wider format. Modules that were compiled
-    run without compilation. Afterwards weights, buffers, gradients, the optimizer's states and the random numbers are as
-    they were, to the last bit. Memory: a copy of these, and for `wide` the weights in double precision.
+    run without compilation. Afterwards weights, buffers, gradients, the optimizer's states and the random numbers are
+    as they were, to the last bit. Memory: a copy of these, and for `wide` the weights in double precision.
 
     Raises TypeError for a batch, model, loss, optimizer or scaler of another kind, ValueError if the folder holds other
     files, and ImportError if safetensors is missing. An error of the step itself comes out if all was finite before it.
@@ -86,7 +86,8 @@ def trace_non_finite(
         kept.rewind()
         with Calls(run.model) as calls:
             run.run(_never, plain=True)
-        case, notes = _case(root, record, calls, captured)
+        kept.rewind()
+        case, notes = _case(run, root, record, calls, captured)
         cause = find_cause(case)
         replayed = None
         if wide:
@@ -151,23 +152,27 @@ def _record(run: Step, kept: Kept) -> tuple[Record, Outcome]:
 
 
 def _names(run: Step, recorder: Recorder) -> dict[int, Source]:
-    names: dict[int, Source] = {}
-    for name, x in run.inputs.items():
-        names[recorder.memory(x)] = Source(BATCH, name)
-    for prefix, module in named_modules(run.model):
+    names = {recorder.memory(x): Source(BATCH, name) for name, x in run.inputs.items()}
+    for source, x in _named(run.model):
+        names.setdefault(recorder.memory(x), source)
+    return names | _states(run, recorder)
+
+
+def _named(model: nn.Module) -> Iterator[tuple[Source, Tensor]]:
+    """The buffers and parameters of a model by their names, without those of wrappers."""
+    for prefix, module in named_modules(model):
         at = f"{prefix}." if prefix else ""
         for name, x in module.named_buffers(recurse=False):
-            names.setdefault(recorder.memory(x), Source(BUFFER, at + name))
+            yield Source(BUFFER, at + name), x
         for name, x in module.named_parameters(recurse=False):
-            names.setdefault(recorder.memory(x), Source(PARAMETER, at + name))
-    return names | _states(run, recorder)
+            yield Source(PARAMETER, at + name), x
 
 
 def _states(run: Step, recorder: Recorder) -> dict[int, Source]:
     """The states of the optimizer, some of which its first step makes."""
     if run.optimizer is None:
         return {}
-    names = {id(x): name for name, x in run.model.named_parameters()}
+    names = {id(x): source.name for source, x in _named(run.model)}
     found: dict[int, Source] = {}
     for parameter, state in run.optimizer.state.items():
         owner = names.get(id(parameter), "a parameter outside of the model")
@@ -210,7 +215,9 @@ def _capture(run: Step, kept: Kept, root: Root) -> Captured | None:
     return captured if captured is not None and str(captured.operator) == root.operation.name else None
 
 
-def _case(root: Root, record: Record, calls: Calls, captured: Captured | None) -> tuple[Case, list[str]]:
+def _case(
+    run: Step, root: Root, record: Record, calls: Calls, captured: Captured | None
+) -> tuple[Case, list[str]]:
     """All that is known of a root, and notes on what is not."""
     notes: list[str] = []
     numbers = Numbers()
@@ -224,6 +231,8 @@ def _case(root: Root, record: Record, calls: Calls, captured: Captured | None) -
             notes.append(
                 "this operation was finite in a second run: the step does not repeat itself to the bit"
             )
+    else:
+        numbers = locate(captured, _given(run, root))
     if calls.unseen is not None:
         notes.append(f"attention was not watched: {calls.unseen}")
     place = find_place(root, record, calls, numbers, captured)
@@ -238,6 +247,16 @@ def _case(root: Root, record: Record, calls: Calls, captured: Captured | None) -
         versions=_versions(root),
     )
     return case, notes
+
+
+def _given(run: Step, root: Root) -> Tensor | None:
+    """The tensor that the run was given, as it was before it; None if it is not known by name."""
+    source = root.source
+    if source is None or source.kind == STATE:
+        return None
+    if source.kind == BATCH:
+        return run.inputs.get(source.name)
+    return next((x.detach() for found, x in _named(run.model) if found == source), None)
 
 
 def _versions(root: Root) -> str:

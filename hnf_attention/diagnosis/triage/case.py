@@ -28,6 +28,7 @@ class Numbers:
         `result`. kind: "NaN" or "inf".
     scores: largest |score| of the attention head in double precision; least_lse: smallest lse of its rows.
     zero_denominator: an optimizer divides by a number that is 0. no_targets: a loss averages over no target.
+    element: of a tensor that the run was given, the first place that is not finite; broken: how many there are.
     overflowed: names of the results that are not finite. first, second: where they are not, along the first two
         dimensions of `result`.
     """
@@ -42,6 +43,8 @@ class Numbers:
     least_lse: float | None = None
     zero_denominator: bool = False
     no_targets: bool = False
+    element: tuple[int, ...] = ()
+    broken: int = 0
     overflowed: tuple[str, ...] = ()
     first: tuple[int, ...] = ()
     second: tuple[int, ...] = ()

@@ -125,6 +125,15 @@ def _of_a_source(case: Case, cause: str) -> str:
         return f"the constant {tensor.most:g}, written by {case.operation.packet} in {_module(case)}"
     if cause == causes.MASK:
         return f"{known}, which is added to the scores: q, k and v are finite"
+    if case.numbers.element:
+        number = case.numbers.broken
+        known += f", {number:,} of whose numbers {'is' if number == 1 else 'are'} not finite"
+        known += (
+            f" (at {list(case.numbers.element)})"
+            if number == 1
+            else f" (the first at {list(case.numbers.element)})"
+        )
+        return known
     first = "" if source is not None and source.kind == "parameter" else f", first read by {_module(case)}"
     return f"{known}, which holds NaN or inf before the step{first}"
 
