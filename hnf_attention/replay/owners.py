@@ -47,13 +47,12 @@ class Owners:
         """(the module, the part of the step) of the call that is made now."""
         module, phase = self._on_the_stack()
         node = compat.running_node_number()
-        if node < 0:
-            number = compat.next_node_number()
-            if number != self._thread.last:
-                self._thread.last = number
-                self._of_node[number - 1] = module
-        elif module is None:
+        if module is None and node >= 0:
             module = self._of_node.get(node)
+        number = compat.next_node_number()
+        if number != self._thread.last:  # a forward, or the second one of a checkpoint, has made a node
+            self._thread.last = number
+            self._of_node[number - 1] = module
         if phase == FORWARD and compat.running_backward() != -1:
             phase = BACKWARD
         return module, phase

@@ -18,7 +18,7 @@ from ..diagnosis.triage.finding import NonFiniteTrace
 from ..diagnosis.triage.records import BATCH, BUFFER, PARAMETER, STATE, Record, Source, TensorRecord
 from ..diagnosis.triage.roots import OPERATION, Root, find_root
 from ..diagnosis.triage.wording import SUGGESTIONS, evidence_of
-from ..names import named_modules, unwrapped
+from ..names import display_name, named_modules, unwrapped
 from ..versions import versions
 from .calls import Calls
 from .evaluate import evaluate, locate
@@ -227,7 +227,7 @@ def _case(
         )
     elif root.kind == OPERATION:
         numbers = evaluate(root.operation, captured)
-        if not numbers.index:
+        if not numbers.overflowed:
             notes.append(
                 "this operation was finite in a second run: the step does not repeat itself to the bit"
             )
@@ -276,11 +276,14 @@ def _versions(root: Root) -> str:
 
 
 def _nothing(record: Record, outcome: Outcome, step: int | None) -> NonFiniteTrace:
-    passing = sum(
-        not x.clean and not all(y.finite or y.hidden_only for y in x.outputs) for x in record.operations
-    )
+    passing = [x for x in record.operations if any(not y.finite and not y.hidden_only for y in x.outputs)]
     loss = "" if outcome.loss is None else f", loss {float(outcome.loss.detach()):.6g}"
     notes = []
     if passing:
-        notes.append(f"{passing} operations gave NaN or +inf that reached nothing: what followed left it out")
+        first, many = passing[0], len(passing)
+        where = "" if first.module is None else f" in {display_name(first.module)}"
+        notes.append(
+            f"{many} operation{'' if many == 1 else 's'} gave NaN or +inf that reached neither loss nor gradients; "
+            f"the first was {first.name}{where}, {first.phase}"
+        )
     return NonFiniteTrace(None, evidence=f"everything is finite{loss}", notes=tuple(notes), step=step)
