@@ -87,7 +87,7 @@ def _function(target: str) -> Callable[[], Any]:
     finally:
         sys.path.pop(0)
     if not callable(found):
-        raise InputError(f"expected a function {name} in {place}, got {'none' if found is None else found!r}")
+        raise InputError(f"expected a function {name} in {place}, got none")
     function: Callable[[], Any] = found
     return function
 

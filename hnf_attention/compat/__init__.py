@@ -8,6 +8,7 @@ without it. The tests ran with torch 2.11 and 2.13 and with transformers 5. Impo
 """
 
 from .torch import (
+    DispatchMode,
     Memory,
     any_autocast,
     child,
@@ -50,6 +51,7 @@ from .torch import (
 from .transformers import attention_implementation, collects_attention_weights, device_mesh, initialise
 
 __all__ = [
+    "DispatchMode",
     "Memory",
     "any_autocast",
     "attention_implementation",

@@ -61,6 +61,9 @@ without_dispatch_modes: Callable[[], AbstractContextManager[Any]] = _find(
 Missing: dispatch modes see them. A selective checkpoint then fails in its backward, for operators it did not count.
 """
 
+DispatchMode: Any = _find("utils._python_dispatch.TorchDispatchMode", object)
+"""The base class of a context whose `__torch_dispatch__` sees every operation. Missing: a trace raises TypeError."""
+
 current_level: Callable[[], int] = functools.partial(getattr, torch.autograd.forward_ad, "_current_level", -1)
 """The level of forward-mode differentiation that the call is in, -1 outside of it.
 

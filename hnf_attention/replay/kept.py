@@ -20,12 +20,12 @@ class Kept:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None):
         self._optimizer = optimizer
-        self._parameters = list(model.parameters())
+        self._weights = list(model.parameters())
         if optimizer is not None:
-            mine = {id(x) for x in self._parameters}
-            self._parameters += [x for g in optimizer.param_groups for x in g["params"] if id(x) not in mine]
-        self._tensors = [_Copy(x) for x in (*self._parameters, *model.buffers())]
-        self._gradients = [x.grad for x in self._parameters]
+            mine = {id(x) for x in self._weights}
+            self._weights += [x for g in optimizer.param_groups for x in g["params"] if id(x) not in mine]
+        self._tensors = [_Copy(x) for x in (*self._weights, *model.buffers())]
+        self._gradients = [x.grad for x in self._weights]
         self._written = [None if x is None else _Copy(x) for x in self._gradients]
         self._states: list[tuple[Tensor, dict[str, Any], list[_Copy]]] = []
         self._groups: list[dict[str, Any]] = []
@@ -38,7 +38,7 @@ class Kept:
 
     def rewind(self) -> None:
         """Put everything back, but leave gradients out: a step begins without them."""
-        for parameter in self._parameters:
+        for parameter in self._weights:
             parameter.grad = None
         for copy in self._tensors:
             copy.put_back()
@@ -56,7 +56,7 @@ class Kept:
     def put_back(self) -> None:
         """Put everything back, the gradients as well."""
         self.rewind()
-        for parameter, gradient, copy in zip(self._parameters, self._gradients, self._written):
+        for parameter, gradient, copy in zip(self._weights, self._gradients, self._written):
             if copy is not None:
                 copy.put_back()
             parameter.grad = gradient

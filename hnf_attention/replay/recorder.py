@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import compat
 from ..diagnosis.triage.records import BACKWARD, WITHOUT_NUMBERS, Operation, TensorRecord
@@ -48,7 +47,7 @@ class Captured(NamedTuple):
     shapes: list[tuple[int, ...]]
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(compat.DispatchMode):
     """A context inside which operations are recorded.
 
     owners: say which module and which part of a step makes a call.

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import compat
 from ..diagnosis.triage.finding import WideReplay
@@ -66,7 +65,7 @@ def _widened(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             tensor.data = data
 
 
-class WiderFormats(TorchDispatchMode):
+class WiderFormats(compat.DispatchMode):
     """A context in which each operation takes and gives numbers of at least this format."""
 
     def __init__(self, dtype: torch.dtype):
