@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hnf_attention import AttentionStabilityMonitor, trace_non_finite
+from hnf_attention import AttentionStabilityMonitor, attention, trace_non_finite
 from hnf_attention.diagnosis.triage import causes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -223,3 +223,53 @@ def test_a_monitor_traces_and_says_when_it_first_saw_it():
         assert "the monitor first saw it at step 2, in layer layers.1.self_attn" in trace.notes[-1]
         monitor.on_step()  # the forwards of the trace are no forwards of the training
         assert len(monitor.history) == snapshots
+
+
+@torch.library.custom_op("test_triage::padded_attention", mutates_args=())
+def padded_attention(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Like PyTorch's memory-efficient kernel: the lse of rows that pad it is +inf."""
+    lse = torch.full((query.shape[0], 32), torch.inf)
+    lse[:, : query.shape[1]] = query.logsumexp(-1)
+    return query.softmax(-1), lse
+
+
+@torch.library.custom_op("test_triage::padded_attention_backward", mutates_args=())
+def padded_attention_backward(
+    grad_out: torch.Tensor, query: torch.Tensor, logsumexp: torch.Tensor
+) -> torch.Tensor:
+    return grad_out * query * logsumexp[:, : query.shape[1], None]
+
+
+padded_attention.register_autograd(
+    lambda ctx, grad_out, _: padded_attention_backward(grad_out, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], output[1]),
+)
+
+
+def test_the_padding_of_an_lse_is_no_origin():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].register_forward_hook(lambda _m, _i, out: out + (out - out.detach()).abs().sqrt())
+    trace = trace_non_finite(
+        model, torch.ones(2, 3, 4), lambda out: padded_attention(out)[0].sum(), wide=False
+    )
+    assert (trace.cause, trace.layer, trace.phase) == (causes.UNDEFINED, "0", "backward"), trace
+
+
+class OwnAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(32, 96)
+
+    def forward(self, x):
+        q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in self.project(x).chunk(3, -1))
+        return attention(q, k, v)[0].square().mean()
+
+
+def test_a_product_beyond_float32_inside_this_packages_attention_is_no_fault_of_its_kernel():
+    torch.manual_seed(0)
+    model = OwnAttention()
+    with torch.no_grad():
+        model.project.weight[8:16] *= 1e20
+        model.project.weight[40:48] *= 1e20
+    trace = trace_non_finite(model, torch.randn(2, 12, 32), wide=False)
+    assert (trace.cause, trace.layer, trace.heads) == (causes.PRODUCT, "", (1,)), trace

@@ -132,35 +132,45 @@ def head_in_double(
     captured: Captured, given: dict[str, Any], result: Tensor, index: tuple[int, ...]
 ) -> Head | None:
     """The head of a fused attention that the index points to; None if the operation is none or has another layout."""
-    query, key, value = (given.get(name) for name in ("query", "key", "value"))
     name = str(captured.operator)
-    if not ("attention" in name and all(isinstance(x, Tensor) and x.dim() == 4 for x in (query, key, value))):
+    plain = _as_sdpa(name, given)
+    if plain is None or len(index) != 4:
         return None
-    if "scaled_dot_product" not in name or len(index) != 4:
-        return None
-    assert query is not None and key is not None and value is not None
+    query, key, value = (plain[x] for x in ("query", "key", "value"))
     batch, number = index[:2]
     backward = "backward" in name
-    if result.shape[1] != query.shape[1]:
-        number *= query.shape[1] // max(
-            1, result.shape[1]
-        )  # a key head, by the first query head that reads it
+    if result.shape[1] != query.shape[1]:  # a key head, by the first query head that reads it
+        number *= query.shape[1] // max(1, result.shape[1])
     group = max(1, query.shape[1] // max(1, key.shape[1]))
     q = _double(query[batch, number]).requires_grad_(backward)
     k, v = (_double(x[batch, number // group]).requires_grad_(backward) for x in (key, value))
     with torch.enable_grad() if backward else torch.no_grad():
-        scores = _scores(q, k, given, (batch, number))
+        scores = _scores(q, k, plain, (batch, number))
         out = scores.softmax(-1) @ v
     hidden = scores.detach() == -torch.inf
     seen = scores.detach().masked_fill(hidden, 0.0)
     least_lse = float(scores.detach().logsumexp(-1).masked_fill(hidden.all(-1), torch.inf).min())
     results = [out.detach()]
     if backward:
-        gradient = given.get("grad_out", given.get("grad_out_"))
+        gradient = plain.get("grad_out", plain.get("grad_out_"))
         if not isinstance(gradient, Tensor):
             return None
         results = list(torch.autograd.grad(out, (q, k, v), _double(gradient[batch, number])))
     return Head(results, float(seen.abs().max()), least_lse)
+
+
+def _as_sdpa(name: str, given: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments by the names of scaled_dot_product_attention; None for another layout or other options."""
+    if not all(isinstance(x, Tensor) and x.dim() == 4 for x in map(given.get, ("query", "key", "value"))):
+        return None
+    if "scaled_dot_product" in name:
+        return given
+    if not name.startswith("hnf_attention."):
+        return None
+    numbers = given.get("numbers", ())
+    if len(numbers) != 1 or any(given.get(x) is not None for x in ("sinks", "seqlens", "window_size")):
+        return None
+    return given | {"scale": numbers[0], "grad_out": given.get("d_out")}
 
 
 def _scores(q: Tensor, k: Tensor, given: dict[str, Any], place: tuple[int, int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..diagnosis.triage.case import Numbers, Place, is_exponential, is_fused_attention, is_softmax
+from ..diagnosis.triage.case import Numbers, Place, is_exponential, is_softmax
 from ..diagnosis.triage.records import BACKWARD, BATCH, FORWARD, Record
 from ..diagnosis.triage.roots import OPERATION, SOURCE, Root
 from .calls import TENSORS, Calls, Seen, plain
@@ -24,8 +24,8 @@ def find_place(
     ):  # an optimizer, or what checks gradients, has a tensor of some module
         module = (source.parameter or source.name).rpartition(".")[0] or None
     layer = calls.layer_of(module)
-    if layer is None and is_exponential(operation) and len(numbers.shape) == 4:
-        layer = module  # a softmax that is written out, in a module that no name tells as attention
+    if layer is None and len(numbers.shape) == 4 and (is_exponential(operation) or operation.is_attention):
+        layer = module  # attention in a module that no name tells as such
     if layer is None:
         return _outside(root, calls, module, numbers)
     seen = calls.first(layer)
@@ -65,14 +65,14 @@ def _role(root: Root, record: Record, layer: str, reached: tuple[str, ...]) -> s
     """Which tensor of an attention layer the operation makes, or reads."""
     operation = root.operation
     if operation.phase == BACKWARD:
-        names = _GRADIENTS if is_fused_attention(operation) and root.tensor.name.isdecimal() else ()
+        names = _GRADIENTS if operation.is_attention and root.tensor.name.isdecimal() else ()
         place = int(root.tensor.name) if names else 0
         return names[place] if place < len(names) else "gradients"
     if operation.phase != FORWARD:
         named = record.names.get(root.tensor.memory)
         return "" if named is None else named.name
     if operation.module == layer:
-        if is_fused_attention(operation):
+        if operation.is_attention:
             return "out"
         if is_softmax(operation) or is_exponential(operation):
             return "weights"

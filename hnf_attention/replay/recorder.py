@@ -15,6 +15,8 @@ from ..diagnosis.triage.records import BACKWARD, WITHOUT_NUMBERS, Operation, Ten
 from .owners import Owners
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+#: What a fused attention hands to its backward, by the parameters' names.
+_STATISTICS = frozenset(("logsumexp", "softmax_logsumexp", "softmax_lse", "lse", "entropy"))
 #: Operations that read nothing of what they write to.
 _OVERWRITES = frozenset(
     [
@@ -73,7 +75,7 @@ class Recorder(compat.DispatchMode):
         given = list(_named(operator, args, kwargs))
         if any(type(x) not in _PLAIN for _, x in given) or torch.compiler.is_compiling():
             return NotImplemented if given else operator(*args, **kwargs)
-        inputs = [self._look(name, x) for name, x in given if self._reads(operator, name)]
+        inputs = [self._look(name, x, operator) for name, x in given if self._reads(operator, name)]
         written = _written(operator)
         index = len(self.operations)
         copied = (_copied(args), _copied(kwargs)) if index == self._capture else None
@@ -92,7 +94,7 @@ class Recorder(compat.DispatchMode):
                 module,
                 phase,
                 inputs,
-                [self._look(name, x, operator) for name, x in outputs],
+                [self._look(name, x, operator, made=True) for name, x in outputs],
                 tuple(_infinite(args, kwargs)),
             )
         )
@@ -128,10 +130,10 @@ class Recorder(compat.DispatchMode):
     def _reads(self, operator: Any, name: str) -> bool:
         return not (name in _written(operator) and (_packet(operator) in _OVERWRITES or name == "out"))
 
-    def _look(self, name: str, tensor: Tensor, operator: Any = None) -> TensorRecord:
+    def _look(self, name: str, tensor: Tensor, operator: Any = None, made: bool = False) -> TensorRecord:
         dtype = str(tensor.dtype).removeprefix("torch.")
         record = TensorRecord(name, self.memory(tensor), tuple(tensor.shape), dtype)
-        blank = operator is not None and _packet(operator) in WITHOUT_NUMBERS
+        blank = operator is not None and _without_meaning(operator, name, made)
         if self._capture is None and not blank and _has_numbers(tensor):
             with torch.no_grad():
                 plain = tensor.detach()
@@ -146,6 +148,19 @@ class Recorder(compat.DispatchMode):
             return
         if self.memory(tensor) == self._viewed:
             captured.shapes.append(tuple(tensor.shape))
+
+
+def _without_meaning(operator: Any, name: str, made: bool) -> bool:
+    """Whether a tensor that is not finite means nothing: blank memory, or statistics of a fused attention.
+
+    PyTorch's memory-efficient attention returns an lse that is +inf in rows which pad it, and its backward reads it.
+    """
+    packet = _packet(operator)
+    if made and packet in WITHOUT_NUMBERS:
+        return True
+    if "attention" not in str(operator):
+        return False
+    return name in _STATISTICS or (made and "backward" not in packet and name not in ("0", "out"))
 
 
 def _packet(operator: Any) -> str:

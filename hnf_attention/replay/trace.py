@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..diagnosis.triage.case import Case, Numbers, is_fused_attention
+from ..diagnosis.triage.case import Case, Numbers
 from ..diagnosis.triage.causes import find_cause
 from ..diagnosis.triage.finding import NonFiniteTrace
 from ..diagnosis.triage.records import BATCH, BUFFER, PARAMETER, STATE, Record, Source, TensorRecord
@@ -262,7 +262,7 @@ def _given(run: Step, root: Root) -> Tensor | None:
 def _versions(root: Root) -> str:
     """The software that may have computed an operation."""
     operation = root.operation
-    if operation.library == "aten" and not is_fused_attention(operation):
+    if operation.library == "aten" and not operation.is_attention:
         return f"torch {torch.__version__}"
     names = ("torch",) if operation.library == "aten" else ("torch", "triton", operation.library)
     texts = [

@@ -95,12 +95,6 @@ class Case:
         return self.root.tensor.dtype
 
 
-def is_fused_attention(operation: Operation) -> bool:
-    """Whether the operation computes a whole attention, or its gradient."""
-    name = operation.packet.lower()
-    return "attention" in name or "flash_attn" in name or "attn" in name
-
-
 def is_exponential(operation: Operation) -> bool:
     return operation.packet.rstrip("_") in ("exp", "exp2", "expm1")
 

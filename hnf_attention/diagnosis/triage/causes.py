@@ -10,7 +10,6 @@ from .case import (
     Case,
     feeds_a_sum,
     is_exponential,
-    is_fused_attention,
 )
 from .records import BACKWARD, BUFFER, CLIPPING, OPTIMIZER, PARAMETER, SCALING, STATE
 from .roots import SOURCE, UNSEEN
@@ -60,7 +59,7 @@ def find_cause(case: Case) -> str:
         return GRADIENT
     if case.numbers.no_targets:
         return NO_TARGETS
-    if is_fused_attention(operation) or operation.library != "aten":
+    if operation.is_attention or operation.library != "aten":
         return _of_a_kernel(case)
     return _of_an_operation(case)
 

@@ -72,6 +72,11 @@ class Operation:
         return self.name.split(".")[0]
 
     @property
+    def is_attention(self) -> bool:
+        """Whether it computes a whole attention, or its gradient."""
+        return "attention" in self.name or "attn" in self.name
+
+    @property
     def clean(self) -> bool:
         """Whether all results are finite, or without numbers."""
         return self.packet in WITHOUT_NUMBERS or all(x.finite for x in self.outputs)

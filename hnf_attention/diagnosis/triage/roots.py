@@ -139,7 +139,7 @@ def first_broken(operation: Operation) -> TensorRecord:
 def takes_minus_infinity(operation: Operation) -> bool:
     """Whether -inf among the inputs is in order: a softmax, an exponential, a whole attention."""
     name = operation.packet
-    return "softmax" in name or "attention" in name or name.rstrip("_") in ("exp", "exp2", "logsumexp")
+    return "softmax" in name or operation.is_attention or name.rstrip("_") in ("exp", "exp2", "logsumexp")
 
 
 def on_purpose(operation: Operation) -> bool:

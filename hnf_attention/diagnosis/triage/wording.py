@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...names import display_name
 from ..issue import number_text
 from . import causes
-from .case import FITS, LARGEST, NOT_FINITE, TOO_LARGE, Case, is_fused_attention
+from .case import FITS, LARGEST, NOT_FINITE, TOO_LARGE, Case
 from .records import BACKWARD, OPTIMIZER
 from .roots import SOURCE, UNSEEN
 
@@ -142,7 +142,7 @@ def _of_a_kernel(case: Case) -> str:
     operation, numbers = case.operation, case.numbers
     result = "gradients" if operation.phase == BACKWARD else "results"
     text = f"{operation.packet}, which gave {result} that are not finite from finite inputs up to {_size(case):.4g}"
-    if is_fused_attention(operation) and numbers.least_lse is not None:
+    if operation.is_attention and numbers.least_lse is not None:
         text += (
             f" and finite statistics (scores up to {numbers.scores:.4g}, smallest lse {numbers.least_lse:.4g}"
         )
