@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..instrumentation import Measurement, instrument
+from ..instrumentation import Instrumentation, Measurement, instrument
 from ..instrumentation.coverage import is_attention
 from ..instrumentation.measurement import beside_rows
 from ..names import named_modules
@@ -43,7 +43,7 @@ class Calls:
         self.unseen: str | None = None
         self._named = [name for name, module in named_modules(model) if is_attention(module)]
         try:
-            self._handle = instrument(model, holder=self)
+            self._handle: Instrumentation | None = instrument(model, holder=self)
             self._handle.on_measure = self._measured
         except ValueError as error:
             self._handle, self.unseen = None, str(error)

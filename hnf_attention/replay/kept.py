@@ -27,7 +27,7 @@ class Kept:
         self._tensors = [_Copy(x) for x in (*self._weights, *model.buffers())]
         self._gradients = [x.grad for x in self._weights]
         self._written = [None if x is None else _Copy(x) for x in self._gradients]
-        self._states: list[tuple[Tensor, dict[str, Any], list[_Copy]]] = []
+        self._states: list[tuple[Any, dict[str, Any], list[_Copy]]] = []
         self._groups: list[dict[str, Any]] = []
         if optimizer is not None:
             for parameter, state in optimizer.state.items():

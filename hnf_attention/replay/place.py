@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..diagnosis.triage.case import Numbers, Place, is_exponential, is_softmax
-from ..diagnosis.triage.records import BACKWARD, BATCH, FORWARD, Record
+from ..diagnosis.triage.records import BACKWARD, BATCH, FORWARD, PARAMETER, Record
 from ..diagnosis.triage.roots import OPERATION, SOURCE, Root
 from .calls import TENSORS, Calls, Seen, plain
 from .recorder import Captured
@@ -19,9 +19,10 @@ def find_place(
     operation = root.operation
     module = operation.module
     source = record.names.get(root.tensor.memory)
-    if (
-        module is None and source is not None
-    ):  # an optimizer, or what checks gradients, has a tensor of some module
+    if root.source is not None and root.source.kind == PARAMETER:
+        module = root.source.name.rpartition(".")[0]  # what reads it may be a module around its own
+    elif module is None and source is not None:
+        # An optimizer, or what checks gradients, has a tensor of some module.
         module = (source.parameter or source.name).rpartition(".")[0] or None
     layer = calls.layer_of(module)
     if layer is None and len(numbers.shape) == 4 and (is_exponential(operation) or operation.is_attention):

@@ -49,15 +49,27 @@ class Captured(NamedTuple):
     shapes: list[tuple[int, ...]]
 
 
+class Wanted(NamedTuple):
+    """An operation to capture, by what stays the same in another run.
+
+    name, module, phase: as of `Operation`. before: how many operations of the same three run before it.
+    """
+
+    name: str
+    module: str | None
+    phase: str
+    before: int
+
+
 class Recorder(compat.DispatchMode):
     """A context inside which operations are recorded.
 
     owners: say which module and which part of a step makes a call.
-    capture: the number of an operation whose tensors are copied; then no number of the others is looked at.
+    capture: the operation whose tensors are copied; then no number of the others is looked at.
     went_back: whether a backward ran.
     """
 
-    def __init__(self, owners: Owners, capture: int | None = None):
+    def __init__(self, owners: Owners, capture: Wanted | None = None):
         super().__init__()
         self._owners, self._capture = owners, capture
         self.operations: list[Operation] = []
@@ -67,6 +79,8 @@ class Recorder(compat.DispatchMode):
         self._kept: list[StorageWeakRef] = []  # so that no address is given away again
         self._numbers: list[tuple[TensorRecord, Tensor, Tensor]] = []
         self._viewed: int | None = None  # memory of the captured result
+        self._last_view = 0  # the number of operations up to which its views are of interest
+        self._passed = 0  # operations that are like the wanted one
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -77,19 +91,24 @@ class Recorder(compat.DispatchMode):
             return NotImplemented if given else operator(*args, **kwargs)
         inputs = [self._look(name, x, operator) for name, x in given if self._reads(operator, name)]
         written = _written(operator)
-        index = len(self.operations)
-        copied = (_copied(args), _copied(kwargs)) if index == self._capture else None
+        module, phase = self._owners.place()
+        self.went_back |= phase == BACKWARD
+        wanted = self._capture
+        is_like = wanted is not None and wanted[:3] == (str(operator), module, phase)
+        now = wanted is not None and is_like and wanted.before == self._passed
+        copied = (_copied(args), _copied(kwargs)) if now else None
         result = operator(*args, **kwargs)
-        outputs = [x for x in named_results(operator, args, kwargs, result) if type(x[1]) in _PLAIN]
+        outputs = named_results(operator, args, kwargs, result)
+        if any(type(x) not in _PLAIN for _, x in outputs):
+            return result
         known = {self.memory(x) for _, x in given}
         if not written and outputs and all(self.memory(x) in known for _, x in outputs):
             self._saw_view(outputs[0][1])
             return result
-        module, phase = self._owners.place()
-        self.went_back |= phase == BACKWARD
+        self._passed += is_like
         self.operations.append(
             Operation(
-                index,
+                len(self.operations),
                 str(operator),
                 module,
                 phase,
@@ -100,6 +119,7 @@ class Recorder(compat.DispatchMode):
         )
         if copied is not None:
             self._viewed = self.memory(outputs[0][1]) if outputs else None
+            self._last_view = len(self.operations) + 2
             self.captured = Captured(operator, *copied, {name: x.detach().clone() for name, x in outputs}, [])
         return result
 
@@ -144,7 +164,7 @@ class Recorder(compat.DispatchMode):
 
     def _saw_view(self, tensor: Tensor) -> None:
         captured = self.captured
-        if captured is None or self._capture is None or len(self.operations) > self._capture + 3:
+        if captured is None or len(self.operations) > self._last_view:
             return
         if self.memory(tensor) == self._viewed:
             captured.shapes.append(tuple(tensor.shape))
@@ -206,9 +226,14 @@ def named_results(
     """What a call wrote to, by the parameters' names, and then what it returned, by places from "0"."""
     written = _written(operator)
     changed = [(name, x) for name, x in _named(operator, args, kwargs) if name.partition("[")[0] in written]
-    addresses = {x.untyped_storage().data_ptr() for _, x in changed}
-    returned = [(str(place), x) for place, x in enumerate(_tensors(result))]
-    return changed + [(name, x) for name, x in returned if x.untyped_storage().data_ptr() not in addresses]
+    names = {id(x) for _, x in changed}
+    return changed + [(str(place), x) for place, x in enumerate(_tensors(result)) if id(x) not in names]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds."""
+    part: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    return tensor if part is None else part()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -25,7 +25,7 @@ from .evaluate import evaluate, locate
 from .kept import Kept, keeping
 from .owners import Owners
 from .place import find_place
-from .recorder import Captured, Recorder
+from .recorder import Captured, Recorder, Wanted, local
 from .reproduction import check_folder, write_reproduction
 from .step import Outcome, Step, make_step
 from .wide import replay_wide
@@ -81,7 +81,7 @@ def trace_non_finite(
                 raise outcome.error
             return _nothing(record, outcome, step)
         progress("copying the tensors of one operation", 1, total)
-        captured = _capture(run, kept, root)
+        captured = _capture(run, kept, root, record)
         progress("watching attention", 2, total)
         kept.rewind()
         with Calls(run.model) as calls:
@@ -154,7 +154,7 @@ def _record(run: Step, kept: Kept) -> tuple[Record, Outcome]:
 def _names(run: Step, recorder: Recorder) -> dict[int, Source]:
     names = {recorder.memory(x): Source(BATCH, name) for name, x in run.inputs.items()}
     for source, x in _named(run.model):
-        names.setdefault(recorder.memory(x), source)
+        names.setdefault(recorder.memory(local(x)), source)
     return names | _states(run, recorder)
 
 
@@ -178,7 +178,7 @@ def _states(run: Step, recorder: Recorder) -> dict[int, Source]:
         owner = names.get(id(parameter), "a parameter outside of the model")
         for key, x in state.items():
             if isinstance(x, Tensor):
-                found[recorder.memory(x)] = Source(STATE, key, owner)
+                found[recorder.memory(local(x))] = Source(STATE, key, owner)
     return found
 
 
@@ -197,7 +197,7 @@ def _visible(run: Step, outcome: Outcome) -> list[tuple[str, Tensor]]:
             for key, x in state.items()
             if isinstance(x, Tensor)
         ]
-    return [(name, x.detach()) for name, x in seen if not x.is_sparse]
+    return [(name, local(x).detach()) for name, x in seen if not x.is_sparse]
 
 
 def _is_symptom(found: TensorRecord, name: str) -> bool:
@@ -205,14 +205,16 @@ def _is_symptom(found: TensorRecord, name: str) -> bool:
     return not found.finite and not (name.startswith("output ") and found.hidden_only)
 
 
-def _capture(run: Step, kept: Kept, root: Root) -> Captured | None:
+def _capture(run: Step, kept: Kept, root: Root, record: Record) -> Captured | None:
     """The tensors of the root's operation, from a second run; None if that took another course."""
     kept.rewind()
-    recorder = Recorder(Owners(run.model), capture=root.operation.index)
+    wanted = root.operation
+    like = (wanted.name, wanted.module, wanted.phase)
+    before = sum((x.name, x.module, x.phase) == like for x in record.operations[: wanted.index])
+    recorder = Recorder(Owners(run.model), Wanted(*like, before))
     with recorder:
         run.run(lambda: recorder.went_back)
-    captured = recorder.captured
-    return captured if captured is not None and str(captured.operator) == root.operation.name else None
+    return recorder.captured
 
 
 def _case(
@@ -256,7 +258,7 @@ def _given(run: Step, root: Root) -> Tensor | None:
         return None
     if source.kind == BATCH:
         return run.inputs.get(source.name)
-    return next((x.detach() for found, x in _named(run.model) if found == source), None)
+    return next((local(x).detach() for found, x in _named(run.model) if found == source), None)
 
 
 def _versions(root: Root) -> str:

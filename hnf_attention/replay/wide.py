@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import compat
 from ..diagnosis.triage.finding import WideReplay
 from .kept import Kept
-from .recorder import map_tensors
+from .recorder import local, map_tensors
 from .step import Step
 
 
@@ -21,6 +21,8 @@ def replay_wide(step: Step, kept: Kept) -> WideReplay:
 
     Single precision is of use only where the model or its autocast is narrower: it is said which one ran.
     """
+    if any(local(x) is not x for x in step.model.parameters()):
+        return WideReplay(None, None, None, None, "its weights are sharded over processes")
     reasons: list[str] = []
     for dtype in (torch.float64, torch.float32):
         kept.rewind()

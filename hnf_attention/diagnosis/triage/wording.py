@@ -102,8 +102,8 @@ def _what(case: Case, cause: str) -> str:
     if cause == causes.KERNEL:
         return _of_a_kernel(case)
     if numbers.double == TOO_LARGE and numbers.double_size is not None:
-        reach = f"reaching {numbers.double_size:.4g}, above the largest {_named(case)}"
-        return f"{name} in {_module(case)} {reach}"
+        reaching = f"reaching {numbers.double_size:.4g}, above the largest {_named(case)}"
+        return f"{name} in {_module(case)} {reaching}"
     if numbers.double == NOT_FINITE:
         return f"{name} in {_module(case)} of finite numbers up to {size:.4g}, not finite in double precision either"
     if numbers.double == FITS:
