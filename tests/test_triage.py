@@ -273,3 +273,13 @@ def test_a_product_beyond_float32_inside_this_packages_attention_is_no_fault_of_
         model.project.weight[40:48] *= 1e20
     trace = trace_non_finite(model, torch.randn(2, 12, 32), wide=False)
     assert (trace.cause, trace.layer, trace.heads) == (causes.PRODUCT, "", (1,)), trace
+
+
+def test_what_nobody_was_seen_to_write_is_said_not_to_be_traced():
+    model = nn.Linear(2, 1)
+    unused = nn.Parameter(torch.full((1,), torch.nan))
+    model.register_parameter("unused", unused)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trace = trace_non_finite(model, lambda: model(torch.ones(1, 2)).sum(), optimizer=optimizer)
+    assert trace.cause == causes.UNTRACED and trace.symptoms == ("weight unused",)
+    assert "no operation was seen" in str(trace)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diagnosis.triage.case import Case, Numbers
-from ..diagnosis.triage.causes import find_cause
+from ..diagnosis.triage.causes import UNTRACED, find_cause
 from ..diagnosis.triage.finding import NonFiniteTrace
 from ..diagnosis.triage.records import BATCH, BUFFER, PARAMETER, STATE, Record, Source, TensorRecord
 from ..diagnosis.triage.roots import OPERATION, Root, find_root
@@ -79,13 +79,14 @@ def trace_non_finite(
         if root is None:
             if outcome.error is not None:
                 raise outcome.error
-            return _nothing(record, outcome, step)
+            return _untraced(record, step) if record.symptoms else _nothing(record, outcome, step)
+        outcome.error = None  # with what its frames hold
         progress("copying the tensors of one operation", 1, total)
         captured = _capture(run, kept, root, record)
         progress("watching attention", 2, total)
         kept.rewind()
         with Calls(run.model) as calls:
-            run.run(_never, plain=True)
+            run.run(_without_backward, plain=True)
         kept.rewind()
         case, notes = _case(run, root, record, calls, captured)
         cause = find_cause(case)
@@ -122,8 +123,8 @@ def unwrapped_of(model: Any) -> Any:
     return unwrapped(model) if isinstance(model, nn.Module) else model
 
 
-def _never() -> bool:
-    return False
+def _without_backward() -> bool:
+    return True
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
@@ -148,6 +149,8 @@ def _record(run: Step, kept: Kept) -> tuple[Record, Outcome]:
             x for x in recorder.operations if any(not y.finite and not y.hidden_only for y in x.outputs)
         ]
         symptoms = {x.memory: "the error that ended the step" for x in (broken[-1].outputs if broken else [])}
+    outcome.outputs = None  # which hold the memory of the forward
+    outcome.loss = None if outcome.loss is None else outcome.loss.detach()
     return Record(recorder.operations, names, symptoms), outcome
 
 
@@ -275,6 +278,14 @@ def _versions(root: Root) -> str:
             texts.append(f"cuDNN {torch.backends.cudnn.version()}")
         texts.append(torch.cuda.get_device_name())
     return ", ".join(texts)
+
+
+def _untraced(record: Record, step: int | None) -> NonFiniteTrace:
+    symptoms = tuple(record.symptoms.values())
+    evidence = f"NaN or inf in {symptoms[0]}, which no operation was seen to write or to read"
+    return NonFiniteTrace(
+        UNTRACED, evidence=evidence, suggestion=SUGGESTIONS[UNTRACED], symptoms=symptoms, step=step
+    )
 
 
 def _nothing(record: Record, outcome: Outcome, step: int | None) -> NonFiniteTrace:

@@ -32,10 +32,11 @@ EPSILON = "optimizer epsilon"
 SECOND_MOMENT = "optimizer second moment"
 OPTIMIZER_STATE = "NaN or inf in the optimizer's state"
 UPDATE = "optimizer update overflow"
+UNTRACED = "origin not seen"
 
 CAUSES = (
     *(NAIVE_SOFTMAX, FP16_PRODUCT, PRODUCT, EMPTY_ROW, MASK, INPUT, WEIGHT, WRITTEN, ACTIVATION, UNDEFINED),
-    *(NO_TARGETS, KERNEL, GRADIENT, SCALER, EPSILON, SECOND_MOMENT, OPTIMIZER_STATE, UPDATE),
+    *(NO_TARGETS, KERNEL, GRADIENT, SCALER, EPSILON, SECOND_MOMENT, OPTIMIZER_STATE, UPDATE, UNTRACED),
 )
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 

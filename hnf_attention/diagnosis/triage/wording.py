@@ -45,6 +45,7 @@ SUGGESTIONS = {
     causes.SECOND_MOMENT: "clip gradients before the step; keep the second moment in float32; drop this state to start "
     "it anew",
     causes.OPTIMIZER_STATE: "an earlier step broke the state: go back to a checkpoint in which it is finite",
+    causes.UNTRACED: "trace a smaller step: without the optimizer, and with PyTorch's own operators in place of others",
     causes.UPDATE: "a smaller learning rate; clip gradients before the step",
 }
 
