@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -187,17 +188,15 @@ def _packet(operator: Any) -> str:
     return str(operator).split(".")[1]
 
 
+@functools.cache
+def _parameters(operator: Any) -> tuple[tuple[str, ...], frozenset[str]]:
+    """(the names of an operator's parameters, those that a call writes to)."""
+    found = compat.parameters_of(operator)
+    return tuple(name for name, _ in found), frozenset(name for name, writes in found if writes)
+
+
 def _written(operator: Any) -> frozenset[str]:
-    """The names of the parameters that a call of the operator writes to."""
-    found = _WRITTEN.get(operator)
-    if found is None:
-        found = _WRITTEN[operator] = frozenset(
-            name for name, writes in compat.parameters_of(operator) if writes
-        )
-    return found
-
-
-_WRITTEN: dict[Any, frozenset[str]] = {}
+    return _parameters(operator)[1]
 
 
 def _named(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -215,7 +214,7 @@ def named_arguments(
     operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any]]:
     """All arguments of a call by the names of their parameters."""
-    names = [name for name, _ in compat.parameters_of(operator)]
+    names = _parameters(operator)[0]
     yield from ((names[place] if place < len(names) else str(place), x) for place, x in enumerate(args))
     yield from kwargs.items()
 
