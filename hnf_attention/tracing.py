@@ -29,6 +29,11 @@ def traced() -> bool:
     return torch.compiler.is_dynamo_compiling()
 
 
+def captured() -> bool:
+    """Whether the call's CUDA stream is captured into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def functional() -> bool:
     """Whether a transform of torch.func runs the call, or will run the graph that Dynamo traces."""
     return compat.functorch_transform()

@@ -9,7 +9,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from hnf_attention.engine import fold
-from hnf_attention.kernels.measure import columns, extremes
+from hnf_attention.kernels.measure import beside, columns, extremes
 from hnf_attention.kernels.measure import fold as fold_kernel
 from hnf_attention.kernels.portable import backward, forward, probe
 from hnf_attention.kernels.shared import launch, packing
@@ -64,6 +64,23 @@ def compile_all(case: Case) -> None:
         result = new_result(q.shape[1], q.device)
         extremes.Launch([call], [result], options, left_out).run([call], 1, 0)
     columns.column_weights(q, k, rows[0][:, :, :32], options, 32, index)
+    if mask is None and sinks is None:
+        compile_gated(calls[0], options)
+
+
+def compile_gated(call: extremes.Tensors, options) -> None:
+    """The launches of a CUDA graph."""
+    q, k, v, out = call
+    control = torch.zeros(1, dtype=torch.int64)
+    extremes.SingleLaunch(call, options).run(new_result(q.shape[1], q.device), control, call, 1)
+    extremes.SingleLaunch(call._replace(out=None), options).run(
+        new_result(q.shape[1], q.device), control, call._replace(out=None), 1
+    )
+    rows = RowStats(*probe.probe(q, k, options, parts=1, control=control)[:4])
+    weights = columns.column_weights(q, k, rows.lse, options, 32, control=control)
+    context = Context(None, None, *beside.beside(weights, v, out, q.shape[2], 8, control))
+    accumulator = torch.stack([fold.new_accumulator(q.shape[1], q.device)] * 2)
+    fold_kernel.fold(accumulator, q, k, rows, options, context, fold.kernel_layout(), control)
 
 
 def main() -> None:

@@ -163,7 +163,8 @@ class FakeInstrumentation:
 
     def __init__(self):
         self.measuring = True
-        self.on_measure = self.on_forward_end = None
+        self.on_measure = self.on_forward_begin = self.on_forward_end = None
+        self.sample = None
         self.numbers = itertools.count(1)
         self.coverage = Coverage({}, {"h.0.attn": "never ran"})
 

@@ -13,6 +13,7 @@ FLOATS = frozenset({"float32", "float16"})  # the interpreter has no products of
 #: Kernels, and the dtypes of tensors that each must be launched with.
 KERNELS: dict[str, frozenset[str]] = {
     "forward_kernel": FLOATS,
+    "huge_rows_kernel": FLOATS,
     "probe_kernel": FLOATS,
     "join_kernel": frozenset({"float32"}),
     "prepare_rows_kernel": FLOATS,
@@ -33,6 +34,21 @@ IMPOSSIBLE: dict[tuple[str, str], bool] = {
         "has_d_scores",
     ): True,  # the gradient of a mask is written once, beside that of the queries
     ("scan_mask_kernel", "has_mask"): False,
+}
+# It corrects the sm_90 forward, which takes none of these.
+IMPOSSIBLE |= {
+    ("huge_rows_kernel", option): True
+    for option in (
+        "has_mask",
+        "has_bias",
+        "is_windowed",
+        "is_packed",
+        "has_softcap",
+        "has_sinks",
+        "extended",
+        "natural",
+        "pointers",
+    )
 }
 
 Seen = Mapping[str, Mapping[str, set]]

@@ -11,7 +11,12 @@ from hnf_attention.compat import dynamo
 
 #: Those with marks: compat's own, and tests of a behaviour that entries of it carry.
 FILES = [f"test_compat{part}.py" for part in ("", "_dynamo", "_distributed", "_library")]
-FILES += ["test_transforms.py", "test_transforms_of_models.py", "test_every_step_faults.py"]
+FILES += [
+    "test_transforms.py",
+    "test_transforms_of_models.py",
+    "test_every_step_faults.py",
+    "test_every_step_compiled.py",
+]
 HERE = Path(__file__).parent
 PACKAGE = Path(hnf_attention.__file__).parent
 

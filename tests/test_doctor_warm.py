@@ -89,8 +89,11 @@ def test_it_says_how_long_it_took_and_where_the_kernels_lie(monkeypatch, capsys,
 def test_a_warm_shape_compiles_nothing_at_another_length():
     from hnf_attention.kernels.shared import launch
 
-    shape = warm.Shape(4, 2, 64, torch.bfloat16, 256, True)
-    warm.warm(shape, torch.device("cuda", 0))
-    before = len(launch._compiled)
-    warm.warm(warm.Shape(4, 2, 64, torch.bfloat16, 320, True), torch.device("cuda", 0))
-    assert len(launch._compiled) == before
+    def warmed(*lengths):
+        """How many kernels are compiled after these lengths."""
+        for length in lengths:
+            warm.warm(warm.Shape(4, 2, 64, torch.bfloat16, length, True), torch.device("cuda", 0))
+        return len(launch._compiled)
+
+    # Of a length that 128 divides and of one that 16 does not divide, as without options.
+    assert warmed(256, 200) == warmed(384, 328, 320)

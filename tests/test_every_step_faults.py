@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from hnf_attention import AttentionStabilityMonitor, compat, instrument
-from hnf_attention.instrumentation import keeping, shared_masks
+from hnf_attention.instrumentation import call, layer_state, shared_masks
 
 
 def between(monitor, layer="layers.0", snapshot=-1):
@@ -116,8 +116,8 @@ def test_a_function_of_the_users_own_in_sdpas_place(monkeypatch):
 
 
 def test_a_default_device_changes_nothing():
-    model = Model()
-    with AttentionStabilityMonitor(model, log_every=3) as monitor, torch.device("cpu"):
+    model = Model().to(DEVICE)
+    with AttentionStabilityMonitor(model, log_every=3) as monitor, torch.device("meta"):
         train(model, monitor, 3)
     assert np.isfinite(between(monitor)).all()
 
@@ -340,7 +340,7 @@ def test_a_failure_that_passes_ends_nothing(monkeypatch):
 
 
 def test_layers_rest_longer_each_time_and_unmeasurable_ones_for_good():
-    layers = keeping.KeptLayers()
+    layers = layer_state.KeptLayers()
     tried = []
     for call in range(20):
         if not layers.rests("a"):
@@ -349,7 +349,7 @@ def test_layers_rest_longer_each_time_and_unmeasurable_ones_for_good():
     assert tried == [0, 1, 3, 7, 15] and layers.reasons == {"a": "ValueError: made up"}
     layers.succeed("a")
     assert not layers.reasons and not layers.rests("a")
-    layers.fail("b", keeping.Unmeasurable("never", lasting=True))
+    layers.fail("b", call.Unmeasurable("never", lasting=True))
     assert all(layers.rests("b") for _ in range(200))
 
 

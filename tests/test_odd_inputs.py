@@ -6,6 +6,7 @@ import pytest
 import torch
 from random_calls import HUGE
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hnf_attention import MultiheadAttention, attention, attention_stats
 from hnf_attention.engine.call import check
@@ -43,7 +44,9 @@ def test_a_size_of_zero_gives_what_sdpa_gives_with_gradients(name, is_causal, de
     batch, heads, queries, keys, width, value_dim = SIZES[name]
     shapes = ((queries, width), (keys, width), (keys, value_dim))
     q, k, v = (torch.randn(batch, heads, *shape, device=device).requires_grad_() for shape in shapes)
-    theirs, (ours, rows) = SDPA(q, k, v, is_causal=is_causal), attention(q, k, v, is_causal=is_causal)
+    with sdpa_kernel(SDPBackend.MATH):  # others fail in their backward without a head
+        theirs = SDPA(q, k, v, is_causal=is_causal)
+    ours, rows = attention(q, k, v, is_causal=is_causal)
     torch.testing.assert_close(ours, theirs)
     wanted = torch.autograd.grad(theirs.sum(), (q, k, v), allow_unused=True)
     got = torch.autograd.grad(ours.sum() + rows.lse.nan_to_num(neginf=0.0).sum(), (q, k, v))
@@ -68,7 +71,9 @@ def test_a_row_whose_keys_are_all_hidden_is_zero_and_gets_no_gradient(kind, dtyp
     assert all(x.isfinite().all() for x in (out, *gradients))
     assert not out[:, :, 1::2].any() and not gradients[0][:, :, 1::2].any()
     assert gradients[0][:, :, ::2].any()
-    torch.testing.assert_close(out, SDPA(q, k, v, attn_mask=mask), rtol=2e-2, atol=2e-2)
+    with sdpa_kernel(SDPBackend.MATH):  # cuDNN's kernel leaves numbers other than 0 in such rows
+        theirs = SDPA(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(out, theirs, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("width", [16, 40])
@@ -82,8 +87,8 @@ def test_keys_hidden_with_the_least_number_leave_the_statistics_finite(dtype, wi
     options = _options(q, k, v, attn_mask=mask)
     out, *core, more = forward.forward(q, k, v, options, extended=True)
     assert all(x.isfinite().all() for x in (out, *core, *more))
-    torch.testing.assert_close(out, SDPA(q, k, v, attn_mask=mask), rtol=2e-3, atol=2e-3)
     exact, rows = reference.attention(q, k, v, options)
+    torch.testing.assert_close(out, exact, rtol=2e-3, atol=2e-3)  # SDPA's kernels differ in such rows
     for mine, name in zip(core, ("lse", "entropy", "max_logit", "min_logit")):
         torch.testing.assert_close(mine, getattr(rows, name), rtol=1e-3, atol=1e-3)
     shown = torch.ones(9, 1, device=device)

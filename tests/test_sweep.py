@@ -36,15 +36,25 @@ def _results(function, leaves: list[Tensor], d_out: Tensor | None) -> list[Tenso
 
 
 def _theirs(call: Arguments, leaves: list[Tensor], d_out: Tensor | None) -> list[list[Tensor]]:
-    """Results of the kernel that PyTorch chooses and of its plain one; none where it raises."""
+    """Results of the kernel that PyTorch chooses and of its plain one; none where it raises.
+
+    Only of the plain one where others of PyTorch 2.11 end the process: they divide by a size of 0, and read 16 bytes
+    at once from any place (pytorch/pytorch#183484).
+    """
     found = []
-    for plainly in (False, True):
+    for plainly in (False, True) if all(x.numel() and _is_aligned(x) for x in call.tensors()) else (True,):
         try:
             with sdpa_kernel(SDPBackend.MATH) if plainly else nullcontext():
                 found.append(_results(call.sdpa, leaves, d_out))
         except RuntimeError:
             return []
     return found
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether x starts, and each of its rows does, at a multiple of 16 bytes; always so on a CPU."""
+    places = x.data_ptr(), *(step * x.element_size() for step in x.stride()[:-1])
+    return not x.is_cuda or not any(place % 16 for place in places)
 
 
 def _roundings(call: Arguments, d_out: Tensor | None, name: str, truth: Tensor) -> float:
@@ -56,7 +66,7 @@ def _roundings(call: Arguments, d_out: Tensor | None, name: str, truth: Tensor) 
     scale = abs(call.scale) if call.scale is not None else max(1, call.query.shape[3]) ** -0.5
     query, key, value = (float(x.double().norm(dim=-1).max()) if x.numel() else 0.0 for x in call.tensors())
     relative = torch.finfo(call.query.dtype).eps + torch.finfo(torch.float32).eps * scale * query * key
-    if name in ("dq", "dk") and d_out is not None and truth.numel():
+    if name in ("dq", "dk") and d_out is not None and d_out.numel() and truth.numel():
         largest = float(d_out.double().norm(dim=-1).max()) * value * scale * (key if name == "dq" else query)
         size = max(size, largest * math.sqrt(truth.numel() / truth.shape[-1]))
     return relative * size

@@ -169,6 +169,26 @@ class Frame:
         return SymNodeVariable(fx.Proxy(node, self._translator.output.current_tracer), self.example(node))
 
 
+def mark_static(tensor: torch.Tensor) -> None:
+    """Tell compilers that a tensor stays where it is and keeps its shape, so that a CUDA graph may write into it.
+
+    A size would otherwise be taken for another one of the same number, which varies. Missing: a graph that writes into
+    the tensor is run without CUDA graphs.
+    """
+    try:
+        from torch._dynamo import mark_static_address
+    except ImportError:
+        return
+    mark_static_address(tensor, guard=False)
+    # As torch._dynamo.mark_static does, but for while Dynamo traces.
+    vars(tensor)["_dynamo_static_indices"] = set(range(tensor.dim()))
+
+
+def example_of(variable: Any) -> torch.Tensor:
+    """What Dynamo's variable of a tensor computes: a tensor without numbers."""
+    return variable.realize().as_proxy().node.meta["example_value"]
+
+
 def constant(value: Any) -> Any:
     """Dynamo's variable of a Python constant."""
     from torch._dynamo.variables import ConstantVariable
@@ -196,6 +216,11 @@ def constant_of(variable: Any) -> Any:
 def module_of(variable: Any) -> nn.Module:
     """The module that a variable of `Frame.first_argument` is."""
     return variable.value
+
+
+def items(variable: Any) -> list[Any]:
+    """The variables in one of a list or tuple."""
+    return list(variable.items)
 
 
 def types_in(variable: Any) -> set[type]:

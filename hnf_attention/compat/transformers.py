@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -44,7 +45,7 @@ def initialise(model: nn.Module, fields: Mapping[str, Any]) -> None:
     Missing, or without a use of these fields: the weights stay.
     """
     initialise_module, config = getattr(model, "_init_weights", None), getattr(model, "config", None)
-    code = getattr(initialise_module, "__code__", None)
+    code = getattr(inspect.unwrap(initialise_module), "__code__", None) if initialise_module else None
     if (
         initialise_module is None
         or config is None

@@ -127,7 +127,12 @@ def why_slower(call: Call) -> str | None:
 
 def kernels_cover(query: Tensor, value: Tensor | None) -> bool:
     """Whether the portable Triton kernels take these tensors."""
-    return _kernels_refuse(query, value, card_of(query.device)) is None
+    return kernels_refuse(query, value) is None
+
+
+def kernels_refuse(query: Tensor, value: Tensor | None) -> str | None:
+    """Why the portable Triton kernels do not take these tensors; None if they do."""
+    return _kernels_refuse(query, value, card_of(query.device))
 
 
 def triton_supports(call: Call, card: Card) -> str | None:

@@ -48,7 +48,7 @@ class Prepared:
             kernel, first = engines.kernel("measure.extremes"), calls[places[0]]
             with engines.on_device(first.tensors[0]):
                 given = [calls[place].tensors for place in places]
-                mine = [kernel.Tensors(*map(_with_inner_stride, call)) for call in given]
+                mine = [kernel.Tensors(*map(with_inner_stride, call)) for call in given]
                 self._copies |= any(x is not y for pair in zip(mine, given) for x, y in zip(*pair))
                 results = [calls[place].result for place in places]
                 self._launches.append((kernel.Launch(mine, results, first.options, first.left_out), places))
@@ -64,7 +64,7 @@ class Prepared:
             with engines.on_device(calls[places[0]][0]):
                 mine = [calls[place] for place in places]
                 if self._copies:
-                    mine = [tuple(map(_with_inner_stride, call)) for call in mine]  # type: ignore[misc]
+                    mine = [tuple(map(with_inner_stride, call)) for call in mine]  # type: ignore[misc]
                 launch.run(mine, number, phase)
         for place, options, left_out, result in self._by_reference:
             with engines.no_autocast(calls[place][0]):
@@ -83,5 +83,6 @@ def _identity(x: object) -> object:
     return (x.data_ptr(), x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x
 
 
-def _with_inner_stride(x: Tensor | None) -> Tensor | None:
+def with_inner_stride(x: Tensor | None) -> Tensor | None:
+    """The tensor (.., L, D), copied if its numbers of a row do not lie side by side."""
     return x if x is None or x.stride(3) == 1 else x.contiguous()

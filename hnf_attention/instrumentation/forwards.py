@@ -47,11 +47,12 @@ class _Thread(threading.local):
 class Forwards:
     """The forward passes of one model. Threads that run it at the same time have forwards of their own.
 
-    ended: gets each forward of the whole model when it has returned or raised, and the calls that are pending.
+    began: gets each forward of the whole model, and may say there which calls are expected. ended: gets it when it has
+    returned or raised, and the calls that are pending.
     """
 
-    def __init__(self, ended: Callable[[Forward, Pending], None]):
-        self._ended = ended
+    def __init__(self, began: Callable[[Forward, Pending], None], ended: Callable[[Forward, Pending], None]):
+        self._began, self._ended = began, ended
         self._numbers = count(1)
         self._thread = _Thread()
 
@@ -64,6 +65,8 @@ class Forwards:
             return
         running = thread.running = self._new(ends=True)
         forward = running.forward
+        self._began(forward, running.pending)
+        before, observer.thread.expected = observer.thread.expected, running.pending.expected
         try:
             yield
         except BaseException:
@@ -73,6 +76,7 @@ class Forwards:
             forward.failed = False
         finally:
             thread.running = None
+            observer.thread.expected = before
             self._ended(forward, running.pending)
 
     def place(self, layer: str, place: str) -> tuple[Forward, int, bool]:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..names import named_modules
 from . import observer
-from .compiled import layers, tracer
+from .compiled import tracer
 from .coverage import Coverage, is_attention, unreached
 from .evidence import UNMET
+from .graph_reader import GraphReader
 from .interceptors import flex, multihead, products, sdpa, softmax
 from .measurer import MOST_CALLS, Measurer
 from .padding import checked_query_mask
@@ -129,7 +130,11 @@ class Instrumentation(Measurer):
         None, `latest` keeps the last measurement of each layer. A layer that is called several times in one forward has
         a name for each call there: "block#0", "block#1", ...
         The last name, "block#15", is that of all further calls.
-    on_forward_end: gets the `Forward` of the whole model when it has returned or raised.
+    on_forward_begin: gets the `Forward` of the whole model when it begins.
+    on_forward_end: gets it when it has returned or raised.
+    graphs: reads what compiled graphs measure by themselves, as CUDA graphs have to; `on_measure` does not get those
+        calls. None while each call has to be delivered. It has no effect while another handle measures the model, too,
+        or some queries are left out by `query_mask`.
     keeping: while it is True, calls under grad that are not measured are kept until their forward ends.
     on_kept: gets them then, as a `KeptForward`. It gets a call at once whose tensors autograd does not save. The
         tensors are the model's own: whoever keeps one keeps memory.
@@ -147,6 +152,7 @@ class Instrumentation(Measurer):
         holder: Any,
     ):
         self._keeping = False
+        self._graphs: GraphReader | None = None
         watched = Watched.of(model)
         super().__init__(mode, sample, attention_classes, watched.forwards)
         self._watched = watched  # which would not live without its handles
@@ -160,7 +166,7 @@ class Instrumentation(Measurer):
         self._restore = weakref.finalize(self, _restore, watched, patches, hook, id(self))
         self._restore.atexit = False
         patches += _install(modules.values())
-        layers.mark_compiled(modules.values())
+        watched.renew_graphs()
         self._problems |= flex.unreachable(modules) | tracer.unreached_before(modules)
         self._slowed |= tracer.slowed_before(modules)
         self.measuring = True
@@ -187,7 +193,9 @@ class Instrumentation(Measurer):
 
     @query_mask.setter
     def query_mask(self, mask: Tensor | None) -> None:
-        self.padding.query_mask = checked_query_mask(mask)
+        before, self.padding.query_mask = self.padding.query_mask, checked_query_mask(mask)
+        if (before is None) != (mask is None) and self._graphs is not None:
+            self._watched.renew_graphs()
 
     @property
     def measuring(self) -> bool:
@@ -213,6 +221,16 @@ class Instrumentation(Measurer):
         else:
             observer.keeping.discard(id(self))
         self._watched.renew_keeping()
+
+    @property
+    def graphs(self) -> GraphReader | None:
+        return self._graphs
+
+    @graphs.setter
+    def graphs(self, reader: GraphReader | None) -> None:
+        self._graphs = reader
+        if self._restore.alive:
+            self._watched.renew_graphs()
 
     def restore(self) -> None:
         """Put the model and every replaced function back exactly. A second call does nothing."""
@@ -246,7 +264,7 @@ class Instrumentation(Measurer):
             remarks += f", its calls in one forward from #{MOST_CALLS - 1} on together"
         if name in self.kept_layers.reasons:
             remarks += f", extremes at measured steps only: {self.kept_layers.reasons[name]}"
-        return remarks + (", its calls inside one compiled graph together" if name in self._merged else "")
+        return remarks + (", its calls in compiled graphs together" if name in self._merged else "")
 
     def require_measured(self) -> None:
         """Raise RuntimeError, with the coverage report, if nothing at all has been measured."""

@@ -9,37 +9,37 @@ therefore used again, as long as shapes, strides and options stay the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import compat
 from ..engine.extremes import Tensors
 from ..reference.options import Options
-from ..tracing import without_dispatch_modes
+from ..tracing import captured, without_dispatch_modes
 from .call import AttentionCall, Unmeasurable, keys_hidden
-from .layer_state import LayerState
+from .expected import (
+    Expected,
+    Plain,
+    Slot,
+    Taken,
+    is_cast,
+    layout_of_inputs,
+    layout_of_output,
+    unchanged,
+    versions_of,
+)
 from .measurement import Forward
 from .padding import Padding
 
 #: So much of the tensors of one forward is kept. Where autograd saves other tensors, this is what keeping costs.
 MOST_BYTES = 2**30
-
-
-class Plain(NamedTuple):
-    """A call of scaled_dot_product_attention without a mask, as the model made it.
-
-    rest: all that describes the call beside its tensors.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    rest: Hashable
 
 
 class KeptCall(NamedTuple):
@@ -76,6 +76,16 @@ class KeptForward(NamedTuple):
 Described = tuple[KeptCall, Tensors]
 
 
+class _Signature(NamedTuple):
+    """What the description of a call follows from."""
+
+    layer: str
+    number: int
+    rest: Hashable
+    inputs: Hashable
+    output: Hashable
+
+
 @dataclass(slots=True, eq=False)
 class _Raw:
     """A call as it was made.
@@ -92,24 +102,13 @@ class _Raw:
     tensors: tuple[Tensor, ...]
     versions: tuple[int, ...]
 
-    def signature(self) -> Hashable:
+    def signature(self) -> _Signature | None:
         """Equal for calls whose descriptions are equal; None where only the description says it."""
         plain = self.plain
         if plain is None:
             return None
-        query, key, value, output = self.tensors
-        inputs = query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride()
-        dtypes = query.dtype, key.dtype, value.dtype, output.dtype
-        return (
-            self.layer,
-            self.number,
-            plain.rest,
-            inputs,
-            output.shape,
-            output.stride(),
-            dtypes,
-            query.device,
-        )
+        inputs, output = layout_of_inputs(*self.tensors[:3]), layout_of_output(self.tensors[3])
+        return _Signature(self.layer, self.number, plain.rest, inputs, output)
 
     @property
     def all(self) -> tuple[Tensor, ...]:
@@ -122,45 +121,21 @@ class _Raw:
     @property
     def unchanged(self) -> bool:
         """Whether nobody wrote into them since the call, or freed their memory."""
-        mine = self.all
-        if self.versions != tuple([compat.version(x) for x in mine]):
-            return False
-        return all([x.untyped_storage().nbytes() for x in mine])
+        return unchanged(self.all, self.versions)
 
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """The calls of one forward that are still to be handed on, and what they hold."""
+    """The calls of one forward that are still to be handed on, and what they hold.
+
+    expected: those that the forward before made, too. parted: some calls were handed on already.
+    """
 
     calls: list[_Raw] = field(default_factory=list)
     bytes: int = 0
     stream: int = 0
-
-
-class KeptLayers:
-    """The layers of which calls are not kept now, and why."""
-
-    def __init__(self) -> None:
-        self.reasons: dict[str, str] = {}
-        self._states: dict[str, LayerState] = {}  # of these layers
-
-    def rests(self, layer: str) -> bool:
-        """Whether the call that begins is left out."""
-        state = self._states.get(layer)
-        return state is not None and state.rests()
-
-    def fail(self, layer: str, error: Exception) -> None:
-        """Leave out the next calls of a layer, or all of them if nothing else can come of it."""
-        known = isinstance(error, Unmeasurable)
-        self.reasons[layer] = str(error) if known else f"{type(error).__name__}: {error}"
-        state = self._states.setdefault(layer, LayerState())
-        state.rest()
-        state.measuring_failed = isinstance(error, Unmeasurable) and error.lasting
-
-    def succeed(self, layer: str) -> None:
-        """Note that a call was kept."""
-        self.reasons.pop(layer, None)
-        self._states.pop(layer, None)
+    expected: Expected | None = None
+    parted: bool = False
 
 
 class Keeper:
@@ -173,6 +148,13 @@ class Keeper:
         self._deliver = deliver
         # The latest calls that could be used again, by the first layer and how many there were.
         self._again: dict[tuple[str, int], _Again] = {}
+        # Those of the latest forward, if all its calls could be.
+        self._whole: _Again | None = None
+        self._slots: list[Slot] = []  # of these calls
+
+    def expected(self) -> Expected | None:
+        """What a forward that begins is expected to do, None for nothing that is known."""
+        return None if self._whole is None else Expected(self._slots)
 
     def add(
         self,
@@ -189,24 +171,29 @@ class Keeper:
         forward, number, pending = place
         if _capturing(output):
             return  # a CUDA graph can take in no table of addresses
-        if plain is None or type(output) is not Tensor or _is_cast(plain):
+        if plain is None or type(output) is not Tensor or is_cast(plain):
             # A mask may be overwritten, and autocast be left, before the forward ends.
             known = make()
             if known is None:
                 return
             tensors = tuple([x for x in known[1] if x is not None])
             raw = _Raw(layer, number, None, None, known, tensors, ())
-            copied = plain is not None and _is_cast(plain)
+            copied = plain is not None and is_cast(plain)
         else:
             tensors = plain.query, plain.key, plain.value, output
             raw, copied = _Raw(layer, number, plain, make, None, tensors, ()), False
         if pending is None or copied or not _saved(output, tensors):
             if pending is not None:
                 self.flush(forward, pending)  # readers get the calls in their order
+                pending.parted = True
             self._hand_on(forward, [raw])
             return
-        raw.versions = tuple([compat.version(x) for x in raw.all])
+        raw.versions = versions_of(raw.all)
         stream = compat.current_stream(tensors[0].device)
+        if pending.expected is not None:
+            pending.expected.leave()
+            if pending.expected.taken and stream != pending.expected.stream:
+                self.flush(forward, pending)
         if pending.calls and stream != pending.stream:
             self.flush(forward, pending)
         pending.stream = stream
@@ -217,47 +204,104 @@ class Keeper:
         if pending.bytes > MOST_BYTES:
             self.flush(forward, pending)
 
-    def flush(self, forward: Forward, pending: Pending) -> None:
-        """Hand on what is pending, but for calls whose tensors were overwritten."""
-        calls, pending.calls, pending.bytes = pending.calls, [], 0
-        calls = [call for call in calls if call.unchanged]
-        if not calls:
+    def finish(
+        self, forward: Forward, pending: Pending, module_of: Callable[[str], nn.Module | None]
+    ) -> None:
+        """Hand on what is pending at the end of a forward, and expect the same calls of the next one.
+
+        module_of: the module of a layer.
+        """
+        expected = pending.expected
+        taken = expected is not None and bool(expected.taken)
+        if not pending.calls and (not taken or (expected is not None and expected.complete)):
+            self.flush(forward, pending)  # all of the calls, or none, as where they are measured
             return
-        device = calls[0].tensors[0].device
-        if compat.current_stream(device) == pending.stream:
-            self._hand_on(forward, calls)
-        else:
-            with torch.cuda.stream(torch.cuda.ExternalStream(pending.stream, device)):
-                self._hand_on(forward, calls)
+        whole = not pending.parted and not taken
+        again = self.flush(forward, pending)
+        layers = [] if again is None else [signature.layer for signature in again.signatures]
+        modules = [module_of(layer) for layer in layers]
+        self._whole = None
+        # Two calls of a layer are told apart by the invocations of its module, which nobody looks at here.
+        if whole and again is not None and None not in modules and len(set(layers)) == len(layers):
+            self._whole = again
+            self._slots = [
+                Slot(weakref.ref(module), signature.rest, signature.inputs, signature.output)
+                for module, signature in zip(modules, again.signatures)
+                if module is not None
+            ]
+
+    def flush(self, forward: Forward, pending: Pending) -> _Again | None:
+        """Hand on what is pending, but for calls whose tensors were overwritten. Returns what can be used again."""
+        expected, pending.expected = pending.expected, None
+        if expected is not None:
+            expected.leave()
+            if expected.taken:
+                pending.parted = True
+                with _on_stream(expected.taken[0].query.device, expected.stream):
+                    self._hand_on_expected(forward, expected.taken)
+        calls, pending.calls, pending.bytes = pending.calls, [], 0
+        kept = [call for call in calls if call.unchanged]
+        if not kept:
+            return None
+        with _on_stream(kept[0].tensors[0].device, pending.stream):
+            again = self._hand_on(forward, kept)
+        return again if len(kept) == len(calls) else None
 
     def forget(self) -> None:
         """Make all descriptions anew."""
         self._again.clear()
+        self._whole = None
 
-    def _hand_on(self, forward: Forward, calls: list[_Raw]) -> None:
+    def _hand_on_expected(self, forward: Forward, taken: Sequence[Taken]) -> None:
+        whole = self._whole
+        if whole is None:  # they were forgotten while the forward ran
+            return
+        places = [place for place, call in enumerate(taken) if unchanged(call.tensors, call.versions)]
+        with without_dispatch_modes():
+            tensors = [viewed(taken[place].tensors, whole.views[place]) for place in places]
+            if len(places) == len(whole.calls):
+                self._deliver(KeptForward(forward, whole.calls, tensors, whole.prepared))
+            elif places:
+                calls = [whole.calls[place] for place in places]
+                self._deliver(KeptForward(forward, calls, tensors, WeakKeyDictionary()))
+
+    def _hand_on(self, forward: Forward, calls: list[_Raw]) -> _Again | None:
         # What happens here is no part of the model: a selective checkpoint counts the operators that it sees.
         with without_dispatch_modes():
-            self._described(forward, calls)
+            return self._described(forward, calls)
 
-    def _described(self, forward: Forward, calls: list[_Raw]) -> None:
+    def _described(self, forward: Forward, calls: list[_Raw]) -> _Again | None:
+        """Hand on the calls. Returns what can be used again for calls like them, None where that is not all."""
         signatures = [call.signature() for call in calls]
         place = calls[0].layer, len(calls)
         again = self._again.get(place)
         if again is not None and again.signatures == signatures:
-            tensors = [_viewed(call.tensors, views) for call, views in zip(calls, again.views)]
+            tensors = [viewed(call.tensors, views) for call, views in zip(calls, again.views)]
             self._deliver(KeptForward(forward, again.calls, tensors, again.prepared))
-            return
+            return again
         described = [call.known if call.make is None else call.make() for call in calls]
         found = [x for x in described if x is not None]
         if not found:
-            return
+            return None
         kept = KeptForward(
             forward, [call for call, _ in found], [tensors for _, tensors in found], WeakKeyDictionary()
         )
         views = [_views(call, one) for call, one in zip(calls, found)]
-        if None not in described and None not in signatures and None not in views:
-            self._again[place] = _Again(signatures, kept.calls, views, kept.prepared)
+        again, known = None, [signature for signature in signatures if signature is not None]
+        if None not in described and len(known) == len(calls) and None not in views:
+            again = self._again[place] = _Again(known, kept.calls, views, kept.prepared)
         self._deliver(kept)
+        return again
+
+
+@contextmanager
+def _on_stream(device: torch.device, stream: int) -> Iterator[None]:
+    """Launch on this stream, see `compat.current_stream`."""
+    if compat.current_stream(device) == stream:
+        yield
+    else:
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream, device)):
+            yield
 
 
 #: Shape and strides of a description's tensor, None where they are those of the model's own.
@@ -267,7 +311,7 @@ _View = tuple[tuple[int, ...], tuple[int, ...]] | None
 class _Again(NamedTuple):
     """What can be used again for calls of these signatures."""
 
-    signatures: list[Hashable]
+    signatures: list[_Signature]
     calls: Sequence[KeptCall]
     views: list[Any]  # for each call a list of four _View
     prepared: WeakKeyDictionary[object, Any]
@@ -276,10 +320,15 @@ class _Again(NamedTuple):
 def _views(raw: _Raw, described: Described) -> list[_View] | None:
     """How the model's own tensors stand for those of the description, in a later forward too; None if they do not."""
     call, tensors = described
-    if call.left_out is not None or len(raw.tensors) != len(tensors):
+    return None if call.left_out is not None else views_of(raw.tensors, tensors)
+
+
+def views_of(tensors: Sequence[Tensor], described: Sequence[Tensor | None]) -> list[Any] | None:
+    """How a call's own tensors stand for those of its description; None if they do not, as where one was copied."""
+    if len(tensors) != len(described):
         return None
     views: list[_View] = []
-    for own, mine in zip(raw.tensors, tensors):
+    for own, mine in zip(tensors, described):
         if mine is None or mine.data_ptr() != own.data_ptr() or mine.dtype != own.dtype:
             return None
         same = mine.shape == own.shape and mine.stride() == own.stride()
@@ -287,7 +336,8 @@ def _views(raw: _Raw, described: Described) -> list[_View] | None:
     return views
 
 
-def _viewed(tensors: Sequence[Tensor], views: Sequence[_View]) -> Any:
+def viewed(tensors: Sequence[Tensor], views: Sequence[_View]) -> Any:
+    """The tensors as `views_of` found them."""
     if views.count(None) == len(views):
         return tensors
     with torch.no_grad():
@@ -307,10 +357,10 @@ def described(layer: str, number: int, call: AttentionCall, result: Any, padding
     hidden = keys_hidden(options, batch, num_queries, key.shape[2])
     left_out = padding.left_out(layer, batch, num_queries, key.shape[2], hidden, query.device)
     kept = KeptCall(layer, number, heads, head_dim, query.dtype, query.device, options, left_out)
-    return kept, (query, key, value, _by_heads(call.output(result), heads, value))
+    return kept, (query, key, value, by_heads(call.output(result), heads, value))
 
 
-def _by_heads(output: Tensor | None, heads: int, value: Tensor) -> Tensor | None:
+def by_heads(output: Tensor | None, heads: int, value: Tensor) -> Tensor | None:
     """An output (B, H or 1, M, any) as (B, H, M, D_v), where it is of that size."""
     if output is None or output.dtype != value.dtype:
         return None
@@ -323,16 +373,7 @@ def _by_heads(output: Tensor | None, heads: int, value: Tensor) -> Tensor | None
 
 
 def _capturing(output: Any) -> bool:
-    on_cuda = type(output) is not Tensor or output.is_cuda
-    return on_cuda and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _is_cast(plain: Plain) -> bool:
-    """Whether autocast may change a dtype of the call."""
-    if not compat.any_autocast():
-        return False
-    dtype = torch.get_autocast_dtype(plain.query.device.type)
-    return not plain.query.dtype == plain.key.dtype == plain.value.dtype == dtype
+    return (type(output) is not Tensor or output.is_cuda) and captured()
 
 
 def _saved(output: Any, tensors: Sequence[Tensor]) -> bool:

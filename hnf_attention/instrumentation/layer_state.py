@@ -1,10 +1,12 @@
-"""What a measurer remembers of a layer between its calls."""
+"""What is remembered of a layer between its calls."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+from .call import Unmeasurable
 
 #: A layer whose measuring keeps failing is tried again at the 1st, 2nd, 4th, ... call after, and after so many at most.
 LONGEST_REST = 64
@@ -42,3 +44,29 @@ class LayerState:
     def rests(self) -> bool:
         """Whether the call that begins is left out."""
         return next(self.calls) < self.again or self.measuring_failed
+
+
+class KeptLayers:
+    """The layers of which calls are not kept now, and why."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+        self._states: dict[str, LayerState] = {}  # of these layers
+
+    def rests(self, layer: str) -> bool:
+        """Whether the call that begins is left out."""
+        state = self._states.get(layer)
+        return state is not None and state.rests()
+
+    def fail(self, layer: str, error: Exception) -> None:
+        """Leave out the next calls of a layer, or all of them if nothing else can come of it."""
+        known = isinstance(error, Unmeasurable)
+        self.reasons[layer] = str(error) if known else f"{type(error).__name__}: {error}"
+        state = self._states.setdefault(layer, LayerState())
+        state.rest()
+        state.measuring_failed = isinstance(error, Unmeasurable) and error.lasting
+
+    def succeed(self, layer: str) -> None:
+        """Note that a call was kept."""
+        self.reasons.pop(layer, None)
+        self._states.pop(layer, None)

@@ -24,8 +24,8 @@ from . import observer, scores
 from .call import COMPILED, EAGER, AttentionCall, Unmeasurable, keys_hidden
 from .decoding import Decoding
 from .forwards import Forwards
-from .keeping import Described, KeptForward, KeptLayers, described
-from .layer_state import LayerState
+from .keeping import Described, KeptForward, described
+from .layer_state import KeptLayers, LayerState
 from .measurement import Forward, Measurement, without_call
 from .padding import Padding
 
@@ -42,7 +42,7 @@ class Measurer:
     forwards: the forward passes of the model.
     on_measure: gets the `Measurement` of each attention call; the second forward of a checkpoint is no call of its own.
         While it is None, `latest` keeps the last measurement of each layer. Its calls do not overlap.
-    on_forward_end: gets each forward of the model when it has ended.
+    on_forward_begin, on_forward_end: get each forward of the model when it begins, and when it has ended.
     on_kept: gets calls that were not measured, of one forward at a time, while `keeping`.
     queries_split: other processes hold other queries of the same sequences. A call with fewer queries than keys then
         continues no earlier call.
@@ -58,6 +58,7 @@ class Measurer:
         self.mode = mode
         self.sample = sample
         self.on_measure: Callable[[Measurement], None] | None = None
+        self.on_forward_begin: Callable[[Forward], None] | None = None
         self.on_forward_end: Callable[[Forward], None] | None = None
         self.on_kept: Callable[[KeptForward], None] | None = None
         self.queries_split = False
@@ -84,6 +85,12 @@ class Measurer:
     def note_slowed(self, layer: str) -> None:
         """Say in the coverage that `layer` gave up PyTorch's inference fast path to be measured."""
         self._slowed.add(layer)
+
+    def note_graphed(self, layer: str, interceptor: str, merged: bool) -> None:
+        """Say in the coverage that compiled graphs measure `layer` by themselves, its calls of a forward together."""
+        self._merged |= {layer} if merged else set()
+        compiled = "" if self.mode == "probe" else f": {COMPILED}"
+        self._measured[layer] = f"probe{compiled} ({interceptor})"
 
     def doubt(self, layer: str, kind: str, reason: str | None) -> None:
         """List a softmax of `layer` as not measured for this reason, until None takes back the doubt of this kind."""

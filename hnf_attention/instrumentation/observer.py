@@ -19,10 +19,11 @@ from torch import nn
 
 from .. import compat
 from .call import EAGER, AttentionCall
+from .expected import Expected, Plain
 from .measurement import Measurement
 
 if TYPE_CHECKING:
-    from .keeping import Plain
+    from .graph_reader import GraphReader
 
 TRANSFORMED = "it runs inside a transform of torch.func"
 _MODULE_CALL = compat.module_call_code
@@ -65,6 +66,19 @@ class Observer(Protocol):
 
 class ModelObserver(Observer, Protocol):
     """The observer of a model's modules, which also keeps calls."""
+
+    @property
+    def graph_reader(self) -> GraphReader | None:
+        """Who reads what compiled graphs measure by themselves; None where each call has to be delivered."""
+
+    def note_graphed(self, layer: str, interceptor: str, merged: bool) -> None:
+        """Say in the coverage that compiled graphs measure `layer` by themselves.
+
+        merged: its calls in one forward are not told apart.
+        """
+
+    def note_ungraphed(self, layer: str, reason: str) -> None:
+        """Say in the coverage why compiled graphs take no extremes of calls of `layer`."""
 
     def keep(
         self,
@@ -128,12 +142,14 @@ class _Thread(threading.local):
     heads: of the scaled_dot_product_attention inside, where transformers makes it.
     receiver: takes (original, *arguments) of a scaled_dot_product_attention inside, in place of any observer.
     probe: takes the description of a multi_head_attention_forward inside, likewise.
+    expected: the calls that the forward of a model which keeps them is expected to make.
     """
 
     suspended = False
     heads: Heads | None = None
     receiver: Callable[..., Any] | None = None
     probe: Callable[[AttentionCall], None] | None = None
+    expected: Expected | None = None
 
 
 thread = _Thread()
@@ -182,21 +198,48 @@ def run(
     owner = measuring_owner(find, *args, **kwargs) if active else None
     if owner is None and not keeping:
         return original(*args, **kwargs)
-    wanted = None if not keeping or _repeats() else _keeping_owner(find, args, kwargs)
-    described = partial(describe, *args, **kwargs)
-    if owner is not None:
-        output = owner.observer.attend(owner.layer, described, partial(original, *args, **kwargs))
-    elif wanted is None:
-        return original(*args, **kwargs)
+    keeps = bool(keeping) and not _repeats()
+    expected = thread.expected if keeps and owner is None else None
+    if expected is not None and expected.begins(_is_caller, _short(plain_of, args, kwargs)):
+        output = _alone(original, args, kwargs)
+        if expected.take(output):
+            return output
+        expected.leave()
+        wanted = _keeping_owner(find, args, kwargs)
+        described = partial(describe, *args, **kwargs)
     else:
-        thread.suspended = True
-        try:
-            output = original(*args, **kwargs)
-        finally:
-            thread.suspended = False
+        wanted = _keeping_owner(find, args, kwargs) if keeps else None
+        described = partial(describe, *args, **kwargs)
+        if owner is not None:
+            output = owner.observer.attend(owner.layer, described, partial(original, *args, **kwargs))
+        elif wanted is None:
+            return original(*args, **kwargs)
+        else:
+            output = _alone(original, args, kwargs)
     if wanted is not None:
         wanted[0].observer.keep(wanted[0].layer, wanted[1], described, _short(plain_of, args, kwargs), output)
     return output
+
+
+def _alone(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the call; attention inside is part of it."""
+    thread.suspended = True
+    try:
+        return original(*args, **kwargs)
+    finally:
+        thread.suspended = False
+
+
+def _is_caller(module: nn.Module | None) -> bool:
+    """Whether this module makes the call: as a layer of transformers, or as the innermost module that runs."""
+    if thread.heads is not None:
+        return thread.heads.owner.module is module
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _MODULE_CALL:
+            return frame.f_locals["self"] is module
+        frame = frame.f_back
+    return False
 
 
 def _repeats() -> bool:

@@ -12,11 +12,15 @@ from typing import Any, Protocol
 from torch import nn
 
 from ..names import named_modules, unwrapped
+from ..tracing import captured
 from . import forwards, observer
-from .call import EAGER, AttentionCall
+from .call import EAGER, FIRST_IN_CAPTURE, AttentionCall
 from .compiled import layers
+from .expected import Plain
 from .forwards import Forwards
-from .keeping import Described, Keeper, KeptForward, KeptLayers, Pending, Plain
+from .graph_reader import GraphReader
+from .keeping import Described, Keeper, KeptForward, Pending
+from .layer_state import KeptLayers
 from .measurement import Forward, Measurement
 from .padding import Padding
 from .patches import Patch
@@ -27,12 +31,14 @@ _log = logging.getLogger("hnf_attention")
 class Member(observer.Observer, Protocol):
     """One handle of a model.
 
-    mode: as for `instrument`. on_forward_end: gets each forward of the model when it has ended. on_kept: gets the calls
-    that were kept, of one forward at a time. kept_layers: of which layers not.
-    padding: which queries of its calls are padding.
+    mode: as for `instrument`. on_forward_begin, on_forward_end: get each forward of the model when it begins, and when
+    it has ended. on_kept: gets the calls that were kept, of one forward at a time. kept_layers: of which layers not.
+    padding: which queries of its calls are padding. graphs: as for `Instrumentation`.
     """
 
     mode: str
+    graphs: GraphReader | None
+    on_forward_begin: Callable[[Forward], None] | None
     on_forward_end: Callable[[Forward], None] | None
     on_kept: Callable[[KeptForward], None] | None
     kept_layers: KeptLayers
@@ -47,6 +53,9 @@ class Member(observer.Observer, Protocol):
     ) -> Described | None:
         """The description of a call that gave `output`, and its tensors; None for a call that is not kept."""
 
+    def note_graphed(self, layer: str, interceptor: str, merged: bool) -> None:
+        """As in `observer.ModelObserver`."""
+
     def restore(self) -> None:
         """End the handle."""
 
@@ -59,10 +68,11 @@ class Watched:
 
     def __init__(self, model: nn.Module):
         self.root = weakref.ref(model)
-        self.forwards = Forwards(self._forward_ended)
+        self.forwards = Forwards(self._forward_began, self._forward_ended)
         self._keeper = Keeper(self._deliver)
         self._keeps: weakref.ref[Member] | None = None
         self._members: dict[int, weakref.ref[Member]] = {}
+        self._attended: set[str] = set()  # layers of which a call was measured
         self._registered: list[weakref.ref[nn.Module]] = []
         self._patches: list[Patch] = []
         self._lock = threading.RLock()
@@ -108,6 +118,7 @@ class Watched:
             self.renew_keeping()
             self._keeper.forget()
             if self._members:
+                self.renew_graphs()
                 return
             for reference in self._registered:
                 module = reference()
@@ -132,7 +143,14 @@ class Watched:
         return bool(self._measuring())
 
     def attend(self, layer: str, describe: Callable[[], AttentionCall], original: Callable[[], Any]) -> Any:
-        for member in self._measuring():
+        members = self._measuring()
+        if layer not in self._attended:
+            if captured():  # a first call compiles and loads kernels, which would break the capture
+                for member in members:
+                    member.note(layer, FIRST_IN_CAPTURE)
+                return original()
+            self._attended.add(layer)
+        for member in members:
             original = partial(member.attend, layer, describe, original)
         return original()
 
@@ -144,6 +162,19 @@ class Watched:
         """Find out anew whether a member keeps calls."""
         keeps = [member for member in self.members if member.keeping]
         self._keeps = weakref.ref(keeps[0]) if keeps else None
+
+    @property
+    def graph_reader(self) -> GraphReader | None:
+        # A graph has one place for each layer, and takes all queries.
+        members = self.members
+        if len(members) != 1 or members[0].padding.query_mask is not None:
+            return None
+        return members[0].graphs
+
+    def renew_graphs(self) -> None:
+        """Have compiled graphs look up anew who reads what they measure."""
+        modules = [module for reference in self._registered if (module := reference()) is not None]
+        layers.mark_compiled(modules)
 
     def keep(
         self,
@@ -174,6 +205,7 @@ class Watched:
                 with self._lock:
                     member.on_kept(kept)
             except Exception as error:  # the monitor never ends a run
+                self._keeper.forget()  # these layers rest for some calls
                 for call in kept.calls:
                     member.kept_layers.fail(call.layer, error)
                 _log.debug("hnf-attention: no extremes were taken of these calls", exc_info=True)
@@ -192,6 +224,14 @@ class Watched:
         for member in self._measuring():
             member.note_slowed(layer)
 
+    def note_graphed(self, layer: str, interceptor: str, merged: bool) -> None:
+        for member in self.members:
+            member.note_graphed(layer, interceptor, merged)
+
+    def note_ungraphed(self, layer: str, reason: str) -> None:
+        for member in self.members:
+            member.kept_layers.reasons[layer] = reason
+
     def doubt(self, layer: str, kind: str, reason: str | None) -> None:
         for member in self._measuring():
             member.doubt(layer, kind, reason)
@@ -199,10 +239,25 @@ class Watched:
     def is_named(self, module: nn.Module) -> bool:
         return any(member.is_named(module) for member in self._measuring())
 
+    def _forward_began(self, forward: Forward, pending: Pending) -> None:
+        keeps = None if self._keeps is None else self._keeps()
+        if keeps is not None and forward.training and not keeps.padding.known:
+            pending.expected = self._keeper.expected()
+        for member in self.members:
+            if member.on_forward_begin is not None:
+                try:
+                    member.on_forward_begin(forward)
+                except Exception:  # the monitor never ends a run
+                    _log.warning("hnf-attention: on_forward_begin failed", exc_info=True)
+
+    def _module_of(self, layer: str) -> nn.Module | None:
+        model = self.root()
+        return None if model is None else dict(named_modules(model)).get(layer)
+
     def _forward_ended(self, forward: Forward, pending: Pending) -> None:
-        if pending.calls:
+        if pending.calls or pending.expected is not None:
             try:
-                self._keeper.flush(forward, pending)
+                self._keeper.finish(forward, pending, self._module_of)
             except Exception:  # the monitor never ends a run
                 _log.warning("hnf-attention: the calls of a forward could not be read", exc_info=True)
         for member in self.members:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from .. import compat
 from ..engine import fold
+from ..instrumentation.call import FIRST_IN_CAPTURE, Unmeasurable
 from ..tracing import without_dispatch_modes
+from .streams import LastUse, is_captured
 
 
 class Kind(NamedTuple):
@@ -49,11 +51,17 @@ class Lane:
         self.forward: Any = None  # who uses the lane now; None if it is free
         self.thread = 0  # of the user
         self._touched: set[Place] = set()
+        self._streams = LastUse()
         self._empty: dict[tuple[int, torch.device], Tensor] = {}
 
     def accumulator(self, place: Place) -> Tensor:
-        """What a call at this place is folded into."""
+        """What a call at this place is folded into. The current stream waits for the one that used it last.
+
+        Raises Unmeasurable for a first call inside the capture of a CUDA graph, each replay of which would start anew.
+        """
         if place not in self.working:
+            if is_captured(place[1]):
+                raise Unmeasurable(FIRST_IN_CAPTURE)
             # Made inside inference mode, they could not be added to outside of it.
             with torch.inference_mode(False):
                 working = self._new(place)
@@ -62,8 +70,22 @@ class Lane:
             self.working[place] = working
             if self.kept is not None and kept is not None:
                 self.kept[place] = kept
+        self._streams.use([place])
         self._touched.add(place)
         return self.working[place]
+
+    def adopt(self, place: Place, accumulator: Tensor) -> None:
+        """Take an empty accumulator that calls at this place are folded into without being asked for here."""
+        with torch.inference_mode(False):
+            kept = self._new(place)
+        self.working[place] = accumulator
+        if self.kept is not None:
+            self.kept[place] = kept
+
+    def touch_all(self) -> None:
+        """Note that something may have been folded at every place, on the current stream."""
+        self._streams.use(self.working)
+        self._touched.update(self.working)
 
     def _new(self, place: Place) -> Tensor:
         size = place[0].num_heads, place[1]
@@ -75,6 +97,7 @@ class Lane:
         """Keep what was folded since the last `end`, or drop it; no wait for the device."""
         try:
             if self.kept is not None and self._touched:
+                self._streams.use(self._touched)
                 old, new = [[side[place] for place in self._touched] for side in (self.kept, self.working)]
                 with without_dispatch_modes():
                     compat.copy_all(new, old) if failed else compat.copy_all(old, new)
@@ -83,9 +106,16 @@ class Lane:
 
     def reset(self) -> None:
         """Start anew. The tensors stay where they are: replays of a captured graph go on adding to them."""
+        self._streams.use(self.working)
         for side in (self.working, self.kept or {}):
             sources = [self._empty[kind.num_heads, device] for kind, device in side]
             compat.copy_all(list(side.values()), sources)
+        self._streams.settle()
+
+    def settle(self) -> None:
+        """Have the current stream wait for all that was folded here."""
+        self._streams.settle()
+        self._streams.use(self.working)
 
 
 class Lanes:
@@ -146,6 +176,7 @@ class Lanes:
             users = [(lane, lane.forward) for lane in lanes]
             for lane in lanes:
                 lane.end(failed=False)
+                lane.settle()
                 lane.forward = self
         try:
             yield lanes

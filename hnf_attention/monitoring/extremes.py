@@ -14,6 +14,7 @@ from ..engine import extremes as engine
 from ..reference import extremes as reference
 from ..statistics.fields import STEP_FIELDS
 from .accumulators import Kind, Place
+from .streams import LastUse
 
 if TYPE_CHECKING:
     from ..instrumentation.keeping import KeptForward
@@ -30,6 +31,7 @@ class StepExtremes:
         self.lock = threading.RLock()
         self._results: dict[Place, Tensor] = {}
         self._raised: set[Place] = set()  # since they were read
+        self._streams = LastUse()  # that raised or read them, by device
         self._numbers: dict[int, int] = {}  # of the forwards that ran since, by `Forward.number`
         self.steps: dict[int, int] = {}  # by these numbers, for `decoded`
         self._count = 0
@@ -43,11 +45,20 @@ class StepExtremes:
             self.steps[known] = step
         return known
 
+    def next_number(self, step: int) -> int:
+        """The number of a forward under grad that will be the next one, as part of that step."""
+        self.steps[self._count + 1] = step
+        return self._count + 1
+
+    def skip(self, number: int) -> None:
+        """Count a forward that nobody tells of, unless its number was given to another one."""
+        self._count = max(self._count, number)
+
     def prepared(self, kinds: Sequence[Kind], kept: KeptForward) -> Prepared:
         """What `record` needs for calls of these kinds, and for later ones of the same descriptions."""
         places = [(kind, call.device) for kind, call in zip(kinds, kept.calls)]
         calls = [
-            engine.Call(tensors, call.options, call.left_out, self._result(place))
+            engine.Call(tensors, call.options, call.left_out, self.result(place))
             for place, call, tensors in zip(places, kept.calls, kept.tensors)
         ]
         return Prepared(places, engine.Prepared(calls))
@@ -55,17 +66,29 @@ class StepExtremes:
     def record(self, prepared: Prepared, kept: KeptForward, step: int) -> None:
         """Raise the results by calls of one forward, without waiting for the device."""
         number = self.number(kept.forward, step)
+        self._use(prepared.places)
         self._raised.update(prepared.places)
         prepared.calls.run(kept.tensors, number, number)
 
-    def _result(self, place: Place) -> Tensor:
+    def mark_raised(self, places: Collection[Place]) -> None:
+        """Note that what runs next on the current stream may raise the results of these places."""
+        self._use(places)
+        self._raised.update(places)
+
+    def _use(self, places: Collection[Place]) -> None:
+        self._streams.use((None, device) for device in {device for _, device in places})
+
+    def result(self, place: Place) -> Tensor:
+        """The result of a place, which stays where it is."""
         if place not in self._results:
             with torch.inference_mode(False):
                 self._results[place] = reference.new_result(place[0].num_heads, place[1])
         return self._results[place]
 
     def results(self, kinds: Collection[Kind]) -> list[tuple[Place, Tensor]]:
-        """The results of these kinds that were raised since they were read."""
+        """The results of these kinds that were raised since they were read, by whatever stream."""
+        self._streams.settle()
+        self._use(self._raised)
         return [(place, self._results[place]) for place in self._raised if place[0] in kinds]
 
     def restart(self, kinds: Collection[Kind] | None = None) -> None:
@@ -74,7 +97,8 @@ class StepExtremes:
             self._results[place].fill_(reference.NONE)
             self._raised.discard(place)
         if not self._raised:
-            self._numbers, self.steps = {}, {}
+            self._numbers = {}
+            self.steps = {number: step for number, step in self.steps.items() if number > self._count}
 
 
 class Prepared(NamedTuple):

@@ -25,6 +25,7 @@ from .accumulators import Kind, Lane, Lanes
 from .agreement import Together
 from .cadence import Cadence
 from .extremes import StepExtremes, decoded, with_steps
+from .graphs import GraphStates
 from .history import HISTORY_BYTES, History
 from .process_groups import CallName, Part, Reading
 
@@ -82,7 +83,12 @@ class Recorder:
         self._forwards = Forwards()
         self._untold: set[int] = set()  # numbers of forwards since the last snapshot whose end nobody tells
         self._holds = 0  # how many `paused` and `rest` there are
+        self._told = False  # whether a forward of this step was told of
+        self._graphs = GraphStates(self._extremes, _weakly(self, Recorder._note_graphed))
+        if instrumentation.sample is None:
+            instrumentation.graphs = self._graphs
         instrumentation.on_measure = _weakly(self, Recorder.record)
+        instrumentation.on_forward_begin = _weakly(self, Recorder.begin_forward)
         instrumentation.on_forward_end = _weakly(self, Recorder.end_forward)
         instrumentation.on_kept = _weakly(self, Recorder.record_kept)
         self._measure()
@@ -103,6 +109,9 @@ class Recorder:
     def end_step(self) -> bool:
         """Count a step. Returns whether it was a log step, whose snapshot `read` gives."""
         log_step = self.cadence.end_step()
+        if self._graphs and not self._told:
+            self._note_untold_graphs()
+        self._told = False
         self._measure()
         return log_step
 
@@ -161,6 +170,22 @@ class Recorder:
         # A log step is looked at whole.
         log_step = self.step + 1 == self.cadence.next_log_step
         self._instrumentation.keeping = goes_on and self._every_step and not log_step
+        with self._extremes.lock:
+            number = self._extremes.next_number(self.step + 1)
+        self._tell_graphs(number, training=True)
+
+    def _tell_graphs(self, number: int, training: bool) -> None:
+        now = self._instrumentation
+        self._graphs.tell(number, training, statistics=now.measuring, extremes=now.keeping)
+
+    def begin_forward(self, forward: Any) -> None:
+        """Say to graphs what is wanted of a forward."""
+        number = 0
+        if forward.training:
+            with self._extremes.lock:
+                number = self._extremes.number(forward, self.step + 1)
+        self._told = True
+        self._tell_graphs(number, forward.training)
 
     def record(self, measurement: Measurement) -> None:
         """Fold one attention call into its layer's accumulator, on the device, without waiting for it."""
@@ -201,6 +226,19 @@ class Recorder:
                 prepared = kept.prepared[self] = self._extremes.prepared(kinds, kept)
             self._extremes.record(prepared, kept, self.step + 1)
 
+    def _note_graphed(self, kind: Kind) -> None:
+        with self._lock:
+            self._note(kind, 1)
+
+    def _note_untold_graphs(self) -> None:
+        """Count the forward of a step whose beginning and end nobody told, such as in a compiled training step."""
+        with self._extremes.lock:
+            self._extremes.skip(self._graphs.number)
+        if self._graphs.folds:
+            with self._lock:
+                self.pending = True
+                self._count("training")
+
     def _note(self, kind: Kind, period: int) -> None:
         if kind not in self._kinds:
             # Calls with other head counts, head dimensions or dtypes (a module reused with other shapes) are different
@@ -223,8 +261,9 @@ class Recorder:
 
     def end_forward(self, forward: Any) -> None:
         """Keep what a forward's calls gave, or drop it if the forward raised."""
-        failed = bool(forward.failed)
-        if not self._lanes.end(forward, failed):
+        failed, by_graphs = bool(forward.failed), self._graphs.folds
+        self._graphs.end(failed)
+        if not self._lanes.end(forward, failed) and not by_graphs:
             return  # nothing of it was measured
         which = "failed" if failed else "training" if forward.training else "evaluation"
         with self._lock:
@@ -235,7 +274,8 @@ class Recorder:
         """What was measured in this process since the last snapshot; a layer on several devices is merged."""
         found: dict[Kind, HeadStats] = {}
         with self._lanes.to_read() as lanes:
-            copied = _copy_to_host(lanes, self._extremes)
+            self._graphs.settle()
+            copied = _copy_to_host([*lanes, self._graphs.lane], self._extremes)
             with self._lock:
                 forwards, self._forwards = self._forwards, Forwards()
                 kinds, periods = dict(self._kinds), dict(self._periods)

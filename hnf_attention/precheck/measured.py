@@ -82,7 +82,7 @@ def run_measured(model: nn.Module, sample: Any, read: Callable[[Measurement], No
             if record is not None:
                 record(measurement)
 
-        instrumentation.on_measure = both
+        instrumentation.on_measure, instrumentation.graphs = both, None
         model.eval()
         try:
             with torch.no_grad():

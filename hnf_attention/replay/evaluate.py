@@ -30,7 +30,7 @@ def evaluate(operation: Operation, captured: Captured) -> Numbers:
     return Numbers(
         double=double,
         double_size=size,
-        kind="NaN" if bool(torch.isnan(result).any()) else "inf",
+        kind=_kind(result),
         result=name,
         index=index,
         shape=tuple(result.shape),
@@ -51,6 +51,7 @@ def locate(captured: Captured, given: Tensor | None) -> Numbers:
             element = () if given is None or _finite(given) else first_index(given)
             broken = 0 if given is None else int((~given.isfinite()).sum())
             return Numbers(
+                kind=_kind(result),
                 result=name,
                 index=first_index(result),
                 shape=tuple(result.shape),
@@ -111,6 +112,10 @@ def _along(result: Tensor, dim: int) -> tuple[int, ...]:
         return ()
     broken = (~torch.isfinite(result)).movedim(dim, 0).flatten(1).any(1)
     return tuple(broken.nonzero().flatten().tolist())
+
+
+def _kind(result: Tensor) -> str:
+    return "NaN" if bool(torch.isnan(result).any()) else "inf"
 
 
 def _finite(x: Tensor) -> bool:

@@ -6,9 +6,9 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..portable import huge_rows
 from ..shared import descriptors
 from ..shared.launch import launch
-from ..shared.plan import unit_exponent
 from ..shared.results import empty_output, new_rows
 from ..shared.softmax import LOG2_E
 from ..shared.tiles import block_dim, ceil_div
@@ -30,14 +30,11 @@ def _width(head_dim: int) -> int:
 
 
 @functools.cache
-def plan(
-    head_dim: int, value_dim: int, is_causal: bool, ragged: bool, stats: bool, scale: float | None = None
-) -> Plan:
-    """What the kernel is compiled for; scale: head_dim ** -0.5 when None."""
+def plan(head_dim: int, value_dim: int, is_causal: bool, ragged: bool, stats: bool) -> Plan:
+    """What the kernel is compiled for."""
     widths = _width(head_dim), _width(value_dim)
     early = (max(widths), is_causal) in _EARLY
-    exponent = unit_exponent(head_dim**-0.5 if scale is None else scale)
-    return Plan(early, is_causal, ragged, stats, *widths, 2 if max(widths) == 128 else 3, exponent)
+    return Plan(early, is_causal, ragged, stats, *widths, stages=2 if max(widths) == 128 else 3)
 
 
 @functools.cache
@@ -60,9 +57,7 @@ def forward(query, key, value, options, chosen=None):
     num_heads, num_blocks = batch * heads, ceil_div(num_queries, BLOCK_M)
     programs = min(_multiprocessors(query.device), num_heads * num_blocks)
     order = order_of(num_heads, num_blocks, programs, options.is_causal)
-    chosen = chosen or plan(
-        head_dim, value_dim, options.is_causal, num_keys % BLOCK_N > 0, True, options.scale
-    )
+    chosen = chosen or plan(head_dim, value_dim, options.is_causal, num_keys % BLOCK_N > 0, True)
     launch(
         hopper_kernel,
         (programs, 1, 1),
@@ -89,4 +84,6 @@ def forward(query, key, value, options, chosen=None):
         },
         num_warps=4,
     )
+    if chosen.stats:
+        huge_rows.compute_again(query, key, value, options, out, rows)
     return out, *rows[:5]

@@ -11,7 +11,8 @@ The first pair of a block of queries brings the queries too. Pairs run on from b
 The state is that of `softmax.softmax_update` (m in raw q.k, l and w over exp2(t)), except that l, w
 and the minimum stay as partials of the four threads that share a row until the loop is over. The output
 is rescaled only where the maximum of some row of a warp has risen. (FlashAttention-4 lets it rise by 2^8
-before it does; then the largest weight is no 1, and its rounding costs collapsed rows their exactness.)
+before it does; then the largest weight is no 1, and its rounding costs collapsed rows their exactness.) All rows
+have one unit: `portable.huge_rows` computes those again for which that is not enough.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..shared import softmax
-from ..shared.softmax import State
+from ..shared.softmax import State, Units
 from .assembly import RESCALE_32, RESCALE_32_OPERANDS, RESCALE_64, RESCALE_64_OPERANDS
 from .channel import new_channel
 from .names import copy_in, copy_out
@@ -43,8 +44,6 @@ _SECOND = gl.constexpr(1)
 _LN_2 = softmax.LN_2
 _SIZES = ["heads", "group", "num_queries", "num_keys", "num_heads", "together", "stretches", "turns"]
 softmax_finish = gluon.jit(softmax.softmax_finish.fn)
-units_of = gluon.jit(softmax.units_of.fn)
-unit_of_row = gluon.jit(softmax.unit_of_row.fn)
 _block_of_turn = gluon.jit(block_of_turn.fn)
 _turns_of_program = gluon.jit(turns_of_program.fn)
 
@@ -60,7 +59,6 @@ class Plan:
     block_d: int
     block_dv: int
     stages: int  # depth of the key and value rings: what fits the shared memory
-    exponent: int  # see `plan.unit_exponent`
 
     def __repr__(self) -> str:  # part of the kernel's name
         return "plan_" + "_".join(str(int(x)).replace("-", "m") for x in vars(self).values())
@@ -102,18 +100,11 @@ def _per_part(number, P_L: gl.constexpr):
 
 
 @gluon.jit
-def _exponent(s, m, units):
-    """t of a tile of raw scores whose rows have the maximum m, and the rows' unit."""
-    unit = unit_of_row(m, units)
-    return gl.fma(s, gl.expand_dims(unit, 1), -gl.expand_dims(m * unit, 1)), unit
-
-
-@gluon.jit
-def _softmax(s, m_i, l_i, w_i, low, units, PLAN: gl.constexpr, P_L: gl.constexpr):
+def _softmax(s, m_i, l_i, w_i, low, unit, PLAN: gl.constexpr, P_L: gl.constexpr):
     """One tile of raw scores into the state (m, l, w, low); also exp2(t) and what rescales the output."""
     best = gl.max(_partial(s, 4, True, P_L), 1)
     m_new = gl.maximum(m_i, gl.convert_layout(best, gl.SliceLayout(1, s.type.layout), assert_trivial=True))
-    t, unit = _exponent(s, m_new, units)
+    t = s * unit - gl.expand_dims(m_new * unit, 1)
     p = gl.exp2(t)
     d = (m_i - m_new) * unit
     alpha = gl.exp2(d)
@@ -230,7 +221,6 @@ def _consumer(HALF: gl.constexpr, descriptors, buffers, channel, sizes, results,
     A_L: gl.constexpr = gl.DotOperandLayout(0, O_L, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S_L)
     dtype: gl.constexpr = q_s.dtype
-    units = units_of(unit, PLAN.exponent)
     staged = out_s.index(HALF)
 
     step = 0
@@ -254,7 +244,7 @@ def _consumer(HALF: gl.constexpr, descriptors, buffers, channel, sizes, results,
         if PLAN.is_causal or PLAN.ragged:
             s = gl.where(seen, s, -float("inf"))
         m_i = gl.max(s, 1)
-        t, _unit = _exponent(s, m_i, units)
+        t = s * unit - gl.expand_dims(m_i * unit, 1)
         p = gl.exp2(t)
         if PLAN.is_causal or PLAN.ragged:
             t = gl.where(seen, t, 0.0)  # 0 * inf is NaN: right for a visible score that is infinite
@@ -272,7 +262,7 @@ def _consumer(HALF: gl.constexpr, descriptors, buffers, channel, sizes, results,
             step += 1
             if PLAN.early:
                 channel.wait_full(step)
-            m_i, l_i, w_i, low, p, alpha = _softmax(s, m_i, l_i, w_i, low, units, PLAN, P_L)
+            m_i, l_i, w_i, low, p, alpha = _softmax(s, m_i, l_i, w_i, low, unit, PLAN, P_L)
             # A branch, always or never taken, keeps the assembler from moving the wait for the product in among
             # the exponentials.
             if PLAN.early:
@@ -296,9 +286,8 @@ def _consumer(HALF: gl.constexpr, descriptors, buffers, channel, sizes, results,
         inside = offs_m < num_queries
         if PLAN.stats:
             weighted = gl.convert_layout(gl.sum(w_i, 1), ROW, assert_trivial=True)
-            # Of a row that became huge on the way, the range is too large here, by a factor of 3 at most.
-            row_unit = unit_of_row(m_i, units)
-            least = m_i + gl.convert_layout(gl.min(low, 1), ROW, assert_trivial=True) / row_unit
+            least = m_i + gl.convert_layout(gl.min(low, 1), ROW, assert_trivial=True) / unit
+            units = Units(unit, unit, float("inf"))  # one for all rows, see `portable.huge_rows`
             core, _more, normalise = softmax_finish(
                 State(m_i, total, weighted, least, ()), units, to_natural, 0.0, False, False, False
             )

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..shared.descriptors import strided
+from ..shared.gate import STATISTICS, is_off
 from ..shared.launch import launch
 from ..shared.masks import call_of, cap_and_mask, mask_of_head
 from ..shared.plan import Options, ScorePlan, score_plan
@@ -42,8 +43,11 @@ def _plan(scores: ScorePlan, group: int, head_dim: int, has_index: bool, rows: i
 
 
 @triton.jit(do_not_specialize=["window"])
-def _columns_kernel(weights_ptr, q, k, index_ptr, lse_ptr, call, window, PLAN: tl.constexpr):
+def _columns_kernel(weights_ptr, q, k, index_ptr, lse_ptr, control_ptr, call, window, PLAN: tl.constexpr):
     """Weights of one block of keys, summed over the rows."""
+    if control_ptr is not None:  # noqa: SIM102  # the compiler drops this branch, and not an `and`
+        if is_off(control_ptr, STATISTICS):
+            return
     start_n, bh = scheduled_block(call.num_keys, PLAN.block_n, False)
     if bh >= call.num_bh:
         return
@@ -84,12 +88,13 @@ def column_weights(
     options: Options,
     num_rows: int,
     index: torch.Tensor | None = None,
+    control: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weight of each key, fp32 (B, H, N), summed over some rows of a head.
 
     query (B, H, M, D), key (B, H_kv, N, D), D <= 256, not fp64; any strides; M > 0. index: int64 (B, H, num_rows), -1
     for no row; None for num_rows of all rows, evenly spread. num_rows: a power of two, at least 16. lse: fp32 of these
-    rows (B, H, num_rows), without an index of all rows (B, H, M).
+    rows (B, H, num_rows), without an index of all rows (B, H, M). control: as for `probe`.
     """
     batch, heads, _, head_dim = query.shape
     num_keys = key.shape[2]
@@ -106,6 +111,7 @@ def column_weights(
             "k": strided(key),
             "index_ptr": None if index is None else index.contiguous(),
             "lse_ptr": lse.contiguous(),
+            "control_ptr": control,
             "call": call_of(query, key, options),
         },
         {"window": options.window_size or 0},

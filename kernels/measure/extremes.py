@@ -10,9 +10,16 @@ from ..shared.launch import launch
 from ..shared.masks import call_of
 from ..shared.plan import Options, ScorePlan, score_plan
 from ..shared.tiles import Tiles, block_dim, ceil_div, probe_tiles
-from .extremes_kernel import FIELDS, ExtremesPlan, LeftOut, extremes_kernel
+from .extremes_kernel import (
+    FIELDS,
+    ExtremesPlan,
+    LeftOut,
+    OneCall,
+    extremes_kernel,
+    single_extremes_kernel,
+)
 
-__all__ = ["FIELDS", "Launch", "Tensors", "block_rows"]
+__all__ = ["FIELDS", "Launch", "SingleLaunch", "Tensors", "block_rows"]
 
 # Elements of the output that a program holds, which leaves room for four programs, and tiles that it checks.
 _TILE_ELEMENTS, _TILES = 2048, 4
@@ -44,6 +51,7 @@ def _plan(
     dims: tuple[int, int],
     tiles: Tiles,
     divisor: int,
+    single: bool = False,
 ) -> ExtremesPlan:
     head_dim, value_dim = dims
     tile = max(16, _TILE_ELEMENTS // max(block_dim(head_dim), block_dim(value_dim)))
@@ -61,6 +69,7 @@ def _plan(
         chunk=_TILES * tile,
         tile=tile,
         divisor=divisor,
+        single=single,
     )
 
 
@@ -80,6 +89,49 @@ def _on_device(numbers: tuple[int, ...], device: torch.device, stream: int) -> t
     if device.type == "cpu":
         return table
     return table.pin_memory().to(device, non_blocking=True)
+
+
+def _programs(call: Tensors, plan: ExtremesPlan) -> int:
+    """How many programs a call takes: one for each (batch, head), and those that check its outputs or inputs."""
+    batch, heads, num_queries, _ = call.query.shape
+    checked = num_queries if call.out is not None else max(num_queries, call.key.shape[2])
+    return batch * heads * (1 + ceil_div(checked, plan.chunk))
+
+
+class SingleLaunch:
+    """The extremes of single calls of one shape, if `shared.control` asks for them. A CUDA graph may replay the launch.
+
+    call: as for `Launch`; no tensor of it is kept.
+    """
+
+    def __init__(self, call: Tensors, options: Options) -> None:
+        query, key, value, out = call
+        batch, heads, _, head_dim = query.shape
+        tiles = probe_tiles(head_dim, query.dtype, options)
+        widths, group = (head_dim, value.shape[3]), heads // key.shape[1]
+        self._plan = _plan(score_plan(options), False, out is not None, group, widths, tiles, 1, single=True)
+        self._tiles, self._device = tiles, query.device
+        self._strides, self._call = _strides(call), call_of(query, key, options)
+        self._window, self._probes = options.window_size or 0, batch * heads
+        self._grid = _programs(call, self._plan), 1, 1
+
+    def run(self, result: torch.Tensor, control: torch.Tensor, call: Tensors, phase: int) -> None:
+        """Raise a result, int32 (fields, H), contiguous. phase: added to the number of the forward in `control`."""
+        launch(
+            single_extremes_kernel,
+            self._grid,
+            self._plan,
+            self._device,
+            {
+                "result_ptr": result,
+                "control_ptr": control,
+                "tensors": OneCall(*call, *self._strides),
+                "call": self._call,
+            },
+            {"window": self._window, "phase": phase, "probes": self._probes},
+            num_warps=self._tiles.num_warps,
+            num_stages=self._tiles.num_stages,
+        )
 
 
 class Launch:
@@ -121,8 +173,7 @@ class Launch:
         self._call = call_of(query, key, options)
         self._window = options.window_size or 0
         self._probes = batch * heads
-        checked = num_queries if out is not None else max(num_queries, key.shape[2])
-        self._grid = self._probes * (1 + ceil_div(checked, self._plan(1).chunk)), len(calls), 1
+        self._grid = _programs(calls[0], self._plan(1)), len(calls), 1
 
     def run(self, calls: Sequence[Sequence[torch.Tensor | None]], number: int, phase: int) -> None:
         """Raise the results by what one block of rows of each (batch, head) and the outputs show.

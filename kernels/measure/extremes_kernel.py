@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..shared.gate import EXTREMES, forward_number, is_off
 from ..shared.masks import cap_and_mask, key_range, mask_of_head
 from ..shared.plan import ScorePlan
 from ..shared.sampling import BATCH_STEP, HEAD_STEP
@@ -36,6 +37,30 @@ class Table(NamedTuple):
     fixed: Any
 
 
+class OneCall(NamedTuple):
+    """The tensors of a single call, as the kernel's own arguments: pointers, and strides as in the table.
+
+    The fields stand here one by one, because Triton 3.6 loses an integer 1 in a tuple within a tuple.
+    """
+
+    query_ptr: Any
+    key_ptr: Any
+    value_ptr: Any
+    out_ptr: Any
+    query_b: int
+    query_h: int
+    query_m: int
+    key_b: int
+    key_h: int
+    key_m: int
+    value_b: int
+    value_h: int
+    value_m: int
+    out_b: int
+    out_h: int
+    out_m: int
+
+
 class LeftOut(NamedTuple):
     """Which queries do not count, uint8 (B, M): a pointer and strides, or None and zeros."""
 
@@ -60,6 +85,7 @@ class ExtremesPlan(ScorePlan):
     chunk: int  # rows of the output that a program checks
     tile: int  # of which it holds so many at a time, here and in q, k and v
     divisor: int  # of all strides, in elements; every address is then a multiple of 16 bytes; 1 for unknown
+    single: bool = False  # the kernel gets `OneCall` and no tables
 
 
 @triton.jit
@@ -71,13 +97,19 @@ def ordered(x):
 
 @triton.jit
 def _tensor(row, like, FIELD: tl.constexpr, STRIDES: tl.constexpr, batch, head, PLAN: tl.constexpr):
-    """A pointer to one (batch, head) of a tensor of the table, and the stride of its rows."""
-    BYTES: tl.constexpr = 16 if PLAN.divisor > 1 else 1
-    DIVISOR: tl.constexpr = PLAN.divisor
-    pointer = tl.multiple_of(tl.load(row.addresses + FIELD), [BYTES]).to(like.dtype)
-    offset = batch.to(tl.int64) * tl.multiple_of(tl.load(row.fixed + STRIDES), [DIVISOR])
-    offset += head.to(tl.int64) * tl.multiple_of(tl.load(row.fixed + STRIDES + 1), [DIVISOR])
-    return pointer + offset, tl.multiple_of(tl.load(row.fixed + STRIDES + 2), [DIVISOR])
+    """A pointer to one (batch, head) of a tensor of the table, or of `OneCall`, and the stride of its rows."""
+    if PLAN.single:
+        PLACE: tl.constexpr = _ADDRESSES - 1 + STRIDES
+        pointer = row[FIELD]
+        stride_b, stride_h, stride_m = row[PLACE], row[PLACE + 1], row[PLACE + 2]
+    else:
+        BYTES: tl.constexpr = 16 if PLAN.divisor > 1 else 1
+        DIVISOR: tl.constexpr = PLAN.divisor
+        pointer = tl.multiple_of(tl.load(row.addresses + FIELD), [BYTES]).to(like.dtype)
+        stride_b = tl.multiple_of(tl.load(row.fixed + STRIDES), [DIVISOR])
+        stride_h = tl.multiple_of(tl.load(row.fixed + STRIDES + 1), [DIVISOR])
+        stride_m = tl.multiple_of(tl.load(row.fixed + STRIDES + 2), [DIVISOR])
+    return pointer + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h, stride_m
 
 
 @triton.jit
@@ -253,24 +285,15 @@ def _check(row, result_ptr, like, call, batch, head, start, number, PLAN: tl.con
             tl.atomic_max(result_ptr + _FIRST_VALUE * call.heads + head, number, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["window", "number", "phase", "probes"])
-def extremes_kernel(
-    addresses_ptr, fixed_ptr, like, left_out, call, window, number, phase, probes, PLAN: tl.constexpr
-):
-    """The grid is (programs, calls): of a call, `probes` programs take blocks of rows, and the others chunks.
-
-    like: a tensor of the calls' dtype, of which nothing is read. number: minus the number of this forward. phase: which
-    block of rows comes next.
-    """
-    program, call_number = tl.program_id(0), tl.program_id(1)
-    row = Table(addresses_ptr + call_number * _ADDRESSES, fixed_ptr + call_number * _FIXED)
-    result_ptr = tl.load(row.fixed + _RESULT).to(tl.pointer_type(tl.int32))
+@triton.jit
+def _look(row, result_ptr, like, left_out, call, window, program, number, phase, probes, PLAN: tl.constexpr):
+    """What one program does: it takes a block of rows if its number is below `probes`, else a chunk."""
     if program < probes:
         # The blocks of a head come in turn. Other heads, sequences and calls begin elsewhere: see `sampling`.
         batch, head = program // call.heads, program % call.heads
         blocks = tl.cdiv(call.num_queries, PLAN.block_m)
         shift = (batch.to(tl.int64) * _BATCH_STEP + head.to(tl.int64) * _HEAD_STEP) & 0xFFFFFFFF
-        block = (phase + call_number + ((shift * blocks) >> 32)) % blocks
+        block = (phase + ((shift * blocks) >> 32)) % blocks
         start_m = block.to(tl.int32) * PLAN.block_m
         high, wide = _scores(row, like, left_out, call, window, batch, head, start_m, PLAN)
         if high > -float("inf"):
@@ -280,3 +303,54 @@ def extremes_kernel(
         chunk, bh = (program - probes) // call.num_bh, (program - probes) % call.num_bh
         batch, head = bh // call.heads, bh % call.heads
         _check(row, result_ptr, like, call, batch, head, chunk * PLAN.chunk, number, PLAN)
+
+
+@triton.jit(do_not_specialize=["window", "number", "phase", "probes"])
+def extremes_kernel(
+    addresses_ptr, fixed_ptr, like, left_out, call, window, number, phase, probes, PLAN: tl.constexpr
+):
+    """The grid is (programs, calls): of a call, `probes` programs take blocks of rows, and the others chunks.
+
+    like: a tensor of the calls' dtype, of which nothing is read. number: minus the number of this forward. phase: which
+    block of rows comes next.
+    """
+    call_number = tl.program_id(1)
+    row = Table(addresses_ptr + call_number * _ADDRESSES, fixed_ptr + call_number * _FIXED)
+    result_ptr = tl.load(row.fixed + _RESULT).to(tl.pointer_type(tl.int32))
+    _look(
+        row,
+        result_ptr,
+        like,
+        left_out,
+        call,
+        window,
+        tl.program_id(0),
+        number,
+        phase + call_number,
+        probes,
+        PLAN,
+    )
+
+
+@triton.jit(do_not_specialize=["window", "phase", "probes"])
+def single_extremes_kernel(result_ptr, control_ptr, tensors, call, window, phase, probes, PLAN: tl.constexpr):
+    """The extremes of a single call, if `control` asks for them: see `control`. The grid is (programs,).
+
+    phase: added to the number of the forward, which says which block of rows comes next.
+    """
+    if is_off(control_ptr, EXTREMES):
+        return
+    number = forward_number(control_ptr)
+    _look(
+        tensors,
+        result_ptr,
+        tensors.query_ptr,
+        tensors,  # no query is left out
+        call,
+        window,
+        tl.program_id(0),
+        -number,
+        number + phase,
+        probes,
+        PLAN,
+    )

@@ -115,11 +115,14 @@ def fold(
     options: Options,
     context: CallContext,
     layout: Layout,
+    control: torch.Tensor | None = None,
 ) -> None:
     """Add one call to `accumulator`, for head dimensions up to 256 and not fp64.
 
     accumulator (slots, layout.num_fields, H) fp64, query (B, H, M, D), key (B, H_kv, N, D), rows of (B, H, M)
     or a sample of them; any strides (rows, and q and k of an inner stride other than 1, are copied if need be).
+    control: see `shared.control`. The accumulator is then (2, slots, layout.num_fields, H), for forwards under grad and
+    for others, and a mask is not taken. None for a fold that always runs.
     """
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, num_keys = key.shape[1:3]
@@ -134,7 +137,7 @@ def fold(
     core = (rows.lse, rows.entropy, rows.max_logit, rows.min_logit)
     launch(
         fold_kernel,
-        (accumulator.shape[0], heads, 1),
+        (accumulator.shape[-3], heads, 1),
         _plan(
             score_plan(options),
             options.sinks is not None,
@@ -154,6 +157,7 @@ def fold(
             "table": table,
             "index_ptr": None if index is None else index.contiguous(),
             "context": told,
+            "control_ptr": control,
             "call": call,
         },
         {

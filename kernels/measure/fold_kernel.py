@@ -11,6 +11,7 @@ a sample, the sampled rows of q once more.
 import triton
 import triton.language as tl
 
+from ..shared.gate import EVALUATION, STATISTICS, is_off
 from ..shared.masks import cap_and_mask, load_bounds, load_num_sequences, mask_of_head
 from .lengths import broken_values, is_broken, largest, lengths, load_columns, without_nan
 
@@ -102,6 +103,7 @@ def fold_kernel(
     table,
     index_ptr,
     context,
+    control_ptr,
     call,
     num_places,
     sequences,
@@ -109,14 +111,20 @@ def fold_kernel(
     window,
     PLAN: tl.constexpr,
 ):
-    """Add a call to the accumulator (slots, fields, H). rows: pointers to `Core`. q, k: `Strided`, inner stride 1.
+    """Add a call to the accumulator (slots, fields, H), or to one of two, as `control` says.
 
+    rows: pointers to `Core`. q, k: `Strided`, inner stride 1.
     num_places: rows of a (batch, head) that have statistics. sequences: how many the call adds, -1 for those of a
     pack. first_new_key: the keys before it were counted with an earlier call.
     """
     slot, head = tl.program_id(0), tl.program_id(1)
     slots, heads = tl.num_programs(0), call.heads
     num_queries, num_keys = call.num_queries, call.num_keys
+    if control_ptr is not None:
+        if is_off(control_ptr, STATISTICS):
+            return
+        if not is_off(control_ptr, EVALUATION):
+            accumulator_ptr += slots * PLAN.num_fields * heads
     batch = call.num_bh // heads
     if slot >= batch * tl.cdiv(tl.maximum(num_queries, num_keys), PLAN.block):
         return

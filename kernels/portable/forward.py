@@ -13,12 +13,9 @@ from ..shared.tiles import Tiles, ceil_div, forward_tiles, grid_1d, loads_by_poi
 from .attend import attend, attend_plan, finish, store_rows
 
 
-@triton.jit(do_not_specialize=["window"])
-def _forward_kernel(q_desc, k_desc, v_desc, out, rows, sink_ptr, call, window, PLAN: tl.constexpr):
+@triton.jit
+def forward_block(q_desc, k_desc, v_desc, out, rows, sink_ptr, call, window, bh, start_m, PLAN: tl.constexpr):
     """The output and the statistics of one block of queries."""
-    start_m, bh = scheduled_block(call.num_queries, PLAN.block_m, True)
-    if bh >= call.num_bh:
-        return
     batch, head = bh // call.heads, bh % call.heads
     state, acc = attend(q_desc, k_desc, v_desc, call, window, batch, head, start_m, call.num_keys, PLAN)
     core, more, normalise = finish(
@@ -42,6 +39,14 @@ def _forward_kernel(q_desc, k_desc, v_desc, out, rows, sink_ptr, call, window, P
     pointers = out_ptr + offs_m[:, None].to(tl.int64) * out.stride_m + offs_d[None, :]
     inside_out = inside[:, None] & (offs_d[None, :] < PLAN.value_dim)
     tl.store(pointers, result.to(out_ptr.dtype.element_ty), mask=inside_out)
+
+
+@triton.jit(do_not_specialize=["window"])
+def _forward_kernel(q_desc, k_desc, v_desc, out, rows, sink_ptr, call, window, PLAN: tl.constexpr):
+    start_m, bh = scheduled_block(call.num_queries, PLAN.block_m, True)
+    if bh >= call.num_bh:
+        return
+    forward_block(q_desc, k_desc, v_desc, out, rows, sink_ptr, call, window, bh, start_m, PLAN)
 
 
 def forward(

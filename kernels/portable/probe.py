@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..shared.descriptors import source
+from ..shared.gate import STATISTICS, is_off
 from ..shared.launch import launch
 from ..shared.masks import call_of
 from ..shared.plan import Options, Plan
@@ -113,6 +114,7 @@ def _probe_kernel(
     index_ptr,
     parts_ptr,
     sink_ptr,
+    control_ptr,
     call,
     row_length,
     window,
@@ -121,6 +123,9 @@ def _probe_kernel(
     PLAN: tl.constexpr,
 ):
     """The statistics of one block of rows, or the state of one part of its keys."""
+    if control_ptr is not None:  # noqa: SIM102  # the compiler drops this branch, and not an `and`
+        if is_off(control_ptr, STATISTICS):
+            return
     start_m, bh = scheduled_block(row_length, PLAN.block_m, True)
     if bh >= call.num_bh:
         return
@@ -199,13 +204,15 @@ def probe(
     extended: bool = False,
     sample: tuple[int, int] | None = None,
     parts: int | None = None,
+    control: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """(lse, entropy, max_logit, min_logit, more, row_index); `more` as in `forward`.
 
     query (B, H, M, D), key (B, H_kv, N, D); D <= 256; fp16, bf16 or fp32; any strides. Statistics are fp32
     (B, H, M). sample: (period, phase) of `sampling.row_index`, with a period of at most the number of blocks; M_s
     rows then stand for M, and row_index is theirs. Without a sample it is None. parts: over how many programs keys
-    are split. That takes a second launch; extended statistics are never split.
+    are split. That takes a second launch; extended statistics are never split. control: see `shared.control`; what it
+    does not ask for is left as it is in memory. None for a probe that always runs.
     """
     batch, heads, num_queries, head_dim = query.shape
     period, phase = sample or (1, 0)
@@ -236,6 +243,7 @@ def probe(
             "index_ptr": index,
             "parts_ptr": partial,
             "sink_ptr": options.sinks,
+            "control_ptr": control,
             "call": call_of(query, key, options),
             "row_length": row_length,
         },

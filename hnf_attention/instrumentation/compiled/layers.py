@@ -1,7 +1,7 @@
-"""How an operator in a compiled graph knows its layer: by a tensor that the module keeps as an attribute.
+"""How an operator in a compiled graph knows its layer: by tensors that the module keeps in an attribute.
 
-The tensor is an input of the graph, as a weight is, so blocks that share one compiled graph stay apart. Who measures
-the layer is asked when the graph runs, so recording a step or leaving it out recompiles nothing.
+They are inputs of the graph, as weights are, so blocks that share one compiled graph stay apart. Who measures the layer
+is asked when the graph runs, or by the graph itself, so recording a step or leaving it out recompiles nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ... import compat
 from .. import observer
+from ..graph_reader import GraphKind
+from . import slots
 
 ATTRIBUTE = "_hnf_attention_layer"
 
@@ -23,13 +25,22 @@ _numbers = itertools.count(1)
 _modules: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 #: Modules of which a graph was compiled while an interceptor was in place.
 _traced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+#: The kinds of slots that graphs of a module ask for.
+_kinds: weakref.WeakKeyDictionary[nn.Module, dict[str, GraphKind]] = weakref.WeakKeyDictionary()
+#: Modules with a call that graphs do not measure by themselves, with the reason, which a graph gives only once.
+_ungraphed: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 class Layer:
-    """A module's number, where a compiled graph finds it. Copies and pickles of a module get None instead."""
+    """What a compiled graph finds at a module. Copies and pickles of a module get None instead.
 
-    def __init__(self, number: int):
+    tensor: the module's number. graphed: whether its calls are folded by the graph itself, into slots, which are
+    attributes of their own.
+    """
+
+    def __init__(self, number: int, graphed: bool = False):
         self.tensor = torch.tensor(number, dtype=torch.int64, device="cpu")
+        self.graphed = graphed
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()
@@ -48,15 +59,31 @@ def mark(modules: Collection[nn.Module]) -> None:
     _traced.update(modules)
     for module in modules:
         if module.__dict__.get(ATTRIBUTE) is None:
-            number = next(_numbers)
-            _modules[number] = module
-            with torch.inference_mode(False):
-                module.__dict__[ATTRIBUTE] = Layer(number)
+            _mark(module)
+
+
+def _mark(module: nn.Module) -> None:
+    number, owner = next(_numbers), observer.owner(module)
+    reader = None if owner is None else owner.observer.graph_reader
+    _modules[number] = module
+    with torch.inference_mode(False):
+        module.__dict__[ATTRIBUTE] = Layer(number, graphed=reader is not None)
+    if owner is None or reader is None:
+        return
+    for kind in _kinds.get(module, {}).values():
+        slot(module, kind._replace(layer=owner.layer))
+    if module in _ungraphed:
+        owner.observer.note_ungraphed(owner.layer, _ungraphed[module])
 
 
 def mark_compiled(modules: Collection[nn.Module]) -> None:
-    """`mark`, if graphs of these modules exist: those with our operator run again, those without it no longer."""
+    """`mark` anew, if graphs of these modules exist: those that hold our operators run again, the others no longer.
+
+    Also where other handles measure them from now on.
+    """
     if any(module in _traced for module in modules):
+        for module in modules:
+            unmark(module)
         mark(modules)
 
 
@@ -68,6 +95,26 @@ def mark_later(module: nn.Module) -> None:
 def unmark(module: nn.Module) -> None:
     """Undo `mark`. Graphs that hold the operator are guarded by the attribute, and go out of use."""
     module.__dict__.pop(ATTRIBUTE, None)
+
+
+def slot(module: nn.Module, kind: GraphKind) -> str | None:
+    """The name of a marked module's slot of this kind, which is made if need be; None if nobody would read it."""
+    owner, layer = observer.owner(module), module.__dict__[ATTRIBUTE]
+    reader = None if owner is None else owner.observer.graph_reader
+    if reader is None or not layer.graphed:
+        return None
+    name = slots.name_of(kind)
+    _kinds.setdefault(module, {})[name] = kind
+    if name not in vars(layer):
+        with torch.inference_mode(False), torch.no_grad():
+            setattr(layer, name, slots.Slot(kind, reader.state(kind), reader, module))
+    return name
+
+
+def leave_ungraphed(owner: observer.Owner, reason: str) -> None:
+    """Note that a graph does not measure a call of this layer by itself, but by Python when it runs."""
+    _ungraphed[owner.module] = reason
+    owner.observer.note_ungraphed(owner.layer, reason)
 
 
 def owner_of(layer: Tensor) -> observer.Owner | None:

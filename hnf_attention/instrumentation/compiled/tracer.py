@@ -17,7 +17,7 @@ from ... import compat
 from ...compat import dynamo
 from .. import observer
 from ..coverage import is_attention
-from . import layers, operators
+from . import graphed, layers, operators
 
 #: The reason for a module that no graph was seen to run. It does not hold for one that is measured.
 SHARED = "a compiled graph may run it as a region that was traced of another module of its class"
@@ -57,7 +57,8 @@ def find_layer(
     numbers: tuple[Any, ...] = (),
     attention_only: bool = False,
     slowed: bool = False,
-) -> tuple[Tensor | None, Any]:
+    into_slot: bool = False,
+) -> tuple[Any, Any]:
     """(the layer's tensor for an operator, None if no operator is wanted; the heads that were announced).
 
     For code that Dynamo traces. While Dynamo traces this function, `_find` sets its local variables.
@@ -65,8 +66,11 @@ def find_layer(
     tensors, numbers: what the operator would be given. A number of numpy is a tensor here.
     attention_only: take only modules whose class is named like attention, or named by the user.
     slowed: the module gives up its inference fast path to be measured.
+    into_slot: give the layer's `Slot` in place of its tensor, where the graph can measure the call by itself. The
+        tensors are query, key, value and mask of a scaled_dot_product_attention.
     """
     _elsewhere = layers.CALLER
+    slot: str | None = None
     layer: Any = None
     module: Any = None
     heads: Any = None
@@ -78,7 +82,12 @@ def find_layer(
     if layer is not None and strange is not None:
         operators.unmeasured(layer.tensor, strange)
         layer = None
-    return (None if layer is None else layer.tensor), heads
+    if layer is None:
+        return None, heads
+    # Also read where there is no slot: the graph goes out of use when somebody comes who reads slots, or leaves.
+    if layer.graphed and slot is not None:
+        return getattr(layer, slot), heads
+    return layer.tensor, heads
 
 
 def _find(context: Any) -> None:
@@ -131,7 +140,12 @@ def _found(asked: dynamo.Frame) -> dict[str, Any]:
     if strange is None and dynamo.constant_of(asked.local("slowed")):
         owner.observer.note_slowed(owner.layer)
         _slowed.add(owner.module)
-    return heads | where | {"strange": dynamo.constant(strange)}
+    slot = None
+    if strange is None and owner.observer.graph_reader is not None:
+        slot, reason = graphed.slot(asked, owner, heads.get("heads"), bool(found))
+        if reason is not None:
+            layers.leave_ungraphed(owner, reason)
+    return heads | where | {"strange": dynamo.constant(strange), "slot": dynamo.constant(slot)}
 
 
 def _why_unreached(asked: dynamo.Frame) -> str | None:

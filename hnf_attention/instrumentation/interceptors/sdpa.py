@@ -18,8 +18,8 @@ from torch.nn import functional
 from ...tracing import traced, transformed
 from .. import observer, sharded
 from ..call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
-from ..compiled import layers, operators, tracer
-from ..keeping import Plain
+from ..compiled import graphed, layers, operators, slots, tracer
+from ..expected import Plain
 from ..patches import Patch
 
 NAME = "scaled_dot_product_attention"
@@ -44,10 +44,11 @@ def _interceptor(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
         if transformed():
-            if traced() and describe is call_of:
-                _beside(*args, **kwargs)
             observer.list_transformed()
-            return original(*args, **kwargs)
+            output = original(*args, **kwargs)
+            if traced() and describe is call_of:
+                _beside(output, *args, **kwargs)
+            return output
         thread = observer.thread
         if thread.receiver is not None:
             return thread.receiver(original, *args, **kwargs)
@@ -85,6 +86,7 @@ def _of_a_ring(*_: Any, **__: Any) -> AttentionCall:
 
 
 def _beside(
+    output: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -94,12 +96,17 @@ def _beside(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> None:
-    """Leave the operator in the graph. To be traced."""
-    layer, heads = tracer.find_layer(query, key, value, attn_mask, numbers=(scale,))
-    if layer is not None:
-        query, key, value = operators.inputs(query, key, value)
-        mask = operators.detached(attn_mask)
-        _operator(layer, query, key, value, mask, bool(is_causal), scale, enable_gqa, heads)
+    """Leave an operator in the graph. To be traced."""
+    found, heads = tracer.find_layer(query, key, value, attn_mask, numbers=(scale,), into_slot=True)
+    if found is None:
+        return
+    query, key, value = operators.inputs(query, key, value)
+    call = bool(is_causal), scale, enable_gqa, heads
+    if isinstance(found, slots.Slot):
+        state = found.accumulator, found.result, found.token, found.control
+        _graphed_operator(*state, query, key, value, output.detach(), *call)
+    else:
+        _operator(found, query, key, value, operators.detached(attn_mask), *call)
 
 
 def _measure(
@@ -189,6 +196,9 @@ def call_of(
         # A mask slows our kernels by more than a probe beside PyTorch's costs.
         probe_preferred=None if attn_mask is None else UNDER_A_MASK,
     )
+
+
+_graphed_operator = graphed.operator("measure_sdpa", call_of)
 
 
 def _fused_kernels_off() -> str | None:

@@ -1,0 +1,149 @@
+"""Where an operator in a compiled graph finds the tensors that its layer's calls are folded into.
+
+A slot's tensors are inputs of the graph, as weights are. They are marked as static, so CUDA graphs may write into them.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...compat import dynamo, running_backward
+from ...engine.graphed import EXTREMES, STATISTICS, GraphedCall, State
+from ...names import display_name
+from ...tracing import without_dispatch_modes
+from .. import observer
+from ..call import AttentionCall, Unmeasurable
+from ..graph_reader import GraphKind, GraphReader
+from ..keeping import by_heads, viewed, views_of
+
+_log = logging.getLogger("hnf_attention")
+#: By the address of their token.
+_slots: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
+_MOST_CALLS = 64  # descriptions that a slot keeps: one for each shape that its layer was called with
+
+
+class Slot:
+    """The state of one layer's calls in compiled graphs.
+
+    accumulator, result, control: of `State`. token: one number, whose address says which slot it belongs to. A backend
+    may hand copies of the others to the operator.
+    """
+
+    def __init__(self, kind: GraphKind, state: State, reader: GraphReader, module: nn.Module):
+        self.accumulator, self.result, self.control = state
+        self.token = torch.zeros(1, dtype=torch.int64, device=kind.device)
+        for tensor in (*state, self.token):
+            dynamo.mark_static(tensor)
+        self._reader, self._module = reader, weakref.ref(module)
+        self._calls: dict[Hashable, _Described | None] = {}
+        self._failed = self._merged = False
+        self._number = 0  # of the forward of the call before
+        _slots[self.token.data_ptr()] = self
+
+    def measure(
+        self,
+        state: State,
+        tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+        rest: Hashable,
+        describe: Callable[[], AttentionCall],
+    ) -> None:
+        """Measure one call: when its graph runs, or while a CUDA graph is captured, whose replays then measure it.
+
+        tensors: query, key, value and output as the graph has them. rest: what says the call beside them. No error
+        comes out.
+        """
+        if self._failed or observer.thread.suspended or running_backward() != -1:
+            return  # inside a backward it is the second forward of a checkpoint
+        capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        wanted = self._reader.wanted
+        signature = *((x.shape, x.stride(), x.dtype) for x in tensors), rest
+        known = signature in self._calls
+        # Replays ask the control, so what is captured holds every launch. So does the first run, which compiles them.
+        everything = capturing or not known
+        if not (everything or wanted & (EXTREMES | STATISTICS)):
+            return
+        number, self._number = self._number, self._reader.number
+        if known and number and number == self._number and not self._merged:
+            self._merged = True
+            self._note(self._calls[signature])
+        try:
+            with torch.no_grad(), without_dispatch_modes():
+                call = self._calls[signature] if known else self._describe(signature, tensors, describe)
+                if call is None:
+                    return
+                mine = (
+                    viewed(tensors, call.views)
+                    if call.views is not None
+                    else _tensors(describe(), tensors[3])
+                )
+                extremes, statistics = bool(wanted & EXTREMES), bool(wanted & STATISTICS)
+                call.measure.run(state, mine, everything or extremes, everything or statistics)
+        except Exception as error:  # the monitor never ends a run
+            self._fail(error)
+
+    def _describe(
+        self, signature: Hashable, tensors: tuple[Tensor, ...], describe: Callable[[], AttentionCall]
+    ) -> _Described | None:
+        if len(self._calls) >= _MOST_CALLS:
+            self._calls.clear()
+        self._calls[signature] = None
+        call = describe()
+        call.cast()
+        options, mine = call.validated(), _tensors(call, tensors[3])
+        measure, views = GraphedCall(mine, options, 0), views_of(tensors, mine)
+        self._calls[signature] = found = _Described(measure, views, call.interceptor)
+        self._note(found)
+        return found
+
+    def _note(self, call: _Described | None) -> None:
+        owner = self._owner()
+        if owner is not None and call is not None:
+            owner.observer.note_graphed(owner.layer, call.interceptor, self._merged)
+
+    def _fail(self, error: Exception) -> None:
+        owner = self._owner()
+        if owner is None:
+            return
+        if isinstance(error, Unmeasurable):
+            owner.observer.note(owner.layer, str(error))
+            return
+        self._failed = True
+        reason = f"measuring failed in a compiled graph: {type(error).__name__}: {error}"
+        _log.warning("hnf-attention: %s: %s", display_name(owner.layer), reason)
+        owner.observer.note(owner.layer, reason)
+
+    def _owner(self) -> observer.Owner | None:
+        module = self._module()
+        return None if module is None else observer.owner(module)
+
+
+class _Described:
+    """How calls of one signature are measured. views: see `keeping.views_of`."""
+
+    __slots__ = ("interceptor", "measure", "views")
+
+    def __init__(self, measure: GraphedCall, views: list[Any] | None, interceptor: str):
+        self.measure, self.views, self.interceptor = measure, views, interceptor
+
+
+def of(token: Tensor) -> Slot | None:
+    """The slot that a token belongs to; None if nobody reads it any more."""
+    return _slots.get(token.data_ptr())
+
+
+def name_of(kind: GraphKind) -> str:
+    """The attribute under which a layer keeps its slot of this kind."""
+    words = kind.heads, kind.head_dim, str(kind.dtype).rpartition(".")[2], str(kind.device).replace(":", "_")
+    return "slot_" + "_".join(map(str, words))
+
+
+def _tensors(call: AttentionCall, output: Tensor) -> Any:
+    call.cast()
+    value = call.value
+    return call.query, call.key, value, by_heads(call.output(output), call.query.shape[1], value)

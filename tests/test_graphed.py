@@ -1,0 +1,123 @@
+"""Launches that ask the device what is wanted of them, against the reference that the host asks."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from cases import Case
+
+from hnf_attention.engine import engines, fold, graphed
+from hnf_attention.engine.graphed import EVALUATION, EXTREMES, STATISTICS, GraphedCall
+from hnf_attention.reference import extremes as reference
+
+pytest.importorskip("triton", reason="Triton kernels need Linux")
+from hnf_attention.kernels.measure import extremes as kernel
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+
+@pytest.fixture
+def by_kernels(monkeypatch):
+    """Launch the kernels, in Triton's interpreter where there is no card."""
+    if not ON_GPU:
+        monkeypatch.setattr(engines, "kernels_cover", lambda query, value: True)
+        monkeypatch.setattr(engines, "on_device", lambda query: nullcontext())
+
+
+def tensors(case, dtype=torch.float32):
+    q, k, v, _, _ = case.tensors(dtype, DEVICE)
+    out = torch.randn(*q.shape[:3], v.shape[3], device=DEVICE).to(dtype)
+    return (q, k, v, out), case.options(q, k, v, None, None)
+
+
+def fresh(heads, control):
+    return graphed.new_state(
+        heads,
+        torch.tensor([control], device=DEVICE),
+        reference.new_result(heads, torch.device(DEVICE)),
+    )
+
+
+def found(call, given, heads, *controls):
+    """What is folded under grad and not, and the extremes, after runs under these controls."""
+    state = fresh(heads, 0)
+    for control in controls:
+        state.control.fill_(control)
+        call.run(state, given)
+    folds = [fold.collect([part]).cpu().numpy() for part in state.accumulator]
+    return *folds, reference.decoded(state.result.cpu().numpy())
+
+
+def expected(given, options, phase, *controls, rows=64):
+    """The same, in fp64 and plain PyTorch."""
+    state = fresh(given[0].shape[1], 0)
+    state = state._replace(accumulator=state.accumulator[:, :1].cpu().clone())
+    for control in controls:
+        number = control & graphed.NUMBER
+        wide = [x.double() if x.is_floating_point() else x for x in given]
+        if control & EXTREMES:
+            reference.raise_result(state.result, *given, options, None, number, number + phase, rows)
+        if control & STATISTICS:
+            one = GraphedCall(tuple(x.cpu() for x in wide), options, phase)
+            cpu = graphed.State(state.accumulator, state.result.cpu(), torch.tensor([control & ~EXTREMES]))
+            one._by_kernels = False
+            one.run(cpu, tuple(x.cpu() for x in wide))
+    folds = [fold.collect([part]).numpy() for part in state.accumulator]
+    return *folds, reference.decoded(state.result.cpu().numpy())
+
+
+CASES = [
+    Case(2, 2, 2, 70, 40, 16, 24),
+    Case(1, 3, 1, 130, 130, 16, 16, is_causal=True),
+    Case(1, 1, 1, 5, 9, 8, 8),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("bad", [None, "value", "out"])
+def test_what_the_control_asks_for_is_measured(by_kernels, case, bad):
+    given, options = tensors(case)
+    if bad:
+        given[2 if bad == "value" else 3][0, 0, 3, 1] = torch.nan
+        given[3][0, 0, 3, 1] = torch.nan
+    call, heads = GraphedCall(given, options, 2), given[0].shape[1]
+    controls = (
+        0,
+        1 | EXTREMES,
+        2 | STATISTICS,
+        3 | EXTREMES | STATISTICS,
+        4 | STATISTICS | EVALUATION,
+        5,
+    )
+    rows = kernel.block_rows(given[0].shape[3], given[0].dtype, options)
+    got = found(call, given, heads, *controls)
+    want = expected(given, options, 2, *controls, rows=rows)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-4)
+    assert np.isfinite(got[2][0]).all() and (got[1] != got[0]).any()
+
+
+@pytest.mark.parametrize("wanted", [EXTREMES, STATISTICS])
+def test_what_it_does_not_ask_for_is_left_alone(by_kernels, wanted):
+    given, options = tensors(CASES[0])
+    call = GraphedCall(given, options, 0)
+    under_grad, other, extremes = found(call, given, given[0].shape[1], 7 | wanted)
+    nothing = found(call, given, given[0].shape[1], 7)
+    np.testing.assert_array_equal(other, nothing[1])
+    assert (extremes == nothing[2]).all() == (wanted == STATISTICS)
+    assert (under_grad == nothing[0]).all() == (wanted == EXTREMES)
+
+
+def test_a_tie_goes_to_the_first_key_and_few_rows_share_none(by_kernels):
+    beside = engines.kernel("measure.beside").beside
+    weights = torch.zeros(1, 3, 1500, device=DEVICE)
+    weights[0, 0, [1400, 300, 1324]] = 2.0
+    weights[0, 1, 7] = torch.nan
+    value = torch.zeros(1, 3, 1500, 8, device=DEVICE)
+    value[0, 2, 1499, 7] = -torch.inf
+    shared, sizes, outs = beside(weights, value, None, 9, 8)
+    assert shared.tolist() == [[300, -1, -1]] and outs is None
+    assert sizes.isnan().nonzero().tolist() == [[0, 2, 1499]] and sizes.nansum() == 0
+    assert beside(weights, value, None, 7, 8)[0].tolist() == [[-1, -1, -1]]
