@@ -93,8 +93,10 @@ def _of_a_kernel(case: Case) -> str:
     numbers = case.numbers
     if numbers.scores is not None and numbers.scores > LARGEST["float32"]:
         return PRODUCT
-    if case.operation.library != "aten":
-        return KERNEL
+    if case.operation.library != "aten":  # what it computes is not known
+        if case.operation.largest_input < LARGEST["float32"] ** 0.5:
+            return KERNEL
+        return PRODUCT if case.operation.is_attention else ACTIVATION
     if numbers.double == TOO_LARGE:
         return GRADIENT if case.operation.phase == BACKWARD else ACTIVATION
     if numbers.double == NOT_FINITE:
@@ -112,7 +114,7 @@ def _of_an_operation(case: Case) -> str:
         return UNDEFINED
     if case.place.attention and case.place.role == "scores":
         return FP16_PRODUCT if case.dtype == "float16" else PRODUCT
-    largest = max((x.size for x in operation.inputs), default=0.0)
-    if numbers.double == FITS and largest < LARGEST.get(case.dtype, LARGEST["float32"]) ** 0.5:
+    limit = LARGEST.get(case.dtype, LARGEST["float32"]) ** 0.5
+    if numbers.double == FITS and operation.largest_input < limit:
         return KERNEL
     return ACTIVATION

@@ -77,6 +77,11 @@ class Operation:
         return "attention" in self.name or "attn" in self.name
 
     @property
+    def largest_input(self) -> float:
+        """The largest |number| among the inputs that are finite."""
+        return max((x.size for x in self.inputs if x.finite), default=0.0)
+
+    @property
     def clean(self) -> bool:
         """Whether all results are finite, or without numbers."""
         return self.packet in WITHOUT_NUMBERS or all(x.finite for x in self.outputs)

@@ -9,12 +9,8 @@ from .case import FITS, LARGEST, NOT_FINITE, TOO_LARGE, Case
 from .records import BACKWARD, OPTIMIZER
 from .roots import SOURCE, UNSEEN
 
-_EXP_LIMIT = {
-    "float16": 11.09,
-    "bfloat16": 88.7,
-    "float32": 88.7,
-    "float64": 709.8,
-}  # ln of the largest number
+#: The natural logarithm of each format's largest number.
+_EXP_LIMIT = {"float16": 11.09, "bfloat16": 88.7, "float32": 88.7, "float64": 709.8}
 _WIDER = "compute it in float32 or bfloat16"
 _CALMER = "smaller query and key weights (QK-clip, QK-norm) keep scores small for good"
 
@@ -77,15 +73,14 @@ def _what(case: Case, cause: str) -> str:
         limit = _EXP_LIMIT.get(case.dtype, 88.7)
         return f"QK^T logits reaching {most:.4g}, whose {name} is inf in {case.dtype} (above {limit})"
     if cause in (causes.FP16_PRODUCT, causes.PRODUCT):
-        reach = numbers.double_size if numbers.double_size is not None else numbers.scores
-        reached = "beyond it" if reach is None else f"reaching {reach:.4g}"
-        return f"{name} of q and k {reached}, above the largest {_named(case)}"
+        reach = (
+            numbers.double_size if numbers.scores is None else numbers.scores
+        )  # those of a fused attention
+        reached = f"up to {size:.4g}, whose product is" if reach is None else f"reaching {reach:.4g},"
+        return f"{name} of q and k {reached} above the largest {_named(case)}"
     if cause == causes.EMPTY_ROW:
-        row = (
-            ""
-            if case.place.row is None
-            else f" (batch {case.place.batch}, row {case.place.row} is the first)"
-        )
+        place = case.place
+        row = "" if place.row is None else f" (batch {place.batch}, row {place.row} is the first)"
         return f"{name} over rows all of whose keys are hidden{row}: of -inf alone it is NaN"
     if cause == causes.WRITTEN:
         written = ", ".join(str(x) for x in operation.constants)
@@ -127,14 +122,9 @@ def _of_a_source(case: Case, cause: str) -> str:
     if cause == causes.MASK:
         return f"{known}, which is added to the scores: q, k and v are finite"
     if case.numbers.element:
-        number = case.numbers.broken
-        known += f", {number:,} of whose numbers {'is' if number == 1 else 'are'} not finite"
-        known += (
-            f" (at {list(case.numbers.element)})"
-            if number == 1
-            else f" (the first at {list(case.numbers.element)})"
-        )
-        return known
+        number, at = case.numbers.broken, list(case.numbers.element)
+        where = f"is not finite (at {at})" if number == 1 else f"are not finite (the first at {at})"
+        return f"{known}, {number:,} of whose numbers {where}"
     first = "" if source is not None and source.kind == "parameter" else f", first read by {_module(case)}"
     return f"{known}, which holds NaN or inf before the step{first}"
 
@@ -155,7 +145,7 @@ def _of_a_kernel(case: Case) -> str:
 
 
 def _size(case: Case) -> float:
-    return max((x.size for x in case.operation.inputs if x.finite), default=0.0)
+    return case.operation.largest_input
 
 
 def _module(case: Case) -> str:
