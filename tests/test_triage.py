@@ -111,6 +111,56 @@ def test_a_trace_leaves_everything_as_it_was():
     assert all(x.dtype == torch.float32 for x in model.parameters())
 
 
+def test_a_closure_that_steps_by_itself_is_not_stepped_twice():
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    seen = []
+
+    def step():
+        optimizer.zero_grad()
+        loss = model(torch.ones(1, 2)).sum() * torch.nan
+        loss.backward()
+        optimizer.step()
+        seen.append(sum(bool(x.isnan().all()) for x in model.parameters()))
+        return loss
+
+    hook = optimizer.register_step_post_hook(lambda *_: seen.append("stepped"))
+    trace = trace_non_finite(model, step, optimizer=optimizer, wide=False)
+    hook.remove()
+    assert trace.cause == causes.WRITTEN and seen.count("stepped") == 3 and seen.count(1) == 3
+
+
+def test_a_closure_that_scales_by_itself_is_unscaled_and_stepped():
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e-40)
+
+    def step():
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.zero_grad(set_to_none=False)  # which is no step
+        loss = model(torch.ones(1, 2)).sum()
+        scaler.scale(loss).backward()
+        return loss
+
+    trace = trace_non_finite(model, step, optimizer=optimizer, scaler=scaler, wide=False)
+    assert trace.cause == causes.SCALER and trace.phase == "loss scaling"
+
+
+def test_memory_that_another_kernel_writes_is_told():
+    class Kernel(nn.Module):
+        def forward(self, x):
+            out = torch.empty_like(x, requires_grad=False)
+            out.numpy()[:] = float("nan")  # no operator of PyTorch
+            return x + out
+
+    model = nn.Sequential(nn.Linear(4, 4), Kernel())
+    trace = trace_non_finite(model, torch.ones(2, 4), torch.sum, wide=False)
+    assert (trace.cause, trace.layer) == (
+        causes.KERNEL,
+        "1",
+    ) and "outside of PyTorch's operators" in trace.evidence
+
+
 def test_the_users_graph_can_still_go_back_after_a_trace():
     model = nn.Linear(4, 1)
     loss = model(torch.randn(2, 4)).square().mean()
@@ -201,6 +251,14 @@ def test_the_backward_of_a_checkpoint_is_traced_to_its_module(reentrant):
 def test_wrong_arguments_are_refused(arguments, said):
     with pytest.raises(TypeError, match=said):
         trace_non_finite(**{"model": nn.Linear(1, 1), "batch": torch.ones(1), **arguments})
+
+
+def test_a_monitor_that_computes_outputs_says_that_a_trace_runs_the_models_own():
+    model = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    inputs = torch.full((1, 4, 32), torch.nan)
+    with AttentionStabilityMonitor(model, mode="fused") as monitor:
+        trace = monitor.trace(inputs, torch.sum, wide=False)
+    assert trace.cause == causes.INPUT and "mode='fused'" in trace.notes[-1]
 
 
 def test_a_monitor_traces_and_says_when_it_first_saw_it():

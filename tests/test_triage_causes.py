@@ -59,7 +59,7 @@ CASES = [
     (causes.FP16_PRODUCT, case("aten.bmm.default", LARGE, SCORES, dtype="float16"), "largest float16 (65504)"),
     (causes.PRODUCT, case("aten.bmm.default", LARGE, SCORES), "bmm of q and k reaching 1e+41"),
     (causes.PRODUCT, case(SDPA, Numbers(FITS, 1.0, scores=1e40), SCORES), "reaching 1e+40, above the largest"),
-    (causes.PRODUCT, case("flash_attn.fwd.default", Numbers(), SCORES, size=1e20), "up to 1e+20, whose product is above"),
+    (causes.PRODUCT, case("flash_attn.fwd.default", Numbers(), SCORES, size=1e20), "up to 1e+20, whose product"),
     (causes.EMPTY_ROW, case("aten._softmax.default", TRUE, SCORES, masked=True), "batch 0, row 5 is the first"),
     (causes.MASK, given(Source(BUFFER, "h.1.attn.bias"), SCORES), "buffer h.1.attn.bias"),
     (causes.MASK, given(Source(BATCH, "attention_mask"), SCORES), "input attention_mask"),

@@ -222,7 +222,12 @@ class AttentionStabilityMonitor:
                 folder=folder,
                 step=self.step,
             )
-        return replace(found, notes=(*found.notes, *first_seen(self.history)))
+        notes = [*found.notes, *first_seen(self.history)]
+        if self.instrumentation.mode != "probe":
+            notes.append(
+                f"the trace ran the model's own attention, the monitor has mode={self.instrumentation.mode!r}"
+            )
+        return replace(found, notes=tuple(notes))
 
     def restore(self) -> None:
         """End the monitoring; the model runs its own attention. Interventions stay applied."""

@@ -68,6 +68,6 @@ class Owners:
             elif code.co_filename in _FILES:
                 return None, _FILES[code.co_filename]
             elif code.co_filename.startswith(_OPTIMIZERS):
-                return None, OPTIMIZER
+                return None, FORWARD if code.co_name == "zero_grad" else OPTIMIZER
             frame = frame.f_back
         return None, FORWARD

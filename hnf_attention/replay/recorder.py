@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import compat
-from ..diagnosis.triage.records import BACKWARD, WITHOUT_NUMBERS, Operation, TensorRecord
+from ..diagnosis.triage.records import BACKWARD, OPTIMIZER, WITHOUT_NUMBERS, Operation, TensorRecord
 from .owners import Owners
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -67,7 +67,7 @@ class Recorder(compat.DispatchMode):
 
     owners: say which module and which part of a step makes a call.
     capture: the operation whose tensors are copied; then no number of the others is looked at.
-    went_back: whether a backward ran.
+    went_back, stepped: whether a backward ran, and the step of an optimizer.
     """
 
     def __init__(self, owners: Owners, capture: Wanted | None = None):
@@ -75,7 +75,7 @@ class Recorder(compat.DispatchMode):
         self._owners, self._capture = owners, capture
         self.operations: list[Operation] = []
         self.captured: Captured | None = None
-        self.went_back = False
+        self.went_back = self.stepped = False
         self._memories: dict[int, int] = {}  # by address
         self._kept: list[StorageWeakRef] = []  # so that no address is given away again
         self._numbers: list[tuple[TensorRecord, Tensor, Tensor]] = []
@@ -94,6 +94,7 @@ class Recorder(compat.DispatchMode):
         written = _written(operator)
         module, phase = self._owners.place()
         self.went_back |= phase == BACKWARD
+        self.stepped |= phase == OPTIMIZER
         wanted = self._capture
         is_like = wanted is not None and wanted[:3] == (str(operator), module, phase)
         now = wanted is not None and is_like and wanted.before == self._passed

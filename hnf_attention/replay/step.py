@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 Closure = Callable[[], Any]
+
+
+class Done(Protocol):
+    """What a closure has run by itself: a backward, the step of an optimizer."""
+
+    went_back: bool
+    stepped: bool
 
 
 @dataclass(frozen=True)
@@ -27,8 +34,8 @@ class Step:
     optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None
 
-    def run(self, went_back: Callable[[], bool], plain: bool = False) -> Outcome:
-        """Run the step. went_back: says whether the closure ran a backward itself.
+    def run(self, done: Done, plain: bool = False) -> Outcome:
+        """Run the step. done: what the closure has run by itself when it returns.
 
         plain: without the scaler and the optimizer.
         """
@@ -39,9 +46,9 @@ class Step:
             loss = outcome.loss = _loss_of(result)
             scaler = None if plain or loss is None else self._scaler(loss.device)
             outcome.scaler = scaler
-            if loss is not None and loss.requires_grad and not went_back():
+            if loss is not None and loss.requires_grad and not done.went_back:
                 (loss if scaler is None else scaler.scale(loss)).backward()
-            if self.optimizer is not None and not plain:
+            if self.optimizer is not None and not plain and not done.stepped:
                 self._step(self.optimizer, scaler)
         except Exception as error:  # a check for NaN of the user's own may end the step
             outcome.error = error
@@ -52,6 +59,9 @@ class Step:
             return None
         copy = torch.amp.GradScaler(device.type)
         copy.load_state_dict(self.scaler.state_dict())
+        copy.scale(
+            torch.ones((), device=device)
+        )  # makes its scale, which a closure that scales by itself leaves out
         return copy
 
     @staticmethod

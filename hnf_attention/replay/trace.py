@@ -86,7 +86,7 @@ def trace_non_finite(
         progress("watching attention", 2, total)
         kept.rewind()
         with Calls(run.model) as calls:
-            run.run(_without_backward, plain=True)
+            run.run(_Forward(), plain=True)
         kept.rewind()
         case, notes = _case(run, root, record, calls, captured)
         cause = find_cause(case)
@@ -123,8 +123,10 @@ def unwrapped_of(model: Any) -> Any:
     return unwrapped(model) if isinstance(model, nn.Module) else model
 
 
-def _without_backward() -> bool:
-    return True
+class _Forward:
+    """For a run of the forward alone: nothing is left to do after it."""
+
+    went_back = stepped = True
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
@@ -139,7 +141,7 @@ def _record(run: Step, kept: Kept) -> tuple[Record, Outcome]:
     recorder = Recorder(Owners(run.model))
     names = _names(run, recorder)
     with recorder:
-        outcome = run.run(lambda: recorder.went_back)
+        outcome = run.run(recorder)
     names |= _states(run, recorder)
     seen = [(recorder.add(x, name), name) for name, x in _visible(run, outcome)]
     recorder.read()
@@ -216,7 +218,7 @@ def _capture(run: Step, kept: Kept, root: Root, record: Record) -> Captured | No
     before = sum((x.name, x.module, x.phase) == like for x in record.operations[: wanted.index])
     recorder = Recorder(Owners(run.model), Wanted(*like, before))
     with recorder:
-        run.run(lambda: recorder.went_back)
+        run.run(recorder)
     return recorder.captured
 
 

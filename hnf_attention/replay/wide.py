@@ -32,7 +32,7 @@ def replay_wide(step: Step, kept: Kept) -> WideReplay:
             continue
         try:
             with _widened(step.model, dtype), WiderFormats(dtype) as mode:
-                outcome = step.run(lambda: mode.went_back, plain=True)
+                outcome = step.run(mode, plain=True)
                 if outcome.error is not None:
                     raise outcome.error
                 loss = None if outcome.loss is None else float(outcome.loss.detach())
@@ -73,7 +73,7 @@ class WiderFormats(compat.DispatchMode):
     def __init__(self, dtype: torch.dtype):
         super().__init__()
         self._dtype = dtype
-        self.went_back = False
+        self.went_back = self.stepped = False
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
