@@ -15,12 +15,13 @@ sys.path.insert(0, str(ROOT))
 
 from bench.validation.harm import harm, onset  # noqa: E402
 from bench.validation.recipes import Recipe  # noqa: E402
-from bench.validation.record import Record, record_of  # noqa: E402
-from bench.validation.replay import diagnoses  # noqa: E402
+from bench.validation.record import Record, read, record_of  # noqa: E402
+from bench.validation.replay import diagnoses, judged  # noqa: E402
 from bench.validation.runs import train  # noqa: E402
 from bench.validation.single import Training  # noqa: E402
 from hnf_attention import AttentionStabilityMonitor  # noqa: E402
 
+RESULTS = ROOT / "bench" / "validation" / "results"
 TINY = Recipe("tiny-0", 3, width=32, depth=2, heads=2, kv_heads=2, context=32, batch=4, steps=12, log_every=4)
 VARIANTS = {
     "plain": {},
@@ -130,3 +131,23 @@ def run_command(name, *arguments):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+@pytest.mark.slow
+def test_recorded_ordinary_runs_hear_no_alarm():
+    """The rules as they are now, over runs of transformers' models at usual rates."""
+    found = [judged(record) for record in read([RESULTS / "ordinary_h200.zip"])]
+    assert len(found) == 7
+    assert {verdict.first["warning"] for verdict in found} == {None}
+
+
+@pytest.mark.slow
+def test_recorded_failures_are_found_in_time():
+    """One ensemble of the held-out runs: rules that miss them, or warn of all, are seen here first."""
+    records = [r for r in read([RESULTS / "held_out_h200.zip"]) if r.recipe.name.startswith("held-out-06")]
+    found = [v for v in map(judged, records) if v.recipe.kind == "sweep"]
+    harmed, clean = ([v for v in found if v.harm >= 0.1], [v for v in found if v.harm < 0.05])
+    assert len(harmed) == 5 and len(clean) == 4
+    assert sum(v.first["warning"] is not None and v.lead("warning") > 0 for v in harmed) == 5
+    assert sum(v.first["error"] is not None for v in harmed) >= 4
+    assert sum(v.first["error"] is not None for v in clean) <= 1

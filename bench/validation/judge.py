@@ -1,6 +1,7 @@
 """Judge recorded runs: the tables of docs/validation.md, for the rules as they are now.
 
     python -m bench.validation.judge RECORDS... [--check] [--misses] [--set name=number] [--out FILE]
+    python -m bench.validation.judge RECORDS... --cadences 1 10 100
 
 RECORDS: archives of records, or folders of them. --set: another value for a threshold of the diagnosis.
 --check: judge the check before step 0 as well, which takes a second a run.
@@ -21,6 +22,7 @@ from . import before
 from .baselines import BASELINES
 from .harm import CLEAN, HARMED
 from .metrics import auroc, median, share
+from .recipes import SPLITS
 from .record import read
 from .replay import TIERS, Verdict, judged
 
@@ -131,12 +133,41 @@ def _found_soon(verdict: Verdict) -> bool:
     return any(start <= step <= end for kind, step in verdict.kinds.items() if kind.startswith("error"))
 
 
+def cadence_table(paths: Sequence[Path], thresholds: dict[str, float], cadences: Sequence[int]) -> list[str]:
+    """When a monitor at slower cadences would have spoken, of the runs that were read at every step."""
+    records = [
+        record for record in read(paths) if record.recipe.log_every == 1 and record.recipe.kind == "sweep"
+    ]
+    found = {every: [judged(record, thresholds, every) for record in records] for every in cadences}
+    lines = []
+    for tier in TIERS:
+        for every, verdicts in found.items():
+            harmed = [v for v in verdicts if v.harm >= HARMED]
+            clean = [v for v in verdicts if v.harm < CLEAN]
+            steps = [v.first[tier] for v in harmed if v.first[tier] is not None]
+            both = [
+                abs(v.first[tier] - first.first[tier])
+                for v, first in zip(verdicts, found[cadences[0]])
+                if v.first[tier] is not None and first.first[tier] is not None
+            ]
+            lines.append(
+                f"log_every {every:3} {tier:8} in {len(steps)} of {len(harmed)} harmed runs, first at step "
+                f"{median(steps):.0f} (median), {median(both):.0f} steps from log_every {cadences[0]}; in "
+                f"{sum(v.first[tier] is not None for v in clean)} of {len(clean)} clean runs"
+            )
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("records", type=Path, nargs="+")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=NUMBER")
     parser.add_argument("--misses", action="store_true")
+    parser.add_argument(
+        "--cadences", type=int, nargs="+", help="compare these, of the runs read at every step"
+    )
+    parser.add_argument("--split", choices=SPLITS, help="judge the runs of this split alone")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument(
         "--failures", type=Path, help="write the recipes of failures that got an error, for fixes"
@@ -144,7 +175,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     thresholds = {name: float(number) for name, _, number in (text.partition("=") for text in given.set)}
-    verdicts = verdicts_of(given.records, thresholds, given.processes)
+    if given.cadences:
+        print("\n".join(cadence_table(given.records, thresholds, given.cadences)))
+        return
+    verdicts = verdicts_of(given.records, thresholds, given.processes, given.split)
     faults = [v for v in verdicts if v.recipe.kind == "fault"]
     others = [v for v in verdicts if v.recipe.kind != "fault"]
     # A batch or an output that breaks may leave the run behind its twin by chance: attention has no part in it.
@@ -164,13 +198,16 @@ def main() -> None:
         given.out.write_text(json.dumps([asdict(v) for v in verdicts], indent=1) + "\n")
 
 
-def verdicts_of(paths: Sequence[Path], thresholds: dict[str, float], processes: int = 1) -> list[Verdict]:
-    """The verdicts of all records, with the baselines'."""
+def verdicts_of(
+    paths: Sequence[Path], thresholds: dict[str, float], processes: int = 1, split: str | None = None
+) -> list[Verdict]:
+    """The verdicts of all records, or of those of one split, with the baselines'."""
     judge = partial(judged, thresholds=thresholds, baselines=True)
+    chosen = (record for record in read(paths) if split in (None, record.recipe.split))
     if processes == 1:
-        return list(map(judge, read(paths)))
+        return list(map(judge, chosen))
     with ProcessPoolExecutor(processes) as workers:
-        return list(workers.map(judge, read(paths), chunksize=4))
+        return list(workers.map(judge, chosen, chunksize=4))
 
 
 if __name__ == "__main__":

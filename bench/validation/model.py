@@ -53,7 +53,8 @@ class Attention(nn.Module):
         if self.normed:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if self.rope:
-            q, k = rotate(q, (self.cosines, self.sines)), rotate(k, (self.cosines, self.sines))
+            turns = self.cosines[: x.shape[1]], self.sines[: x.shape[1]]
+            q, k = rotate(q, turns), rotate(k, turns)
         mixed = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.grouped
         )

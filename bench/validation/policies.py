@@ -157,6 +157,7 @@ POLICIES: dict[str, Policy] = {
     "W: rewind + QK-norm + rate x 0.25": Policy(
         partial(_treat, rewind=True, norm=True, rate=0.25), "warning"
     ),
+    "W: rewind + QK-norm + rate x 0.1": Policy(partial(_treat, rewind=True, norm=True, rate=0.1), "warning"),
     "W: rewind + QK-norm + rate x 0.5": Policy(partial(_treat, rewind=True, norm=True, rate=0.5), "warning"),
     "W: rewind + QK-norm + rate x 0.5, again": Policy(
         partial(_treat, rewind=True, norm=True, rate=0.5, again=0.25), "warning"

@@ -113,15 +113,21 @@ class Heads:
     def alarming(self) -> np.ndarray:
         """Heads whose scores are soon large, and so are those of the first layer and of most layers.
 
-        A model gets along with a few such layers, but not without its first one. Without a line, as in a finished
-        model, scores have to be much larger: they may always have been large.
+        A model gets along with a few such layers, but not without its first one. In a finished model, and in the first
+        steps of a run, scores have to be much larger: they may always have been large.
         """
         return self._passes & self._widespread
 
     @cached_property
     def _passes(self) -> np.ndarray:
         soon = self.score_ahead(threshold("alarm_horizon")) > threshold("alarm_logit")
-        return np.where(self.known, soon, self.score > threshold("standing_logit"))
+        return np.where(self.known | self.underway, soon, self.score > threshold("standing_logit"))
+
+    @property
+    def underway(self) -> bool:
+        """Whether a run has trained for a trend window, however seldom it was read: its large scores have grown."""
+        latest = self.snapshots[-1]
+        return latest.training and latest.step >= threshold("trend_steps")
 
     @property
     def _widespread(self) -> bool:

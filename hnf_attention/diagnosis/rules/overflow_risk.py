@@ -112,7 +112,8 @@ def _growth(heads: Heads, head: int, watched: int, eta: float, step: int) -> _Ve
             "",
         )
     elif heads.alarming[head] and not heads.known[head]:
-        verdict = error, "standing_logit", size, f"{half}, as in the first layer and in most layers", ""
+        limit = "alarm_logit" if heads.underway else "standing_logit"
+        verdict = error, limit, size, f"{half}, as in the first layer and in most layers", ""
     elif heads.alarming[head]:
         soon = f"; will saturate near step {step + eta:.0f}" if np.isfinite(eta) else "; saturated"
         value = heads.score_ahead(threshold("alarm_horizon"))[head]
