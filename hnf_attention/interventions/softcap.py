@@ -49,7 +49,8 @@ class _Capped:
                     "expected attention without dropout for a soft-cap, got some: set it to 0 first"
                 )
             call.cast()
-            return call.from_output(api.attend(call.query, call.key, call.value, call.validated())[0])
+            out: Any = api.attend(call.query, call.key, call.value, call.validated())[0]
+            return call.from_output(out)
 
         return observer.run(capped, (query, key, value, *rest), named, describe)
 
