@@ -3,9 +3,9 @@
     python bench/compiled.py --out OUT.json
 
 Twelve layers of width 768, 1 x 1024 tokens, bf16. A step is forward and backward; a monitored one ends with `on_step`.
-Copies of the model, compiled alike, take turns of a few steps: plain, with the extremes of every step, with full
-statistics at every step, and with every step read and judged. The JSON file says how far output and gradients moved,
-how many graphs were compiled, and which CUDA graphs were skipped.
+Two copies of the model, compiled alike, take turns of a few steps: a plain one, and one whose monitor takes the
+extremes of every step, then full statistics at every step, then reads and judges every step. The JSON file says how far
+output and gradients moved, how many graphs were compiled for both, and how many CUDA graphs were skipped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import pathlib
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 sys.path[:0] = [
@@ -33,9 +33,8 @@ from hnf_attention import AttentionStabilityMonitor
 
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
 NEVER = 10**9
-#: The options of the monitor, None for none.
-WAYS: dict[str, dict[str, Any] | None] = {
-    "plain": None,
+#: The options of the monitor.
+WAYS: dict[str, dict[str, Any]] = {
     "extremes of every step": {"log_every": NEVER},
     "every step measured": {"log_every": NEVER, "record_every": 1},
     "every step read and judged": {"log_every": 1},
@@ -59,15 +58,15 @@ class Block(nn.Module):
 
 
 class Runner:
-    """One copy of the model, compiled, with its monitor if it has one."""
+    """One copy of the model, compiled. monitor: of its steps, None for none."""
 
-    def __init__(self, sizes: tuple[int, int, int, int], mode: str, options: dict[str, Any] | None, on: dict):
+    def __init__(self, sizes: tuple[int, int, int, int], mode: str, on: dict[str, Any]):
         width, heads, layers, length = sizes
         torch.manual_seed(0)
         self.model = nn.Sequential(*(Block(width, heads) for _ in range(layers))).to(**on)
         self.x = torch.randn(1, length, width, **on)
         self.run = torch.compile(self.model, mode=mode, fullgraph=True)
-        self.monitor = None if options is None else AttentionStabilityMonitor(self.run, **options)
+        self.monitor: AttentionStabilityMonitor | None = None
 
     def __call__(self) -> torch.Tensor:
         self.model.zero_grad()
@@ -83,12 +82,8 @@ class Runner:
         return [out, *(p.grad.detach().clone() for p in self.model.parameters())]
 
 
-def counted(key: str) -> int:
-    return counters["inductor"][key]
-
-
-def measure(mode: str, small: bool, rounds: int) -> dict[str, Any]:
-    """Times of one mode of torch.compile, in milliseconds a step."""
+def measure(mode: str, small: bool, rounds: int) -> Iterator[dict[str, Any]]:
+    """Times of one mode of torch.compile, in milliseconds a step, one way after the other."""
     torch._dynamo.reset()
     counters.clear()
     sizes, steps = ((32, 4, 2, 16), 1) if small else ((768, 12, 12, 1024), 5)
@@ -96,51 +91,49 @@ def measure(mode: str, small: bool, rounds: int) -> dict[str, Any]:
         "device": "cpu" if small else "cuda",
         "dtype": torch.float32 if small else torch.bfloat16,
     }
-    runners: dict[str, Callable[[], torch.Tensor]] = {}
-    graphs: dict[str, int] = {}
+    plain, watched = (Runner(sizes, mode, on) for _ in range(2))
     for name, options in WAYS.items():
         known = counters["stats"]["unique_graphs"]
-        runners[name] = Runner(sizes, mode, options, on)
-        for _ in range(4):  # CUDA graphs are recorded at the second and third run
-            runners[name]()
-        graphs[name] = counters["stats"]["unique_graphs"] - known
-    before = runners["plain"].numbers()
-    moved = {
-        name: max((a - b).abs().max().item() for a, b in zip(before, runner.numbers()))
-        for name, runner in runners.items()
-    }
-    turns = [
-        {name: timed(runner, steps)["ms"] for name, runner in runners.items()} for _ in range(rounds + 1)
-    ]
-    found = {
-        "mode": mode,
-        "ms": {name: statistics.median(turn[name] for turn in turns[1:]) for name in WAYS},
-        "of plain": {
-            name: statistics.median(turn[name] / turn["plain"] for turn in turns[1:]) for name in WAYS
-        },
-        "moved": moved,
-        "graphs": graphs,
-        "CUDA graphs skipped": counted("cudagraph_skips"),
-        "graphs cut": counted("cudagraph_partitions"),
-    }
-    judged = runners["every step read and judged"].monitor
-    found["layers"] = len(judged.history[-1].layers)
-    found["coverage"] = sorted(set(judged.instrumentation.coverage.measured.values()))
-    for runner in runners.values():
-        if runner.monitor is not None:
-            runner.monitor.restore()
+        with AttentionStabilityMonitor(watched.run, **options) as monitor:
+            watched.monitor = monitor
+            for _ in range(4):  # CUDA graphs are recorded at the second and third run
+                plain()
+                watched()
+            pairs = zip(plain.numbers(), watched.numbers(), strict=True)
+            moved = max((a - b).abs().max().item() for a, b in pairs)
+            turns = [[timed(runner, steps)["ms"] for runner in (plain, watched)] for _ in range(rounds + 1)][
+                1:
+            ]
+            yield {
+                "mode": mode,
+                "way": name,
+                "plain_ms": statistics.median(turn[0] for turn in turns),
+                "ms": statistics.median(turn[1] for turn in turns),
+                "ratio": statistics.median(turn[1] / turn[0] for turn in turns),
+                "moved": moved,
+                "new graphs": counters["stats"]["unique_graphs"] - known,
+                "CUDA graphs skipped": counters["inductor"]["cudagraph_skips"],
+                "layers": {how: len(names) for how, names in by_way(monitor).items()},
+            }
+        watched.monitor = None
+
+
+def by_way(monitor: AttentionStabilityMonitor) -> dict[str, list[str]]:
+    """The layers by how they are measured."""
+    found: dict[str, list[str]] = {}
+    for layer, how in monitor.instrumentation.coverage.measured.items():
+        found.setdefault(how, []).append(layer)
     return found
 
 
 def show(found: dict[str, Any]) -> None:
-    """A short table of one mode."""
-    print(f"mode={found['mode']}: {found['layers']} layers, {', '.join(found['coverage'])}")
-    for name in WAYS:
-        print(
-            f"  {name:<28} {found['ms'][name]:8.3f} ms  {found['of plain'][name]:.3f}x"
-            f"  moved by {found['moved'][name]:.1e}  graphs {found['graphs'][name]}"
-        )
-    print(f"  CUDA graphs skipped: {found['CUDA graphs skipped']}, cut: {found['graphs cut']}", flush=True)
+    """A line of the table."""
+    print(
+        f"{found['mode']:<16} {found['way']:<28} plain {found['plain_ms']:8.3f} ms  {found['ms']:8.3f} ms"
+        f"  {found['ratio']:.3f}x  moved by {found['moved']:.1e}  new graphs {found['new graphs']}"
+        f"  CUDA graphs skipped {found['CUDA graphs skipped']}  {found['layers']}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -157,11 +150,11 @@ def main() -> None:
     modes = arguments.modes[:1] if arguments.small else arguments.modes
     document = {"machine": machine(), "compiled": []}
     for mode in modes:
-        document["compiled"].append(measure(mode, arguments.small, arguments.rounds))
-        if arguments.out is not None:
-            arguments.out.write_text(json.dumps(document, indent=1) + "\n")
-    for found in document["compiled"]:
-        show(found)
+        for found in measure(mode, arguments.small, arguments.rounds):
+            document["compiled"].append(found)
+            show(found)
+            if arguments.out is not None:
+                arguments.out.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

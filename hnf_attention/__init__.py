@@ -14,6 +14,7 @@ if not (_Path(__file__).parent / "kernels").is_dir():  # source checkout: kernel
 
 if TYPE_CHECKING:
     from .diagnosis import AttentionDiagnosis, StabilityIssue
+    from .diagnosis.triage import NonFiniteTrace
     from .engine.api import attention, attention_stats
     from .instrumentation import Instrumentation, instrument, restore
     from .interventions import apply_intervention
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .monitoring.process_groups import ProcessGroups
     from .nn.multihead import MultiheadAttention
     from .precheck import StabilityRegion, StabilityReport, check_attention_stability, stability_region
+    from .replay import trace_non_finite
     from .statistics.heads import HeadStats
     from .statistics.merge import merge_attention
     from .statistics.rows import RowStats
@@ -43,6 +45,8 @@ else:
             "check_attention_stability",
             "stability_region",
         ),
+        ".diagnosis.triage": ("NonFiniteTrace",),
+        ".replay": ("trace_non_finite",),
         ".statistics.heads": ("HeadStats",),
         ".statistics.merge": ("merge_attention",),
         ".statistics.rows": ("RowStats",),
@@ -71,6 +75,7 @@ __all__ = [
     "HeadStats",
     "Instrumentation",
     "MultiheadAttention",
+    "NonFiniteTrace",
     "ProcessGroups",
     "Ranks",
     "RowStats",
@@ -85,4 +90,5 @@ __all__ = [
     "merge_attention",
     "restore",
     "stability_region",
+    "trace_non_finite",
 ]

@@ -17,6 +17,7 @@ from hnf_attention import (
     attention,
     compat,
     instrument,
+    trace_non_finite,
 )
 from hnf_attention.interventions import learning_rate, qk_clip
 
@@ -369,3 +370,22 @@ def test_random_weights_follow_the_depth_that_a_class_is_told():
         before = weight.detach().clone()
         compat.initialise(model, {"n_head": 4})
         assert torch.equal(weight, before)  # a field that the class does not use
+
+
+@carried_by("next_node_number", "running_node_number")
+def test_a_gradient_that_is_not_finite_is_traced_to_the_module_of_its_forward():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1))
+    model[1].register_forward_hook(lambda _m, _i, out: out + (out - out.detach()).abs().sqrt())
+    trace = trace_non_finite(model, torch.ones(2, 4), torch.sum, wide=False)
+    assert (trace.phase, trace.layer) == ("backward", "1")
+
+
+@carried_by("parameters_of", "DispatchMode")
+def test_what_an_operation_writes_in_place_is_traced():
+    def step():
+        x = model(torch.ones(2, 4))
+        x.detach().mul_(float("inf"))  # returns the memory that it was given
+        return x.sum()
+
+    model = nn.Linear(4, 4)
+    assert trace_non_finite(model, step, wide=False).operation == "aten.mul_.Tensor"

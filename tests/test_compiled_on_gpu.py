@@ -17,7 +17,13 @@ from hnf_attention.reference.fold import fold_rows, new_accumulator
 from hnf_attention.reference.measured import measure, shared_key
 from hnf_attention.statistics.fields import NUM_FOLDED, NUM_SUMS
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # PyTorch's own words, while it compiles whatever model.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+]
 MODES = ("default", "reduce-overhead")
 
 

@@ -10,6 +10,7 @@ from hnf_attention import AttentionStabilityMonitor, attention
 from hnf_attention.cli.doctor import command, warm
 from hnf_attention.cli.main import main
 from hnf_attention.cli.parser import make_parser
+from hnf_attention.reference.extremes import new_result
 
 SHAPE = warm.Shape(4, 2, 16, torch.float32, 70, True)
 
@@ -19,7 +20,11 @@ def options(*arguments):
 
 
 def test_it_makes_a_plain_call_and_one_under_each_kind_of_monitor(monkeypatch):
-    calls, monitors = [], []
+    calls, monitors, in_graphs = [], [], []
+    run = warm.graphed.GraphedCall.run
+    monkeypatch.setattr(
+        warm.graphed.GraphedCall, "run", lambda *args: in_graphs.append(args[1]) or run(*args)
+    )
 
     class Monitor(AttentionStabilityMonitor):
         def __init__(self, model, **keywords):
@@ -44,6 +49,8 @@ def test_it_makes_a_plain_call_and_one_under_each_kind_of_monitor(monkeypatch):
     assert warm.warm(SHAPE, torch.device("cpu")) > 0
     keys = (1, 2, 70, 16)
     assert calls == [(((1, 4, 70, 16), keys, keys), torch.float32, {"is_causal": True})]
+    (state,) = in_graphs
+    assert state.accumulator[0].abs().sum() > 0 and (state.result[0] > new_result(4, "cpu")[0]).all()
     assert monitors == [("probe", None), ("fused", None), ("probe", 16)]
 
 

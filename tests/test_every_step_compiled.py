@@ -176,6 +176,7 @@ def test_a_nan_is_named_right_at_any_cadence_in_a_graph(log_every):
         assert np.isnan(each.layers["layers.0"].first_nonfinite_step).all()
 
 
+@pytest.mark.slow
 def test_evaluation_and_failed_forwards_are_left_out():
     model, x = Model().to(DEVICE), batch(24)
     run = compiled(model)
@@ -223,9 +224,13 @@ def test_a_compiled_training_step_is_measured_without_a_forward_that_is_told_of(
         for step in range(1, 9):
             model.spoil(0, "key" if step == 6 else None, 3)
             run(x).backward()
+            with torch.no_grad():
+                run(7 * x)
             monitor.on_step()
+        assert "without grad" in monitor.instrumentation.coverage.measured["layers.0"]
     first, second = monitor.history
-    assert first.forwards.training == 1 and np.isfinite(first.layers["layers.0"].between_max_logit).all()
+    assert first.forwards == (1, 1, 0) and first.layers["layers.0"].rows.tolist() == [48] * 4
+    assert np.isfinite(first.layers["layers.0"].between_max_logit).all()
     stats = second.layers["layers.0"]
     assert stats.first_nonfinite_step[3] == 6 and stats.first_nonfinite_key[3] == 6
 
@@ -287,6 +292,7 @@ def test_calls_of_a_shared_block_are_one_layer_and_said_to_be():
     assert monitor.history[0].layers["layers.0"].rows.tolist() == [3 * 48] * 4
 
 
+@pytest.mark.slow
 def test_copies_carry_nothing():
     model, x = Model().to(DEVICE), batch(24)
     run = compiled(model)
@@ -299,6 +305,25 @@ def test_copies_carry_nothing():
         train(run, monitor, 1, x)
     assert size < 4 * sum(p.nbytes for p in model.parameters())
     assert [int(each.layers["layers.0"].rows[0]) for each in monitor.history] == [48, 48]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["monitor", "handle"])
+def test_a_graph_of_an_equal_model_that_nobody_measures_is_not_run_instead(by):
+    other, model, x = Model().to(DEVICE), Model().to(DEVICE), batch(24)
+    runs = [compiled(one) for one in (other, model)]
+    if by == "handle":
+        with instrument(Model()):
+            runs[0](x)
+            with instrument(model) as handle:
+                runs[1](x)
+                assert list(handle.latest) == LAYERS
+    else:
+        with AttentionStabilityMonitor(model, log_every=1) as monitor:
+            runs[0](x)
+            runs[1](x)
+            assert list(monitor.on_step().stats) == LAYERS
+    assert graphs() == 2
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from hnf_attention import AttentionStabilityMonitor, compat, instrument
-from hnf_attention.instrumentation import call, layer_state, shared_masks
+from hnf_attention.instrumentation import layer_state, shared_masks
+from hnf_attention.instrumentation.call import Unmeasurable
 
 
 def between(monitor, layer="layers.0", snapshot=-1):
@@ -349,7 +350,7 @@ def test_layers_rest_longer_each_time_and_unmeasurable_ones_for_good():
     assert tried == [0, 1, 3, 7, 15] and layers.reasons == {"a": "ValueError: made up"}
     layers.succeed("a")
     assert not layers.reasons and not layers.rests("a")
-    layers.fail("b", call.Unmeasurable("never", lasting=True))
+    layers.fail("b", Unmeasurable("never", lasting=True))
     assert all(layers.rests("b") for _ in range(200))
 
 

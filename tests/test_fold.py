@@ -279,3 +279,21 @@ def test_a_device_without_fp64_loses_nothing(monkeypatch):
     got, one = fold.collect([pairs]), fold.collect([expected])
     torch.testing.assert_close(got[sums], calls * one[sums], rtol=3e-7, atol=1e-6)
     torch.testing.assert_close(got[fields.NUM_SUMS :], one[fields.NUM_SUMS :], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "one query", pytest.param("window", marks=SLOW), pytest.param("empty rows", marks=SLOW)]
+)
+def test_what_the_fold_reads_beside_the_rows_by_one_launch(name, device):
+    case = CASES[name]
+    tensors = case.tensors(device=device)
+    q, k, v = tensors[:3]
+    options, rows = case.options(*tensors), _rows(q, k, case.options(*tensors))
+    v[0, 0, 3, 1], k[0, 0, :, 0] = torch.inf, k[0, 0, :, 0] * 9
+    out = torch.randn(*q.shape[:3], v.shape[3], device=device).transpose(2, 3).contiguous().transpose(2, 3)
+    out[0, 1, 0, 0] = torch.nan
+    for known in (out, None):
+        shared, values, outputs = fold.beside_by_kernels(q, k, v, known, rows, options)
+        assert torch.equal(shared, fold.shared_key(q, k, rows, options, None))
+        assert torch.equal(values.isfinite(), v.isfinite().all(-1))
+        assert outputs is None if known is None else torch.equal(outputs.isfinite(), out.isfinite().all(-1))

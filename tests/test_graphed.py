@@ -69,14 +69,15 @@ def expected(given, options, phase, *controls, rows=64):
 
 
 CASES = [
-    Case(2, 2, 2, 70, 40, 16, 24),
-    Case(1, 3, 1, 130, 130, 16, 16, is_causal=True),
-    Case(1, 1, 1, 5, 9, 8, 8),
+    Case(1, 1, 2, 9, 12, 8, 8),
+    pytest.param(Case(2, 2, 2, 70, 40, 16, 24), marks=pytest.mark.slow),
+    pytest.param(Case(1, 3, 1, 130, 130, 16, 16, is_causal=True), marks=pytest.mark.slow),
+    pytest.param(Case(1, 1, 1, 5, 9, 8, 8), marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("bad", [None, "value", "out"])
+@pytest.mark.parametrize("bad", [None, *(pytest.param(x, marks=pytest.mark.slow) for x in ("value", "out"))])
 def test_what_the_control_asks_for_is_measured(by_kernels, case, bad):
     given, options = tensors(case)
     if bad:

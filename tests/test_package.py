@@ -29,7 +29,7 @@ def test_the_import_alone_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], *([name, "--help"] for name in ("demo", "analyze", "check", "doctor"))]
+    "arguments", [["--help"], *([name, "--help"] for name in ("demo", "analyze", "check", "trace", "doctor"))]
 )
 def test_a_help_text_imports_nothing_heavy(arguments):
     code = f"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +18,13 @@ from ..names import display_name
 from ..versions import versions
 from .loading import Loading, Place, load_config, load_model, load_tokenizer, locate, quiet_transformers
 from .messages import one_line
+from .progress import Progress
 from .texts import SAMPLE, SAMPLE_NAME, read_text, split, window_length
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 SCHEMA_VERSION = 1
-# (what is being done, windows done, windows in all); both numbers are None while something is loaded.
-Progress = Callable[[str, "int | None", "int | None"], None]
 
 
 @dataclass(frozen=True)
@@ -112,14 +111,14 @@ def analyze(
         place = locate(name, revision)
         progress("loading the configuration", None, None)
         config = load_config(place)
-        _check_language_model(config, place)
+        check_language_model(config, place)
         progress("loading the tokenizer", None, None)
         tokenizer = load_tokenizer(place)
         window = window_length(config, tokenizer, str(place), window)
         windows, tokens = split(tokenizer, text, window, str(text_file or SAMPLE_NAME))
         progress("loading the model", None, None)
         model = load_model(place, config, loading)
-        _check_vocabulary(model, windows, place)
+        check_vocabulary(model, windows, place)
         if max_windows is not None:
             windows = windows[:max_windows]
         with AttentionAnalyzer(model, thresholds=thresholds) as analyzer:
@@ -146,7 +145,8 @@ def analyze(
     )
 
 
-def _check_language_model(config: PretrainedConfig, place: Place) -> None:
+def check_language_model(config: PretrainedConfig, place: Place) -> None:
+    """Raise InputError for what is no causal or masked language model."""
     expected = "expected a causal or masked language model, got"
     if config.is_encoder_decoder:
         raise InputError(f"{expected} the encoder-decoder {place} ({config.model_type})")
@@ -154,7 +154,7 @@ def _check_language_model(config: PretrainedConfig, place: Place) -> None:
         raise InputError(f"{expected} {place} ({config.model_type}), which has no vocabulary")
 
 
-def _check_vocabulary(model: PreTrainedModel, windows: Tensor, place: Place) -> None:
+def check_vocabulary(model: PreTrainedModel, windows: Tensor, place: Place) -> None:
     """Refuse token ids that the model does not have. On a GPU they would end the process."""
     embeddings, largest = model.get_input_embeddings(), int(windows.max())
     if isinstance(embeddings, nn.Embedding) and largest >= embeddings.num_embeddings:

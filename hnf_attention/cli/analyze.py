@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich import progress
 from rich.text import Text
 
 from ..diagnosis import AttentionDiagnosis
@@ -17,21 +13,22 @@ from ..diagnosis.extent import counted
 from ..errors import InputError
 from ..names import display_name
 from ..report.tables import issue_list, layer_table
-from .analysis import Progress, analyze
+from .analysis import analyze
 from .devices import device_of
 from .exit_codes import FOUND, HEALTHY
 from .loading import Loading
-from .output import check_target, console, for_people, make_folder, write_document
+from .output import check_target, for_people, make_folder, write_document
+from .progress import shown_progress
 from .thresholds import read_thresholds
 
 
 def run(options: argparse.Namespace) -> int:
     check_target(options.json, "--json")
     thresholds = read_thresholds(options.threshold)
-    loading = _loading(options)
+    loading = loading_of(options)
     if options.figures is not None:
         make_folder(options.figures)
-    with _progress() as show:
+    with shown_progress() as show:
         analysis = analyze(
             options.model,
             options.text,
@@ -65,7 +62,8 @@ def run(options: argparse.Namespace) -> int:
     return FOUND if failing else HEALTHY
 
 
-def _loading(options: argparse.Namespace) -> Loading:
+def loading_of(options: argparse.Namespace) -> Loading:
+    """How the options say that the model is loaded. Raises InputError for a device that there is not."""
     if options.device is not None and options.device_map is not None:
         raise InputError("expected one of --device and --device-map, got both")
     return Loading(
@@ -74,25 +72,6 @@ def _loading(options: argparse.Namespace) -> Loading:
         device=device_of(options.device or "cpu"),
         device_map=options.device_map,
     )
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """What is being done, on standard error; nothing if that is no terminal."""
-    screen = console(sys.stderr)
-    columns = (
-        progress.SpinnerColumn(),
-        progress.TextColumn("{task.description}"),
-        progress.TimeElapsedColumn(),
-    )
-    with progress.Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as shown:
-        task = shown.add_task("starting", total=None)
-
-        def show(doing: str, done: int | None, total: int | None) -> None:
-            text = doing if total is None else f"{doing}: {done} of {total}"
-            shown.update(task, description=text)
-
-        yield show
 
 
 def _draw(diagnosis: AttentionDiagnosis, folder: Path) -> list[Path]:

@@ -28,6 +28,11 @@ EXAMPLES = {
         "hnf-attention check gpt2 --region region.png",
         "hnf-attention check ./my-model --weights --json - --fail-on marginal",
     ),
+    "trace": (
+        "hnf-attention trace train.py:failing_step -o reproduction",
+        "hnf-attention trace ./my-model --dtype float16 --text sample.txt",
+        "hnf-attention trace ./my-model --inputs batch.safetensors --autocast bfloat16 --json -",
+    ),
     "doctor": (
         "hnf-attention doctor",
         "hnf-attention doctor --json -",
@@ -80,6 +85,16 @@ def make_parser() -> Parser:
         "Predict the attention of a design at initialisation from its configuration, without building the model,"
         " and say what would make it stable.",
         ("stable or marginal", "unstable, or not known"),
+    )
+    _command(
+        commands,
+        _add_trace,
+        "trace",
+        "find where NaN or inf begins in one step, and why",
+        "Run one training step again and find where NaN or inf begins: layer, head, row, operation and cause. TARGET is"
+        " FILE.py:FUNCTION or MODULE:FUNCTION, whose function returns the step, or a Hugging Face model, which runs a"
+        " text with the text itself as labels.",
+        ("the whole step is finite", "it is not, and the origin is printed"),
     )
     _command(
         commands,
@@ -161,37 +176,8 @@ def _add_demo(demo: Parser) -> None:
 
 def _add_analyze(analyze: Parser) -> None:
     analyze.add_argument("model", metavar="MODEL", help="name on the Hugging Face hub, or a local folder")
-    analyze.add_argument(
-        "--text", type=Path, metavar="FILE", help="text to run, UTF-8 (default: a built-in English text)"
-    )
-    analyze.add_argument(
-        "--window",
-        type=_positive,
-        metavar="N",
-        help="tokens per window (default: the model's own length, at most 1024)",
-    )
-    analyze.add_argument(
-        "--batch-size", type=_positive, default=8, metavar="N", help="windows that run at once (default 8)"
-    )
+    _add_model_on_text(analyze)
     analyze.add_argument("--max-windows", type=_positive, metavar="N", help="stop after that many windows")
-    analyze.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
-    analyze.add_argument(
-        "--attn-implementation",
-        metavar="NAME",
-        help="eager, sdpa, flex_attention, ... (default: the model's own)",
-    )
-    analyze.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16", "auto"),
-        default="float32",
-        help="of the model's weights; auto takes the checkpoint's (default float32)",
-    )
-    _add_device(analyze)
-    analyze.add_argument(
-        "--device-map",
-        metavar="NAME",
-        help="spread the model over devices with accelerate: auto, balanced, ...",
-    )
     analyze.add_argument(
         "--threshold",
         action="append",
@@ -207,6 +193,66 @@ def _add_analyze(analyze: Parser) -> None:
         choices=("error", "warning"),
         default="error",
         help="the mildest severity of an issue that gives exit code 1 (default error)",
+    )
+
+
+def _add_trace(trace: Parser) -> None:
+    trace.add_argument(
+        "target",
+        metavar="TARGET",
+        help="FILE.py:FUNCTION, MODULE:FUNCTION, a model's folder, or its name on the hub",
+    )
+    _add_model_on_text(trace)
+    trace.add_argument(
+        "--inputs",
+        type=Path,
+        metavar="FILE",
+        help="safetensors file with the model's arguments by name, labels included, in place of a text",
+    )
+    trace.add_argument(
+        "--autocast", choices=("float16", "bfloat16"), help="run the model under autocast to that format"
+    )
+    trace.add_argument("--no-wide", action="store_true", help="do not run the step in double precision, too")
+    trace.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="write a minimal reproduction there: tensors and a script",
+    )
+
+
+def _add_model_on_text(command: Parser) -> None:
+    """The options of a Hugging Face model that runs a text."""
+    command.add_argument(
+        "--text", type=Path, metavar="FILE", help="text to run, UTF-8 (default: a built-in English text)"
+    )
+    command.add_argument(
+        "--window",
+        type=_positive,
+        metavar="N",
+        help="tokens per window (default: the model's own length, at most 1024)",
+    )
+    command.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="windows that run at once (default 8)"
+    )
+    command.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
+    command.add_argument(
+        "--attn-implementation",
+        metavar="NAME",
+        help="eager, sdpa, flex_attention, ... (default: the model's own)",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "auto"),
+        default="float32",
+        help="of the model's weights; auto takes the checkpoint's (default float32)",
+    )
+    _add_device(command)
+    command.add_argument(
+        "--device-map",
+        metavar="NAME",
+        help="spread the model over devices with accelerate: auto, balanced, ...",
     )
 
 

@@ -8,6 +8,7 @@ without it. The tests ran with torch 2.11 and 2.13 and with transformers 5. Impo
 """
 
 from .torch import (
+    DispatchMode,
     Memory,
     any_autocast,
     child,
@@ -32,9 +33,12 @@ from .torch import (
     learned,
     lowered_graph,
     module_call_code,
+    next_node_number,
     other_flash,
     own_parameter,
+    parameters_of,
     running_backward,
+    running_node_number,
     runs_graph,
     saves_elsewhere,
     script_as,
@@ -47,6 +51,7 @@ from .torch import (
 from .transformers import attention_implementation, collects_attention_weights, device_mesh, initialise
 
 __all__ = [
+    "DispatchMode",
     "Memory",
     "any_autocast",
     "attention_implementation",
@@ -75,9 +80,12 @@ __all__ = [
     "learned",
     "lowered_graph",
     "module_call_code",
+    "next_node_number",
     "other_flash",
     "own_parameter",
+    "parameters_of",
     "running_backward",
+    "running_node_number",
     "runs_graph",
     "saves_elsewhere",
     "script_as",

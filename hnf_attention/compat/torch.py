@@ -61,6 +61,9 @@ without_dispatch_modes: Callable[[], AbstractContextManager[Any]] = _find(
 Missing: dispatch modes see them. A selective checkpoint then fails in its backward, for operators it did not count.
 """
 
+DispatchMode: Any = _find("utils._python_dispatch.TorchDispatchMode", object)
+"""The base class of a context whose `__torch_dispatch__` sees every operation. Missing: a trace raises TypeError."""
+
 current_level: Callable[[], int] = functools.partial(getattr, torch.autograd.forward_ad, "_current_level", -1)
 """The level of forward-mode differentiation that the call is in, -1 outside of it.
 
@@ -94,6 +97,34 @@ running_backward: Callable[[], int] = _find("_C._current_graph_task_id", lambda:
 
 Missing: -1. The second forward of an activation checkpoint is then recorded like the first.
 """
+
+next_node_number: Callable[[], int] = _find("_C._autograd._get_sequence_nr", lambda: -1)
+"""The number that autograd gives to the next node that this thread makes in a forward.
+
+Missing: -1. A trace then cannot say which module an operation of the backward belongs to.
+"""
+
+_running_node: Callable[[], Any] = _find("_C._current_autograd_node", lambda: None)
+
+
+def running_node_number() -> int:
+    """The number of the autograd node whose backward makes the call, -1 outside of one.
+
+    Missing: -1. A trace then cannot say which module an operation of the backward belongs to.
+    """
+    node = _running_node()
+    number: Callable[[], int] = getattr(node, "_sequence_nr", lambda: -1)
+    return number()
+
+
+def parameters_of(operator: Any) -> list[tuple[str, bool]]:
+    """The name of each parameter of an operator of torch.ops, and whether a call writes to it.
+
+    Missing: none. A trace then calls arguments by their places, and overlooks what an operation wrote in place.
+    """
+    schema = getattr(operator, "_schema", None)
+    given = [] if schema is None else schema.arguments
+    return [(x.name, x.alias_info is not None and x.alias_info.is_write) for x in given]
 
 
 def version(tensor: Tensor) -> int:

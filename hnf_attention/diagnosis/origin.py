@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..names import display_name
 from ..statistics.heads import HeadStats, Snapshot
+from .issue import number_text
 from .thresholds import threshold
 from .trends import product_size
 
@@ -107,6 +109,19 @@ def find_first(snapshot: Snapshot) -> tuple[str, First] | None:
     tensors = [name for name, first in firsts.items() if (first == number).any()]
     step = np.fmin.reduce(stats.first_nonfinite_step[heads])
     return layer, First(int(step), int(number), heads.tolist(), tensors)
+
+
+def first_seen(history: Sequence[Snapshot]) -> list[str]:
+    """One sentence on the layer and the step in which a run of NaN or inf was first seen; [] if none was."""
+    origin = find_origin(history)
+    if origin is None:
+        return []
+    layer = display_name(origin.layer)
+    if origin.first is not None:
+        heads = number_text(origin.first.heads)
+        return [f"the monitor first saw it at step {origin.first.step}, in layer {layer},{heads}"]
+    since = f", in one of the {origin.coarse} steps up to it" if origin.coarse else ""
+    return [f"the monitor first saw it at step {origin.snapshot.step}{since}, in layer {layer}"]
 
 
 def _before(snapshot: Snapshot, layer: str) -> str | None:

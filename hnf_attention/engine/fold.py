@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..reference import fold as reference
 from ..reference import measured
-from ..reference.context import LEAST_ROWS, SHARED_ROWS, UNKNOWN, Context
+from ..reference.context import LEAST_ROWS, SHARED_ROWS, UNKNOWN, Context, largest
 from ..reference.measured import Measured
 from ..reference.options import Options
 from ..statistics import fields
@@ -96,6 +96,46 @@ def shared_key(
         columns = engines.kernel("measure.columns")
         weights = columns.column_weights(query, key, lse, options, SHARED_ROWS, index)
     return measured.heaviest(weights)
+
+
+def beside(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor | None,
+    rows: RowStats,
+    options: Options,
+    left_out: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(shared_key, value_size, out_size) of a call's `Context`.
+
+    query (B, H, M, D), key (B, H_kv, N, D), value (B, H_kv, N, D_v), output (B, H or 1, M, any), None if it is not
+    known; rows, left_out: as for `shared_key`. Values with another number of heads than the keys have no sizes.
+    """
+    grouped = value.shape[1] == key.shape[1]
+    fits = output is None or (output.shape[1] == query.shape[1] and output.shape[3] == value.shape[3])
+    whole = left_out is None and rows.row_index is None and rows.lse.numel() > 0 and value.numel() > 0
+    if grouped and fits and whole and engines.kernels_cover(query, value):
+        with engines.on_device(query):
+            return beside_by_kernels(query, key, value, output, rows, options)
+    sizes = largest(value) if grouped else None, None if output is None else largest(output)
+    return shared_key(query, key, rows, options, left_out), *sizes
+
+
+@torch.no_grad()
+def beside_by_kernels(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor | None,
+    rows: RowStats,
+    options: Options,
+    control: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`beside` of all rows, where the kernels cover the call. control: as for `engine.graphed`."""
+    columns, kernel = engines.kernel("measure.columns"), engines.kernel("measure.beside")
+    weights = columns.column_weights(query, key, rows.lse, options, SHARED_ROWS, control=control)
+    return kernel.beside(weights, value, output, query.shape[2], LEAST_ROWS, control)
 
 
 @torch.no_grad()

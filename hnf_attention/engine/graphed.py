@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels.shared.control import EVALUATION, EXTREMES, NUMBER, STATISTICS
 from ..reference import extremes as reference
-from ..reference.context import LEAST_ROWS, SHARED_ROWS, Context, largest
+from ..reference.context import Context
 from ..reference.options import Options
 from ..statistics.rows import RowStats
 from . import api, engines, fold
@@ -69,16 +69,15 @@ class GraphedCall:
             mine = kernel.Tensors(*map(with_inner_stride, tensors))
             self._extremes = kernel.SingleLaunch(mine, options)
 
-    @torch.no_grad()
     def run(self, state: State, tensors: Tensors, extremes: bool = True, statistics: bool = True) -> None:
-        """Measure one call as `state.control` says.
+        """Measure one call as `state.control` says. The tensors are outside autograd.
 
         extremes, statistics: False where the host knows that the control asks for none.
         """
         if self._empty:
             return
         if not self._by_kernels:
-            with engines.no_autocast(tensors[0]):
+            with torch.no_grad(), engines.no_autocast(tensors[0]):
                 self._by_reference(state, tensors)
             return
         with engines.on_device(tensors[0]):
@@ -94,10 +93,7 @@ class GraphedCall:
         options, control = self._options, state.control
         probe = engines.kernel("portable.probe")
         rows = RowStats.unpack(*probe.probe(query, key, options, parts=1, control=control))
-        columns = engines.kernel("measure.columns")
-        weights = columns.column_weights(query, key, rows.lse, options, SHARED_ROWS, control=control)
-        beside = engines.kernel("measure.beside").beside
-        context = Context(None, None, *beside(weights, value, out, query.shape[2], LEAST_ROWS, control))
+        context = Context(None, None, *fold.beside_by_kernels(query, key, value, out, rows, options, control))
         engines.kernel("measure.fold").fold(
             state.accumulator, query, key, rows, options, context, fold.kernel_layout(), control
         )
@@ -112,7 +108,6 @@ class GraphedCall:
             )
         if control & STATISTICS:
             rows = api.attend(query, key, None, options)[1]
-            shared = fold.shared_key(query, key, rows, options, None)
-            sizes = largest(value), None if out is None else largest(out)
             accumulator = state.accumulator[1 if control & EVALUATION else 0]
-            fold.fold(accumulator, query, key, rows, options, Context(None, None, shared, *sizes))
+            context = Context(None, None, *fold.beside(query, key, value, out, rows, options, None))
+            fold.fold(accumulator, query, key, rows, options, context)

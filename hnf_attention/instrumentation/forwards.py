@@ -79,6 +79,11 @@ class Forwards:
             observer.thread.expected = before
             self._ended(forward, running.pending)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether this thread runs a forward of the whole model."""
+        return self._thread.running is not None
+
     def place(self, layer: str, place: str) -> tuple[Forward, int, bool]:
         """(the forward, the number of this invocation of the layer in it, whether invocations cannot be told apart).
 

@@ -14,7 +14,7 @@ from .. import compat
 from ..engine import api, engines, fold
 from ..engine.call import Call
 from ..names import call_name, display_name
-from ..reference.context import Context, largest
+from ..reference.context import Context
 from ..reference.masks import take_rows
 from ..reference.options import Options
 from ..reference.sampling import effective_period
@@ -284,13 +284,8 @@ class Measurer:
         batch, _, num_queries, _ = query.shape
         hidden = keys_hidden(options, batch, num_queries, key.shape[2])
         left_out = self.padding.left_out(layer, batch, num_queries, key.shape[2], hidden, query.device)
-        return Context(
-            left_out,
-            hidden,
-            fold.shared_key(query, key, rows, options, left_out),
-            largest(call.value) if call.value.shape[1] == key.shape[1] else None,
-            None if output is None else largest(output),
-        )
+        beside = fold.beside(query, key, call.value, output, rows, options, left_out)
+        return Context(left_out, hidden, *beside)
 
     def _leave_out(self, measurement: Measurement, num_queries: int) -> None:
         """Leave out the rows that are not judged, in a measurement that is complete but for them."""

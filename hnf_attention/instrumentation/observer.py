@@ -71,6 +71,10 @@ class ModelObserver(Observer, Protocol):
     def graph_reader(self) -> GraphReader | None:
         """Who reads what compiled graphs measure by themselves; None where each call has to be delivered."""
 
+    @property
+    def in_forward(self) -> bool:
+        """Whether this thread runs a forward of the model that was told of."""
+
     def note_graphed(self, layer: str, interceptor: str, merged: bool) -> None:
         """Say in the coverage that compiled graphs measure `layer` by themselves.
 
@@ -114,7 +118,7 @@ class Owner(NamedTuple):
 class Heads(NamedTuple):
     """Numbers of query and key heads that a model gave to transformers, which may rearrange them for PyTorch."""
 
-    owner: Owner
+    owner: Owner | None
     query: int
     key: int
 
@@ -176,6 +180,11 @@ def owner(module: nn.Module) -> Owner | None:
     return None if observer is None else Owner(observer, entry[1], module)
 
 
+def modules() -> list[nn.Module]:
+    """The modules that have an observer, of all models."""
+    return list(_registry)
+
+
 def modules_of(observer: Observer) -> list[nn.Module]:
     """The modules of an observer that are still alive."""
     return [module for module, (reference, _) in list(_registry.items()) if reference() is observer]
@@ -232,7 +241,7 @@ def _alone(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 
 def _is_caller(module: nn.Module | None) -> bool:
     """Whether this module makes the call: as a layer of transformers, or as the innermost module that runs."""
-    if thread.heads is not None:
+    if thread.heads is not None and thread.heads.owner is not None:
         return thread.heads.owner.module is module
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

@@ -171,6 +171,10 @@ class Watched:
             return None
         return members[0].graphs
 
+    @property
+    def in_forward(self) -> bool:
+        return self.forwards.is_running
+
     def renew_graphs(self) -> None:
         """Have compiled graphs look up anew who reads what they measure."""
         modules = [module for reference in self._registered if (module := reference()) is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -14,11 +14,11 @@ from ..engine import extremes as engine
 from ..reference import extremes as reference
 from ..statistics.fields import STEP_FIELDS
 from .accumulators import Kind, Place
+from .forward_steps import ForwardSteps
 from .streams import LastUse
 
 if TYPE_CHECKING:
     from ..instrumentation.keeping import KeptForward
-    from ..instrumentation.measurement import Forward
 
 
 class StepExtremes:
@@ -32,27 +32,7 @@ class StepExtremes:
         self._results: dict[Place, Tensor] = {}
         self._raised: set[Place] = set()  # since they were read
         self._streams = LastUse()  # that raised or read them, by device
-        self._numbers: dict[int, int] = {}  # of the forwards that ran since, by `Forward.number`
-        self.steps: dict[int, int] = {}  # by these numbers, for `decoded`
-        self._count = 0
-
-    def number(self, forward: Forward, step: int) -> int:
-        """The number of a forward under grad, which is part of that step."""
-        known = self._numbers.get(forward.number)
-        if known is None:
-            self._count += 1
-            known = self._numbers[forward.number] = self._count
-            self.steps[known] = step
-        return known
-
-    def next_number(self, step: int) -> int:
-        """The number of a forward under grad that will be the next one, as part of that step."""
-        self.steps[self._count + 1] = step
-        return self._count + 1
-
-    def skip(self, number: int) -> None:
-        """Count a forward that nobody tells of, unless its number was given to another one."""
-        self._count = max(self._count, number)
+        self.forwards = ForwardSteps()
 
     def prepared(self, kinds: Sequence[Kind], kept: KeptForward) -> Prepared:
         """What `record` needs for calls of these kinds, and for later ones of the same descriptions."""
@@ -65,7 +45,7 @@ class StepExtremes:
 
     def record(self, prepared: Prepared, kept: KeptForward, step: int) -> None:
         """Raise the results by calls of one forward, without waiting for the device."""
-        number = self.number(kept.forward, step)
+        number = self.forwards.number(kept.forward.number, step)
         self._use(prepared.places)
         self._raised.update(prepared.places)
         prepared.calls.run(kept.tensors, number, number)
@@ -97,8 +77,7 @@ class StepExtremes:
             self._results[place].fill_(reference.NONE)
             self._raised.discard(place)
         if not self._raised:
-            self._numbers = {}
-            self.steps = {number: step for number, step in self.steps.items() if number > self._count}
+            self.forwards.restart()
 
 
 class Prepared(NamedTuple):
@@ -108,11 +87,13 @@ class Prepared(NamedTuple):
     calls: engine.Prepared
 
 
-def decoded(results: np.ndarray, steps: Mapping[int, int]) -> np.ndarray:
-    """STEP_FIELDS (fields, H) of results (fields, H). steps: by the numbers of forwards."""
+def decoded(results: np.ndarray, forwards: ForwardSteps) -> np.ndarray:
+    """STEP_FIELDS (fields, H) of results (fields, H). forwards: knows the steps of the numbers in them."""
     found = reference.decoded(results)
     latest = found[2:].max(0)  # minus the first forward of any tensor
-    numbers = [-steps.get(int(-number), 0) if np.isfinite(number) else -np.inf for number in latest.tolist()]
+    numbers = [
+        -forwards.step_of(int(-number)) if np.isfinite(number) else -np.inf for number in latest.tolist()
+    ]
     return np.concatenate([found, [numbers]])
 
 

@@ -7,16 +7,21 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..diagnosis import AttentionDiagnosis, StabilityIssue, diagnose
+from ..diagnosis.origin import first_seen
 from ..diagnosis.thresholds import checked_thresholds
+from ..diagnosis.triage import NonFiniteTrace
 from ..instrumentation import Instrumentation, instrument
 from ..interventions import Applied, Intervention, InterventionPolicy, apply_intervention, learning_rate
 from ..names import unwrapped
+from ..replay import trace_non_finite
 from ..statistics.heads import Snapshot
 from . import state
 from .agreement import Together
@@ -190,6 +195,39 @@ class AttentionStabilityMonitor:
         if self._left_over is not None and self._left_over[0] is diagnosis:
             return self._left_over[1]
         return self.parts.run("advice", self._policy.propose, diagnosis)
+
+    def trace(
+        self,
+        batch: Any,
+        loss: Callable[[Any], Tensor] | None = None,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        wide: bool = True,
+        folder: str | Path | None = None,
+    ) -> NonFiniteTrace:
+        """Run one step again, unmeasured, and say where NaN or inf begins; see `trace_non_finite`.
+
+        A note of the answer says in which step the monitor first saw NaN or inf, if it did. Raises as
+        `trace_non_finite` does.
+        """
+        with self.paused():
+            found = trace_non_finite(
+                self.model,
+                batch,
+                loss,
+                optimizer=optimizer,
+                scaler=scaler,
+                wide=wide,
+                folder=folder,
+                step=self.step,
+            )
+        notes = [*found.notes, *first_seen(self.history)]
+        if self.instrumentation.mode != "probe":
+            notes.append(
+                f"the trace ran the model's own attention, the monitor has mode={self.instrumentation.mode!r}"
+            )
+        return replace(found, notes=tuple(notes))
 
     def restore(self) -> None:
         """End the monitoring; the model runs its own attention. Interventions stay applied."""

@@ -171,7 +171,7 @@ class Recorder:
         log_step = self.step + 1 == self.cadence.next_log_step
         self._instrumentation.keeping = goes_on and self._every_step and not log_step
         with self._extremes.lock:
-            number = self._extremes.next_number(self.step + 1)
+            number = self._extremes.forwards.next_number(self.step + 1)
         self._tell_graphs(number, training=True)
 
     def _tell_graphs(self, number: int, training: bool) -> None:
@@ -183,7 +183,7 @@ class Recorder:
         number = 0
         if forward.training:
             with self._extremes.lock:
-                number = self._extremes.number(forward, self.step + 1)
+                number = self._extremes.forwards.number(forward.number, self.step + 1)
         self._told = True
         self._tell_graphs(number, forward.training)
 
@@ -197,7 +197,7 @@ class Recorder:
         lane = self._lanes.of(forward if told else None)
         if self._every_step and forward is not None and training:
             with self._extremes.lock:
-                self._extremes.number(forward, self.step + 1)
+                self._extremes.forwards.number(forward.number, self.step + 1)
         try:
             with self._lock:
                 self._note(kind, measurement.sample_period)
@@ -233,7 +233,7 @@ class Recorder:
     def _note_untold_graphs(self) -> None:
         """Count the forward of a step whose beginning and end nobody told, such as in a compiled training step."""
         with self._extremes.lock:
-            self._extremes.skip(self._graphs.number)
+            self._extremes.forwards.skip(self._graphs.number)
         if self._graphs.folds:
             with self._lock:
                 self.pending = True
@@ -334,7 +334,7 @@ def _copy_to_host(
             for kind, part in _columns(folds[device], folded):
                 # A layer that did not run keeps its extremes for the next reading.
                 known = part[_SEEN].any() and kind in between
-                read.append((kind, part, decoded(between[kind], extremes.steps) if known else None))
+                read.append((kind, part, decoded(between[kind], extremes.forwards) if known else None))
                 if known:
                     done.add(kind)
         extremes.restart(done)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -114,24 +114,32 @@ class SingleLaunch:
         self._strides, self._call = _strides(call), call_of(query, key, options)
         self._window, self._probes = options.window_size or 0, batch * heads
         self._grid = _programs(call, self._plan), 1, 1
+        self._aligned: Any = None  # the compiled kernel, for tensors that lie at multiples of 16 bytes
 
     def run(self, result: torch.Tensor, control: torch.Tensor, call: Tensors, phase: int) -> None:
         """Raise a result, int32 (fields, H), contiguous. phase: added to the number of the forward in `control`."""
-        launch(
+        together = result.data_ptr() | control.data_ptr()
+        for x in call:
+            if x is not None:
+                together |= x.data_ptr()
+        tensors = OneCall(*call, *self._strides)
+        # Only alignment varies from call to call, so the kernel need not be looked up anew.
+        if self._aligned is not None and not together & 15:
+            numbers = self._window, phase, self._probes
+            self._aligned[self._grid](result, control, tensors, self._call, *numbers, self._plan)
+            return
+        compiled = launch(
             single_extremes_kernel,
             self._grid,
             self._plan,
             self._device,
-            {
-                "result_ptr": result,
-                "control_ptr": control,
-                "tensors": OneCall(*call, *self._strides),
-                "call": self._call,
-            },
+            {"result_ptr": result, "control_ptr": control, "tensors": tensors, "call": self._call},
             {"window": self._window, "phase": phase, "probes": self._probes},
             num_warps=self._tiles.num_warps,
             num_stages=self._tiles.num_stages,
         )
+        if compiled is not None and not together & 15:
+            self._aligned = compiled
 
 
 class Launch:

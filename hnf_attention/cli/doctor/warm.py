@@ -13,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...engine import graphed
 from ...engine.api import attention
+from ...engine.call import check as checked
 from ...engine.card import card_of, current_device
 from ...errors import InputError
 from ...monitoring.monitor import AttentionStabilityMonitor
+from ...reference.extremes import new_result
 
 _SAMPLE = 16  # of the sampled monitor: 1/16 of the rows
 _HEADS, _HEAD_DIMS, _DTYPES, _LENGTHS = 16, (64, 128), ("bfloat16",), (1024, 1000)  # without options
@@ -92,7 +95,7 @@ def shapes(options: argparse.Namespace) -> Iterator[Shape]:
 
 
 def warm(shape: Shape, device: torch.device) -> float:
-    """Make each call of a training step once: `attention`, and a layer under every kind of monitor. Seconds taken."""
+    """Make each call of a training step once: `attention`, a layer under every kind of monitor. Seconds taken."""
     begin = time.perf_counter()
     sizes = shape.heads, shape.kv_heads, shape.kv_heads
     tensors = [
@@ -107,9 +110,32 @@ def warm(shape: Shape, device: torch.device) -> float:
             for _ in range(2):
                 _step(model, tensors)
                 monitor.on_step()
+    _graphed(shape, tensors)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - begin
+
+
+@torch.no_grad()
+def _graphed(shape: Shape, tensors: list[Tensor]) -> None:
+    """What the graph of a compiled model launches beside a call."""
+    query, key, value = tensors
+    out = F.scaled_dot_product_attention(query, key, value, **_Attention(shape).options)
+    options = checked(
+        query,
+        key,
+        value,
+        attn_mask=None,
+        is_causal=shape.is_causal,
+        scale=None,
+        window_size=None,
+        softcap=None,
+        sinks=None,
+    )
+    control = torch.tensor([1 | graphed.EXTREMES | graphed.STATISTICS], device=query.device)
+    state = graphed.new_state(shape.heads, control, new_result(shape.heads, query.device))
+    call = query, key, value, out
+    graphed.GraphedCall(call, options, 0).run(state, call)
 
 
 def _step(call: Callable[..., Tensor], tensors: list[Tensor]) -> None:

@@ -25,6 +25,7 @@ from . import layers, slots
 NOT_PLAIN = "a compiled graph calls it with a mask, or by another function than scaled_dot_product_attention"
 NO_MODULE = "a compiled graph calls it behind a graph break"
 NOT_FOUR = "a compiled graph calls it with tensors that have not four dimensions, or with symbolic heads"
+UNTOLD = "a compiled function runs it without grad, and nobody sees whether its forwards are evaluation"
 CROSS = "in a compiled graph, the padding of its queries is not known"
 _AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -42,6 +43,8 @@ def slot(
         return None, NO_MODULE
     if is_cross(owner.layer):
         return None, CROSS
+    if not torch.is_grad_enabled() and not owner.observer.in_forward:
+        return None, UNTOLD
     query, key, value, mask = dynamo.items(asked.local("tensors"))
     if not dynamo.is_none(mask):
         return None, NOT_PLAIN

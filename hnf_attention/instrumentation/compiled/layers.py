@@ -25,6 +25,8 @@ _numbers = itertools.count(1)
 _modules: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 #: Modules of which a graph was compiled while an interceptor was in place.
 _traced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+#: Classes of the modules among them that nobody measured.
+_unmeasured: weakref.WeakSet[type[nn.Module]] = weakref.WeakSet()
 #: The kinds of slots that graphs of a module ask for.
 _kinds: weakref.WeakKeyDictionary[nn.Module, dict[str, GraphKind]] = weakref.WeakKeyDictionary()
 #: Modules with a call that graphs do not measure by themselves, with the reason, which a graph gives only once.
@@ -81,15 +83,22 @@ def mark_compiled(modules: Collection[nn.Module]) -> None:
 
     Also where other handles measure them from now on.
     """
-    if any(module in _traced for module in modules):
+    if any(module in _traced or type(module) in _unmeasured for module in modules):
         for module in modules:
             unmark(module)
         mark(modules)
 
 
 def mark_later(module: nn.Module) -> None:
-    """Note that a graph without an operator was compiled of a module that nobody measures."""
+    """Note that a graph without an operator was compiled of a module that nobody measures.
+
+    Modules of its class would run that graph, too: those that are measured are marked, now or when they come.
+    """
     _traced.add(module)
+    _unmeasured.add(type(module))
+    for other in observer.modules():
+        if type(other) is type(module) and other.__dict__.get(ATTRIBUTE) is None:
+            _mark(other)
 
 
 def unmark(module: nn.Module) -> None:

@@ -62,7 +62,9 @@ class Slot:
             return  # inside a backward it is the second forward of a checkpoint
         capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
         wanted = self._reader.wanted
-        signature = *((x.shape, x.stride(), x.dtype) for x in tensors), rest
+        query, key, value, out = tensors
+        shapes = query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride()
+        signature = shapes, out.shape, out.stride(), query.dtype, rest
         known = signature in self._calls
         # Replays ask the control, so what is captured holds every launch. So does the first run, which compiles them.
         everything = capturing or not known
@@ -73,15 +75,12 @@ class Slot:
             self._merged = True
             self._note(self._calls[signature])
         try:
-            with torch.no_grad(), without_dispatch_modes():
+            with without_dispatch_modes():
                 call = self._calls[signature] if known else self._describe(signature, tensors, describe)
                 if call is None:
                     return
-                mine = (
-                    viewed(tensors, call.views)
-                    if call.views is not None
-                    else _tensors(describe(), tensors[3])
-                )
+                views = call.views
+                mine = _tensors(describe(), out) if views is None else viewed(tensors, views)
                 extremes, statistics = bool(wanted & EXTREMES), bool(wanted & STATISTICS)
                 call.measure.run(state, mine, everything or extremes, everything or statistics)
         except Exception as error:  # the monitor never ends a run
@@ -94,7 +93,6 @@ class Slot:
             self._calls.clear()
         self._calls[signature] = None
         call = describe()
-        call.cast()
         options, mine = call.validated(), _tensors(call, tensors[3])
         measure, views = GraphedCall(mine, options, 0), views_of(tensors, mine)
         self._calls[signature] = found = _Described(measure, views, call.interceptor)
@@ -144,6 +142,6 @@ def name_of(kind: GraphKind) -> str:
 
 
 def _tensors(call: AttentionCall, output: Tensor) -> Any:
-    call.cast()
+    """Query, key, value and output of a call, which are cast already: no autocast reaches into a graph."""
     value = call.value
     return call.query, call.key, value, by_heads(call.output(output), call.query.shape[1], value)
