@@ -21,6 +21,7 @@ t = transformers
 
 @pytest.fixture(autouse=True, scope="module")
 def _leave_nothing_behind():
+    gc.collect()
     original = F.scaled_dot_product_attention
     yield
     gc.collect()

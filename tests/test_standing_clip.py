@@ -18,6 +18,7 @@ from hnf_attention.interventions.sizes import MOST_REST, bounds_of_sizes
 
 @pytest.fixture(autouse=True, scope="module")
 def _leave_nothing_behind():
+    gc.collect()
     original = F.scaled_dot_product_attention
     yield
     gc.collect()
