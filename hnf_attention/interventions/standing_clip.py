@@ -118,7 +118,9 @@ class QKClip:
             )
         by_device: dict[torch.device, list[str]] = {}
         for name, layer in layers.items():
-            by_device.setdefault(layer.largest.device, []).append(name)
+            # Another process may have seen what this one has left alone.
+            if layer.seen or self._processes > 1:
+                by_device.setdefault(layer.largest.device, []).append(name)
         for names in by_device.values():
             largest = self._together(torch.cat([layers[name].largest for name in names]))
             over = largest.isfinite() & (largest > self.threshold)
@@ -144,9 +146,14 @@ class QKClip:
         self._optimizers.clear()
         self._sizes.restore()
 
+    @property
+    def _processes(self) -> int:
+        there = dist.is_available() and dist.is_initialized()
+        return dist.get_world_size(self._group) if there else 1
+
     def _together(self, largest: Tensor) -> Tensor:
         """The sizes over all processes; inf in place of NaN, which a maximum may lose."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self._group) > 1:
+        if self._processes > 1:
             largest = torch.where(largest.isnan(), torch.inf, largest)
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
         return largest
