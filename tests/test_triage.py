@@ -360,3 +360,29 @@ def test_a_reproduction_needs_torch_and_safetensors_only(tmp_path):
     command = [sys.executable, "-W", "error", str(tmp_path / "reproduce.py")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={})
     assert done.returncode == 0 and "result 0: NOT FINITE [-inf]" in done.stdout, done.stderr
+
+
+def test_a_closures_own_scaler_goes_on_as_it_was():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    inputs = torch.ones(2, 4)
+
+    def step():
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = model(inputs).sum()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        return loss
+
+    step()
+    scaler.update()
+    before = scaler.state_dict()
+    trace = trace_non_finite(model, step, optimizer=optimizer, scaler=scaler)
+    assert trace.cause == causes.GRADIENT and trace.notes == () and trace.wide.finite, trace
+    assert scaler.state_dict() == before
+    step()  # raises if the scaler counts as stepped already

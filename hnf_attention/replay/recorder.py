@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import compat
-from ..diagnosis.triage.records import BACKWARD, OPTIMIZER, WITHOUT_NUMBERS, Operation, TensorRecord
+from ..diagnosis.triage.records import BACKWARD, OPTIMIZER, SCALING, WITHOUT_NUMBERS, Operation, TensorRecord
 from .owners import Owners
 
 #: What a fused attention hands to its backward, by the parameters' names.
@@ -66,7 +66,7 @@ class Recorder(compat.DispatchMode):
 
     owners: say which module and which part of a step makes a call.
     capture: the operation whose tensors are copied; then no number of the others is looked at.
-    went_back, stepped: whether a backward ran, and the step of an optimizer.
+    went_back, stepped, scaled: whether a backward ran, the step of an optimizer, a loss scaler.
     """
 
     def __init__(self, owners: Owners, capture: Wanted | None = None):
@@ -74,7 +74,7 @@ class Recorder(compat.DispatchMode):
         self._owners, self._capture = owners, capture
         self.operations: list[Operation] = []
         self.captured: Captured | None = None
-        self.went_back = self.stepped = False
+        self.went_back = self.stepped = self.scaled = False
         self._memories: dict[int, int] = {}  # by address
         self._kept: list[StorageWeakRef] = []  # so that no address is given away again
         self._numbers: list[tuple[TensorRecord, Tensor, Tensor]] = []
@@ -96,6 +96,7 @@ class Recorder(compat.DispatchMode):
         module, phase = self._owners.place()
         self.went_back |= phase == BACKWARD
         self.stepped |= phase == OPTIMIZER
+        self.scaled |= phase == SCALING
         wanted = self._capture
         is_like = wanted is not None and wanted[:3] == (str(operator), module, phase)
         now = wanted is not None and is_like and wanted.before == self._passed
