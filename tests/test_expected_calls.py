@@ -91,7 +91,12 @@ def extremes(forwards):
     }, outputs
 
 
-@pytest.mark.parametrize("name", FORWARDS)
+QUICK = ("another order", "a spoiled key", "a layer that raises")
+
+
+@pytest.mark.parametrize(
+    "name", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in FORWARDS]
+)
 def test_results_are_those_of_calls_that_are_described_anew(name, monkeypatch):
     found, outputs = extremes(FORWARDS[name])
     monkeypatch.setattr(Keeper, "expected", lambda self: None)

@@ -241,7 +241,7 @@ def _alone(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 
 def _is_caller(module: nn.Module | None) -> bool:
     """Whether this module makes the call: as a layer of transformers, or as the innermost module that runs."""
-    if thread.heads is not None:
+    if thread.heads is not None and thread.heads.owner is not None:
         return thread.heads.owner.module is module
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
