@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...tracing import traced, transformed
-from .. import observer, sharded
+from .. import observer, sharded, treating
 from ..call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
 from ..compiled import graphed, layers, operators, slots, tracer
 from ..expected import Plain
@@ -43,6 +43,10 @@ def _interceptor(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(original)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
+        changed = treating.current(*args, **kwargs) if treating.thread.running or treating.finders else None
+        return attend(*args, **kwargs) if changed is None else changed.run(attend, True, *args, **kwargs)
+
+    def attend(*args: Any, **kwargs: Any) -> Tensor:
         if transformed():
             observer.list_transformed()
             output = original(*args, **kwargs)
@@ -101,12 +105,12 @@ def _beside(
     if found is None:
         return
     query, key, value = operators.inputs(query, key, value)
-    call = bool(is_causal), scale, enable_gqa, heads
+    call = operators.detached(attn_mask), bool(is_causal), scale, enable_gqa, heads
     if isinstance(found, slots.Slot):
         state = found.accumulator, found.result, found.token, found.control
         _graphed_operator(*state, query, key, value, output.detach(), *call)
     else:
-        _operator(found, query, key, value, operators.detached(attn_mask), *call)
+        _operator(found, query, key, value, *call)
 
 
 def _measure(
