@@ -158,6 +158,11 @@ def name_of(kind: GraphKind) -> str:
 
 
 def _tensors(call: AttentionCall, output: Tensor) -> Any:
-    """Query, key, value and output of a call, which are cast already: no autocast reaches into a graph."""
+    """Query, key, value and output of a call, which are cast already: no autocast reaches into a graph.
+
+    Raises Unmeasurable if values have other heads than keys.
+    """
     value = call.value
+    if value.shape[1] != call.key.shape[1]:
+        raise Unmeasurable(f"it has {call.key.shape[1]} key heads and {value.shape[1]} value heads")
     return call.query, call.key, value, by_heads(call.output(output), call.query.shape[1], value)
