@@ -121,12 +121,12 @@ class Slot:
         if owner is None:
             return
         if isinstance(error, Unmeasurable):
-            owner.observer.note(owner.layer, str(error))
+            owner.observer.note_failed(owner.layer, str(error))
             return
         self._failed = True
         reason = f"measuring failed in a compiled graph: {type(error).__name__}: {error}"
         _log.warning("hnf-attention: %s: %s", display_name(owner.layer), reason)
-        owner.observer.note(owner.layer, reason)
+        owner.observer.note_failed(owner.layer, reason)
 
     def _owner(self) -> observer.Owner | None:
         module = self._module()
