@@ -104,7 +104,7 @@ class Slot:
             self._calls.clear()
         self._calls[signature] = None
         call = describe()
-        options, mine = call.validated(), _tensors(call, tensors[3])
+        mine, options = _tensors(call, tensors[3]), call.validated()
         measure, views = GraphedCall(mine, options, 0), views_of(tensors, mine)
         as_is = mask is not None and views_of([mask], [options.attn_mask]) == [None]
         self._calls[signature] = found = _Described(measure, views, as_is, call.interceptor)
