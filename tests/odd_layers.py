@@ -89,16 +89,68 @@ class Biased(Fused):
 
 
 class Gated(Separate):
-    """q_proj holds the queries and the gate of each head."""
+    """q_proj holds the queries and a gate: beside those of each head, or all of it after them."""
 
-    def __init__(self, **options):
+    def __init__(self, inner=True, gate="own", **options):
         super().__init__(rows=2 * WIDTH, **options)
+        self.inner, self.gate = inner, gate
+
+    def parts(self, x):
+        return self._parts(x)[:3]
+
+    def _parts(self, x):
+        rows = self.q_proj(x)
+        if self.inner:
+            q, gate = rows.unflatten(-1, (HEADS, 2 * DIM)).chunk(2, -1)
+        else:
+            q, gate = (y.unflatten(-1, (HEADS, DIM)) for y in rows.chunk(2, -1))
+        k, v = (p(x).unflatten(-1, (-1, DIM)).transpose(1, 2) for p in (self.k_proj, self.v_proj))
+        return q.transpose(1, 2), k, v, q if self.gate == "queries" else gate
 
     def forward(self, x):
-        q, gate = self.q_proj(x).unflatten(-1, (HEADS, 2 * DIM)).chunk(2, -1)
-        k, v = (p(x).unflatten(-1, (-1, DIM)).transpose(1, 2) for p in (self.k_proj, self.v_proj))
-        out = self.attend(q.transpose(1, 2), k, v).transpose(1, 2)
+        q, k, v, gate = self._parts(x)
+        out = self.attend(q, k, v).transpose(1, 2)
         return self.proj((out * gate.sigmoid()).flatten(2))
+
+
+class Grouped(Fused):
+    """The rows of a key head's queries, then its own and its values', then the next one's."""
+
+    def __init__(self, groups, **options):
+        super().__init__(name="query_key_value", **options)
+        self.num_kv_heads = groups
+        self.query_key_value = nn.Linear(WIDTH, (HEADS + 2 * groups) * DIM)
+
+    def parts(self, x):
+        groups, per = self.num_kv_heads, HEADS // self.num_kv_heads
+        rows = self.query_key_value(x).unflatten(-1, (groups, per + 2, DIM))
+        q = rows[..., :per, :].flatten(2, 3).transpose(1, 2)
+        return q, *(rows[..., per + i, :].repeat_interleave(per, 2).transpose(1, 2) for i in (0, 1))
+
+
+class Latent(Fused):
+    """Multi-head latent attention: keys from a latent, and a rotary part whose keys all heads share."""
+
+    def __init__(self, latent_queries=False, **options):
+        super().__init__(**options)
+        del self.qkv
+        self.qk_nope_head_dim, self.qk_rope_head_dim = DIM, 4
+        self.latent_queries = latent_queries
+        rows = HEADS * (DIM + 4)
+        if latent_queries:
+            self.q_a_proj, self.q_a_layernorm = nn.Linear(WIDTH, 16), nn.RMSNorm(16)
+            self.q_b_proj = nn.Linear(16, rows)
+        else:
+            self.q_proj = nn.Linear(WIDTH, rows)
+        self.kv_a_proj_with_mqa, self.kv_a_layernorm = nn.Linear(WIDTH, 16 + 4), nn.RMSNorm(16)
+        self.kv_b_proj = nn.Linear(16, HEADS * 2 * DIM)
+
+    def parts(self, x):
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.latent_queries else self.q_proj(x)
+        latent, rotary = self.kv_a_proj_with_mqa(x).split([16, 4], -1)
+        k, v = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (HEADS, 2 * DIM)).chunk(2, -1)
+        k = torch.cat([k, rotary.unsqueeze(2).expand(-1, -1, HEADS, -1)], -1)
+        return q.unflatten(-1, (HEADS, DIM + 4)).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 class Reused(Separate):

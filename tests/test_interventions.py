@@ -180,7 +180,7 @@ Attn = type("GPTBigCodeAttention", (Strange,), {})
     [
         (Strange(q_proj=nn.Linear(8, 8), k_proj=nn.Linear(8, 8), q_norm=nn.LayerNorm(4)), "QK-norm .*q_norm"),
         (Strange(query=nn.Linear(8, 8), key=nn.Linear(8, 8), key_layernorm=nn.LayerNorm(4)), "QK-norm"),
-        (Strange(query_key_value=nn.Linear(8, 24)), "class whose row order is known"),
+        (Strange(query_key_value=nn.Linear(8, 24)), "expected proof"),
         (Attn(c_attn=nn.Linear(8, 24)), "another order, that of GPTBigCodeAttention"),
         (
             Strange(q_proj=nn.Conv1d(8, 8, 1), k_proj=nn.Linear(8, 8)),

@@ -338,6 +338,12 @@ def arguments(module: nn.Module) -> tuple[Any, ...]:
     return ()
 
 
+def running_calls() -> Iterator[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
+    """The registered modules that are running, the innermost first, with what each was given by place and by name."""
+    for found, variables in _running():
+        yield found.module, variables.get("args", ()), variables.get("kwargs", {})
+
+
 def _running(into_graphs: bool = True) -> Iterator[tuple[Owner, dict[str, Any]]]:
     """The registered modules that are running, the innermost first, each with the variables of the frame that runs it.
 

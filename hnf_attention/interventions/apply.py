@@ -2,53 +2,152 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
-from . import dropout, learning_rate, qk_clip, temperature
-from .intervention import Change, positive, shortened
-from .scaling import LayerScaling, refuse_masters, scale_layers
+from ..names import unwrapped
+from . import qk_clip, temperature
+from .action import Action, Reading, Verdict
+from .dropout import RaiseDropout
+from .epsilon import SetEpsilon
+from .intervention import numbers_by_layer, positive, shortened
+from .layer_precision import LayerPrecision
+from .learning_rate import ReduceRate
+from .optimizers import as_list
+from .prune import PruneHeads
+from .qk_norm import StartQKNorm
+from .qk_rate import QKRates
+from .rewarm import Rewarm
+from .rewind import Rewind
+from .scaling import ScaleHeads
+from .skip_spikes import SkipSpikes
+from .softcap import Softcap
+from .standing_clip import StandingClip
 
-_Thing = TypeVar("_Thing")
 
-#: Actions that scale weights: (model, intervention) -> the factors of each layer.
-_SCALINGS: dict[str, Callable[[nn.Module, Mapping[str, Any]], list[LayerScaling]]] = {
-    "qk_clip": qk_clip.plan,
-    "temperature": temperature.plan,
+@dataclass(frozen=True)
+class _Run:
+    """What an intervention may change."""
+
+    optimizers: list[torch.optim.Optimizer]
+    given_model: nn.Module | None
+    scheduler: Any
+
+    def rates(self, factor: float, action: str) -> ReduceRate:
+        """The action on learning rates."""
+        if not self.optimizers:
+            raise ValueError(f"expected an optimizer for {action} with a learning-rate factor, got None")
+        return ReduceRate(self.optimizers, factor, self.scheduler)
+
+    def model(self, intervention: Mapping[str, Any]) -> nn.Module:
+        """The model, which a monitor's interventions know."""
+        given = self.given_model
+        model = getattr(intervention, "model", None) if given is None else given
+        if model is None:
+            raise ValueError(f"expected a model for {intervention['action']}, got None")
+        return model
+
+
+def _reduce_lr(run: _Run, wanted: Mapping[str, Any]) -> list[Action]:
+    return [run.rates(positive(wanted, "factor"), "reduce_lr")]
+
+
+def _qk_clip(run: _Run, wanted: Mapping[str, Any]) -> list[Action]:
+    cut: list[Action] = []
+    if "lr_factor" in wanted:
+        cut = [run.rates(positive(wanted, "lr_factor"), "qk_clip")]
+    model = run.model(wanted)
+    plan = qk_clip.plan(model, wanted)
+    scale = ScaleHeads("qk_clip", model, plan, numbers_by_layer(wanted), qk_clip.predicted(wanted))
+    scale.refuse_masters(run.optimizers)
+    return [scale, *cut]
+
+
+def _temperature(run: _Run, wanted: Mapping[str, Any]) -> list[Action]:
+    model = run.model(wanted)
+    scale = ScaleHeads("temperature", model, temperature.plan(model, wanted))
+    scale.refuse_masters(run.optimizers)
+    return [scale]
+
+
+#: What makes the actions of an intervention: everything is checked, nothing is changed.
+_BUILDERS: dict[str, Callable[[_Run, Mapping[str, Any]], list[Action]]] = {
+    "reduce_lr": _reduce_lr,
+    "increase_dropout": lambda run, wanted: [RaiseDropout(run.model(wanted), wanted)],
+    "qk_clip": _qk_clip,
+    "temperature": _temperature,
+    "standing_qk_clip": lambda run, wanted: [StandingClip(run.model(wanted), run.optimizers, wanted)],
+    "qk_norm": lambda run, wanted: [StartQKNorm(unwrapped(run.model(wanted)), run.optimizers, wanted)],
+    "rewind": lambda run, wanted: [Rewind(run.model(wanted), wanted)],
+    "rewarm_lr": lambda run, wanted: [Rewarm(run.optimizers, wanted)],
+    "qk_rate": lambda run, wanted: [QKRates(run.model(wanted), run.optimizers, wanted)],
+    "set_eps": lambda run, wanted: [SetEpsilon(run.optimizers, wanted)],
+    "skip_spikes": lambda run, wanted: [SkipSpikes(run.optimizers, wanted)],
+    "softcap": lambda run, wanted: [Softcap(run.model(wanted), wanted)],
+    "precision": lambda run, wanted: [LayerPrecision(run.model(wanted), wanted)],
+    "prune_heads": lambda run, wanted: [PruneHeads(run.model(wanted), wanted)],
 }
-ACTIONS = ("reduce_lr", "increase_dropout", *_SCALINGS)
+ACTIONS = tuple(_BUILDERS)
 
 
 @dataclass(repr=False)
 class Applied:
-    """An intervention that was carried out: what was done, and the way back."""
+    """An intervention that was carried out: what was done, how to check it, and the way back."""
 
     intervention: Mapping[str, Any]
     description: str
-    undo: list[Callable[[], None]]
+    actions: list[Action] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        state = "" if self.undo else ", reverted"
+        state = "" if any(action.applied for action in self.actions) else ", reverted"
         return f"Applied({shortened(self.description)}{state})"
 
-    def revert(self) -> None:
-        """Undo it by the inverse change: weights are divided by what they were multiplied with.
+    def verify(self, reading: Reading) -> list[Verdict]:
+        """Compare what each action predicted with a later reading: `AttentionDiagnosis.stats`."""
+        return [action.verify(reading) for action in self.actions if action.applied]
 
-        What was learnt in between is kept. Without any learning, the weights come back but for two roundings of
-        their dtype: 2^-23 of each in fp32, 2^-7 in bf16. Dropout comes back exactly. A second call does nothing.
-        Raises ValueError if the weights cannot be found any more, for example under an adapter.
+    def revert(self) -> None:
+        """Take it back, the last action first. A second call does nothing.
+
+        Where nothing was learnt since, every weight, rate and dropout is what it was, bit for bit. Where something
+        was, weights and rates are divided by what they were multiplied with, and keep what was learnt; a rewind's
+        revert gives up what was learnt since; a standing clip ends. Raises ValueError if weights cannot be found any
+        more, for example under an adapter.
         """
-        while self.undo:
-            self.undo.pop()()
+        for action in reversed(self.actions):
+            action.revert()
+
+
+def plan_intervention(
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None,
+    intervention: Mapping[str, Any],
+    model: nn.Module | None = None,
+    *,
+    scheduler: Any = None,
+) -> list[Action]:
+    """The actions that `apply_intervention` would carry out, checked and not applied: see `Action.preview`.
+
+    Same arguments and errors.
+    """
+    if intervention.get("action") not in _BUILDERS:
+        raise ValueError(f"expected intervention['action'] in {ACTIONS}, got {intervention.get('action')!r}")
+    more = intervention.get("then", [])
+    if not isinstance(more, (list, tuple)) or not all(isinstance(one, Mapping) for one in more):
+        raise ValueError(f"expected 'then' to be a list of interventions, got {more!r}")
+    known = getattr(intervention, "model", None) if model is None else model
+    run = _Run(as_list(optimizer), known, scheduler)
+    actions = _BUILDERS[intervention["action"]](run, intervention)
+    for one in more:
+        actions += plan_intervention(optimizer, one, known, scheduler=scheduler)
+    return actions
 
 
 def apply_intervention(
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None,
     intervention: Mapping[str, Any],
     model: nn.Module | None = None,
     *,
@@ -63,52 +162,36 @@ def apply_intervention(
     - qk_clip (MuonClip, arXiv 2507.20534) scales query and key weights, so that each head's scores come down
       to the threshold. It is exact for plain and rotary attention; if a bias or soft-cap follows, for the q.k part.
     - temperature divides query weights.
+    - standing_qk_clip does QK-clip after every optimizer step from now on: see `QKClip`.
+    - qk_norm normalises queries and keys from the next forward on: see `start_qk_norm`.
+    - rewind restores a state from before the alarm: see `GoodStates`.
+    - rewarm_lr warms the learning rate up again, set_eps sets the optimizer's epsilon, qk_rate gives query and key
+      weights a rate of their own, skip_spikes leaves out gradients that are far larger than usual.
+    - softcap caps the scores of layers, precision computes their attention in fp32, prune_heads switches heads off.
 
-    The last two change a weight only on proof that the scores of its head, and nothing else, follow it: they take
+    Those that scale change a weight only on proof that the scores of its head, and nothing else, follow it: they take
     the attention of `torch.nn` and of the transformers classes in `known_classes`. A layer of any other class is
     copied, with random weights, and tried on random inputs.
 
-    optimizer: needed for learning rates. Given for weights too, it must update them itself, in their own dtype.
-    model: needed for everything else, unless the intervention comes from a monitor, which knows its model. If the
-        optimizer keeps separate fp32 master weights, hand over the model that holds them: it overwrites others.
+    optimizer: one or several, needed for learning rates and for what joins or follows the optimizer. Given for weights
+        too, it must update them itself, in their own dtype.
+    model: needed for everything but learning rates, unless the intervention comes from a monitor, which knows its
+        model. If the optimizer keeps separate fp32 master weights, hand over the model that holds them: it overwrites
+        others.
     scheduler: one, or a list of them, whose base rates are scaled along.
 
-    Returns an `Applied`, whose `revert()` takes it back. Raises ValueError, and then has changed nothing,
-    for an unknown action, missing or wrong items, an unknown layer, or one that cannot be treated: its weights are
-    frozen, shared, wrapped, of 8 bits or fewer, or not proved to be its queries and keys.
+    Returns an `Applied`, whose `verify()` compares it with a later reading, and whose `revert()` takes it back. Raises
+    ValueError, and then has changed nothing, for an unknown action, missing or wrong items, an unknown layer, or one
+    that cannot be treated: its weights are frozen, shared, wrapped, of 8 bits or fewer, or not proved to be its queries
+    and keys.
     """
-    action = intervention.get("action")
-    if action not in ACTIONS:
-        raise ValueError(f"expected intervention['action'] in {ACTIONS}, got {action!r}")
-    cut: list[Callable[[], Change]] = []
-    if action == "reduce_lr" or (action == "qk_clip" and "lr_factor" in intervention):
-        factor = positive(intervention, "factor" if action == "reduce_lr" else "lr_factor")
-        rates = _need(optimizer, "an optimizer", f"{action} with a learning-rate factor")
-        cut.append(partial(learning_rate.apply, rates, factor, scheduler))
-    todo: list[Callable[[], Change]] = []
-    if action != "reduce_lr":
-        model = _need(getattr(intervention, "model", None) if model is None else model, "a model", action)
-        if action == "increase_dropout":
-            todo.append(partial(dropout.apply, model, intervention))
-        else:
-            plan = _SCALINGS[action](model, intervention)
-            if optimizer is not None:
-                refuse_masters(model, plan, optimizer)
-            todo.append(partial(scale_layers, model, plan))
-    todo += cut
-    done: list[Change] = []
+    actions = plan_intervention(optimizer, intervention, model, scheduler=scheduler)
+    said: list[str] = []
     try:
-        for change in todo:
-            done.append(change())
-    except Exception:
-        for each in reversed(done):
-            each.undo()
+        for action in actions:
+            said.append(action.apply())
+    except BaseException:
+        for action in reversed(actions):
+            action.revert()
         raise
-    description = f"{action}: {'; '.join(change.description for change in done)}"
-    return Applied(intervention, description, [change.undo for change in done])
-
-
-def _need(thing: _Thing | None, what: str, action: str) -> _Thing:
-    if thing is None:
-        raise ValueError(f"expected {what} for {action}, got None")
-    return thing
+    return Applied(intervention, f"{intervention['action']}: {'; '.join(said)}", actions)

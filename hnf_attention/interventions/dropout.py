@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from ..names import display_name, named_modules
-from .intervention import Change, Intervention, positive
+from .action import Action, Preview, Reading, Verdict
+from .intervention import Intervention, positive
 
 # Names of the probability of *attention* dropout (residual and output dropouts have other names).
 NAMES = ("attn_dropout", "attention_dropout", "attn_drop", "attn_pdrop", "dropout_p", "dropout")
@@ -29,36 +30,55 @@ def raisable(model: nn.Module, layer: str) -> bool:
     return any(getattr(holder, name) < MAXIMUM for holder, name in _places(module))
 
 
-def apply(model: nn.Module, intervention: Mapping[str, Any]) -> Change:
-    """Add the amount to the layer's attention dropout, up to MAXIMUM.
+class RaiseDropout(Action):
+    """Adds the amount to a layer's attention dropout, up to MAXIMUM. Reverting sets the old number.
 
     Raises ValueError for an unknown layer, one without an attention dropout, or one that shares it with others.
     """
-    amount, layer = positive(intervention, "amount", AMOUNT), intervention.get("layer")
-    modules = dict(named_modules(model))
-    if layer not in modules:
-        raise ValueError(f"expected 'layer' to name a module of the model, got {layer!r}")
-    places = _places(modules[layer])
-    if not places:
-        raise ValueError(
-            f"expected layer {layer!r} to have an attention dropout (one of {', '.join(NAMES)}), "
-            f"got {type(modules[layer]).__name__} with none of them"
-        )
-    shared = _shared(model, modules[layer])
-    if shared:
-        raise ValueError(
-            f"expected layer {layer!r} to have an attention dropout of its own, got {shared} other modules that use it"
-        )
-    before = [getattr(holder, name) for holder, name in places]
-    after = [max(p, min(MAXIMUM, p + amount)) for p in before]
 
-    def put(values: Sequence[float]) -> None:
-        for (holder, name), value in zip(places, values):
+    name = "increase_dropout"
+
+    def __init__(self, model: nn.Module, intervention: Mapping[str, Any]):
+        super().__init__()
+        amount, layer = positive(intervention, "amount", AMOUNT), intervention.get("layer")
+        modules = dict(named_modules(model))
+        if not isinstance(layer, str) or layer not in modules:
+            raise ValueError(f"expected 'layer' to name a module of the model, got {layer!r}")
+        self._layer, module = layer, modules[layer]
+        self._held = _places(module)
+        if not self._held:
+            raise ValueError(
+                f"expected layer {self._layer!r} to have an attention dropout (one of {', '.join(NAMES)}), "
+                f"got {type(module).__name__} with none of them"
+            )
+        shared = _shared(model, module)
+        if shared:
+            raise ValueError(
+                f"expected layer {self._layer!r} to have an attention dropout of its own, got {shared} other modules "
+                "that use it"
+            )
+        self._before = [getattr(holder, name) for holder, name in self._held]
+        self._after = [max(p, min(MAXIMUM, p + amount)) for p in self._before]
+
+    def preview(self) -> Preview:
+        """As `Action.preview`."""
+        first = self._before[0], self._after[0]
+        text = f"attention dropout of {display_name(self._layer)}: {first[0]:g} -> {first[1]:g}"
+        return Preview(text, {"layer": self._layer, "before": first[0], "after": first[1]})
+
+    def verify(self, reading: Reading) -> Verdict:
+        """Whether the number is still there: a reading does not show dropout."""
+        now = [getattr(holder, name) for holder, name in self._held]
+        return Verdict(now == self._after, f"attention dropout is {now[0]:g}, set to {self._after[0]:g}")
+
+    def _do(self, undo: list[Callable[[], Any]]) -> str:
+        undo.append(lambda: self._put(self._before))
+        self._put(self._after)
+        return self.preview().text
+
+    def _put(self, values: Sequence[float]) -> None:
+        for (holder, name), value in zip(self._held, values):
             setattr(holder, name, value)
-
-    put(after)
-    text = f"attention dropout of {display_name(layer)}: {before[0]:g} -> {after[0]:g}"
-    return Change(text, lambda: put(before))
 
 
 def _places(module: nn.Module) -> list[tuple[nn.Module, str]]:

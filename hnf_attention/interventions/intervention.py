@@ -1,10 +1,10 @@
-"""What an intervention is: a dict that says which fix, where, how strong and why; and what carrying it out gives."""
+"""What an intervention is: a dict that says which fix, where, how strong and why."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -17,6 +17,16 @@ class Intervention(dict[str, Any]):
     qk_clip: {'action', 'threshold', 'layers': {layer: [largest |score| of each head]}, 'reason'}, and
         'lr_factor' where the learning rate should fall as well.
     temperature: {'action', 'layers': {layer: [factor of each head]}, 'reason'}.
+    standing_qk_clip: {'action', 'reason'} and optionally 'threshold' and 'measure', as for `QKClip`.
+    qk_norm: {'action', 'reason'} and optionally 'layers' (a list of names) and 'most', as for `start_qk_norm`.
+    rewind: {'action', 'before' (the step of the alarm), 'reason'}; the model needs a `GoodStates`.
+    rewarm_lr: {'action', 'reason'} and optionally 'steps' (100) and 'floor' (0.1, of the rate).
+    qk_rate: {'action', 'factor', 'layers': {layer: number of heads}, 'reason'}.
+    set_eps: {'action', 'eps', 'reason'}. skip_spikes: {'action', 'reason'} and optionally 'limit' (6, in deviations).
+    softcap: {'action', 'layers' (a list of names), 'reason'} and optionally 'cap' (50, nats).
+    precision: {'action', 'layers' (a list of names), 'reason'}.
+    prune_heads: {'action', 'layers': {layer: [numbers of heads]}, 'reason'}.
+    Each may have 'then': a list of further ones, which are carried out after it, as one.
     """
 
     def __init__(self, items: Mapping[str, Any], model: nn.Module | None = None):
@@ -29,13 +39,6 @@ class Intervention(dict[str, Any]):
     def __repr__(self) -> str:
         items = {key: _short(key, value) for key, value in self.items()}
         return f"Intervention({', '.join(f'{key}: {text}' for key, text in items.items())})"
-
-
-class Change(NamedTuple):
-    """What was changed, in words, and what changes it back."""
-
-    description: str
-    undo: Callable[[], None]
 
 
 def shortened(text: str, limit: int = 300) -> str:

@@ -29,14 +29,21 @@ def find(model: nn.Module, layer: str, num_heads: int, *, scaling: bool = True) 
     modules = dict(named_modules(model))
     module = _attention_module(modules, layer)
     around = modules[layer.rpartition(".")[0]]
-    shards = Shards.of(model, layer) if scaling else None
     for place in (module, around):
-        reader = Reader(layer, shards, changing=scaling)
-        found = orders.read(place, num_heads, reader)
-        if found is not None:
-            if scaling:
-                _prove(model, place, layer, found)
-            return found
+        candidates = orders.candidates(place, num_heads)
+        if not scaling or known_classes.includes(place):
+            candidates = candidates[:1]
+        reasons: list[ValueError] = []
+        for number, read in enumerate(candidates):
+            try:
+                found = read(Reader(layer, Shards.of(model, layer) if scaling else None, changing=scaling))
+                if scaling:
+                    _prove(model, place, layer, found, number)
+                return found
+            except ValueError as reason:
+                reasons.append(reason.with_traceback(None))
+        if reasons:
+            raise reasons[0]
     raise ValueError(
         f"expected layer {layer!r} to hold query and key projections in a known layout (q_proj/k_proj, "
         f"query/key, c_attn, qkv, in_proj_weight, ...), got {type(module).__name__} with "
@@ -58,17 +65,22 @@ def _attention_module(modules: Mapping[str, nn.Module], layer: str) -> nn.Module
     )
 
 
-def _prove(model: nn.Module, place: nn.Module, layer: str, found: Projections) -> None:
-    """Raise ValueError unless scaling these weights is proved to scale the scores of this layer, and nothing else."""
+def _prove(model: nn.Module, place: nn.Module, layer: str, found: Projections, number: int) -> None:
+    """Raise ValueError unless scaling these weights is proved to scale the scores of this layer, and nothing else.
+
+    number: of the candidate that they were read by.
+    """
     _refuse_shared(model, layer, found)
-    _refuse_qk_norm(place, layer)
+    if not found.rest:  # latent attention has norms before these projections
+        _refuse_qk_norm(place, layer)
     if known_classes.includes(place):
         if own_parameter(place, "q_bias") is not None:  # VideoMAE in transformers 4
             raise ValueError(
                 f"expected the biases of layer {layer!r} in its projections, got a q_bias beside them"
             )
         return
-    reason = trial.disproof(model, place, found.num_heads, lambda tried: _read(tried, layer, found.num_heads))
+    heads = found.num_heads
+    reason = trial.disproof(model, place, (heads, number), lambda tried: _read(tried, layer, heads, number))
     if reason is not None:
         raise ValueError(
             f"expected proof that the scores of layer {layer!r} follow the weights that are named like its query "
@@ -76,11 +88,8 @@ def _prove(model: nn.Module, place: nn.Module, layer: str, found: Projections) -
         )
 
 
-def _read(tried: nn.Module, layer: str, num_heads: int) -> Projections:
-    found = orders.read(tried, num_heads, Reader(layer, changing=True))
-    if found is None:
-        raise ValueError("expected the projections of the module in its copy, got none")
-    return found
+def _read(tried: nn.Module, layer: str, num_heads: int, number: int) -> Projections:
+    return orders.candidates(tried, num_heads)[number](Reader(layer, changing=True))
 
 
 def _refuse_shared(model: nn.Module, layer: str, found: Projections) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,8 @@ from ..compat import inner_schedulers
 from ..diagnosis.thresholds import threshold
 from ..diagnosis.trends import score_size
 from ..statistics.heads import Snapshot
-from .intervention import Change, Intervention
+from .action import Action, Preview, Reading, Verdict
+from .intervention import Intervention
 
 _log = logging.getLogger("hnf_attention")
 
@@ -91,34 +92,81 @@ def propose(factor: float, reason: str) -> Intervention:
     return Intervention({"action": "reduce_lr", "factor": factor, "reason": reason})
 
 
-def apply(optimizer: torch.optim.Optimizer, factor: float, scheduler: Any) -> Change:
-    """Multiply the rate of every parameter group by `factor`.
+class ReduceRate(Action):
+    """Multiplies the rate of every parameter group by `factor`.
 
-    `initial_lr` is multiplied too. A scheduler that computes rates from its own `base_lrs` (LambdaLR) keeps
-    the change only if it is given.
+    `initial_lr` is multiplied too. A scheduler that computes rates from its own `base_lrs` (LambdaLR) keeps the change
+    only if it is given. Reverting sets the old rates where nothing has changed them since, and divides others.
     """
-    if scheduler is None and any("initial_lr" in group for group in optimizer.param_groups):
-        _log.warning(
-            "this optimizer has a learning-rate scheduler, which may undo the change at its next step (LambdaLR "
-            "computes rates from its own base_lrs); hand it to apply_intervention as scheduler="
+
+    name = "reduce_lr"
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], factor: float, scheduler: Any):
+        super().__init__()
+        self._groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self._factor, self._rescheduled, self._given = (
+            factor,
+            _with_base_rates(scheduler),
+            scheduler is not None,
         )
-    before = ", ".join(f"{float(group['lr']):g}" for group in optimizer.param_groups)
-    _multiply(optimizer, factor, scheduler)
-    return Change(
-        f"learning rates ({before}) times {factor:g}", lambda: _multiply(optimizer, 1 / factor, scheduler)
-    )
+        self._set: list[float] = []
+
+    def preview(self) -> Preview:
+        """As `Action.preview`."""
+        rates = [float(group["lr"]) for group in self._groups]
+        text = f"learning rates ({', '.join(f'{rate:g}' for rate in rates)}) times {self._factor:g}"
+        return Preview(text, {"before": rates, "after": [rate * self._factor for rate in rates]})
+
+    def verify(self, reading: Reading) -> Verdict:
+        """Whether a schedule has kept the rates at or below what they were set to."""
+        rates = [float(group["lr"]) for group in self._groups]
+        kept = all(now <= then * (1 + 1e-6) for now, then in zip(rates, self._set))
+        said = ", ".join(f"{rate:g}" for rate in rates), ", ".join(f"{rate:g}" for rate in self._set)
+        return Verdict(kept, f"learning rates are ({said[0]}), set to ({said[1]})")
+
+    def _do(self, undo: list[Callable[[], Any]]) -> str:
+        if not self._given and any("initial_lr" in group for group in self._groups):
+            _log.warning(
+                "this optimizer has a learning-rate scheduler, which may undo the change at its next step (LambdaLR "
+                "computes rates from its own base_lrs); hand it to apply_intervention as scheduler="
+            )
+        said = self.preview().text
+        for group in self._groups:
+            for name in ("lr", "initial_lr"):
+                if group.get(name) is not None:
+                    undo.append(self._multiply(group, name))
+        for part in self._rescheduled:
+            undo.append(self._multiply_all(part))
+        self._set = [float(group["lr"]) for group in self._groups]
+        return said
+
+    def _multiply(self, group: dict[str, Any], name: str) -> Callable[[], None]:
+        """Multiply one rate. Returns what takes it back."""
+        old = float(group[name])
+        _put(group, name, group[name] * self._factor)
+        new = float(group[name])
+
+        def back() -> None:
+            _put(group, name, old if float(group[name]) == new else group[name] / self._factor)
+
+        return back
+
+    def _multiply_all(self, part: Any) -> Callable[[], None]:
+        old = list(part.base_lrs)
+        part.base_lrs = [rate * self._factor for rate in old]
+        new = list(part.base_lrs)
+
+        def back() -> None:
+            part.base_lrs = old if part.base_lrs == new else [rate / self._factor for rate in part.base_lrs]
+
+        return back
 
 
-def _multiply(optimizer: torch.optim.Optimizer, factor: float, scheduler: Any) -> None:
-    for group in optimizer.param_groups:
-        for name in ("lr", "initial_lr"):
-            rate = group.get(name)
-            if isinstance(rate, Tensor):  # a captured CUDA graph reads this very tensor
-                rate.mul_(factor)
-            elif rate is not None:
-                group[name] = rate * factor
-    for part in _with_base_rates(scheduler):
-        part.base_lrs = [rate * factor for rate in part.base_lrs]
+def _put(group: dict[str, Any], name: str, rate: Any) -> None:
+    if isinstance(group[name], Tensor):  # a captured CUDA graph reads this very tensor
+        group[name].fill_(rate)
+    else:
+        group[name] = rate
 
 
 def _with_base_rates(scheduler: Any) -> list[Any]:

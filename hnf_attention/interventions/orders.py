@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import nn
 
 from ..compat import child
@@ -18,11 +21,17 @@ SEPARATE = (
 )
 # Rows ordered all of q, all of k, all of v; each of those by heads.
 FUSED = ("c_attn", "qkv", "Wqkv", "qkv_proj")
-# Rows ordered by heads, and q, k, v within each head. The name alone does not tell; these classes do so.
-INTERLEAVED = {"query_key_value": ("GPTNeoXAttention", "BloomAttention")}
+# Rows ordered by heads, and q, k, v within each head: these classes do so. Of others the name alone does not tell.
+INTERLEAVED = {"query_key_value": ("GPTNeoXAttention", "BloomAttention", "FalconAttention")}
 # Classes that use a FUSED name for another order of rows.
 NOT_FUSED = ("GPTBigCodeAttention", "CodeGenAttention", "MiniMaxLightningAttention")
-KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
+KEY_HEADS = (
+    "num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads", "n_head_kv", "n_query_groups", "num_query_groups"
+)  # fmt: skip
+LATENT_QUERIES = ("q_b_proj", "q_proj")  # with and without a latent of the queries
+
+#: Reads the weights of a module by one order of rows.
+Reading = Callable[[Reader], Projections]
 
 
 def holds(module: nn.Module) -> bool:
@@ -33,23 +42,36 @@ def holds(module: nn.Module) -> bool:
     return any({q, k} <= names for q, k in SEPARATE) or bool(names & {*FUSED, *INTERLEAVED})
 
 
-def read(module: nn.Module, num_heads: int, reader: Reader) -> Projections | None:
-    """The query and key weights of a module, by the names and shapes of its projections; None if it has none.
+def candidates(module: nn.Module, num_heads: int) -> list[Reading]:
+    """What the query and key weights of a module may be, by the names of its projections; none if it has none.
 
-    Raises ValueError for names and shapes that fit no order of rows.
+    The likeliest comes first. Each raises ValueError for names and shapes that do not fit it.
     """
     if isinstance(module, nn.MultiheadAttention):
-        return _multihead(module, num_heads, reader)
+        return [partial(_multihead, module, num_heads)]
+    if _is_module(module, "kv_b_proj") and any(_is_module(module, name) for name in LATENT_QUERIES):
+        return [partial(_latent, module, num_heads)]
     for query, key in SEPARATE:
         if _is_module(module, query) and _is_module(module, key):
-            return _separate(module, num_heads, query, key, reader)
+            names = query, key
+            gated = [partial(_gated, module, num_heads, *names, inner=inner) for inner in (True, False)]
+            return [partial(_separate, module, num_heads, *names), *gated]
     for name, classes in INTERLEAVED.items():
         if _is_module(module, name):
-            return _interleaved(module, num_heads, name, classes, reader)
+            if own_class(module).__name__ in classes:
+                return [partial(_grouped, module, num_heads, name)]
+            return _fused_orders(module, num_heads, name, by_kind_first=False)
     for name in FUSED:
         if _is_module(module, name):
-            return _fused(module, num_heads, name, reader)
-    return None
+            return _fused_orders(module, num_heads, name, by_kind_first=True)
+    return []
+
+
+def _fused_orders(module: nn.Module, num_heads: int, name: str, by_kind_first: bool) -> list[Reading]:
+    by_kind = partial(_fused, module, num_heads, name)
+    by_head = partial(_interleaved, module, num_heads, name)
+    rest = [partial(_grouped, module, num_heads, name)]
+    return [by_kind, by_head, *rest] if by_kind_first else [by_head, *rest, by_kind]
 
 
 def _separate(module: nn.Module, num_heads: int, query: str, key: str, reader: Reader) -> Projections:
@@ -90,18 +112,71 @@ def _fused(module: nn.Module, num_heads: int, name: str, reader: Reader) -> Proj
     return reader.by_head(query_rows, [rows[start:stop] for rows in fused], num_heads, key_heads)
 
 
-def _interleaved(
-    module: nn.Module, num_heads: int, name: str, classes: tuple[str, ...], reader: Reader
-) -> Projections:
-    if own_class(module).__name__ not in classes:
-        raise ValueError(
-            f"expected {reader.layer}.{name} in a class whose row order is known {classes}, "
-            f"got {own_class(module).__name__}"
-        )
+def _interleaved(module: nn.Module, num_heads: int, name: str, reader: Reader) -> Projections:
+    """q, k and v of one head, then those of the next."""
     rows = reader.linear(module, name)
     _head_size(reader.layer, len(rows[0]), 3 * num_heads)
     parts = [part.unflatten(0, (num_heads, 3, -1)) for part in rows]
     return reader.projections([part[:, 0] for part in parts], [part[:, 1] for part in parts])
+
+
+def _grouped(module: nn.Module, num_heads: int, name: str, reader: Reader) -> Projections:
+    """The queries of one key head, its keys and values, then those of the next (Falcon, Megatron, older litgpt)."""
+    groups = _key_heads(module, num_heads)
+    rows = reader.linear(module, name)
+    _head_size(reader.layer, len(rows[0]), num_heads + 2 * groups)
+    if num_heads % groups:
+        raise ValueError(f"expected {num_heads} query heads in groups of one size, got {groups} key heads")
+    queries = num_heads // groups
+    parts = [part.unflatten(0, (groups, queries + 2, -1)) for part in rows]
+    query = [part[:, 0] if queries == 1 else part[:, :queries] for part in parts]
+    return reader.projections(query, [part[:, queries] for part in parts], num_heads)
+
+
+def _gated(
+    module: nn.Module, num_heads: int, query: str, key: str, reader: Reader, inner: bool
+) -> Projections:
+    """A gate beside the queries in their projection. inner: beside those of each head (Qwen3-Next)."""
+    query_rows, key_rows = (reader.linear(module, name) for name in (query, key))
+    size = _head_size(reader.layer, len(query_rows[0]), 2 * num_heads)
+    key_heads, left = divmod(len(key_rows[0]), size)
+    if left or not key_heads or num_heads % key_heads:
+        raise ValueError(
+            f"expected key heads of {size} in layer {reader.layer!r}, got {len(key_rows[0])} rows"
+        )
+    if inner:
+        queries = [rows.unflatten(0, (num_heads, 2, size))[:, 0] for rows in query_rows]
+    else:
+        queries = [rows.unflatten(0, (2, num_heads, size))[0] for rows in query_rows]
+    return reader.projections(queries, [rows.unflatten(0, (key_heads, size)) for rows in key_rows])
+
+
+def _latent(module: nn.Module, num_heads: int, reader: Reader) -> Projections:
+    """Multi-head latent attention (DeepSeek, Kimi). The rotary keys are one head that all query heads share.
+
+    The rule of Kimi K2 (arXiv 2507.20534): the rotary queries take the whole factor, other queries and keys its root.
+    """
+    if not reader.changing:
+        raise ValueError(
+            f"expected keys that are projected from the input of layer {reader.layer!r}, got latent ones"
+        )
+    name = next(name for name in LATENT_QUERIES if _is_module(module, name))
+    sizes = [getattr(module, f"qk_{part}_head_dim", None) for part in ("nope", "rope")]
+    query, key = (reader.linear(module, x) for x in (name, "kv_b_proj"))
+    plain, rotary = (size if isinstance(size, int) else 0 for size in sizes)
+    if plain < 1 or rotary < 1:
+        raise ValueError(
+            f"expected qk_nope_head_dim and qk_rope_head_dim in layer {reader.layer!r}, got {sizes}"
+        )
+    if len(query[0]) != num_heads * (plain + rotary) or len(key[0]) % num_heads:
+        raise ValueError(
+            f"expected {num_heads} query heads of {plain + rotary} in {reader.layer}.{name}, got {len(query[0])} rows"
+        )
+    queries = [rows.unflatten(0, (num_heads, -1)) for rows in query]
+    keys = [rows.unflatten(0, (num_heads, -1))[:, :plain] for rows in key]
+    width = getattr(child(module, "kv_a_proj_with_mqa"), "in_features", None)
+    rest = [x[:, plain:] for x in queries]
+    return reader.projections([x[:, :plain] for x in queries], keys, rest=rest, width=width)
 
 
 def _multihead(module: nn.MultiheadAttention, num_heads: int, reader: Reader) -> Projections:

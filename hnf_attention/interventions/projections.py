@@ -11,15 +11,24 @@ from torch import Tensor, nn
 from .. import compat
 from .shards import Shards, own_class
 
+#: Forwards of transformers that multiply the input by the weight, add the bias, and do nothing else.
+KNOWN_FORWARDS = (
+    "transformers.pytorch_utils.Conv1D.forward",
+    "transformers.models.falcon.modeling_falcon.FalconLinear.forward",
+)
+
 
 @dataclass(frozen=True)
 class Projections:
     """A layer's query and key weights and biases, as views into the parameters.
 
-    query: tensors whose first dimension is the H query heads. key: the same for the H_kv key heads.
+    query: tensors whose first dimension is the H query heads, or whose first two are key heads and the query heads of
+        each. key: tensors whose first dimension is the H_kv key heads.
     Scaling both, or the query side alone, scales every score before bias and soft-cap.
     parameters: those that the views lie in.
     shards: where FSDP2 keeps the weights in parts, the factors that stand for their rows here; else None.
+    rest: query weights whose keys all heads share, as the rotary part of latent attention: they take both factors.
+    width: of the module's input, where it is not that of the projections.
     """
 
     query: list[Tensor]
@@ -28,22 +37,32 @@ class Projections:
     num_key_heads: int
     parameters: list[Tensor]
     shards: Shards | None = None
+    rest: list[Tensor] = field(default_factory=list)
+    width: int | None = None
 
     @property
     def keys_shared(self) -> bool:
         """Whether several query heads read one key head (grouped-query attention)."""
         return self.num_key_heads != self.num_heads
 
+    @property
+    def query_by_head(self) -> list[Tensor]:
+        """The query weights with all heads in the first dimension: copies where `query` has two for them."""
+        return [x if x.shape[0] == self.num_heads else x.flatten(0, 1) for x in self.query]
+
     @torch.no_grad()
     def multiply(self, query: Tensor, key: Tensor | None) -> None:
         """Multiply each head's query weights by `query` (H,) and its key weights by `key` (H_kv,), in place."""
-        for tensors, factors in ((self.query, query), (self.key, key)):
+        both = query if key is None or not self.rest else query * key
+        for tensors, factors in ((self.query, query), (self.key, key), (self.rest, both)):
             if factors is None:
                 continue
             for tensor in tensors:
                 # In at least fp32: a bf16 factor would be off by half a percent.
                 wide = torch.promote_types(tensor.dtype, torch.float32)
-                tensor.mul_(factors.to(tensor.device, wide).view(-1, *(1,) * (tensor.dim() - 1)))
+                heads = tensor.shape[:1] if tensor.shape[0] == len(factors) else tensor.shape[:2]
+                shape = *heads, *(1,) * (tensor.dim() - len(heads))
+                tensor.mul_(factors.to(tensor.device, wide).view(shape))
         if self.shards is not None:
             self.shards.multiply()
 
@@ -110,21 +129,29 @@ class Reader:
             [rows.unflatten(0, (num_key_heads, -1)) for rows in key],
         )
 
-    def projections(self, query: list[Tensor], key: list[Tensor]) -> Projections:
-        """What was read, from tensors whose first dimension is the heads."""
-        return Projections(query, key, len(query[0]), len(key[0]), self.parameters, self.shards)
+    def projections(
+        self,
+        query: list[Tensor],
+        key: list[Tensor],
+        num_heads: int | None = None,
+        rest: Sequence[Tensor] = (),
+        width: int | None = None,
+    ) -> Projections:
+        """What was read, from tensors whose first dimension is the heads. num_heads: where two dimensions are."""
+        heads = len(query[0]) if num_heads is None else num_heads
+        return Projections(query, key, heads, len(key[0]), self.parameters, self.shards, list(rest), width)
 
 
 def _computes_plainly(projection: nn.Module) -> bool:
-    """Whether the forward is that of nn.Linear or transformers' Conv1D, and no hook may change what it returns."""
+    """Whether the forward is that of nn.Linear or one of KNOWN_FORWARDS, and no hook may change what it returns."""
     cls = type(projection)
     linear = cls.forward is nn.Linear.forward
     written = f"{cls.forward.__module__}.{cls.forward.__qualname__}"
-    conv1d = written == "transformers.pytorch_utils.Conv1D.forward"
+    known = written in KNOWN_FORWARDS
     hooked = (
         any(compat.forward_hooks(projection)) and own_class(projection) is cls
     )  # FSDP2's hooks gather weights
-    return (linear or conv1d) and "forward" not in vars(projection) and not hooked
+    return (linear or known) and "forward" not in vars(projection) and not hooked
 
 
 def _check_changeable(parameter: Tensor, where: str) -> None:

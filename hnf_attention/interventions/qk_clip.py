@@ -52,3 +52,13 @@ def plan(model: nn.Module, intervention: Mapping[str, Any]) -> list[LayerScaling
             LayerScaling(layer, gamma if shared else gamma.sqrt(), None if shared else gamma.sqrt())
         )
     return scalings
+
+
+def predicted(intervention: Mapping[str, Any]) -> dict[str, list[float | None]]:
+    """The size of each head after it, nats."""
+    limit = positive(intervention, "threshold")
+    layers = numbers_by_layer(intervention)
+    return {
+        layer: [None if x is None or not math.isfinite(x) else min(x, limit) for x in sizes]
+        for layer, sizes in layers.items()
+    }

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import compat
+from ..diagnosis.trends import clip_size
 from ..names import display_name
-from . import layout
-from .intervention import Change
+from . import good_states, layout
+from .action import Action, Preview, Reading, Verdict
+from .projections import Projections
+
+#: How far a size may be from the predicted one at the next reading, of it: other batches and some steps lie between.
+TOLERANCE = 0.25
+
+#: Scalings whose old weights are kept, by model.
+_reversible: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[ScaleHeads]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -21,36 +33,172 @@ class LayerScaling:
     query: Tensor
     key: Tensor | None
 
-    def apply(self, model: nn.Module) -> None:
-        """Find the layer's weights and multiply them."""
-        layout.find(model, self.layer, len(self.query)).multiply(self.query, self.key)
-
-    def inverse(self) -> LayerScaling:
-        """The scaling that takes this one back."""
-        return LayerScaling(self.layer, 1 / self.query, None if self.key is None else 1 / self.key)
+    def find(self, model: nn.Module) -> Projections:
+        """The layer's weights. Raises ValueError if they are not to be scaled."""
+        return layout.find(model, self.layer, len(self.query))
 
 
-def scale_layers(model: nn.Module, plan: Sequence[LayerScaling]) -> Change:
-    """Scale every layer of the plan, which was made for this model. If one fails, those before it are scaled back."""
-    plan = [scaling for scaling in plan if (scaling.query != 1).any()]
+class _Layer:
+    """One layer that was scaled: its weights before, on the host, and how often they had been written to after it."""
 
-    def run(scalings: Sequence[LayerScaling]) -> None:
-        for number, scaling in enumerate(scalings):
-            try:
-                scaling.apply(model)
-            except Exception:
-                for done in scalings[:number]:
-                    done.inverse().apply(model)
-                raise
+    def __init__(self, scaling: LayerScaling, model: nn.Module):
+        self._scaling, self._model = scaling, model
+        self.parameters = scaling.find(model).parameters
+        self.old: list[Tensor] | None = [_local(p).to("cpu", copy=True) for p in self.parameters]
+        self.versions: list[int] = []
 
-    run(plan)
-    texts = [f"{display_name(s.layer)} heads {torch.nonzero(s.query != 1).flatten().tolist()}" for s in plan]
-    text = f"scaled the weights of {', '.join(texts)}" if texts else "nothing to scale"
-    return Change(text, lambda: run([scaling.inverse() for scaling in plan]))
+    def multiply(self) -> None:
+        self._scaling.find(self._model).multiply(self._scaling.query, self._scaling.key)
+
+    def untouched(self) -> bool:
+        """Whether nobody wrote to the weights since, as autograd counts it."""
+        return self.versions == [compat.version(p) for p in self.parameters]
+
+    def note(self) -> None:
+        self.versions = [compat.version(p) for p in self.parameters]
+
+    def restore(self) -> None:
+        """The old weights, whatever there is now."""
+        self._write(self.old or ())
+
+    def put_back(self) -> None:
+        """The old weights, bit for bit, if the weights are what they were multiplied to. Else divide them."""
+        if self.old is not None:
+            now = [_local(p).clone() for p in self.parameters]
+            self.restore()
+            self.multiply()
+            same = all(torch.equal(_local(p), x) for p, x in zip(self.parameters, now))
+            self._write(self.old if same else now)
+            if same:
+                return
+        scaling = self._scaling
+        key = None if scaling.key is None else 1 / scaling.key
+        scaling.find(self._model).multiply(1 / scaling.query, key)
+
+    def _write(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values):
+            _local(parameter).copy_(value)
 
 
-def refuse_masters(model: nn.Module, plan: Sequence[LayerScaling], optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError if the optimizer seems to keep fp32 copies of these layers' 16-bit weights.
+class ScaleHeads(Action):
+    """Multiplies the query and key weights of heads, in every layer of a plan or in none.
+
+    sizes, predicted: the size of each head by layer, nats, before and after it; None where it is not known.
+
+    Reverting restores the old weights bit for bit if nothing was learnt since, and no later scaling is in force. Else
+    it divides by the factors, and keeps what was learnt. The old weights stay on the host until the next scaling of
+    weights that were trained meanwhile.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        plan: Sequence[LayerScaling],
+        sizes: Mapping[str, Sequence[float | None]] | None = None,
+        predicted: Mapping[str, Sequence[float | None]] | None = None,
+    ):
+        super().__init__()
+        self.name = name  # type: ignore[misc]
+        self._model, self._sizes, self._predicted = model, sizes, predicted
+        self._plan = [scaling for scaling in plan if (scaling.query != 1).any()]
+        self._layers: list[_Layer] = []
+
+    def preview(self) -> Preview:
+        """As `Action.preview`."""
+        texts, numbers = [], {}
+        for scaling in self._plan:
+            heads = torch.nonzero(scaling.query != 1).flatten().tolist()
+            texts.append(f"{display_name(scaling.layer)} heads {heads}")
+            numbers[scaling.layer] = {
+                "query": scaling.query.tolist(),
+                "key": None if scaling.key is None else scaling.key.tolist(),
+            }
+            for what, values in (("size", self._sizes), ("predicted", self._predicted)):
+                if values is not None:
+                    numbers[scaling.layer][what] = list(values[scaling.layer])
+        text = f"scaled the weights of {', '.join(texts)}" if texts else "nothing to scale"
+        return Preview(text, numbers)
+
+    def verify(self, reading: Reading) -> Verdict:
+        """Compare the predicted size of each head that was scaled with the measured one."""
+        if self._predicted is None:
+            return Verdict(None, "no size was predicted")
+        off = []
+        for scaling in self._plan:
+            stats = reading.get(scaling.layer)
+            if stats is None:
+                return Verdict(None, f"layer {display_name(scaling.layer)} was not measured")
+            for head, (wanted, found) in enumerate(zip(self._predicted[scaling.layer], clip_size(stats))):
+                if wanted is not None and scaling.query[head] != 1:
+                    off.append(
+                        (found / wanted if np.isfinite(found) else np.inf, scaling.layer, head, wanted, found)
+                    )
+        if not off:
+            return Verdict(True, "nothing was scaled")
+        worst = max(off, key=lambda x: abs(np.log(max(x[0], 1e-30))))
+        text = f"{display_name(worst[1])} head {worst[2]}: {worst[3]:.1f} nats were predicted, {worst[4]:.1f} measured"
+        return Verdict(bool(abs(worst[0] - 1) <= TOLERANCE), text)
+
+    def refuse_masters(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Raise ValueError if an optimizer seems to keep copies of these weights."""
+        for optimizer in optimizers:
+            for scaling in self._plan:
+                refuse_masters(scaling.layer, scaling.find(self._model).parameters, optimizer)
+
+    def _do(self, undo: list[Callable[[], Any]]) -> str:
+        good_states.settle(self._model)
+        earlier = self._earlier()
+        self._layers = [_Layer(scaling, self._model) for scaling in self._plan]
+        learnt: list[bool] = []
+
+        def note_earlier() -> None:
+            for each in earlier if learnt != [True] else ():
+                each.note()
+
+        undo.append(note_earlier)
+        try:
+            for layer in self._layers:
+                layer.multiply()
+        except BaseException:
+            for layer in self._layers:
+                layer.restore()
+            raise
+        undo += [layer.put_back for layer in self._layers]
+        undo.append(lambda: learnt.append(not self.untouched()))
+        for each in earlier:
+            each.note()
+        self.note()
+        _reversible.setdefault(self._model, []).append(weakref.ref(self))
+        return self.preview().text
+
+    def note(self) -> None:
+        """The weights are now what this and later scalings made of them."""
+        for layer in self._layers:
+            layer.note()
+
+    def untouched(self) -> bool:
+        """Whether nobody wrote to the weights since `note`."""
+        return all(layer.untouched() for layer in self._layers)
+
+    def _earlier(self) -> list[ScaleHeads]:
+        """Earlier scalings of this model without any training since. The others lose their old weights."""
+        found = []
+        for reference in _reversible.pop(self._model, []):
+            each = reference()
+            if each is None or not each.applied:
+                continue
+            if each.untouched():
+                found.append(each)
+            else:
+                for layer in each._layers:
+                    layer.old = None
+        _reversible[self._model] = [weakref.ref(each) for each in found]
+        return found
+
+
+def refuse_masters(layer: str, parameters: Iterable[Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError if the optimizer seems to keep fp32 copies of these 16-bit parameters of a layer.
 
     Its next step would write the copies over any change of the weights.
     """
@@ -58,11 +206,16 @@ def refuse_masters(model: nn.Module, plan: Sequence[LayerScaling], optimizer: to
     if not any(parameter.dtype == torch.float32 for parameter in held):
         return
     updated = {id(parameter) for parameter in held}
-    for scaling in plan:
-        for parameter in layout.find(model, scaling.layer, len(scaling.query)).parameters:
-            if parameter.element_size() == 2 and id(parameter) not in updated:
-                raise ValueError(
-                    f"expected an optimizer that updates the {parameter.dtype} weights of layer {scaling.layer!r} "
-                    "themselves, got one with other tensors in fp32: its master weights would undo the change "
-                    "(hand over the model that holds them)"
-                )
+    for parameter in parameters:
+        if parameter.element_size() == 2 and id(parameter) not in updated:
+            raise ValueError(
+                f"expected an optimizer that updates the {parameter.dtype} weights of layer {layer!r} "
+                "themselves, got one with other tensors in fp32: its master weights would undo the change "
+                "(hand over the model that holds them)"
+            )
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """The parameter's memory in this process."""
+    own = parameter.detach()
+    return own.to_local() if hasattr(own, "placements") else own  # type: ignore[attr-defined]

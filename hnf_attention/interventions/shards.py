@@ -62,7 +62,7 @@ class Shards:
         return factors
 
     def multiply(self) -> None:
-        """Multiply every parameter by its factors, in place."""
+        """Multiply every parameter by its factors, in place. The factors are 1 then, for another time."""
         from torch.distributed.tensor import DTensor, Replicate
 
         for parameter, factors in self._factors:
@@ -76,3 +76,4 @@ class Shards:
             everywhere = [Replicate()] * mesh.ndim
             mine = DTensor.from_local(whole, mesh, everywhere, run_check=False).redistribute(mesh, cut)
             parameter.to_local().mul_(mine.to_local())
+            factors.fill_(1)

@@ -58,8 +58,9 @@ def _layer(model: nn.Module, name: str, design: Design, index: int) -> LayerWeig
     if getattr(module, "is_cross_attention", False):
         raise ValueError("its keys come from another sequence, whose norm is not known")
     norm = norm_before(model, name)
-    query, key = weights.query[0].float(), weights.key[0].float()
-    biases = (side[1] if len(side) > 1 else None for side in (weights.query, weights.key))
+    sides = weights.query_by_head, weights.key
+    query, key = (side[0].float() for side in sides)
+    biases = (side[1] if len(side) > 1 else None for side in sides)
     heads = theory.fold_norm(query, key, norm, *biases)
     dim = query.shape[1]
     scale = _scale(model, module, design, index, dim)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...tracing import traced, transformed
-from .. import observer
+from .. import observer, treating
 from ..call import AttentionCall, Unmeasurable
 from ..compiled import tracer
 from ..patches import Patch
@@ -44,6 +44,8 @@ def install() -> list[Patch]:
 def _fast_path_interceptor(original: Callable[[], bool]) -> Callable[[], bool]:
     @functools.wraps(original)
     def get_fastpath_enabled() -> bool:
+        if treating.thread.running or treating.finders:
+            return False
         if transformed():
             # With gradients enabled, PyTorch does not take the fast path.
             slowed = original() and not torch.is_grad_enabled()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...tracing import traced, transformed
-from .. import observer, sharded
+from .. import observer, sharded, treating
 from ..call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
 from ..compiled import graphed, layers, operators, slots, tracer
 from ..expected import Plain
@@ -43,6 +43,10 @@ def _interceptor(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(original)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
+        changed = treating.current(*args, **kwargs) if treating.thread.running or treating.finders else None
+        return attend(*args, **kwargs) if changed is None else changed.run(attend, True, *args, **kwargs)
+
+    def attend(*args: Any, **kwargs: Any) -> Tensor:
         if transformed():
             observer.list_transformed()
             output = original(*args, **kwargs)

@@ -28,7 +28,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ... import compat
 from ...tracing import traced, transformed
-from .. import observer
+from .. import observer, treating
 from ..call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
 from ..compiled import flex as flex_compiled
 from ..compiled import layers, operators, tracer
@@ -38,6 +38,7 @@ from ..patches import Patch, methods, of_item
 
 EAGER = "eager_attention_forward"  # or a name that ends so
 FLEX_INTERCEPTOR = "transformers flex_attention"
+_TENSORS = ("query", "key", "value")
 EAGER_STAYS = 'mode="auto" leaves eager attention as it is'
 
 
@@ -105,6 +106,18 @@ def _sdpa_interceptor(original: Callable[..., Any]) -> Callable[..., Any]:
     return sdpa_attention_forward
 
 
+def _perhaps_changed(attend: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`attend` of (module, query, key, value, ...), or of what somebody changes the queries and keys to."""
+    if not (treating.thread.running or treating.finders):
+        return attend(*args, **kwargs)
+    module, *tensors = (_argument(args, kwargs, i, name) for i, name in enumerate(("module", *_TENSORS)))
+    changed = treating.current(*tensors[:2])
+    if changed is None:
+        return attend(*args, **kwargs)
+    rest = {name: value for name, value in kwargs.items() if name not in ("module", *_TENSORS)}
+    return changed.run(functools.partial(attend, module), False, *tensors, *args[4:], **rest)
+
+
 def _eager_interceptor(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
     names, label = tuple(signature.parameters), f"{original.__module__}.{original.__name__}"
@@ -113,6 +126,9 @@ def _eager_interceptor(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def eager_attention_forward(*args: Any, **kwargs: Any) -> Any:
+        return _perhaps_changed(attend, args, kwargs)
+
+    def attend(*args: Any, **kwargs: Any) -> Any:
         if transformed():
             if traced():
                 _beside_eager(label, names, dict(zip(names, args)) | kwargs)
@@ -232,6 +248,9 @@ def _eager_call(
 def _flex_interceptor(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def flex_attention_forward(*args: Any, **kwargs: Any) -> Any:
+        return _perhaps_changed(attend, args, kwargs)
+
+    def attend(*args: Any, **kwargs: Any) -> Any:
         if transformed():
             if traced():
                 result = tracer.announced(None, original, args, kwargs)

@@ -1,0 +1,65 @@
+"""What an interceptor asks before anything else: whether somebody changes the call that is made here.
+
+A change comes first, so whoever measures the layer sees the changed call. See `treated` for who changes calls.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from .. import compat
+
+
+class Running(Protocol):
+    """One call of a module whose attention is changed, while it runs."""
+
+    def run(self, original: Callable[..., Any], sdpa: bool, *args: Any, **named: Any) -> Any:
+        """Compute the changed call of `original`, which takes query, key and value first, by place or by name.
+
+        sdpa: it is scaled_dot_product_attention, or what takes its place.
+        """
+
+
+class Finder(Protocol):
+    """Looks for the modules of one model that call attention."""
+
+    def found(self, module: nn.Module, query: Tensor, key: Tensor) -> Running | None:
+        """Take in a call that `module` makes, as the innermost one that runs. Returns what changes this very call."""
+
+
+class _Thread(threading.local):
+    """The calls that run on this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.running: list[Running] = []
+
+
+thread = _Thread()
+#: Those who look for attention now; empty nearly always.
+finders: list[Finder] = []
+
+
+def current(query: Tensor | None = None, key: Tensor | None = None, *_: Any, **__: Any) -> Running | None:
+    """Who changes the attention call made here, with these queries and keys; None for nobody."""
+    if finders and query is not None and key is not None:
+        found = _discover(query, key)
+        if found is not None:
+            return found
+    return thread.running[-1] if thread.running else None
+
+
+def _discover(query: Tensor, key: Tensor) -> Running | None:
+    """Tell the finders of a call. In a graph that is traced there is no stack to look at."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not compat.module_call_code:
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None:
+        return None
+    module = frame.f_locals["self"]
+    answers = [finder.found(module, query, key) for finder in list(finders)]
+    return next((answer for answer in answers if answer is not None), None)

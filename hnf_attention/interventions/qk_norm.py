@@ -1,0 +1,372 @@
+"""QK-norm started in a trained model: queries and keys get a fixed length, at first the one that they had on average.
+
+RMS norm over each query and key (Henry et al., arXiv 2010.04245; Dehghani et al., arXiv 2302.05442), with one learned
+gain for each head. A gain that is one number commutes with rotary positions, so the norm is applied at the attention
+call. Scores then stay within gain_q * gain_k * D * scale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..compat import dynamo
+from ..diagnosis.trends import product_size
+from ..instrumentation import treating
+from ..instrumentation.treated import Call, Treated, interceptors
+from ..names import display_name, named_modules, unwrapped
+from . import optimizers as optim
+from .action import Action, Preview, Reading, Verdict
+from .intervention import check_positive
+from .layout import QK_NORM
+from .shards import Shards
+
+_log = logging.getLogger("hnf_attention")
+
+QUERY, KEY = "qk_norm_query", "qk_norm_key"  # names of the gains in a module's state dict
+#: Gains start at no more than this: two such give scores of up to 64 * sqrt(D) nats, which a softmax can still leave.
+MOST = 8.0
+EPS = 1e-6
+
+
+class QKNorm:
+    """The change of one module's call. Its gains are parameters of the module: query (H,), key (H_kv,), fp32."""
+
+    name, sdpa_only = "QK-norm", False
+
+    def run(
+        self,
+        module: nn.Module,
+        attend: Callable[..., Any],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *rest: Any,
+        **named: Any,
+    ) -> Any:
+        """Attend with queries and keys whose root mean square is their head's gain."""
+        query = _normed(query, module.get_parameter(QUERY))
+        return attend(query, _normed(key, module.get_parameter(KEY)), value, *rest, **named)
+
+
+def _normed(x: Tensor, gain: Tensor) -> Tensor:
+    if x.shape[1] != len(gain):
+        x, rows = _regrouped(x, len(gain))
+        return _regrouped(_normed(x, gain), rows)[0]
+    return (F.rms_norm(x, x.shape[-1:], eps=EPS) * gain.view(-1, 1, 1).to(x.dtype)).to(x.dtype)
+
+
+def _regrouped(x: Tensor, heads: int) -> tuple[Tensor, int]:
+    """(B, heads, any, D) of (B, others, any, D): key heads that were repeated, or query heads packed into rows."""
+    return x.reshape(x.shape[0], heads, -1, x.shape[3]), x.shape[1]
+
+
+class QKNormStart:
+    """QK-norm on the layers of a model, made by `start_qk_norm`.
+
+    layers: names of the layers that have it. refused: layers that cannot have it, and why.
+    started: whether the gains were measured. Until then the model is as it was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        layers: Collection[str] | None,
+        most: float,
+    ):
+        self.layers: dict[str, nn.Module] = {}
+        self.refused: dict[str, str] = {}
+        self.started = False
+        self._model, self._optimizers, self._wanted, self._most = model, optimizers, layers, most
+        self._names = {module: name for name, module in named_modules(model)}
+        self._change = QKNorm()
+        self._undo: list[Callable[[], Any]] = []
+
+    def __repr__(self) -> str:
+        state = "started" if self.started else "to start in the next forward"
+        return f"QKNormStart({len(self.layers)} layers, {len(self.refused)} refused, {state})"
+
+    @property
+    def gains(self) -> list[nn.Parameter]:
+        """The gains of all layers: of queries and keys by turns."""
+        return [module.get_parameter(name) for module in self.layers.values() for name in (QUERY, KEY)]
+
+    def listen(self) -> None:
+        """Measure in the next forward of the model."""
+        patches = interceptors(self._model.modules())
+        self._undo += [patch.release for patch in patches]
+        treating.finders.append(self)
+        hook = self._model.register_forward_hook(self._ended, always_call=True)
+        self._undo += [lambda: treating.finders.remove(self), hook.remove]
+
+    def found(self, module: nn.Module, query: Tensor, key: Tensor) -> Call | None:
+        """A call of `module` is seen. Its gains are measured in it, and used."""
+        name = self._names.get(module)
+        if name is None or name in self.refused or (self._wanted is not None and name not in self._wanted):
+            return None
+        if module not in self.layers.values():
+            reason = self._why_not(module, name, query, key)
+            if reason is not None:
+                self.refused[name] = reason
+                return None
+            with torch.no_grad():
+                measured = (_together(_mean_rms(x)).clamp(EPS, self._most) for x in (query, _once(key)))
+                self._attach(name, module, *measured)
+        # The module's own hook did not see this call begin.
+        running = treating.thread.running
+        return None if running and running[-1].module is module else Call(module, [self._change])  # type: ignore[attr-defined]
+
+    def _why_not(self, module: nn.Module, name: str, query: Tensor, key: Tensor) -> str | None:
+        if query.dim() != 4 or key.dim() != 4 or type(query) is not Tensor or type(key) is not Tensor:
+            return f"its queries are a {type(query).__name__} of {query.dim()} dimensions, not a tensor (B, H, M, D)"
+        if Shards.of(self._model, name) is not None:
+            return "FSDP2 shards it, and does not take in parameters that come later"
+        norms = [child for child, _ in module.named_children() if QK_NORM.search(child) and "norm" in child]
+        if norms or getattr(module, QUERY, None) is not None:
+            return f"it has QK-norm already ({', '.join(norms) or QUERY})"
+        return None
+
+    def _attach(self, name: str, module: nn.Module, query: Tensor, key: Tensor) -> None:
+        with torch.inference_mode(False):
+            for where, values in ((QUERY, query), (KEY, key)):
+                gain = nn.Parameter(values.detach().clone())
+                if _processes() > 1:
+                    # Data parallelism averages the gradients of the parameters that it knew at its start.
+                    gain.register_post_accumulate_grad_hook(_average)
+                module.register_parameter(where, gain)
+        Treated.add(module, self._change)
+        self.layers[name] = module
+
+    def _ended(self, *_: Any) -> None:
+        """The first forward of the model has ended."""
+        if self.started or not self.layers:
+            return
+        self.start()
+
+    def start(self) -> None:
+        """Bring the gains into the optimizer. Raises ValueError if no layer was found."""
+        self._stop_listening()
+        if not self.layers:
+            raise ValueError(
+                "expected a model with attention by scaled_dot_product_attention, or by a function of transformers, "
+                f"for QK-norm, got none in its forward{'; refused: ' if self.refused else ''}{self._reasons()}"
+            )
+        if self._optimizers:
+            optim.vector_group(self._optimizers)["params"].extend(self.gains)
+        self.started = True
+        _log.warning("%s", self.description)
+
+    @property
+    def description(self) -> str:
+        """What was done, in words."""
+        values = [float(gain.detach().max()) for gain in self.gains]
+        text = f"QK-norm in {', '.join(map(display_name, self.layers))}: gains up to {max(values, default=0.0):.2f}"
+        return text + (f"; not in {self._reasons()}" if self.refused else "")
+
+    def _reasons(self) -> str:
+        return "; ".join(f"{display_name(name)}: {why}" for name, why in self.refused.items())
+
+    def revert(self) -> None:
+        """Take the norm away, with its gains and their optimizer state. A second call does nothing.
+
+        All other weights are as they are now. If nothing was learnt since, the model computes what it computed before.
+        """
+        self._stop_listening()
+        optim.leave(self._optimizers, self.gains)
+        for module in self.layers.values():
+            Treated.remove(module, self._change)
+            for name in (QUERY, KEY):
+                delattr(module, name)
+        self.layers.clear()
+
+    def _stop_listening(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+
+def start_qk_norm(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None,
+    *,
+    layers: Collection[str] | None = None,
+    forward: Callable[[], Any] | None = None,
+    gains: Mapping[str, Tensor] | None = None,
+    most: float = MOST,
+) -> QKNormStart:
+    """Normalise the queries and keys of a model's attention from now on.
+
+    Each head gets two gains: the mean root mean square of its queries, and of its keys, over the rows of one forward,
+    but at most `most`. Scores keep their size on average and cannot grow by longer queries or keys. The gains are
+    learned, at the rate and with the weight decay of the group that holds the model's vectors.
+
+    The gains are measured in the next forward of the model, and used in it already. Call this between two steps.
+
+    optimizer: what the gains join, one or several; None only with `gains`, for a model that is not trained.
+    layers: names of the attention modules; None takes all that call `scaled_dot_product_attention` or a function of
+        transformers. forward: runs one forward of the model, at once and without grad, in place of the next one. A
+        compiled model needs it.
+    gains: a state dict of a model with QK-norm. The layers and values come from it, for a checkpoint that is resumed:
+        call this before `model.load_state_dict` and `optimizer.load_state_dict`.
+
+    Each process of torch.distributed starts from the mean over all of them, and averages the gains' gradients.
+    Copies of the model that were made before do not have the gains: make an EMA copy anew.
+
+    Raises ValueError for a model whose attention cannot be reached, TypeError for wrong arguments, and has then changed
+    nothing.
+    """
+    inner, found = unwrapped(model), optim.as_list(optimizer)
+    most = check_positive("most", most)
+    if gains is None and not found:
+        raise ValueError("expected an optimizer that the gains of QK-norm join, got None")
+    if found:
+        optim.vector_group(found)
+    wanted = None if layers is None else _known(inner, layers)
+    start = QKNormStart(inner, found, wanted, most)
+    try:
+        if gains is not None:
+            _resume(start, inner, gains)
+            return start
+        compiled = _is_compiled(model)
+        if compiled and forward is None:
+            raise ValueError(
+                "expected forward=, which runs one forward of the model, for a compiled model, got None: "
+                "a graph cannot be measured while it runs"
+            )
+        start.listen()
+        if forward is not None:
+            devices = {p.device for p in inner.parameters() if p.is_cuda}
+            eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+            with torch.no_grad(), torch.random.fork_rng(list(devices)), eager:
+                forward()
+            if not start.started:
+                start.start()
+            if compiled:
+                torch.compiler.reset()  # graphs of before know nothing of the norm
+    except BaseException:
+        start.revert()
+        raise
+    return start
+
+
+class StartQKNorm(Action):
+    """`start_qk_norm` as an action. Reverting takes the norm and its gains away; other weights keep what they learnt.
+
+    Where nothing was learnt since, the model computes bit for bit what it computed before.
+    """
+
+    name = "qk_norm"
+
+    def __init__(
+        self, model: nn.Module, optimizers: list[torch.optim.Optimizer], intervention: Mapping[str, Any]
+    ):
+        super().__init__()
+        layers = intervention.get("layers")
+        if layers is not None and not isinstance(layers, (list, tuple)):
+            raise ValueError(f"expected 'layers' to be a list of names of modules, got {layers!r}")
+        self._most = check_positive("'most'", intervention.get("most", MOST))
+        self._model, self._optimizers = model, optimizers
+        self._layers = None if layers is None else _known(model, layers)
+        optim.vector_group(optimizers)
+        if _is_compiled(model):
+            raise ValueError(
+                "expected a model that is not compiled for the action qk_norm, got a compiled one: call "
+                "start_qk_norm(model, optimizer, forward=...), which measures the gains without the graphs"
+            )
+        self.started: QKNormStart | None = None
+
+    def preview(self) -> Preview:
+        """As `Action.preview`: gains are measured in the next forward."""
+        where = "every layer that can have it" if self._layers is None else ", ".join(sorted(self._layers))
+        text = f"QK-norm in {where}, gains to be measured in the next forward, at most {self._most:g}"
+        return Preview(
+            text, {"layers": None if self._layers is None else sorted(self._layers), "most": self._most}
+        )
+
+    def verify(self, reading: Reading) -> Verdict:
+        """Whether every score lies within gain_q * gain_k * D * scale, where the scale is D ** -0.5."""
+        if self.started is None or not self.started.started:
+            return Verdict(None, "the gains are not measured yet")
+        said, holds = [], True
+        for name, module in self.started.layers.items():
+            stats = reading.get(name)
+            if stats is None:
+                return Verdict(None, f"layer {display_name(name)} was not measured")
+            gains = [float(module.get_parameter(x).detach().abs().max()) for x in (QUERY, KEY)]
+            most, found = gains[0] * gains[1] * stats.head_dim**0.5, float(product_size(stats).max())
+            holds &= found <= 1.05 * most
+            said.append(
+                f"{display_name(name)}: scores up to {found:.1f} nats, at most {most:.1f} are possible"
+            )
+        return Verdict(holds, "; ".join(said))
+
+    def _do(self, undo: list[Callable[[], Any]]) -> str:
+        self.started = start_qk_norm(self._model, self._optimizers, layers=self._layers, most=self._most)
+        undo.append(self.started.revert)
+        return self.preview().text
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(dynamo.is_wrapper(module) for module in model.modules())
+
+
+def _resume(start: QKNormStart, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    modules = dict(named_modules(model))
+    for name, values in state.items():
+        layer, _, last = name.rpartition(".")
+        if last != QUERY:
+            continue
+        key = state.get(f"{layer}.{KEY}" if layer else KEY)
+        if layer not in modules or key is None:
+            raise ValueError(f"expected a module {layer!r} and its {KEY} for the state's {name!r}, got none")
+        device = next((p.device for p in modules[layer].parameters()), values.device)
+        start._attach(layer, modules[layer], values.to(device), key.to(device))
+    if not start.layers:
+        raise ValueError(f"expected a state dict with entries named {QUERY!r}, got none")
+    start.start()
+
+
+def _known(model: nn.Module, layers: Collection[str]) -> set[str]:
+    names = {name for name, _ in named_modules(model)}
+    if isinstance(layers, str) or not set(layers) <= names:
+        raise ValueError(f"expected names of modules of the model, got {layers!r}")
+    return set(layers)
+
+
+def _mean_rms(x: Tensor) -> Tensor:
+    """(H,) fp32: the mean over rows of the root mean square of (B, H, M, D)."""
+    return x.detach().float().square().mean(-1).sqrt().mean((0, 2)).nan_to_num(1.0)
+
+
+def _once(key: Tensor) -> Tensor:
+    """(B, H_kv, N, D) of keys that may be repeated for groups of query heads."""
+    heads = key.shape[1]
+    for group in (g for g in range(heads, 1, -1) if heads % g == 0):
+        parts = key.detach().unflatten(1, (-1, group))
+        if bool((parts == parts[:, :, :1]).all()):
+            return parts[:, :, 0]
+    return key
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _together(values: Tensor) -> Tensor:
+    if _processes() > 1:
+        dist.all_reduce(values)
+        values /= _processes()
+    return values
+
+
+def _average(parameter: Tensor) -> None:
+    assert parameter.grad is not None  # a hook that runs when it is there
+    dist.all_reduce(parameter.grad)
+    parameter.grad /= _processes()

@@ -1,0 +1,243 @@
+"""How large the scores of every head were since the last look, exactly, without waiting for the device."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine import api
+from ..instrumentation import instrument
+from ..reference.options import Options
+
+if TYPE_CHECKING:
+    from ..instrumentation.keeping import KeptCall, KeptForward
+    from ..instrumentation.measurement import Measurement
+
+MEASURES = ("range", "max_logit")
+
+
+def product_options(options: Options) -> Options:
+    """The options whose scores are scale * q.k over the visible keys: no bias, no soft-cap, no sink.
+
+    Factors of the weights change this part alone.
+    """
+    mask = options.attn_mask
+    if mask is not None and mask.is_floating_point():
+        mask = mask > -torch.inf
+    return options._replace(attn_mask=mask, softcap=None, sinks=None)
+
+
+@torch.no_grad()
+def sizes_of_rows(max_logit: Tensor, min_logit: Tensor, left_out: Tensor | None, measure: str) -> Tensor:
+    """(H,) fp32, nats: the largest row of each head; max_logit, min_logit (B, H, M). -inf for heads without rows.
+
+    left_out: boolean, broadcastable to (B, H, M): rows that are not judged.
+    """
+    sizes = max_logit - min_logit if measure == "range" else max_logit
+    if left_out is not None:
+        sizes = sizes.masked_fill(left_out, -torch.inf)
+    return sizes.float().amax((0, 2))
+
+
+@torch.no_grad()
+def exact_sizes(
+    query: Tensor, key: Tensor, options: Options, left_out: Tensor | None, measure: str
+) -> Tensor:
+    """As `sizes_of_rows`, of queries (B, H, M, D) and keys (B, H_kv, N, D): every row is computed."""
+    rows = api.attend(query.detach(), key.detach(), None, product_options(options), detached=True)[1]
+    return sizes_of_rows(rows.max_logit, rows.min_logit, left_out, measure)
+
+
+@torch.no_grad()
+def bounds_of_sizes(
+    calls: Sequence[tuple[Tensor, Tensor]], scales: Sequence[float], measure: str
+) -> list[Tensor]:
+    """(H,) fp32 each, nats: an upper bound of `exact_sizes` of calls (query, key) that have the same heads.
+
+    It comes from the lengths of queries and keys (Cauchy and Schwarz), and reads both once. That costs a few percent of
+    what the scores cost.
+    """
+    heads, key_heads = calls[0][0].shape[1], calls[0][1].shape[1]
+    query, key = (
+        torch.stack(
+            [torch.linalg.vector_norm(call[i], dim=-1, dtype=torch.float32).amax((0, 2)) for call in calls]
+        )
+        for i in range(2)
+    )
+    lengths = query.view(len(calls), key_heads, heads // key_heads) * key[..., None]
+    factor = 2 if measure == "range" else 1
+    return [x.flatten() * (abs(scale) * factor) for x, scale in zip(lengths, scales)]
+
+
+def _has_more(options: Options) -> bool:
+    """Whether scores have parts beside q.k that change their size."""
+    mask = options.attn_mask
+    return options.softcap is not None or (mask is not None and mask.is_floating_point())
+
+
+#: The most steps that a layer is left alone.
+MOST_REST = 7
+
+
+class LayerSizes:
+    """One layer. largest: (H,) fp32 on its device, -inf for nothing yet. bound: of its size, as last read, nats.
+
+    top: the largest bound since the last step, on the device. rest: for how many steps the layer is left alone.
+    seen: whether a call was taken in since the last step.
+    """
+
+    def __init__(self, heads: int, device: torch.device):
+        with torch.inference_mode(False):
+            self.largest = torch.full((heads,), -torch.inf, device=device)
+            self.top = torch.full((), -torch.inf, device=device)
+        self.bound = float("inf")
+        self.rest = 0
+        self.seen = False
+
+    def raise_to(self, sizes: Tensor) -> None:
+        """Take in the sizes of a call."""
+        self.seen = True
+        torch.maximum(self.largest, sizes, out=self.largest)
+
+    def restart(self) -> None:
+        """Begin anew, after a step."""
+        self.rest = max(0, self.rest - 1)
+        if self.seen:
+            self.largest.fill_(-torch.inf)
+            self.top.fill_(-torch.inf)
+            self.seen = False
+
+    def note(self, bound: float, threshold: float) -> None:
+        """Take in a bound that was read, and say for how long doubling keeps the layer below half of the limit."""
+        self.bound = bound
+        below = threshold / 2 / bound if bound > 0 else float("inf")
+        self.rest = min(MOST_REST, int(math.log2(below))) if 1 <= below < float("inf") else 0
+
+
+class _Reading:
+    """Numbers of the device on their way to the host, which never waits for them."""
+
+    def __init__(self, layers: Sequence[LayerSizes], threshold: float):
+        self._layers, self._threshold = layers, threshold
+        tops = torch.stack([layer.top for layer in layers])
+        self._event = None
+        if tops.is_cuda:
+            self._numbers = torch.empty(len(layers), dtype=tops.dtype, pin_memory=True)
+            self._numbers.copy_(tops, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(tops.device))
+        else:
+            self._numbers = tops
+
+    def arrived(self) -> bool:
+        """Whether the numbers are here; the layers have them then."""
+        if self._event is not None and not self._event.query():
+            return False
+        for layer, number in zip(self._layers, self._numbers.tolist()):
+            if number > -torch.inf:
+                layer.note(number, self._threshold)
+        return True
+
+
+class ScoreSizes:
+    """Measures the training forwards of a model: exactly where a size may pass half of `threshold`, else by a bound.
+
+    The model's calls are kept until its forward ends, as `AttentionStabilityMonitor` keeps them between log steps.
+    Calls that cannot be kept, such as those of a compiled graph or of a written-out softmax, are probed one by one.
+
+    The bound reads q and k once. Where it was below half of the threshold at the step before, it stands for the size.
+    Should it pass the threshold within that one step, it is taken for the size. A layer that is further below is left
+    alone for as many steps, at most MOST_REST, as it takes to reach half of the threshold by doubling at each step.
+
+    layers: the sizes since `restart`, by layer. measure: "range" or "max_logit", see `QKClip`.
+    holder: as for `instrument`.
+    """
+
+    def __init__(self, model: nn.Module, threshold: float, measure: str, holder: Any):
+        self.layers: dict[str, LayerSizes] = {}
+        self._threshold, self._measure = threshold, measure
+        self._lock = threading.Lock()
+        self._kept: set[str] = set()
+        self._measured: set[str] = set()
+        self._readings: dict[torch.device, _Reading] = {}
+        self.handle = instrument(model, mode="probe", holder=holder)
+        self.handle.on_measure = self._on_measure
+        self.handle.on_kept = self._on_kept
+        self.handle.keeping = True  # and measuring, until it is known which layers are kept
+
+    def restart(self) -> None:
+        """Begin anew, after a step."""
+        by_device: dict[torch.device, list[LayerSizes]] = {}
+        for layer in self.layers.values():
+            if layer.seen:
+                by_device.setdefault(layer.top.device, []).append(layer)
+        for device, layers in by_device.items():
+            reading = self._readings.get(device)
+            if reading is None or reading.arrived():
+                self._readings[device] = _Reading(layers, self._threshold)
+        for layer in self.layers.values():
+            layer.restart()
+        if self._measured:
+            # Two ways of measuring serve to find out which one reaches every layer; one of them is enough.
+            every_one_is_kept = self._measured <= self._kept
+            self.handle.measuring = not every_one_is_kept
+            self.handle.keeping = every_one_is_kept
+
+    def restore(self) -> None:
+        """End the measuring."""
+        self.handle.restore()
+
+    def _layer(self, name: str, heads: int, device: torch.device) -> LayerSizes:
+        known = self.layers.get(name)
+        if known is None or len(known.largest) != heads or known.largest.device != device:
+            known = self.layers[name] = LayerSizes(heads, device)
+        return known
+
+    @torch.no_grad()
+    def _on_kept(self, kept: KeptForward) -> None:
+        if not kept.forward.training:
+            return
+        with self._lock:
+            self._readings = {device: x for device, x in self._readings.items() if not x.arrived()}
+            alike: dict[tuple[Any, ...], list[tuple[KeptCall, Tensor, Tensor]]] = {}
+            for call, (query, key, _, _) in zip(kept.calls, kept.tensors):
+                self._kept.add(call.layer)
+                if self.handle.measuring and call.layer in self._measured:
+                    continue
+                if self._layer(call.layer, call.heads, call.device).rest == 0:
+                    alike.setdefault((call.device, call.heads, key.shape[1]), []).append((call, query, key))
+            for calls in alike.values():
+                scales = [call.options.scale for call, _, _ in calls]
+                bounds = bounds_of_sizes([(q, k) for _, q, k in calls], scales, self._measure)
+                for (call, query, key), sizes in zip(calls, bounds):
+                    layer = self.layers[call.layer]
+                    torch.maximum(layer.top, sizes.amax(), out=layer.top)
+                    if layer.bound >= self._threshold / 2:
+                        left_out = None if call.left_out is None else call.left_out[:, None]
+                        sizes = exact_sizes(query, key, call.options, left_out, self._measure)
+                    layer.raise_to(sizes)
+
+    @torch.no_grad()
+    def _on_measure(self, measurement: Measurement) -> None:
+        if measurement.forward is not None and not measurement.forward.training:
+            return
+        options, rows = measurement.options, measurement.rows
+        query, key = measurement.query, measurement.key
+        with self._lock:
+            self._measured.add(measurement.layer)
+            layer = self._layer(measurement.layer, rows.lse.shape[1], rows.lse.device)
+            left_out = measurement.context.left_out
+            if measurement.beside is not None:
+                left_out = measurement.beside.left_out
+            elif left_out is not None:
+                left_out = left_out[:, None]
+            if options is not None and _has_more(options) and query is not None and key is not None:
+                sizes = exact_sizes(query, key, options, left_out, self._measure)
+            else:
+                sizes = sizes_of_rows(rows.max_logit, rows.min_logit, left_out, self._measure)
+            layer.raise_to(sizes)

@@ -1,0 +1,238 @@
+"""QK-clip as a standing policy: after every optimizer step, each head over its limit is brought back to it.
+
+The rule of MuonClip (Kimi K2, arXiv 2507.20534, section 2.1): if the largest score S of a head passes the threshold t,
+the query and key weights of the head are each multiplied by sqrt(t / S).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..names import display_name, unwrapped
+from . import good_states, layout
+from .action import Action, Preview, Reading, Verdict
+from .intervention import check_positive
+from .projections import Projections
+from .scaling import refuse_masters
+from .sizes import MEASURES, ScoreSizes
+
+THRESHOLD = 100.0  # nats; of Kimi K2
+#: By what a head may be over the threshold at a reading, of it: one optimizer step lies between a clip and a forward.
+ONE_STEP = 0.5
+
+_log = logging.getLogger("hnf_attention")
+
+
+class QKClip:
+    """Keeps the scores of every head within a threshold, beside any optimizer.
+
+        clip = QKClip(model, threshold=100).attach(optimizer)
+        for batch in loader:
+            train_step(model, batch, optimizer)        # clips in optimizer.step()
+
+    Or call `clip.step()` after each `optimizer.step()`. Each training forward since the last step counts; forwards
+    without grad do not. Only heads over the threshold change: all others keep their weights bit for bit.
+
+    threshold: nats. measure: what has to stay within it.
+        "range": the largest score of a row minus its smallest one, over visible keys. A key bias adds one number to a
+            whole row. The softmax does not see it, and it clips nothing.
+        "max_logit": the largest score, as Kimi K2 has it.
+        Either is measured on scale * q.k, which follows the weights. An additive bias and a soft-cap are left out.
+    group: the processes that hold the same weights, whole or in shards, and see other data; None for all processes of
+        torch.distributed. Their largest sizes are put together at each step.
+
+    Factors are computed and multiplied in on the device. The host never waits for it, unless FSDP2 shards the weights.
+    Sizes are those of the step's own forward, so a head may be over the threshold by what one optimizer step adds. They
+    are exact for every layer that may be over half of the threshold: see `ScoreSizes` for the others.
+    Where several query heads share a key head, the queries take the whole factor.
+
+    A layer is clipped only on proof that its scores, and nothing else, follow the weights: see `apply_intervention`.
+    Others are listed in `refused`, and a warning says so once. If no layer can be clipped, the first `step()` raises
+    ValueError.
+
+    Raises ValueError or TypeError for wrong arguments.
+    """
+
+    def __init__(
+        self, model: nn.Module, threshold: float = THRESHOLD, measure: str = "range", *, group: Any = None
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
+        self.threshold = check_positive("threshold", threshold)
+        if measure not in MEASURES:
+            raise ValueError(f"expected measure in {MEASURES}, got {measure!r}")
+        self.measure = measure
+        #: Layers that cannot be clipped, and why.
+        self.refused: dict[str, str] = {}
+        #: How many steps were ended.
+        self.steps = 0
+        self._model, self._group = unwrapped(model), group
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._hooks: list[Any] = []
+        self._found: dict[str, tuple[tuple[int, ...], Projections]] = {}
+        self._last: dict[str, Tensor] = {}
+        self._sizes = ScoreSizes(model, self.threshold, measure, self)
+
+    def __repr__(self) -> str:
+        state = f"{len(self._found)} layers, {len(self.refused)} refused, {self.steps} steps"
+        return f"QKClip(threshold={self.threshold:g}, measure={self.measure!r}, {state})"
+
+    def attach(self, *optimizers: torch.optim.Optimizer) -> QKClip:
+        """Step after each step of these optimizers: those that update query and key weights. Returns this object."""
+        for optimizer in optimizers:
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+            self._optimizers.append(optimizer)
+            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self.step()))
+        return self
+
+    @property
+    def sizes(self) -> Mapping[str, list[float]]:
+        """The size of each head by layer, in nats, as the last step found it; waits for the device.
+
+        An upper bound for layers far below the threshold: see `ScoreSizes`.
+        """
+        bounds = {name: layer.bound for name, layer in self._sizes.layers.items()}
+        found = {layer: sizes.tolist() for layer, sizes in self._last.items()}
+        return {
+            layer: [size if size > -torch.inf else bounds[layer] for size in sizes]
+            for layer, sizes in found.items()
+        }
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Clip by what the training forwards since the last step showed. Call it after `optimizer.step()`."""
+        self.steps += 1
+        good_states.settle(self._model)
+        layers = self._sizes.layers
+        if not layers:
+            raise RuntimeError(
+                "expected a training forward of the model before QKClip.step(), got none whose attention was measured: "
+                f"{self._sizes.handle.coverage}"
+            )
+        by_device: dict[torch.device, list[str]] = {}
+        for name, layer in layers.items():
+            # Another process may have seen what this one has left alone.
+            if layer.seen or self._processes > 1:
+                by_device.setdefault(layer.largest.device, []).append(name)
+        for names in by_device.values():
+            largest = self._together(torch.cat([layers[name].largest for name in names]))
+            over = largest.isfinite() & (largest > self.threshold)
+            whole = torch.where(over, self.threshold / largest, 1.0)
+            lengths = [len(layers[name].largest) for name in names]
+            for name, mine, factor, root in zip(
+                names, largest.split(lengths), whole.split(lengths), whole.sqrt().split(lengths)
+            ):
+                self._last[name] = mine
+                found = self._projections(name, len(mine))
+                if found is not None:
+                    shared = found.keys_shared
+                    found.multiply(factor if shared else root, None if shared else root)
+        self._sizes.restart()
+        if not self._found:
+            reasons = "; ".join(f"{display_name(name)}: {why}" for name, why in self.refused.items())
+            raise ValueError(f"expected a model with a layer that QK-clip can treat, got none ({reasons})")
+
+    def remove(self) -> None:
+        """End the policy. The weights stay as they are."""
+        while self._hooks:
+            self._hooks.pop().remove()
+        self._optimizers.clear()
+        self._sizes.restore()
+
+    @property
+    def _processes(self) -> int:
+        there = dist.is_available() and dist.is_initialized()
+        return dist.get_world_size(self._group) if there else 1
+
+    def _together(self, largest: Tensor) -> Tensor:
+        """The sizes over all processes; inf in place of NaN, which a maximum may lose."""
+        if self._processes > 1:
+            largest = torch.where(largest.isnan(), torch.inf, largest)
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
+        return largest
+
+    def _projections(self, layer: str, heads: int) -> Projections | None:
+        """The layer's weights, found once, and again when their memory has moved; None if it cannot be clipped."""
+        if layer in self.refused:
+            return None
+        known = self._found.get(layer)
+        if known is not None and known[0] == _places(known[1]):
+            return known[1]
+        try:
+            found = layout.find(self._model, layer, heads)
+            for optimizer in self._optimizers:
+                refuse_masters(layer, found.parameters, optimizer)
+        except ValueError as reason:
+            self.refused[layer] = str(reason)
+            self._found.pop(layer, None)
+            _log.warning("QK-clip leaves layer %s alone: %s", display_name(layer), self.refused[layer])
+            return None
+        self._found[layer] = _places(found), found
+        return found
+
+
+def _places(found: Projections) -> tuple[int, ...]:
+    return tuple([x.data_ptr() if found.shards is None else id(x) for x in found.parameters])
+
+
+class StandingClip(Action):
+    """`QKClip` as an action. Reverting ends it; the weights stay as they were trained under it."""
+
+    name = "standing_qk_clip"
+
+    def __init__(
+        self, model: nn.Module, optimizers: list[torch.optim.Optimizer], intervention: Mapping[str, Any]
+    ):
+        super().__init__()
+        if not optimizers:
+            raise ValueError("expected an optimizer for standing_qk_clip, got None")
+        self._threshold = check_positive("'threshold'", intervention.get("threshold", THRESHOLD))
+        self._measure = intervention.get("measure", "range")
+        if self._measure not in MEASURES:
+            raise ValueError(f"expected 'measure' in {MEASURES}, got {self._measure!r}")
+        self._model, self._optimizers = model, optimizers
+        self.clip: QKClip | None = None
+
+    def preview(self) -> Preview:
+        """As `Action.preview`."""
+        what = "range of a row's scores" if self._measure == "range" else "largest score"
+        text = (
+            f"from now on, QK-clip after every step: the {what} of each head at most {self._threshold:g} nats"
+        )
+        return Preview(text, {"threshold": self._threshold, "measure": self._measure})
+
+    def verify(self, reading: Reading) -> Verdict:
+        """Whether every head that is clipped was measured within the threshold, and what one step adds."""
+        if self.clip is None or not self.clip.steps:
+            return Verdict(None, "no step has ended yet")
+        found = {
+            layer: stats.logit_range_max if self._measure == "range" else stats.max_logit
+            for layer, stats in reading.items()
+            if layer not in self.clip.refused
+        }
+        if not found:
+            return Verdict(None, "no layer that is clipped was measured")
+        layer, largest = max(
+            ((name, float(sizes.max())) for name, sizes in found.items()), key=lambda x: x[1]
+        )
+        text = f"up to {largest:.1f} nats in {display_name(layer)}, threshold {self._threshold:g}"
+        return Verdict(largest <= self._threshold * (1 + ONE_STEP), text)
+
+    def _do(self, undo: list[Callable[[], Any]]) -> str:
+        last = self._optimizers[-1:] if len(self._optimizers) == 1 else self._holders()
+        self.clip = QKClip(self._model, self._threshold, self._measure)
+        undo.append(self.clip.remove)
+        self.clip.attach(*last)
+        return self.preview().text
+
+    def _holders(self) -> list[torch.optim.Optimizer]:
+        """The optimizers that hold matrices, where query and key weights are."""
+        held = [any(p.dim() > 1 for g in one.param_groups for p in g["params"]) for one in self._optimizers]
+        return [one for one, holds in zip(self._optimizers, held) if holds]

@@ -1,0 +1,281 @@
+"""QK-clip after every optimizer step: what it holds, what it leaves alone, what it refuses."""
+
+import gc
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from attention_layers import GPT2, LLAMA, TOKENS, Multihead, PlainBlock, Strange, changed, weights
+from odd_layers import Biased, Fused, Separate, normed
+from torch import nn
+
+from hnf_attention import AttentionStabilityMonitor, instrument
+from hnf_attention.interventions import QKClip
+from hnf_attention.interventions.sizes import MOST_REST, bounds_of_sizes
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _leave_nothing_behind():
+    gc.collect()
+    original = F.scaled_dot_product_attention
+    yield
+    gc.collect()
+    assert F.scaled_dot_product_attention is original
+
+
+def sizes(model, run, measure="range"):
+    """The exact size of each head, by layer."""
+    with instrument(model, mode="probe") as handle, torch.no_grad():
+        run()
+    rows = {layer: x.rows for layer, x in handle.latest.items()}
+    parts = {n: r.max_logit - (r.min_logit if measure == "range" else 0) for n, r in rows.items()}
+    return {layer: part.amax((0, 2)) for layer, part in parts.items()}
+
+
+def loud(module, factor=12.0):
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if any(word in name for word in ("qkv.w", "q_proj.w", "k_proj.w", "c_attn.w", "in_proj_w")):
+                parameter.mul_(factor)
+    return module
+
+
+X = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(0))
+MODELS = {
+    "fused": lambda: nn.Sequential(loud(Fused())),
+    "fused, by a softmax of its own": lambda: nn.Sequential(loud(Fused(softmax=True))),
+    "grouped keys": lambda: nn.Sequential(loud(Separate(groups=2))),
+    "multihead": lambda: nn.Sequential(loud(Multihead())),
+}
+
+
+@pytest.mark.parametrize("measure", ["range", "max_logit"])
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_a_step_brings_exactly_the_heads_over_the_limit_to_it(build, measure):
+    torch.manual_seed(0)
+    model = build()
+    before = next(iter(sizes(model, lambda: model(X), measure).values()))
+    threshold = float(before.sort().values[1:3].mean())  # two heads above, two below
+    old = weights(model)
+    clip = QKClip(model, threshold, measure)
+    for _ in range(2):  # the second time, the way of measuring is chosen
+        model.load_state_dict(old)
+        model(X).sum().backward()
+        clip.step()
+        after = next(iter(sizes(model, lambda: model(X), measure).values()))
+        torch.testing.assert_close(after, before.clamp(max=threshold), rtol=1e-4, atol=0)
+    torch.testing.assert_close(torch.tensor(next(iter(clip.sizes.values()))), before, rtol=1e-4, atol=0)
+    clip.remove()
+
+
+def test_heads_below_the_limit_keep_every_bit_and_the_bound_stands_for_them():
+    torch.manual_seed(0)
+    model = nn.Sequential(Fused())
+    old, clip = weights(model), QKClip(model, 1000.0)
+    exact = sizes(model, lambda: model(X))["0"]
+    for step in range(3):
+        model(X).sum().backward()
+        clip.step()
+        found = torch.tensor(clip.sizes["0"])
+        assert (found >= exact * (1 - 1e-5)).all()
+        assert (torch.allclose(found, exact, rtol=1e-4)) == (step < 2)
+    assert not changed(old, weights(model))
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_a_layer_that_jumps_over_the_limit_is_clipped_at_its_next_look(far):
+    """In the same step, unless it was so far below that it was left alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Fused())
+    bound = sizes_by_bound(model)
+    limit = bound * (300 if far else 2.5)
+    clip = QKClip(model, limit)
+    for _ in range(3):
+        model(X).sum().backward()
+        clip.step()
+    loud(model, 90.0)
+    assert sizes(model, lambda: model(X))["0"].max() > 10 * limit
+    clipped_after = 0
+    while sizes(model, lambda: model(X))["0"].max() > limit:
+        clipped_after += 1
+        model(X).sum().backward()
+        clip.step()
+        assert clipped_after < 10
+    assert clipped_after <= MOST_REST if far else clipped_after == 1
+    model(X).sum().backward()
+    clip.step()
+    assert sizes(model, lambda: model(X))["0"].max() <= limit * 1.001
+
+
+def sizes_by_bound(model):
+    found = []
+    with instrument(model, mode="probe") as handle, torch.no_grad():
+        handle.on_measure = found.append
+        model(X)
+    bounds = bounds_of_sizes([(found[0].query, found[0].key)], [found[0].options.scale], "range")
+    assert (bounds[0] >= sizes(model, lambda: model(X))["0"]).all()
+    return float(bounds[0].max())
+
+
+def test_a_key_bias_triggers_nothing_but_for_max_logit():
+    for measure, clipped in (("range", False), ("max_logit", True)):
+        torch.manual_seed(0)
+        model = transformers.GPT2LMHeadModel(GPT2).eval()
+        with torch.no_grad():
+            model.transformer.h[0].attn.c_attn.bias[32:64] += 5000.0
+        old, clip = weights(model), QKClip(model, 100.0, measure)
+        for _ in range(2):
+            model(TOKENS, labels=TOKENS).loss.backward()
+            clip.step()
+        assert bool(changed(old, weights(model))) == clipped
+        clip.remove()
+
+
+def test_a_bias_on_the_scores_is_left_out():
+    model = nn.Sequential(Biased())
+    with torch.no_grad():
+        model[0].slopes.fill_(50.0)  # distances of up to 19 make ranges of 950
+    old, clip = weights(model), QKClip(model, 100.0)
+    model(X).sum().backward()
+    clip.step()
+    assert changed(old, weights(model)) <= {"0.qkv.weight", "0.qkv.bias"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adamw", "adamw, foreach", "muon"])
+def test_it_holds_every_head_beside_an_optimizer_that_lets_them_grow(kind):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out = nn.Embedding(31, 32), nn.Linear(32, 31)
+            self.blocks = nn.ModuleList(Fused(is_causal=True) for _ in range(2))
+            self.norms = nn.ModuleList(nn.LayerNorm(32) for _ in range(2))
+
+        def forward(self, x):
+            x = self.embed(x)
+            for block, norm in zip(self.blocks, self.norms):
+                x = x + block(norm(x))
+            return self.out(x)
+
+    def largest(clipped):
+        torch.manual_seed(0)
+        model = Net()
+        matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "blocks" in n]
+        rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
+        first = {
+            "adamw": lambda: torch.optim.AdamW(matrices, lr=0.5, foreach=False),
+            "adamw, foreach": lambda: torch.optim.AdamW(matrices, lr=0.5, foreach=True),
+            "muon": lambda: torch.optim.Muon(matrices, lr=2.0),
+        }[kind]()
+        optimizers = [first, torch.optim.AdamW(rest, lr=0.01)]
+        clip = QKClip(model, 100.0 if clipped else 1e30).attach(first)
+        seen = []
+        for _ in range(100):
+            x = torch.randint(0, 31, (4, 12)).repeat(1, 2)
+            loss = F.cross_entropy(model(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            seen.append(max(max(heads) for heads in clip.sizes.values()))
+        return max(seen[5:])
+
+    free, held = largest(False), largest(True)
+    assert free > 2_500 and held < 400, (free, held)  # one step at that rate adds so much to 100
+
+
+def test_attached_it_runs_after_each_step_and_beside_a_monitor():
+    torch.manual_seed(0)
+    model = nn.Sequential(loud(Fused()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    with AttentionStabilityMonitor(model, log_every=1) as monitor:
+        clip = QKClip(model, 30.0).attach(optimizer)
+        for _ in range(3):
+            model(X).sum().backward()
+            optimizer.step()
+            diagnosis = monitor.on_step()
+        assert diagnosis.stats["0"].logit_range_max.max() <= 30.01
+        assert clip.steps == 3
+    model(X).sum().backward()
+    optimizer.step()
+    assert clip.steps == 4
+    clip.remove()
+    optimizer.step()
+    assert clip.steps == 4
+
+
+def test_llama_in_bf16_under_a_checkpoint():
+    torch.manual_seed(0)
+    model = loud(transformers.LlamaForCausalLM(LLAMA).bfloat16(), 30.0)
+    old_name = getattr(model, "gradient_checkpointing_enable", None)  # until transformers 6
+    getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+    clip = QKClip(model, 50.0)
+    layer = "model.layers.0.self_attn"
+    for _ in range(3):
+        model(TOKENS, labels=TOKENS).loss.backward()
+        clip.step()
+    old_name = getattr(model, "gradient_checkpointing_disable", None)
+    getattr(model, "activation_checkpointing_disable", old_name)()
+    assert sizes(model, lambda: model(TOKENS))[layer].max() <= 50.5  # two roundings of bf16
+
+
+def test_evaluation_and_non_finite_scores_clip_nothing():
+    torch.manual_seed(0)
+    model = nn.Sequential(loud(Fused()))
+    clip = QKClip(model, 30.0)
+    model(X).sum().backward()
+    clip.step()
+    old = weights(model)
+    with torch.no_grad():
+        model(1000 * X)
+    clip.step()
+    model(X * torch.nan).sum().backward()
+    clip.step()
+    assert not changed(old, weights(model))
+
+
+def test_what_cannot_be_clipped_is_refused(caplog):
+    model = nn.Sequential(loud(Fused()), Fused(inside=normed))
+    clip = QKClip(model, 30.0)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            model(X).sum().backward()
+            clip.step()
+    assert list(clip.refused) == ["1"] and "stay as they are" in clip.refused["1"]
+    assert caplog.text.count("QK-clip leaves layer 1 alone") == 1
+    clip.remove()
+    alone = nn.Sequential(Fused(inside=normed))
+    clip = QKClip(alone, 30.0)
+    alone(X).sum().backward()
+    with pytest.raises(ValueError, match="a layer that QK-clip can treat, got none .*stay as they are"):
+        clip.step()
+    clip = QKClip(nn.ModuleDict({"a": Strange(q=nn.Linear(2, 2))}), 30.0)
+    with pytest.raises(RuntimeError, match="expected a training forward .* got none whose attention"):
+        clip.step()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (dict(threshold=0), ValueError, "threshold to be a number > 0, got 0"),
+        (dict(measure="max"), ValueError, "measure in .*'range', 'max_logit'.*got 'max'"),
+        (dict(model=3), TypeError, "model to be a torch.nn.Module, got int"),
+    ],
+)
+def test_wrong_arguments(given, error, message):
+    with pytest.raises(error, match=message):
+        QKClip(**{"model": nn.ModuleDict({"a": PlainBlock("qkv")}), **given})
+
+
+def test_masters_in_the_optimizer_are_refused():
+    model = nn.Sequential(loud(Fused())).bfloat16()
+    masters = [nn.Parameter(p.detach().float()) for p in model.parameters()]
+    clip = QKClip(model, 30.0).attach(torch.optim.AdamW(masters))
+    model(X.bfloat16()).sum().backward()
+    with pytest.raises(ValueError, match="master weights would undo the change"):
+        clip.step()
+    with pytest.raises(TypeError, match="expected a torch.optim.Optimizer, got str"):
+        clip.attach("adam")
