@@ -71,6 +71,8 @@ class Patch:
         modules: Iterable[nn.Module],
     ) -> list[Patch]:
         """Patch the attribute `name` of `place`, and every global that the files of these modules imported it as."""
+        with _lock:
+            _put_late_ones_back()
         inherited = None if name in vars(place) else getattr(place, name)
         write = functools.partial(_write, place, name, inherited)
         first = Patch.acquire(functools.partial(getattr, place, name), write, replacement)
