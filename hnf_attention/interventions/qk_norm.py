@@ -24,7 +24,7 @@ from ..instrumentation.treated import Call, Treated, interceptors
 from ..names import display_name, named_modules, unwrapped
 from . import optimizers as optim
 from .action import Action, Preview, Reading, Verdict
-from .intervention import check_positive
+from .intervention import Intervention, check_positive
 from .layout import QK_NORM
 from .shards import Shards
 
@@ -254,6 +254,11 @@ def start_qk_norm(
         start.revert()
         raise
     return start
+
+
+def propose(reason: str) -> Intervention:
+    """QK-norm in every layer that can have it, from the next forward on."""
+    return Intervention({"action": "qk_norm", "reason": reason})
 
 
 class StartQKNorm(Action):
