@@ -81,6 +81,9 @@ class ModelObserver(Observer, Protocol):
         merged: its calls in one forward are not told apart.
         """
 
+    def note_failed(self, layer: str, reason: str) -> None:
+        """List `layer` as not measured by compiled graphs, also where nobody measures now."""
+
     def note_ungraphed(self, layer: str, reason: str) -> None:
         """Say in the coverage why compiled graphs take no extremes of calls of `layer`."""
 
