@@ -9,7 +9,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from hnf_attention.engine import fold
-from hnf_attention.kernels.measure import beside, columns, extremes
+from hnf_attention.kernels.measure import beside, columns, extremes, mask_map, rows_asked
 from hnf_attention.kernels.measure import fold as fold_kernel
 from hnf_attention.kernels.portable import backward, forward, probe
 from hnf_attention.kernels.shared import launch, packing
@@ -72,10 +72,15 @@ def compile_gated(call: extremes.Tensors, options) -> None:
     """The launches of a CUDA graph."""
     q, k, v, out = call
     control = torch.zeros(1, dtype=torch.int64)
-    extremes.SingleLaunch(call, options).run(new_result(q.shape[1], q.device), control, call, 1)
-    extremes.SingleLaunch(call._replace(out=None), options).run(
-        new_result(q.shape[1], q.device), control, call._replace(out=None), 1
-    )
+    result = new_result(q.shape[1], q.device)
+    left_out = torch.zeros(q.shape[0], q.shape[2], dtype=torch.bool)
+    extremes.SingleLaunch(call, options).run(result, control, call, 1, options)
+    call = call._replace(out=None)
+    extremes.SingleLaunch(call, options).run(result, control, call, 1, options)
+    masked = options._replace(attn_mask=torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool))
+    extremes.SingleLaunch(call, masked, True).run(result, control, call, 1, masked, left_out)
+    mask_map.scan_mask(masked, q.shape[2], k.shape[2], None, control)
+    rows_asked.rows_asked(torch.zeros(q.shape[:3]), left_out, 32, 8, control)
     rows = RowStats(*probe.probe(q, k, options, parts=1, control=control)[:4])
     weights = columns.column_weights(q, k, rows.lse, options, 32, control=control)
     context = Context(None, None, *beside.beside(weights, v, out, q.shape[2], 8, control))

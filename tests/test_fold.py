@@ -293,7 +293,10 @@ def test_what_the_fold_reads_beside_the_rows_by_one_launch(name, device):
     out = torch.randn(*q.shape[:3], v.shape[3], device=device).transpose(2, 3).contiguous().transpose(2, 3)
     out[0, 1, 0, 0] = torch.nan
     for known in (out, None):
-        shared, values, outputs = fold.beside_by_kernels(q, k, v, known, rows, options)
-        assert torch.equal(shared, fold.shared_key(q, k, rows, options, None))
+        left_out = (
+            None if known is None else torch.arange(q.shape[2], device=device).expand(q.shape[0], -1) < 2
+        )
+        shared, values, outputs = fold.beside_by_kernels(q, k, v, known, rows, options, left_out)
+        assert torch.equal(shared, fold.shared_key(q, k, rows, options, left_out))
         assert torch.equal(values.isfinite(), v.isfinite().all(-1))
         assert outputs is None if known is None else torch.equal(outputs.isfinite(), out.isfinite().all(-1))

@@ -89,6 +89,7 @@ def test_a_refused_capture_is_said_in_the_coverage(fake):
 def test_a_layer_on_two_streams_loses_no_update():
     model, x = Model(2).cuda(), batch(900)
     side = torch.cuda.Stream()
+    torch.cuda.synchronize()
     with AttentionStabilityMonitor(model, log_every=1) as monitor, torch.no_grad():
         for _ in range(20):
             model(x)
@@ -106,6 +107,8 @@ def test_a_layer_on_two_streams_loses_no_update():
 def test_replays_on_another_stream_are_read_whole():
     model, x = Model(2).cuda(), batch(900).detach()
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        model(x)  # as every capture needs, monitored or not
     with AttentionStabilityMonitor(model, log_every=1) as monitor, torch.no_grad():
         with torch.cuda.graph(graph):
             model(x)

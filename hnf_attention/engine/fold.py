@@ -114,10 +114,10 @@ def beside(
     """
     grouped = value.shape[1] == key.shape[1]
     fits = output is None or (output.shape[1] == query.shape[1] and output.shape[3] == value.shape[3])
-    whole = left_out is None and rows.row_index is None and rows.lse.numel() > 0 and value.numel() > 0
+    whole = rows.row_index is None and rows.lse.numel() > 0 and value.numel() > 0
     if grouped and fits and whole and engines.kernels_cover(query, value):
         with engines.on_device(query):
-            return beside_by_kernels(query, key, value, output, rows, options)
+            return beside_by_kernels(query, key, value, output, rows, options, left_out)
     sizes = largest(value) if grouped else None, None if output is None else largest(output)
     return shared_key(query, key, rows, options, left_out), *sizes
 
@@ -130,11 +130,16 @@ def beside_by_kernels(
     output: Tensor | None,
     rows: RowStats,
     options: Options,
+    left_out: Tensor | None,
     control: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`beside` of all rows, where the kernels cover the call. control: as for `engine.graphed`."""
     columns, kernel = engines.kernel("measure.columns"), engines.kernel("measure.beside")
-    weights = columns.column_weights(query, key, rows.lse, options, SHARED_ROWS, control=control)
+    index, lse = None, rows.lse
+    if left_out is not None:
+        places = engines.kernel("measure.rows_asked")
+        index, lse = places.rows_asked(rows.lse, left_out, SHARED_ROWS, LEAST_ROWS, control)
+    weights = columns.column_weights(query, key, lse, options, SHARED_ROWS, index, control)
     return kernel.beside(weights, value, output, query.shape[2], LEAST_ROWS, control)
 
 

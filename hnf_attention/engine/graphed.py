@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels.shared.control import EVALUATION, EXTREMES, NUMBER, STATISTICS
 from ..reference import extremes as reference
-from ..reference.context import Context
+from ..reference.context import Context, hidden_keys
 from ..reference.options import Options
 from ..statistics.rows import RowStats
 from . import api, engines, fold
@@ -21,6 +21,10 @@ from .extremes import Tensors, with_inner_stride
 __all__ = ["EVALUATION", "EXTREMES", "NUMBER", "STATISTICS", "GraphedCall", "State", "new_state", "refuses"]
 
 OTHER_DEVICE = "on a device that is neither a CPU nor a CUDA card"
+
+
+#: Queries that are left out, boolean (B, M), and keys that no query sees, (B, N); each may be None.
+_Padding = tuple[Tensor | None, Tensor | None]
 
 
 class State(NamedTuple):
@@ -53,13 +57,13 @@ def refuses(query: Tensor, value: Tensor) -> str | None:
 class GraphedCall:
     """Measures calls of these shapes, strides and options, without a look at the device by the host.
 
-    tensors: of one such call, of which nothing is kept. options: without a mask. phase: added to the number of the
-    forward, which says which rows the extremes come from.
+    tensors, options: of one such call, of which no tensor is kept. phase: added to the number of the forward, which
+    says which rows the extremes come from.
     """
 
     def __init__(self, tensors: Tensors, options: Options, phase: int) -> None:
         query, key, value, _ = tensors
-        self._options, self._phase = options, phase
+        self._options, self._phase = options._replace(attn_mask=None), phase
         self._empty = min(query.numel(), key.numel(), value.numel()) == 0
         self._copies = any(x is not None and x.stride(3) != 1 for x in tensors)
         self._extremes: Any = None
@@ -67,47 +71,63 @@ class GraphedCall:
         if self._by_kernels and not self._empty:
             kernel = engines.kernel("measure.extremes")
             mine = kernel.Tensors(*map(with_inner_stride, tensors))
-            self._extremes = kernel.SingleLaunch(mine, options)
+            leaves_out = options.attn_mask is not None and query.shape[2] == key.shape[2]
+            self._extremes = kernel.SingleLaunch(mine, options, leaves_out)
 
-    def run(self, state: State, tensors: Tensors, extremes: bool = True, statistics: bool = True) -> None:
+    def run(
+        self,
+        state: State,
+        tensors: Tensors,
+        mask: Tensor | None = None,
+        extremes: bool = True,
+        statistics: bool = True,
+    ) -> None:
         """Measure one call as `state.control` says. The tensors are outside autograd.
 
-        extremes, statistics: False where the host knows that the control asks for none.
+        mask: as `Options.attn_mask`. Keys that it hides from all queries are padding, and in self-attention so are
+        their queries. extremes, statistics: False where the host knows that the control asks for none.
         """
-        if self._empty:
+        if self._empty or not (extremes or statistics):
             return
+        query, key = tensors[:2]
+        options, hidden = self._options, None
+        if mask is not None:
+            options = options._replace(attn_mask=mask)
+            hidden = hidden_keys(options, query.shape[0], query.shape[2], key.shape[2])
+        padding = hidden if query.shape[2] == key.shape[2] else None, hidden
         if not self._by_kernels:
-            with torch.no_grad(), engines.no_autocast(tensors[0]):
-                self._by_reference(state, tensors)
+            with torch.no_grad(), engines.no_autocast(query):
+                self._by_reference(state, tensors, options, padding)
             return
-        with engines.on_device(tensors[0]):
+        with engines.on_device(query):
             if self._copies:
                 tensors = tuple(map(with_inner_stride, tensors))  # type: ignore[assignment]
             if extremes:
-                self._extremes.run(state.result, state.control, tensors, self._phase)
+                self._extremes.run(state.result, state.control, tensors, self._phase, options, padding[0])
             if statistics:
-                self._fold(state, tensors)
+                self._fold(state, tensors, options, padding)
 
-    def _fold(self, state: State, tensors: Tensors) -> None:
+    def _fold(self, state: State, tensors: Tensors, options: Options, padding: _Padding) -> None:
         query, key, value, out = tensors
-        options, control = self._options, state.control
+        control = state.control
         probe = engines.kernel("portable.probe")
         rows = RowStats.unpack(*probe.probe(query, key, options, parts=1, control=control))
-        context = Context(None, None, *fold.beside_by_kernels(query, key, value, out, rows, options, control))
+        beside = fold.beside_by_kernels(query, key, value, out, rows, options, padding[0], control)
+        context = Context(*padding, *beside)
         engines.kernel("measure.fold").fold(
             state.accumulator, query, key, rows, options, context, fold.kernel_layout(), control
         )
 
-    def _by_reference(self, state: State, tensors: Tensors) -> None:
+    def _by_reference(self, state: State, tensors: Tensors, options: Options, padding: _Padding) -> None:
         query, key, value, out = tensors
-        options, control = self._options, int(state.control.item())
+        control = int(state.control.item())
         number = control & NUMBER
         if control & EXTREMES:
             reference.raise_result(
-                state.result, query, key, value, out, options, None, number, number + self._phase
+                state.result, query, key, value, out, options, padding[0], number, number + self._phase
             )
         if control & STATISTICS:
             rows = api.attend(query, key, None, options)[1]
             accumulator = state.accumulator[1 if control & EVALUATION else 0]
-            context = Context(None, None, *fold.beside(query, key, value, out, rows, options, None))
-            fold.fold(accumulator, query, key, rows, options, context)
+            beside = fold.beside(query, key, value, out, rows, options, padding[0])
+            fold.fold(accumulator, query, key, rows, options, Context(*padding, *beside))

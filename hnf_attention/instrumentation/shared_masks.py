@@ -36,6 +36,16 @@ def shared() -> Iterator[None]:
         _thread.made = outer
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """Inside, `once` keeps nothing: the memory of a CUDA graph may hold no tensors but the graph's own."""
+    outer, _thread.made = _thread.made, None
+    try:
+        yield
+    finally:
+        _thread.made = outer
+
+
 def once(what: Hashable, mask: Tensor, make: Callable[[], _Made]) -> _Made:
     """`make()`, or what it gave before in this forward for a mask with the same memory, layout and version.
 

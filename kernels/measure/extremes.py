@@ -101,44 +101,67 @@ def _programs(call: Tensors, plan: ExtremesPlan) -> int:
 class SingleLaunch:
     """The extremes of single calls of one shape, if `shared.control` asks for them. A CUDA graph may replay the launch.
 
-    call: as for `Launch`; no tensor of it is kept.
+    call, options: as for `Launch`; no tensor of them is kept. leaves_out: whether queries may be left out.
     """
 
-    def __init__(self, call: Tensors, options: Options) -> None:
+    def __init__(self, call: Tensors, options: Options, leaves_out: bool = False) -> None:
         query, key, value, out = call
         batch, heads, _, head_dim = query.shape
         tiles = probe_tiles(head_dim, query.dtype, options)
         widths, group = (head_dim, value.shape[3]), heads // key.shape[1]
-        self._plan = _plan(score_plan(options), False, out is not None, group, widths, tiles, 1, single=True)
+        self._plan = _plan(
+            score_plan(options), leaves_out, out is not None, group, widths, tiles, 1, single=True
+        )
         self._tiles, self._device = tiles, query.device
-        self._strides, self._call = _strides(call), call_of(query, key, options)
+        self._strides = _strides(call)
+        self._call = None if options.attn_mask is not None else call_of(query, key, options)
         self._window, self._probes = options.window_size or 0, batch * heads
         self._grid = _programs(call, self._plan), 1, 1
         self._aligned: Any = None  # the compiled kernel, for tensors that lie at multiples of 16 bytes
 
-    def run(self, result: torch.Tensor, control: torch.Tensor, call: Tensors, phase: int) -> None:
-        """Raise a result, int32 (fields, H), contiguous. phase: added to the number of the forward in `control`."""
+    def run(
+        self,
+        result: torch.Tensor,
+        control: torch.Tensor,
+        call: Tensors,
+        phase: int,
+        options: Options,
+        left_out: torch.Tensor | None = None,
+    ) -> None:
+        """Raise a result, int32 (fields, H), contiguous. phase: added to the number of the forward in `control`.
+
+        options: of the call, with its mask. left_out: boolean (B, M), queries that do not count.
+        """
         together = result.data_ptr() | control.data_ptr()
         for x in call:
             if x is not None:
                 together |= x.data_ptr()
-        tensors = OneCall(*call, *self._strides)
+        tensors, skipped = OneCall(*call, *self._strides), LeftOut(None, 0, 0)
+        of_call = self._call if self._call is not None else call_of(call[0], call[1], options)
+        if left_out is not None:
+            skipped = LeftOut(left_out.view(torch.uint8), *left_out.stride())
         # Only alignment varies from call to call, so the kernel need not be looked up anew.
         if self._aligned is not None and not together & 15:
             numbers = self._window, phase, self._probes
-            self._aligned[self._grid](result, control, tensors, self._call, *numbers, self._plan)
+            self._aligned[self._grid](result, control, tensors, skipped, of_call, *numbers, self._plan)
             return
         compiled = launch(
             single_extremes_kernel,
             self._grid,
             self._plan,
             self._device,
-            {"result_ptr": result, "control_ptr": control, "tensors": tensors, "call": self._call},
+            {
+                "result_ptr": result,
+                "control_ptr": control,
+                "tensors": tensors,
+                "left_out": skipped,
+                "call": of_call,
+            },
             {"window": self._window, "phase": phase, "probes": self._probes},
             num_warps=self._tiles.num_warps,
             num_stages=self._tiles.num_stages,
         )
-        if compiled is not None and not together & 15:
+        if compiled is not None and self._call is not None and not together & 15:
             self._aligned = compiled
 
 

@@ -333,7 +333,9 @@ def extremes_kernel(
 
 
 @triton.jit(do_not_specialize=["window", "phase", "probes"])
-def single_extremes_kernel(result_ptr, control_ptr, tensors, call, window, phase, probes, PLAN: tl.constexpr):
+def single_extremes_kernel(
+    result_ptr, control_ptr, tensors, left_out, call, window, phase, probes, PLAN: tl.constexpr
+):
     """The extremes of a single call, if `control` asks for them: see `control`. The grid is (programs,).
 
     phase: added to the number of the forward, which says which block of rows comes next.
@@ -345,7 +347,7 @@ def single_extremes_kernel(result_ptr, control_ptr, tensors, call, window, phase
         tensors,
         result_ptr,
         tensors.query_ptr,
-        tensors,  # no query is left out
+        left_out,
         call,
         window,
         tl.program_id(0),

@@ -122,7 +122,7 @@ def fold(
     accumulator (slots, layout.num_fields, H) fp64, query (B, H, M, D), key (B, H_kv, N, D), rows of (B, H, M)
     or a sample of them; any strides (rows, and q and k of an inner stride other than 1, are copied if need be).
     control: see `shared.control`. The accumulator is then (2, slots, layout.num_fields, H), for forwards under grad and
-    for others, and a mask is not taken. None for a fold that always runs.
+    for others. None for a fold that always runs.
     """
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, num_keys = key.shape[1:3]
@@ -131,7 +131,7 @@ def fold(
     call = call_of(query, key, options)
     table = Table(None, 0, 0, 0)
     if options.attn_mask is not None:
-        scanned, strides = scan_mask(options, num_queries, num_keys, call.bounds_ptr)
+        scanned, strides = scan_mask(options, num_queries, num_keys, call.bounds_ptr, control)
         table = Table(scanned, *strides)
     index = rows.row_index
     core = (rows.lse, rows.entropy, rows.max_logit, rows.min_logit)

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..shared.gate import STATISTICS, is_off
 from ..shared.launch import launch
 from ..shared.masks import load_bounds, mask_of, visible_tile
 from ..shared.plan import Options, score_plan
@@ -14,9 +15,12 @@ _BLOCK = tl.constexpr(_SCAN)
 
 @triton.jit(do_not_specialize=["window"])
 def _scan_mask_kernel(
-    table_ptr, mask, mask_heads, num_queries, num_keys, bounds_ptr, window, PLAN: tl.constexpr
+    table_ptr, mask, mask_heads, num_queries, num_keys, bounds_ptr, control_ptr, window, PLAN: tl.constexpr
 ):
     """One row of a user mask: how many keys are visible, and which is the first."""
+    if control_ptr is not None:  # noqa: SIM102  # the compiler drops this branch, and not an `and`
+        if is_off(control_ptr, STATISTICS):
+            return
     place = tl.program_id(0).to(tl.int64)
     row = (place % num_queries).to(tl.int32)
     batch, head = place // num_queries // mask_heads, place // num_queries % mask_heads
@@ -54,9 +58,16 @@ def _scan_mask_kernel(
 
 
 def scan_mask(
-    options: Options, num_queries: int, num_keys: int, bounds: torch.Tensor | None
+    options: Options,
+    num_queries: int,
+    num_keys: int,
+    bounds: torch.Tensor | None,
+    control: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """Table (2, mask batch, mask heads, M) int32 of visible keys and the first of them; strides (b, h, part)."""
+    """Table (2, mask batch, mask heads, M) int32 of visible keys and the first of them; strides (b, h, part).
+
+    control: as for `probe`.
+    """
     attn_mask = options.attn_mask
     mask_batch, mask_heads = attn_mask.shape[:2]
     size = mask_batch * mask_heads * num_queries
@@ -73,6 +84,7 @@ def scan_mask(
             "num_queries": num_queries,
             "num_keys": num_keys,
             "bounds_ptr": bounds,
+            "control_ptr": control,
         },
         {"window": options.window_size or 0},
         num_warps=4,

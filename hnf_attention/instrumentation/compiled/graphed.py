@@ -22,7 +22,7 @@ from ..graph_reader import GraphKind
 from ..padding import is_cross
 from . import layers, slots
 
-NOT_PLAIN = "a compiled graph calls it with a mask, or by another function than scaled_dot_product_attention"
+NOT_SDPA = "a compiled graph calls it by another function than scaled_dot_product_attention"
 NO_MODULE = "a compiled graph calls it behind a graph break"
 NOT_FOUR = "a compiled graph calls it with tensors that have not four dimensions, or with symbolic heads"
 UNTOLD = "a compiled function runs it without grad, and nobody sees whether its forwards are evaluation"
@@ -38,16 +38,14 @@ def slot(
     asked: the frame of `find_layer`. heads: Dynamo's variable of the heads that were announced, None for none.
     """
     if not dynamo.constant_of(asked.local("into_slot")):
-        return None, NOT_PLAIN
+        return None, NOT_SDPA
     if not has_module:
         return None, NO_MODULE
     if is_cross(owner.layer):
         return None, CROSS
     if not torch.is_grad_enabled() and not owner.observer.in_forward:
         return None, UNTOLD
-    query, key, value, mask = dynamo.items(asked.local("tensors"))
-    if not dynamo.is_none(mask):
-        return None, NOT_PLAIN
+    query, key, value, _mask = dynamo.items(asked.local("tensors"))
     tensors = [dynamo.example_of(x) for x in (query, key, value)]
     number = tensors[0].shape[1] if heads is None else dynamo.constant_of(heads)[0]
     sizes = number, *(x.shape[-1] for x in tensors)
@@ -74,6 +72,7 @@ def _measure(
     key: Tensor,
     value: Tensor,
     out: Tensor,
+    attn_mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
@@ -85,8 +84,9 @@ def _measure(
     if slot is not None:
         known = None if heads is None else tuple(heads)
         rest = is_causal, scale, enable_gqa, known
-        described = partial(_described, describe, known, query, key, value, *rest[:3])
-        slot.measure(State(accumulator, result, control), (query, key, value, out), rest, described)
+        described = partial(_described, describe, known, query, key, value, attn_mask, *rest[:3])
+        state, tensors = State(accumulator, result, control), (query, key, value, out)
+        slot.measure(state, tensors, attn_mask, rest, described)
 
 
 def _described(
@@ -95,12 +95,13 @@ def _described(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    attn_mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
 ) -> AttentionCall:
     known = None if heads is None else observer.Heads(None, *heads)
-    call = describe(known, query, key, value, None, 0.0, is_causal, scale, enable_gqa)
+    call = describe(known, query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
     call.not_fused = call.place = COMPILED
     return call
 
@@ -111,7 +112,8 @@ def operator(name: str, describe: Callable[..., AttentionCall]) -> Callable[...,
     torch.library.define(
         name,
         "(Tensor(a!) accumulator, Tensor(b!) result, Tensor token, Tensor control, Tensor query, Tensor key, "
-        "Tensor value, Tensor out, bool is_causal, float? scale, bool enable_gqa, SymInt[]? heads) -> ()",
+        "Tensor value, Tensor out, Tensor? attn_mask, bool is_causal, float? scale, bool enable_gqa, "
+        "SymInt[]? heads) -> ()",
         tags=[torch.Tag.flexible_layout],
     )
     torch.library.impl(name, "CompositeExplicitAutograd", partial(_measure, describe=describe))

@@ -21,6 +21,7 @@ from .. import observer
 from ..call import AttentionCall, Unmeasurable
 from ..graph_reader import GraphKind, GraphReader
 from ..keeping import by_heads, viewed, views_of
+from ..shared_masks import apart
 
 _log = logging.getLogger("hnf_attention")
 #: By the address of their token.
@@ -50,13 +51,14 @@ class Slot:
         self,
         state: State,
         tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+        mask: Tensor | None,
         rest: Hashable,
         describe: Callable[[], AttentionCall],
     ) -> None:
         """Measure one call: when its graph runs, or while a CUDA graph is captured, whose replays then measure it.
 
-        tensors: query, key, value and output as the graph has them. rest: what says the call beside them. No error
-        comes out.
+        tensors, mask: query, key, value, output and attn_mask as the graph has them. rest: what says the call beside
+        them. No error comes out.
         """
         if self._failed or observer.thread.suspended or running_backward() != -1:
             return  # inside a backward it is the second forward of a checkpoint
@@ -64,7 +66,8 @@ class Slot:
         wanted = self._reader.wanted
         query, key, value, out = tensors
         shapes = query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride()
-        signature = shapes, out.shape, out.stride(), query.dtype, rest
+        of_mask = None if mask is None else (mask.shape, mask.stride(), mask.dtype)
+        signature = shapes, out.shape, out.stride(), query.dtype, of_mask, rest
         known = signature in self._calls
         # Replays ask the control, so what is captured holds every launch. So does the first run, which compiles them.
         everything = capturing or not known
@@ -75,19 +78,27 @@ class Slot:
             self._merged = True
             self._note(self._calls[signature])
         try:
-            with without_dispatch_modes():
-                call = self._calls[signature] if known else self._describe(signature, tensors, describe)
+            with without_dispatch_modes(), apart():
+                call = self._calls[signature] if known else self._describe(signature, tensors, mask, describe)
                 if call is None:
                     return
                 views = call.views
-                mine = _tensors(describe(), out) if views is None else viewed(tensors, views)
+                if views is not None and (mask is None or call.mask_as_is):
+                    mine = viewed(tensors, views)
+                else:
+                    described = describe()
+                    mine, mask = _tensors(described, out), described.validated().attn_mask
                 extremes, statistics = bool(wanted & EXTREMES), bool(wanted & STATISTICS)
-                call.measure.run(state, mine, everything or extremes, everything or statistics)
+                call.measure.run(state, mine, mask, everything or extremes, everything or statistics)
         except Exception as error:  # the monitor never ends a run
             self._fail(error)
 
     def _describe(
-        self, signature: Hashable, tensors: tuple[Tensor, ...], describe: Callable[[], AttentionCall]
+        self,
+        signature: Hashable,
+        tensors: tuple[Tensor, ...],
+        mask: Tensor | None,
+        describe: Callable[[], AttentionCall],
     ) -> _Described | None:
         if len(self._calls) >= _MOST_CALLS:
             self._calls.clear()
@@ -95,7 +106,8 @@ class Slot:
         call = describe()
         options, mine = call.validated(), _tensors(call, tensors[3])
         measure, views = GraphedCall(mine, options, 0), views_of(tensors, mine)
-        self._calls[signature] = found = _Described(measure, views, call.interceptor)
+        as_is = mask is not None and views_of([mask], [options.attn_mask]) == [None]
+        self._calls[signature] = found = _Described(measure, views, as_is, call.interceptor)
         self._note(found)
         return found
 
@@ -122,12 +134,16 @@ class Slot:
 
 
 class _Described:
-    """How calls of one signature are measured. views: see `keeping.views_of`."""
+    """How calls of one signature are measured.
 
-    __slots__ = ("interceptor", "measure", "views")
+    views: see `keeping.views_of`. mask_as_is: the mask is used as the graph has it.
+    """
 
-    def __init__(self, measure: GraphedCall, views: list[Any] | None, interceptor: str):
-        self.measure, self.views, self.interceptor = measure, views, interceptor
+    __slots__ = ("interceptor", "mask_as_is", "measure", "views")
+
+    def __init__(self, measure: GraphedCall, views: list[Any] | None, mask_as_is: bool, interceptor: str):
+        self.measure, self.views = measure, views
+        self.mask_as_is, self.interceptor = mask_as_is, interceptor
 
 
 def of(token: Tensor) -> Slot | None:

@@ -105,12 +105,12 @@ def _beside(
     if found is None:
         return
     query, key, value = operators.inputs(query, key, value)
-    call = bool(is_causal), scale, enable_gqa, heads
+    call = operators.detached(attn_mask), bool(is_causal), scale, enable_gqa, heads
     if isinstance(found, slots.Slot):
         state = found.accumulator, found.result, found.token, found.control
         _graphed_operator(*state, query, key, value, output.detach(), *call)
     else:
-        _operator(found, query, key, value, operators.detached(attn_mask), *call)
+        _operator(found, query, key, value, *call)
 
 
 def _measure(
