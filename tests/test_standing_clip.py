@@ -1,6 +1,5 @@
 """QK-clip after every optimizer step: what it holds, what it leaves alone, what it refuses."""
 
-import gc
 import logging
 
 import pytest
@@ -8,21 +7,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from attention_layers import GPT2, LLAMA, TOKENS, Multihead, PlainBlock, Strange, changed, weights
+from leftovers import leave_nothing_behind  # noqa: F401
 from odd_layers import Biased, Fused, Separate, normed
 from torch import nn
 
 from hnf_attention import AttentionStabilityMonitor, instrument
 from hnf_attention.interventions import QKClip
 from hnf_attention.interventions.sizes import MOST_REST, bounds_of_sizes
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _leave_nothing_behind():
-    gc.collect()
-    original = F.scaled_dot_product_attention
-    yield
-    gc.collect()
-    assert F.scaled_dot_product_attention is original
 
 
 def sizes(model, run, measure="range"):
@@ -84,7 +75,7 @@ def test_heads_below_the_limit_keep_every_bit_and_the_bound_stands_for_them():
     assert not changed(old, weights(model))
 
 
-@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("far", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_layer_that_jumps_over_the_limit_is_clipped_at_its_next_look(far):
     """In the same step, unless it was so far below that it was left alone."""
     torch.manual_seed(0)
@@ -245,6 +236,18 @@ def test_attached_it_runs_after_each_step_and_beside_a_monitor():
     clip.remove()
     optimizer.step()
     assert clip.steps == 4
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_clipped():
+    torch.manual_seed(0)
+    model = nn.Sequential(loud(Fused()), loud(Fused()))
+    compiled = torch.compile(model, backend="eager")
+    clip = QKClip(compiled, 30.0)
+    for _ in range(3):
+        compiled(X).sum().backward()
+        clip.step()
+    assert max(float(found.max()) for found in sizes(model, lambda: model(X)).values()) <= 30.01
 
 
 def test_llama_in_bf16_under_a_checkpoint():
