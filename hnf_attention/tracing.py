@@ -19,8 +19,8 @@ def transformed() -> bool:
     return (
         torch.compiler.is_compiling()
         or compat.functorch_transform()
-        # Dynamo keeps some calls whole. They run when their graph is lowered (torch 2.11 and later), which is done under
-        # dispatch modes. To ask for these is ten times cheaper.
+        # Dynamo keeps some calls whole. They run when their graph is lowered (torch 2.11 and later). That is done
+        # under dispatch modes, and to ask for these is ten times cheaper.
         or (compat.dispatch_modes() > 0 and compat.lowered_graph() is not None)
     )
 

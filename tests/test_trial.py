@@ -280,7 +280,7 @@ def tables_of(way, length, batch=2):
     }[way]
 
 
-@pytest.mark.parametrize("length", [9, 33, WIDTH])
+@pytest.mark.parametrize("length", [9, *(pytest.param(n, marks=pytest.mark.slow) for n in (33, WIDTH))])
 @pytest.mark.parametrize(
     "order, norm", [("kinds, heads", None), ("heads, kinds", None), ("kinds, heads", normed)]
 )

@@ -36,7 +36,7 @@ class AttentionPenalty:
     Raises ValueError or TypeError for wrong arguments.
     """
 
-    name, sdpa_only = "a penalty on attention", True
+    name, sdpa_only, optional = "a penalty on attention", True, False
 
     def __init__(
         self,

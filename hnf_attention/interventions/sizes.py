@@ -165,6 +165,8 @@ class ScoreSizes:
         self._kept: set[str] = set()
         self._measured: set[str] = set()
         self._readings: dict[torch.device, _Reading] = {}
+        #: Layers whose own calls take in their sizes: see `ClipNow`.
+        self.within: set[str] = set()
         self.handle = instrument(model, mode="probe", holder=holder)
         self.handle.on_measure = self._on_measure
         self.handle.on_kept = self._on_kept
@@ -203,11 +205,12 @@ class ScoreSizes:
         if not kept.forward.training:
             return
         with self._lock:
-            self._readings = {device: x for device, x in self._readings.items() if not x.arrived()}
+            if not self.within:
+                self._readings = {device: x for device, x in self._readings.items() if not x.arrived()}
             alike: dict[tuple[Any, ...], list[tuple[KeptCall, Tensor, Tensor]]] = {}
             for call, (query, key, _, _) in zip(kept.calls, kept.tensors):
                 self._kept.add(call.layer)
-                if self.handle.measuring and call.layer in self._measured:
+                if call.layer in self.within or (self.handle.measuring and call.layer in self._measured):
                     continue
                 if self._layer(call.layer, call.heads, call.device).rest == 0:
                     alike.setdefault((call.device, call.heads, key.shape[1]), []).append((call, query, key))

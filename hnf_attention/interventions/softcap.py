@@ -20,7 +20,7 @@ from .on_calls import OnCalls, layers_of
 class _Capped:
     """The change of one module's call: our attention, which knows soft-caps, takes the place of PyTorch's."""
 
-    name, sdpa_only = "a soft-cap", True
+    name, sdpa_only, optional = "a soft-cap", True, False
 
     def __init__(self, cap: float):
         self._cap = cap
