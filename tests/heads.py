@@ -1,7 +1,7 @@
 """Head statistics with chosen numbers, and a stand-in for an instrumentation."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -97,6 +97,11 @@ def snapshot(step=1, **layers):
     return Snapshot(step, made)
 
 
+def finished(step=1, **layers):
+    """As `snapshot`, of a model that does not train."""
+    return replace(snapshot(step, **layers), training=False)
+
+
 def found(history, issue_type):
     """{head: issue} of one kind, after checks that hold for every issue."""
     diagnosis = diagnose(history)
@@ -112,8 +117,8 @@ def found(history, issue_type):
 
 
 def growing(scores, steps=None, **numbers):
-    """History of layer `a`, whose largest score takes these values (each a number or one per head)."""
-    steps = range(1, len(scores) + 1) if steps is None else steps
+    """History of layer `a`, whose largest score takes these values (each a number or one per head), every 10 steps."""
+    steps = range(10, 10 * len(scores) + 1, 10) if steps is None else steps
     each = [
         {k: v[t] if isinstance(v, list) and len(v) == len(scores) else v for k, v in numbers.items()}
         for t in range(len(scores))

@@ -1,6 +1,5 @@
 """Each rule on head statistics made to break it, and on healthy ones that must not."""
 
-import math
 import warnings
 
 import numpy as np
@@ -44,7 +43,13 @@ def test_heads_without_any_number_cause_nothing():
 
 
 @pytest.mark.parametrize(
-    "size, severity, limit", [(101.0, "warning", 100.0), (1001.0, "error", 1e3), (10001.0, "error", 1e4)]
+    "size, severity, limit",
+    [
+        (101.0, "warning", 100.0),
+        (301.0, "error", 300.0),
+        (1001.0, "error", 1e3),
+        (10001.0, "error", 1e4),
+    ],
 )
 @pytest.mark.parametrize("offset", [0.0, 0.9, -1.0, 50.0])  # of the size; -1: all scores are below 0
 def test_overflow_of_one_snapshot(size, severity, limit, offset):
@@ -89,13 +94,12 @@ def test_no_overflow_of_one_snapshot(score):
     assert not found([snapshot(1, a={"max_logit": score})], "overflow_risk")
 
 
-def test_three_snapshots_above_the_watch_level():
+def test_three_snapshots_above_the_watch_level_are_a_note():
     assert not found(growing([59, 61, 61]), "overflow_risk")
     assert not found(growing([61, 59, 61]), "overflow_risk")
-    issues = found(growing([5, 61, 61, 61]), "overflow_risk")
-    assert issues[0].severity == "warning" and issues[0].threshold == 60.0
+    issues = found(growing([61, 61, 61]), "overflow_risk")
+    assert issues[0].severity == "note" and issues[0].threshold == 60.0
     assert "3 snapshots in a row" in issues[0].evidence
-    assert found(growing([61, 61, 61]), "overflow_risk")[0].severity == "note"  # large, and nothing grows
 
 
 def test_what_rounding_does_is_told_where_it_is_known():
@@ -167,31 +171,68 @@ def test_the_naive_limit_is_information_only(dtype, score, told):
     history = growing([score] * 4, dtype=dtype)
     assert not found(history, "overflow_risk")
     issues = found(growing([200] * 4, dtype=dtype), "overflow_risk")
-    assert issues[0].severity == "warning" and "without max subtraction" in issues[0].evidence
+    assert issues[0].severity == "error" and "without max subtraction" in issues[0].evidence
     limit = "11.09" if told else "88.72"
     assert limit in issues[0].evidence
 
 
+def roots(slope, count=6):
+    """Scores whose square root grows by that much a step, from 2, every 10 steps."""
+    return [(2 + slope * t) ** 2 for t in range(10, 10 * count + 1, 10)]
+
+
 def test_alarm_projects_the_square_root():
-    # sqrt(score) = 2 + 0.35 t: at step 10 the score is 30, 100 steps later 1640; passes 1200 in 81.
-    scores = [(2 + 0.35 * t) ** 2 for t in range(1, 11)]
-    issue = found(growing(scores), "overflow_risk")[0]
-    assert issue.severity == "error" and issue.threshold == 1200.0
-    assert issue.value == pytest.approx((2 + 0.35 * 110) ** 2)
-    eta = (math.sqrt(1200) - 2 - 0.35 * 10) / 0.35
-    assert f"in about {eta:.0f} steps" in issue.evidence
-    # Slower, it stays below 1200 for the next 100 steps.
-    assert not found(growing([(2 + 0.25 * t) ** 2 for t in range(1, 11)]), "overflow_risk")
+    # sqrt(score) = 2 + 0.08 t: at step 60 the score is 46, 50 steps later 116; it passes 100 in 40.
+    issue = found(growing(roots(0.08)), "overflow_risk")[0]
+    assert issue.severity == "error" and issue.threshold == 100.0
+    assert issue.value == pytest.approx((2 + 0.08 * 110) ** 2)
+    assert "116.6 within 50 steps" in issue.evidence and "will saturate near step 100" in issue.headline
+    # Slower, it stays below 100 for the next 50 steps, and below 150 for the next 100.
+    assert not found(growing(roots(0.06)), "overflow_risk")
 
 
-def test_the_alarm_is_per_training_step_not_per_snapshot():
-    scores = [(2 + 0.35 * t) ** 2 for t in range(1, 11)]
-    assert not found(growing(scores, steps=range(10, 101, 10)), "overflow_risk")
+def test_a_warning_looks_further_ahead_than_an_alarm():
+    # At step 60 the score is 38; it is 96 after 50 steps, and 174 after 100.
+    issue = found(growing(roots(0.07)), "overflow_risk")[0]
+    assert issue.severity == "warning" and issue.threshold == 150.0
+    assert issue.value == pytest.approx((2 + 0.07 * 160) ** 2)
+    # Scores of less than 20 may grow as fast, and stop.
+    assert not found(growing(roots(0.11, 2) + [19.0]), "overflow_risk")
+
+
+@pytest.mark.parametrize(
+    "layers, severity", [("abcd", "error"), ("abc", "error"), ("ab", "warning"), ("bcd", None)]
+)
+def test_an_alarm_needs_the_first_layer_and_most_layers(layers, severity):
+    history = [
+        snapshot(10 * t, **{x: {"max_logit": (2 + 0.8 * t) ** 2 if x in layers else 5.0} for x in "abcd"})
+        for t in range(1, 7)
+    ]
+    issues = [issue for issue in diagnose(history).issues if issue.issue_type == "overflow_risk"]
+    assert {issue.severity for issue in issues} == ({severity} if severity else set())
+    # The first layer alone is warned of; the others where their scores are large already.
+    assert {issue.layer for issue in issues} == (
+        {"a"} if severity == "warning" else set(layers if severity else "")
+    )
+    history.append(snapshot(70, **{x: {"max_logit": 101.0 if x in layers else 5.0} for x in "abcd"}))
+    assert {x.layer for x in diagnose(history).warnings + diagnose(history).errors} == set(layers)
+
+
+@pytest.mark.parametrize("every", [1, 2, 10, 100])
+def test_the_alarm_is_per_training_step_at_any_cadence(every):
+    """The last 50 steps count, or the last three snapshots; the steps of the first snapshots are too few for a line."""
+    steps = [t for t in range(1, 301) if t % every == 0]
+    for slope, alarmed in ((0.06, True), (0.02, False)):
+        history = growing([(2 + slope * (t - 200)) ** 2 if t > 200 else 4.0 for t in steps], steps=steps)
+        issues = found(history, "overflow_risk")
+        assert [issue.severity for issue in issues.values()] == ["error"] * 4 * (alarmed and every < 100)
+    history = growing([9.0 * t for t in range(1, 20)], steps=range(1, 20))
+    assert not any(issue.severity == "error" for issue in found(history, "overflow_risk").values())
 
 
 def test_the_alarm_survives_an_outlier():
-    scores = [(2 + 0.35 * t) ** 2 for t in range(1, 11)]
-    scores[6] *= 1.9
+    scores = roots(0.09, 8)
+    scores[4] *= 1.9
     assert found(growing(scores), "overflow_risk")[0].severity == "error"
 
 
@@ -229,18 +270,21 @@ def test_theil_sen_is_exact_on_lines_and_blind_to_few_outliers():
 
 
 def test_too_few_values_give_no_line():
-    steps = np.arange(6.0)
-    values = np.ones((6, 2))
+    steps = 10 * np.arange(4.0)
+    values = np.ones((4, 2))
     values[:2, 1] = np.nan
     line = theil_sen(steps, values)
     assert line.slope[0] == 0 and np.isnan(line.slope[1])
     assert np.isnan(theil_sen(steps[:1], values[:1]).slope).all()
-    assert np.isnan(theil_sen(np.zeros(6), values).slope).all()  # snapshots of one and the same step
+    assert np.isnan(theil_sen(0.4 * steps, values).slope).all()  # of 12 steps
+    assert np.isnan(theil_sen(np.zeros(4), values).slope).all()  # snapshots of one and the same step
 
 
 def test_trend_skips_snapshots_without_the_layer_and_stops_where_heads_change():
-    history = [snapshot(s, a={"heads": 2, "max_logit": 500.0}) for s in range(1, 6)]
-    history += [snapshot(s, **({"a": {"max_logit": float(s)}} if s % 2 else {"b": {}})) for s in range(6, 20)]
+    history = [snapshot(4 * s, a={"heads": 2, "max_logit": 500.0}) for s in range(1, 6)]
+    history += [
+        snapshot(4 * s, **({"a": {"max_logit": float(s)}} if s % 2 else {"b": {}})) for s in range(6, 20)
+    ]
     line = concatenate_heads(history, ["a"])[0].root_score
     assert line.slope.shape == (4,)
     np.testing.assert_allclose(line.level, np.sqrt(19.0), rtol=0.02)
@@ -273,9 +317,13 @@ def test_a_layer_is_judged_beside_others_as_alone():
         snapshot(10 * t, **{name: each[t] for name, each in layers.items() if each[t] is not None})
         for t in range(16)
     ]
+    # The first layer and the share of layers decide about alarms, so alone each is beside a healthy first layer.
+    history = [Snapshot(s.step, {"healthy": s.layers["healthy"], **s.layers}) for s in history]
     together = diagnose(history).issues
     for layer in layers:
-        alone = [Snapshot(s.step, {k: v for k, v in s.layers.items() if k == layer}) for s in history]
+        alone = [
+            Snapshot(s.step, {k: v for k, v in s.layers.items() if k in ("healthy", layer)}) for s in history
+        ]
         assert diagnose(alone).issues == [issue for issue in together if issue.layer == layer], layer
     assert {issue.layer for issue in together} == layers.keys() - {"healthy", "empty"}
 

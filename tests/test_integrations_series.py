@@ -59,7 +59,8 @@ def test_a_handful_of_scalars_per_layer():
     assert numbers["attn/layer_00/normalized_entropy_mean"] == pytest.approx(0.675)
     assert numbers["attn/layer_01/max_abs_logit_max"] == numbers["attn/max_abs_logit_max"] == 2e3
     assert numbers["attn/normalized_entropy_mean"] == pytest.approx((sum(ENTROPIES) + 2 * 0.7) / 6)
-    assert numbers["attn/errors"] == len(diagnosis.errors) == 2
+    assert numbers["attn/errors"] == len(diagnosis.errors) == 0
+    assert numbers["attn/warnings"] == len(diagnosis.warnings) == 2
     assert all(type(value) is float for value in numbers.values())
     assert overall(diagnosis) == {name: numbers[name] for name in model}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,10 @@ def run(options: argparse.Namespace) -> int:
     check_target(options.json, "--json")
     check_figure(options.region, "--region")
     console = for_people(options.json)
-    report, config = check(options.config, options.seq_len, options.dtype, options.weights)
+    plan = {"warmup": options.warmup} if options.warmup is not None else {}
+    if options.learning_rate is not None:
+        plan["learning_rate"] = options.learning_rate
+    report, config = check(options.config, options.seq_len, options.dtype, options.weights, plan)
     console.print(verdict(report, options.config))
     if options.region is not None:
         try:
@@ -41,10 +45,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check(
-    name: str, seq_len: int | None, dtype: str | None, with_weights: bool
+    name: str,
+    seq_len: int | None,
+    dtype: str | None,
+    with_weights: bool,
+    plan: Mapping[str, Any] | None = None,
 ) -> tuple[StabilityReport, dict[str, Any] | PretrainedConfig]:
     """The report, and the configuration it was made from.
 
+    plan: learning_rate and warmup, as for `check_attention_stability`.
     If a folder has weights that are not read, a note says what they would add.
     Raises InputError for whatever the user can put right.
     """
@@ -63,7 +72,7 @@ def check(
                 model = load_model(place, config, Loading())
                 _check_finite(model, name)
     try:
-        report = check_attention_stability(model, None, config, seq_len=seq_len, dtype=dtype)
+        report = check_attention_stability(model, None, config, seq_len=seq_len, dtype=dtype, **(plan or {}))
     except OverflowError as error:
         raise InputError(f"{name}: a number is too large: {error}") from error
     except ValueError as error:

@@ -267,6 +267,15 @@ def _add_check(check: Parser) -> None:
     )
     check.add_argument("--dtype", metavar="NAME", help="of q, k and v: bf16, fp16, fp8, ...")
     check.add_argument(
+        "--learning-rate",
+        type=float,
+        metavar="RATE",
+        help="the largest of the training run (Adam): how often attention harmed such runs, counted in the verdict",
+    )
+    check.add_argument(
+        "--warmup", type=int, metavar="STEPS", help="steps up to the learning rate (default 100)"
+    )
+    check.add_argument(
         "--weights",
         action="store_true",
         help="load the checkpoint, too: the largest scores that its heads allow, and those on random tokens",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -33,6 +33,9 @@ class Heads:
     layer: np.ndarray  # index of the layer in `layers`
     layer_heads: np.ndarray  # number of heads in the layer
     scores: np.ndarray  # `score_size` at every snapshot, (T, H)
+    company: Sequence[Heads] = field(
+        repr=False, compare=False
+    )  # all heads that are judged together, these too
 
     @property
     def score(self) -> np.ndarray:
@@ -63,8 +66,13 @@ class Heads:
         return stale
 
     def score_ahead(self, steps: float | np.ndarray) -> np.ndarray:
-        """Projected size of the scores that many steps after the last snapshot, nats."""
-        return np.maximum(self.root_score.ahead(steps), 0.0) ** 2
+        """Projected size of the scores that many steps after the last snapshot, nats; the size now without a line.
+
+        A line that falls is not followed: scores that shrink for a while promise nothing.
+        """
+        line = self.root_score
+        ahead = np.maximum(line.level + np.maximum(line.slope, 0.0) * steps, 0.0) ** 2
+        return np.where(np.isnan(ahead), self.score, ahead)
 
     def steps_until_score(self, score: float) -> np.ndarray:
         """Steps from the last snapshot until the projected size of the scores is `score`; NaN if never."""
@@ -82,11 +90,59 @@ class Heads:
         return self.score > (1.0 + threshold("rising_share")) ** 2 * self.scores[0]
 
     @cached_property
+    def first(self) -> np.ndarray:
+        """Heads of the model's first layer, boolean (H,)."""
+        return np.array([name == next(iter(self.snapshots[-1].layers)) for name in self.layers])[self.layer]
+
+    @cached_property
     def grown(self) -> np.ndarray:
-        """Heads whose scores are large, or rising and soon large: unstable rather than specialised."""
-        return (self.score > threshold("clip_logit")) | (
-            self.rising & (self.score > threshold("watch_logit"))
-        )
+        """Heads whose scores are large, or soon are in the first layer: unstable rather than specialised.
+
+        What the first layer loses, no later one has.
+        """
+        soon = self.score_ahead(threshold("warning_horizon")) > threshold("warning_logit")
+        large = self.score > threshold("clip_logit")
+        return large | (self.first & soon & (self.score > threshold("warning_floor")))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the model does not train, so that nothing can be known of its growth."""
+        return not self.snapshots[-1].training
+
+    @cached_property
+    def alarming(self) -> np.ndarray:
+        """Heads whose scores are soon large, and so are those of the first layer and of most layers.
+
+        A model gets along with a few such layers, but not without its first one. In a finished model, and in the first
+        steps of a run, scores have to be much larger: they may always have been large.
+        """
+        return self._passes & self._widespread
+
+    @cached_property
+    def _passes(self) -> np.ndarray:
+        soon = self.score_ahead(threshold("alarm_horizon")) > threshold("alarm_logit")
+        return np.where(self.known | self.underway, soon, self.score > threshold("standing_logit"))
+
+    @property
+    def underway(self) -> bool:
+        """Whether a run has trained for a trend window, however seldom it was read: its large scores have grown."""
+        latest = self.snapshots[-1]
+        return latest.training and latest.step >= threshold("trend_steps")
+
+    @property
+    def _widespread(self) -> bool:
+        """Whether a head passes in the first layer, and in `alarm_layers` of the layers at least."""
+        layers: dict[str, bool] = {}
+        for heads in self.company:
+            for (layer, _), passes in zip(heads.places, heads._passes.tolist()):
+                layers[layer] = layers.get(layer, False) or passes
+        first = layers.get(next(iter(self.snapshots[-1].layers)), False)
+        return first and sum(layers.values()) >= threshold("alarm_layers") * len(layers)
+
+    @property
+    def known(self) -> np.ndarray:
+        """Heads of which it is known whether they grow: those with a line."""
+        return ~np.isnan(self.root_score.slope)
 
     @cached_property
     def resting(self) -> np.ndarray:
@@ -167,29 +223,37 @@ def concatenate_heads(history: Sequence[Snapshot], layers: Iterable[str]) -> lis
         # The error bound of a HeadStats is that of its largest number of keys.
         described = stats.head_dim, stats.dtype, stats.sample_period, stats.values[_KEYS].max(initial=0.0)
         together.setdefault((described, _ages(history, layer)), []).append(layer)
-    return [
-        _heads([history[-1 - age] for age in reversed(ages)], names) for (_, ages), names in together.items()
-    ]
+    found: list[Heads] = []
+    for (_, ages), names in together.items():
+        found.append(_heads([history[-1 - age] for age in reversed(ages)], names, found))
+    return found
 
 
 def _ages(history: Sequence[Snapshot], layer: str) -> tuple[int, ...]:
-    """How many snapshots ago the layer last appeared, `trend_snapshots` times at most, newest first.
+    """How many snapshots ago the layer appeared within the trend window, newest first.
 
-    Snapshots without the layer are skipped; a change of its number of heads ends the series.
+    The window is `trend_steps` long, but holds `trend_snapshots_min` snapshots if there are as many. Of more than
+    `trend_snapshots`, these many are taken at equal distances. Snapshots without the layer are skipped; a change of
+    its number of heads ends the series.
     """
-    heads, window = history[-1].layers[layer].num_heads, threshold("trend_snapshots")
+    heads, latest = history[-1].layers[layer].num_heads, history[-1].step
     found: list[int] = []
     for age, snapshot in enumerate(reversed(history)):
         stats = snapshot.layers.get(layer)
         if stats is None:
             continue
-        if len(found) == window or stats.num_heads != heads:
+        old = latest - snapshot.step > threshold("trend_steps")
+        if stats.num_heads != heads or (old and len(found) >= threshold("trend_snapshots_min")):
             break
         found.append(age)
-    return tuple(found)
+    most = int(threshold("trend_snapshots"))
+    if len(found) <= most:
+        return tuple(found)
+    chosen = np.linspace(0, len(found) - 1, most).round().astype(int)
+    return tuple(found[index] for index in chosen.tolist())
 
 
-def _heads(snapshots: Sequence[Snapshot], layers: Sequence[str]) -> Heads:
+def _heads(snapshots: Sequence[Snapshot], layers: Sequence[str], company: Sequence[Heads]) -> Heads:
     latest = [snapshots[-1].layers[layer] for layer in layers]
     counts = [stats.num_heads for stats in latest]
     scores = score_size(_sizes(latest[0], snapshots, layers))
@@ -201,6 +265,7 @@ def _heads(snapshots: Sequence[Snapshot], layers: Sequence[str]) -> Heads:
         np.repeat(np.arange(len(layers)), counts),
         np.repeat(counts, counts),
         scores.reshape(len(snapshots), -1),
+        company,
     )
 
 
@@ -218,6 +283,6 @@ def _joined(
     """The heads of all layers, one snapshot after the other, (T * H,); only these fields are filled."""
     parts = [snapshot.layers[layer].values for snapshot in snapshots for layer in layers]
     values = np.empty((NUM_FIELDS, sum(part.shape[1] for part in parts)))
-    for field in fields:
-        np.concatenate([part[field] for part in parts], out=values[field])
+    for row in fields:
+        np.concatenate([part[row] for part in parts], out=values[row])
     return replace(like, values=values)

@@ -78,21 +78,23 @@ class Line:
 def theil_sen(steps: np.ndarray, values: np.ndarray) -> Line:
     """Theil-Sen lines through steps (T,) and values (T, H): the median of the slopes of all pairs.
 
-    NaN values are left out. A head with fewer than `trend_snapshots_min` values gets no line.
+    NaN values are left out. A head with fewer than `trend_snapshots_min` values, or values of
+    fewer than `trend_span` steps, gets no line.
     Source: Sen, Journal of the American Statistical Association 63 (1968), 1379-1389.
     """
     first, second = np.triu_indices(len(steps), k=1)
     apart = steps[second] > steps[first]
     first, second = first[apart], second[apart]
     known = ~np.isnan(values)
-    fitted = known.sum(0) >= threshold("trend_snapshots_min")
+    reach = steps[-1] - steps[known.argmax(0)]
+    fitted = (known.sum(0) >= threshold("trend_snapshots_min")) & (reach >= threshold("trend_span"))
     none = np.full(values.shape[1], np.nan)
     if not (fitted.any() and len(first)):
         return Line(none, none, none)
     slopes = (values[second] - values[first]) / (steps[second] - steps[first])[:, None]
     slope = np.where(fitted, _median(slopes), none)
     level = _median(values - slope * (steps - steps[-1])[:, None])
-    span = np.where(fitted, steps[-1] - steps[known.argmax(0)], none)
+    span = np.where(fitted, reach, none)
     return Line(level, slope, span)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import theory
 from ..names import display_name
+from . import rates
 from .checkpoint import read_weights
 from .configuration import hugging_face, read_design
 from .design import Design
@@ -30,6 +31,9 @@ def check_attention_stability(
     seq_len: int | None = None,
     dtype: object = None,
     tolerance: float = theory.TOLERANCE,
+    learning_rate: float | None = None,
+    warmup: int = rates.WARMUP,
+    optimizer: str = "adamw",
 ) -> StabilityReport:
     """Check attention before training. Returns a `StabilityReport`, a dict whose class lists the keys.
 
@@ -43,18 +47,21 @@ def check_attention_stability(
     seq_len: visible keys; None takes the sample's length, else the configuration's.
     dtype: of q, k and v; None takes the model's.
     tolerance: the error of an output that rounding may cause, over the spread of the values; between 0 and 1.
+    learning_rate: the largest of the training run; with it, the report says how often attention harmed runs like this
+        one, and the verdict counts it. warmup: steps up to it. optimizer: "adam" or "adamw".
 
     The verdict is "not known" if that class cannot be built and run, and no sample is measured; a note says why.
     A measured number is preferred to one from weights, then a predicted one, then an assumed one. `sources` says
     which each number is.
     Raises ValueError for a configuration without a needed field (with the names tried), sizes that make no
-    attention, an unknown dtype, a tolerance outside (0, 1), and a model without attention; TypeError for a model
-    that is not a module.
+    attention, an unknown dtype, a tolerance outside (0, 1), a wrong rate, warmup or optimizer, and a model without
+    attention; TypeError for a model that is not a module.
     """
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be a torch.nn.Module or None, got {type(model).__name__}")
     if not 0 < tolerance < 1:
         raise ValueError(f"expected tolerance between 0 and 1, got {tolerance!r}")
+    plan = rates.checked_plan(learning_rate, warmup, optimizer)
     if config is None:
         config = getattr(model, "config", None)
     if dtype is None and model is not None:
@@ -73,7 +80,7 @@ def check_attention_stability(
         )
     if model is not None:
         _read_model(evidence, model, sample_input, design)
-    return summarise(design, evidence, tolerance)
+    return summarise(design, evidence, tolerance, plan)
 
 
 def _read_model(evidence: Evidence, model: nn.Module, sample: Any, design: Design) -> None:

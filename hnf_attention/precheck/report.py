@@ -25,6 +25,9 @@ class StabilityReport(dict[str, Any]):
         `tolerance` of the spread of its values.
     typical_bits_needed: significand bits that usually suffice for that.
     float16_safe: whether storing in fp16 is safe or usually safe, and no product q.k overflows; None if not known.
+    largest_clean_rate: the largest learning rate that is expected to stay clean of attention's harm; None if attention
+        sets no limit (QK-norm), or if it is not known.
+    harm_probability: how often attention harmed runs at the given learning rate; None if none was given.
     recommendations: sentences.
     neighbours: the nearest designs whose own verdict is stable, then those that help but are not enough.
     weight_logit_bound: with a model, the largest |score| that any input can give, proved.
@@ -80,6 +83,8 @@ class StabilityReport(dict[str, Any]):
         for name, found in self["dtypes"].items():
             overflows = f"; overflows: {', '.join(found['overflows'])}" if found["overflows"] else ""
             lines.append(f"{name}: {found['status']}{overflows}")
+        if self["largest_clean_rate"] is not None:
+            lines.append(f"largest learning rate expected to stay clean: {self['largest_clean_rate']:.2g}")
         lines += self.overflows_elsewhere()
         lines += [f"-> {text}" for text in self["recommendations"]]
         return "\n".join(lines + [f"note: {text}" for text in self["notes"]])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..diagnosis import AttentionDiagnosis
 from ..diagnosis.thresholds import threshold
-from . import predict
+from . import predict, rates
 from .advice import Neighbour, explanation, margins, neighbours
 from .checkpoint import LayerWeights
 from .design import Design
@@ -58,7 +58,9 @@ class Evidence:
         return bool(self.weights) and 2 * sum(alike) < len(alike)
 
 
-def summarise(design: Design, evidence: Evidence, tolerance: float) -> StabilityReport:
+def summarise(
+    design: Design, evidence: Evidence, tolerance: float, plan: rates.TrainingPlan | None = None
+) -> StabilityReport:
     """The report of `check_attention_stability`."""
     if not evidence.known:
         evidence.found = [replace(scores, source=_PLAIN) for scores in evidence.found]
@@ -102,11 +104,38 @@ def summarise(design: Design, evidence: Evidence, tolerance: float) -> Stability
         notes=evidence.notes,
         sources=_sources(design, worst, evidence),
     )
+    _judge_rate(report, design, plan or rates.TrainingPlan())
     if evidence.weights:
         report["weight_logit_bound"] = max(float(layer.bound.max()) for layer in evidence.weights)
     if evidence.typical:
         report["weight_logit_typical"] = max(float(heads.max()) for heads in evidence.typical.values())
     return report
+
+
+def _judge_rate(report: StabilityReport, design: Design, plan: rates.TrainingPlan) -> None:
+    """Add what the learning rate does, as far as it is known."""
+    largest = rates.largest_clean_rate(design, plan.warmup)
+    report["largest_clean_rate"] = report["harm_probability"] = None
+    if report["verdict"] == NOT_KNOWN:
+        return
+    report["largest_clean_rate"] = largest
+    report["sources"]["largest_clean_rate"] = rates.SOURCE
+    if plan.learning_rate is None:
+        return
+    harm = rates.harm_probability(design, plan.learning_rate, plan.warmup)
+    report["harm_probability"] = harm
+    if design.d_model > rates.WIDEST:
+        report["notes"].append(
+            f"the verdict leaves the learning rate out: what is known of rates comes from much narrower models than "
+            f"{design.d_model}"
+        )
+        return
+    report["verdict"] = max(report["verdict"], rates.verdict(harm), key=VERDICTS.index)
+    if largest is not None and harm > rates.CLEAN_ODDS:
+        report["recommendations"].append(
+            f"at a learning rate of {plan.learning_rate:.2g} with {plan.warmup} steps of warmup, attention harmed "
+            f"{harm:.0%} of such runs: train at {largest:.2g} or less, or normalise queries and keys (QK-norm)"
+        )
 
 
 def _verdict(evidence: Evidence, ratio: float, largest: float) -> str:

@@ -11,12 +11,10 @@ from ..issue import SEVERITIES
 def severities(heads: Heads, suspects: np.ndarray, worst: np.ndarray) -> np.ndarray:
     """Severity of each suspect, (H,) of SEVERITIES. suspects, worst: boolean (H,), `worst` within `suspects`.
 
-    An error: one of the worst, and the scores have grown, or rise in most of the layer's heads at once. A warning:
-    scores that have grown, or most of the layer. A note: a single sharp head among others, as previous-token and
-    induction heads are.
+    An error: one of the worst, and its scores are `alarming`. A warning: its scores have grown; in a model that does
+    not train, most of the layer is like it. A note: sharp without growth, as previous-token and induction heads are.
     """
     error, warning, note = SEVERITIES
-    rising_together = heads.rising & heads.most_of_layer(worst & heads.rising)
-    real = worst & (heads.grown | rising_together)
-    alarming = heads.grown | heads.most_of_layer(suspects)
-    return np.select([real, alarming], [error, warning], note)
+    real = worst & heads.alarming
+    suspicious = heads.grown | (heads.most_of_layer(suspects) & heads.finished)
+    return np.select([real, suspicious], [error, warning], note)

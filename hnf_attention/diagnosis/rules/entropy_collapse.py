@@ -92,7 +92,8 @@ def _sink(mass: float, rest: float) -> str:
 def _forecasts(step: int, heads: Heads, judged: np.ndarray) -> Iterator[StabilityIssue]:
     """Heads whose normalized entropy falls towards collapse while their scores rise to the watch level.
 
-    Falling entropy alone is what learning looks like; with growing scores it is the instability.
+    Falling entropy alone is what learning looks like, and growing scores are too. A warning is for scores that are
+    large, or soon are in the first layer.
     """
     entropy = heads.stats.normalized_entropy
     candidates = judged & heads.rising & (entropy < threshold("forecast_entropy"))
@@ -114,6 +115,7 @@ def _forecasts(step: int, heads: Heads, judged: np.ndarray) -> Iterator[Stabilit
             f"{scores.short(head)}{scores.pace(head)}; normalized entropy {value:.3f}, will collapse near step "
             f"{step + eta[head]:.0f} -> {SHORT_CLIP}"
         )
+        severity = "warning" if heads.grown[head] else "note"
         yield make_issue(
-            "entropy_collapse", "warning", place, value, "collapsed_entropy", evidence, CLIP_AND_SLOW, brief
+            "entropy_collapse", severity, place, value, "collapsed_entropy", evidence, CLIP_AND_SLOW, brief
         )

@@ -47,8 +47,7 @@ class _Formats(NamedTuple):
 def rule(history: Sequence[Snapshot], heads: Heads) -> Iterator[StabilityIssue]:
     """Score ranges above published growth limits, ranges on their way there, and scores that a format cannot hold."""
     size, formats = heads.score, _formats(heads.stats)
-    projected = heads.score_ahead(threshold("alarm_horizon"))
-    growing = (size > threshold("watch_logit")) | (projected > threshold("alarm_logit"))
+    growing = (size > threshold("watch_logit")) | heads.grown | heads.alarming
     lost = formats.rounding > threshold("stored_rounding")
     suspicious = growing | lost | (formats.product > threshold("fp16_product"))
     if not suspicious.any():
@@ -59,7 +58,7 @@ def rule(history: Sequence[Snapshot], heads: Heads) -> Iterator[StabilityIssue]:
     eta = heads.steps_until_score(threshold("alarm_logit"))
     step = history[-1].step
     for head in np.flatnonzero(suspicious).tolist():
-        growth = _growth(heads, head, watched[head], projected[head], eta[head], step)
+        growth = _growth(heads, head, watched[head], eta[head], step)
         stored = _stored(stats.dtype, formats.product[head], formats.rounding[head])
         verdict = _together(growth, stored)
         if verdict is None:
@@ -92,13 +91,11 @@ def _formats(stats: HeadStats) -> _Formats:
     return _Formats(largest * stats.head_dim**0.5 if half else np.zeros_like(largest), unit * largest)
 
 
-def _growth(
-    heads: Heads, head: int, watched: int, projected: float, eta: float, step: int
-) -> _Verdict | None:
+def _growth(heads: Heads, head: int, watched: int, eta: float, step: int) -> _Verdict | None:
     """Judge one head by the range of its scores, whose half is their size.
 
-    watched: in how many of the last snapshots the size was above `watch_logit`. projected: the size at the alarm's
-    horizon. eta: steps until the projection meets `alarm_logit`.
+    watched: in how many of the last snapshots the size was above `watch_logit`. eta: steps until the projection meets
+    `alarm_logit`.
     """
     size, verdict = heads.score[head], None
     error, warning, note = SEVERITIES
@@ -106,19 +103,31 @@ def _growth(
     if size > threshold("diverged_logit"):
         verdict = error, "diverged_logit", size, f"{half}, beyond where published runs diverged", ""
     elif size > threshold("deteriorating_logit"):
-        verdict = error, "deteriorating_logit", size, f"{half}, beyond where published runs deteriorated", ""
-    elif projected > threshold("alarm_logit"):
-        when = f"in about {eta:.0f} steps" if np.isfinite(eta) else "now"
-        soon = f"will saturate near step {step + eta:.0f}" if np.isfinite(eta) else "saturating"
-        why = f"{half}, and its trend passes {threshold('alarm_logit'):.0f} {when}"
-        verdict = error, "alarm_logit", projected, why, f"; {soon}"
+        severity = error if heads.alarming[head] else warning
+        verdict = (
+            severity,
+            "deteriorating_logit",
+            size,
+            f"{half}, beyond where published runs deteriorated",
+            "",
+        )
+    elif heads.alarming[head] and not heads.known[head]:
+        limit = "alarm_logit" if heads.underway else "standing_logit"
+        verdict = error, limit, size, f"{half}, as in the first layer and in most layers", ""
+    elif heads.alarming[head]:
+        soon = f"; will saturate near step {step + eta:.0f}" if np.isfinite(eta) else "; saturated"
+        value = heads.score_ahead(threshold("alarm_horizon"))[head]
+        why = f"{half}, and by its trend {value:.4g} within {threshold('alarm_horizon'):.0f} steps, as in the first "
+        verdict = error, "alarm_logit", value, f"{why}layer and in most layers", soon
     elif size > threshold("clip_logit"):
-        why = f"{half}, beyond where Kimi K2 clips (healthy runs pass it early on)"
-        verdict = warning, "clip_logit", size, why, ""
+        verdict = warning, "clip_logit", size, f"{half}, beyond where Kimi K2 clips", ""
+    elif heads.grown[head]:
+        value = heads.score_ahead(threshold("warning_horizon"))[head]
+        why = f"{half}, and by its trend {value:.4g} within {threshold('warning_horizon'):.0f} steps"
+        verdict = warning, "warning_logit", value, f"{why} in the first layer", ""
     elif watched >= threshold("watch_snapshots"):
         why = f"{half}, above {threshold('watch_logit'):.0f} for {watched} snapshots in a row"
-        severity = warning if heads.risen[head] else note
-        verdict = severity, "watch_logit", size, why, ""
+        verdict = note, "watch_logit", size, why, ""
     if verdict is None:
         return None
     severity, name, value, why, brief = verdict
