@@ -255,14 +255,15 @@ def _kept(steps=(0, 50, 100)):
     return model, optimizer, states
 
 
-def _steps(history, times):
-    return [Snapshot(shot.step * times, shot.layers) for shot in history]
+def _steps(history, last):
+    """The history with its last snapshot at that step."""
+    return [Snapshot(shot.step * last // history[-1].step, shot.layers) for shot in history]
 
 
 def test_with_good_states_an_error_is_answered_by_a_restart():
     model, optimizer, states = _kept()
     policy = InterventionPolicy(model)
-    diagnosis = diagnose(_steps(growing(a=20_000.0), 12))  # the alarm is at step 120
+    diagnosis = diagnose(_steps(growing(a=20_000.0), 120))  # the alarm is at step 120
     wanted = policy.propose(diagnosis)
     assert wanted["action"] == "rewind" and wanted["before"] == 120 and "laboratory" in wanted["reason"]
     assert [step["action"] for step in wanted["then"]] == ["qk_norm", "reduce_lr"]
@@ -271,7 +272,7 @@ def test_with_good_states_an_error_is_answered_by_a_restart():
     model(torch.randn(2, 6, 32))
     assert (model.a.qkv.weight == 50).all() and optimizer.param_groups[0]["lr"] == 2.5e-3
     assert len(optimizer.param_groups[0]["params"]) == 6  # the gains are among them
-    later = diagnose(_steps(growing(a=20_000.0), 13))
+    later = diagnose(_steps(growing(a=20_000.0), 130))
     assert policy.propose(later) is None  # too soon
     applied.revert()
     assert (model.a.qkv.weight == 100).all() and optimizer.param_groups[0]["lr"] == 1e-2
@@ -282,8 +283,8 @@ def test_a_second_restart_lowers_the_rate_again_and_there_are_three_at_most():
     model, _, states = _kept()
     policy = InterventionPolicy(model)
     found = []
-    for times in (12, 30, 60, 120):
-        wanted = policy.propose(diagnose(_steps(growing(a=20_000.0), times)))
+    for last in (120, 300, 600, 1200):
+        wanted = policy.propose(diagnose(_steps(growing(a=20_000.0), last)))
         found.append(None if wanted is None else [step["action"] for step in wanted["then"]])
         loaded = InterventionPolicy(model)
         loaded.load_state_dict(policy.state_dict())
@@ -297,9 +298,9 @@ def test_warnings_and_runs_without_a_state_old_enough_are_not_restarted():
     assert InterventionPolicy(model).propose(diagnose(growing(a=20_000.0))) is not None  # back to step 0
     model, _, states = _kept()
     states._slots = [slot for slot in states._slots if slot.step == 100]
-    assert InterventionPolicy(model).propose(diagnose(_steps(growing(a=20_000.0), 12))) is None
-    history = [snapshot(10 * s, a={"max_logit": (4 + 0.5 * s) ** 2}) for s in range(1, 11)]
-    assert not diagnose(history).errors
+    assert InterventionPolicy(model).propose(diagnose(_steps(growing(a=20_000.0), 120))) is None
+    history = [snapshot(10 * s, first={"max_logit": 5.0}, a={"max_logit": 12.0 * s}) for s in range(1, 11)]
+    assert diagnose(history).warnings and not diagnose(history).errors
     assert InterventionPolicy(model).propose(diagnose(history)) is None
 
 
@@ -307,6 +308,6 @@ def test_nan_is_answered_by_a_restart_where_training_may_have_made_it():
     model, _, states = _kept()
     broken = [snapshot(s, a={"max_logit": 5.0}) for s in range(1, 10)]
     broken.append(snapshot(10, a={"max_logit": 5.0, "nonfinite_rows": 3}))
-    wanted = InterventionPolicy(model).propose(diagnose(_steps(broken, 12)))
+    wanted = InterventionPolicy(model).propose(diagnose(_steps(broken, 120)))
     assert wanted["action"] == "rewind" and [x["action"] for x in wanted["then"]] == ["qk_norm", "reduce_lr"]
     del states
