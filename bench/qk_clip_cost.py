@@ -9,6 +9,7 @@ A step is forward, loss, backward, AdamW and zero_grad. The variants share one m
 - far: every head is far below the threshold, so a bound is computed at one step of eight
 - bound: every layer's bound is just below half of the threshold, so it is computed at every step
 - near: every layer is close to the threshold, so the exact size of every head is computed at every step
+- within: as "bound", with `within_step=True`
 - steps that clip cost the same as "near": factors are multiplied in whether they are 1 or not
 
 A clip is made for its turn and ended after it. The first round, which compiles, does not count. One step of each turn
@@ -46,9 +47,9 @@ def sizes(training: Training) -> tuple[float, float]:
     return found[0], found[2]
 
 
-def turn(training: Training, threshold: float | None, steps: int) -> dict:
+def turn(training: Training, options: dict | None, steps: int) -> dict:
     """Milliseconds a step."""
-    clip = None if threshold is None else QKClip(training.model, threshold).attach(training.optimizer)
+    clip = None if options is None else QKClip(training.model, **options).attach(training.optimizer)
     repeat(training.step, WARMUP)
     waits = host_waits(training)
     found = timed(training.step, steps) | {"waits": waits}
@@ -76,7 +77,13 @@ def measure(shape: str, rounds: int, tiny: bool) -> dict:
     batch, length = map(int, shape.split("x"))
     training = Training("llama", batch, length, tiny)
     largest, bound = sizes(training)
-    variants = {"plain": None, "far": FAR, "bound": BOUND * bound, "near": NEAR * largest}
+    variants = {
+        "plain": None,
+        "far": {"threshold": FAR},
+        "bound": {"threshold": BOUND * bound},
+        "within": {"threshold": BOUND * bound, "within_step": True},
+        "near": {"threshold": NEAR * largest},
+    }
     turns = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name in list(variants)[:: 1 if number % 2 == 0 else -1]:
@@ -105,7 +112,7 @@ def main() -> None:
         asked.out.write_text(json.dumps(found, indent=1))
     for shape, variants in found["shapes"].items():
         print(f"\n1B LLaMA, {shape} tokens, largest size {variants['largest_size']:.1f} nats")
-        for name in ("plain", "far", "bound", "near"):
+        for name in [name for name in variants if not name.startswith("largest")]:
             print(
                 f"  {name:6} {variants[name]['ms']:9.2f} ms  {variants[name]['overhead']:+8.2%}"
                 f"  {'the host waits' if variants[name]['waits'] else 'no wait'}"

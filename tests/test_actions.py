@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from attention_layers import PlainBlock, changed, weights
+from leftovers import leave_nothing_behind  # noqa: F401
 from odd_layers import Fused
 from torch import nn
 
@@ -67,7 +68,7 @@ def assert_same(a, b):
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("action", WANTED)
 def test_an_action_previews_applies_and_reverts_exactly(action, dtype):
     run = Run(dtype, foreach=dtype == torch.float32)

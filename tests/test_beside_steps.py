@@ -88,7 +88,7 @@ def test_reverting_a_rate_ends_it():
     assert all(torch.equal(a, b) for a, b in zip(weights(model).values(), weights(twin).values()))
 
 
-@pytest.mark.parametrize("size", [1e4, float("nan"), float("inf")])
+@pytest.mark.parametrize("size", [1e4, float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)])
 def test_spikes_are_left_out_and_other_steps_keep_every_bit(size):
     def run(with_skips):
         torch.manual_seed(0)

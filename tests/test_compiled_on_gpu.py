@@ -15,7 +15,7 @@ from hnf_attention.reference.attention import attention
 from hnf_attention.reference.context import Context, largest
 from hnf_attention.reference.fold import fold_rows, new_accumulator
 from hnf_attention.reference.measured import measure, shared_key
-from hnf_attention.statistics.fields import NUM_FOLDED, NUM_SUMS
+from hnf_attention.statistics.fields import NUM_FOLDED, NUM_SUMS, SUM_FIELDS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
 ]
+SEQUENCES = SUM_FIELDS.index("sequences")
 MODES = ("default", "reduce-overhead")
 
 
@@ -72,15 +73,22 @@ def expected(q, k, v, out):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("sizes", [(2, 4, 2, 300, 64), (1, 3, 3, 128, 40)])
 def test_a_graph_folds_what_the_reference_folds(mode, dtype, sizes):
-    batch, heads, kv_heads, length, dim = sizes
     model = Bare().cuda()
     run = torch.compile(model, mode=mode, fullgraph=True)
-    monitor = AttentionStabilityMonitor(run, log_every=10, record_every=5)
+    with AttentionStabilityMonitor(run, log_every=10, record_every=5) as monitor:
+        check_folds(run, model, monitor, sizes, dtype)
+    whole(mode)
+
+
+def check_folds(run, model, monitor, sizes, dtype):
+    """Ten steps, of which the fifth and the last are measured, against the reference."""
+    batch, heads, kv_heads, length, dim = sizes
     torch.manual_seed(0)
     total, largest_seen = None, []
     for step in range(1, 11):
         q = torch.randn(batch, heads, length, dim, device="cuda", dtype=dtype)
         k, v = (torch.randn(batch, kv_heads, length, dim, device="cuda", dtype=dtype) for _ in range(2))
+        model.zero_grad()
         out = run(q, k, v)
         out.float().sum().backward()
         folded, options = expected(q, k, v, out)
@@ -102,14 +110,12 @@ def test_a_graph_folds_what_the_reference_folds(mode, dtype, sizes):
             largest_seen.append(reference_extremes.decoded(result.numpy())[:2])
         monitor.on_step()
     (stats,) = monitor.history[-1].layers.values()
-    monitor.restore()
     loose = 2e-2 if dtype == torch.bfloat16 else 1e-3
     np.testing.assert_allclose(stats.values[:NUM_FOLDED], total, rtol=loose, atol=loose)
     upper = np.max(largest_seen, 0)
     for found, most in zip((stats.between_max_logit, stats.between_logit_range), upper):
         assert (found <= most + loose).all() and (found > 0.5 * most).all()
     assert stats.rows.tolist() == [2 * batch * length] * heads
-    whole(mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -174,10 +180,14 @@ def test_monitors_come_and_go_and_lengths_change():
         x = torch.randn(2, length, 32, device="cuda", requires_grad=True)
         for _ in range(3):
             run(x).square().mean().backward()
+            model.zero_grad()
+            x.grad = None
         with AttentionStabilityMonitor(run, log_every=4) as monitor:
             train(run, monitor, 8, x)
             with monitor.paused():
                 run(x).square().mean().backward()
+                model.zero_grad()
+                x.grad = None
             train(run, monitor, 4, x)
         assert [int(each.layers["layers.0"].rows[0]) for each in monitor.history] == [2 * length] * 3
     assert graphs() == 4
@@ -188,15 +198,19 @@ def test_blocks_in_graphs_of_their_own_and_their_second_forwards():
     def rows(recompute, compiles):
         model = Model(recompute).cuda()
         for layer in model.layers if compiles else ():
-            layer.compile(mode="reduce-overhead", fullgraph=True)
+            layer.compile(mode="reduce-overhead" if recompute is None else "default", fullgraph=True)
         x = torch.randn(2, 70, 32, device="cuda", requires_grad=True)
         with AttentionStabilityMonitor(model, log_every=3, record_every=1) as monitor:
             for _ in range(9):
                 torch.compiler.cudagraph_mark_step_begin()
                 model(x).square().mean().backward()
+                model.zero_grad()
+                x.grad = None
                 monitor.on_step()
         return [
-            [int(s.rows[0]), int(s.sequences[0])] for each in monitor.history for s in each.layers.values()
+            [int(s.rows[0]), int(s.values[SEQUENCES, 0])]
+            for each in monitor.history
+            for s in each.layers.values()
         ]
 
     for recompute in (None, False):

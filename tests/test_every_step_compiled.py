@@ -98,11 +98,17 @@ def graphs():
 
 
 def train(run, monitor, steps, x, spoil=None, model=None):
-    """Run steps. spoil: {step: (layer, tensor, head)} of `model`."""
+    """Run steps. spoil: {step: (layer, tensor, head)} of `model`.
+
+    Gradients are given back each time: those of a CUDA graph are overwritten by its next replay.
+    """
     for step in range(monitor.step + 1, monitor.step + steps + 1):
         if spoil:
             model.spoil(*spoil.get(step, ()))
         run(x).float().square().mean().backward()
+        monitor.model.zero_grad()
+        if x is not None:
+            x.grad = None
         monitor.on_step()
 
 

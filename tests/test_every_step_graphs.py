@@ -5,8 +5,10 @@ import pickle
 
 import pytest
 import torch
-from test_every_step import DEVICE, batch
+from test_every_step import DEVICE, HEADS, WIDTH, batch
 from test_every_step_compiled import LAYERS, Model, afresh, compiled, graphs, train  # noqa: F401
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from hnf_attention import AttentionStabilityMonitor, instrument
 
@@ -82,3 +84,25 @@ def test_a_graph_of_an_equal_model_that_nobody_measures_is_not_run_instead(by):
             runs[1](x)
             assert list(monitor.on_step().stats) == LAYERS
     assert graphs() == 2
+
+
+class OtherHeads(nn.Module):
+    """Values have fewer heads than keys, which scaled_dot_product_attention takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        q = self.q(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        return scaled_dot_product_attention(q, q, q[:, :1]).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.slow
+def test_values_with_heads_of_their_own_are_listed():
+    model, x = OtherHeads().to(DEVICE), batch(24)
+    run = compiled(model)
+    with AttentionStabilityMonitor(run, log_every=2) as monitor:
+        train(run, monitor, 2, x)
+        (reason,) = monitor.instrumentation.coverage.not_measured.values()
+    assert "4 key heads and 1 value heads" in reason and not monitor.history

@@ -52,14 +52,20 @@ OPTIMIZERS = {
     "adamw, fused, amsgrad": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2, fused=True, amsgrad=True),
     "sgd, momentum": lambda m: torch.optim.SGD(m.parameters(), lr=1e-2, momentum=0.9),
     "adagrad": lambda m: torch.optim.Adagrad(m.parameters(), lr=1e-2),
-    "lion-like: muon and adamw": lambda m: [
+    "muon and adamw": lambda m: [
         torch.optim.Muon([p for p in m.parameters() if p.dim() == 2], lr=1e-2),
         torch.optim.AdamW([p for p in m.parameters() if p.dim() != 2], lr=1e-2),
     ],
 }
 
 
-@pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
+QUICK = ("adamw, foreach", "muon and adamw")
+
+
+@pytest.mark.parametrize(
+    "build",
+    [pytest.param(b, marks=() if n in QUICK else pytest.mark.slow, id=n) for n, b in OPTIMIZERS.items()],
+)
 def test_a_rewind_restores_every_number_in_place_and_the_run_repeats_itself(build):
     model, optimizer, states = training(build)
     seen = {}
@@ -117,6 +123,7 @@ def test_states_with_non_finite_numbers_are_passed_over():
         bad_states.rewind(before=40)
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_and_used_again():
     model, optimizer, states = training()
     train(model, optimizer, states, range(1, 7))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from attention_models import LAYERS, ByNameAttention, Model, x
 
+from hnf_attention import compat
 from hnf_attention.instrumentation import instrument
 
 ORIGINAL = F.scaled_dot_product_attention
@@ -88,3 +89,17 @@ def test_functions_that_a_models_file_imported_by_name(by_hand):
     assert list(one.latest) == [""] and not other.latest
     assert [getattr(attention_models, name) for name in names] == before
     assert "softmax" not in vars(torch.Tensor)
+
+
+def test_a_garbage_collection_while_a_graph_is_traced_leaves_the_functions_until_later(monkeypatch):
+    model, inputs = Model(), x()
+    handle = instrument(Model())
+    ours = F.scaled_dot_product_attention
+    with monkeypatch.context() as tracing:
+        tracing.setattr(compat, "lowered_graph", lambda: object())
+        handle.restore()  # as the end of a handle that nobody holds does
+        assert F.scaled_dot_product_attention is ours
+    with instrument(model) as handle:
+        model(inputs)
+        assert list(handle.latest) == LAYERS
+    assert F.scaled_dot_product_attention is ORIGINAL and "__call__" not in vars(Model)

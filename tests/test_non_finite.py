@@ -126,6 +126,7 @@ def test_broken_inputs_after_finite_layers_lie_between_two_layers():
     error = origin(snapshot(1, a={}, b={}, c={}), snapshot(2, a={}, b=FED, c=FED))
     assert error.layer == "b" and "between a and b" in error.evidence
     assert "b's projections" in error.suggestion and "checkpoint with finite weights" in error.suggestion
+    assert error.suggestion.endswith("; trace_non_finite(model, batch) names the operation")
     assert "checkpoint" not in origin(evaluated(2, a={}, b=FED, c=FED)).suggestion
 
 
@@ -148,6 +149,7 @@ def test_at_a_coarse_cadence_the_origin_of_broken_weights_is_not_known(cadence, 
 def test_at_every_step_the_first_layer_is_fed_by_weights_or_data():
     error = origin(snapshot(9, a={}, b={}), snapshot(10, a=FED, b=FED))
     assert "first layer to run" in error.evidence and "not known" not in error.evidence
+    assert error.suggestion.endswith("; trace_non_finite(model, batch) names the operation")
     finished = origin(evaluated(100, a=FED, b=FED))  # its weights do not change, however many steps are in it
     assert "not known" not in finished.evidence and "checkpoint" not in finished.suggestion
 

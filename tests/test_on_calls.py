@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from attention_layers import LLAMA, TOKENS, Multihead, changed, weights
+from leftovers import leave_nothing_behind  # noqa: F401
 from odd_layers import Fused, Separate
 from torch import nn
 
@@ -55,7 +56,7 @@ def test_a_softcap_of_grouped_keys_in_transformers():
     torch.testing.assert_close(model(TOKENS).logits, before, rtol=1e-4, atol=1e-5)
     applied.revert()
     assert torch.equal(model(TOKENS).logits, before)
-    eager = transformers.LlamaForCausalLM._from_config(LLAMA, attn_implementation="eager")
+    eager = transformers.LlamaForCausalLM._from_config(copy.deepcopy(LLAMA), attn_implementation="eager")
     apply_intervention(None, {"action": "softcap", "layers": [layer]}, eager)
     with pytest.raises(RuntimeError, match="to call scaled_dot_product_attention for a soft-cap"):
         eager(TOKENS)

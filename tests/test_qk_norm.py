@@ -1,7 +1,6 @@
 """QK-norm started in a trained model: the scores after, the gains, what is refused, and the way back."""
 
 import copy
-import gc
 import io
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from attention_layers import GPT2, LLAMA, SIZES, TOKENS, Multihead, changed, weights
+from leftovers import leave_nothing_behind  # noqa: F401
 from odd_layers import Cross, Fused, Separate, WithModule, rotated
 from torch import nn
 
@@ -19,17 +19,9 @@ X = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(0))
 t = transformers
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _leave_nothing_behind():
-    original = F.scaled_dot_product_attention
-    yield
-    gc.collect()
-    assert F.scaled_dot_product_attention is original
-
-
 def hugging_face(config, cls, **options):
     def build():
-        model = cls._from_config(config, **options) if options else cls(config)
+        model = cls._from_config(copy.deepcopy(config), **options) if options else cls(config)
         return model.train(), lambda m: m(TOKENS)[0]
 
     return build

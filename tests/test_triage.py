@@ -2,6 +2,7 @@
 
 import copy
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -339,3 +340,49 @@ def test_what_nobody_was_seen_to_write_is_said_not_to_be_traced():
     trace = trace_non_finite(model, lambda: model(torch.ones(1, 2)).sum(), optimizer=optimizer)
     assert trace.cause == causes.UNTRACED and trace.symptoms == ("weight unused",)
     assert "no operation was seen" in str(trace)
+
+
+class MarkedParameter(nn.Parameter):
+    """A subclass that computes as its base does, as quantised weights of other libraries are."""
+
+
+def test_subclasses_of_parameters_are_looked_at():
+    model = nn.Linear(4, 4)
+    model.weight = MarkedParameter(torch.full((4, 4), torch.nan))
+    trace = trace_non_finite(model, torch.ones(2, 4), torch.sum, wide=False)
+    assert (trace.cause, trace.tensor) == (causes.WEIGHT, "weight")
+
+
+@pytest.mark.slow
+def test_a_reproduction_needs_torch_and_safetensors_only(tmp_path):
+    model = broken()
+    trace_non_finite(model, step_of(model), folder=tmp_path)
+    command = [sys.executable, "-W", "error", str(tmp_path / "reproduce.py")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={})
+    assert done.returncode == 0 and "result 0: NOT FINITE [-inf]" in done.stdout, done.stderr
+
+
+def test_a_closures_own_scaler_goes_on_as_it_was():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    inputs = torch.ones(2, 4)
+
+    def step():
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = model(inputs).sum()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        return loss
+
+    step()
+    scaler.update()
+    before = scaler.state_dict()
+    trace = trace_non_finite(model, step, optimizer=optimizer, scaler=scaler)
+    assert trace.cause == causes.GRADIENT and trace.notes == () and trace.wide.finite, trace
+    assert scaler.state_dict() == before
+    step()  # raises if the scaler counts as stepped already

@@ -36,6 +36,7 @@ from odd_layers import (
 from torch import nn
 
 from hnf_attention import AttentionStabilityMonitor, apply_intervention, instrument
+from hnf_attention.instrumentation import witness
 from hnf_attention.interventions import qk_clip, temperature
 
 SIZES = [100.0, 10.0, 50.0, 40.0]  # said to be the largest score of each head
@@ -241,3 +242,84 @@ def test_auto_intervene_moves_only_what_is_proved(order, norm):
 def products_of(model, x):
     q, k, _ = model[0].parts(x)
     return (q @ k.transpose(-1, -2) * DIM**-0.5).detach()
+
+
+class Tables(Fused):
+    """Its forward takes more than a sequence, in the ways of well-known code."""
+
+    def __init__(self, way, order="kinds, heads", **options):
+        super().__init__(order, **options)
+        self.way = way
+
+    def forward(self, x, *rest, **named):
+        q, k, v = self.parts(x)
+        mask = None
+        if self.way == "cos, sin, mask":
+            cos, sin, mask = rest
+        elif self.way == "position, complex table":
+            start, table, mask = rest
+            assert isinstance(start, int)
+            cos, sin = table[start : start + x.shape[1]].real, table[start : start + x.shape[1]].imag
+        else:
+            (cos, sin), cache = named["position_embeddings"], named["cache"]
+            assert cache is None
+        (a, b), (c, d) = q.chunk(2, -1), k.chunk(2, -1)
+        q = torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+        k = torch.cat([c * cos - d * sin, c * sin + d * cos], -1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def tables_of(way, length, batch=2):
+    angle = torch.arange(length)[:, None] * 10.0 ** -torch.arange(DIM // 2)
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    return {
+        "cos, sin, mask": ((angle.cos(), angle.sin(), mask.expand(batch, 1, -1, -1)), {}),
+        "position, complex table": ((0, torch.polar(torch.ones_like(angle), angle), None), {}),
+        "by name": ((), {"position_embeddings": (angle.cos(), angle.sin()), "cache": None}),
+    }[way]
+
+
+@pytest.mark.parametrize("length", [9, *(pytest.param(n, marks=pytest.mark.slow) for n in (33, WIDTH))])
+@pytest.mark.parametrize(
+    "order, norm", [("kinds, heads", None), ("heads, kinds", None), ("kinds, heads", normed)]
+)
+@pytest.mark.parametrize("way", ["cos, sin, mask", "position, complex table", "by name"])
+def test_a_layer_that_is_given_more_is_tried_as_it_was_measured(way, order, norm, length):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attn": Tables(way, order, inside=norm)})
+    x, (rest, named) = torch.randn(2, length, WIDTH), tables_of(way, length)
+    wanted = qk_clip.propose(30.0, {"attn": SIZES}, "")
+    before = weights(model)
+    with pytest.raises(ValueError, match="inputs failed|inputs by position"):
+        apply_intervention(None, wanted, model)
+    with instrument(model):
+        model["attn"](x, *rest, **named)
+    if norm is not None:
+        with pytest.raises(ValueError, match="stay as they are"):
+            apply_intervention(None, wanted, model)
+        assert not changed(before, weights(model))
+        return
+    scores, values = products_of_heads(model["attn"], x)
+    apply_intervention(None, wanted, model)
+    after, values_after = products_of_heads(model["attn"], x)
+    factors = (30.0 / torch.tensor(SIZES)).clamp(max=1).view(-1, 1, 1)
+    torch.testing.assert_close(after, scores * factors, rtol=1e-4, atol=1e-4)
+    assert torch.equal(values, values_after)
+
+
+def products_of_heads(module, x):
+    q, k, v = module.parts(x)
+    return (q.double() @ k.double().transpose(-1, -2)).detach(), v.detach()
+
+
+def test_a_witness_holds_no_activations():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attn": Tables("by name")})
+    x = torch.randn(2, 9, WIDTH, requires_grad=True)
+    (rest, named) = tables_of("by name", 9)
+    with instrument(model):
+        model["attn"](x, *rest, **named)
+    given = witness.of(model["attn"])
+    assert given.args == (witness.Spec((2, 9, WIDTH), torch.float32),)
+    assert set(given.kwargs) == {"position_embeddings", "cache"}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from hnf_attention.diagnosis.triage import NonFiniteTrace
 from hnf_attention.replay import trace_non_finite
 
 from .triage_faults import FAULTS, Expected
@@ -33,9 +34,12 @@ def judge(name: str, layer: int, head: int, folder: Path | None = None) -> dict:
     """Trace one injected fault."""
     made, expected = FAULTS[name](layer, head)
     start = time.perf_counter()
-    trace = trace_non_finite(
-        made.model, made.run, made.loss, optimizer=made.optimizer, scaler=made.scaler, folder=folder
-    )
+    try:
+        trace = trace_non_finite(
+            made.model, made.run, made.loss, optimizer=made.optimizer, scaler=made.scaler, folder=folder
+        )
+    except Exception as error:  # a miss, too: the other faults are still tried
+        trace = NonFiniteTrace(None, evidence=f"{type(error).__name__}: {error}")
     right = right_parts(trace, expected)
     return {
         "fault": name,

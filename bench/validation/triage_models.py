@@ -99,7 +99,7 @@ fault: list[tuple[int, str]] = []
 @torch.library.custom_op("triage_bench::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Causal attention and its lse, whose kernel may give NaN for one head of finite statistics."""
-    future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
+    future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
     scores = (q @ k.transpose(-1, -2) * q.shape[3] ** -0.5).masked_fill(future, -torch.inf)
     out = scores.softmax(-1) @ v
     for head, where in fault:
@@ -111,7 +111,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("triage_bench::attention_backward", mutates_args=())
 def attention_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """The gradients of q, k and v."""
-    future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
+    future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
     scale = q.shape[3] ** -0.5
     p = (q @ k.transpose(-1, -2) * scale).masked_fill(future, -torch.inf).softmax(-1)
     dp = grad_out @ v.transpose(-1, -2)

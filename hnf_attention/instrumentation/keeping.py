@@ -331,9 +331,14 @@ def views_of(tensors: Sequence[Tensor], described: Sequence[Tensor | None]) -> l
     for own, mine in zip(tensors, described):
         if mine is None or mine.data_ptr() != own.data_ptr() or mine.dtype != own.dtype:
             return None
-        same = mine.shape == own.shape and mine.stride() == own.stride()
-        views.append(None if same else (tuple(mine.shape), mine.stride()))
+        views.append(None if _alike(own, mine) else (tuple(mine.shape), mine.stride()))
     return views
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether shapes and strides are equal; a dimension of size 1 may have any stride."""
+    steps = zip(one.shape, one.stride(), other.stride())
+    return one.shape == other.shape and all(size == 1 or mine == theirs for size, mine, theirs in steps)
 
 
 def viewed(tensors: Sequence[Tensor], views: Sequence[_View]) -> Any:

@@ -70,3 +70,9 @@ class KeptLayers:
         """Note that a call was kept."""
         self.reasons.pop(layer, None)
         self._states.pop(layer, None)
+
+
+def note_described(layers: dict[str, LayerState], layer: str, place: str) -> None:
+    """Note at a layer and at all modules around it that its calls are measured with query and key."""
+    for outer in (layer, *(layer[:i] for i, letter in enumerate(layer) if letter == "."), ""):
+        layers.setdefault(outer, LayerState()).described.add(place)

@@ -20,12 +20,12 @@ from ..reference.options import Options
 from ..reference.sampling import effective_period
 from ..statistics.rows import RowStats
 from ..tracing import without_dispatch_modes, without_tangents
-from . import observer, scores
+from . import observer, scores, witness
 from .call import COMPILED, EAGER, AttentionCall, Unmeasurable, keys_hidden
 from .decoding import Decoding
 from .forwards import Forwards
 from .keeping import Described, KeptForward, described
-from .layer_state import KeptLayers, LayerState
+from .layer_state import KeptLayers, LayerState, note_described
 from .measurement import Forward, Measurement, without_call
 from .padding import Padding
 
@@ -252,7 +252,8 @@ class Measurer:
         else:
             self._leave_out(measurement, query.shape[2])
         if call.place not in state.described:
-            self._note_described(layer, call.place)
+            note_described(self._layers, layer, call.place)
+            witness.record()
         self._deliver(measurement, call.place)
 
     @torch.no_grad()
@@ -305,11 +306,6 @@ class Measurer:
         if rows is not None and index is not None:
             rows = take_rows(rows.expand(-1, heads, -1), index)
         measurement.beside = beside._replace(left_out=rows)
-
-    def _note_described(self, layer: str, place: str) -> None:
-        """Note at the layer and at all modules around it that its calls are measured with query and key."""
-        for outer in (layer, *(layer[:i] for i, letter in enumerate(layer) if letter == "."), ""):
-            self._layers.setdefault(outer, LayerState()).described.add(place)
 
     def observe(
         self, layer: str, interceptor: str, measure: Callable[[], Measurement], place: str = EAGER

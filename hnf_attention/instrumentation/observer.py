@@ -81,6 +81,9 @@ class ModelObserver(Observer, Protocol):
         merged: its calls in one forward are not told apart.
         """
 
+    def note_failed(self, layer: str, reason: str) -> None:
+        """List `layer` as not measured by compiled graphs, also where nobody measures now."""
+
     def note_ungraphed(self, layer: str, reason: str) -> None:
         """Say in the coverage why compiled graphs take no extremes of calls of `layer`."""
 
@@ -333,6 +336,12 @@ def arguments(module: nn.Module) -> tuple[Any, ...]:
         if found.module is module:
             return (*variables.get("args", ()), *variables.get("kwargs", {}).values())
     return ()
+
+
+def running_calls() -> Iterator[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
+    """The registered modules that are running, the innermost first, with what each was given by place and by name."""
+    for found, variables in _running():
+        yield found.module, variables.get("args", ()), variables.get("kwargs", {})
 
 
 def _running(into_graphs: bool = True) -> Iterator[tuple[Owner, dict[str, Any]]]:

@@ -17,6 +17,9 @@ from ..compat import dynamo
 
 _lock = threading.RLock()  # re-entrant: a garbage collection inside it may release a patch
 _MARK = "_hnf_attention_patch"
+#: Patches without users that a garbage collection released while Dynamo traced. The graph will be guarded by the
+#: function that it was traced with, so that one stays until the next patch comes or goes.
+_late: list[Patch] = []
 
 
 class Patch:
@@ -51,6 +54,7 @@ class Patch:
     ) -> Patch:
         """The patch of this place: the one that is there, or a new one."""
         with _lock:
+            _put_late_ones_back()
             current = read()
             patch: Patch | None = getattr(current, _MARK, None)
             # The mark alone proves nothing: functools.wraps copies it to a wrapper around ours.
@@ -67,6 +71,8 @@ class Patch:
         modules: Iterable[nn.Module],
     ) -> list[Patch]:
         """Patch the attribute `name` of `place`, and every global that the files of these modules imported it as."""
+        with _lock:
+            _put_late_ones_back()
         inherited = None if name in vars(place) else getattr(place, name)
         write = functools.partial(_write, place, name, inherited)
         first = Patch.acquire(functools.partial(getattr, place, name), write, replacement)
@@ -81,13 +87,23 @@ class Patch:
         return patches
 
     def release(self) -> None:
-        """Give up one use. The last one restores the original."""
+        """Give up one use. The last one restores the original, but not while Dynamo traces: see `_late`."""
         with _lock:
             self._users -= 1
-            if self._users == 0 and self._read() is self._ours:
-                self._write(self._original)
-                compat.script_no_longer(self._ours)
-                dynamo.renew_function_table(self._ours)
+            _late.append(self)
+            if compat.lowered_graph() is None:
+                _put_late_ones_back()
+
+    def _put_back(self) -> None:
+        if self._users == 0 and self._read() is self._ours:
+            self._write(self._original)
+            compat.script_no_longer(self._ours)
+            dynamo.renew_function_table(self._ours)
+
+
+def _put_late_ones_back() -> None:
+    while _late:
+        _late.pop()._put_back()
 
 
 def of_item(

@@ -23,11 +23,13 @@ ATTRIBUTE = "_hnf_attention_treated"
 class Change(Protocol):
     """What happens in the attention of a module. It keeps what is learned in the module, not in itself.
 
-    name: what messages call it. sdpa_only: it needs the options of scaled_dot_product_attention.
+    name: what messages call it. sdpa_only: it needs the options of scaled_dot_product_attention. optional: a call that
+        it cannot change may run as it is; of others, the module raises RuntimeError.
     """
 
     name: str
     sdpa_only: bool
+    optional: bool
 
     def run(
         self,
@@ -99,7 +101,7 @@ class Treated:
         if not running or getattr(running[-1], "module", None) is not module:
             return  # the hook came while the module ran
         call: Any = running.pop()
-        if output is not None and not call.changed:
+        if output is not None and not call.changed and not all(x.optional for x in self.changes):
             raise RuntimeError(
                 f"expected {type(module).__name__} to compute its attention by scaled_dot_product_attention or by a "
                 f"function of transformers, where {', '.join(x.name for x in self.changes)} is applied, got a call "
@@ -119,6 +121,8 @@ class Call:
         attend = original
         for change in reversed(self.changes):
             if change.sdpa_only and not sdpa:
+                if change.optional:
+                    continue
                 raise RuntimeError(
                     f"expected {type(self.module).__name__} to call scaled_dot_product_attention for {change.name}, "
                     "got another attention function"

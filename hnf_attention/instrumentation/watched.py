@@ -232,6 +232,10 @@ class Watched:
         for member in self.members:
             member.note_graphed(layer, interceptor, merged)
 
+    def note_failed(self, layer: str, reason: str) -> None:
+        for member in self.members:
+            member.note(layer, reason)
+
     def note_ungraphed(self, layer: str, reason: str) -> None:
         for member in self.members:
             member.kept_layers.reasons[layer] = reason

@@ -24,6 +24,7 @@ from .qk_rate import QKRates
 from .rewarm import Rewarm
 from .rewind import Rewind
 from .scaling import ScaleHeads
+from .sigma_reparam import StartSigmaReparam
 from .skip_spikes import SkipSpikes
 from .softcap import Softcap
 from .standing_clip import StandingClip
@@ -85,6 +86,7 @@ _BUILDERS: dict[str, Callable[[_Run, Mapping[str, Any]], list[Action]]] = {
     "rewind": lambda run, wanted: [Rewind(run.model(wanted), wanted)],
     "rewarm_lr": lambda run, wanted: [Rewarm(run.optimizers, wanted)],
     "qk_rate": lambda run, wanted: [QKRates(run.model(wanted), run.optimizers, wanted)],
+    "sigma_reparam": lambda run, wanted: [StartSigmaReparam(run.model(wanted), run.optimizers, wanted)],
     "set_eps": lambda run, wanted: [SetEpsilon(run.optimizers, wanted)],
     "skip_spikes": lambda run, wanted: [SkipSpikes(run.optimizers, wanted)],
     "softcap": lambda run, wanted: [Softcap(run.model(wanted), wanted)],
@@ -167,6 +169,7 @@ def apply_intervention(
     - rewind restores a state from before the alarm: see `GoodStates`.
     - rewarm_lr warms the learning rate up again, set_eps sets the optimizer's epsilon, qk_rate gives query and key
       weights a rate of their own, skip_spikes leaves out gradients that are far larger than usual.
+    - sigma_reparam ties the size of query and key weights to a learned number.
     - softcap caps the scores of layers, precision computes their attention in fp32, prune_heads switches heads off.
 
     Those that scale change a weight only on proof that the scores of its head, and nothing else, follow it: they take

@@ -78,6 +78,7 @@ class GoodStates:
         if not optimizers:
             raise ValueError("expected an optimizer, got none")
         self.every, self.keep, self.margin = every, keep, margin
+        self._optimizers = optimizers
         self._state = TrainingState(unwrapped(model), optimizers, scheduler, rng)
         self._slots: list[Slot] = []
         self._spare: list[Slot] = []
@@ -101,6 +102,11 @@ class GoodStates:
         """Host memory of all states, those to be written next included."""
         before = [] if self._before is None else [self._before]
         return sum(slot.bytes for slot in (*self._slots, *self._spare, *before))
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers whose states are kept."""
+        return list(self._optimizers)
 
     def on_step(self, step: int) -> None:
         """End a training step: call it after `optimizer.step()`, and after whatever else changes weights."""

@@ -23,6 +23,7 @@ class Intervention(dict[str, Any]):
     rewarm_lr: {'action', 'reason'} and optionally 'steps' (100) and 'floor' (0.1, of the rate).
     qk_rate: {'action', 'factor', 'layers': {layer: number of heads}, 'reason'}.
     set_eps: {'action', 'eps', 'reason'}. skip_spikes: {'action', 'reason'} and optionally 'limit' (6, in deviations).
+    sigma_reparam: {'action', 'layers': {layer: number of heads}, 'reason'}.
     softcap: {'action', 'layers' (a list of names), 'reason'} and optionally 'cap' (50, nats).
     precision: {'action', 'layers' (a list of names), 'reason'}.
     prune_heads: {'action', 'layers': {layer: [numbers of heads]}, 'reason'}.

@@ -16,7 +16,7 @@ from .on_calls import OnCalls, layers_of
 class _InPrecision:
     """The change of one module's call."""
 
-    name, sdpa_only = "higher precision", True
+    name, sdpa_only, optional = "higher precision", True, False
 
     def run(
         self,

@@ -163,11 +163,11 @@ def _latent(module: nn.Module, num_heads: int, reader: Reader) -> Projections:
     name = next(name for name in LATENT_QUERIES if _is_module(module, name))
     sizes = [getattr(module, f"qk_{part}_head_dim", None) for part in ("nope", "rope")]
     query, key = (reader.linear(module, x) for x in (name, "kv_b_proj"))
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
+    plain, rotary = (size if isinstance(size, int) else 0 for size in sizes)
+    if plain < 1 or rotary < 1:
         raise ValueError(
             f"expected qk_nope_head_dim and qk_rope_head_dim in layer {reader.layer!r}, got {sizes}"
         )
-    plain, rotary = sizes
     if len(query[0]) != num_heads * (plain + rotary) or len(key[0]) % num_heads:
         raise ValueError(
             f"expected {num_heads} query heads of {plain + rotary} in {reader.layer}.{name}, got {len(query[0])} rows"

@@ -36,7 +36,7 @@ class AttentionPenalty:
     Raises ValueError or TypeError for wrong arguments.
     """
 
-    name, sdpa_only = "a penalty on attention", True
+    name, sdpa_only, optional = "a penalty on attention", True, False
 
     def __init__(
         self,
@@ -50,10 +50,10 @@ class AttentionPenalty:
             raise ValueError("expected z_loss or entropy to be a weight > 0, got None for both")
         self._z_loss = None if z_loss is None else check_positive("z_loss", z_loss)
         self._entropy = None if entropy is None else check_positive("entropy", entropy)
-        self._modules = layers_of(unwrapped(model), {"layers": list(layers)})
+        self._penalised = layers_of(unwrapped(model), {"layers": list(layers)})
         self._terms: list[Tensor] = []
         self._removed = False
-        for module in self._modules.values():
+        for module in self._penalised.values():
             Treated.add(module, self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionPenalty:
@@ -103,6 +103,6 @@ class AttentionPenalty:
     def remove(self) -> None:
         """End it. A second call does nothing."""
         if not self._removed:
-            for module in self._modules.values():
+            for module in self._penalised.values():
                 Treated.remove(module, self)
         self._removed = True

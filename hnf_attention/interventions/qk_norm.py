@@ -24,7 +24,7 @@ from ..instrumentation.treated import Call, Treated, interceptors
 from ..names import display_name, named_modules, unwrapped
 from . import optimizers as optim
 from .action import Action, Preview, Reading, Verdict
-from .intervention import check_positive
+from .intervention import Intervention, check_positive
 from .layout import QK_NORM
 from .shards import Shards
 
@@ -39,7 +39,7 @@ EPS = 1e-6
 class QKNorm:
     """The change of one module's call. Its gains are parameters of the module: query (H,), key (H_kv,), fp32."""
 
-    name, sdpa_only = "QK-norm", False
+    name, sdpa_only, optional = "QK-norm", False, False
 
     def run(
         self,
@@ -118,7 +118,8 @@ class QKNormStart:
                 self.refused[name] = reason
                 return None
             with torch.no_grad():
-                self._attach(name, module, _mean_rms(query, self._most), _mean_rms(_once(key), self._most))
+                measured = (_together(_mean_rms(x)).clamp(EPS, self._most) for x in (query, _once(key)))
+                self._attach(name, module, *measured)
         # The module's own hook did not see this call begin.
         running = treating.thread.running
         return None if running and running[-1].module is module else Call(module, [self._change])  # type: ignore[attr-defined]
@@ -136,7 +137,7 @@ class QKNormStart:
     def _attach(self, name: str, module: nn.Module, query: Tensor, key: Tensor) -> None:
         with torch.inference_mode(False):
             for where, values in ((QUERY, query), (KEY, key)):
-                gain = nn.Parameter(_together(values.detach().clone()))
+                gain = nn.Parameter(values.detach().clone())
                 if _processes() > 1:
                     # Data parallelism averages the gradients of the parameters that it knew at its start.
                     gain.register_post_accumulate_grad_hook(_average)
@@ -255,6 +256,11 @@ def start_qk_norm(
     return start
 
 
+def propose(reason: str) -> Intervention:
+    """QK-norm in every layer that can have it, from the next forward on."""
+    return Intervention({"action": "qk_norm", "reason": reason})
+
+
 class StartQKNorm(Action):
     """`start_qk_norm` as an action. Reverting takes the norm and its gains away; other weights keep what they learnt.
 
@@ -339,9 +345,9 @@ def _known(model: nn.Module, layers: Collection[str]) -> set[str]:
     return set(layers)
 
 
-def _mean_rms(x: Tensor, most: float) -> Tensor:
-    """(H,) fp32: the mean over rows of the root mean square of (B, H, M, D), at most `most`."""
-    return x.detach().float().square().mean(-1).sqrt().mean((0, 2)).nan_to_num(1.0).clamp(EPS, most)
+def _mean_rms(x: Tensor) -> Tensor:
+    """(H,) fp32: the mean over rows of the root mean square of (B, H, M, D)."""
+    return x.detach().float().square().mean(-1).sqrt().mean((0, 2)).nan_to_num(1.0)
 
 
 def _once(key: Tensor) -> Tensor:

@@ -88,6 +88,7 @@ class LayerSizes:
     """One layer. largest: (H,) fp32 on its device, -inf for nothing yet. bound: of its size, as last read, nats.
 
     top: the largest bound since the last step, on the device. rest: for how many steps the layer is left alone.
+    seen: whether a call was taken in since the last step.
     """
 
     def __init__(self, heads: int, device: torch.device):
@@ -96,6 +97,20 @@ class LayerSizes:
             self.top = torch.full((), -torch.inf, device=device)
         self.bound = float("inf")
         self.rest = 0
+        self.seen = False
+
+    def raise_to(self, sizes: Tensor) -> None:
+        """Take in the sizes of a call."""
+        self.seen = True
+        torch.maximum(self.largest, sizes, out=self.largest)
+
+    def restart(self) -> None:
+        """Begin anew, after a step."""
+        self.rest = max(0, self.rest - 1)
+        if self.seen:
+            self.largest.fill_(-torch.inf)
+            self.top.fill_(-torch.inf)
+            self.seen = False
 
     def note(self, bound: float, threshold: float) -> None:
         """Take in a bound that was read, and say for how long doubling keeps the layer below half of the limit."""
@@ -150,6 +165,8 @@ class ScoreSizes:
         self._kept: set[str] = set()
         self._measured: set[str] = set()
         self._readings: dict[torch.device, _Reading] = {}
+        #: Layers whose own calls take in their sizes: see `ClipNow`.
+        self.within: set[str] = set()
         self.handle = instrument(model, mode="probe", holder=holder)
         self.handle.on_measure = self._on_measure
         self.handle.on_kept = self._on_kept
@@ -159,15 +176,14 @@ class ScoreSizes:
         """Begin anew, after a step."""
         by_device: dict[torch.device, list[LayerSizes]] = {}
         for layer in self.layers.values():
-            by_device.setdefault(layer.top.device, []).append(layer)
+            if layer.seen:
+                by_device.setdefault(layer.top.device, []).append(layer)
         for device, layers in by_device.items():
             reading = self._readings.get(device)
             if reading is None or reading.arrived():
                 self._readings[device] = _Reading(layers, self._threshold)
         for layer in self.layers.values():
-            layer.largest.fill_(-torch.inf)
-            layer.top.fill_(-torch.inf)
-            layer.rest = max(0, layer.rest - 1)
+            layer.restart()
         if self._measured:
             # Two ways of measuring serve to find out which one reaches every layer; one of them is enough.
             every_one_is_kept = self._measured <= self._kept
@@ -189,11 +205,12 @@ class ScoreSizes:
         if not kept.forward.training:
             return
         with self._lock:
-            self._readings = {device: x for device, x in self._readings.items() if not x.arrived()}
+            if not self.within:
+                self._readings = {device: x for device, x in self._readings.items() if not x.arrived()}
             alike: dict[tuple[Any, ...], list[tuple[KeptCall, Tensor, Tensor]]] = {}
             for call, (query, key, _, _) in zip(kept.calls, kept.tensors):
                 self._kept.add(call.layer)
-                if self.handle.measuring and call.layer in self._measured:
+                if call.layer in self.within or (self.handle.measuring and call.layer in self._measured):
                     continue
                 if self._layer(call.layer, call.heads, call.device).rest == 0:
                     alike.setdefault((call.device, call.heads, key.shape[1]), []).append((call, query, key))
@@ -206,7 +223,7 @@ class ScoreSizes:
                     if layer.bound >= self._threshold / 2:
                         left_out = None if call.left_out is None else call.left_out[:, None]
                         sizes = exact_sizes(query, key, call.options, left_out, self._measure)
-                    torch.maximum(layer.largest, sizes, out=layer.largest)
+                    layer.raise_to(sizes)
 
     @torch.no_grad()
     def _on_measure(self, measurement: Measurement) -> None:
@@ -226,4 +243,4 @@ class ScoreSizes:
                 sizes = exact_sizes(query, key, options, left_out, self._measure)
             else:
                 sizes = sizes_of_rows(rows.max_logit, rows.min_logit, left_out, self._measure)
-            torch.maximum(layer.largest, sizes, out=layer.largest)
+            layer.raise_to(sizes)

@@ -20,7 +20,7 @@ from .on_calls import OnCalls, layers_of
 class _Capped:
     """The change of one module's call: our attention, which knows soft-caps, takes the place of PyTorch's."""
 
-    name, sdpa_only = "a soft-cap", True
+    name, sdpa_only, optional = "a soft-cap", True, False
 
     def __init__(self, cap: float):
         self._cap = cap
@@ -49,7 +49,8 @@ class _Capped:
                     "expected attention without dropout for a soft-cap, got some: set it to 0 first"
                 )
             call.cast()
-            return call.from_output(api.attend(call.query, call.key, call.value, call.validated())[0])
+            out: Any = api.attend(call.query, call.key, call.value, call.validated())[0]
+            return call.from_output(out)
 
         return observer.run(capped, (query, key, value, *rest), named, describe)
 

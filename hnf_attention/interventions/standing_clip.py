@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..names import display_name, unwrapped
+from ..instrumentation.treated import Treated
+from ..names import display_name, named_modules, unwrapped
 from . import good_states, layout
 from .action import Action, Preview, Reading, Verdict
+from .clip_now import ClipNow
 from .intervention import check_positive
 from .projections import Projections
 from .scaling import refuse_masters
@@ -44,6 +46,10 @@ class QKClip:
             whole row. The softmax does not see it, and it clips nothing.
         "max_logit": the largest score, as Kimi K2 has it.
         Either is measured on scale * q.k, which follows the weights. An additive bias and a soft-cap are left out.
+    within_step: from the second step on, the factors of a training forward are applied to its own queries too, before
+        their scores are formed: no softmax of the training sees a head over the threshold. The gradient takes the
+        factors for constants. No layer is left alone then, however far below it is. It takes layers that call
+        scaled_dot_product_attention, not in a compiled graph; others are clipped after the step alone.
     group: the processes that hold the same weights, whole or in shards, and see other data; None for all processes of
         torch.distributed. Their largest sizes are put together at each step.
 
@@ -60,7 +66,13 @@ class QKClip:
     """
 
     def __init__(
-        self, model: nn.Module, threshold: float = THRESHOLD, measure: str = "range", *, group: Any = None
+        self,
+        model: nn.Module,
+        threshold: float = THRESHOLD,
+        measure: str = "range",
+        *,
+        within_step: bool = False,
+        group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
@@ -77,6 +89,7 @@ class QKClip:
         self._hooks: list[Any] = []
         self._found: dict[str, tuple[tuple[int, ...], Projections]] = {}
         self._last: dict[str, Tensor] = {}
+        self._within: list[tuple[nn.Module, ClipNow]] | None = [] if within_step else None
         self._sizes = ScoreSizes(model, self.threshold, measure, self)
 
     def __repr__(self) -> str:
@@ -94,16 +107,11 @@ class QKClip:
 
     @property
     def sizes(self) -> Mapping[str, list[float]]:
-        """The size of each head by layer, in nats, as the last step found it; waits for the device.
+        """The size of each head by layer, in nats, when it was last looked at; waits for the device.
 
-        An upper bound for layers far below the threshold: see `ScoreSizes`.
+        An upper bound for layers below half of the threshold: see `ScoreSizes`.
         """
-        bounds = {name: layer.bound for name, layer in self._sizes.layers.items()}
-        found = {layer: sizes.tolist() for layer, sizes in self._last.items()}
-        return {
-            layer: [size if size > -torch.inf else bounds[layer] for size in sizes]
-            for layer, sizes in found.items()
-        }
+        return {layer: sizes.tolist() for layer, sizes in self._last.items()}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -118,7 +126,9 @@ class QKClip:
             )
         by_device: dict[torch.device, list[str]] = {}
         for name, layer in layers.items():
-            by_device.setdefault(layer.largest.device, []).append(name)
+            # Another process may have seen what this one has left alone.
+            if layer.seen or self._processes > 1:
+                by_device.setdefault(layer.largest.device, []).append(name)
         for names in by_device.values():
             largest = self._together(torch.cat([layers[name].largest for name in names]))
             over = largest.isfinite() & (largest > self.threshold)
@@ -127,12 +137,15 @@ class QKClip:
             for name, mine, factor, root in zip(
                 names, largest.split(lengths), whole.split(lengths), whole.sqrt().split(lengths)
             ):
-                self._last[name] = mine
+                if layers[name].seen:
+                    self._last[name] = mine
                 found = self._projections(name, len(mine))
                 if found is not None:
                     shared = found.keys_shared
                     found.multiply(factor if shared else root, None if shared else root)
         self._sizes.restart()
+        if self._within is not None:
+            self._clip_within(self._within)
         if not self._found:
             reasons = "; ".join(f"{display_name(name)}: {why}" for name, why in self.refused.items())
             raise ValueError(f"expected a model with a layer that QK-clip can treat, got none ({reasons})")
@@ -143,10 +156,29 @@ class QKClip:
             self._hooks.pop().remove()
         self._optimizers.clear()
         self._sizes.restore()
+        while self._within:
+            Treated.remove(*self._within.pop())
+
+    def _clip_within(self, attached: list[tuple[nn.Module, ClipNow]]) -> None:
+        """Have the layers that were found clip their own forwards, those that do not yet."""
+        known = {id(module) for module, _ in attached}
+        modules = dict(named_modules(self._model))
+        for name in self._found:
+            module = modules[name]
+            if id(module) not in known:
+                change = ClipNow(self._sizes.layers[name], self.threshold, self.measure)
+                Treated.add(module, change)
+                attached.append((module, change))
+                self._sizes.within.add(name)
+
+    @property
+    def _processes(self) -> int:
+        there = dist.is_available() and dist.is_initialized()
+        return dist.get_world_size(self._group) if there else 1
 
     def _together(self, largest: Tensor) -> Tensor:
         """The sizes over all processes; inf in place of NaN, which a maximum may lose."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self._group) > 1:
+        if self._processes > 1:
             largest = torch.where(largest.isnan(), torch.inf, largest)
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
         return largest

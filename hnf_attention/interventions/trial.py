@@ -6,7 +6,6 @@ The trial runs a copy of the module with random weights on random inputs. It is 
 from __future__ import annotations
 
 import copy
-import inspect
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,13 +15,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import compat
+from ..instrumentation import witness
+from . import trial_inputs
 from .projections import Projections
 from .shards import own_class
 
 #: Scores (B, H, M, N) before the softmax, in fp64, and the output of one run.
 Run = Callable[[], tuple[Tensor, Tensor]]
 
-BATCH, LENGTH = 2, 6
 _SMALLEST = 1e-2  # a score's part that comes from the weights: random weights give about 1
 _TOLERANCE = 0.05  # of that part: rounding in bf16 stays below, a wrong row is off by half
 _SAME_OUTPUT = 1e-2  # of the largest output: factors are powers of two, which round nothing
@@ -40,7 +40,11 @@ def disproof(
     read: finds them in a copy of the module. Each candidate is tried once.
     """
     num_heads = what[0]
-    key = (*what, *((name, type(module)) for name, module in place.named_modules()))
+    key = (
+        *what,
+        witness.of(place) is None,
+        *((name, type(module)) for name, module in place.named_modules()),
+    )
     verdicts = _verdicts.setdefault(place, {})
     if key not in verdicts:
         verdicts[key] = _try(model, place, num_heads, read)
@@ -54,16 +58,16 @@ def _try(
     try:
         tried = _random_copy(model, place).eval()
         projections = read(tried)
-        inputs = _inputs(tried, projections)
+        inputs, named = trial_inputs.of(place, tried, projections)
     except Exception as error:  # of any kind: what cannot be tried is refused
         return f"a trial of {kind} could not be prepared: {_short(error)}"
 
     def run() -> tuple[Tensor, Tensor]:
         with _Caught(num_heads) as caught:
-            output = tried.forward(*inputs)
+            output = tried.forward(*inputs, **named)
         return caught.scores(), _first_tensor(output)
 
-    device = inputs[0].device
+    device = projections.query[0].device
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             return contradiction(run, projections)
@@ -169,26 +173,6 @@ def _products(query: Tensor, key: Tensor, **options: Any) -> Tensor:
     return query.double() @ key.double().transpose(-1, -2)
 
 
-def _inputs(module: nn.Module, projections: Projections) -> list[Tensor]:
-    """Random inputs (B, N, width), one for each argument that the module's forward needs."""
-    widths = [projections.width or side[0].shape[-1] for side in (projections.query, projections.key)]
-    needed = [
-        parameter
-        for parameter in inspect.signature(module.forward).parameters.values()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    if not needed or any(parameter.kind is parameter.KEYWORD_ONLY for parameter in needed):
-        raise ValueError(
-            f"expected a forward with inputs by position, got {inspect.signature(module.forward)}"
-        )
-    weight = projections.query[0]
-    return [
-        _normal((BATCH, LENGTH, widths[0 if number == 0 else 1]), weight, seed=number)
-        for number in range(len(needed))
-    ]
-
-
 def _random_copy(model: nn.Module, place: nn.Module) -> nn.Module:
     """A copy of a module without hooks, whose floating-point parameters are random; it shares the rest of the model.
 
@@ -222,17 +206,13 @@ def _is_plain(parameter: Tensor) -> bool:
 
 def _random(parameter: Tensor, seed: int) -> nn.Parameter:
     if parameter.dim() < 2:  # biases and gains
-        values = 1 + 0.25 * _normal(tuple(parameter.shape), parameter, seed).clamp(-2, 2)
+        values = 1 + 0.25 * trial_inputs.normal(tuple(parameter.shape), parameter, seed).clamp(-2, 2)
     else:
         values = (
-            _normal(tuple(parameter.shape), parameter, seed) * (parameter.shape[0] / parameter.numel()) ** 0.5
+            trial_inputs.normal(tuple(parameter.shape), parameter, seed)
+            * (parameter.shape[0] / parameter.numel()) ** 0.5
         )
     return nn.Parameter(values, requires_grad=parameter.requires_grad)
-
-
-def _normal(shape: tuple[int, ...], like: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator(like.device).manual_seed(seed)
-    return torch.randn(shape, generator=generator, device=like.device).to(like.dtype)
 
 
 def _first_tensor(output: Any) -> Tensor:

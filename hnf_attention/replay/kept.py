@@ -15,11 +15,19 @@ from torch import Tensor, nn
 class Kept:
     """Copies of all that a step changes. `rewind()` puts it back, as often as it is called.
 
-    optimizer: its states and its groups are kept, too; None for none.
+    optimizer: its states and its groups are kept, too; None for none. scaler: so is its scale, once `scaler_ran` says
+    that the step itself uses it.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None):
-        self._optimizer = optimizer
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        scaler: torch.amp.GradScaler | None = None,
+    ):
+        self._optimizer, self._scaler = optimizer, scaler
+        self._scale = {} if scaler is None else scaler.state_dict()
+        self.scaler_ran = False
         self._weights = list(model.parameters())
         if optimizer is not None:
             mine = {id(x) for x in self._weights}
@@ -51,6 +59,9 @@ class Kept:
             for group, before in zip(self._optimizer.param_groups, self._groups):
                 group.clear()
                 group.update(before)
+        if self._scaler is not None and self.scaler_ran and self._scale:
+            self._scaler.update(self._scale["scale"])  # forgets which optimizers it has unscaled and stepped
+            self._scaler.load_state_dict(self._scale)
         self._random.put_back()
 
     def put_back(self) -> None:
@@ -63,9 +74,11 @@ class Kept:
 
 
 @contextmanager
-def keeping(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[Kept]:
+def keeping(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, scaler: torch.amp.GradScaler | None = None
+) -> Iterator[Kept]:
     """Inside, the model may be run and changed; at the end, everything is as it was."""
-    kept = Kept(model, optimizer)
+    kept = Kept(model, optimizer, scaler)
     try:
         yield kept
     finally:

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import compat
-from ..diagnosis.triage.records import BACKWARD, OPTIMIZER, WITHOUT_NUMBERS, Operation, TensorRecord
+from ..diagnosis.triage.records import BACKWARD, OPTIMIZER, SCALING, WITHOUT_NUMBERS, Operation, TensorRecord
 from .owners import Owners
 
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 #: What a fused attention hands to its backward, by the parameters' names.
 _STATISTICS = frozenset(("logsumexp", "softmax_logsumexp", "softmax_lse", "lse", "entropy"))
 #: Operations that read nothing of what they write to.
@@ -67,7 +66,7 @@ class Recorder(compat.DispatchMode):
 
     owners: say which module and which part of a step makes a call.
     capture: the operation whose tensors are copied; then no number of the others is looked at.
-    went_back, stepped: whether a backward ran, and the step of an optimizer.
+    went_back, stepped, scaled: whether a backward ran, the step of an optimizer, a loss scaler.
     """
 
     def __init__(self, owners: Owners, capture: Wanted | None = None):
@@ -75,7 +74,7 @@ class Recorder(compat.DispatchMode):
         self._owners, self._capture = owners, capture
         self.operations: list[Operation] = []
         self.captured: Captured | None = None
-        self.went_back = self.stepped = False
+        self.went_back = self.stepped = self.scaled = False
         self._memories: dict[int, int] = {}  # by address
         self._kept: list[StorageWeakRef] = []  # so that no address is given away again
         self._numbers: list[tuple[TensorRecord, Tensor, Tensor]] = []
@@ -88,20 +87,23 @@ class Recorder(compat.DispatchMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         given = list(_named(operator, args, kwargs))
-        if any(type(x) not in _PLAIN for _, x in given) or torch.compiler.is_compiling():
-            return NotImplemented if given else operator(*args, **kwargs)
+        if not all(_is_plain(x) for _, x in given):
+            return NotImplemented  # the tensors' own class computes it by operations that are seen
+        if torch.compiler.is_compiling():
+            return operator(*args, **kwargs)
         inputs = [self._look(name, x, operator) for name, x in given if self._reads(operator, name)]
         written = _written(operator)
         module, phase = self._owners.place()
         self.went_back |= phase == BACKWARD
         self.stepped |= phase == OPTIMIZER
+        self.scaled |= phase == SCALING
         wanted = self._capture
         is_like = wanted is not None and wanted[:3] == (str(operator), module, phase)
         now = wanted is not None and is_like and wanted.before == self._passed
         copied = (_copied(args), _copied(kwargs)) if now else None
         result = operator(*args, **kwargs)
         outputs = named_results(operator, args, kwargs, result)
-        if any(type(x) not in _PLAIN for _, x in outputs):
+        if not all(_is_plain(x) for _, x in outputs):
             return result
         known = {self.memory(x) for _, x in given}
         if not written and outputs and all(self.memory(x) in known for _, x in outputs):
@@ -183,6 +185,11 @@ def _without_meaning(operator: Any, name: str, made: bool) -> bool:
     if "attention" not in str(operator):
         return False
     return name in _STATISTICS or (made and "backward" not in packet and name not in ("0", "out"))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor's class leaves its operations to PyTorch."""
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def _packet(operator: Any) -> str:

@@ -13,10 +13,11 @@ Closure = Callable[[], Any]
 
 
 class Done(Protocol):
-    """What a closure has run by itself: a backward, the step of an optimizer."""
+    """What a closure has run by itself: a backward, the step of an optimizer, a scaler."""
 
     went_back: bool
     stepped: bool
+    scaled: bool
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Step:
         outcome = Outcome()
         try:
             result = self.closure()
+            outcome.scaled = done.scaled
             outcome.outputs = dict(_tensors(result))
             loss = outcome.loss = _loss_of(result)
             scaler = None if plain or loss is None else self._scaler(loss.device)
@@ -75,11 +77,12 @@ class Step:
 
 @dataclass
 class Outcome:
-    """What a step gave. error: what ended it, None if nothing did."""
+    """What a step gave. scaled: whether the closure used a scaler. error: what ended it, None if nothing did."""
 
     outputs: dict[str, Tensor] | None = None
     loss: Tensor | None = None
     scaler: torch.amp.GradScaler | None = None
+    scaled: bool = False
     error: Exception | None = None
 
 

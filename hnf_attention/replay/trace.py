@@ -55,7 +55,8 @@ def trace_non_finite(
         that runs the forward and returns the loss, an output with a `loss`, or outputs. The callable may run the
         backward itself; otherwise it is run of what was returned, if that is one number with a gradient.
     loss: makes the loss of what the model, or the callable, returns; None where that holds it.
-    optimizer: its step is traced, too. scaler: the loss is scaled by it before the backward.
+    optimizer: its step is traced, too. scaler: the loss is scaled by it before the backward. Give both if the callable
+        uses them itself: they are put back only then. What it runs itself is not run again.
     wide: run the step in double precision as well (single where that fails), which tells overflow of the format.
     folder: write a minimal reproduction there, the tensors of the operation and a script; see
         `replay.reproduction`. Needs safetensors.
@@ -72,7 +73,7 @@ def trace_non_finite(
     run = make_step(unwrapped_of(model), batch, loss, optimizer, scaler)
     target = None if folder is None else check_folder(Path(folder))
     total = 4 if wide else 3
-    with keeping(run.model, optimizer) as kept, _uncompiled():
+    with keeping(run.model, optimizer, scaler) as kept, _uncompiled():
         progress("recording", 0, total)
         record, outcome = _record(run, kept)
         root = find_root(record)
@@ -126,7 +127,7 @@ def unwrapped_of(model: Any) -> Any:
 class _Forward:
     """For a run of the forward alone: nothing is left to do after it."""
 
-    went_back = stepped = True
+    went_back = stepped = scaled = True
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
@@ -142,6 +143,7 @@ def _record(run: Step, kept: Kept) -> tuple[Record, Outcome]:
     names = _names(run, recorder)
     with recorder:
         outcome = run.run(recorder)
+    kept.scaler_ran = outcome.scaled
     names |= _states(run, recorder)
     seen = [(recorder.add(x, name), name) for name, x in _visible(run, outcome)]
     recorder.read()

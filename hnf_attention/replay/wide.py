@@ -73,7 +73,7 @@ class WiderFormats(compat.DispatchMode):
     def __init__(self, dtype: torch.dtype):
         super().__init__()
         self._dtype = dtype
-        self.went_back = self.stepped = False
+        self.went_back = self.stepped = self.scaled = False
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

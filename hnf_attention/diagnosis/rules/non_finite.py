@@ -31,6 +31,7 @@ from .empty_rows import mask_of
 from .overflow_risk import FORMAT_ADVICE, FORMAT_CURE
 from .wording import make_issue
 
+_TRACE = "trace_non_finite(model, batch) names the operation"
 _EVERY_STEP = "set log_every=1 and run again from finite weights"
 
 
@@ -229,7 +230,7 @@ def _fed(origin: Origin, name: str, fp16: bool) -> tuple[str, str, str, str]:
     if origin.before is None:
         return (
             "it is the first layer to run, so its weights, the embeddings before it or the data hold NaN or inf",
-            f"check that the model's weights and its input are finite{half}{restore}",
+            f"check that the model's weights and its input are finite{half}{restore}; {_TRACE}",
             "NaN or inf reaches the first layer",
             "check weights, embeddings and data",
         )
@@ -245,7 +246,7 @@ def _fed(origin: Origin, name: str, fp16: bool) -> tuple[str, str, str, str]:
         )
     return (
         f"every layer before it is finite, so it arose {between}",
-        f"look at {weights}{half}{restore}",
+        f"look at {weights}{half}{restore}; {_TRACE}",
         f"NaN or inf arose {_short_between(origin)}",
         "look at its projections' weights, and the norm and MLP before",
     )

@@ -104,7 +104,7 @@ class Slot:
             self._calls.clear()
         self._calls[signature] = None
         call = describe()
-        options, mine = call.validated(), _tensors(call, tensors[3])
+        mine, options = _tensors(call, tensors[3]), call.validated()
         measure, views = GraphedCall(mine, options, 0), views_of(tensors, mine)
         as_is = mask is not None and views_of([mask], [options.attn_mask]) == [None]
         self._calls[signature] = found = _Described(measure, views, as_is, call.interceptor)
@@ -121,12 +121,12 @@ class Slot:
         if owner is None:
             return
         if isinstance(error, Unmeasurable):
-            owner.observer.note(owner.layer, str(error))
+            owner.observer.note_failed(owner.layer, str(error))
             return
         self._failed = True
         reason = f"measuring failed in a compiled graph: {type(error).__name__}: {error}"
         _log.warning("hnf-attention: %s: %s", display_name(owner.layer), reason)
-        owner.observer.note(owner.layer, reason)
+        owner.observer.note_failed(owner.layer, reason)
 
     def _owner(self) -> observer.Owner | None:
         module = self._module()
@@ -158,6 +158,11 @@ def name_of(kind: GraphKind) -> str:
 
 
 def _tensors(call: AttentionCall, output: Tensor) -> Any:
-    """Query, key, value and output of a call, which are cast already: no autocast reaches into a graph."""
+    """Query, key, value and output of a call, which are cast already: no autocast reaches into a graph.
+
+    Raises Unmeasurable if values have other heads than keys.
+    """
     value = call.value
+    if value.shape[1] != call.key.shape[1]:
+        raise Unmeasurable(f"it has {call.key.shape[1]} key heads and {value.shape[1]} value heads")
     return call.query, call.key, value, by_heads(call.output(output), call.query.shape[1], value)

@@ -1,0 +1,65 @@
+"""What modules around attention were called with when they were first measured: for a trial of their copies.
+
+Kept are shapes and types, and tensors that hold no activations by their size: rotary tables and small masks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import observer
+
+#: A larger tensor is remembered by its shape and type alone.
+MOST_ELEMENTS = 2**20
+_NEAREST = 2  # of the running modules: the one that calls attention, and the one around it
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor by its shape and type."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Given:
+    """The arguments of a call, with a `Spec` in place of each large tensor."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+_calls: weakref.WeakKeyDictionary[nn.Module, Given] = weakref.WeakKeyDictionary()
+
+
+def record() -> None:
+    """Remember the arguments of the innermost modules that run now, once each."""
+    for number, (module, args, kwargs) in enumerate(observer.running_calls()):
+        if number == _NEAREST:
+            return
+        if module not in _calls:
+            _calls[module] = Given(_light(args), _light(kwargs))
+
+
+def of(module: nn.Module) -> Given | None:
+    """What a module was called with, None if that is not known."""
+    return _calls.get(module)
+
+
+def _light(value: Any) -> Any:
+    """The value without large tensors, and without whatever else a call may hold alive."""
+    if isinstance(value, Tensor):
+        small = value.numel() <= MOST_ELEMENTS and not value.requires_grad and value.grad_fn is None
+        return value.detach().clone() if small else Spec(tuple(value.shape), value.dtype)
+    if isinstance(value, Mapping):
+        return {key: _light(one) for key, one in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_light(one) for one in value)
+    return value if isinstance(value, (str, int, float, bool, type(None), torch.dtype)) else None
