@@ -1,5 +1,6 @@
 """The laboratory of bench/validation: its runs are what they say, and its replay is what a monitor would say."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -121,7 +122,9 @@ def test_the_small_version_of_an_experiment_runs(command, tmp_path):
         judged = run_command("judge", str(out), "--misses")
         assert judged.startswith("12 runs: ") and "clean runs that fire" in judged
     elif command == "fixes":
-        assert "2 failures of 2 runs" in done and "0/2" in done.partition("untreated")[2].splitlines()[0]
+        assert "1 failures of 1 runs" in done and "0/1" in done.partition("untreated")[2].splitlines()[0]
+        (case,) = json.loads(out.read_text()).values()
+        assert "QK-norm at the measured norms" in case["policies"]["W: rewind + QK-norm + rate x 0.5"]["done"]
     else:
         assert len(list(out.glob("*.png"))) == 3 and (out / "real_models.json").stat().st_size > 1_000
 
@@ -147,7 +150,7 @@ def test_recorded_failures_are_found_in_time():
     records = [r for r in read([RESULTS / "held_out_h200.zip"]) if r.recipe.name.startswith("held-out-06")]
     found = [v for v in map(judged, records) if v.recipe.kind == "sweep"]
     harmed, clean = ([v for v in found if v.harm >= 0.1], [v for v in found if v.harm < 0.05])
-    assert len(harmed) == 5 and len(clean) == 4
+    assert len(harmed) == 5 and len(clean) == 5
     assert sum(v.first["warning"] is not None and v.lead("warning") > 0 for v in harmed) == 5
     assert sum(v.first["error"] is not None for v in harmed) >= 4
     assert sum(v.first["error"] is not None for v in clean) <= 1

@@ -134,8 +134,8 @@ class Heads:
         """Whether a head passes in the first layer, and in `alarm_layers` of the layers at least."""
         layers: dict[str, bool] = {}
         for heads in self.company:
-            for (layer, _), passes in zip(heads.places, heads._passes.tolist()):
-                layers[layer] = layers.get(layer, False) or passes
+            count = np.bincount(heads.layer, heads._passes, minlength=len(heads.layers))
+            layers |= dict(zip(heads.layers, (count > 0).tolist()))
         first = layers.get(next(iter(self.snapshots[-1].layers)), False)
         return first and sum(layers.values()) >= threshold("alarm_layers") * len(layers)
 
