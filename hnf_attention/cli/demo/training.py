@@ -11,11 +11,14 @@ import torch.nn.functional as F
 
 from ...diagnosis import AttentionDiagnosis
 from ...errors import InputError
-from ...interventions import apply_intervention
+from ...interventions import GoodStates, apply_intervention
 from ...monitoring.monitor import AttentionStabilityMonitor
 from ...statistics.heads import Snapshot
 from .loss import FINAL_WINDOW
 from .model import GPT, batches, standard_library_text
+
+
+STATES_EVERY, STATES_KEPT = 20, 4  # so that one is always 40 steps old
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,17 @@ def train(config: Config, treated: bool, observe: Observer) -> Run:
     )
     data = batches(standard_library_text(), config.batch_size, config.context, config.seed)
     monitor = AttentionStabilityMonitor(model, log_every=config.log_every)
+    states = GoodStates(model, optimizer, STATES_EVERY, STATES_KEPT, scheduler=scheduler) if treated else None
     run = Run(treated)
-    for _ in range(config.steps):
+    for step in range(1, config.steps + 1):
         inputs, targets = (part.to(config.device) for part in next(data))
         loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.step()
+        if states is not None:
+            states.on_step(step)
         run.losses.append(loss.item())
 
         diagnosis = monitor.on_step()

@@ -99,7 +99,15 @@ class View:
 
 def describe(intervention: dict[str, Any]) -> str:
     """An intervention in a few words."""
+    return ", ".join(map(_describe_one, [intervention, *intervention.get("then", [])]))
+
+
+def _describe_one(intervention: dict[str, Any]) -> str:
     action = intervention["action"]
+    if action == "rewind":
+        return "a rewind"
+    if action == "qk_norm":
+        return "QK-norm"
     if action == "qk_clip":
         slower = f", learning rate x {intervention['lr_factor']:g}" if "lr_factor" in intervention else ""
         return f"QK-clip at {intervention['threshold']:g}{slower}"
