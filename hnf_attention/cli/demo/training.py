@@ -17,7 +17,6 @@ from ...statistics.heads import Snapshot
 from .loss import FINAL_WINDOW
 from .model import GPT, batches, standard_library_text
 
-
 STATES_EVERY, STATES_KEPT = 20, 4  # so that one is always 40 steps old
 
 
