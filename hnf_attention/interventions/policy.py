@@ -23,12 +23,11 @@ from .intervention import Intervention
 CLIP_AT = 30.0
 LR_FACTOR = 0.5
 TEMPERATURE_FACTOR = 8.0
-# Started at an alarm of 10 failing runs of the laboratory (docs/validation.md): with these 6 and 7 of them ended well,
-# by a QK-clip at log steps with the rate halved 2 of them.
+# Started at an alarm of 10 failing runs of the laboratory (docs/validation.md), at a half and a quarter of the rate.
 RESTART_RATE = 0.25
 RESTARTS = 3  # at most
 RESTART_REST = 50  # steps in which a restarted run is let alone, as in the laboratory
-HELPED = "a rewind, QK-norm and a lower rate resolved 6 and 7 of 10 such runs in the laboratory, QK-clip at log steps 2"
+HELPED = "A rewind, QK-norm and a lower rate resolved 6 and 7 of 10 failing runs in the laboratory"
 
 GROWTH = ("overflow_risk", "entropy_collapse", "vanishing_gradient", "one_hot_attention")
 

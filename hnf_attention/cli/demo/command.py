@@ -129,7 +129,8 @@ def _print_verdict(
         )
     if interventions:
         kinds = "; ".join(dict.fromkeys(describe(intervention) for _, intervention in interventions))
-        lines.append(f"Treated from step {interventions[0][0]} on, at {len(interventions)} steps: {kinds}.")
+        times = "once" if len(interventions) == 1 else f"at {len(interventions)} steps"
+        lines.append(f"Treated from step {interventions[0][0]} on, {times}: {kinds}.")
     lines.append(
         f"Final loss (mean of {FINAL_WINDOW} steps): untreated {outcome.untreated_loss:.2f}, treated "
         f"{outcome.treated_loss:.2f} nats per byte."
