@@ -1,5 +1,8 @@
 """Forwards that make the calls of the forward before: kept by their tensors alone, with the same results."""
 
+import threading
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from test_every_step import DEVICE, HEADS, WIDTH, Model, batch
 from torch import nn
 from torch.nn import functional
 
-from hnf_attention import AttentionStabilityMonitor
+from hnf_attention import AttentionStabilityMonitor, instrument
 from hnf_attention.instrumentation.keeping import Keeper
 
 
@@ -146,8 +149,6 @@ def test_a_call_that_was_overwritten_is_left_out_alone():
 
 
 def test_threads_have_forwards_of_their_own(described):
-    import threading
-
     model = Model().to(DEVICE)
     with AttentionStabilityMonitor(model, log_every=100):
         for _ in range(2):
@@ -159,3 +160,102 @@ def test_threads_have_forwards_of_their_own(described):
         for thread in threads:
             thread.join()
         assert not described
+
+
+class Twice(nn.Module):
+    """Layers a and b; a runs as often as it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (Model(layers=1).layers[0] for _ in range(2))
+
+    def forward(self, x, times=1):
+        for _ in range(times):
+            x = self.a(x)
+        return self.b(x)
+
+
+@contextmanager
+def keeping(model, take):
+    """The model, whose kept calls go to `take`."""
+    with instrument(model) as handle:
+        handle.measuring, handle.on_kept, handle.keeping = False, take, True
+        yield handle
+
+
+def test_calls_are_numbered_as_if_nothing_was_expected():
+    model, seen = Twice().to(DEVICE), []
+    with keeping(model, lambda kept: seen.append([(call.layer, call.call) for call in kept.calls])):
+        for times in (1, 1, 2):
+            seen.clear()
+            model(batch(), times)
+    assert sum(seen, []) == [("a", 0), ("a", 1), ("b", 0)]
+
+
+def test_a_reader_that_fails_is_asked_ever_more_rarely():
+    tries = []
+
+    def take(kept):
+        tries.append(kept)
+        raise RuntimeError("a reader that fails")
+
+    model = Twice().to(DEVICE)
+    with keeping(model, take):
+        for _ in range(60):
+            model(batch())
+    assert 3 <= len(tries) <= 12
+
+
+def test_an_interrupt_where_a_forward_begins_ends_the_forward():
+    def began(forward):
+        raise KeyboardInterrupt
+
+    model, seen = Twice().to(DEVICE), []
+    with keeping(model, seen.append) as handle:
+        model(batch())
+        handle.on_forward_begin = began
+        with pytest.raises(KeyboardInterrupt):
+            model(batch())
+        handle.on_forward_begin = None
+        seen.clear()
+        for _ in range(3):
+            model(batch())
+    assert len(seen) == 3
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_leaves_the_forward_as_it_is():
+    class Nests(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Model(layers=1).layers[0]
+            self.nests = False
+
+        def forward(self, x):
+            if self.nests:
+                q = torch.nested.nested_tensor([torch.randn(4, n, 8) for n in (3, 5)]).requires_grad_()
+                return functional.scaled_dot_product_attention(q, q, q)
+            return self.inner(x)
+
+    model = Nests()
+    with keeping(model, lambda kept: None):
+        for nests in (False, False, True, False):
+            model.nests = nests
+            model(batch().cpu())
+
+
+def test_threads_keep_the_calls_of_their_own_layers():
+    model, seen = Twice().to(DEVICE), []
+    with keeping(model, lambda kept: seen.append([call.layer for call in kept.calls])):
+        for _ in range(2):
+            model(batch(), 1)
+        entered, go = threading.Event(), threading.Event()
+        hook = model.b.register_forward_pre_hook(lambda *_: (entered.set(), go.wait(30))[0] and None)
+        thread = threading.Thread(target=model, args=(batch(),))
+        thread.start()
+        entered.wait(30)
+        hook.remove()
+        model(batch(24), 0)  # only b runs, in the meantime
+        go.set()
+        thread.join()
+    assert seen[-2:] == [["b"], ["a", "b"]]

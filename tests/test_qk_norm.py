@@ -223,6 +223,23 @@ def test_a_failed_forward_leaves_nothing_running():
     assert not treating.thread.running
 
 
+def test_an_interrupted_forward_changes_no_other_attention():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    torch.manual_seed(0)
+    model, q = nn.Sequential(Fused()), torch.randn(1, 4, 5, 8)
+    expected = F.scaled_dot_product_attention(q, q, q)
+    start = start_qk_norm(model, torch.optim.SGD(model.parameters(), lr=0.1), forward=lambda: model(X))
+    hook = next(m for m in model[0].modules() if isinstance(m, nn.Linear)).register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(X)
+    hook.remove()
+    assert torch.equal(F.scaled_dot_product_attention(q, q, q), expected)
+    start.revert()
+    assert torch.equal(F.scaled_dot_product_attention(q, q, q), expected)
+
+
 @pytest.mark.slow
 def test_a_compiled_model_needs_a_forward_and_is_normed():
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ from ..reference.options import Options
 from .shared_masks import once
 
 EAGER, COMPILED = "eager", "compiled"  # the places where a call may run
+FAILED_IN_GRAPH = "measuring failed in a compiled graph"
 FIRST_IN_CAPTURE = (
     "its first measured call is inside the capture of a CUDA graph: run the model once before it"
 )

@@ -64,10 +64,10 @@ class Forwards:
             yield
             return
         running = thread.running = self._new(ends=True)
-        forward = running.forward
-        self._began(forward, running.pending)
-        before, observer.thread.expected = observer.thread.expected, running.pending.expected
+        forward, before = running.forward, observer.thread.expected
         try:
+            self._began(forward, running.pending)
+            observer.thread.expected = running.pending.expected
             yield
         except BaseException:
             forward.failed = True
@@ -121,6 +121,10 @@ class Forwards:
         if current is None or invocation is None:
             forward, number, _ = self.place(layer, EAGER)
             return forward, number, None if current is None else current.pending
+        expected = current.pending.expected
+        if expected is not None:  # each of these calls was its layer's only one
+            for signature in expected.whole.signatures[: len(expected.taken)]:
+                current.invocations.setdefault(signature.layer, 1)
         return current.forward, _numbered(layer, invocation, current.invocations), current.pending
 
     def _new(self, ends: bool) -> _Pass:

@@ -10,7 +10,7 @@ therefore used again, as long as shapes, strides and options stay the same.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -28,7 +28,6 @@ from .expected import (
     Expected,
     Plain,
     Slot,
-    Taken,
     is_cast,
     layout_of_inputs,
     layout_of_output,
@@ -149,12 +148,12 @@ class Keeper:
         # The latest calls that could be used again, by the first layer and how many there were.
         self._again: dict[tuple[str, int], _Again] = {}
         # Those of the latest forward, if all its calls could be.
-        self._whole: _Again | None = None
-        self._slots: list[Slot] = []  # of these calls
+        self._expects: tuple[_Again, list[Slot]] | None = None
 
     def expected(self) -> Expected | None:
         """What a forward that begins is expected to do, None for nothing that is known."""
-        return None if self._whole is None else Expected(self._slots)
+        known = self._expects
+        return None if known is None else Expected(known[1], known[0])
 
     def add(
         self,
@@ -205,30 +204,35 @@ class Keeper:
             self.flush(forward, pending)
 
     def finish(
-        self, forward: Forward, pending: Pending, module_of: Callable[[str], nn.Module | None]
+        self, forward: Forward, pending: Pending, modules_of: Callable[[], Mapping[str, nn.Module]]
     ) -> None:
         """Hand on what is pending at the end of a forward, and expect the same calls of the next one.
 
-        module_of: the module of a layer.
+        modules_of: the model's modules by name.
         """
         expected = pending.expected
         taken = expected is not None and bool(expected.taken)
         if not pending.calls and (not taken or (expected is not None and expected.complete)):
-            self.flush(forward, pending)  # all of the calls, or none, as where they are measured
+            # The forward made every expected call, or its calls were measured and not kept.
+            self.flush(forward, pending)
             return
         whole = not pending.parted and not taken
-        again = self.flush(forward, pending)
+        again, known = self.flush(forward, pending), self._expects
+        if whole and known is not None and again is known[0]:
+            return
+        self._expects = None
         layers = [] if again is None else [signature.layer for signature in again.signatures]
-        modules = [module_of(layer) for layer in layers]
-        self._whole = None
         # Two calls of a layer are told apart by the invocations of its module, which nobody looks at here.
-        if whole and again is not None and None not in modules and len(set(layers)) == len(layers):
-            self._whole = again
-            self._slots = [
-                Slot(weakref.ref(module), signature.rest, signature.inputs, signature.output)
-                for module, signature in zip(modules, again.signatures)
-                if module is not None
+        forgotten = not any(again is x for x in self._again.values())  # as where handing on failed
+        if not whole or again is None or forgotten or len(set(layers)) < len(layers):
+            return
+        named = modules_of()
+        if all(layer in named for layer in layers):
+            slots = [
+                Slot(weakref.ref(named[signature.layer]), signature.rest, signature.inputs, signature.output)
+                for signature in again.signatures
             ]
+            self._expects = again, slots
 
     def flush(self, forward: Forward, pending: Pending) -> _Again | None:
         """Hand on what is pending, but for calls whose tensors were overwritten. Returns what can be used again."""
@@ -238,7 +242,7 @@ class Keeper:
             if expected.taken:
                 pending.parted = True
                 with _on_stream(expected.taken[0].query.device, expected.stream):
-                    self._hand_on_expected(forward, expected.taken)
+                    self._hand_on_expected(forward, expected)
         calls, pending.calls, pending.bytes = pending.calls, [], 0
         kept = [call for call in calls if call.unchanged]
         if not kept:
@@ -250,12 +254,10 @@ class Keeper:
     def forget(self) -> None:
         """Make all descriptions anew."""
         self._again.clear()
-        self._whole = None
+        self._expects = None
 
-    def _hand_on_expected(self, forward: Forward, taken: Sequence[Taken]) -> None:
-        whole = self._whole
-        if whole is None:  # they were forgotten while the forward ran
-            return
+    def _hand_on_expected(self, forward: Forward, expected: Expected) -> None:
+        whole, taken = expected.whole, expected.taken
         places = [place for place, call in enumerate(taken) if unchanged(call.tensors, call.versions)]
         with without_dispatch_modes():
             tensors = [viewed(taken[place].tensors, whole.views[place]) for place in places]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from .call import Unmeasurable
@@ -66,10 +66,11 @@ class KeptLayers:
         state.rest()
         state.measuring_failed = isinstance(error, Unmeasurable) and error.lasting
 
-    def succeed(self, layer: str) -> None:
-        """Note that a call was kept."""
-        self.reasons.pop(layer, None)
-        self._states.pop(layer, None)
+    def succeed(self, layers: Iterable[str]) -> None:
+        """Note that calls of these layers were taken."""
+        for layer in layers if self._states else ():
+            if self._states.pop(layer, None) is not None:
+                self.reasons.pop(layer, None)
 
 
 def note_described(layers: dict[str, LayerState], layer: str, place: str) -> None:

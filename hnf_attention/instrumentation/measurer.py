@@ -21,7 +21,7 @@ from ..reference.sampling import effective_period
 from ..statistics.rows import RowStats
 from ..tracing import without_dispatch_modes, without_tangents
 from . import observer, scores, witness
-from .call import COMPILED, EAGER, AttentionCall, Unmeasurable, keys_hidden
+from .call import COMPILED, EAGER, FAILED_IN_GRAPH, AttentionCall, Unmeasurable, keys_hidden
 from .decoding import Decoding
 from .forwards import Forwards
 from .keeping import Described, KeptForward, described
@@ -91,6 +91,8 @@ class Measurer:
         self._merged |= {layer} if merged else set()
         compiled = "" if self.mode == "probe" else f": {COMPILED}"
         self._measured[layer] = f"probe{compiled} ({interceptor})"
+        if self._problems.get(layer, "").startswith(FAILED_IN_GRAPH):
+            del self._problems[layer]
 
     def doubt(self, layer: str, kind: str, reason: str | None) -> None:
         """List a softmax of `layer` as not measured for this reason, until None takes back the doubt of this kind."""
@@ -229,7 +231,6 @@ class Measurer:
         except Exception as error:  # the monitor never ends a run
             self.kept_layers.fail(layer, error)
             return None
-        self.kept_layers.succeed(layer)
         return found
 
     def _measure(

@@ -13,10 +13,15 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from .. import compat
+from ..tracing import transformed
 
 
 class Running(Protocol):
     """One call of a module whose attention is changed, while it runs."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
 
     def run(self, original: Callable[..., Any], sdpa: bool, *args: Any, **named: Any) -> Any:
         """Compute the changed call of `original`, which takes query, key and value first, by place or by name.
@@ -50,7 +55,22 @@ def current(query: Tensor | None = None, key: Tensor | None = None, *_: Any, **_
         found = _discover(query, key)
         if found is not None:
             return found
+    if (
+        not transformed()
+    ):  # BaseException passes the hooks by, such as Ctrl-C: calls that it ended are dropped
+        while thread.running and not _runs(thread.running[-1].module):
+            thread.running.pop()
     return thread.running[-1] if thread.running else None
+
+
+def _runs(module: nn.Module) -> bool:
+    """Whether a call of the module runs on this thread."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is compat.module_call_code and frame.f_locals["self"] is module:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _discover(query: Tensor, key: Tensor) -> Running | None:

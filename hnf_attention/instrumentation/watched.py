@@ -13,7 +13,7 @@ from torch import nn
 
 from ..names import named_modules, unwrapped
 from ..tracing import captured
-from . import forwards, observer
+from . import forwards, observer, witness
 from .call import EAGER, FIRST_IN_CAPTURE, AttentionCall
 from .compiled import layers
 from .expected import Plain
@@ -124,6 +124,7 @@ class Watched:
                 module = reference()
                 if module is not None:
                     observer.forget(module)
+                    witness.forget(module)
                     layers.unmark(module)
             self._registered.clear()
             model = self.root()
@@ -203,7 +204,7 @@ class Watched:
 
     def _deliver(self, kept: KeptForward) -> None:
         for member in self.members:
-            if not member.keeping or member.on_kept is None:
+            if not member.keeping or member.on_kept is None or member.kept_layers.rests(kept.calls[0].layer):
                 continue
             try:
                 with self._lock:
@@ -213,6 +214,8 @@ class Watched:
                 for call in kept.calls:
                     member.kept_layers.fail(call.layer, error)
                 _log.debug("hnf-attention: no extremes were taken of these calls", exc_info=True)
+            else:
+                member.kept_layers.succeed(call.layer for call in kept.calls)
 
     def observe(
         self, layer: str, interceptor: str, measure: Callable[[], Measurement], place: str = EAGER
@@ -258,14 +261,14 @@ class Watched:
                 except Exception:  # the monitor never ends a run
                     _log.warning("hnf-attention: on_forward_begin failed", exc_info=True)
 
-    def _module_of(self, layer: str) -> nn.Module | None:
+    def _modules(self) -> dict[str, nn.Module]:
         model = self.root()
-        return None if model is None else dict(named_modules(model)).get(layer)
+        return {} if model is None else dict(named_modules(model))
 
     def _forward_ended(self, forward: Forward, pending: Pending) -> None:
         if pending.calls or pending.expected is not None:
             try:
-                self._keeper.finish(forward, pending, self._module_of)
+                self._keeper.finish(forward, pending, self._modules)
             except Exception:  # the monitor never ends a run
                 _log.warning("hnf-attention: the calls of a forward could not be read", exc_info=True)
         for member in self.members:

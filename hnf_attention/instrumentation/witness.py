@@ -6,7 +6,7 @@ Kept are shapes and types, and tensors that hold no activations by their size: r
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from . import observer
 
 #: A larger tensor is remembered by its shape and type alone.
 MOST_ELEMENTS = 2**20
+_LONGEST, _DEEPEST = 64, 4  # of the lists, tuples and dicts that are looked into
+_ACTIVATIONS = "hidden_states"  # how classes of transformers call the first argument
 _NEAREST = 2  # of the running modules: the one that calls attention, and the one around it
 
 
@@ -45,7 +47,16 @@ def record() -> None:
         if number == _NEAREST:
             return
         if module not in _calls:
-            _calls[module] = Given(_light(args), _light(kwargs))
+            first = [_spec(x) if isinstance(x, Tensor) else x for x in args[:1]]
+            named = {
+                name: _spec(x) for name, x in kwargs.items() if name == _ACTIVATIONS and isinstance(x, Tensor)
+            }
+            _calls[module] = Given(_light((*first, *args[1:])), _light({**kwargs, **named}))
+
+
+def forget(module: nn.Module) -> None:
+    """Forget the call of a module that nobody measures any more."""
+    _calls.pop(module, None)
 
 
 def of(module: nn.Module) -> Given | None:
@@ -53,13 +64,19 @@ def of(module: nn.Module) -> Given | None:
     return _calls.get(module)
 
 
-def _light(value: Any) -> Any:
+def _spec(x: Tensor) -> Spec:
+    return Spec(tuple(x.shape), x.dtype)
+
+
+def _light(value: Any, depth: int = 0) -> Any:
     """The value without large tensors, and without whatever else a call may hold alive."""
     if isinstance(value, Tensor):
         small = value.numel() <= MOST_ELEMENTS and not value.requires_grad and value.grad_fn is None
-        return value.detach().clone() if small else Spec(tuple(value.shape), value.dtype)
-    if isinstance(value, Mapping):
-        return {key: _light(one) for key, one in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(_light(one) for one in value)
-    return value if isinstance(value, (str, int, float, bool, type(None), torch.dtype)) else None
+        return value.detach().clone() if small else _spec(value)
+    if isinstance(value, (dict, list, tuple)):
+        if len(value) > _LONGEST or depth >= _DEEPEST:
+            return None
+        if isinstance(value, dict):
+            return {key: _light(one, depth + 1) for key, one in value.items()}
+        return tuple(_light(one, depth + 1) for one in value)
+    return value if isinstance(value, (str, int, float, bool, type(None), torch.dtype, Spec)) else None

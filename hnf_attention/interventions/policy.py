@@ -41,9 +41,9 @@ class InterventionPolicy:
 
     If `GoodStates` are kept of the model, an error of growing heads, or NaN and inf that training may have made, is
     answered by a restart: back to a good state, QK-norm from there on, a quarter of the learning rate. After a first
-    restart the rate is cut again, and three restarts are the most. Nothing else is proposed beside them.
+    restart the rate is cut again, and three restarts are the most. Nothing else is proposed for 50 steps after one.
 
-    Without such states:
+    Without such states, after three restarts, or where no state is old enough:
 
     - NaN or inf while the model trains: cut the learning rate, unless a mask or a number format is the cause.
     - Heads that grow or collapse, with scores of a size above 30 (half of the largest range of a row): QK-clip. From
@@ -80,7 +80,9 @@ class InterventionPolicy:
         acting = _acting(diagnosis)
         if good_states.of_model(self._model) is not None:
             errors = [issue for issue in acting if issue.severity == "error"]
-            return self._restart(diagnosis, errors[0].evidence) if errors else None
+            restart = self._restart(diagnosis, errors[0].evidence) if errors else None
+            if restart is not None or not errors or self._is_let_alone(diagnosis):
+                return restart
         if not acting and not self._clipping:
             return None
         alarm = any(issue.issue_type == "overflow_risk" and issue.severity == "error" for issue in acting)
@@ -96,7 +98,9 @@ class InterventionPolicy:
         if origin is None or origin.cause in NOT_LEARNED or not getattr(origin.snapshot, "training", True):
             return None
         if good_states.of_model(self._model) is not None:
-            return self._restart(diagnosis, broken.evidence)
+            restart = self._restart(diagnosis, broken.evidence)
+            if restart is not None or self._is_let_alone(diagnosis):
+                return restart
         return self._cut_rate(
             diagnosis,
             f"{broken.evidence}. The weights may be corrupt already: restore the last checkpoint "
@@ -107,8 +111,8 @@ class InterventionPolicy:
         """Back to a good state of the run, and on from there with QK-norm and a lower rate; None if that cannot be."""
         states = good_states.of_model(self._model)
         again = diagnosis.step in self._restarts
-        late = not self._restarts or diagnosis.step >= self._restarts[-1] + RESTART_REST
-        if states is None or not (again or (late and len(self._restarts) < RESTARTS)):
+        late = not self._is_let_alone(diagnosis) and len(self._restarts) < RESTARTS
+        if states is None or not (again or late):
             return None
         first = not self._restarts or self._restarts[0] == diagnosis.step
         wanted = rewind.propose(max(diagnosis.step, states.margin), f"{why}. {HELPED}")
@@ -124,6 +128,10 @@ class InterventionPolicy:
                 self._restarts.append(diagnosis.step)
             return wanted
         return None
+
+    def _is_let_alone(self, diagnosis: AttentionDiagnosis) -> bool:
+        """Whether the last restart was so short a time ago that nothing is proposed."""
+        return bool(self._restarts) and diagnosis.step < self._restarts[-1] + RESTART_REST
 
     def _cut_rate(self, diagnosis: AttentionDiagnosis, why: str) -> Intervention | None:
         return learning_rate.propose(LR_FACTOR, why) if self._may_cut(diagnosis) else None

@@ -122,7 +122,7 @@ class QKNormStart:
                 self._attach(name, module, *measured)
         # The module's own hook did not see this call begin.
         running = treating.thread.running
-        return None if running and running[-1].module is module else Call(module, [self._change])  # type: ignore[attr-defined]
+        return None if running and running[-1].module is module else Call(module, [self._change])
 
     def _why_not(self, module: nn.Module, name: str, query: Tensor, key: Tensor) -> str | None:
         if query.dim() != 4 or key.dim() != 4 or type(query) is not Tensor or type(key) is not Tensor:

@@ -184,7 +184,7 @@ class Recorder:
         if forward.training:
             with self._extremes.lock:
                 number = self._extremes.forwards.number(forward.number, self.step + 1)
-        self._told = True
+        self._told |= forward.training
         self._tell_graphs(number, forward.training)
 
     def record(self, measurement: Measurement) -> None:
@@ -263,6 +263,10 @@ class Recorder:
         """Keep what a forward's calls gave, or drop it if the forward raised."""
         failed, by_graphs = bool(forward.failed), self._graphs.folds
         self._graphs.end(failed)
+        if not forward.training:  # what comes next may be a training forward that nobody tells of
+            with self._extremes.lock:
+                number = self._extremes.forwards.next_number(self.step + 1)
+            self._tell_graphs(number, training=True)
         if not self._lanes.end(forward, failed) and not by_graphs:
             return  # nothing of it was measured
         which = "failed" if failed else "training" if forward.training else "evaluation"

@@ -11,8 +11,8 @@ The first pair of a block of queries brings the queries too. Pairs run on from b
 The state is that of `softmax.softmax_update` (m in raw q.k, l and w over exp2(t)), except that l, w
 and the minimum stay as partials of the four threads that share a row until the loop is over. The output
 is rescaled only where the maximum of some row of a warp has risen. (FlashAttention-4 lets it rise by 2^8
-before it does; then the largest weight is no 1, and its rounding costs collapsed rows their exactness.) All rows
-have one unit: `portable.huge_rows` computes those again for which that is not enough.
+before it does; the largest weight is then not exactly 1, and its rounding costs collapsed rows their exactness.)
+All rows have one unit: `portable.huge_rows` computes those again for which that is not enough.
 """
 
 from dataclasses import dataclass

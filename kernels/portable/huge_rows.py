@@ -19,7 +19,7 @@ from ..shared.tiles import ceil_div, forward_tiles, loads_by_pointers
 from .attend import attend_plan
 from .forward import forward_block
 
-# Half of the least score that takes the coarse unit: what the forward stored of a huge row is only about right.
+# Scores from 2^27 on need the coarse unit. Huge scores are stored with an error, so the limit is half of that.
 _LIMIT = tl.constexpr(67108864.0)  # 2^26
 _ROWS = tl.constexpr(1024)  # that are read at once
 

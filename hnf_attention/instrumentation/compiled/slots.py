@@ -18,9 +18,10 @@ from ...engine.graphed import EXTREMES, STATISTICS, GraphedCall, State
 from ...names import display_name
 from ...tracing import without_dispatch_modes
 from .. import observer
-from ..call import AttentionCall, Unmeasurable
+from ..call import FAILED_IN_GRAPH, AttentionCall, Unmeasurable
 from ..graph_reader import GraphKind, GraphReader
 from ..keeping import by_heads, viewed, views_of
+from ..layer_state import LayerState
 from ..shared_masks import apart
 
 _log = logging.getLogger("hnf_attention")
@@ -43,7 +44,8 @@ class Slot:
             dynamo.mark_static(tensor)
         self._reader, self._module = reader, weakref.ref(module)
         self._calls: dict[Hashable, _Described | None] = {}
-        self._failed = self._merged = False
+        self._merged = False
+        self._state = LayerState()
         self._number = 0  # of the forward of the call before
         _slots[self.token.data_ptr()] = self
 
@@ -60,7 +62,11 @@ class Slot:
         tensors, mask: query, key, value, output and attn_mask as the graph has them. rest: what says the call beside
         them. No error comes out.
         """
-        if self._failed or observer.thread.suspended or running_backward() != -1:
+        if (
+            (self._state.failures and self._state.rests())
+            or observer.thread.suspended
+            or running_backward() != -1
+        ):
             return  # inside a backward it is the second forward of a checkpoint
         capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
         wanted = self._reader.wanted
@@ -92,6 +98,10 @@ class Slot:
                 call.measure.run(state, mine, mask, everything or extremes, everything or statistics)
         except Exception as error:  # the monitor never ends a run
             self._fail(error)
+        else:
+            if self._state.failures:
+                self._state = LayerState()
+                self._note(call)
 
     def _describe(
         self,
@@ -123,9 +133,13 @@ class Slot:
         if isinstance(error, Unmeasurable):
             owner.observer.note_failed(owner.layer, str(error))
             return
-        self._failed = True
-        reason = f"measuring failed in a compiled graph: {type(error).__name__}: {error}"
-        _log.warning("hnf-attention: %s: %s", display_name(owner.layer), reason)
+        first = not self._state.failures
+        self._state.rest()
+        if not isinstance(error, Unmeasurable):
+            self._calls.clear()
+        reason = f"{FAILED_IN_GRAPH}: {type(error).__name__}: {error}"
+        if first:
+            _log.warning("hnf-attention: %s: %s", display_name(owner.layer), reason)
         owner.observer.note_failed(owner.layer, reason)
 
     def _owner(self) -> observer.Owner | None:

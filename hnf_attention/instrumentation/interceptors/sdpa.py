@@ -79,6 +79,8 @@ def _plain_of(
 ) -> Plain | None:
     if attn_mask is not None or not type(query) is type(key) is type(value) is Tensor:
         return None
+    if query.is_nested or key.is_nested or value.is_nested:  # they have no sizes
+        return None
     heads = observer.thread.heads
     return Plain(query, key, value, (is_causal, scale, enable_gqa, heads and heads[1:]))
 
