@@ -323,3 +323,22 @@ def test_a_witness_holds_no_activations():
     given = witness.of(model["attn"])
     assert given.args == (witness.Spec((2, 9, WIDTH), torch.float32),)
     assert set(given.kwargs) == {"position_embeddings", "cache"}
+
+
+def test_a_witness_holds_one_copy_of_what_layers_share_and_no_long_lists():
+    class Layer(Tables):
+        def forward(self, x, mask=None, more=None, **named):
+            return super().forward(x, **named)
+
+    torch.manual_seed(0)
+    layers, mask = nn.ModuleList(Layer("by name") for _ in range(3)), torch.zeros(9, 9)
+    model = nn.Module()
+    model.layers = layers
+    (rest, named) = tables_of("by name", 9)
+    with instrument(model):
+        for layer in layers:
+            layer(torch.randn(2, 9, WIDTH), *rest, mask=mask, more=range(10**9), **named)
+    kept = [witness.of(layer).kwargs for layer in layers]
+    assert all(x["mask"] is kept[0]["mask"] and x["more"] is None for x in kept)
+    assert torch.equal(kept[0]["mask"], mask) and kept[0]["mask"].data_ptr() != mask.data_ptr()
+    assert all(isinstance(witness.of(layer).args[0], witness.Spec) for layer in layers)

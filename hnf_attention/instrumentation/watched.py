@@ -13,7 +13,7 @@ from torch import nn
 
 from ..names import named_modules, unwrapped
 from ..tracing import captured
-from . import forwards, observer, witness
+from . import forwards, observer
 from .call import EAGER, FIRST_IN_CAPTURE, AttentionCall
 from .compiled import layers
 from .expected import Plain
@@ -124,7 +124,6 @@ class Watched:
                 module = reference()
                 if module is not None:
                     observer.forget(module)
-                    witness.forget(module)
                     layers.unmark(module)
             self._registered.clear()
             model = self.root()

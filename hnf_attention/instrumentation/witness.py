@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import compat
 from . import observer
 
 #: A larger tensor is remembered by its shape and type alone.
@@ -39,6 +40,9 @@ class Given:
 
 
 _calls: weakref.WeakKeyDictionary[nn.Module, Given] = weakref.WeakKeyDictionary()
+#: Copies of tensors that are kept, by the identity and version of these, and the tensors.
+_copies: weakref.WeakValueDictionary[tuple[int, int], Tensor] = weakref.WeakValueDictionary()
+_sources: dict[tuple[int, int], weakref.ref[Tensor]] = {}
 
 
 def record() -> None:
@@ -54,14 +58,19 @@ def record() -> None:
             _calls[module] = Given(_light((*first, *args[1:])), _light({**kwargs, **named}))
 
 
-def forget(module: nn.Module) -> None:
-    """Forget the call of a module that nobody measures any more."""
-    _calls.pop(module, None)
-
-
 def of(module: nn.Module) -> Given | None:
     """What a module was called with, None if that is not known."""
     return _calls.get(module)
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A copy of a tensor; modules that are given the same one share it."""
+    place = id(x), compat.version(x)
+    source, copied = _sources.get(place), _copies.get(place)
+    if copied is None or source is None or source() is not x:
+        _sources[place] = weakref.ref(x)
+        copied = _copies[place] = x.detach().clone()
+    return copied
 
 
 def _spec(x: Tensor) -> Spec:
@@ -72,7 +81,7 @@ def _light(value: Any, depth: int = 0) -> Any:
     """The value without large tensors, and without whatever else a call may hold alive."""
     if isinstance(value, Tensor):
         small = value.numel() <= MOST_ELEMENTS and not value.requires_grad and value.grad_fn is None
-        return value.detach().clone() if small else _spec(value)
+        return _copy(value) if small else _spec(value)
     if isinstance(value, (dict, list, tuple)):
         if len(value) > _LONGEST or depth >= _DEEPEST:
             return None
