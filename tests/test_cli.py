@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 import hnf_attention
-from hnf_attention.cli import analyze, check, messages
+from hnf_attention.cli import check, messages
 from hnf_attention.cli.main import main
 from hnf_attention.cli.parser import EXAMPLES, make_parser
+from hnf_attention.cli.progress import shown_progress
 from hnf_attention.cli.thresholds import read_thresholds
 from hnf_attention.errors import InputError
 
@@ -89,7 +90,7 @@ def test_progress_goes_to_a_terminal_on_standard_error(monkeypatch):
 
     monkeypatch.setattr("sys.stderr", Terminal())
     monkeypatch.setenv("TERM", "xterm")
-    with analyze._progress() as show:
+    with shown_progress() as show:
         show("loading the model", None, None)
         show("windows", 3, 8)
     assert "windows: 3 of 8" in sys.stderr.getvalue()

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import pickletools
+import weakref
 
 import pytest
 import torch
@@ -12,6 +13,14 @@ from attention_models import LAYERS, Attention, Model, x
 from torch import nn
 
 from hnf_attention import instrument
+from hnf_attention.instrumentation.compiled import layers
+
+
+@pytest.fixture(autouse=True)
+def never_compiled(monkeypatch):
+    """Other tests compile models of these classes that nobody measures. Graphs of those may then run these ones."""
+    monkeypatch.setattr(layers, "_unmeasured", weakref.WeakSet())
+
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

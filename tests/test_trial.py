@@ -342,3 +342,13 @@ def test_a_witness_holds_one_copy_of_what_layers_share_and_no_long_lists():
     assert all(x["mask"] is kept[0]["mask"] and x["more"] is None for x in kept)
     assert torch.equal(kept[0]["mask"], mask) and kept[0]["mask"].data_ptr() != mask.data_ptr()
     assert all(isinstance(witness.of(layer).args[0], witness.Spec) for layer in layers)
+
+
+def test_a_witness_of_inference_mode_holds_copies_too():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attn": Tables("by name")})
+    with torch.inference_mode(), instrument(model) as handle:
+        rest, named = tables_of("by name", 9)
+        model["attn"](torch.randn(2, 9, WIDTH), *rest, **named)
+        assert handle.latest
+    assert witness.of(model["attn"]) is not None

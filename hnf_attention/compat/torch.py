@@ -128,11 +128,11 @@ def parameters_of(operator: Any) -> list[tuple[str, bool]]:
 
 
 def version(tensor: Tensor) -> int:
-    """How often the memory of a tensor was written to, as autograd counts it. Tensors of inference mode have no count.
+    """How often the memory of a tensor was written to, as autograd counts it; 0 for tensors of inference mode.
 
     Missing: 0. A tensor that was overwritten since then counts as unchanged.
     """
-    return getattr(tensor, "_version", 0)
+    return 0 if tensor.is_inference() else getattr(tensor, "_version", 0)
 
 
 _saving: Callable[[bool], Any] = _find("_C._autograd._top_saved_tensors_default_hooks", lambda _: None)
