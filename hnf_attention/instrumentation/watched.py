@@ -260,14 +260,14 @@ class Watched:
                 except Exception:  # the monitor never ends a run
                     _log.warning("hnf-attention: on_forward_begin failed", exc_info=True)
 
-    def _modules(self) -> dict[str, nn.Module]:
+    def _named_modules(self) -> dict[str, nn.Module]:
         model = self.root()
         return {} if model is None else dict(named_modules(model))
 
     def _forward_ended(self, forward: Forward, pending: Pending) -> None:
         if pending.calls or pending.expected is not None:
             try:
-                self._keeper.finish(forward, pending, self._modules)
+                self._keeper.finish(forward, pending, self._named_modules)
             except Exception:  # the monitor never ends a run
                 _log.warning("hnf-attention: the calls of a forward could not be read", exc_info=True)
         for member in self.members:
