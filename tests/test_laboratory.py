@@ -112,6 +112,7 @@ def test_harm_is_what_a_run_loses_against_its_twin():
     assert harm(losses(twin + 1, [])) == 0  # QK-norm itself
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["predict", "fixes", "real_models"])
 def test_the_small_version_of_an_experiment_runs(command, tmp_path):
