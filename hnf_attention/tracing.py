@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import compat
 
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)})
 _NO_CONTEXT = nullcontext()
+
+
+def running_modules() -> Iterator[nn.Module]:
+    """The modules whose calls run on this thread, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is compat.module_call_code:
+            yield frame.f_locals["self"]
+        frame = frame.f_back
 
 
 def transformed() -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .. import compat
+from ..tracing import running_modules
 from .call import EAGER, AttentionCall
 from .expected import Expected, Plain
 from .measurement import Measurement
@@ -246,12 +247,7 @@ def _is_caller(module: nn.Module | None) -> bool:
     """Whether this module makes the call: as a layer of transformers, or as the innermost module that runs."""
     if thread.heads is not None and thread.heads.owner is not None:
         return thread.heads.owner.module is module
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _MODULE_CALL:
-            return frame.f_locals["self"] is module
-        frame = frame.f_back
-    return False
+    return module is not None and next(running_modules(), None) is module
 
 
 def _repeats() -> bool:

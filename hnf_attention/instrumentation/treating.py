@@ -5,15 +5,13 @@ A change comes first, so whoever measures the layer sees the changed call. See `
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from .. import compat
-from ..tracing import transformed
+from ..tracing import running_modules, transformed
 
 
 class Running(Protocol):
@@ -55,31 +53,18 @@ def current(query: Tensor | None = None, key: Tensor | None = None, *_: Any, **_
         found = _discover(query, key)
         if found is not None:
             return found
-    if (
-        not transformed()
-    ):  # BaseException passes the hooks by, such as Ctrl-C: calls that it ended are dropped
-        while thread.running and not _runs(thread.running[-1].module):
+    if thread.running and not transformed():
+        # An interrupt such as Ctrl-C passes the hooks by: calls that it ended are dropped.
+        running = list(running_modules())
+        while thread.running and not any(thread.running[-1].module is module for module in running):
             thread.running.pop()
     return thread.running[-1] if thread.running else None
 
 
-def _runs(module: nn.Module) -> bool:
-    """Whether a call of the module runs on this thread."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is compat.module_call_code and frame.f_locals["self"] is module:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
 def _discover(query: Tensor, key: Tensor) -> Running | None:
     """Tell the finders of a call. In a graph that is traced there is no stack to look at."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not compat.module_call_code:
-        frame = frame.f_back  # type: ignore[assignment]
-    if frame is None:
+    module = next(running_modules(), None)
+    if module is None:
         return None
-    module = frame.f_locals["self"]
     answers = [finder.found(module, query, key) for finder in list(finders)]
     return next((answer for answer in answers if answer is not None), None)

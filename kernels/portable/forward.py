@@ -1,5 +1,7 @@
 """Attention output and row statistics in one pass."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -8,9 +10,9 @@ from ..shared.descriptors import source, strided
 from ..shared.launch import launch
 from ..shared.masks import call_of
 from ..shared.plan import Options
-from ..shared.results import empty_output, new_rows
+from ..shared.results import Rows, empty_output, new_rows
 from ..shared.tiles import Tiles, ceil_div, forward_tiles, grid_1d, loads_by_pointers, scheduled_block
-from .attend import attend, attend_plan, finish, store_rows
+from .attend import AttendPlan, attend, attend_plan, finish, store_rows
 
 
 @triton.jit
@@ -49,6 +51,27 @@ def _forward_kernel(q_desc, k_desc, v_desc, out, rows, sink_ptr, call, window, P
     forward_block(q_desc, k_desc, v_desc, out, rows, sink_ptr, call, window, bh, start_m, PLAN)
 
 
+def block_arguments(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    options: Options,
+    out: torch.Tensor,
+    rows: Rows,
+    plan: AttendPlan,
+) -> dict[str, Any]:
+    """What `forward_block` takes from the host, by name."""
+    return {
+        "q_desc": source(query, plan.block_m, plan.pointers),
+        "k_desc": source(key, plan.block_n, plan.pointers),
+        "v_desc": source(value, plan.block_n, plan.pointers),
+        "out": strided(out),
+        "rows": rows,
+        "sink_ptr": options.sinks,
+        "call": call_of(query, key, options),
+    }
+
+
 def forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -79,15 +102,7 @@ def forward(
         (grid_1d(ceil_div(num_queries, tiles.block_m), batch * heads), 1, 1),
         plan,
         query.device,
-        {
-            "q_desc": source(query, tiles.block_m, plan.pointers),
-            "k_desc": source(key, tiles.block_n, plan.pointers),
-            "v_desc": source(value, tiles.block_n, plan.pointers),
-            "out": strided(out),
-            "rows": rows,
-            "sink_ptr": options.sinks,
-            "call": call_of(query, key, options),
-        },
+        block_arguments(query, key, value, options, out, rows, plan),
         {"window": options.window_size or 0},
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

@@ -10,14 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..shared.descriptors import source, strided
 from ..shared.launch import launch
-from ..shared.masks import call_of
 from ..shared.plan import Options
 from ..shared.results import Rows
 from ..shared.tiles import ceil_div, forward_tiles, loads_by_pointers
 from .attend import attend_plan
-from .forward import forward_block
+from .forward import block_arguments, forward_block
 
 # Scores from 2^27 on need the coarse unit. Huge scores are stored with an error, so the limit is half of that.
 _LIMIT = tl.constexpr(67108864.0)  # 2^26
@@ -83,15 +81,7 @@ def compute_again(
         (programs, 1, 1),
         plan,
         query.device,
-        {
-            "q_desc": source(query, tiles.block_m, plan.pointers),
-            "k_desc": source(key, tiles.block_n, plan.pointers),
-            "v_desc": source(value, tiles.block_n, plan.pointers),
-            "out": strided(out),
-            "rows": rows,
-            "sink_ptr": options.sinks,
-            "call": call_of(query, key, options),
-        },
+        block_arguments(query, key, value, options, out, rows, plan),
         {"blocks": ceil_div(num_blocks, programs), "window": options.window_size or 0},
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

@@ -135,8 +135,7 @@ class Slot:
             return
         first = not self._state.failures
         self._state.rest()
-        if not isinstance(error, Unmeasurable):
-            self._calls.clear()
+        self._calls.clear()
         reason = f"{FAILED_IN_GRAPH}: {type(error).__name__}: {error}"
         if first:
             _log.warning("hnf-attention: %s: %s", display_name(owner.layer), reason)
