@@ -22,6 +22,7 @@ KERNELS: dict[str, frozenset[str]] = {
     "fold_kernel": FLOATS | {"bfloat16"},
     "columns_kernel": FLOATS,
     "extremes_kernel": FLOATS,
+    "single_extremes_kernel": FLOATS,
     "scan_mask_kernel": frozenset({"uint8", "float32"}),  # boolean masks are read as bytes
     "bounds_kernel": frozenset({"int32", "int64"}),
 }
@@ -34,6 +35,9 @@ IMPOSSIBLE: dict[tuple[str, str], bool] = {
         "has_d_scores",
     ): True,  # the gradient of a mask is written once, beside that of the queries
     ("scan_mask_kernel", "has_mask"): False,
+    # The choice between the two kernels.
+    ("extremes_kernel", "single"): True,
+    ("single_extremes_kernel", "single"): False,
 }
 # It corrects the sm_90 forward, which takes none of these.
 IMPOSSIBLE |= {

@@ -113,7 +113,7 @@ def test_an_active_run_is_used_and_left_open(tmp_path, options):
 def test_a_run_given_is_used(tmp_path, options):
     with wandb.init(**options) as run:
         WandbWriter(run).write(diagnoses()[0])
-    assert [row["attn/errors"] for row in history(tmp_path)] == [4.0]
+    assert [row["attn/warnings"] for row in history(tmp_path)] == [4.0]
 
 
 def test_without_a_login_one_line_says_what_to_do(options, monkeypatch, caplog):

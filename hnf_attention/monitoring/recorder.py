@@ -231,7 +231,10 @@ class Recorder:
             self._note(kind, 1)
 
     def _note_untold_graphs(self) -> None:
-        """Count the forward of a step whose beginning and end nobody told, such as in a compiled training step."""
+        """Count the forward of a step whose beginning and end nobody told, such as in a compiled training step.
+
+        Whether there was one is known when it is read.
+        """
         with self._extremes.lock:
             self._extremes.forwards.skip(self._graphs.number)
         if self._graphs.folds:
@@ -292,6 +295,8 @@ class Recorder:
                 values = with_steps(folded, between)
                 stats = HeadStats(values, kind.head_dim, _text(kind.dtype), periods[kind])
                 found[kind] = found[kind].merge(stats) if kind in found else stats
+        if not any(kind.training for kind in found):
+            forwards = forwards._replace(training=0)  # a step held no forward that nobody told of
         ordered = [kind for kind in kinds if kind in found]
         return Reading([Part(CallName(*kind[:3], kinds[kind]), found[kind]) for kind in ordered], forwards)
 
