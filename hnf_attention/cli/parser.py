@@ -33,6 +33,11 @@ EXAMPLES = {
         "hnf-attention trace ./my-model --dtype float16 --text sample.txt",
         "hnf-attention trace ./my-model --inputs batch.safetensors --autocast bfloat16 --json -",
     ),
+    "report": (
+        "hnf-attention report run.db -o report.html",
+        "hnf-attention report before.db after.db -o both.html",
+        "hnf-attention report run.db --metric logit_range_max --metric key_norm --json -",
+    ),
     "doctor": (
         "hnf-attention doctor",
         "hnf-attention doctor --json -",
@@ -95,6 +100,15 @@ def make_parser() -> Parser:
         " FILE.py:FUNCTION or MODULE:FUNCTION, whose function returns the step, or a Hugging Face model, which runs a"
         " text with the text itself as labels.",
         ("the whole step is finite", "it is not, and the origin is printed"),
+    )
+    _command(
+        commands,
+        _add_report,
+        "report",
+        "show a run log, or two, as one HTML file",
+        "Write one HTML file about a run that a RunLogWriter logged: the verdict, each issue with its story, every head"
+        " over the whole run, the loss. With a second run, both side by side. The file needs no network.",
+        ("the run is healthy or recovered; of two, both", "one failed, is at risk, or was not judged"),
     )
     _command(
         commands,
@@ -219,6 +233,30 @@ def _add_trace(trace: Parser) -> None:
         type=Path,
         metavar="DIR",
         help="write a minimal reproduction there: tensors and a script",
+    )
+
+
+def _add_report(report: Parser) -> None:
+    report.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="run log, such as run.db; at most two"
+    )
+    report.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="where the page goes (default report.html)",
+    )
+    report.add_argument("--title", metavar="TEXT", help="of the page (default: the runs' names)")
+    report.add_argument(
+        "--name", action="append", metavar="TEXT", help="of a run (default: its file's); once for each run"
+    )
+    report.add_argument(
+        "--metric",
+        action="append",
+        metavar="NAME",
+        help="statistic on the page; repeat for more (default: as many of the most telling ones as fit)",
     )
 
 
