@@ -106,7 +106,7 @@ class Browser:
             raise RuntimeError(str(found["exceptionDetails"]))
         return found["result"].get("value")
 
-    def wait(self, expression, limit=60):
+    def wait(self, expression, limit=15):
         """Until the expression holds."""
         end = time.monotonic() + limit
         while not self.evaluate(expression):
