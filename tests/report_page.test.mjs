@@ -6,7 +6,7 @@ import { test } from "node:test";
 import { deflateSync } from "node:zlib";
 
 const NAMES = ["LAST", "NO_NUMBER", "INFINITE", "MINUS_INFINITE", "NOT_FINITE", "SINK", "DORMANT", "accumulate", "unpack",
-  "numberOf", "placeOf", "history", "percentiles", "worstHeads", "chartRange", "logTicks", "numberText", "withUnit", "headAt",
+  "numberOf", "placeOf", "history", "percentiles", "worstHeads", "countMarks", "chartRange", "logTicks", "numberText", "withUnit", "headAt",
   "markWords", "cellText", "lineText", "isOpen", "openHeads", "palette", "differencePalette", "gridOf", "cellAt", "moved",
   "onSteps", "unionOf", "Planes", "colourOf", "bitsOf", "beginning", "flattened"];
 const files = ["numbers.js", "words.js", "colours.js", "heatmap.js", "charts.js", "parts.js", "planes.js"];
@@ -68,6 +68,11 @@ test("the worst heads are those at the bad end; NaN comes first, no number never
   marks[3] = page.NOT_FINITE;
   assert.equal(page.worstHeads(codes, marks, 0, 1, 5, true, 1)[0], 3);
   assert.equal(page.worstHeads(codes, new Uint8Array(5), 0, 1, 5, false, 9).length, 4);
+});
+
+test("marks are counted once a head; a dormant head is no plain sink", () => {
+  const marks = [page.SINK, page.SINK | page.DORMANT, page.NOT_FINITE | page.SINK, 8, 0];
+  assert.deepEqual(page.countMarks((place) => marks[place], 5), { nan: 1, sink: 2, dormant: 1, unjudged: 1 });
 });
 
 test("a chart shows its values and the limits near them", () => {

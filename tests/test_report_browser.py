@@ -71,6 +71,11 @@ def open_page(tab, path, **look):
     return lambda id: tab.evaluate(f"document.getElementById('{id}').textContent")
 
 
+def says(tab, text):
+    """Wait until the page says so of the chosen head: it does when nothing has moved for a moment."""
+    tab.wait(f"document.getElementById('cell').textContent.includes({text!r})")
+
+
 def is_clean(tab, path):
     assert tab.said == []
     assert tab.requests == [path.as_uri()]
@@ -112,7 +117,7 @@ def test_a_click_on_the_map_shows_that_head(tab, pages):
     tab.click(left + image - 0.5 * cell, top + 16 + 0.5 * cell)
     tab.wait("document.getElementById('head').value === '3'")
     assert text("history-title").startswith("0.attention head 3: ")
-    assert "dormant" in text("cell")
+    says(tab, "dormant")
     is_clean(tab, pages / "failed.html")
 
 
@@ -121,10 +126,10 @@ def test_keys_move_the_head_and_the_step(tab, pages):
     tab.evaluate("document.getElementById('map').focus()")
     for key in ("ArrowUp", "ArrowRight", "PageDown"):
         tab.press(key)
-    assert text("cell").startswith("0.attention head 3 at step 270: about ")
+    says(tab, "0.attention head 3 at step 270: about ")
     assert text("cell") in tab.evaluate("document.getElementById('map').getAttribute('aria-label')")
     tab.press("Home")
-    assert text("cell").startswith("0.attention head 0 at step 270")
+    says(tab, "0.attention head 0 at step 270")
 
 
 def test_the_slider_and_the_statistic_redraw_the_map(tab, pages):
@@ -134,7 +139,8 @@ def test_the_slider_and_the_statistic_redraw_the_map(tab, pages):
     slide = "(s => { s.value = 0; s.dispatchEvent(new Event('input')); })(document.getElementById('step'))"
     tab.evaluate(slide)
     tab.wait("document.getElementById('step-text').textContent === '10'")
-    assert text("count-nan") == "0" and tab.evaluate(picture) != before
+    tab.wait("document.getElementById('count-nan').textContent === '0'")
+    assert tab.evaluate(picture) != before
     assert tab.evaluate("document.getElementById('step').getAttribute('aria-valuetext')") == "step 10"
     before = tab.evaluate(picture)
     tab.evaluate(
@@ -166,7 +172,7 @@ def test_an_issue_shows_its_story_and_its_place(tab, pages):
         "[...document.querySelectorAll('#issues-1 button')].find(b => b.textContent === 'Show it on the map').click()"
     )
     tab.wait("document.querySelector('[name=view][value=\"1\"]').checked")
-    assert text("cell").startswith("1.attention head 2 at step 180")
+    says(tab, "1.attention head 2 at step 180")
 
 
 def test_two_runs_are_compared(tab, pages):
@@ -175,6 +181,8 @@ def test_two_runs_are_compared(tab, pages):
     for view in ("0", "1", "difference"):
         tab.evaluate(f"document.querySelector('[name=view][value=\"{view}\"]').click()")
         tab.wait(f"document.querySelector('[name=view][value=\"{view}\"]').checked")
+        says(tab, "treated.db: " if view == "difference" else "at step")
+        tab.evaluate("new Promise(requestAnimationFrame)")
         pictures.add(tab.evaluate("document.getElementById('map').toDataURL()"))
     assert len(pictures) == 3
     assert (

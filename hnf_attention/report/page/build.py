@@ -92,7 +92,7 @@ def html(
     runs = [
         of_log(each, wanted) if isinstance(each, RunLog) else of_diagnosis(each, wanted) for each in given
     ]
-    return _page(runs, _named(runs, names), title, wanted)
+    return page_of(runs, _named(runs, names), title, wanted)
 
 
 def _size(run: RunLog | AttentionDiagnosis) -> tuple[int, int]:
@@ -115,7 +115,8 @@ def _named(runs: Sequence[Run], names: Sequence[str] | None) -> list[str]:
     )
 
 
-def _page(runs: Sequence[Run], names: Sequence[str], title: str | None, wanted: Sequence[str]) -> Page:
+def page_of(runs: Sequence[Run], names: Sequence[str], title: str | None, wanted: Sequence[str]) -> Page:
+    """The page of one or two runs with these statistics."""
     layers = _layers(runs)
     places = {layer["name"]: place for place, layer in enumerate(layers)}
     told = [stories(run.events) for run in runs]

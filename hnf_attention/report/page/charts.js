@@ -37,6 +37,14 @@ function lineChart(box, options) {
       setCursor: [(plot) => say(plot, options, readout)],
     },
   }, [steps, ...series.map((each) => each.values)], box);
+  // The chosen step is an element above the canvas, so that scrubbing draws no chart anew.
+  const line = element("div", { class: "step-line" });
+  chart.over.append(line);
+  chart.showStep = (step) => {
+    const left = chart.valToPos(step, "x");
+    line.hidden = !(left >= 0 && left <= chart.over.clientWidth);
+    line.style.left = `${left}px`;
+  };
   chart.over.addEventListener("click", () => {
     if (chart.cursor.idx !== null && chart.cursor.idx !== undefined) onStep(steps[chart.cursor.idx]);
   });
@@ -51,8 +59,8 @@ function say(plot, { steps, series, unit }, readout) {
   readout.textContent = `step ${steps[place].toLocaleString("en-US")}: ${texts.join(", ") || "no number"}`;
 }
 
-// Limits across, things that happened and the chosen step upright.
-function drawLines(plot, { limits, moments, step, look, log }, [low, high]) {
+// Limits across, things that happened upright.
+function drawLines(plot, { limits, moments, look, log }, [low, high]) {
   const { ctx } = plot;
   const { left, top, width, height } = plot.bbox;
   const ratio = window.devicePixelRatio || 1;
@@ -78,8 +86,6 @@ function drawLines(plot, { limits, moments, step, look, log }, [low, high]) {
     stroke(ctx, look[moment.colour] || look.done, 1.5 * ratio, moment.dash || [], x, top, x, top + height);
     if (moment.kind === "intervention") diamond(ctx, x, top + 7 * ratio, 5 * ratio, look.done);
   }
-  const x = plot.valToPos(step(), "x", true);
-  stroke(ctx, look.strong, ratio, [2, 3], x, top, x, top + height);
   ctx.restore();
 }
 

@@ -37,10 +37,8 @@ function drawMap(canvas, layers, colour, bits, issues, selected, look) {
   const columns = Math.max(...layers.map((layer) => layer.heads), 1);
   const context = canvas.getContext("2d");
   context.font = look.font;
-  const names = layers.map((layer) => layer.label);
-  const widest = Math.max(...names.map((name) => context.measureText(name).width), 0);
   const available = canvas.parentElement.clientWidth;
-  const gutter = Math.min(widest + 10, available * 0.3);
+  const { names, gutter } = labelsOf(context, layers, available);
   const grid = gridOf(available, layers.length, columns, gutter);
   const ratio = window.devicePixelRatio || 1;
   if (canvas.width !== Math.round(grid.width * ratio) || canvas.height !== Math.round(grid.whole * ratio)) {
@@ -82,9 +80,7 @@ function drawLabels(context, names, columns, grid, look) {
   const every = Math.ceil(13 / grid.height);
   names.forEach((name, row) => {
     if (row % every) return;
-    let text = name;
-    while (text.length > 3 && context.measureText(text).width > grid.gutter - 6) text = `…${text.slice(2)}`;
-    context.fillText(text, grid.gutter - 5, grid.top + (row + 0.5) * grid.height);
+    context.fillText(name, grid.gutter - 5, grid.top + (row + 0.5) * grid.height);
   });
   context.textAlign = "center";
   const apart = [1, 2, 4, 8, 16, 32, 64].find((count) => count * grid.cell >= 22) || 128;
@@ -93,30 +89,64 @@ function drawLabels(context, names, columns, grid, look) {
   }
 }
 
+const laidOut = new WeakMap(); // layers to their names as they were fitted last
+
+// The layers' names, shortened where they need more than three tenths of the width: their ends tell layers apart.
+function labelsOf(context, layers, available) {
+  const key = `${available} ${context.font}`;
+  const before = laidOut.get(layers);
+  if (before && before.key === key) return before;
+  const width = (text) => context.measureText(text).width;
+  const gutter = Math.min(Math.max(0, ...layers.map(({ label }) => width(label))) + 10, available * 0.3);
+  const names = layers.map(({ label }) => {
+    let text = label;
+    while (text.length > 3 && width(text) > gutter - 6) text = `…${text.slice(2)}`;
+    return text;
+  });
+  const found = { key, gutter, names };
+  laidOut.set(layers, found);
+  return found;
+}
+
+// Marks of one kind are one path: thousands of heads may have a sink.
 function drawMarks(context, layers, bits, issues, grid, look) {
   const size = Math.min(grid.cell, grid.height);
+  const found = { crosses: [], bars: [], dots: [], slashes: [] };
   layers.forEach(({ start, heads }, row) => {
     for (let head = 0; head < heads; head++) {
       const mark = bits(start + head);
       if (!mark) continue;
-      const x = grid.gutter + head * grid.cell;
-      const y = grid.top + row * grid.height;
-      if (mark & NOT_FINITE) cross(context, x, y, grid, "#ffffff");
-      else if (mark & DORMANT) bar(context, x, y, grid, size);
-      else if (mark & SINK) dot(context, x, y, grid, size);
-      if (mark & NOT_JUDGED && size >= 8) slash(context, x, y, grid, look.text);
+      const corner = [grid.gutter + head * grid.cell, grid.top + row * grid.height];
+      if (mark & NOT_FINITE) found.crosses.push(corner);
+      else if (mark & DORMANT) found.bars.push(corner);
+      else if (mark & SINK) found.dots.push(corner);
+      if (mark & NOT_JUDGED) found.slashes.push(corner);
     }
   });
+  dots(context, found.dots, grid, size);
+  bars(context, found.bars, grid, size);
+  const { cell, height } = grid;
+  const falling = ([x, y]) => [x + cell * 0.25, y + height * 0.25, x + cell * 0.75, y + height * 0.75];
+  const rising = ([x, y]) => [x + cell * 0.25, y + height * 0.75, x + cell * 0.75, y + height * 0.25];
+  lines(context, "#ffffff", 1.5, found.crosses.flatMap((corner) => [falling(corner), rising(corner)]));
+  if (size >= 8) lines(context, look.text, 1, found.slashes.map(rising));
   for (const [place, severity] of issues) {
-    const found = headAt(layers, place);
-    if (found) outline(context, grid, found.layer, found.head, look[severity] || look.strong, size >= 16 ? 2 : 1);
+    const { layer, head } = headAt(layers, place);
+    outline(context, grid, layer, head, look[severity] || look.strong, size >= 16 ? 2 : 1);
   }
 }
 
-function dot(context, x, y, grid, size) {
+function dots(context, corners, grid, size) {
   const radius = Math.max(1, size * 0.16);
   context.beginPath();
-  context.arc(x + grid.cell / 2, y + grid.height / 2, radius, 0, 2 * Math.PI);
+  for (const [x, y] of corners) {
+    const [middleX, middleY] = [x + grid.cell / 2, y + grid.height / 2];
+    if (size < 9) context.rect(Math.round(middleX - radius), Math.round(middleY - radius), 2 * radius, 2 * radius);
+    else {
+      context.moveTo(middleX + radius, middleY);
+      context.arc(middleX, middleY, radius, 0, 2 * Math.PI);
+    }
+  }
   context.fillStyle = "#ffffff";
   context.fill();
   if (size >= 9) {
@@ -126,23 +156,16 @@ function dot(context, x, y, grid, size) {
   }
 }
 
-function bar(context, x, y, grid, size) {
-  const height = Math.max(2, size * 0.22);
-  context.fillStyle = "#000000";
-  context.fillRect(x + grid.cell * 0.15, y + (grid.height - height) / 2, grid.cell * 0.7, height);
-  context.fillStyle = "#ffffff";
-  context.fillRect(x + grid.cell * 0.15 + 1, y + (grid.height - height) / 2 + 1, grid.cell * 0.7 - 2, Math.max(height - 2, 0.5));
-}
-
-function cross(context, x, y, grid, colour) {
-  lines(context, colour, 1.5, [
-    [x + grid.cell * 0.25, y + grid.height * 0.25, x + grid.cell * 0.75, y + grid.height * 0.75],
-    [x + grid.cell * 0.75, y + grid.height * 0.25, x + grid.cell * 0.25, y + grid.height * 0.75],
-  ]);
-}
-
-function slash(context, x, y, grid, colour) {
-  lines(context, colour, 1, [[x + grid.cell * 0.2, y + grid.height * 0.8, x + grid.cell * 0.8, y + grid.height * 0.2]]);
+function bars(context, corners, grid, size) {
+  const thick = Math.max(2, size * 0.22);
+  for (const [colour, inset] of [["#000000", 0], ["#ffffff", 1]]) {
+    context.fillStyle = colour;
+    context.beginPath();
+    for (const [x, y] of corners) {
+      context.rect(x + grid.cell * 0.15 + inset, y + (grid.height - thick) / 2 + inset, grid.cell * 0.7 - 2 * inset, Math.max(thick - 2 * inset, 0.5));
+    }
+    context.fill();
+  }
 }
 
 function lines(context, colour, width, ends) {

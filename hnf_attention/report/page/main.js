@@ -1,5 +1,6 @@
 // The state of the page, and what each change of it redraws.
 
+const SAY_AFTER = 80; // milliseconds without a change
 const byId = (id) => document.getElementById(id);
 
 class Page {
@@ -26,6 +27,7 @@ class Page {
     await this.load();
     this.controls();
     this.draw();
+    performance.mark("drawn");
     document.body.dataset.state = "ready";
     this.dark.addEventListener("change", () => {
       this.look();
@@ -125,10 +127,17 @@ class Page {
     this.state = { ...before, ...changes };
     const needed = this.report.runs.some((_, run) => !this.planes.ready(run, this.state.metric));
     if (needed) await this.load();
-    const only = Object.keys(changes).every((name) => name === "step");
+    this.stale ||= !Object.keys(changes).every((name) => name === "step");
+    this.frame ??= requestAnimationFrame(() => this.drawChanged());
+  }
+
+  // All changes since the last frame at once.
+  drawChanged() {
+    this.frame = null;
     this.drawMap();
-    if (!only) this.drawCharts();
-    else for (const chart of this.charts) chart.redraw(false);
+    if (this.stale) this.drawCharts();
+    else for (const chart of this.charts) chart.showStep(this.state.step);
+    this.stale = false;
   }
 
   draw() {
@@ -156,14 +165,10 @@ class Page {
     const { report, state, planes } = this;
     const metric = this.metric();
     const run = report.runs[state.view === "difference" ? 0 : Number(state.view)];
-    const colours = palette(metric.worse === "low", this.empty);
-    const differences = differencePalette(this.dark.matches, this.empty);
+    const { colours, differences } = this.palettes(metric);
     const bits = bitsOf(planes, report, state);
     const issues = state.view === "difference" ? new Map() : openHeads(run.stories, report.layers, state.step);
     this.grid = drawMap(byId("map"), report.layers, colourOf(planes, report, state, colours, differences), bits, issues, state, this.colours);
-    const said = this.describe(state);
-    byId("cell").textContent = said;
-    byId("map").setAttribute("aria-label", `Map of heads, ${metric.label}. ${said}. Arrow keys move, page up and page down change the step.`);
     const place = Math.max(placeOf(this.steps, state.step), 0);
     byId("step").value = place;
     byId("step").setAttribute("aria-valuetext", `step ${state.step}`);
@@ -173,37 +178,45 @@ class Page {
     byId("head").value = state.head;
     byId("head").max = report.layers[state.layer].heads - 1;
     for (const radio of document.querySelectorAll("[name=view]")) radio.checked = radio.value === state.view;
-    this.drawLegend(metric, run, bits);
+    clearTimeout(this.later);
+    this.later = setTimeout(() => this.say(metric, run, bits), SAY_AFTER);
+    this.cell = this.describe(state);
+    if (document.body.dataset.state !== "ready") this.say(metric, run, bits);
+  }
+
+  // What the map says in words; while the slider moves, nobody could read it.
+  say(metric, run, bits) {
+    byId("cell").textContent = this.cell;
+    byId("map").setAttribute("aria-label", `Map of heads, ${metric.label}. ${this.cell}. Arrow keys move, page up and page down change the step.`);
+    this.drawLegend(metric, bits);
     this.drawWorst(metric, run);
   }
 
-  drawLegend(metric, run, bits) {
+  palettes(metric) {
+    const key = `${metric.worse}${this.dark.matches}`;
+    if (this.painted?.key !== key) {
+      const colours = palette(metric.worse === "low", this.empty);
+      this.painted = { key, colours, differences: differencePalette(this.dark.matches, this.empty) };
+    }
+    return this.painted;
+  }
+
+  drawLegend(metric, bits) {
     const bar = byId("scale");
     const difference = this.state.view === "difference";
     const width = (bar.width = 253);
     const context = bar.getContext("2d");
     const image = new ImageData(width, 1);
     const pixels = new Uint32Array(image.data.buffer);
-    const colours = difference ? differencePalette(this.dark.matches, this.empty) : palette(metric.worse === "low", this.empty);
-    for (let i = 0; i < width; i++) pixels[i] = colours[difference ? i * 2 : i];
+    const { colours, differences } = this.palettes(metric);
+    for (let i = 0; i < width; i++) pixels[i] = difference ? differences[i * 2] : colours[i];
     context.putImageData(image, 0, 0);
     const { scale } = metric;
     const names = this.report.runs.map((each) => each.name);
     byId("scale-low").textContent = difference ? `${names[1]} lower` : withUnit(scale.low, metric.unit);
     byId("scale-high").textContent = difference ? `${names[1]} higher` : withUnit(scale.high, metric.unit);
     byId("scale-kind").textContent = difference ? "difference" : scale.log ? "log scale" : "";
-    let [notFinite, sinks, dormant, notJudged] = [0, 0, 0, 0];
-    for (let place = 0; place < this.report.heads; place++) {
-      const mark = bits(place);
-      notFinite += (mark & NOT_FINITE) > 0;
-      dormant += (mark & DORMANT) > 0;
-      sinks += (mark & (SINK | DORMANT)) === SINK;
-      notJudged += (mark & NOT_JUDGED) > 0;
-    }
-    byId("count-nan").textContent = notFinite;
-    byId("count-sink").textContent = sinks;
-    byId("count-dormant").textContent = dormant;
-    byId("count-unjudged").textContent = notJudged;
+    for (const [id, count] of Object.entries(countMarks(bits, this.report.heads))) byId(`count-${id}`).textContent = count;
   }
 
   drawWorst(metric, run) {
@@ -239,7 +252,6 @@ class Page {
     const made = lineChart(box, {
       ...options,
       look: this.colours,
-      step: () => this.state.step,
       onStep: (step) => this.change({ step: this.steps[Math.max(placeOf(this.steps, step), 0)] }),
       readout,
     });
@@ -247,6 +259,7 @@ class Page {
     box.setAttribute("role", "img");
     box.setAttribute("aria-label", options.text);
     this.charts.push(made);
+    made.showStep(this.state.step);
   }
 
   // What happened to a layer: interventions, and the first sign of its issues.

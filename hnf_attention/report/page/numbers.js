@@ -120,15 +120,15 @@ function worstHeads(codes, marks, place, steps, heads, lowIsBad, count) {
   return found.map((each) => each.head);
 }
 
-// How many heads bear each mark at a step.
-function countMarks(marks, place, steps, heads) {
-  const found = { notFinite: 0, sinks: 0, dormant: 0, notJudged: 0 };
-  for (let head = 0; head < heads; head++) {
-    const bits = marks[head * steps + place];
-    if (bits & NOT_FINITE) found.notFinite++;
-    if (bits & SINK) found.sinks++;
-    if (bits & DORMANT) found.dormant++;
-    if (bits & NOT_JUDGED) found.notJudged++;
+// How many heads bear each mark. bits: the marks of a place.
+function countMarks(bits, heads) {
+  const found = { nan: 0, sink: 0, dormant: 0, unjudged: 0 };
+  for (let place = 0; place < heads; place++) {
+    const mark = bits(place);
+    found.nan += (mark & NOT_FINITE) > 0;
+    found.dormant += (mark & DORMANT) > 0;
+    found.sink += (mark & (SINK | DORMANT)) === SINK;
+    found.unjudged += (mark & NOT_JUDGED) > 0;
   }
   return found;
 }

@@ -54,7 +54,8 @@ function bitsOf(planes, report, state) {
     const at = placeOf(steps, state.step);
     return (place) => (at < 0 ? 0 : marks[place * steps.length + at]);
   });
-  return (place) => each.reduce((bits, marks) => bits | marks(place), 0);
+  if (each.length === 1) return each[0];
+  return (place) => each[0](place) | each[1](place);
 }
 
 // Where the page begins: at the worst issue, else at the worst head of the last step.
