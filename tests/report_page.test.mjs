@@ -171,11 +171,13 @@ test("the page begins at the worst issue that has a place", () => {
   const metrics = [{ name: "m" }, { name: "n" }];
   const story = { layer: 1, head: 2, heads: [2], worst: 7, metric: "n" };
   const report = { metrics, runs: [{ steps: [1, 9], stories: [{ layer: -1 }, story] }] };
-  assert.deepEqual(page.beginning(report), { metric: "n", step: 7, layer: 1, head: 2, view: "0" });
+  const start = { layer: 1, head: 2, step: 7, view: "0", marked: null, story: true };
+  assert.deepEqual(page.beginning(report), { ...start, metric: "n" });
   report.runs[0].stories = [{ ...story, metric: "not in this page", head: null }];
-  assert.deepEqual(page.beginning(report), { metric: "m", step: 7, layer: 1, head: 2, view: "0" });
+  assert.deepEqual(page.beginning(report), { ...start, metric: "m" });
   report.runs[0].stories = [];
   assert.equal(page.beginning(report).step, 9);
+  assert.equal(page.beginning(report).story, false);
 });
 
 test("settings become lines", () => {

@@ -1,6 +1,9 @@
 """A report in headless Chromium: what a reader does with it, on a phone and a desk, by day and by night."""
 
 import re
+import shutil
+import subprocess
+import tarfile
 
 import numpy as np
 import pytest
@@ -164,7 +167,7 @@ def test_a_chart_takes_the_map_to_a_step(tab, pages):
 
 
 def test_an_issue_shows_its_story_and_its_place(tab, pages):
-    text = open_page(tab, pages / "two.html")
+    open_page(tab, pages / "two.html")
     story = tab.evaluate("document.querySelector('#issues-1 details').innerText")
     assert "first sign" in story and "done: qk clip (threshold 30)" in story and "gone" in story
     assert "helped" in story and "Judged by" in story
@@ -245,3 +248,30 @@ def test_a_printed_page_opens_its_issues_and_drops_its_controls(tab, pages):
     shown = tab.evaluate("getComputedStyle(document.querySelector('.controls')).display")
     tab.send("Emulation.setEmulatedMedia", media="")
     assert shown == "none"
+
+
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory):
+    """The source of axe-core, from npm's registry."""
+    folder, npm = tmp_path_factory.mktemp("axe"), shutil.which("npm")
+    if npm is None:
+        pytest.skip("npm is not installed")
+    done = subprocess.run([npm, "pack", "axe-core@4.14.1"], cwd=folder, capture_output=True, timeout=120)
+    if done.returncode:
+        pytest.skip("npm's registry cannot be reached")
+    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+        return archive.extractfile("package/axe.min.js").read().decode()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("name", ["failed", "two"])
+@pytest.mark.parametrize("width", [390, 1440])
+def test_axe_finds_no_fault(tab, pages, axe, name, dark, width):
+    open_page(tab, pages / f"{name}.html", width=width, dark=dark)
+    tab.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true; })")
+    tab.evaluate(axe)
+    found = tab.evaluate("axe.run({resultTypes: ['violations']}).then(found => found.violations)")
+    told = [
+        (each["id"], each["impact"], [node["html"][:200] for node in each["nodes"][:3]]) for each in found
+    ]
+    assert told == []

@@ -179,6 +179,15 @@ def run(**values):
             "failed",
             "NaN or inf in b head 2 began at step 9, and x at step 9 has not ended it (and 1 more issue)",
         ),
+        (
+            [
+                issue(5, "new", "note", layer="b"),
+                issue(7, "new"),
+                issue(9, "new", kind="non_finite", layer="b"),
+            ],
+            "failed",
+            "NaN or inf in b head 1 began at step 9 after signs from step 5 on, and the log",
+        ),
         ([issue(5, "new", "note"), issue(8, "worse", "error")], "at risk", "and was serious from step 8"),
         ([issue(5, "new"), issue(8, "gone")], "recovered", "and it ended by step 8"),
         ([issue(5, "new", layer="", head=None)], "at risk", "in the whole model began at step 5"),

@@ -1,14 +1,14 @@
 // The map of heads: a row for each layer, a column for each head.
 
 const LARGEST_CELL = 44;
-const MARK_CELL = 4; // pixels of a cell from which marks are drawn
+const MARK_CELL = 7; // pixels of a cell from which sinks and dormant heads are marked unless the reader says otherwise
 
 // Sizes in CSS pixels. gutter: of the layers' names.
 function gridOf(width, rows, columns, gutter) {
   const cell = Math.max(1, Math.min(LARGEST_CELL, (width - gutter) / Math.max(columns, 1)));
   const most = Math.max(3, 680 / Math.max(rows, 1));
   const height = Math.max(3, Math.min(Math.max(cell, rows <= 40 ? 14 : 3), most, LARGEST_CELL));
-  return { cell, height, gutter, top: 16, width: gutter + cell * columns, whole: 16 + height * rows };
+  return { cell, height, gutter, top: 16, width: gutter + cell * columns, whole: 22 + height * rows };
 }
 
 // The row and column at a point, null outside of the heads.
@@ -32,7 +32,8 @@ function moved(key, { layer, head }, layers) {
   return { layer, head: clamp(head, layers[layer].heads) };
 }
 
-// Draws one step. colour: (place) => packed colour. look: colours of text and marks, from the style sheet.
+// Draws one step. colour: (place) => packed colour. bits: (place) => marks. selected: layer, head, and whether marks are
+// drawn, null to decide by the size of a cell. look: colours of text and marks, from the style sheet.
 function drawMap(canvas, layers, colour, bits, issues, selected, look) {
   const columns = Math.max(...layers.map((layer) => layer.heads), 1);
   const context = canvas.getContext("2d");
@@ -51,7 +52,8 @@ function drawMap(canvas, layers, colour, bits, issues, selected, look) {
   context.clearRect(0, 0, grid.width, grid.whole);
   drawCells(context, layers, columns, colour, bits, grid);
   drawLabels(context, names, columns, grid, look);
-  if (Math.min(grid.cell, grid.height) >= MARK_CELL) drawMarks(context, layers, bits, issues, grid, look);
+  grid.marked = selected.marked ?? Math.min(grid.cell, grid.height) >= MARK_CELL;
+  drawMarks(context, layers, bits, issues, grid, look);
   outline(context, grid, selected.layer, selected.head, look.strong, 2.5);
   outline(context, grid, selected.layer, selected.head, look.surface, 1);
   return grid;
@@ -123,12 +125,14 @@ function drawMarks(context, layers, bits, issues, grid, look) {
       if (mark & NOT_JUDGED) found.slashes.push(corner);
     }
   });
-  dots(context, found.dots, grid, size);
-  bars(context, found.bars, grid, size);
+  if (grid.marked) {
+    dots(context, found.dots, grid, size);
+    bars(context, found.bars, grid, size);
+  }
   const { cell, height } = grid;
   const falling = ([x, y]) => [x + cell * 0.25, y + height * 0.25, x + cell * 0.75, y + height * 0.75];
   const rising = ([x, y]) => [x + cell * 0.25, y + height * 0.75, x + cell * 0.75, y + height * 0.25];
-  lines(context, "#ffffff", 1.5, found.crosses.flatMap((corner) => [falling(corner), rising(corner)]));
+  if (size >= 5) lines(context, "#ffffff", 1.5, found.crosses.flatMap((corner) => [falling(corner), rising(corner)]));
   if (size >= 8) lines(context, look.text, 1, found.slashes.map(rising));
   for (const [place, severity] of issues) {
     const { layer, head } = headAt(layers, place);

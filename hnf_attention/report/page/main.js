@@ -25,6 +25,7 @@ class Page {
     this.look();
     this.fill();
     await this.load();
+    if (!this.state.story) this.toWorst();
     this.controls();
     this.draw();
     performance.mark("drawn");
@@ -40,6 +41,15 @@ class Page {
       this.draw();
     }).observe(byId("explorer"));
     addEventListener("beforeprint", () => document.querySelectorAll("details.issue").forEach((each) => { each.open = true; }));
+  }
+
+  // Without an issue, the page begins at the worst head of the last step.
+  toWorst() {
+    const { steps } = this.report.runs[0];
+    const [codes, marks] = [this.state.metric, "marks"].map((name) => this.planes.ready(0, name));
+    const lowIsBad = this.metric().worse === "low";
+    const [worst] = worstHeads(codes, marks, steps.length - 1, steps.length, this.report.heads, lowIsBad, 1);
+    if (worst !== undefined) Object.assign(this.state, headAt(this.report.layers, worst));
   }
 
   load() {
@@ -67,7 +77,7 @@ class Page {
       environment(byId(`environment-${index}`), run);
     });
     if (report.comparison) {
-      byId("comparison").append(table("The two runs", ["", ...report.runs.map((run) => run.name)],
+      byId("comparison").append(table("The two runs", ["what", ...report.runs.map((run) => run.name)],
         report.comparison.map((row) => [row.name, row.first, row.second])));
     }
     for (const metric of report.metrics) byId("metric").append(new Option(metric.label, metric.name));
@@ -85,6 +95,7 @@ class Page {
     on("step", "input", ({ value }) => this.change({ step: this.steps[value] }));
     on("layer", "change", ({ value }) => this.change({ layer: Number(value), head: 0 }));
     on("head", "change", ({ value }) => this.change({ head: Math.min(Math.max(Number(value) || 0, 0), this.report.layers[this.state.layer].heads - 1) }));
+    on("marked", "change", ({ checked }) => this.change({ marked: checked }));
     on("scalar", "change", () => this.drawScalars());
     on("before", "click", () => this.stepBy(-1));
     on("after", "click", () => this.stepBy(1));
@@ -176,6 +187,7 @@ class Page {
     byId("metric").value = state.metric;
     byId("layer").value = state.layer;
     byId("head").value = state.head;
+    byId("marked").checked = this.grid.marked;
     byId("head").max = report.layers[state.layer].heads - 1;
     for (const radio of document.querySelectorAll("[name=view]")) radio.checked = radio.value === state.view;
     clearTimeout(this.later);

@@ -100,7 +100,7 @@ function eventList(box, actions) {
 // A table with a caption; the first cell of a row is its heading.
 function table(caption, heads, rows) {
   const line = (cells) => cells.map((cell, place) => element(place ? "td" : "th", place ? {} : { scope: "row" }, cell));
-  return element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
+  return element("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": caption },
     element("table", {}, element("caption", {}, caption),
       element("thead", {}, element("tr", {}, heads.map((head) => element("th", { scope: "col" }, head)))),
       element("tbody", {}, rows.map((row) => element("tr", {}, line(row))))));

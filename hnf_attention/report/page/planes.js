@@ -63,9 +63,9 @@ function beginning(report) {
   const metrics = report.metrics.map((metric) => metric.name);
   const run = report.runs[0];
   const last = run.steps[run.steps.length - 1];
-  const start = { metric: metrics[0], step: last, layer: 0, head: 0, view: "0" };
+  const start = { metric: metrics[0], step: last, layer: 0, head: 0, view: "0", marked: null, story: false };
   const story = run.stories.find((each) => each.layer >= 0);
-  return story ? { ...start, ...placeOfStory(story, metrics, start.metric) } : start;
+  return story ? { ...start, ...placeOfStory(story, metrics, start.metric), story: true } : start;
 }
 
 function placeOfStory(story, metrics, current) {

@@ -26,7 +26,10 @@ def verdict(run: Run, told: Sequence[Story]) -> Verdict:
     last = f"step {run.steps[-1]:,}" if run.steps else "the end"
     if any(story.open for story in failed):
         story = next(story for story in failed if story.open)
-        return Verdict("failed", f"This run failed: {_began(story)}{_treated(story)}{_more(open_, story)}.")
+        return Verdict(
+            "failed",
+            f"This run failed: {_began(story)}{_signs(told, story)}{_treated(story)}{_more(open_, story)}.",
+        )
     if open_:
         story = min(open_, key=lambda one: _now(one) != "error")
         return Verdict(
@@ -54,6 +57,12 @@ def _began(story: Story) -> str:
     if story.alarmed > story.first and story.severity == "error":
         alarm = f" and was serious from step {story.alarmed:,}"
     return f"{story.plain} {where} began at step {story.first:,}{alarm}"
+
+
+def _signs(told: Sequence[Story], story: Story) -> str:
+    """Since when other issues in the same place, or in the whole model, had told of it."""
+    before = [one.first for one in told if one.layer in (story.layer, "") and one.first < story.first]
+    return f" after signs from step {min(before):,} on" if before else ""
 
 
 def _treated(story: Story) -> str:
