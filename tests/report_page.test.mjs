@@ -112,6 +112,7 @@ test("an issue marks its heads while it lasts, an error over a warning", () => {
     { layer: 1, heads: [2], severity: "warning", spans: [[10, 20], [40, null]] },
     { layer: 1, heads: [], severity: "error", spans: [[40, 50]] },
     { layer: -1, heads: [], severity: "error", spans: [[0, null]] },
+    { layer: 0, heads: [2, 99], severity: "error", spans: [[0, null]] },
   ];
   assert.deepEqual([...page.openHeads(stories, LAYERS, 10)], [[4, "warning"]]);
   assert.equal(page.openHeads(stories, LAYERS, 20).size, 0);
@@ -170,11 +171,13 @@ test("the map shows one run, or the difference of two at the same step", async (
 test("the page begins at the worst issue that has a place", () => {
   const metrics = [{ name: "m" }, { name: "n" }];
   const story = { layer: 1, head: 2, heads: [2], worst: 7, metric: "n" };
-  const report = { metrics, runs: [{ steps: [1, 9], stories: [{ layer: -1 }, story] }] };
+  const report = { metrics, layers: LAYERS, runs: [{ steps: [1, 9], stories: [{ layer: -1 }, story] }] };
   const start = { layer: 1, head: 2, step: 7, view: "0", marked: null, story: true };
   assert.deepEqual(page.beginning(report), { ...start, metric: "n" });
   report.runs[0].stories = [{ ...story, metric: "not in this page", head: null }];
   assert.deepEqual(page.beginning(report), { ...start, metric: "m" });
+  report.runs[0].stories = [{ ...story, head: 99 }]; // a log may say anything
+  assert.equal(page.beginning(report).head, 2);
   report.runs[0].stories = [];
   assert.equal(page.beginning(report).step, 9);
   assert.equal(page.beginning(report).story, false);

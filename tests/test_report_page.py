@@ -4,7 +4,9 @@ import base64
 import hashlib
 import json
 import re
+import sqlite3
 import zlib
+from contextlib import closing
 from html.parser import HTMLParser
 
 import numpy as np
@@ -281,6 +283,21 @@ def test_a_diagnosis_is_a_page_that_shows_itself_in_a_notebook():
     frame = page._repr_html_()
     assert frame.startswith("<iframe") and 'sandbox="allow-scripts"' in frame and frame.count("<") == 2
     assert json.loads(Parts(page.text).scripts["report"])["runs"][0]["steps"] == [1, 2]
+
+
+def test_a_name_that_utf8_cannot_hold_is_shown_all_the_same(tmp_path):
+    broken = {"\ud800": {"nonfinite_rows": 1.0, "nonfinite_out": 1.0}}
+    report.html(diagnose([snapshot(1, **broken)])).save(tmp_path / "page.html")
+    assert "NaN or inf in ? " in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_numbers_that_json_cannot_hold_are_none(tmp_path):
+    log_of(tmp_path / "run.db", snapshot(1, a={})).close()
+    with closing(sqlite3.connect(tmp_path / "run.db")) as file, file:
+        file.execute('UPDATE sessions SET about = \'{"run": {"rate": NaN}}\'')
+    with RunLog(tmp_path / "run.db") as log:
+        found = json.loads(Parts(report.html(log).text).scripts["report"])
+    assert found["runs"][0]["sessions"][0]["run"]["rate"] is None
 
 
 def test_two_runs_share_layers_and_scales(tmp_path):

@@ -22,6 +22,7 @@ from ...errors import InputError
 from ...figures.labels import layer_labels
 from ...run_log import RunLog
 from ...run_log.metrics import METRICS
+from ...run_log.records import plain
 from ...versions import DISTRIBUTION, __version__
 from .compare import comparison
 from .limits import limits, worse
@@ -150,8 +151,8 @@ def page_of(runs: Sequence[Run], names: Sequence[str], title: str | None, wanted
         "runs": [_run(*each, places) for each in zip(runs, names, told, tables)],
         "comparison": comparison(runs, told, verdicts) if len(runs) > 1 else None,
     }
-    for number, each in enumerate(tables):
-        planes[f"plane-{number}-marks"] = pack(_marks(each))
+    for number, own in enumerate(tables):
+        planes[f"plane-{number}-marks"] = pack(_marks(own))
     heading = title or " and ".join(names)
     return Page(_filled(report, planes, verdicts, names, heading), verdicts)
 
@@ -250,12 +251,12 @@ def _filled(
     def each(kind: str) -> str:
         found = []
         for number, name in enumerate(names):
-            heading = f"<h3>{markup.escape(name)}</h3>" if many else ""
+            heading = f"<h3>{_escaped(name)}</h3>" if many else ""
             found.append(f'<div>{heading}<div id="{kind}-{number}"></div></div>')
         return "".join(found)
 
     values = {
-        "title": markup.escape(title),
+        "title": _escaped(title),
         "style": style,
         "style-hash": _hash(style),
         "script": script,
@@ -285,23 +286,28 @@ _COMPARISON = (
 def _views(names: Sequence[str]) -> str:
     options = [("0", names[0]), ("1", names[1]), ("difference", "difference")]
     radios = "".join(
-        f'<label><input type="radio" name="view" value="{value}"> {markup.escape(text)}</label>'
+        f'<label><input type="radio" name="view" value="{value}"> {_escaped(text)}</label>'
         for value, text in options
     )
     return f'<fieldset aria-label="Run on the map">{radios}</fieldset>'
 
 
 def _verdict(found: Verdict, name: str, many: bool) -> str:
-    run = f'<p class="run">{markup.escape(name)}</p>' if many else ""
+    run = f'<p class="run">{_escaped(name)}</p>' if many else ""
     return (
         f'<div class="verdict {_CLASSES[found.status]}">{run}<span class="status">{found.status}</span>'
-        f'<p class="sentence">{markup.escape(found.sentence)}</p></div>'
+        f'<p class="sentence">{_escaped(found.sentence)}</p></div>'
     )
+
+
+def _escaped(text: str) -> str:
+    """Text as HTML; what UTF-8 cannot hold becomes a question mark."""
+    return markup.escape(text.encode("utf-8", "replace").decode())
 
 
 def _json(value: Any) -> str:
     """JSON that no HTML parser can leave: a name may hold '</script>' or '<!--'."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(plain(value), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

@@ -127,8 +127,7 @@ class Page {
   }
 
   show(story, run) {
-    const names = this.report.metrics.map((metric) => metric.name);
-    this.change({ ...placeOfStory(story, names, this.state.metric), view: String(run) });
+    this.change({ ...placeOfStory(story, this.report, this.state.metric), view: String(run) });
     byId("map").focus({ preventScroll: true });
     byId("explorer").scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
   }

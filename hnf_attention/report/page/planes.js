@@ -60,19 +60,20 @@ function bitsOf(planes, report, state) {
 
 // Where the page begins: at the worst issue, else at the worst head of the last step.
 function beginning(report) {
-  const metrics = report.metrics.map((metric) => metric.name);
   const run = report.runs[0];
   const last = run.steps[run.steps.length - 1];
-  const start = { metric: metrics[0], step: last, layer: 0, head: 0, view: "0", marked: null, story: false };
+  const start = { metric: report.metrics[0].name, step: last, layer: 0, head: 0, view: "0", marked: null, story: false };
   const story = run.stories.find((each) => each.layer >= 0);
-  return story ? { ...start, ...placeOfStory(story, metrics, start.metric), story: true } : start;
+  return story ? { ...start, ...placeOfStory(story, report, start.metric), story: true } : start;
 }
 
-function placeOfStory(story, metrics, current) {
+function placeOfStory(story, report, current) {
+  const metrics = report.metrics.map((metric) => metric.name);
+  const head = story.head ?? story.heads[0] ?? 0;
   return {
     metric: story.metric && metrics.includes(story.metric) ? story.metric : current,
     step: story.worst,
     layer: story.layer,
-    head: story.head ?? story.heads[0] ?? 0,
+    head: Math.min(head, report.layers[story.layer].heads - 1),
   };
 }

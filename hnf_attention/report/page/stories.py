@@ -161,15 +161,15 @@ def _take(story: Story, step: int, changes: list[Event]) -> None:
         story.gone = step
         story.spans[-1][1] = step
     for change, severities in counts.items():
-        worst = min(severities, key=lambda name: _ORDER.get(name, len(_ORDER)))
+        gravest = min(severities, key=lambda name: _ORDER.get(name, len(_ORDER)))
         first = (
             "first sign"
             if change == "new" and step == story.first
             else {"new": "more heads"}.get(change, change)
         )
         many = f" in {len(severities)} heads" if len(severities) > 1 else ""
-        text = f"{first}{many}" if change == "gone" else f"{first}: {worst}{many}"
-        story.moments.append({"step": step, "kind": change, "severity": worst, "text": text})
+        text = f"{first}{many}" if change == "gone" else f"{first}: {gravest}{many}"
+        story.moments.append({"step": step, "kind": change, "severity": gravest, "text": text})
 
 
 def _beyond(detail: Mapping[str, Any]) -> float:

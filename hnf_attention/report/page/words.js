@@ -74,7 +74,7 @@ function openHeads(stories, layers, step) {
     if (story.layer < 0 || !isOpen(story, step)) continue;
     const { start, heads } = layers[story.layer];
     const named = story.heads.length ? story.heads : Array.from({ length: heads }, (_, head) => head);
-    for (const head of named) {
+    for (const head of named.filter((each) => each < heads)) {
       const before = found.get(start + head);
       if (!before || rank[before] < rank[story.severity]) found.set(start + head, story.severity);
     }
