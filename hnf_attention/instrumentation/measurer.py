@@ -201,6 +201,8 @@ class Measurer:
 
     def _how(self, call: AttentionCall, options: Options, fused: bool) -> str:
         """What the coverage says of a measured call."""
+        if call.own_rows is not None:
+            return f"fused{'' if call.place == EAGER else f': {call.place}'} ({call.interceptor})"
         if fused:
             slower = engines.why_slower(Call(call.query, call.key, call.value, options))
             return f"fused{'' if slower is None else f'; {slower}'} ({call.interceptor})"
@@ -242,8 +244,13 @@ class Measurer:
         rows: RowStats | None,
         output: Tensor | None,
     ) -> None:
-        """rows: of the fused pass, None for a call to be probed. output: (B, H or 1, M, any), None if not known."""
+        """rows: of our pass in place of the model's, None for a call to be probed or one that has its own.
+
+        output: (B, H or 1, M, any), None if not known.
+        """
         query, key = call.query, call.key
+        if rows is None and call.own_rows is not None:
+            rows = call.own_rows()
         if rows is None:
             measurement = self._probe(layer, state, call, options)
         else:

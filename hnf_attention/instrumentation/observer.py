@@ -149,14 +149,12 @@ class _Thread(threading.local):
     suspended: the call is measured already, and attention inside is part of it.
     heads: of the scaled_dot_product_attention inside, where transformers makes it.
     receiver: takes (original, *arguments) of a scaled_dot_product_attention inside, in place of any observer.
-    probe: takes the description of a multi_head_attention_forward inside, likewise.
     expected: the calls that the forward of a model which keeps them is expected to make.
     """
 
     suspended = False
     heads: Heads | None = None
     receiver: Callable[..., Any] | None = None
-    probe: Callable[[AttentionCall], None] | None = None
     expected: Expected | None = None
 
 

@@ -110,7 +110,7 @@ def _beside(
     call = operators.detached(attn_mask), bool(is_causal), scale, enable_gqa, heads
     if isinstance(found, slots.Slot):
         state = found.accumulator, found.result, found.token, found.control
-        _graphed_operator(*state, query, key, value, output.detach(), *call)
+        graphed_operator(*state, query, key, value, output.detach(), *call)
     else:
         _operator(found, query, key, value, *call)
 
@@ -159,7 +159,7 @@ def call_of(
 
     Raises Unmeasurable for tensors that cannot be measured.
     """
-    not_fused = why_not_fused(dropout_p, attn_mask) or _fused_kernels_off()
+    not_fused = why_not_fused(dropout_p, attn_mask) or fused_kernels_off()
     split: Any = None  # the queries, if they are a DTensor
     if heads is None and type(query) is not Tensor and sharded.is_sharded(query):
         split = query
@@ -173,7 +173,7 @@ def call_of(
     if attn_mask is not None:
         with torch.no_grad():
             attn_mask = hide(attn_mask.detach(), query.dtype)
-    query, key, value, attn_mask, shape = _four_dimensional(query, key, value, attn_mask)
+    query, key, value, attn_mask, shape = four_dimensional(query, key, value, attn_mask)
     if heads is not None:
         query, key, value, attn_mask = _ungroup(heads, query, key, value, attn_mask)
     elif not enable_gqa and query.shape[1] != key.shape[1]:
@@ -204,10 +204,10 @@ def call_of(
     )
 
 
-_graphed_operator = graphed.operator("measure_sdpa", call_of)
+graphed_operator = graphed.operator("measure_sdpa", call_of)
 
 
-def _fused_kernels_off() -> str | None:
+def fused_kernels_off() -> str | None:
     """Why the user's choice of SDPA's kernels leaves the output to PyTorch, None if it does not.
 
     Our kernel takes the place of a fused one. Which of PyTorch's fused ones are allowed decides about the backward.
@@ -218,7 +218,7 @@ def _fused_kernels_off() -> str | None:
     return ONLY_MATH
 
 
-def _four_dimensional(
+def four_dimensional(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
     """(B, H, rows, C) tensors, a mask that broadcasts to them, and the output's shape without its last size.
