@@ -48,7 +48,14 @@ from .torch import (
     without_dispatch_modes,
     without_forward_mode,
 )
-from .transformers import attention_implementation, collects_attention_weights, device_mesh, initialise
+from .transformers import (
+    attention_implementation,
+    collects_attention_weights,
+    device_mesh,
+    initialise,
+    set_attention_implementation,
+    takes_boolean_masks,
+)
 
 __all__ = [
     "DispatchMode",
@@ -90,6 +97,8 @@ __all__ = [
     "saves_elsewhere",
     "script_as",
     "script_no_longer",
+    "set_attention_implementation",
+    "takes_boolean_masks",
     "version",
     "vmap_in_operators",
     "without_dispatch_modes",

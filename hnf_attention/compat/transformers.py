@@ -19,6 +19,34 @@ def attention_implementation(module: nn.Module) -> str | None:
     return getattr(getattr(module, "config", None), "_attn_implementation", None)
 
 
+def set_attention_implementation(config: Any, name: str) -> None:
+    """Choose the attention implementation of this config alone, not of the configs inside it.
+
+    Missing: the public setter, which chooses it for the configs inside it, too.
+    """
+    inner = "_attn_implementation_internal"
+    setattr(config, inner if hasattr(config, inner) else "_attn_implementation", name)
+
+
+def takes_boolean_masks(config: Any) -> bool:
+    """Whether all attention of a model with this config takes boolean masks, or none where a causal flag says it all.
+
+    Its classes say so: they support "sdpa", or any function of AttentionInterface. Missing, or a class whose file is
+    elsewhere: False. The model's masks are then additive, which every attention takes.
+    """
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    kinds = [
+        kind
+        for kind in vars(sys.modules.get(name, object)).values()
+        if isinstance(kind, type) and kind.__module__ == name and hasattr(kind, "_supports_sdpa")
+    ]
+    takes = (
+        kind._supports_sdpa or getattr(kind, "_supports_attention_backend", False)  # type: ignore[attr-defined]
+        for kind in kinds
+    )
+    return bool(kinds) and all(takes)
+
+
 def collects_attention_weights() -> bool:
     """Whether the running model collects attention weights for its caller.
 

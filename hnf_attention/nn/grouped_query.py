@@ -57,7 +57,7 @@ class HeadNorm(nn.Module):
 class GroupedQueryAttention(nn.Module):
     """Self-attention of a decoder: projections, QK-norm, rotary positions, attention, output projection.
 
-    The names and layouts of its parameters (`q_proj`, `k_proj`, `v_proj`, `o_proj`, `q_norm`, `k_norm`, `sinks`) are those
+    Its parameters (`q_proj`, `k_proj`, `v_proj`, `o_proj`, `q_norm`, `k_norm`, `sinks`) have the names and layouts
     of transformers' LLaMA, Mistral, Qwen 2 and 3, Gemma 1 to 3 and gpt-oss attention, so state dicts go both ways.
 
     embed_dim: of the input. num_heads, num_kv_heads: of queries, and of keys and values, a divisor of it; as many by
