@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 
-def attention_implementation(module: nn.Module) -> str | None:
-    """The attention implementation ("sdpa", "eager", ...) that the module's config chooses.
+def attention_implementation(holder: Any) -> str | None:
+    """The attention implementation ("sdpa", "eager", ...) that a config chooses, given it or a module that has it.
 
     Missing: None. Coverage then lists the module with a general reason.
     """
-    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return getattr(getattr(holder, "config", holder), "_attn_implementation", None)
 
 
-def set_attention_implementation(config: Any, name: str) -> None:
+def set_attention_implementation(config: Any, name: str | None) -> None:
     """Choose the attention implementation of this config alone, not of the configs inside it.
 
     Missing: the public setter, which chooses it for the configs inside it, too.

@@ -5,6 +5,7 @@ from .multihead import MultiheadAttention
 from .rotary import Rope
 from .rows import row_stats
 from .sdpa import ScaledDotProductAttention
+from .swap import SwappedAttention, swap_attention
 
 __all__ = [
     "GroupedQueryAttention",
@@ -12,5 +13,7 @@ __all__ = [
     "QKNorm",
     "Rope",
     "ScaledDotProductAttention",
+    "SwappedAttention",
     "row_stats",
+    "swap_attention",
 ]
