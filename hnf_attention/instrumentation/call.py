@@ -53,8 +53,8 @@ class AttentionCall:
         Such a call is probed in plain PyTorch.
     place: EAGER or COMPILED.
     window_size: as in `attention`: only keys with |i - j| < window_size are visible.
-    own_rows: the statistics that the model's own attention computed with its output, once it has run; None where it
-        computes none, and the call is probed.
+    own_rows: gives the statistics that the model's own attention computed with its output, once it has run. The call is
+        probed where it, or what it gives, is None.
     """
 
     query: Tensor

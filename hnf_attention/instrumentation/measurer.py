@@ -160,8 +160,10 @@ class Measurer:
                 with without_dispatch_modes(), without_tangents(), engines.no_autocast(call.query):
                     if output is None and result is not None:
                         output = call.output(result)
+                    if rows is None and call.own_rows is not None:
+                        rows = call.own_rows()
                     self._measure(layer, state, call, options, rows, output)
-                self._succeed(layer, state, self._how(call, options, fused))
+                self._succeed(layer, state, self._how(call, options, rows is not None))
             except Exception as error:  # the monitor never ends a run
                 failure = error.with_traceback(None)
         if failure is not None:
@@ -201,8 +203,6 @@ class Measurer:
 
     def _how(self, call: AttentionCall, options: Options, fused: bool) -> str:
         """What the coverage says of a measured call."""
-        if call.own_rows is not None:
-            return f"fused{'' if call.place == EAGER else f': {call.place}'} ({call.interceptor})"
         if fused:
             slower = engines.why_slower(Call(call.query, call.key, call.value, options))
             return f"fused{'' if slower is None else f'; {slower}'} ({call.interceptor})"
@@ -244,13 +244,11 @@ class Measurer:
         rows: RowStats | None,
         output: Tensor | None,
     ) -> None:
-        """rows: of our pass in place of the model's, None for a call to be probed or one that has its own.
+        """rows: of the pass that made the output, None for a call to be probed.
 
         output: (B, H or 1, M, any), None if not known.
         """
         query, key = call.query, call.key
-        if rows is None and call.own_rows is not None:
-            rows = call.own_rows()
         if rows is None:
             measurement = self._probe(layer, state, call, options)
         else:

@@ -146,7 +146,6 @@ class GroupedQueryAttention(nn.Module):
             positions (YaRN, LLaMA 3). width: the turned dimensions, or half of them.
         Raises ValueError or TypeError for arguments that do not fit.
         """
-        rows.keep(self, None)
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
             raise expected(f"x of shape (batch, length, {self.embed_dim})", tuple(x.shape))
         if self.rope is None and not (positions is None and rotary_tables is None):

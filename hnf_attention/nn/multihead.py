@@ -48,8 +48,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `torch.nn.MultiheadAttention.forward`. Raises what that raises, for wrong sizes and dtypes."""
-        rows.keep(self, None)
         if query.is_nested or key.is_nested or value.is_nested:
+            rows.keep(self, None)
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -167,12 +167,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         ):
             if x.shape[-1] != width:
                 raise expected(f"{name} of embedding dimension {width}", x.shape[-1], AssertionError)
-        if leading[1] != leading[2] or leading[0][0] != leading[1][0]:
-            raise expected(
-                f"key and value of the query's batch size {sizes.batch} and one length",
-                f"(batch, length) {tuple(leading[1])} and {tuple(leading[2])}",
-                AssertionError,
-            )
+        if leading[1] != leading[2]:
+            got = f"{tuple(leading[1])} and {tuple(leading[2])}"
+            raise expected("key and value of one (batch, length)", got, AssertionError)
+        if leading[0][0] != leading[1][0]:
+            raise expected(f"key of the query's batch size {sizes.batch}", leading[1][0], RuntimeError)
         if is_causal and attn_mask is None:
             raise expected("attn_mask with the is_causal hint", "none", RuntimeError)
         if attn_mask is not None:

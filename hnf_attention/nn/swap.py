@@ -113,7 +113,8 @@ def swap_attention(model: nn.Module) -> SwappedAttention:
             )
     for name, module in modules.items():
         known = swapped | refused
-        if name not in known and is_attention(module) and not _is_around(name, known):
+        attends = is_attention(module) or isinstance(module, nn.MultiheadAttention)
+        if name not in known and attends and not _is_around(name, known):
             refused[name] = _reason(module)
     result.swapped, result.not_swapped = swapped, refused
     return result

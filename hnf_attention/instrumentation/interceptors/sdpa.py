@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...statistics.rows import RowStats
 from ...tracing import traced, transformed
 from .. import observer, sharded, treating
 from ..call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
@@ -39,7 +40,10 @@ def _interceptor(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     describe, plain = (_of_a_ring, None) if ring else (call_of, _plain_of)
 
     def described(*args: Any, **kwargs: Any) -> AttentionCall:
-        return describe(observer.thread.heads, *args, **kwargs)
+        call = describe(observer.thread.heads, *args, **kwargs)
+        observer.thread.slot_rows = None
+        call.own_rows = functools.partial(_rows_of_slot, call.query.shape[:3])
+        return call
 
     @functools.wraps(original)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
@@ -60,6 +64,12 @@ def _interceptor(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return observer.run(original, args, kwargs, described, find, plain)
 
     return scaled_dot_product_attention
+
+
+def _rows_of_slot(shape: torch.Size) -> RowStats | None:
+    """Statistics of the call of this shape that just ran, if this project computed it under PyTorch's flash kernel."""
+    found = observer.thread.slot_rows
+    return found if found is not None and found.lse.shape == shape else None
 
 
 def _announced(*_: Any, **__: Any) -> observer.Owner | None:
