@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from compat_helpers import carried_by
 
 from hnf_attention import instrument
 from hnf_attention.nn import row_stats, swap_attention
@@ -167,6 +168,7 @@ def test_dropout_is_applied_in_training():
     assert torch.equal(row_stats(layers(model)[0]).entropy, rows.entropy)
 
 
+@carried_by("takes_boolean_masks")
 def test_a_model_that_passes_the_interface_by_computes_what_it_computed():
     """BLOOM adds its mask to the scores: a boolean one would be wrong in silence."""
     config = transformers.BloomConfig(hidden_size=16, n_layer=1, n_head=4, vocab_size=99)
@@ -188,6 +190,20 @@ def test_swap_attention_swaps_its_layers_and_unswaps_them():
         assert len(layers(model)) == 2
     assert model.config._attn_implementation == "sdpa" and layers(model) == []
     assert torch.equal(model(**given).logits, expected)
+
+
+@carried_by("set_attention_implementation")
+def test_unswap_gives_each_part_of_a_model_its_own_implementation_back():
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
+    text, vision = sizes | {"vocab_size": 40}, sizes | {"image_size": 8, "patch_size": 4}
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
+    model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
+    configs = model.config, model.text_model.config, model.vision_model.config
+    before = [config._attn_implementation for config in configs]
+    assert before[1:] == ["eager", "sdpa"]
+    with swap_attention(model) as result:
+        assert [config._attn_implementation for config in configs] == [NAME] * 3 and len(result.swapped) == 2
+    assert [config._attn_implementation for config in configs] == before
 
 
 def test_swap_attention_says_why_a_model_stays():

@@ -35,8 +35,7 @@ from ..statistics.rows import RowStats
 from ..tracing import running_modules
 
 NAME = "hnf_attention"
-_FORWARD = "_scaled_dot_product_flash_attention"
-_BACKWARD = "_scaled_dot_product_flash_attention_backward"
+_FORWARD, _BACKWARD = compat.flash_operators
 
 if not hasattr(torch.nn.attention, "register_flash_attention_impl"):
     raise ImportError(
