@@ -131,8 +131,9 @@ def _attend(
         return _attend_traced(given, extra, keep, compute)
     if compute is None and extra.plain and given.odd:
         # The interceptor of this function knows which of these can be measured.
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa = given
         return functional.scaled_dot_product_attention(
-            *given[:6], **dict(zip(("scale", "enable_gqa"), given[6:]))
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     find = None if module is None else partial(_owner_of, module)
     if transformed():
@@ -152,7 +153,7 @@ def _attend_observed(
         return out
 
     def describe(*tensors: Tensor) -> AttentionCall:
-        require_plain(**dict(zip(("query", "key", "value", "attn_mask"), given)))
+        require_plain(query=given.query, key=given.key, value=given.value, attn_mask=given.attn_mask)
         call = _described(given, extra)
         call.own_rows = lambda: found[-1] if found else None
         return call

@@ -72,6 +72,8 @@ class GroupedQueryAttention(nn.Module):
     Raises ValueError for sizes that do not fit, and for options out of their range.
     """
 
+    sinks: nn.Parameter | None
+
     def __init__(
         self,
         embed_dim: int,

@@ -55,16 +55,16 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         sizes = self._checked(query, key, value, key_padding_mask, attn_mask, is_causal)
         batched = query.dim() == 3
-        mine = [self._by_head(x, batched) for x in self._projected(query, key, value)]
-        mine[1:] = self._with_added_keys(*mine[1:])
-        added = mine[1].shape[2] - sizes.keys
+        query, key, value = (self._by_head(x, batched) for x in self._projected(query, key, value))
+        key, value = self._with_added_keys(key, value)
+        added = key.shape[2] - sizes.keys
         if is_causal and key_padding_mask is None and not need_weights:
             mask = None  # the hint says what is in it
         else:
             is_causal = False
-            mask = self._mask(attn_mask, key_padding_mask, sizes, added, mine[0].dtype)
+            mask = self._mask(attn_mask, key_padding_mask, sizes, added, query.dtype)
         dropout_p = self.dropout if self.training else 0.0
-        given = Given(*mine, mask, dropout_p, is_causal)
+        given = Given(query, key, value, mask, dropout_p, is_causal)
         weights = None
         if need_weights:
             out, weights = attend_with_weights(given, _EXTRA, partial(rows.keep, self))
