@@ -6,7 +6,7 @@ import pytest
 import torch
 from compat_helpers import carried_by
 
-from hnf_attention import instrument
+from hnf_attention import compat, instrument
 from hnf_attention.nn import row_stats, swap_attention
 
 transformers = pytest.importorskip("transformers")
@@ -143,6 +143,27 @@ def test_statistics_are_those_that_instrument_finds_in_eager():
             got, wanted = (getattr(x, field)[seen] for x in (measurement.rows, theirs))
             torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
         assert row_stats(mine.get_submodule(name)) is measurement.rows
+
+
+@pytest.mark.slow
+@carried_by("causal_window")
+@pytest.mark.parametrize("name", ["MistralForCausalLM", "GptOssForCausalLM"])
+def test_a_window_reaches_the_kernels_as_a_window(name):
+    model, seen = build(name, NAME), []
+    with instrument(model) as handle:
+        handle.on_measure = lambda measurement: seen.append(measurement.options)
+        model(**batch(None))
+        assert seen[0].window_size == 5 and seen[0].is_causal and seen[0].attn_mask is None
+        model(**batch("left"))
+        model(**batch(None) | {"input_ids": batch(None)["input_ids"][:, :3], "attention_mask": None})
+        ids = batch(None)["input_ids"][:1]
+        positions = torch.cat([torch.arange(7), torch.arange(LENGTH - 7)])[None]
+        model(input_ids=ids, position_ids=positions, use_cache=False)
+    assert seen[2].window_size is None and seen[2].attn_mask is not None  # padding
+    assert seen[4].window_size is None and seen[4].attn_mask is None  # shorter than the window
+    if name.startswith("Mistral"):  # transformers gives gpt-oss no positions to tell sequences by
+        assert seen[6].window_size is None and seen[6].attn_mask is not None  # two sequences
+    assert compat.causal_window(lambda *_: True) is None and compat.causal_window(print) is None
 
 
 @pytest.mark.slow

@@ -51,6 +51,7 @@ from .torch import (
 )
 from .transformers import (
     attention_implementation,
+    causal_window,
     collects_attention_weights,
     device_mesh,
     initialise,
@@ -63,6 +64,7 @@ __all__ = [
     "Memory",
     "any_autocast",
     "attention_implementation",
+    "causal_window",
     "child",
     "collects_attention_weights",
     "copy_all",

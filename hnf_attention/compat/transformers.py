@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,6 +45,23 @@ def takes_boolean_masks(config: Any) -> bool:
         for kind in kinds
     )
     return bool(kinds) and all(takes)
+
+
+def causal_window(mask_function: Callable[..., Any]) -> int | None:
+    """The window w of a mask function that shows each query the last w keys up to its own; None for any other function.
+
+    Told by the functions of transformers that it is made of. Missing: None. A mask then carries the window.
+    """
+    masking = sys.modules.get("transformers.masking_utils")
+    try:
+        window, causal = inspect.getclosurevars(mask_function).nonlocals["mask_functions"]
+        size = inspect.getclosurevars(window).nonlocals["sliding_window"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    ours = getattr(masking, "sliding_window_overlay", None), getattr(masking, "causal_mask_function", None)
+    made = window.__module__ == getattr(masking, "__name__", None)
+    named = ours[0] is not None and window.__qualname__.startswith(f"{ours[0].__name__}.<locals>.")
+    return size if made and named and causal is ours[1] and type(size) is int else None
 
 
 def collects_attention_weights() -> bool:

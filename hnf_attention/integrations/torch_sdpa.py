@@ -1,7 +1,7 @@
 """This project's attention under `scaled_dot_product_attention`, in place of PyTorch's FlashAttention (torch >= 2.11).
 
 ```python
-from hnf_attention.integrations import torch_sdpa
+import hnf_attention.integrations.torch_sdpa as torch_sdpa
 
 torch_sdpa.activate()  # every call of SDPA that PyTorch gives to its flash kernel on CUDA is ours from now on
 torch_sdpa.deactivate()

@@ -20,6 +20,7 @@ from ..statistics.checks import expected
 from . import rows
 
 NAME = "hnf_attention"
+_WINDOW = "_hnf_attention_window"
 
 
 def register() -> None:
@@ -39,11 +40,37 @@ def register() -> None:
 
 
 def attention_mask(*args: Any, config: Any = None, **options: Any) -> Tensor | None:
-    """The mask of the layers of one kind in a model with that config, as transformers' own functions make it."""
+    """The mask of the layers of one kind in a model with that config, as transformers' own functions make it.
+
+    Takes what these take. A mask that is a causal window and nothing else says so in an attribute: kernels that know
+    the window skip the keys outside of it, and need no mask.
+    """
     from transformers.masking_utils import eager_mask, sdpa_mask
 
     make = sdpa_mask if config is not None and compat.takes_boolean_masks(config) else eager_mask
-    return make(*args, config=config, **options)
+    mask = make(*args, config=config, **options)
+    window = None if mask is None or torch.compiler.is_compiling() else _window(**options)
+    if mask is not None and window is not None:
+        setattr(mask, _WINDOW, window)
+    return mask
+
+
+def _window(
+    mask_function: Any = None,
+    q_length: Any = None,
+    kv_length: Any = None,
+    q_offset: Any = 0,
+    kv_offset: Any = 0,
+    attention_mask: Tensor | None = None,
+    **_: Any,
+) -> int | None:
+    """The causal window that a mask with these arguments is; None if it is anything else."""
+    sizes = q_length, kv_length, q_offset, kv_offset
+    if not all(type(x) is int for x in sizes) or q_length != kv_length or q_offset != kv_offset:
+        return None
+    window = compat.causal_window(mask_function)
+    hides = window is not None and attention_mask is not None and not bool(attention_mask.all())
+    return None if hides else window
 
 
 def attention_forward(
@@ -80,9 +107,14 @@ def attention_forward(
     ):  # the first forward of a static cache, whose other keys are not there yet
         num_keys = num_queries
         key, value = key[:, :, :num_keys], value[:, :, :num_keys]
+    window = None if torch.compiler.is_compiling() else getattr(attention_mask, _WINDOW, None)
+    if window is not None and num_queries == num_keys:
+        attention_mask, causal = None, True
+    else:
+        window = None
     mask = _combined(attention_mask, position_bias, num_keys)
     given = Given(query, key, value, mask, dropout, causal, scaling)
-    extra = Extra(softcap=softcap, sinks=s_aux, interceptor="transformers hnf_attention")
+    extra = Extra(window, softcap, s_aux, "transformers hnf_attention")
     keep = partial(rows.keep, module)
     weights = None
     if options.get("output_attentions"):
