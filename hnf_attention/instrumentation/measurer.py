@@ -160,8 +160,7 @@ class Measurer:
                 with without_dispatch_modes(), without_tangents(), engines.no_autocast(call.query):
                     if output is None and result is not None:
                         output = call.output(result)
-                    if rows is None and call.own_rows is not None:
-                        rows = call.own_rows()
+                    rows = rows or (call.own_rows and call.own_rows())
                     self._measure(layer, state, call, options, rows, output)
                 self._succeed(layer, state, self._how(call, options, rows is not None))
             except Exception as error:  # the monitor never ends a run
@@ -244,10 +243,7 @@ class Measurer:
         rows: RowStats | None,
         output: Tensor | None,
     ) -> None:
-        """rows: of the pass that made the output, None for a call to be probed.
-
-        output: (B, H or 1, M, any), None if not known.
-        """
+        """rows: of the fused pass, None for a call to be probed. output: (B, H or 1, M, any), None if not known."""
         query, key = call.query, call.key
         if rows is None:
             measurement = self._probe(layer, state, call, options)
