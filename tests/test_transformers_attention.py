@@ -6,7 +6,7 @@ import pytest
 import torch
 from compat_helpers import carried_by
 
-from hnf_attention import compat, instrument
+from hnf_attention import apply_intervention, compat, instrument
 from hnf_attention.nn import row_stats, swap_attention
 
 transformers = pytest.importorskip("transformers")
@@ -211,6 +211,22 @@ def test_swap_attention_swaps_its_layers_and_unswaps_them():
         assert len(layers(model)) == 2
     assert model.config._attn_implementation == "sdpa" and layers(model) == []
     assert torch.equal(model(**given).logits, expected)
+
+
+@pytest.mark.slow
+def test_a_layer_of_an_unknown_class_is_proved_and_treated():
+    model, given = build("LlamaForCausalLM", NAME), batch(None)
+    layer = model.model.layers[0].self_attn
+    layer.__class__ = type("MyAttention", (type(layer),), {})
+    with instrument(model):  # which remembers what layers are called with
+        model(**given)
+    before = row_stats(layer).max_logit
+    wanted = {"action": "temperature", "layers": {"model.layers.0.self_attn": [2.0, 1.0, 4.0, 1.0]}}
+    applied = apply_intervention(None, wanted, model)
+    model(**given)
+    factors = torch.tensor([2.0, 1.0, 4.0, 1.0])[:, None]
+    torch.testing.assert_close(row_stats(layer).max_logit * factors, before, atol=1e-5, rtol=1e-4)
+    applied.revert()
 
 
 @carried_by("set_attention_implementation")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import compat
 from ..engine import weighted
@@ -139,7 +140,14 @@ def _attend(
     if transformed():
         observer.list_transformed(find)
         return _computed(given, extra, compute)[0]
-    return _attend_observed(given, extra, keep, find, compute)
+    if not has_torch_function(given[:3]):
+        return _attend_observed(given, extra, keep, find, compute)
+
+    # Modes of torch.overrides, such as the trial of an intervention, know attention by this name.
+    def scaled_dot_product_attention(*tensors: Tensor, enable_gqa: bool) -> Tensor:
+        return _attend_observed(Given(*tensors, *given[3:]), extra, keep, find, compute)
+
+    return handle_torch_function(scaled_dot_product_attention, given[:3], *given[:3], enable_gqa=True)
 
 
 def _attend_observed(
