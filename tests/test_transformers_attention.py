@@ -28,8 +28,10 @@ MODELS = {  # class and what differs from tiny sizes; windows are 5 tokens
     "GptOssForCausalLM": {"layer_types": ["sliding_attention", "full_attention"]},
     "Qwen3ForCausalLM": {},
     "GPT2LMHeadModel": {},
-    "BertForMaskedLM": {},
 }
+FIVE = int(transformers.__version__.split(".")[0]) >= 5
+if FIVE:  # before, BERT passes AttentionInterface by
+    MODELS["BertForMaskedLM"] = {}
 QUICK = [("GptOssForCausalLM", "left"), ("BertForMaskedLM", "right")]
 
 
@@ -146,6 +148,7 @@ def test_statistics_are_those_that_instrument_finds_in_eager():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not FIVE, reason="transformers 4 says less of the masks that it wants")
 @carried_by("causal_window")
 @pytest.mark.parametrize("name", ["MistralForCausalLM", "GptOssForCausalLM"])
 def test_a_window_reaches_the_kernels_as_a_window(name):

@@ -144,8 +144,11 @@ def _attend(
         return _attend_observed(given, extra, keep, find, compute)
 
     # Modes of torch.overrides, such as the trial of an intervention, know attention by this name.
-    def scaled_dot_product_attention(*tensors: Tensor, enable_gqa: bool) -> Tensor:
-        return _attend_observed(Given(*tensors, *given[3:]), extra, keep, find, compute)
+    def scaled_dot_product_attention(
+        query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool
+    ) -> Tensor:
+        changed = given._replace(query=query, key=key, value=value)
+        return _attend_observed(changed, extra, keep, find, compute)
 
     return handle_torch_function(scaled_dot_product_attention, given[:3], *given[:3], enable_gqa=True)
 
