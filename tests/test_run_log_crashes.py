@@ -14,7 +14,16 @@ TIMES = {"database": 200, "fragments": 40}  # which are read whole after each on
 @pytest.mark.parametrize("kind", TIMES)
 def test_every_step_that_was_written_is_whole(kind, tmp_path):
     script = Path(__file__).with_name("crashes_run_log.py")
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", script, kind, tmp_path, str(TIMES[kind]), "0"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore::DeprecationWarning",
+        script,
+        kind,
+        tmp_path,
+        str(TIMES[kind]),
+        "0",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     killed, full = (line.split() for line in done.stdout.splitlines())
