@@ -28,6 +28,14 @@ def _states(spread: Spread, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return weights(spread.model) + momenta
 
 
+def _joined(states: list[Tensor], expected: list[Tensor]) -> list[Tensor]:
+    """With the parts of all processes joined, where a tensor is of this process's heads alone, as a gain of QK-norm."""
+    return [
+        x if x.shape == whole.shape else torch.cat([y.to(x.device) for y in gathered(x.cpu())])
+        for x, whole in zip(states, expected, strict=True)
+    ]
+
+
 def standing_clip(spread: Spread) -> tuple[list[Tensor], bool]:
     optimizer = _optimizer(spread)
     QKClip(spread.model, 30.0).attach(optimizer)
@@ -37,8 +45,10 @@ def standing_clip(spread: Spread) -> tuple[list[Tensor], bool]:
 
 def qk_norm(spread: Spread) -> tuple[list[Tensor], bool]:
     optimizer = _optimizer(spread)
-    start_qk_norm(spread.model, optimizer)
+    start = start_qk_norm(spread.model, optimizer)
     train(spread, optimizer, 4)
+    if not start.started:
+        raise ValueError("; ".join(f"{name}: {why}" for name, why in start.refused.items()))
     return _states(spread, optimizer), True
 
 
@@ -92,7 +102,7 @@ def run(setting: Setting) -> dict[str, Any]:
         for name, way in WAYS.items():
             try:
                 states, exact = act(way(setting, net(setting)))
-                mine: Any = (difference(states, expected), exact)
+                mine: Any = (difference(_joined(states, expected), expected), exact)
             except ValueError as error:  # a refusal; every process raises the same one
                 mine = str(error)
             everyone = gathered(mine)
