@@ -37,6 +37,18 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_blocks_in_any_order_give_what_the_whole_call_gives(case):
+    compare(case, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_blocks_give_what_the_whole_call_gives_on_a_card(case):
+    compare(case, "cuda")
+
+
+def compare(case, device):
+    """Rows merged over pieces of a call, in a shuffled order, beside those of the whole call."""
+    case = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in case.items()}
     options = {
         "kv_heads": 2,
         "sharp": 2.0,
@@ -49,8 +61,8 @@ def test_blocks_in_any_order_give_what_the_whole_call_gives(case):
     kv_heads, sharp, dtype, pieces, sink, left_out = (
         options.pop(name) for name in ("kv_heads", "sharp", "dtype", "pieces", "sink", "left_out")
     )
-    query = (numbers(BATCH, HEADS, LENGTH, WIDTH, seed=1) * sharp).to(dtype)
-    key, value = (numbers(BATCH, kv_heads, LENGTH, WIDTH, seed=seed, dtype=dtype) for seed in (2, 3))
+    query = (numbers(BATCH, HEADS, LENGTH, WIDTH, seed=1) * sharp).to(device, dtype)
+    key, value = (numbers(BATCH, kv_heads, LENGTH, WIDTH, seed=seed).to(device, dtype) for seed in (2, 3))
     if sink is not None:  # a key that all rows of a head are drawn to
         query += 1.0
         key[:, :, sink] += 5.0

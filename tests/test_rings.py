@@ -9,6 +9,7 @@ from processes_rings import LONG, MASK, Flex, Full, SeparateAttention, X, causal
 from rings import places
 from sharded_models import EXAMPLE, HEADS
 
+from hnf_attention import AttentionStabilityMonitor
 from hnf_attention.statistics.fields import NUM_FIELDS, SUM_FIELDS
 
 pytestmark = [
@@ -127,7 +128,10 @@ def test_flex_attention_under_context_parallelism_is_measured(found):
     model = sharp(Flex)
     for layer in model:
         layer.mask = create_block_mask(causal, 1, HEADS, LONG.shape[1], LONG.shape[1], "cpu")
-    expected = watched(model, LONG, None)[1][0]
+    with AttentionStabilityMonitor(model, log_every=1) as monitor, torch.no_grad():
+        model(LONG)
+        monitor.on_step()
+    expected = monitor.history[0].layers
     for layers, coverage in found["flex"]:
         assert all("flex_attention" in how for how in coverage.measured.values())
         same(layers, expected)

@@ -16,13 +16,14 @@ from ..engine.call import check
 from ..reference.measured import Measured
 from ..statistics.checks import expected
 from ..statistics.rows import RowStats
-from ..tracing import transformed, without_dispatch_modes, without_tangents
+from ..tracing import captured, transformed, without_dispatch_modes, without_tangents
 from . import observer
 from .call import AttentionCall, Unmeasurable
 from .measurement import Measurement
 
 BLOCKS = "observe_blocks"
 NOT_KEPT = "its keys come in blocks, which are not kept"
+CAPTURED = "its keys come in blocks inside the capture of a CUDA graph"
 
 
 class Watch:
@@ -119,6 +120,9 @@ def watched(
     if owner is None and keeper is None:
         yield None
         return
+    if owner is not None and captured():  # a first call compiles kernels, which would break the capture
+        owner.observer.note(owner.layer, CAPTURED)
+        owner = None
     watch = None if owner is None else Watch(owner, interceptor, options)
     observer.thread.suspended = True
     try:
