@@ -120,6 +120,7 @@ def test_ulysses_heads_get_their_global_numbers(found, one):
         assert issues == one[True][1]
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 def test_flex_attention_under_context_parallelism_is_measured(found):
     if "flex" not in found:
         pytest.skip("four processes show it")
