@@ -223,3 +223,25 @@ def test_tensors_without_numbers_have_no_statistics(kind):
     model = layer(kind)[0].to("meta")
     assert model(torch.empty(B, M, E, device="meta")).shape == (B, M, E)
     assert model.rows is None
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "multihead", "grouped"])
+def test_the_ring_of_context_parallel_computes_its_attention(kind, monkeypatch):
+    """Keys of other processes would be missing without it: it puts a function of its own in the place of SDPA."""
+    (model, x), functional, rung = layer(kind), nn.functional, []
+    expected, original = model(x), functional.scaled_dot_product_attention
+
+    def ring(*args, **kwargs):
+        rung.append(kwargs)
+        return original(*args, **kwargs)
+
+    ring.__module__ = "torch.distributed.tensor.experimental._attention"
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", ring)
+    if kind == "grouped":
+        with pytest.raises(
+            RuntimeError, match="inside context_parallel, .* got some in hnf_attention.nn.Grouped"
+        ):
+            model(x)
+    else:
+        torch.testing.assert_close(model(x), expected)
+        assert len(rung) == 1 and model.rows is None

@@ -26,7 +26,7 @@ from . import observer, treating
 from .call import COMPILED, AttentionCall, hidden, hide, is_plain, require_plain
 from .compiled import layers, operators, slots, tracer
 from .expected import Plain
-from .interceptors import sdpa
+from .interceptors import context_parallel, sdpa
 
 OWN_PASS = "the module computes its statistics with its output"
 
@@ -130,11 +130,14 @@ def _attend(
     given = given._replace(attn_mask=_with_hidden_keys(given.attn_mask, given.query.dtype))
     if traced():
         return _attend_traced(given, extra, keep, compute)
-    if compute is None and extra.plain and given.odd:
+    rings = context_parallel.is_wrapper(functional.scaled_dot_product_attention)
+    if compute is None and extra.plain and (given.odd or rings):
         # The interceptor of this function knows which of these can be measured.
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa = given
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        return _by_pytorch(given)
+    if rings:
+        raise RuntimeError(
+            "expected attention without weights, window, soft-cap and sinks inside context_parallel, whose ring knows "
+            f"none of these, got some in {extra.interceptor}"
         )
     find = None if module is None else partial(_owner_of, module)
     if transformed():
@@ -212,27 +215,20 @@ def _computed(given: Given, extra: Extra, compute: Compute | None) -> tuple[Tens
     if not given.odd:
         with torch.no_grad():
             rows = run(call._replace(value=None), detached=True)[1]
-    if compute is None:
-        compute = _by_pytorch if extra.plain and not (is_causal and attn_mask is not None) else _weighted
-    return compute(call, dropout_p), rows
+    if compute is not None:
+        return compute(call, dropout_p), rows
+    if extra.plain and not (is_causal and attn_mask is not None):
+        cast = given._replace(query=call.query, key=call.key, attn_mask=call.options.attn_mask)
+        return _by_pytorch(cast._replace(value=value if call.value is None else call.value)), rows
+    return weighted.attend(call, dropout_p)[0], rows
 
 
-def _by_pytorch(call: Call, dropout_p: float) -> Tensor:
-    query, key, value, options, _ = call
+def _by_pytorch(given: Given) -> Tensor:
+    query, key, value, attn_mask, dropout_p, is_causal, scale, grouped = given
+    grouped = grouped and query.dim() > 2 and query.shape[-3] != key.shape[-3]
     return functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,  # type: ignore[arg-type]  # the call has one
-        options.attn_mask,
-        dropout_p,
-        options.is_causal,
-        scale=options.scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped
     )
-
-
-def _weighted(call: Call, dropout_p: float) -> Tensor:
-    return weighted.attend(call, dropout_p)[0]
 
 
 def _with_hidden_keys(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
