@@ -53,7 +53,11 @@ else:
     }
     _HOME = {name: module for module, names in _HOMES.items() for name in names}
     _ALIASES = {"Ranks": "ProcessGroups"}
-    _PACKAGES = ("integrations", "theory")  # public, too: `hnf_attention.theory` needs no import of its own
+    _PACKAGES = (
+        "integrations",
+        "nn",
+        "theory",
+    )  # public, too: `hnf_attention.theory` needs no import of its own
 
     def __getattr__(name: str) -> object:
         if name in _PACKAGES:

@@ -20,6 +20,7 @@ from .torch import (
     default_store,
     dispatch_modes,
     flash_backward,
+    flash_operators,
     flattened,
     forward_hooks,
     forward_mode_enabled,
@@ -49,13 +50,22 @@ from .torch import (
     without_dispatch_modes,
     without_forward_mode,
 )
-from .transformers import attention_implementation, collects_attention_weights, device_mesh, initialise
+from .transformers import (
+    attention_implementation,
+    causal_window,
+    collects_attention_weights,
+    device_mesh,
+    initialise,
+    set_attention_implementation,
+    takes_boolean_masks,
+)
 
 __all__ = [
     "DispatchMode",
     "Memory",
     "any_autocast",
     "attention_implementation",
+    "causal_window",
     "child",
     "collects_attention_weights",
     "copy_all",
@@ -67,6 +77,7 @@ __all__ = [
     "device_mesh",
     "dispatch_modes",
     "flash_backward",
+    "flash_operators",
     "flattened",
     "forward_hooks",
     "forward_mode_enabled",
@@ -92,6 +103,8 @@ __all__ = [
     "saves_elsewhere",
     "script_as",
     "script_no_longer",
+    "set_attention_implementation",
+    "takes_boolean_masks",
     "version",
     "vmap_in_operators",
     "without_dispatch_modes",

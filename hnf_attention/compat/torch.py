@@ -201,6 +201,12 @@ cudnn_backward: Any = _find("ops.aten._scaled_dot_product_cudnn_attention_backwa
 flash_backward: Any = _find("ops.aten._scaled_dot_product_flash_attention_backward", None)
 """FlashAttention's backward of attention. Missing: None, and this project's own kernel is used."""
 
+flash_operators = ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward")
+"""What scaled_dot_product_attention calls for its flash kernel, in `torch.ops.aten`: the forward and its backward.
+
+Missing: `hnf_attention.integrations.torch_sdpa.activate` raises an error of PyTorch's.
+"""
+
 cudnn_enabled: Callable[[], bool] = _find("_C._get_cudnn_enabled", lambda: torch.backends.cudnn.enabled)
 """Whether the user lets PyTorch use cuDNN at all, `torch.backends.cudnn.enabled`.
 

@@ -13,6 +13,7 @@ from .. import compat
 from ..engine.call import autocast, check
 from ..reference.context import hidden_keys
 from ..reference.options import Options
+from ..statistics.rows import RowStats
 from .shared_masks import once
 
 EAGER, COMPILED = "eager", "compiled"  # the places where a call may run
@@ -52,6 +53,8 @@ class AttentionCall:
         Such a call is probed in plain PyTorch.
     place: EAGER or COMPILED.
     window_size: as in `attention`: only keys with |i - j| < window_size are visible.
+    own_rows: gives the statistics that the model's own attention computed with its output, once it has run. The call is
+        probed where it, or what it gives, is None.
     """
 
     query: Tensor
@@ -71,6 +74,7 @@ class AttentionCall:
     modify: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     place: str = EAGER
     window_size: int | None = None
+    own_rows: Callable[[], RowStats | None] | None = None
 
     def __repr__(self) -> str:
         names = ("is_causal", "scale", "window_size", "softcap")
@@ -127,6 +131,12 @@ class AttentionCall:
         )
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is an ordinary dense one with numbers in it."""
+    ordinary = type(tensor) is Tensor or type(tensor) is nn.Parameter
+    return ordinary and not tensor.is_nested and not tensor.is_meta
+
+
 def require_plain(**tensors: Tensor | None) -> None:
     """Raise Unmeasurable for a tensor that is not an ordinary dense one with numbers in it."""
     for name, tensor in tensors.items():
@@ -148,10 +158,11 @@ def hide(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if not mask.is_floating_point():
         return mask
-    return once(("hide", dtype), mask, lambda: _hidden(mask, dtype))
+    return once(("hide", dtype), mask, lambda: hidden(mask, dtype))
 
 
-def _hidden(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def hidden(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """`hide` of an additive mask, computed anew."""
     mask = mask.masked_fill(mask < torch.finfo(mask.dtype).min / 2, -torch.inf)
     return mask if mask.dtype == dtype else mask.float()
 

@@ -12,7 +12,7 @@ from ..compat import attention_implementation
 from ..names import display_name
 
 _ATTENTION = re.compile("attention|attn", re.IGNORECASE)
-_MEASURED_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", None)
+_MEASURED_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", "hnf_attention", None)
 
 
 @dataclass(frozen=True, repr=False)

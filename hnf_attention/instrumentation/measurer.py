@@ -164,8 +164,9 @@ class Measurer:
                 with without_dispatch_modes(), without_tangents(), engines.no_autocast(call.query):
                     if output is None and result is not None:
                         output = call.output(result)
+                    rows = rows or (call.own_rows and call.own_rows())
                     self._measure(layer, state, call, options, rows, output)
-                self._succeed(layer, state, self._how(call, options, fused))
+                self._succeed(layer, state, self._how(call, options, rows is not None))
             except Exception as error:  # the monitor never ends a run
                 failure = error.with_traceback(None)
         if failure is not None:

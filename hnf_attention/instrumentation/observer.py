@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import compat
+from ..statistics.rows import RowStats
 from ..tracing import running_modules
 from .call import EAGER, AttentionCall
 from .expected import Expected, Plain
@@ -152,15 +153,16 @@ class _Thread(threading.local):
     suspended: the call is measured already, and attention inside is part of it.
     heads: of the scaled_dot_product_attention inside, where transformers makes it.
     receiver: takes (original, *arguments) of a scaled_dot_product_attention inside, in place of any observer.
-    probe: takes the description of a multi_head_attention_forward inside, likewise.
     expected: the calls that the forward of a model which keeps them is expected to make.
+    slot_rows: statistics of the last scaled_dot_product_attention that this project computed in place of PyTorch's
+        flash kernel, which leaves them here. Whoever wants those of a call sets this to None before it.
     """
 
     suspended = False
     heads: Heads | None = None
     receiver: Callable[..., Any] | None = None
-    probe: Callable[[AttentionCall], None] | None = None
     expected: Expected | None = None
+    slot_rows: RowStats | None = None
 
 
 thread = _Thread()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...statistics.rows import RowStats
 from ...tracing import traced, transformed
 from .. import observer, sharded, treating
 from ..call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
@@ -38,7 +39,10 @@ def _interceptor(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     rings = context_parallel.is_wrapper(original)
 
     def described(*args: Any, **kwargs: Any) -> AttentionCall:
-        return call_of(observer.thread.heads, *args, **kwargs)
+        call = call_of(observer.thread.heads, *args, **kwargs)
+        observer.thread.slot_rows = None
+        call.own_rows = functools.partial(_rows_of_slot, call.query.shape[:3])
+        return call
 
     @functools.wraps(original)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
@@ -61,6 +65,12 @@ def _interceptor(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return observer.run(original, args, kwargs, described, find, _plain_of)
 
     return scaled_dot_product_attention
+
+
+def _rows_of_slot(shape: torch.Size) -> RowStats | None:
+    """Statistics of the call of this shape that just ran, if this project computed it under PyTorch's flash kernel."""
+    found = observer.thread.slot_rows
+    return found if found is not None and found.lse.shape == shape else None
 
 
 def _announced(*_: Any, **__: Any) -> observer.Owner | None:
@@ -109,7 +119,7 @@ def _beside(
     call = operators.detached(attn_mask), bool(is_causal), scale, enable_gqa, heads
     if isinstance(found, slots.Slot):
         state = found.accumulator, found.result, found.token, found.control
-        _graphed_operator(*state, query, key, value, output.detach(), *call)
+        graphed_operator(*state, query, key, value, output.detach(), *call)
     else:
         _operator(found, query, key, value, *call)
 
@@ -158,7 +168,7 @@ def call_of(
 
     Raises Unmeasurable for tensors that cannot be measured.
     """
-    not_fused = why_not_fused(dropout_p, attn_mask) or _fused_kernels_off()
+    not_fused = why_not_fused(dropout_p, attn_mask) or fused_kernels_off()
     split: Any = None  # the queries, if they are a DTensor
     if heads is None and type(query) is not Tensor and sharded.is_sharded(query):
         split = query
@@ -172,7 +182,7 @@ def call_of(
     if attn_mask is not None:
         with torch.no_grad():
             attn_mask = hide(attn_mask.detach(), query.dtype)
-    query, key, value, attn_mask, shape = _four_dimensional(query, key, value, attn_mask)
+    query, key, value, attn_mask, shape = four_dimensional(query, key, value, attn_mask)
     if heads is not None:
         query, key, value, attn_mask = _ungroup(heads, query, key, value, attn_mask)
     elif not enable_gqa and query.shape[1] != key.shape[1]:
@@ -203,10 +213,10 @@ def call_of(
     )
 
 
-_graphed_operator = graphed.operator("measure_sdpa", call_of)
+graphed_operator = graphed.operator("measure_sdpa", call_of)
 
 
-def _fused_kernels_off() -> str | None:
+def fused_kernels_off() -> str | None:
     """Why the user's choice of SDPA's kernels leaves the output to PyTorch, None if it does not.
 
     Our kernel takes the place of a fused one. Which of PyTorch's fused ones are allowed decides about the backward.
@@ -217,7 +227,7 @@ def _fused_kernels_off() -> str | None:
     return ONLY_MATH
 
 
-def _four_dimensional(
+def four_dimensional(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
     """(B, H, rows, C) tensors, a mask that broadcasts to them, and the output's shape without its last size.
