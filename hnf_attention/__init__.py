@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from .diagnosis import AttentionDiagnosis, StabilityIssue
     from .diagnosis.triage import NonFiniteTrace
     from .engine.api import attention, attention_stats
-    from .instrumentation import Instrumentation, instrument, restore
+    from .instrumentation import (
+        CallDescription,
+        Instrumentation,
+        Unmeasurable,
+        instrument,
+        register_interceptor,
+        restore,
+    )
     from .interventions import apply_intervention
     from .monitoring.analyzer import AttentionAnalyzer
     from .monitoring.monitor import AttentionStabilityMonitor
@@ -33,7 +40,14 @@ else:
     _HOMES = {  # module -> the public names that it defines; as above, which a test compares
         ".diagnosis": ("AttentionDiagnosis", "StabilityIssue"),
         ".engine.api": ("attention", "attention_stats"),
-        ".instrumentation": ("Instrumentation", "instrument", "restore"),
+        ".instrumentation": (
+            "CallDescription",
+            "Instrumentation",
+            "Unmeasurable",
+            "instrument",
+            "register_interceptor",
+            "restore",
+        ),
         ".interventions": ("apply_intervention",),
         ".monitoring.analyzer": ("AttentionAnalyzer",),
         ".monitoring.monitor": ("AttentionStabilityMonitor",),
@@ -72,6 +86,7 @@ __all__ = [
     "AttentionAnalyzer",
     "AttentionDiagnosis",
     "AttentionStabilityMonitor",
+    "CallDescription",
     "HeadStats",
     "Instrumentation",
     "MultiheadAttention",
@@ -82,12 +97,14 @@ __all__ = [
     "StabilityIssue",
     "StabilityRegion",
     "StabilityReport",
+    "Unmeasurable",
     "apply_intervention",
     "attention",
     "attention_stats",
     "check_attention_stability",
     "instrument",
     "merge_attention",
+    "register_interceptor",
     "restore",
     "stability_region",
     "trace_non_finite",

@@ -1,4 +1,7 @@
-"""Whether an eager attention function computes what its description says: both run on a few rows."""
+"""Whether the model's attention computes what its description says.
+
+An eager function runs on a few rows beside ours. A library may return its lse, which is compared as it is.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import api
+from ..reference.masks import take_rows
+from ..statistics.rows import RowStats
+from ..tracing import captured
 from .call import AttentionCall, Unmeasurable
 
 CHECKED_ROWS = 64
+#: How far the lse of a library may lie from ours: nats, and a share of its size. Kernels compute tanh of a soft-cap in
+#: half precision, which moves a score by 5e-4 of the cap.
+LSE_TOLERANCE = 1e-2, 1e-3
 
 
 @torch.no_grad()
@@ -58,6 +67,33 @@ def check_equivalence(
     if difference > tolerance:
         raise Unmeasurable(
             f"its eager attention function computes something else (outputs differ by {difference:.1e})",
+            lasting=True,
+        )
+    return True
+
+
+@torch.no_grad()
+def check_lse(call: AttentionCall, rows: RowStats, result: Any) -> bool:
+    """Compare the lse in what the model's own attention returned with ours, in all rows that see a key.
+
+    True if they agree, False if there is no such lse, or nothing finite to compare. Raises Unmeasurable if they differ.
+    The host waits for the device.
+    """
+    theirs = None if call.lse_of is None or result is None or captured() else call.lse_of(result)
+    if theirs is None or theirs.shape != call.query.shape[:3]:
+        return False
+    index, ours = rows.row_index, rows.lse
+    occupied = (rows.max_logit != -torch.inf) & ours.isfinite()
+    if index is not None:
+        theirs, occupied = take_rows(theirs, index), occupied & (index >= 0)
+    if not occupied.any():
+        return False
+    ours, theirs = ours[occupied], theirs[occupied].to(ours.dtype)
+    absolute, relative = LSE_TOLERANCE
+    difference = (ours - theirs).abs()
+    if not (difference <= absolute + relative * ours.abs()).all():
+        raise Unmeasurable(
+            f"the lse that it returns is not that of its description (they differ by up to {difference.max():.1e})",
             lasting=True,
         )
     return True

@@ -16,7 +16,7 @@ from .compiled import tracer
 from .coverage import Coverage, is_attention, unreached
 from .evidence import UNMET
 from .graph_reader import GraphReader
-from .interceptors import flex, multihead, products, sdpa, softmax
+from .interceptors import flex, multihead, products, registered, sdpa, softmax
 from .measurer import MOST_CALLS, Measurer
 from .padding import checked_query_mask
 from .patches import Patch
@@ -167,7 +167,8 @@ class Instrumentation(Measurer):
         self._restore.atexit = False
         patches += _install(modules.values())
         watched.renew_graphs()
-        self._problems |= flex.unreachable(modules) | tracer.unreached_before(modules)
+        self._problems |= flex.unreachable(modules) | registered.unreachable(modules)
+        self._problems |= tracer.unreached_before(modules)
         self._slowed |= tracer.slowed_before(modules)
         self.measuring = True
 
@@ -275,6 +276,7 @@ class Instrumentation(Measurer):
 def _install(modules: Collection[nn.Module]) -> list[Patch]:
     """Put all interceptors in place."""
     patches = [
+        *registered.install(modules),  # first: what the user says of a function is believed
         *sdpa.install(modules),
         *multihead.install(),
         *softmax.install(modules),

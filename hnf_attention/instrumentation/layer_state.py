@@ -17,6 +17,7 @@ class LayerState:
     """What is known of one layer from its calls so far.
 
     checked: its own attention function was compared with ours.
+    lse_checked: so was the lse that it returns.
     fused_failed, measuring_failed: our attention cannot compute or measure its calls; they are not tried any more.
     failures: how often in a row measuring failed of which nothing shows that it lasts. failure: the latest reason.
     calls: numbers its calls. again: the number of the call that is tried next, after a failure.
@@ -27,6 +28,7 @@ class LayerState:
     """
 
     checked: bool = False
+    lse_checked: bool = False
     fused_failed: bool = False
     measuring_failed: bool = False
     failures: int = 0
