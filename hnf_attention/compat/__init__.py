@@ -48,7 +48,13 @@ from .torch import (
     without_dispatch_modes,
     without_forward_mode,
 )
-from .transformers import attention_implementation, collects_attention_weights, device_mesh, initialise
+from .transformers import (
+    attention_implementation,
+    collects_attention_weights,
+    device_mesh,
+    initialise,
+    loaded_flash_functions,
+)
 
 __all__ = [
     "DispatchMode",
@@ -78,6 +84,7 @@ __all__ = [
     "jit_trace",
     "kept_in",
     "learned",
+    "loaded_flash_functions",
     "lowered_graph",
     "module_call_code",
     "next_node_number",

@@ -16,7 +16,7 @@ from .compiled import tracer
 from .coverage import Coverage, is_attention, unreached
 from .evidence import UNMET
 from .graph_reader import GraphReader
-from .interceptors import flex, multihead, products, registered, sdpa, softmax
+from .interceptors import flash_attn, flex, multihead, products, registered, sdpa, softmax
 from .measurer import MOST_CALLS, Measurer
 from .padding import checked_query_mask
 from .patches import Patch
@@ -167,7 +167,8 @@ class Instrumentation(Measurer):
         self._restore.atexit = False
         patches += _install(modules.values())
         watched.renew_graphs()
-        self._problems |= flex.unreachable(modules) | registered.unreachable(modules)
+        for library in (registered, flex, flash_attn):
+            self._problems |= library.unreachable(modules)
         self._problems |= tracer.unreached_before(modules)
         self._slowed |= tracer.slowed_before(modules)
         self.measuring = True
@@ -282,6 +283,7 @@ def _install(modules: Collection[nn.Module]) -> list[Patch]:
         *softmax.install(modules),
         *products.install(modules),
         *flex.install(modules),
+        *flash_attn.install(modules),
     ]
     if (
         "transformers.modeling_utils" in sys.modules

@@ -17,6 +17,10 @@ from torch import nn
 from .. import compat
 from ..compat import dynamo
 
+_Place = tuple[Callable[[], Callable[..., Any]], Callable[[Any], None]]
+#: What makes our function from the original, by the original.
+Replacements = Mapping[Callable[..., Any], Callable[[Any], Callable[..., Any]]]
+
 _lock = threading.RLock()  # re-entrant: a garbage collection inside it may release a patch
 _MARK = "_hnf_attention_patch"
 #: Patches without users that a garbage collection released while Dynamo traced. The graph will be guarded by the
@@ -89,18 +93,17 @@ class Patch:
         return patches
 
     @staticmethod
-    def of_functions(
-        functions: Collection[Callable[..., Any]],
-        replacement: Callable[[Any], Callable[..., Any]],
-        modules: Collection[nn.Module],
-    ) -> list[Patch]:
+    def of_functions(replacements: Replacements, modules: Collection[nn.Module]) -> list[Patch]:
         """Patch every place that holds one of these functions, or what a compiler made of one.
 
         Places are the globals of every imported file, and the attributes of these modules and of their classes.
         """
         with _lock:
             _put_late_ones_back()
-        return [Patch.acquire(*place, replacement) for place in _places(functions, modules)]
+        return [
+            Patch.acquire(*place, replacements[function])
+            for function, place in _places(replacements, modules)
+        ]
 
     def release(self) -> None:
         """Give up one use. The last one restores the original, but not while Dynamo traces: see `_late`."""
@@ -140,43 +143,44 @@ def original_of(function: Any) -> Any:
     return function
 
 
-def is_one_of(value: Any, functions: Collection[Callable[..., Any]]) -> bool:
-    """Whether the value stands for one of these functions."""
-    original = original_of(value)
-    return any(original is function for function in functions)
+def _places(
+    functions: Collection[Callable[..., Any]], modules: Collection[nn.Module]
+) -> Iterator[tuple[Callable[..., Any], _Place]]:
+    """Each place that holds one of these functions: which, and how to read and write it."""
+    if not functions:
+        return
+    known = {id(function): function for function in functions}
 
+    def found(value: Any) -> Callable[..., Any] | None:
+        return known.get(id(original_of(value)))
 
-_Place = tuple[Callable[[], Callable[..., Any]], Callable[[Any], None]]
-
-
-def _places(functions: Collection[Callable[..., Any]], modules: Collection[nn.Module]) -> Iterator[_Place]:
-    """How to read and write each place that holds one of these functions."""
     seen: set[int] = set()  # a file may be imported by several names
     for file in list(sys.modules.values()):
         if issubclass(type(file), ModuleType) and id(vars(file)) not in seen:
             seen.add(id(vars(file)))
             for name, value in list(vars(file).items()):
-                if is_one_of(value, functions):
-                    yield of_item(vars(file), name)
+                if (function := found(value)) is not None:
+                    yield function, of_item(vars(file), name)
     for cls in classes(modules):
         for name, value in list(vars(cls).items()):
             static = type(value) is staticmethod
-            if is_one_of(value.__func__ if static else value, functions):
-                yield of_class(cls, name, static)
+            if (function := found(value.__func__ if static else value)) is not None:
+                yield function, of_class(cls, name, static)
     for module in modules:
         for name, value in list(vars(module).items()):
-            if is_one_of(value, functions):
-                yield of_attribute(module, name)
+            if (function := found(value)) is not None:
+                yield function, of_attribute(module, name)
 
 
 def hidden(modules: Mapping[str, nn.Module], functions: Collection[Callable[..., Any]]) -> dict[str, str]:
     """Why modules that hold one of these functions inside a `functools.partial` are not measured, by their names."""
+    known = {id(function) for function in functions}
     return {
         layer: f"its attribute {name!r} is a functools.partial of {original_of(value.func).__name__}, "
         "which is called past every replacement"
         for layer, module in modules.items()
         for name, value in vars(module).items()
-        if isinstance(value, functools.partial) and is_one_of(value.func, functions)
+        if isinstance(value, functools.partial) and id(original_of(value.func)) in known
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -16,6 +17,7 @@ from .functions import interceptor
 def install(modules: Collection[nn.Module]) -> list[Patch]:
     """Replace the registered functions, wherever they are held, until the patches are released."""
     patches: list[Patch] = []
+    replacements: dict[Any, Any] = {}
     for one in registry.registered():
         replacement = functools.partial(interceptor, one.path, one.call_of)
         place, name = registry.find(one.path)
@@ -26,8 +28,8 @@ def install(modules: Collection[nn.Module]) -> list[Patch]:
                 patches.append(Patch.acquire(*of_class(place, name, static), replacement))
             else:  # the class may have it from its base
                 patches += Patch.everywhere(place, name, replacement, ())
-        patches += Patch.of_functions([original], replacement, modules)
-    return patches
+        replacements[original] = replacement
+    return patches + Patch.of_functions(replacements, modules)
 
 
 def unreachable(modules: Mapping[str, nn.Module]) -> dict[str, str]:
