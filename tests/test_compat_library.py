@@ -1,5 +1,7 @@
 """What the private names of PyTorch's own attention kernels carry: the public behaviour that fails if one is wrong."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,3 +65,19 @@ def test_another_flash_attention_gives_no_gradient_of_our_output():
     finally:
         torch.nn.attention.restore_flash_attention_impl()
     assert compat.other_flash() is None and library.choice().flash
+
+
+@carried_by("loaded_flash_functions")
+def test_transformers_keeps_the_flash_functions_that_it_loaded(monkeypatch):
+    from transformers import modeling_flash_attention_utils as utils
+
+    def attend(q, k, v):
+        return q
+
+    found = attend, attend, attend, None, None
+    monkeypatch.setattr(utils, "_lazy_imports", lambda *_, **__: found)
+    for name in ("_loaded_implementation", "_flash_fn", "_flash_varlen_fn", "_flash_with_kvcache_fn"):
+        monkeypatch.setattr(utils, name, None)
+    assert compat.loaded_flash_functions() == []
+    utils.lazy_import_flash_attention("flash_attention_2")  # the third may not be compiled
+    assert [inspect.unwrap(function) for function in compat.loaded_flash_functions()] == [attend] * 3

@@ -72,11 +72,14 @@ def unreached(attention: Mapping[str, nn.Module], measured: Mapping[str, str]) -
 def _reason(module: nn.Module) -> str:
     implementation = attention_implementation(module)
     if implementation not in _MEASURED_IMPLEMENTATIONS:
+        flash = "flash" in implementation
         return (
-            f"attn_implementation={implementation!r} is not measured; load the model with "
-            'attn_implementation="sdpa", "eager" or "flex_attention"'
+            f"attn_implementation={implementation!r}: "
+            + ("no function of FlashAttention was reached" if flash else "is not measured")
+            + '; load the model, then instrument it, or load it with "sdpa", "eager" or "flex_attention"'
         )
     return (
-        "no call reached scaled_dot_product_attention, flex_attention or the Hugging Face attention interface "
-        "or a softmax between two products (a compiled graph hides tensor.softmax(); torch.softmax() is seen)"
+        "no call reached scaled_dot_product_attention, flex_attention, the Hugging Face attention interface, a library "
+        "of docs/libraries.md, a registered function, or a softmax between two products (a compiled graph hides "
+        "tensor.softmax(); torch.softmax() is seen)"
     )
