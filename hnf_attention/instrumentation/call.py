@@ -56,6 +56,7 @@ class AttentionCall:
     casts: whether autocast changes the dtypes that the model's attention computes in, as it does for SDPA.
     lse_of: makes lse (B, H, M), in nats, of what the model's own attention returns; it, or what it makes, is None
         where that is not known. It is compared with ours, once per layer.
+    max_logit_of: likewise makes the largest score of each head over the batch and its queries, (H,).
     """
 
     query: Tensor
@@ -78,6 +79,7 @@ class AttentionCall:
     seqlens: Tensor | None = None
     casts: bool = True
     lse_of: Callable[[Any], Tensor | None] | None = None
+    max_logit_of: Callable[[Any], Tensor | None] | None = None
 
     def __repr__(self) -> str:
         names = ("is_causal", "scale", "window_size", "softcap")

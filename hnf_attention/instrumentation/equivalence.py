@@ -1,6 +1,7 @@
 """Whether the model's attention computes what its description says.
 
-An eager function runs on a few rows beside ours. A library may return its lse, which is compared as it is.
+An eager function runs on a few rows beside ours. A library may return its lse or its largest
+scores, which are compared as they are.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from ..tracing import captured
 from .call import AttentionCall, Unmeasurable
 
 CHECKED_ROWS = 64
-#: How far the lse of a library may lie from ours: nats, and a share of its size. Kernels compute tanh of a soft-cap in
-#: half precision, which moves a score by 5e-4 of the cap.
-LSE_TOLERANCE = 1e-2, 1e-3
+#: How far the lse or the largest score of a library may lie from ours: nats, and a share of its size. Kernels compute
+#: the tanh of a soft-cap in half precision, which moves a score by 5e-4 of the cap.
+RETURNED_TOLERANCE = 1e-2, 1e-3
 
 
 @torch.no_grad()
@@ -73,30 +74,40 @@ def check_equivalence(
 
 
 @torch.no_grad()
-def check_lse(call: AttentionCall, rows: RowStats, result: Any) -> bool:
-    """Compare the lse in what the model's own attention returned with ours, in all rows that see a key.
+def check_returned(call: AttentionCall, rows: RowStats, result: Any) -> str | None:
+    """Compare the lse and the largest scores in what the model's own attention returned with ours.
 
-    True if they agree, False if there is no such lse, or nothing finite to compare. Raises Unmeasurable if they differ.
+    Which of them agree, in words; None if it returned neither, or nothing finite. Raises Unmeasurable if one differs.
     The host waits for the device.
     """
-    theirs = None if call.lse_of is None or result is None or captured() else call.lse_of(result)
-    if theirs is None or theirs.shape != call.query.shape[:3]:
-        return False
-    index, ours = rows.row_index, rows.lse
-    occupied = (rows.max_logit != -torch.inf) & ours.isfinite()
-    if index is not None:
-        theirs, occupied = take_rows(theirs, index), occupied & (index >= 0)
-    if not occupied.any():
-        return False
-    ours, theirs = ours[occupied], theirs[occupied].to(ours.dtype)
-    absolute, relative = LSE_TOLERANCE
-    difference = (ours - theirs).abs()
+    if result is None or captured():
+        return None
+    occupied = (rows.max_logit != -torch.inf) & rows.lse.isfinite()
+    agreed = []
+    lse = None if call.lse_of is None else call.lse_of(result)
+    if lse is not None and lse.shape == call.query.shape[:3]:
+        if rows.row_index is not None:
+            lse, occupied = take_rows(lse, rows.row_index), occupied & (rows.row_index >= 0)
+        if occupied.any():
+            _require_close("lse", rows.lse[occupied], lse[occupied])
+            agreed.append("lse")
+    largest = None if call.max_logit_of is None else call.max_logit_of(result)
+    if largest is not None and rows.row_index is None and largest.shape == call.query.shape[1:2]:
+        ours = rows.max_logit.amax((0, 2))
+        if ours.isfinite().all():
+            _require_close("largest score", ours, largest)
+            agreed.append("largest score")
+    return " and ".join(agreed) or None
+
+
+def _require_close(what: str, ours: Tensor, theirs: Tensor) -> None:
+    absolute, relative = RETURNED_TOLERANCE
+    difference = (ours - theirs.to(ours.dtype)).abs()
     if not (difference <= absolute + relative * ours.abs()).all():
         raise Unmeasurable(
-            f"the lse that it returns is not that of its description (they differ by up to {difference.max():.1e})",
+            f"the {what} that it returns is not that of its description (they differ by up to {difference.max():.1e})",
             lasting=True,
         )
-    return True
 
 
 @contextmanager

@@ -16,7 +16,19 @@ from .compiled import tracer
 from .coverage import Coverage, is_attention, unreached
 from .evidence import UNMET
 from .graph_reader import GraphReader
-from .interceptors import flash_attn, flex, multihead, products, registered, sdpa, softmax
+from .interceptors import (
+    flash_attn,
+    flex,
+    megatron,
+    multihead,
+    products,
+    registered,
+    sdpa,
+    softmax,
+    transformer_engine,
+    varlen,
+    xformers,
+)
 from .measurer import MOST_CALLS, Measurer
 from .padding import checked_query_mask
 from .patches import Patch
@@ -167,7 +179,7 @@ class Instrumentation(Measurer):
         self._restore.atexit = False
         patches += _install(modules.values())
         watched.renew_graphs()
-        for library in (registered, flex, flash_attn):
+        for library in (registered, flex, flash_attn, varlen, xformers):
             self._problems |= library.unreachable(modules)
         self._problems |= tracer.unreached_before(modules)
         self._slowed |= tracer.slowed_before(modules)
@@ -283,8 +295,9 @@ def _install(modules: Collection[nn.Module]) -> list[Patch]:
         *softmax.install(modules),
         *products.install(modules),
         *flex.install(modules),
-        *flash_attn.install(modules),
     ]
+    for library in (flash_attn, varlen, xformers, transformer_engine, megatron):
+        patches += library.install(modules)
     if (
         "transformers.modeling_utils" in sys.modules
     ):  # the model is none of transformers' before it is imported

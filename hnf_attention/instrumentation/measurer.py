@@ -23,7 +23,7 @@ from ..tracing import without_dispatch_modes, without_tangents
 from . import observer, scores, witness
 from .call import COMPILED, EAGER, FAILED_IN_GRAPH, AttentionCall, Unmeasurable, keys_hidden
 from .decoding import Decoding
-from .equivalence import check_lse
+from .equivalence import check_returned
 from .forwards import Forwards
 from .keeping import Described, KeptForward, described
 from .layer_state import KeptLayers, LayerState, note_described
@@ -162,8 +162,7 @@ class Measurer:
                     if output is None and result is not None:
                         output = call.output(result)
                     self._measure(layer, state, call, options, rows, output, None if fused else result)
-                how = self._how(call, options, fused)
-                self._succeed(layer, state, how + ", its lse agrees" * state.lse_checked)
+                self._succeed(layer, state, state.remarked(self._how(call, options, fused)))
             except Exception as error:  # the monitor never ends a run
                 failure = error.with_traceback(None)
         if failure is not None:
@@ -258,8 +257,8 @@ class Measurer:
             measurement.context = self._context(layer, call, options, measurement.rows, output)
         else:
             self._leave_out(measurement, query.shape[2])
-        if not state.lse_checked:
-            state.lse_checked = check_lse(call, measurement.rows, result)
+        if state.agrees is None:
+            state.agrees = check_returned(call, measurement.rows, result)
         if call.place not in state.described:
             note_described(self._layers, layer, call.place)
             witness.record()
