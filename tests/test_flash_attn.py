@@ -325,6 +325,29 @@ def test_one_of_each_layout():
     check(got, [(args[0][b], args[1][b]) for b in range(2)], **words(options))
 
 
+def test_every_step_keeps_packs_and_leaves_copies():
+    q, k, starts = draw(20, 4, 8).requires_grad_(), draw(20, 2, 8), Q.int()
+    model, kept = Caller("flash_attn", "flash_attn_varlen_func"), []
+    with instrument(model) as handle:
+        handle.keeping, handle.on_kept = True, kept.append
+        model(q, k, k, starts, starts, 8, 8, causal=True)
+        ((call,), (tensors,)) = kept[0].calls, kept[0].tensors
+        assert call.options.seqlens is starts and call.options.is_causal
+        assert [tuple(x.shape) for x in tensors] == [
+            (1, 4, 20, 8),
+            (1, 2, 20, 8),
+            (1, 2, 20, 8),
+            (1, 4, 20, 8),
+        ]
+        more = draw(29, 2, 8)
+        model(q, more, more, starts, K.int(), 8, 16)
+        assert (
+            "extremes at measured steps only: its sequences lie apart in memory"
+            in handle.coverage.measured[""]
+        )
+    assert len(kept) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(
     importlib.util.find_spec("flash_attn") is None, reason="the package flash_attn is not installed"

@@ -54,6 +54,7 @@ class AttentionCall:
     window_size: as in `attention`: only keys with |i - j| < window_size are visible.
     seqlens: as in `attention`: borders of sequences that lie end to end in one row.
     casts: whether autocast changes the dtypes that the model's attention computes in, as it does for SDPA.
+    copied: query, key and value are copies of the model's tensors.
     lse_of: makes lse (B, H, M), in nats, of what the model's own attention returns; it, or what it makes, is None
         where that is not known. It is compared with ours, once per layer.
     max_logit_of: likewise makes the largest score of each head over the batch and its queries, (H,).
@@ -78,6 +79,7 @@ class AttentionCall:
     window_size: int | None = None
     seqlens: Tensor | None = None
     casts: bool = True
+    copied: bool = False
     lse_of: Callable[[Any], Tensor | None] | None = None
     max_logit_of: Callable[[Any], Tensor | None] | None = None
 

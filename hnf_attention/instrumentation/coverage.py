@@ -80,6 +80,6 @@ def _reason(module: nn.Module) -> str:
         )
     return (
         "no call reached scaled_dot_product_attention, flex_attention, the Hugging Face attention interface, a library "
-        "of docs/libraries.md, a registered function, or a softmax between two products (a compiled graph hides "
-        "tensor.softmax(); torch.softmax() is seen)"
+        "that is known, a registered function, or a softmax between two products (a compiled graph hides "
+        "tensor.softmax(); torch.softmax() is seen); a library has to be imported before the model is instrumented"
     )

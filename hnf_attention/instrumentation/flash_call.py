@@ -102,6 +102,7 @@ def described(library: str, signature: inspect.Signature, *args: Any, **kwargs: 
         output_of=lambda result: part.from_output(_first(result)),
         lse_of=None if qv is not None else functools.partial(_lse, part),
         casts=False,
+        copied=qv is not None or part.copied,
     )
     place(call, Positions(left, right, *part.lengths, slopes))
     if call.modify is not None:

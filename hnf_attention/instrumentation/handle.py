@@ -49,12 +49,14 @@ def instrument(
 ) -> Instrumentation:
     """Measure every attention call of `model`: exact softmax statistics per batch, head and query.
 
-    Reached are Hugging Face models (attn_implementation "sdpa", "eager" or "flex_attention") and everything that
-    calls `torch.nn.functional.scaled_dot_product_attention` or `flex_attention`, and attention that is written out: a
-    softmax over the last dimension of a product of queries and keys, if the result meets values. Each call has the name
-    of the innermost module that is running. What is not reached is listed in `.coverage`. Nothing of the model is
-    changed: no config, no module, no state dict. `.restore()` ends it, and so does dropping the returned handle.
-    A model may be compiled before or after; its graphs are probed, in every mode.
+    Reached are Hugging Face models (attn_implementation "sdpa", "eager", "flex_attention", "flash_attention_2" to "4")
+    and everything that calls `torch.nn.functional.scaled_dot_product_attention` or `flex_attention`, the libraries of
+    docs/libraries.md, functions of `register_interceptor`, and attention that is written out: a softmax over the last
+    dimension of a product of queries and keys, if the result meets values. Each call has the name of the innermost
+    module that is running. What is not reached is listed in `.coverage`. Nothing of the model is changed: no config, no
+    module, no state dict. (An attribute that holds a function of a library holds ours meanwhile.) `.restore()` ends it,
+    and so does dropping the returned handle. A model may be compiled before or after; its graphs are probed, in every
+    mode.
 
     mode: "probe" leaves the model's attention alone and measures beside it, with bit-identical outputs.
         "fused" computes the output in the same pass as the statistics, wherever that is the same function. Calls with

@@ -27,7 +27,7 @@ class Part:
     query (B, H, M, D), key (B, H_kv, N, D), value (B, H_kv, N, D_v). seqlens: as `attention` takes it.
     lengths: num_queries, num_keys and first_key of `Positions`.
     index: int64 (B, M), the places of the queries in the function's output, where they lay end to end.
-    own: boolean (B, M), which of these places are theirs. not_fused: as in `AttentionCall`.
+    own: boolean (B, M), which of these places are theirs. not_fused, copied: as in `AttentionCall`.
     """
 
     query: Tensor
@@ -38,6 +38,7 @@ class Part:
     index: Tensor | None = None
     own: Tensor | None = None
     not_fused: str | None = None
+    copied: bool = False
 
     def from_output(self, out: Any) -> Tensor | None:
         """(B, H, M, D_v) of the function's output."""
@@ -132,7 +133,7 @@ def _batched(
     if key.dim() != 4 or query.dim() != 4 or key.shape[0] != batch:
         raise Unmeasurable(f"query and key of shapes {tuple(query.shape)} and {tuple(key.shape)} do not fit")
     part.query, part.key, part.value = (x.transpose(1, 2) for x in (query, key, value))
-    part.lengths = num_queries, num_keys, first
+    part.lengths, part.copied = (num_queries, num_keys, first), True
     return part
 
 

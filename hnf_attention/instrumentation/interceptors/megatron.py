@@ -71,5 +71,6 @@ def _described(signature: inspect.Signature, *args: Any, **kwargs: Any) -> Atten
         casts=False,
     )
     if window is not None:
-        place(call, Positions(*(None if bound < 0 else int(bound) for bound in window)))
+        left, right = (None if bound < 0 else int(bound) for bound in window)
+        place(call, Positions(left, right))
     return call

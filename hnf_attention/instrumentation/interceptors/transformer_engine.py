@@ -99,6 +99,7 @@ def _described(signature: inspect.Signature, *args: Any, **kwargs: Any) -> Atten
         output_of=functools.partial(_output, layout, part),
         max_logit_of=lambda result: result[1] if isinstance(result, tuple) and len(result) > 1 else None,
         casts=False,
+        copied=part.copied,
     )
     _place(call, shape, part, slopes if bias_type == "alibi" else None)
     if user_mask is not None or bias_type == "post_scale_bias":
@@ -145,7 +146,7 @@ def _part(
     if layout not in ("sbhd", "bshd"):
         raise Unmeasurable(f"qkv_format={layout!r}")
     axes = (1, 2, 0, 3) if layout == "sbhd" else (0, 2, 1, 3)
-    part = packs.Part(*(x.permute(axes) for x in (query, key, value)))
+    part = packs.Part(query.permute(axes), key.permute(axes), value.permute(axes))
     if mask.padding:
         if borders[0] is None or borders[1] is None:
             hidden = given.take("attention_mask")
