@@ -264,7 +264,7 @@ def test_what_is_not_described_is_listed(engine):
     with instrument(model) as handle:
         model(*tensors, inference_params=object())
         assert "its argument inference_params is not" in handle.coverage.not_measured["core_attention"]
-        core.cp_group = object()
+        core.cp_group = [None, None]
         model(*tensors)
         assert "context parallelism" in handle.coverage.not_measured["core_attention"]
     core.cp_group, core.unfused_attention = None, None

@@ -245,14 +245,31 @@ def test_what_it_cannot_describe_is_listed(sage):
 
 
 @pytest.mark.slow
-def test_a_compiled_graph_lists_it(sage):
-    model = Attention(is_causal=True)
-    with register_interceptor("sageattention.sageattn", describe), instrument(model) as handle:
-        torch.testing.assert_close(compiled(model, "aot_eager")(X), Attention.forward(model, X))
+def test_a_compiled_graph_measures_it(sage):
+    model = Attention(is_causal=True, sm_scale=0.3)
+    plain = model(X)
+    with register_interceptor("sageattention.sageattn", describe), instrument(model, strict=True) as handle:
+        model(X)
+        (eager,) = handle.latest.values()
         handle.latest.clear()
+        run = compiled(model, "aot_eager")
+        for _ in range(2):
+            torch.testing.assert_close(run(X), plain)
+        ours, theirs = handle.latest[""].rows, eager.rows
+        torch.testing.assert_close(ours.entropy, theirs.entropy)
+        torch.testing.assert_close(ours.max_logit, theirs.max_logit)
+    assert (
+        handle.coverage.measured == {"": "probe: compiled (sageattention.sageattn)"}
+        or handle.coverage.measured
+    )
+
+
+@pytest.mark.slow
+def test_arguments_that_a_compiled_graph_cannot_hold_are_listed(sage):
+    model = Attention(extra=torch.float16)
+    with register_interceptor("sageattention.sageattn", describe), instrument(model) as handle:
         compiled(model, "aot_eager")(X)
-        assert not handle.latest
-    assert "outside of compiled graphs only" in handle.coverage.not_measured[""]
+    assert "sageattention.sageattn and arguments that cannot be read" in handle.coverage.not_measured[""]
 
 
 @pytest.mark.parametrize(

@@ -213,8 +213,8 @@ def of_item(
     space: dict[str, Any], name: str
 ) -> tuple[Callable[[], Callable[..., Any]], Callable[[Any], None]]:
     """How a patch reads and writes one item of a namespace."""
-    read: Callable[[], Any] = functools.partial(operator.getitem, space, name)
-    return read, functools.partial(operator.setitem, space, name)
+    # Whoever deletes the item meanwhile has nothing to put back.
+    return functools.partial(space.get, name), functools.partial(operator.setitem, space, name)  # type: ignore[return-value]
 
 
 def _write(place: Any, name: str, inherited: Any, function: Callable[..., Any]) -> None:

@@ -122,8 +122,9 @@ def register_interceptor(
         read no number of a tensor, for which the host would wait. It may raise `Unmeasurable(reason)`: the call is then
         listed in `coverage` with that reason.
 
-    The function computes its output as before, in every mode: such calls are probed. In a compiled graph they are
-    listed.
+    The function computes its output as before, in every mode: such calls are probed. A compiled graph describes a call
+    when it runs. It can give `describe` tensors, numbers, text, None, and tuples of these; calls with anything else are
+    listed there.
 
     Returns a handle, whose `unregister()` ends it. Models that are instrumented then stay so.
     Raises TypeError if `function` is neither text nor a Python function or `describe` is not callable. Raises

@@ -70,7 +70,7 @@ def _described(signature: inspect.Signature, *args: Any, **kwargs: Any) -> Atten
     mask = _mask_of(given.take("attn_mask_type", default=module.attn_mask_type))
     query, key, value = _tensors(given)
     require_plain(query=query, key=key, value=value)
-    if getattr(module, "cp_group", None) is not None:
+    if _is_split(getattr(module, "cp_group", None)):
         raise Unmeasurable("context parallelism: keys of other processes are not seen")
     part = _part(given, layout, mask, query, key, value)
     shape = _window(given, module, mask)
@@ -139,6 +139,8 @@ def _part(
             words[f"cu_seqlens_{name}"] = starts if apart is None else apart
             words[f"seqused_{name}"] = None if apart is None or apart is starts else starts.diff()
 
+        given.take("attention_mask")  # the borders say it
+
         def take(*names: str, default: Any = None) -> Any:
             return next((words[x] for x in names if words.get(x) is not None), default)
 
@@ -187,6 +189,11 @@ def _place(call: AttentionCall, window: _Window, part: packs.Part, slopes: Tenso
         raise Unmeasurable("a window or ALiBi at the top left, on one side")
     place(call, Positions(None, None, *part.lengths, None))
     call.is_causal, call.window_size = right == 0, None if left is None else left + 1
+
+
+def _is_split(group: Any) -> bool:
+    """Whether keys lie in several processes: a process group of more than one, or a list of groups."""
+    return group is not None and (isinstance(group, list) or group.size() > 1)
 
 
 def _scale(module: nn.Module) -> float:
