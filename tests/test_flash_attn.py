@@ -15,7 +15,7 @@ from torch import nn
 from hnf_attention import instrument
 from hnf_attention.instrumentation import positions
 
-slow = pytest.mark.slow
+slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 G = torch.Generator().manual_seed(0)
 SLOPES = torch.rand(4, generator=G)
 SINKS = torch.randn(4, generator=G)
@@ -103,7 +103,9 @@ def words(options):
 
 @slow
 @pytest.mark.parametrize("mode", ["probe", "fused"])
-@pytest.mark.parametrize("sizes", [(13, 13), (5, 13), (13, 5), (1, 13)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(13, 13), (5, 13), *(pytest.param(x, marks=exhaustive) for x in ((13, 5), (1, 13)))], ids=str
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_batch(shape, sizes, mode, monkeypatch):
     options, (num_queries, num_keys) = SHAPES[shape], sizes
@@ -123,6 +125,7 @@ def test_a_batch(shape, sizes, mode, monkeypatch):
             torch.testing.assert_close(getattr(again.rows, name), getattr(got.rows, name))
 
 
+@slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     q, k, v = draw(2, 9, 4, 8, dtype=dtype), draw(2, 9, 2, 8, dtype=dtype), draw(2, 9, 2, 8, dtype=dtype)
@@ -224,6 +227,7 @@ def test_packed_tensors_of_a_batch():
             check(got, [tuple(x[a:b] for x in flat) for a, b in zip(edges, edges[1:])], causal=True)
 
 
+@slow
 def test_a_cache_with_new_keys_and_lengths():
     q, cache, k = draw(2, 3, 4, 8), draw(3, 16, 2, 8), draw(2, 3, 2, 8)
     values, v = draw(3, 16, 2, 8), draw(2, 3, 2, 8)
@@ -262,6 +266,7 @@ def test_a_cache_in_pages_and_one_with_its_beginning_left_out():
     check(got, [(q[b], cache[b][left[b] : 8]) for b in range(2)])
 
 
+@slow
 @pytest.mark.parametrize("shape", ["causal", "window"])
 def test_sinks_and_the_lse_that_training_returns(shape):
     q, k, v = draw(2, 9, 4, 8).requires_grad_(), draw(2, 11, 2, 8), draw(2, 11, 2, 8)
@@ -286,6 +291,7 @@ def test_queries_in_two_parts_and_keys_that_do_not_all_count():
     check(got, [(q[a:b], k[c : c + n]) for a, b, c, n in borders], causal=True)
 
 
+@slow
 @pytest.mark.parametrize("mode", ["probe", "fused"])
 @pytest.mark.parametrize("pack", [False, True])
 def test_gradients(pack, mode):

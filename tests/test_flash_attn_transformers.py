@@ -103,14 +103,12 @@ def implementation_of(version):
 CASES = [(2, "llama"), (3, "llama"), (4, "llama"), (2, "mistral"), (3, "gemma2"), (4, "gpt-oss")]
 
 
-@pytest.mark.parametrize(
-    "version, family, separate",
-    [
-        pytest.param(*case, cu, marks=[pytest.mark.slow] * (case != CASES[0]))
-        for case in CASES
-        for cu in (True, False)
-    ],
-)
+EACH = [pytest.param(*case, marks=[pytest.mark.exhaustive] * (case not in CASES[::5])) for case in CASES]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("separate", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("version, family", EACH)
 def test_a_pack_is_measured_by_sequence(version, family, separate):
     model, batch = model_of(family, implementation_of(version)), packed(separate)
     model.eval()
@@ -128,8 +126,8 @@ def test_a_pack_is_measured_by_sequence(version, family, separate):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("version, family", CASES)
+@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("version, family", EACH)
 def test_a_padded_batch(version, family, side):
     longest = max(map(len, TEXTS))
     pad = [[0] * (longest - len(text)) for text in TEXTS]

@@ -60,8 +60,10 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(varlen.torch.ops, "torch_attn", Operator, raising=False)
 
 
-@pytest.mark.parametrize("mode", ["probe", "fused"])
-@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (3, 0), (2, 2)], ids=str)
+@pytest.mark.parametrize("mode", ["probe", pytest.param("fused", marks=slow)])
+@pytest.mark.parametrize(
+    "window", [(-1, 0), *(pytest.param(x, marks=slow) for x in ((-1, -1), (3, 0), (2, 2)))], ids=str
+)
 def test_varlen_attn(on_cpu, window, mode):
     q, k, v, starts = draw(20, 4, 8), draw(20, 2, 8), draw(20, 2, 8), Q.int()
     model = Call("torch.nn.attention.varlen", "varlen_attn")
@@ -196,11 +198,16 @@ class Layer(nn.Module):
 
 
 ENGINE_CASES = [
-    ("causal", None, 9),
     ("causal", (3, 0), 9),
-    ("no_mask", None, 13),
-    ("causal_bottom_right", None, 13),
-    ("causal", None, 13),
+    *(
+        pytest.param(*case, marks=slow)
+        for case in (
+            ("causal", None, 9),
+            ("no_mask", None, 13),
+            ("causal_bottom_right", None, 13),
+            ("causal", None, 13),
+        )
+    ),
 ]
 
 

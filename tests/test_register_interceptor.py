@@ -99,7 +99,10 @@ def run(model, x):
 X = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("mode", ["probe", "fused", "auto"])
+@pytest.mark.parametrize(
+    "mode",
+    ["probe", pytest.param("fused", marks=pytest.mark.slow), pytest.param("auto", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("options", [{}, {"is_causal": True, "sm_scale": 0.3}, {"return_lse": True}], ids=str)
 def test_it_measures_and_changes_nothing(sage, options, mode):
     model, original = Attention(**options), sage.sageattn
@@ -137,6 +140,7 @@ def test_the_guide_as_it_stands(sage):
     assert "unregistered" in repr(names["sage"])
 
 
+@pytest.mark.slow
 def test_monitor_and_analyzer(sage):
     model = Attention(is_causal=True, return_lse=True)
     with register_interceptor(sage.sageattn, describe):
@@ -159,6 +163,7 @@ def test_after_unregistering_the_layer_is_listed(sage):
     assert not instrumentation.coverage.measured and "" in instrumentation.coverage.not_measured
 
 
+@pytest.mark.slow
 def test_wherever_it_is_held(sage):
     other = ModuleType("sage_user")
     other.attend = sage.sageattn
@@ -218,8 +223,8 @@ def test_a_wrong_description_is_found_by_the_lse(sage):
             "expected the description of sageattention.sageattn to be a CallDescription",
         ),
         (lambda q, k, v: CallDescription(q, k[:, :3], v), "measuring failed: ValueError"),
-        (lambda q, k, v: 1 / 0, "ZeroDivisionError"),
-        (lambda q, k, v, missing: None, "missing"),
+        pytest.param(lambda q, k, v: 1 / 0, "ZeroDivisionError", marks=pytest.mark.slow),
+        pytest.param(lambda q, k, v, missing: None, "missing", marks=pytest.mark.slow),
     ],
 )
 def test_a_description_that_fails_costs_the_call_and_nothing_else(sage, description, reason, caplog):
@@ -230,6 +235,7 @@ def test_a_description_that_fails_costs_the_call_and_nothing_else(sage, descript
     assert reason in handle.coverage.not_measured[""] and "could not measure" in caplog.text
 
 
+@pytest.mark.slow
 def test_what_it_cannot_describe_is_listed(sage):
     mask, model = torch.ones(9, 9, dtype=torch.bool), Attention()
     with register_interceptor("sageattention.sageattn", describe), instrument(model) as handle:

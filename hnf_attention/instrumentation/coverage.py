@@ -72,12 +72,13 @@ def unreached(attention: Mapping[str, nn.Module], measured: Mapping[str, str]) -
 def _reason(module: nn.Module) -> str:
     implementation = attention_implementation(module)
     if implementation not in _MEASURED_IMPLEMENTATIONS:
-        flash = "flash" in implementation
-        return (
-            f"attn_implementation={implementation!r}: "
-            + ("no function of FlashAttention was reached" if flash else "is not measured")
-            + '; load the model, then instrument it, or load it with "sdpa", "eager" or "flex_attention"'
-        )
+        load = 'attn_implementation="sdpa", "eager" or "flex_attention"'
+        if "flash" in implementation:
+            return (
+                f"attn_implementation={implementation!r}: no function of FlashAttention was reached; load the model "
+                f"before it is instrumented, or with {load}"
+            )
+        return f"attn_implementation={implementation!r} is not measured; load the model with {load}"
     return (
         "no call reached scaled_dot_product_attention, flex_attention, the Hugging Face attention interface, a library "
         "that is known, a registered function, or a softmax between two products (a compiled graph hides "
