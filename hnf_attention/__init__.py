@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from .diagnosis import AttentionDiagnosis, StabilityIssue
     from .diagnosis.triage import NonFiniteTrace
     from .engine.api import attention, attention_stats
-    from .instrumentation import Instrumentation, instrument, observe_blocks, restore
+    from .instrumentation import (
+        CallDescription,
+        Instrumentation,
+        Unmeasurable,
+        instrument,
+        observe_blocks,
+        register_interceptor,
+        restore,
+    )
     from .interventions import apply_intervention
     from .monitoring.analyzer import AttentionAnalyzer
     from .monitoring.monitor import AttentionStabilityMonitor
@@ -33,7 +41,15 @@ else:
     _HOMES = {  # module -> the public names that it defines; as above, which a test compares
         ".diagnosis": ("AttentionDiagnosis", "StabilityIssue"),
         ".engine.api": ("attention", "attention_stats"),
-        ".instrumentation": ("Instrumentation", "instrument", "observe_blocks", "restore"),
+        ".instrumentation": (
+            "CallDescription",
+            "Instrumentation",
+            "Unmeasurable",
+            "instrument",
+            "observe_blocks",
+            "register_interceptor",
+            "restore",
+        ),
         ".interventions": ("apply_intervention",),
         ".monitoring.analyzer": ("AttentionAnalyzer",),
         ".monitoring.monitor": ("AttentionStabilityMonitor",),
@@ -76,6 +92,7 @@ __all__ = [
     "AttentionAnalyzer",
     "AttentionDiagnosis",
     "AttentionStabilityMonitor",
+    "CallDescription",
     "HeadStats",
     "Instrumentation",
     "MultiheadAttention",
@@ -86,6 +103,7 @@ __all__ = [
     "StabilityIssue",
     "StabilityRegion",
     "StabilityReport",
+    "Unmeasurable",
     "apply_intervention",
     "attention",
     "attention_stats",
@@ -93,6 +111,7 @@ __all__ = [
     "instrument",
     "merge_attention",
     "observe_blocks",
+    "register_interceptor",
     "restore",
     "stability_region",
     "trace_non_finite",

@@ -1,4 +1,4 @@
-"""Every private name of torch and transformers that this project uses, one function or constant each.
+"""Every private name of torch, transformers and xformers that this project uses, one function or constant each.
 
 A private name may change in any release. Each entry therefore says what it answers, and what happens in a version
 without it. The tests ran with torch 2.11 and 2.13 and with transformers 5. Importing this imports torch alone.
@@ -56,9 +56,11 @@ from .transformers import (
     collects_attention_weights,
     device_mesh,
     initialise,
+    loaded_flash_functions,
     set_attention_implementation,
     takes_boolean_masks,
 )
+from .xformers import local_window
 
 __all__ = [
     "DispatchMode",
@@ -90,6 +92,8 @@ __all__ = [
     "jit_trace",
     "kept_in",
     "learned",
+    "loaded_flash_functions",
+    "local_window",
     "lowered_graph",
     "module_call_code",
     "next_node_number",

@@ -74,6 +74,17 @@ def collects_attention_weights() -> bool:
     return collector is None or any("attentions" in kind for kind in collector.get() or ())
 
 
+def loaded_flash_functions() -> list[Any]:
+    """The functions of FlashAttention that transformers has loaded, from the package or from the `kernels` hub.
+
+    Missing: none. Those of the package are then found in its own modules, those of the hub are listed as never reached.
+    """
+    module = sys.modules.get("transformers.modeling_flash_attention_utils")
+    names = "_flash_fn", "_flash_varlen_fn", "_flash_with_kvcache_fn"
+    held = [getattr(module, name, None) for name in names]
+    return [function for function in held if function is not None]
+
+
 def device_mesh(model: nn.Module) -> Any:
     """The device mesh over which transformers itself distributed the model, None for any other model.
 

@@ -23,6 +23,7 @@ from ..tracing import without_dispatch_modes, without_tangents
 from . import observer, scores, witness
 from .call import COMPILED, EAGER, FAILED_IN_GRAPH, AttentionCall, Unmeasurable, keys_hidden
 from .decoding import Decoding
+from .equivalence import check_returned
 from .forwards import Forwards
 from .keeping import Described, KeptForward, described
 from .layer_state import KeptLayers, LayerState, note_described
@@ -165,8 +166,8 @@ class Measurer:
                     if output is None and result is not None:
                         output = call.output(result)
                     rows = rows or (call.own_rows and call.own_rows())
-                    self._measure(layer, state, call, options, rows, output)
-                self._succeed(layer, state, self._how(call, options, rows is not None))
+                    self._measure(layer, state, call, options, rows, output, None if fused else result)
+                self._succeed(layer, state, state.remarked(self._how(call, options, rows is not None)))
             except Exception as error:  # the monitor never ends a run
                 failure = error.with_traceback(None)
         if failure is not None:
@@ -246,8 +247,12 @@ class Measurer:
         options: Options,
         rows: RowStats | None,
         output: Tensor | None,
+        result: Any,
     ) -> None:
-        """rows: of the fused pass, None for a call to be probed. output: (B, H or 1, M, any), None if not known."""
+        """rows: of the fused pass, None for a call to be probed. output: (B, H or 1, M, any), None if not known.
+
+        result: what the model's own attention returned.
+        """
         query, key = call.query, call.key
         if rows is None:
             measurement = self._probe(layer, state, call, options)
@@ -257,6 +262,8 @@ class Measurer:
             measurement.context = self._context(layer, call, options, measurement.rows, output)
         else:
             self._leave_out(measurement, query.shape[2])
+        if state.agrees is None:
+            state.agrees = check_returned(call, measurement.rows, result)
         if call.place not in state.described:
             note_described(self._layers, layer, call.place)
             witness.record()
