@@ -234,18 +234,19 @@ def _ages(history: Sequence[Snapshot], layer: str) -> tuple[int, ...]:
 
     The window is `trend_steps` long, but holds `trend_snapshots_min` snapshots if there are as many. Of more than
     `trend_snapshots`, these many are taken at equal distances. Snapshots without the layer are skipped; a change of
-    its number of heads ends the series.
+    its number of heads ends the series, and so does a rewind.
     """
     heads, latest = history[-1].layers[layer].num_heads, history[-1].step
     found: list[int] = []
     for age, snapshot in enumerate(reversed(history)):
         stats = snapshot.layers.get(layer)
-        if stats is None:
-            continue
-        old = latest - snapshot.step > threshold("trend_steps")
-        if stats.num_heads != heads or (old and len(found) >= threshold("trend_snapshots_min")):
+        if stats is not None:
+            old = latest - snapshot.step > threshold("trend_steps")
+            if stats.num_heads != heads or (old and len(found) >= threshold("trend_snapshots_min")):
+                break
+            found.append(age)
+        if snapshot.jumped:
             break
-        found.append(age)
     most = int(threshold("trend_snapshots"))
     if len(found) <= most:
         return tuple(found)

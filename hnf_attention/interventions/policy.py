@@ -41,7 +41,8 @@ class InterventionPolicy:
 
     If `GoodStates` are kept of the model, an error of growing heads, or NaN and inf that training may have made, is
     answered by a restart: back to a good state, QK-norm from there on, a quarter of the learning rate. After a first
-    restart the rate is cut again, and three restarts are the most. Nothing else is proposed for 50 steps after one.
+    restart the rate is cut again, and three restarts are the most. Nothing else is proposed for 50 steps after one,
+    unless NaN or inf come again.
 
     Without such states, after three restarts, or where no state is old enough:
 
@@ -98,7 +99,7 @@ class InterventionPolicy:
         if origin is None or origin.cause in NOT_LEARNED or not getattr(origin.snapshot, "training", True):
             return None
         if good_states.of_model(self._model) is not None:
-            restart = self._restart(diagnosis, broken.evidence)
+            restart = self._restart(diagnosis, broken.evidence, at_once=True)
             if restart is not None or self._is_let_alone(diagnosis):
                 return restart
         return self._cut_rate(
@@ -107,16 +108,21 @@ class InterventionPolicy:
             "with finite weights before going on at the lower rate",
         )
 
-    def _restart(self, diagnosis: AttentionDiagnosis, why: str) -> Intervention | None:
-        """Back to a good state of the run, and on from there with QK-norm and a lower rate; None if that cannot be."""
+    def _restart(self, diagnosis: AttentionDiagnosis, why: str, at_once: bool = False) -> Intervention | None:
+        """Back to a good state of the run, and on from there with QK-norm and a lower rate; None if that cannot be.
+
+        at_once: however short a time ago the last restart was. The numbers of a reading are of steps after it.
+        """
         states = good_states.of_model(self._model)
         again = diagnosis.step in self._restarts
-        late = not self._is_let_alone(diagnosis) and len(self._restarts) < RESTARTS
-        if states is None or not (again or late):
+        late = at_once or not self._is_let_alone(diagnosis)
+        if states is None or not (again or (late and len(self._restarts) < RESTARTS)):
             return None
         first = not self._restarts or self._restarts[0] == diagnosis.step
-        wanted = rewind.propose(max(diagnosis.step, states.margin), f"{why}. {HELPED}")
-        slower = learning_rate.propose(RESTART_RATE, "a run that failed at this rate")
+        wanted = rewind.propose(diagnosis.step, f"{why}. {HELPED}")
+        slower = learning_rate.propose(
+            self._restart_rate(diagnosis, states), "a run that failed at this rate"
+        )
         normed = [qk_norm.propose("scores that cannot grow by longer queries and keys")] if first else []
         for then in ([*normed, slower], [slower]):
             wanted["then"] = [dict(step) for step in then]
@@ -128,6 +134,14 @@ class InterventionPolicy:
                 self._restarts.append(diagnosis.step)
             return wanted
         return None
+
+    def _restart_rate(self, diagnosis: AttentionDiagnosis, states: good_states.GoodStates) -> float:
+        """What the rate is multiplied with: with schedulers, the rate comes back that the state had before any cut."""
+        try:
+            lost = sum(states.chosen(diagnosis.step) <= x < diagnosis.step for x in self._restarts)
+        except ValueError:  # no state that is old enough
+            lost = 0
+        return float(RESTART_RATE ** (1 + (lost if states.schedulers else 0)))
 
     def _is_let_alone(self, diagnosis: AttentionDiagnosis) -> bool:
         """Whether the last restart was so short a time ago that nothing is proposed."""

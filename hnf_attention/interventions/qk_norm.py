@@ -12,16 +12,17 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compat import dynamo
-from ..diagnosis.trends import product_size
 from ..instrumentation import treating
 from ..instrumentation.treated import Call, Treated, interceptors
 from ..names import display_name, named_modules, unwrapped
+from . import good_states
 from . import optimizers as optim
 from .action import Action, Preview, Reading, Verdict
 from .intervention import Intervention, check_positive
@@ -34,6 +35,8 @@ QUERY, KEY = "qk_norm_query", "qk_norm_key"  # names of the gains in a module's 
 #: Gains start at no more than this: two such give scores of up to 64 * sqrt(D) nats, which a softmax can still leave.
 MOST = 8.0
 EPS = 1e-6
+#: By what a key may be longer than its gain says, of it: the gain has learned for a step since the reading's forward.
+ONE_STEP = 0.5
 
 
 class QKNorm:
@@ -161,6 +164,9 @@ class QKNormStart:
             )
         if self._optimizers:
             optim.vector_group(self._optimizers)["params"].extend(self.gains)
+        states = good_states.of_model(self._model)
+        if states is not None:
+            states.join(self.gains)
         self.started = True
         _log.warning("%s", self.description)
 
@@ -296,7 +302,7 @@ class StartQKNorm(Action):
         )
 
     def verify(self, reading: Reading) -> Verdict:
-        """Whether every score lies within gain_q * gain_k * D * scale, where the scale is D ** -0.5."""
+        """Whether every key is as short as its gain makes it: gain * sqrt(D)."""
         if self.started is None or not self.started.started:
             return Verdict(None, "the gains are not measured yet")
         said, holds = [], True
@@ -304,12 +310,12 @@ class StartQKNorm(Action):
             stats = reading.get(name)
             if stats is None:
                 return Verdict(None, f"layer {display_name(name)} was not measured")
-            gains = [float(module.get_parameter(x).detach().abs().max()) for x in (QUERY, KEY)]
-            most, found = gains[0] * gains[1] * stats.head_dim**0.5, float(product_size(stats).max())
-            holds &= found <= 1.05 * most
-            said.append(
-                f"{display_name(name)}: scores up to {found:.1f} nats, at most {most:.1f} are possible"
-            )
+            if not module.get_parameter(KEY).isfinite().all() or np.isnan(stats.key_length).all():
+                return Verdict(None, f"the gains or the keys of {display_name(name)} are not finite numbers")
+            most = float(module.get_parameter(KEY).detach().abs().max()) * stats.head_dim**0.5
+            found = float(np.fmax.reduce(stats.key_length, initial=0.0))
+            holds &= found <= (1 + ONE_STEP) * most
+            said.append(f"{display_name(name)}: keys of length {found:.2f}, {most:.2f} by their gain")
         return Verdict(holds, "; ".join(said))
 
     def _do(self, undo: list[Callable[[], Any]]) -> str:

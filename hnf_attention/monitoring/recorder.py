@@ -67,6 +67,7 @@ class Recorder:
         self.cadence = Cadence(log_every, record_every, step)
         self._every_step = every_step
         self.pending = False  # whether anything was recorded since the last snapshot
+        self.jumped = False  # whether the run was taken to another state since then
         #: The snapshots that are kept, oldest first.
         self.history = History(history_bytes)
         self.repeated: set[str] = set()  # layers that a forward called more than once
@@ -130,7 +131,8 @@ class Recorder:
         }
         if not layers:
             raise NothingMeasured(self._why_nothing())
-        snapshot = Snapshot(self.step, layers, chosen[0].name.training, reading.forwards)
+        snapshot = Snapshot(self.step, layers, chosen[0].name.training, reading.forwards, self.jumped)
+        self.jumped = False
         self.history.append(snapshot)
         return snapshot
 

@@ -295,12 +295,14 @@ class Snapshot:
     training: whether it holds forwards under grad. If so, it holds no others.
     forwards: how many there were since the snapshot before; zeros where they could not be counted, as in replays of a
         captured graph.
+    jumped: whether the run was taken to another state (a rewind) since the snapshot before, so that trends begin anew.
     """
 
     step: int
     layers: dict[str, HeadStats]
     training: bool = True
     forwards: Forwards = Forwards()
+    jumped: bool = False
 
     def __repr__(self) -> str:
         heads = sum(stats.num_heads for stats in self.layers.values())
