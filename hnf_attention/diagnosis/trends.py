@@ -7,6 +7,7 @@ Lines are therefore fitted to the square root of the size of the scores, not to 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -54,6 +55,21 @@ def has_bias(stats: HeadStats) -> np.ndarray:
     with np.errstate(invalid="ignore", over="ignore"):  # the magnitude of unknown q and k
         beyond = ~(-low <= stats.score_magnitude)
     return possible & ((kind == 1) | beyond) & (-low > threshold("bias_ratio") * np.abs(stats.max_logit))
+
+
+class Trail(NamedTuple):
+    """Sizes of the scores at some steps, oldest first: steps (P,), sizes (P, H), nats."""
+
+    steps: np.ndarray
+    sizes: np.ndarray
+
+
+def stale(sizes: np.ndarray) -> np.ndarray:
+    """Which sizes lie before the last fall of the scores, of (T, H)."""
+    fell = sizes[1:] < threshold("trend_restart") * sizes[:-1]
+    old = np.zeros_like(sizes, dtype=bool)
+    old[:-1] = np.logical_or.accumulate(fell[::-1], axis=0)[::-1]
+    return old
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ..diagnosis import AttentionDiagnosis, StabilityIssue, diagnose
+from ..diagnosis.ahead import urgency, urgency_of_marks
 from ..diagnosis.origin import first_seen
-from ..diagnosis.thresholds import checked_thresholds
+from ..diagnosis.thresholds import checked_thresholds, overridden
 from ..diagnosis.triage import NonFiniteTrace
 from ..instrumentation import Instrumentation, instrument
 from ..interventions import Applied, GoodStates, Intervention, InterventionPolicy
 from ..names import unwrapped
 from ..replay import trace_non_finite
-from ..statistics.heads import Snapshot
+from ..statistics.heads import Mark, Snapshot
 from . import state
 from .history import HISTORY_BYTES
 from .lines import log_transitions
@@ -50,7 +51,8 @@ class AttentionStabilityMonitor:
                 if intervention:
                     apply_intervention(optimizer, intervention)
 
-    log_every: every that many steps is a log step, which is measured, read and judged.
+    log_every: every that many steps is a log step, which is measured, read and judged. So is a step in between if the
+        extremes of the steps before it tell of growth that the last reading did not show; see `every_step`.
     record_every: which steps in between are measured as well: None for none, 1 for all, k for every k-th.
     writers: objects with a `write(diagnosis)` method, or callables; each gets every diagnosis. `restore()`
         calls the `close()` of those that have one. `hnf_attention.integrations` has some.
@@ -130,6 +132,7 @@ class AttentionStabilityMonitor:
         #: What may fail without ending the run.
         self.parts = Parts(log_every)
         self._told_of_nothing = False
+        self._urgency = 0  # for which a reading before its time was made since the last regular one
 
     def __repr__(self) -> str:
         cadence, off = self._recorder.cadence, self.parts.off
@@ -172,8 +175,13 @@ class AttentionStabilityMonitor:
         log_step, parts = self._recorder.end_step(), self.parts
         parts.run("good_states", self._treatment.end_step, self.step)
         if not log_step:
+            marks = parts.run("marks", self._recorder.new_marks)
+            if marks and parts.run("marks", self._is_urgent, marks):
+                self._recorder.read_soon()
             return None
         parts.begin_log_step(self.step)
+        if self.step % self._recorder.cadence.log_every == 0:
+            self._urgency = 0
         snapshot = parts.run("recording", self._read)
         self._recorder.rest(parts.rests("recording", 1))
         if snapshot is None:
@@ -295,6 +303,15 @@ class AttentionStabilityMonitor:
             return None
         finally:
             self._note_lost_processes()
+
+    def _is_urgent(self, marks: Sequence[Mark]) -> bool:
+        """Whether the scores have come to more than they were at the last log step, and at an early one since."""
+        with overridden(self._thresholds):
+            now = urgency_of_marks(self.history, marks)
+            known = urgency(self.history) if now > self._urgency and self.history else 0
+        urgent = now > max(known, self._urgency)
+        self._urgency = max(now, self._urgency)
+        return urgent
 
     def _diagnose(self) -> AttentionDiagnosis:
         return diagnose(self.history, self.instrumentation.coverage, self._thresholds)
