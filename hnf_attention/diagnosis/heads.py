@@ -11,7 +11,7 @@ import numpy as np
 from ..statistics.fields import MAX_FIELDS, NUM_FIELDS, NUM_SUMS, SUM_FIELDS
 from ..statistics.heads import HeadStats, Snapshot
 from .thresholds import threshold
-from .trends import Line, Trail, score_size, stale, theil_sen
+from .trends import Forecast, Line, Trail, forecast, score_size, stale, theil_sen
 
 _KEYS = NUM_SUMS + MAX_FIELDS.index("num_keys")
 # What `score_size`, `has_bias` and `HeadStats.normalized_entropy` are computed from.
@@ -68,6 +68,11 @@ class Heads:
     def steps_until_score(self, score: float) -> np.ndarray:
         """Steps from the last snapshot until the projected size of the scores is `score`; NaN if never."""
         return self.root_score.steps_until(score**0.5)
+
+    @cached_property
+    def saturation(self) -> Forecast:
+        """When the scores of an alarming head pass `alarm_logit`; NaN for those that move away from it."""
+        return forecast(self.steps_until_score(threshold("alarm_logit")))
 
     @cached_property
     def rising(self) -> np.ndarray:

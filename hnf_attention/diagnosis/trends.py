@@ -91,6 +91,24 @@ class Line:
         return np.where(steps >= 0, steps, np.nan)
 
 
+class Forecast(NamedTuple):
+    """In how many steps something comes, (H,) each: most likely, and from when to when in four of five cases."""
+
+    steps: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    def text(self, head: int) -> str:
+        """'in 31 (13 to 130) steps'."""
+        return f"in {self.steps[head]:.0f} ({self.low[head]:.0f} to {self.high[head]:.0f}) steps"
+
+
+def forecast(steps: np.ndarray) -> Forecast:
+    """Of the steps in which a line meets a size; growth slows down on the way, and most heads come later."""
+    likely = steps + threshold("forecast_delay")
+    return Forecast(likely, threshold("forecast_low") * likely, threshold("forecast_high") * likely)
+
+
 def theil_sen(steps: np.ndarray, values: np.ndarray) -> Line:
     """Theil-Sen lines through steps (T,) and values (T, H): the median of the slopes of all pairs.
 

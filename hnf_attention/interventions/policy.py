@@ -10,6 +10,7 @@ from torch import nn
 
 from ..diagnosis import AttentionDiagnosis, StabilityIssue
 from ..diagnosis.heads import concatenate_heads
+from ..diagnosis.measured import help_text
 from ..diagnosis.origin import NOT_LEARNED, find_origin
 from ..diagnosis.thresholds import overridden, threshold
 from ..diagnosis.trends import clip_size, score_size
@@ -27,7 +28,10 @@ TEMPERATURE_FACTOR = 8.0
 RESTART_RATE = 0.25
 RESTARTS = 3  # at most
 RESTART_REST = 50  # steps in which a restarted run is let alone, as in the laboratory
-HELPED = "A rewind, QK-norm and a lower rate resolved 6 and 7 of 10 failing runs in the laboratory"
+# What the laboratory counted of them, by name.
+RESTART = "a rewind, QK-norm and a quarter of the rate"
+CLIP = "QK-clip at log steps and half the rate"
+CUT = "a lower rate alone"
 
 GROWTH = ("overflow_risk", "entropy_collapse", "vanishing_gradient", "one_hot_attention")
 
@@ -119,7 +123,7 @@ class InterventionPolicy:
         if states is None or not (again or (late and len(self._restarts) < RESTARTS)):
             return None
         first = not self._restarts or self._restarts[0] == diagnosis.step
-        wanted = rewind.propose(diagnosis.step, f"{why}. {HELPED}")
+        wanted = rewind.propose(diagnosis.step, f"{why}. {help_text(RESTART)}")
         slower = learning_rate.propose(
             self._restart_rate(diagnosis, states), "a run that failed at this rate"
         )
@@ -148,7 +152,8 @@ class InterventionPolicy:
         return bool(self._restarts) and diagnosis.step < self._restarts[-1] + RESTART_REST
 
     def _cut_rate(self, diagnosis: AttentionDiagnosis, why: str) -> Intervention | None:
-        return learning_rate.propose(LR_FACTOR, why) if self._may_cut(diagnosis) else None
+        wanted = learning_rate.propose(LR_FACTOR, f"{why}. {help_text(CUT)}")
+        return wanted if self._may_cut(diagnosis) else None
 
     def _may_cut(self, diagnosis: AttentionDiagnosis) -> bool:
         """Whether the learning rate may be cut (again); if so, it counts as cut now."""
@@ -175,7 +180,7 @@ class InterventionPolicy:
         self._clipping = True
         why = acting[0].evidence if acting else f"scores above {CLIP_AT:g} again at step {diagnosis.step}"
         lr_factor = LR_FACTOR if alarm and self._may_cut(diagnosis) else None
-        return qk_clip.propose(CLIP_AT, layers, why, lr_factor)
+        return qk_clip.propose(CLIP_AT, layers, f"{why}. {help_text(CLIP)}", lr_factor)
 
     def _raise_temperature(
         self, diagnosis: AttentionDiagnosis, acting: list[StabilityIssue]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..diagnosis import AttentionDiagnosis
 from ..interventions import (
@@ -24,6 +24,8 @@ from .agreement import Together
 WEIGHT_ACTIONS = ("qk_clip", "temperature")
 RUN_ACTIONS = (*WEIGHT_ACTIONS, "rewind", "reduce_lr")
 
+CUT = 0.5  # a learning rate that falls to this share between two log steps begins new trends
+
 
 class Treatment:
     """The fixes of one run. states: of the run, None for none. auto: whether to carry out what is proposed."""
@@ -34,7 +36,7 @@ class Treatment:
         #: What was done, newest last.
         self.applied: deque[Applied] = deque(maxlen=1_000)
         self._model, self._states = model, states
-        self._jumps = self._count_jumps()
+        self._jumps, self._rate = self._count_jumps(), self._largest_rate()
         self._open: list[FollowUp] = []
         # The latest diagnosis that was treated, and what of its fix is left to the user.
         self._left_over: tuple[AttentionDiagnosis, Intervention | None] | None = None
@@ -50,9 +52,14 @@ class Treatment:
             self._states.restart(step)
 
     def jumped(self) -> bool:
-        """Whether the run was taken to another state since this was last asked."""
-        before, self._jumps = self._jumps, self._count_jumps()
-        return self._jumps != before
+        """Whether the run was taken to another state since this was last asked, or its learning rate was cut by half.
+
+        What scores did before is then no guide. Rates are those of the good states that the monitor was given.
+        """
+        jumps, rate = self._jumps, self._rate
+        self._jumps, self._rate = self._count_jumps(), self._largest_rate()
+        cut = 0 < self._rate <= CUT * rate
+        return self._jumps != jumps or cut
 
     def propose(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
         """The fix for a diagnosis; what is left of it if it was treated."""
@@ -82,6 +89,13 @@ class Treatment:
         self.applied.append(done)
         self._open = [*(follow for follow in self._open if follow.open), FollowUp(done, diagnosis)]
         self._left_over = diagnosis, rest
+
+    def _largest_rate(self) -> float:
+        """0 if it is not known: a rate that lies on a card is not waited for."""
+        optimizers = [] if self._states is None else self._states.optimizers
+        rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+        known = [float(rate) for rate in rates if not (isinstance(rate, Tensor) and rate.is_cuda)]
+        return max(known, default=0.0)
 
     def _count_jumps(self) -> int:
         """Of the states that the monitor was given, or of others that the user keeps of the model."""
