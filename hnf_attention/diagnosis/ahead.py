@@ -13,6 +13,25 @@ from .heads import concatenate_heads
 _RANGE, _KIND = (NUM_SUMS + MAX_FIELDS.index(name) for name in ("logit_range", "score_kind"))
 
 
+class Watch:
+    """Says when a reading is due before its time: once for each step of urgency between two regular ones."""
+
+    def __init__(self) -> None:
+        self._asked = 0
+
+    def restart(self) -> None:
+        """A regular reading was made."""
+        self._asked = 0
+
+    def urgent(self, history: Sequence[Snapshot], marks: Sequence[Mark]) -> bool:
+        """Whether scores have come to more than at the last snapshot, and than a reading was asked for since."""
+        now = urgency_of_marks(history, marks)
+        known = urgency(history) if now > self._asked and history else 0
+        due = now > max(known, self._asked)
+        self._asked = max(now, self._asked)
+        return due
+
+
 def urgency(history: Sequence[Snapshot]) -> int:
     """What the scores of the last snapshot amount to: 2 for an alarm, 1 for a warning of growth, 0 for neither."""
     groups = concatenate_heads(history, history[-1].layers)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diagnosis import AttentionDiagnosis, StabilityIssue, diagnose
-from ..diagnosis.ahead import urgency, urgency_of_marks
+from ..diagnosis.ahead import Watch
 from ..diagnosis.origin import first_seen
 from ..diagnosis.thresholds import checked_thresholds, overridden
 from ..diagnosis.triage import NonFiniteTrace
@@ -132,7 +132,7 @@ class AttentionStabilityMonitor:
         #: What may fail without ending the run.
         self.parts = Parts(log_every)
         self._told_of_nothing = False
-        self._urgency = 0  # for which a reading before its time was made since the last regular one
+        self._watch = Watch()
 
     def __repr__(self) -> str:
         cadence, off = self._recorder.cadence, self.parts.off
@@ -181,7 +181,7 @@ class AttentionStabilityMonitor:
             return None
         parts.begin_log_step(self.step)
         if self.step % self._recorder.cadence.log_every == 0:
-            self._urgency = 0
+            self._watch.restart()
         snapshot = parts.run("recording", self._read)
         self._recorder.rest(parts.rests("recording", 1))
         if snapshot is None:
@@ -305,13 +305,8 @@ class AttentionStabilityMonitor:
             self._note_lost_processes()
 
     def _is_urgent(self, marks: Sequence[Mark]) -> bool:
-        """Whether the scores have come to more than they were at the last log step, and at an early one since."""
         with overridden(self._thresholds):
-            now = urgency_of_marks(self.history, marks)
-            known = urgency(self.history) if now > self._urgency and self.history else 0
-        urgent = now > max(known, self._urgency)
-        self._urgency = max(now, self._urgency)
-        return urgent
+            return self._watch.urgent(self.history, marks)
 
     def _diagnose(self) -> AttentionDiagnosis:
         return diagnose(self.history, self.instrumentation.coverage, self._thresholds)
