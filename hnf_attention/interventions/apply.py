@@ -111,7 +111,8 @@ class Applied:
     account: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        state = f", {self.outcome}" if any(action.applied for action in self.actions) else ", reverted"
+        outcome = "" if self.outcome == "open" else f", {self.outcome}"
+        state = outcome if any(action.applied for action in self.actions) else ", reverted"
         return f"Applied({shortened(self.description)}{state})"
 
     def verify(self, reading: Reading) -> list[Verdict]:

@@ -83,12 +83,13 @@ class QKNormStart:
         model: nn.Module,
         optimizers: list[torch.optim.Optimizer],
         layers: Collection[str] | None,
-        most: float,
+        bounds: tuple[float, float],
     ):
         self.layers: dict[str, nn.Module] = {}
         self.refused: dict[str, str] = {}
         self.started = False
-        self._model, self._optimizers, self._wanted, self._most = model, optimizers, layers, most
+        self._model, self._optimizers, self._wanted = model, optimizers, layers
+        self._least, self._most = max(bounds[0], EPS), bounds[1]
         self._names = {module: name for name, module in named_modules(model)}
         self._change = QKNorm()
         self._undo: list[Callable[[], Any]] = []
@@ -121,7 +122,9 @@ class QKNormStart:
                 self.refused[name] = reason
                 return None
             with torch.no_grad():
-                measured = (_together(_mean_rms(x)).clamp(EPS, self._most) for x in (query, _once(key)))
+                measured = (
+                    _together(_mean_rms(x)).clamp(self._least, self._most) for x in (query, _once(key))
+                )
                 self._attach(name, module, *measured)
         # The module's own hook did not see this call begin.
         running = treating.thread.running
@@ -206,12 +209,13 @@ def start_qk_norm(
     forward: Callable[[], Any] | None = None,
     gains: Mapping[str, Tensor] | None = None,
     most: float = MOST,
+    least: float = 0.0,
 ) -> QKNormStart:
     """Normalise the queries and keys of a model's attention from now on.
 
     Each head gets two gains: the mean root mean square of its queries, and of its keys, over the rows of one forward,
-    but at most `most`. Scores keep their size on average and cannot grow by longer queries or keys. The gains are
-    learned, at the rate and with the weight decay of the group that holds the model's vectors.
+    but at most `most` and at least `least`. Scores keep their size on average and cannot grow by longer queries or
+    keys. The gains are learned, at the rate and with the weight decay of the group that holds the model's vectors.
 
     The gains are measured in the next forward of the model, and used in it already. Call this between two steps.
 
@@ -229,13 +233,13 @@ def start_qk_norm(
     nothing.
     """
     inner, found = unwrapped(model), optim.as_list(optimizer)
-    most = check_positive("most", most)
+    bounds = _bounds(least, most)
     if gains is None and not found:
         raise ValueError("expected an optimizer that the gains of QK-norm join, got None")
     if found:
         optim.vector_group(found)
     wanted = None if layers is None else _known(inner, layers)
-    start = QKNormStart(inner, found, wanted, most)
+    start = QKNormStart(inner, found, wanted, bounds)
     try:
         if gains is not None:
             _resume(start, inner, gains)
@@ -282,7 +286,7 @@ class StartQKNorm(Action):
         layers = intervention.get("layers")
         if layers is not None and not isinstance(layers, (list, tuple)):
             raise ValueError(f"expected 'layers' to be a list of names of modules, got {layers!r}")
-        self._most = check_positive("'most'", intervention.get("most", MOST))
+        self._least, self._most = _bounds(intervention.get("least", 0.0), intervention.get("most", MOST))
         self._model, self._optimizers = model, optimizers
         self._layers = None if layers is None else _known(model, layers)
         optim.vector_group(optimizers)
@@ -319,9 +323,19 @@ class StartQKNorm(Action):
         return Verdict(holds, "; ".join(said))
 
     def _do(self, undo: list[Callable[[], Any]]) -> str:
-        self.started = start_qk_norm(self._model, self._optimizers, layers=self._layers, most=self._most)
+        self.started = start_qk_norm(
+            self._model, self._optimizers, layers=self._layers, most=self._most, least=self._least
+        )
         undo.append(self.started.revert)
         return self.preview().text
+
+
+def _bounds(least: Any, most: Any) -> tuple[float, float]:
+    """Both as floats. Raises ValueError unless 0 <= least <= most, and most > 0."""
+    upper = check_positive("most", most)
+    if isinstance(least, bool) or not isinstance(least, (int, float)) or not 0 <= least <= upper:
+        raise ValueError(f"expected least to be a number from 0 to most ({upper:g}), got {least!r}")
+    return float(least), upper
 
 
 def _is_compiled(model: nn.Module) -> bool:
