@@ -227,6 +227,16 @@ def test_qk_norm_that_the_keys_do_not_obey_is_taken_away(sharpness):
     assert not [name for name, _ in run.model.named_parameters() if "qk_norm" in name]
 
 
+def test_a_cut_of_the_learning_rate_begins_new_trends_and_a_schedule_does_not():
+    run = Run(scheduled=False)
+    run.until(5)
+    run.optimizer.param_groups[0]["lr"] *= 0.9
+    run.until(10)
+    run.optimizer.param_groups[0]["lr"] *= 0.25
+    run.until(20)
+    assert [shot.jumped for shot in run.monitor.history] == [False, False, True, False]
+
+
 def test_trends_begin_anew_after_a_rewind():
     """A rewind to scores that are large but steady is no growth."""
     rising = [snapshot(10 * s, a={"max_logit": 9.0 * s}) for s in range(1, 8)]
