@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -95,7 +95,7 @@ class Marks:
         return Mark(copy.step, dict(self._by_layer(copy.kinds, sizes)))
 
     def _by_layer(self, kinds: list[Kind], sizes: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        merged: Mapping[str, np.ndarray] = {}
+        merged: dict[str, np.ndarray] = {}
         start = 0
         for kind in kinds:
             own, start = sizes[start : start + kind.num_heads], start + kind.num_heads
