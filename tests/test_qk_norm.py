@@ -44,6 +44,26 @@ def model_and_run(request):
     return model, run
 
 
+@pytest.mark.parametrize("least, most", [(0.0, 8.0), (0.5, 8.0), (0.01, 0.02)])
+def test_gains_start_between_their_bounds(least, most):
+    torch.manual_seed(0)
+    model = nn.Sequential(Fused())
+    with torch.no_grad():
+        model[0].qkv.weight.mul_(torch.tensor([0.1, 1.0, 10.0, 0.3]).repeat(3).repeat_interleave(8)[:, None])
+        query, key, _ = model[0].parts(X)
+    start = start_qk_norm(model, torch.optim.AdamW(model.parameters()), least=least, most=most)
+    model(X)
+    for gain, x in zip(start.gains, (query, key)):
+        torch.testing.assert_close(gain.detach(), rms(x).mean((0, 2)).clamp(least, most))
+
+
+@pytest.mark.parametrize("least", [-0.1, 9.0, True, "0"])
+def test_wrong_bounds_of_gains(least):
+    model = nn.Sequential(Fused())
+    with pytest.raises(ValueError, match="least to be a number from 0 to most"):
+        start_qk_norm(model, torch.optim.AdamW(model.parameters()), least=least)
+
+
 def measured(model, run):
     seen = []
     with instrument(model, mode="probe") as handle, torch.no_grad():
