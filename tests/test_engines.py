@@ -20,6 +20,7 @@ WITHOUT_TRITON = Card("H200", NVIDIA, (9, 0), has_flash=True, has_cudnn=True)
 CPU = Card("cpu")
 HOPPER, TRITON, REFERENCE = engines.HOPPER, engines.TRITON, engines.REFERENCE
 MI250 = Card("MI250", "AMD", (9, 0), triton="3.6.0", has_flash=True, has_cudnn=True)
+MASK = torch.ones(1, 1, 1, 256, dtype=torch.bool)
 SHAPES = "takes no mask, window, soft-cap, sinks or packed sequences"
 
 
@@ -51,7 +52,26 @@ FORWARD = [
     ),
     (H200, {"queries": 64}, {HOPPER: "needs more than 64 queries", TRITON: None}),
     (H200, {"keys": 0}, {HOPPER: "the call is empty", TRITON: "there is no key", REFERENCE: None}),
-    (H200, {"window_size": 9}, {HOPPER: SHAPES, TRITON: None}),
+    (H200, {"window_size": 9}, {HOPPER: None}),
+    (H200, {"sinks": torch.zeros(2)}, {HOPPER: None}),
+    (H200, {"seqlens": torch.tensor([0, 100, 256])}, {HOPPER: None}),
+    (H200, {"attn_mask": MASK}, {HOPPER: None}),
+    (H200, {"attn_mask": MASK.float()}, {HOPPER: "takes no additive mask", TRITON: None}),
+    (
+        H200,
+        {"attn_mask": MASK, "seqlens": torch.tensor([0, 256])},
+        {HOPPER: "takes no mask beside packed sequences", TRITON: None},
+    ),
+    (H200, {"softcap": 5.0, "window_size": 9}, {HOPPER: "takes no soft-cap", TRITON: None}),
+    (
+        H200,
+        {"scale": 1e7, "window_size": 9},
+        {
+            HOPPER: "needs a scale from 1e-06 to 1e+06 beside a mask, a window or packed sequences",
+            TRITON: None,
+        },
+    ),
+    (H200, {"scale": 1e7}, {HOPPER: None}),
     (H200, {"scale": -1.0}, {HOPPER: "needs a positive scale", TRITON: None}),
     (H200, {"extended": True}, {HOPPER: "does not compute the extended statistics", TRITON: None}),
     (H200, {"value": False}, {HOPPER: "needs values: this call asks for statistics alone", TRITON: None}),
@@ -183,5 +203,5 @@ def test_auto_fuses_where_fused_was_measured(card, options, reason, monkeypatch)
 
 
 def test_the_constants_of_the_hopper_kernel_are_its_own():
-    kernel = pytest.importorskip("hnf_attention.kernels.hopper.kernel")
-    assert kernel.HALF_M == engines.HOPPER_ROWS
+    plan = pytest.importorskip("hnf_attention.kernels.hopper.plan")
+    assert plan.HALF_M == engines.HOPPER_ROWS
