@@ -21,7 +21,7 @@ from .schedule import order_of
 
 _LOG2_E = LOG2_E.value
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
-_FLOOR = -(2.0**40)  # log2 units; scores below it are huge, and computed again by `huge_rows`
+FLOOR = -(2.0**40)  # log2 units; scores below it are huge, and computed again by `huge_rows`
 _CACHED_BYTES = 32 << 20  # of the 50 MiB of L2 of an H100 or H200
 _EARLY = {(64, True)}  # widths and causalities at which Plan.early won in bench/tune_hopper.py
 
@@ -112,7 +112,7 @@ def forward(query, key, value, options, chosen=None):
             "v_desc": _describe(value, BLOCK_N, chosen.block_dv),
             "out_desc": _describe(out, HALF_M, chosen.block_dv),
             "pointers": (*rows[:4], options.sinks, *tables),
-            "units": (unit, options.scale, _FLOOR / unit),
+            "units": (unit, options.scale, FLOOR / unit),
         },
         {
             "heads": heads,

@@ -286,7 +286,7 @@ def _consumer(HALF: gl.constexpr, descriptors, buffers, channel, sizes, pointers
         if PLAN.many_last:
             for j in range(span.hi - 1 - span.full_hi):
                 walk = _step(walk, HALF, turn, span.hi - 2 - j, bounds, given, PLAN, True)
-        for _ in range(1, span.full_hi - span.full_lo + 1):
+        for _ in range(span.full_lo, span.full_hi):
             walk = _step(walk, HALF, turn, 0, bounds, given, PLAN, False)
         if PLAN.intervals:
             # Nothing of this takes a register in the loop above.
