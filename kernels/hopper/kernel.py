@@ -50,12 +50,19 @@ _load_record = gluon.jit(records.load_record.fn)
 def _span(start_m, record, sizes, PLAN: gl.constexpr):
     """The tiles of keys of the block of queries that begins at start_m."""
     _heads, _group, num_queries, num_keys, window, _order = sizes
-    if PLAN.table:
-        return record.span
-    elif PLAN.is_windowed:
-        last = gl.minimum(start_m + 2 * HALF_ROWS, num_queries) - 1
-        every = (0, num_keys)
-        return _span_of_rows(start_m, last, every, every, num_keys, window, PLAN, TILE_KEYS)
+    if PLAN.intervals:
+        if PLAN.table:
+            lo, full_lo, full_hi, hi = record.span
+        else:
+            last = gl.minimum(start_m + 2 * HALF_ROWS, num_queries) - 1
+            every = (0, num_keys)
+            lo, full_lo, full_hi, hi = _span_of_rows(
+                start_m, last, every, every, num_keys, window, PLAN, TILE_KEYS
+            )
+        if not PLAN.many_last:
+            # So it is, unless a pack's lengths are wrong. The producer must bring as many tiles as are awaited.
+            full_hi = hi - 1
+        return Span(lo, full_lo, full_hi, hi)
     else:
         end = num_keys
         if PLAN.is_causal:
