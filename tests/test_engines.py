@@ -44,7 +44,8 @@ def call(
 FORWARD = [
     (H200, {}, {HOPPER: None}),
     (H200, {"dtype": torch.float32}, {HOPPER: "needs fp16 or bf16, got float32", TRITON: None}),
-    (H200, {"head_dim": 256}, {HOPPER: "head dimension 256 exceeds 128", TRITON: None}),
+    (H200, {"head_dim": 256}, {HOPPER: None}),
+    (H200, {"head_dim": 192, "value_dim": 128, "is_causal": False}, {HOPPER: None}),
     (
         H200,
         {"value_dim": 60},
@@ -67,11 +68,12 @@ FORWARD = [
         H200,
         {"scale": 1e7, "window_size": 9},
         {
-            HOPPER: "needs a scale from 1e-06 to 1e+06 beside a mask, a window or packed sequences",
+            HOPPER: engines.ODD_SCALE,
             TRITON: None,
         },
     ),
     (H200, {"scale": 1e7}, {HOPPER: None}),
+    (H200, {"scale": 1e-7, "head_dim": 192}, {HOPPER: engines.ODD_SCALE, TRITON: None}),
     (H200, {"scale": -1.0}, {HOPPER: "needs a positive scale", TRITON: None}),
     (H200, {"extended": True}, {HOPPER: "does not compute the extended statistics", TRITON: None}),
     (H200, {"value": False}, {HOPPER: "needs values: this call asks for statistics alone", TRITON: None}),
@@ -79,7 +81,7 @@ FORWARD = [
         H200,
         {"head_dim": 320},
         {
-            HOPPER: "head dimension 320 exceeds 128",
+            HOPPER: "head dimension 320 exceeds 256",
             TRITON: "head dimension 320 exceeds 256",
             REFERENCE: None,
         },

@@ -14,17 +14,15 @@ import triton
 import triton.language as tl
 
 from hnf_attention.kernels.hopper import records
-from hnf_attention.kernels.hopper.plan import BLOCK_M, BLOCK_N
+from hnf_attention.kernels.hopper.plan import BLOCK_M, BLOCK_N, WIDE_BLOCK_N
 from hnf_attention.kernels.hopper.schedule import heads_together
 from hnf_attention.kernels.hopper.spans import span_of_rows
 from hnf_attention.kernels.shared.packing import sequence_bounds
 from hnf_attention.kernels.shared.plan import score_plan
 
-_TILE = tl.constexpr(BLOCK_N)
-
 
 @triton.jit
-def _list_spans(spans_ptr, numbers_ptr, size, PLAN: tl.constexpr, SIZE: tl.constexpr):
+def _list_spans(spans_ptr, numbers_ptr, size, PLAN: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr):
     """Row i of spans (size, 4): that of row i of numbers (size, 5): first row, last row, keys, window."""
     index = tl.arange(0, SIZE)
     inside = index < size
@@ -32,20 +30,20 @@ def _list_spans(spans_ptr, numbers_ptr, size, PLAN: tl.constexpr, SIZE: tl.const
     start, last = tl.load(at, mask=inside, other=0), tl.load(at + 1, mask=inside, other=0)
     num_keys, window = tl.load(at + 2, mask=inside, other=1), tl.load(at + 3, mask=inside, other=1)
     every = (tl.zeros([SIZE], tl.int32), num_keys)
-    span = span_of_rows(start, last, every, every, num_keys, window, PLAN, _TILE)
+    span = span_of_rows(start, last, every, every, num_keys, window, PLAN, TILE)
     for field in tl.static_range(4):
         tl.store(spans_ptr + index * 4 + field, span[field], mask=inside)
 
 
-def spans_of(numbers, plan):
+def spans_of(numbers, plan, tile=BLOCK_N):
     """The spans of blocks by the kernel's own functions, all in one launch."""
     spans = torch.zeros(len(numbers), 4, dtype=torch.int32)
     size = triton.next_power_of_2(len(numbers))
-    _list_spans[(1,)](spans, torch.tensor(numbers, dtype=torch.int32), len(numbers), plan, size)
+    _list_spans[(1,)](spans, torch.tensor(numbers, dtype=torch.int32), len(numbers), plan, tile, size)
     return [tuple(span) for span in spans.tolist()]
 
 
-def wanted_span(seen):
+def wanted_span(seen, tile):
     """The span of a block of rows that see the keys `seen` (rows, N): tiles with a key, and tiles that are whole.
 
     Without a visible key: None.
@@ -53,20 +51,20 @@ def wanted_span(seen):
     num_keys = seen.shape[1]
     if not seen.any():
         return None
-    padding = -num_keys % BLOCK_N
-    tiles = torch.nn.functional.pad(seen, (0, padding)).unflatten(1, (-1, BLOCK_N))
+    padding = -num_keys % tile
+    tiles = torch.nn.functional.pad(seen, (0, padding)).unflatten(1, (-1, tile))
     some = tiles.any(2).any(0).nonzero().flatten().tolist()
     whole = tiles.all(2).all(0).nonzero().flatten().tolist()
     lo, hi = some[0], some[-1] + 1
-    return lo, [tile for tile in whole if tile < hi - 1], hi  # the last tile is masked in any case
+    return lo, [place for place in whole if place < hi - 1], hi  # the last tile is masked in any case
 
 
-def assert_span(found, seen, one_last=False):
+def assert_span(found, seen, tile=BLOCK_N, one_last=False):
     """one_last: whether the kernel takes the last tile alone for one that may be masked on the right."""
     lo, full_lo, full_hi, hi = found
     assert 0 <= lo <= full_lo <= full_hi < hi
-    assert full_hi == hi - 1 or not one_last
-    wanted = wanted_span(seen)
+    assert full_hi == hi - 1 or tile != BLOCK_N or not one_last
+    wanted = wanted_span(seen, tile)
     if wanted is None:
         assert hi == lo + 1
     else:
@@ -89,7 +87,8 @@ def drawn_window(draw, length):
 
 @pytest.mark.parametrize("count", [40, pytest.param(2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_windows_walk_the_tiles_of_their_keys(is_causal, count):
+@pytest.mark.parametrize("tile", [BLOCK_N, WIDE_BLOCK_N])
+def test_windows_walk_the_tiles_of_their_keys(tile, is_causal, count):
     draw = random.Random(count)
     numbers = []
     for _ in range(count):
@@ -100,8 +99,8 @@ def test_windows_walk_the_tiles_of_their_keys(is_causal, count):
         last = min(start + BLOCK_M, num_queries) - 1
         numbers.append((start, last, num_keys, drawn_window(draw, num_queries + num_keys)))
     plan = score_plan(Case(is_causal=is_causal, window_size=3).options(*Case().tensors()))
-    for (start, last, num_keys, window), found in zip(numbers, spans_of(numbers, plan), strict=True):
-        assert_span(found, rows_seen(start, last, num_keys, is_causal, window), is_causal)
+    for (start, last, num_keys, window), found in zip(numbers, spans_of(numbers, plan, tile), strict=True):
+        assert_span(found, rows_seen(start, last, num_keys, is_causal, window), tile, is_causal)
 
 
 def drawn_pack(draw, length):
@@ -114,19 +113,19 @@ def drawn_pack(draw, length):
     return tuple(edges if draw.random() < 0.5 else (*edges[:-1], length)) if len(edges) > 1 else (0, length)
 
 
-def records_of_pack(case):
+def records_of_pack(case, tile=BLOCK_N):
     """(records, bounds, options, tensors) of a pack, by the kernels."""
     tensors = case.tensors()
     options = case.options(*tensors)
     bounds = sequence_bounds(options.seqlens, case.num_keys)
     shape = (1, case.kv_heads * case.group, case.num_queries, case.num_keys)
-    found, same = records.tables_of(shape, options, bounds)
+    found, same = records.tables_of(shape, options, bounds, tile)
     assert same is bounds
     return found.tolist(), bounds, options, tensors
 
 
-def check_pack(case):
-    found, _, options, _ = records_of_pack(case)
+def check_pack(case, tile=BLOCK_N):
+    found, _, options, _ = records_of_pack(case, tile)
     rows, keys = torch.arange(case.num_queries)[:, None], torch.arange(case.num_keys)[None, :]
     seen = reference.sees(rows, keys, case.num_keys, options)
     blocks = -(-case.num_queries // BLOCK_M)
@@ -134,7 +133,7 @@ def check_pack(case):
     for block, lo, full_lo, full_hi, hi, refused, row, part in found:
         assert (refused, row, part) == (0, 0, case.num_keys)
         rows = slice(block * BLOCK_M, (block + 1) * BLOCK_M)
-        assert_span((lo, full_lo, full_hi, hi), seen[rows], case.is_causal)
+        assert_span((lo, full_lo, full_hi, hi), seen[rows], tile, case.is_causal)
     for begin in range(0, blocks, records.CHUNK):
         costs = [record[4] - record[1] for record in found[begin : begin + records.CHUNK]]
         assert costs == sorted(costs, reverse=begin // records.CHUNK % 2 == 1)
@@ -146,9 +145,9 @@ PACKS = [
 ]
 
 
-@pytest.mark.parametrize("case", PACKS)
-def test_records_of_packs(case):
-    check_pack(case)
+@pytest.mark.parametrize(("case", "tile"), [*zip(PACKS, (BLOCK_N, WIDE_BLOCK_N))])
+def test_records_of_packs(case, tile):
+    check_pack(case, tile)
 
 
 @pytest.mark.slow
@@ -161,7 +160,8 @@ def test_records_of_drawn_packs(is_causal, is_windowed, count):
         length = draw.choice([129, 256, 1000, draw.randrange(1, 2500)])
         window = drawn_window(draw, length) if is_windowed else None
         pack = drawn_pack(draw, length)
-        check_pack(Case(1, 1, 1, length, length, is_causal=is_causal, window_size=window, seqlens=pack))
+        case = Case(1, 1, 1, length, length, is_causal=is_causal, window_size=window, seqlens=pack)
+        check_pack(case, draw.choice((BLOCK_N, WIDE_BLOCK_N)))
 
 
 def greedy(costs, programs):
@@ -204,12 +204,12 @@ def interval_mask(draw, batch, heads, rows, num_keys, holes=()):
     return mask
 
 
-def check_mask(case, mask, holes=()):
+def check_mask(case, mask, holes, tile):
     tensors = case.tensors()
     q, k = tensors[:2]
     options = case.options(*tensors[:3], mask, None)
     batch, heads, num_queries, num_keys = case.batch, q.shape[1], case.num_queries, case.num_keys
-    found, bounds = records.tables_of((batch, heads, num_queries, num_keys), options, None)
+    found, bounds = records.tables_of((batch, heads, num_queries, num_keys), options, None, tile)
     blocks = -(-num_queries // BLOCK_M)
     by_positions = rows_seen(0, num_queries - 1, num_keys, case.is_causal, case.window_size)
     full = mask.expand(batch, heads, num_queries, num_keys) & by_positions
@@ -227,7 +227,7 @@ def check_mask(case, mask, holes=()):
             assert (full_lo, full_hi, hi) == (lo, lo, lo + 1)
             continue
         seen = full[bh // heads, bh % heads, rows]
-        assert_span((lo, full_lo, full_hi, hi), seen)
+        assert_span((lo, full_lo, full_hi, hi), seen, tile)
         for number, row_seen in enumerate(mask.expand(full.shape)[bh // heads, bh % heads, rows]):
             first, end = (bounds[row + rows.start + number + far].item() for far in (0, part))
             assert row_seen.nonzero().flatten().tolist() == list(range(first, end))
@@ -251,4 +251,5 @@ MARKS |= {name: (pytest.mark.slow, pytest.mark.exhaustive) for name in EXHAUSTIV
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS[name]) for name in MASKS])
 def test_records_of_boolean_masks(name):
     case, shape, holes = MASKS[name]
-    check_mask(case, interval_mask(random.Random(5), *shape, case.num_keys, holes), holes)
+    tile = WIDE_BLOCK_N if name == "window" else BLOCK_N
+    check_mask(case, interval_mask(random.Random(5), *shape, case.num_keys, holes), holes, tile)

@@ -1,6 +1,7 @@
 """The sm_90 forward on the host: its plan and its launch."""
 
 import functools
+from dataclasses import replace
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -49,9 +50,10 @@ def plan(
     """What the kernel is compiled for."""
     widths = _width(head_dim), _width(value_dim)
     early = (max(widths), is_causal) in _EARLY
-    stages = 2 if max(widths) == 128 else 3
-    ragged = ragged and not is_windowed and table == NO_TABLE  # those mask every last tile
-    return Plan(early, is_causal, ragged, stats, *widths, stages, has_sinks, is_windowed, table)
+    stages = 2 if max(widths) == 128 or widths[1] == 256 else 3
+    found = Plan(early, is_causal, ragged, stats, *widths, stages, has_sinks, is_windowed, table)
+    # Where rows have two bounds, every last tile is masked.
+    return replace(found, ragged=False) if found.intervals else found
 
 
 @functools.cache
@@ -99,7 +101,7 @@ def forward(query, key, value, options, chosen=None):
     uneven = options.is_causal or table != NO_TABLE
     order = order_of(num_heads, num_blocks, programs, uneven, *_cached_heads(key, value, heads, options))
     bounds = sequence_bounds(options.seqlens, num_keys)
-    tables = tables_of((batch, heads, num_queries, num_keys), options, bounds)
+    tables = tables_of((batch, heads, num_queries, num_keys), options, bounds, chosen.block_n)
     unit = options.scale * _LOG2_E
     launch(
         hopper_kernel,
@@ -108,9 +110,9 @@ def forward(query, key, value, options, chosen=None):
         query.device,
         {
             "q_desc": _describe(query, HALF_M, chosen.block_d),
-            "k_desc": _describe(key, BLOCK_N, chosen.block_d),
-            "v_desc": _describe(value, BLOCK_N, chosen.block_dv),
-            "out_desc": _describe(out, HALF_M, chosen.block_dv),
+            "k_desc": _describe(key, chosen.block_n, chosen.block_d),
+            "v_desc": _describe(value, chosen.block_n, chosen.block_dv),
+            "out_desc": _describe(out, HALF_M, chosen.block_out),
             "pointers": (*rows[:4], options.sinks, *tables),
             "units": (unit, options.scale, FLOOR / unit),
         },

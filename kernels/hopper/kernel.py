@@ -6,8 +6,7 @@ to the first: the first step of a block of queries needs a mask (the diagonal of
 end of the keys), which shows every row a key. Where keys are hidden on the left too (`Plan.intervals`), the last
 steps need one as well, and a row may see no key of a tile, or none at all. See `spans` for the tiles.
 
-Keys and values travel in pairs: pair g is key tile g and value tile g - 1, just what one step multiplies.
-The first pair of a block of queries brings the queries too. Pairs run on from block to block.
+See `producer` for how queries, keys and values come.
 
 The state is that of `softmax.softmax_update` (m in raw q.k, l and w over exp2(t)), except that l, w
 and the minimum stay as partials of the four threads that share a row until the loop is over. The output
@@ -27,124 +26,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..shared import softmax as shared
 from ..shared.softmax import State, Units
-from . import records, spans, steps
-from .channel import new_channel
-from .names import copy_in, copy_out
-from .plan import HALF_ROWS, TILE_KEYS
-from .schedule import Order, block_of_turn, turns_of_program
-from .spans import Span
+from . import steps
+from .channel import barriers, new_channel
+from .names import copy_out
+from .plan import HALF_ROWS
+from .producer import produce
+from .schedule import Order
+from .turns import FIELDS, bounds_of, load_record, num_turns, span_of_block, turn_of
 
 _FIRST = gl.constexpr(0)
 _SECOND = gl.constexpr(1)
 _LN_2 = shared.LN_2
-_FIELDS = gl.constexpr(records.FIELDS)
 _softmax_finish = gluon.jit(shared.softmax_finish.fn)
-_block_of_turn = gluon.jit(block_of_turn.fn)
-_turns_of_program = gluon.jit(turns_of_program.fn)
-_row_bounds = gluon.jit(spans.row_bounds.fn)
-_span_of_rows = gluon.jit(spans.span_of_rows.fn)
-_load_record = gluon.jit(records.load_record.fn)
-
-
-@gluon.jit
-def _span(start_m, record, sizes, PLAN: gl.constexpr):
-    """The tiles of keys of the block of queries that begins at start_m."""
-    _heads, _group, num_queries, num_keys, window, _order = sizes
-    if PLAN.intervals:
-        if PLAN.table:
-            lo, full_lo, full_hi, hi = record.span
-        else:
-            last = gl.minimum(start_m + 2 * HALF_ROWS, num_queries) - 1
-            every = (0, num_keys)
-            lo, full_lo, full_hi, hi = _span_of_rows(
-                start_m, last, every, every, num_keys, window, PLAN, TILE_KEYS
-            )
-        if not PLAN.many_last:
-            # So it is, unless a pack's lengths are wrong. The producer must bring as many tiles as are awaited.
-            full_hi = hi - 1
-        return Span(lo, full_lo, full_hi, hi)
-    else:
-        end = num_keys
-        if PLAN.is_causal:
-            end = gl.minimum(end, start_m + 2 * HALF_ROWS)
-        hi = gl.cdiv(end, TILE_KEYS)
-        return Span(0, 0, hi - 1, hi)
-
-
-@gluon.jit
-def _turn(turn, sizes, records_ptr, PLAN: gl.constexpr):
-    """What this program computes in one turn: batch, head, key head, first query, `Span` of key tiles; and the place
-    of its record and the `Record`, if there are any."""
-    heads, group, _num_queries, _num_keys, _window, order = sizes
-    bh, block = _block_of_turn(turn, order)
-    index = block
-    record = ()
-    if PLAN.table:
-        if PLAN.is_masked:
-            index += bh * order.num_blocks
-        record = _load_record(records_ptr + index * _FIELDS)
-        block = record.block
-    start_m = block * (2 * HALF_ROWS)
-    span = _span(start_m, record, sizes, PLAN)
-    return bh // heads, bh % heads, bh % heads // group, start_m, span, index, record
-
-
-@gluon.jit
-def _producer(descriptors, buffers, channel, sizes, records_ptr, PLAN: gl.constexpr):
-    q_desc, k_desc, v_desc, _out_desc = descriptors
-    q_s, k_s, v_s, _out_s = buffers
-    order = sizes[5]
-    Q_BYTES: gl.constexpr = 2 * q_desc.block_type.nbytes
-    K_BYTES: gl.constexpr = k_desc.block_type.nbytes
-    V_BYTES: gl.constexpr = v_desc.block_type.nbytes
-    step = gl.to_tensor(0)
-    v_batch = gl.to_tensor(0)
-    v_head = gl.to_tensor(0)
-    v_start = gl.to_tensor(0)
-    for turn in range(_turns_of_program(order)):
-        batch, head, kv_head, start_m, span, _index, _record = _turn(turn, sizes, records_ptr, PLAN)
-        for j in range(span.hi - span.lo):
-            channel.wait_empty(step)
-            stage = channel.stage(step)
-            ready = channel.ready(step)
-            if j > 0:
-                mbarrier.expect(ready, K_BYTES + V_BYTES)
-            else:
-                if step > 0:
-                    mbarrier.expect(ready, Q_BYTES + K_BYTES + V_BYTES)
-                else:
-                    mbarrier.expect(ready, Q_BYTES + K_BYTES)
-                for half in gl.static_range(2):
-                    place = [batch, head, start_m + half * HALF_ROWS, 0]
-                    slot = turn % PLAN.stages * 2 + half
-                    copy_in(q_desc, place, ready, q_s.index(slot))
-            if step > 0:
-                place = [v_batch, v_head, v_start, 0]
-                copy_in(v_desc, place, ready, v_s.index(stage))
-            v_batch = batch
-            v_head = kv_head
-            v_start = (span.hi - 1 - j) * TILE_KEYS
-            copy_in(k_desc, [batch, kv_head, v_start, 0], ready, k_s.index(stage))
-            step += 1
-    channel.wait_empty(step)
-    ready = channel.ready(step)
-    mbarrier.expect(ready, V_BYTES)
-    place = [v_batch, v_head, v_start, 0]
-    copy_in(v_desc, place, ready, v_s.index(channel.stage(step)))
-
-
-@gluon.jit
-def _bounds(offs_m, sizes, bounds_ptr, record, PLAN: gl.constexpr):
-    """The first key that each row sees, and how many keys it sees."""
-    _heads, _group, num_queries, num_keys, window, _order = sizes
-    first = 0
-    end = num_keys
-    if PLAN.table:
-        pointers = bounds_ptr + record.row + gl.minimum(offs_m, num_queries - 1)
-        first = gl.load(pointers)
-        end = gl.load(pointers + record.part)
-    first, end = _row_bounds(offs_m, first, end, window, PLAN)
-    return first, gl.maximum(end - first, 0)
 
 
 @gluon.jit
@@ -163,11 +56,11 @@ def _first_tile(s, offs_m, tile, bounds, sizes, units, PLAN: gl.constexpr, P_L: 
     low = gl.full([HALF_ROWS, 4], 0.0, gl.float32, P_L)
     if PLAN.intervals:
         m_i = gl.full([HALF_ROWS], 0.0, gl.float32, gl.SliceLayout(1, S_L)) + floor
-        s = steps.hide(s, bounds, tile)
+        s = steps.hide(s, bounds, tile, PLAN)
         state, p, _alpha = steps.softmax(s, (m_i, l_i, w_i, low + float("inf")), unit, floor, PLAN, True, P_L)
         return state, p
     else:
-        offs_n = tile * TILE_KEYS + gl.arange(0, TILE_KEYS, gl.SliceLayout(0, S_L))
+        offs_n = tile * PLAN.block_n + gl.arange(0, PLAN.block_n, gl.SliceLayout(0, S_L))
         # Every row sees a key of this tile.
         seen = gl.expand_dims(offs_n, 0) < sizes[3]
         if PLAN.is_causal:
@@ -184,9 +77,10 @@ def _first_tile(s, offs_m, tile, bounds, sizes, units, PLAN: gl.constexpr, P_L: 
 
 
 @gluon.jit
-def _step(walk, HALF: gl.constexpr, turn, tile, bounds, given, PLAN: gl.constexpr, MASKED: gl.constexpr):
-    """One tile of keys: the scores of it, the output of the tile before. Only a masked step needs tile and bounds."""
-    buffers, channel, sizes, pointers, units = given
+def _step(walk, HALF: gl.constexpr, turn, tile, lo, bounds, given, PLAN: gl.constexpr, MASKED: gl.constexpr):
+    """One tile of keys: the scores of it, the output of the tile before. lo: the last tile of the turn. Only a masked
+    step needs bounds."""
+    buffers, channel, read, sizes, pointers, units = given
     state, p, alpha, acc, step = walk
     A_L: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
     P_L: gl.constexpr = state[1].type.layout
@@ -195,11 +89,14 @@ def _step(walk, HALF: gl.constexpr, turn, tile, bounds, given, PLAN: gl.constexp
     acc = steps.rescale(acc, alpha, PLAN)  # while the scores are computed
     product = steps.output(buffers, step, a, acc, PLAN)
     s = warpgroup_mma_wait(1, [scores])
+    if PLAN.is_wide:  # noqa: SIM102  # the compiler drops this branch, and not an `and`
+        if tile == lo:
+            mbarrier.arrive(read.index(0), count=1)
     step += 1
     if PLAN.early:
         channel.wait_full(step)
     if MASKED:
-        s = steps.hide(s, bounds, tile)
+        s = steps.hide(s, bounds, tile, PLAN)
     state, p, alpha = steps.softmax(s, state, units[0], units[2], PLAN, MASKED, P_L)
     # A branch, always or never taken, keeps the assembler from moving the wait for the product in among
     # the exponentials.
@@ -256,11 +153,13 @@ def _finish(state, bounds, place, head, sizes, pointers, units, record, PLAN: gl
 
 
 @gluon.jit
-def _consumer(HALF: gl.constexpr, descriptors, buffers, channel, sizes, pointers, units, PLAN: gl.constexpr):
+def _consumer(
+    HALF: gl.constexpr, descriptors, buffers, channel, read, sizes, pointers, units, PLAN: gl.constexpr
+):
     _q_desc, _k_desc, _v_desc, out_desc = descriptors
     q_s, _k_s, _v_s, out_s = buffers
     heads, _group, num_queries, _num_keys, _window, order = sizes
-    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PLAN.block_n, 16])
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PLAN.block_dv, 16])
     P_L: gl.constexpr = gl.DistributedLinearLayout(
         [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
@@ -269,21 +168,24 @@ def _consumer(HALF: gl.constexpr, descriptors, buffers, channel, sizes, pointers
     ROW: gl.constexpr = gl.SliceLayout(1, S_L)
     dtype: gl.constexpr = q_s.dtype
     staged = out_s.index(HALF)
-    given = (buffers, channel, sizes, pointers, units)
+    given = (buffers, channel, read, sizes, pointers, units)
 
     step = 0
     channel.wait_full(0)
-    donor = gl.full([HALF_ROWS, TILE_KEYS], 0.0, gl.float32, S_L)
+    donor = gl.full([HALF_ROWS, PLAN.block_n], 0.0, gl.float32, S_L)
     scores = steps.scores(HALF, buffers, 0, 0, donor, PLAN)
     s = warpgroup_mma_wait(0, [scores])
     channel.release(0)
-    for turn in range(_turns_of_program(order)):
-        batch, head, _kv_head, block_m, span, index, record = _turn(turn, sizes, pointers[5], PLAN)
+    for turn in range(num_turns(order)):
+        batch, head, _kv_head, block_m, span, index, record = turn_of(turn, sizes, pointers[5], PLAN)
+        if PLAN.is_wide:  # noqa: SIM102  # the compiler drops this branch, and not an `and`
+            if span.hi - span.lo == 1:
+                mbarrier.arrive(read.index(0), count=1)
         start_m = block_m + HALF * HALF_ROWS
         offs_m = start_m + gl.arange(0, HALF_ROWS, ROW)
         bounds = ()
         if PLAN.intervals:
-            bounds = _bounds(offs_m, sizes, pointers[6], record, PLAN)
+            bounds = bounds_of(offs_m, sizes, pointers[6], record, PLAN)
         state, p = _first_tile(s, offs_m, span.hi - 1, bounds, sizes, units, PLAN, P_L)
         acc = gl.full([HALF_ROWS, PLAN.block_dv], 0.0, gl.float32, O_L)
         alpha = gl.full([HALF_ROWS], 1.0, gl.float32, ROW)
@@ -292,39 +194,48 @@ def _consumer(HALF: gl.constexpr, descriptors, buffers, channel, sizes, pointers
         walk = (state, p, alpha, acc, step)
         if PLAN.many_last:
             for j in range(span.hi - 1 - span.full_hi):
-                walk = _step(walk, HALF, turn, span.hi - 2 - j, bounds, given, PLAN, True)
-        for _ in range(span.full_lo, span.full_hi):
-            walk = _step(walk, HALF, turn, 0, bounds, given, PLAN, False)
+                walk = _step(walk, HALF, turn, span.hi - 2 - j, span.lo, bounds, given, PLAN, True)
+        for j in range(span.full_lo, span.full_hi):
+            tile = span.full_hi - 1 - (j - span.full_lo)
+            walk = _step(walk, HALF, turn, tile, span.lo, bounds, given, PLAN, False)
         if PLAN.intervals:
             # Nothing of this takes a register in the loop above.
             if PLAN.table:
-                record = _load_record(pointers[5] + _again(index) * _FIELDS)
+                record = load_record(pointers[5] + _again(index) * FIELDS)
                 block_m = record.block * (2 * HALF_ROWS)
             else:
                 block_m = _again(block_m)
             start_m = block_m + HALF * HALF_ROWS
             offs_m = start_m + gl.arange(0, HALF_ROWS, ROW)
-            span = _span(block_m, record, sizes, PLAN)
-            bounds = _bounds(offs_m, sizes, pointers[6], record, PLAN)
+            span = span_of_block(block_m, record, sizes, PLAN)
+            bounds = bounds_of(offs_m, sizes, pointers[6], record, PLAN)
             for j in range(span.full_lo - span.lo):
-                walk = _step(walk, HALF, turn, span.full_lo - 1 - j, bounds, given, PLAN, True)
+                walk = _step(walk, HALF, turn, span.full_lo - 1 - j, span.lo, bounds, given, PLAN, True)
         state, p, alpha, acc, step = walk
         a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
         acc = steps.rescale(acc, alpha, PLAN)
         product = steps.output(buffers, step, a, acc, PLAN)
         # The next rows' first scores are computed while these rows are finished. After the last turn
         # the same product runs once more on what lies in the buffers, and nobody reads it.
-        donor = gl.full([HALF_ROWS, TILE_KEYS], 0.0, gl.float32, S_L)
+        donor = gl.full([HALF_ROWS, PLAN.block_n], 0.0, gl.float32, S_L)
         scores = steps.scores(HALF, buffers, turn + 1, step, donor, PLAN)
 
         place = (batch * heads + head).to(gl.int64) * num_queries + offs_m, offs_m < num_queries
         normalise = _finish(state, bounds, place, head, sizes, pointers, units, record, PLAN)
         acc = warpgroup_mma_wait(1, [product])
-        tma.store_wait(pendings=0)
-        normalised = acc * steps.per_row(normalise, acc)
-        staged.reshape([HALF_ROWS, PLAN.block_dv]).store(normalised.to(dtype))
-        fence_async_shared()
-        copy_out(out_desc, [batch, head, start_m, 0], staged)
+        if PLAN.is_wide:
+            parts = steps.columns_of_64((acc * steps.per_row(normalise, acc)).to(dtype))
+            for part in gl.static_range(PLAN.block_dv // 64):
+                tma.store_wait(pendings=0)
+                staged.reshape([HALF_ROWS, 64]).store(parts[part])
+                fence_async_shared()
+                copy_out(out_desc, [batch, head, start_m, part * 64], staged)
+        else:
+            tma.store_wait(pendings=0)
+            normalised = acc * steps.per_row(normalise, acc)
+            staged.reshape([HALF_ROWS, PLAN.block_dv]).store(normalised.to(dtype))
+            fence_async_shared()
+            copy_out(out_desc, [batch, head, start_m, 0], staged)
         s = warpgroup_mma_wait(0, [scores])
         channel.release(step)
     tma.store_wait(pendings=0)
@@ -365,21 +276,26 @@ def hopper_kernel(
     and to nats, and the maximum of rows that have seen no key, in score units."""
     dtype: gl.constexpr = q_desc.dtype
     buffers = (
-        gl.allocate_shared_memory(dtype, [2 * PLAN.stages, 1, 1, HALF_ROWS, PLAN.block_d], q_desc.layout),
-        gl.allocate_shared_memory(dtype, [PLAN.stages, 1, 1, TILE_KEYS, PLAN.block_d], k_desc.layout),
-        gl.allocate_shared_memory(dtype, [PLAN.stages, 1, 1, TILE_KEYS, PLAN.block_dv], v_desc.layout),
-        gl.allocate_shared_memory(dtype, [2, 1, 1, HALF_ROWS, PLAN.block_dv], out_desc.layout),
+        gl.allocate_shared_memory(
+            dtype, [2 * PLAN.query_slots, 1, 1, HALF_ROWS, PLAN.block_d], q_desc.layout
+        ),
+        gl.allocate_shared_memory(dtype, [PLAN.stages, 1, 1, PLAN.block_n, PLAN.block_d], k_desc.layout),
+        gl.allocate_shared_memory(dtype, [PLAN.stages, 1, 1, PLAN.block_n, PLAN.block_dv], v_desc.layout),
+        gl.allocate_shared_memory(dtype, [2, 1, 1, HALF_ROWS, PLAN.block_out], out_desc.layout),
     )
     channel = new_channel(PLAN.stages, 2)
+    read = channel.empty
+    if PLAN.is_wide:
+        read = barriers(1, 2)
     descriptors = (q_desc, k_desc, v_desc, out_desc)
     order = Order(num_heads, gl.cdiv(num_queries, 2 * HALF_ROWS), together, stretches, turns)
     sizes = (heads, group, num_queries, num_keys, window, order)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consumer, (_FIRST, descriptors, buffers, channel, sizes, pointers, units, PLAN)),
-            (_consumer, (_SECOND, descriptors, buffers, channel, sizes, pointers, units, PLAN)),
-            (_producer, (descriptors, buffers, channel, sizes, pointers[5], PLAN)),
+            (_consumer, (_FIRST, descriptors, buffers, channel, read, sizes, pointers, units, PLAN)),
+            (_consumer, (_SECOND, descriptors, buffers, channel, read, sizes, pointers, units, PLAN)),
+            (produce, (descriptors, buffers, channel, read, sizes, pointers[5], PLAN)),
         ],
         [4, 1],
         [240, 24],

@@ -6,9 +6,9 @@ from triton.experimental.gluon import language as gl
 
 HALF_M = 64  # query rows of a consumer
 BLOCK_M = 2 * HALF_M
-BLOCK_N = 128
+BLOCK_N = 128  # keys of a tile
+WIDE, WIDE_BLOCK_N = 128, 64  # head dimensions above the first take the second
 HALF_ROWS = gl.constexpr(HALF_M)
-TILE_KEYS = gl.constexpr(BLOCK_N)
 # Where bounds of rows come from, beside the causal mask and the window: see `records`.
 NO_TABLE, PACK_TABLE, MASK_TABLE = 0, 1, 2
 
@@ -32,9 +32,29 @@ class Plan:
         return "plan_" + "_".join(str(int(x)).replace("-", "m") for x in vars(self).values())
 
     @property
+    def is_wide(self) -> bool:
+        """Whether tiles are smaller, blocks of queries share one place, and outputs leave in parts of 64 columns."""
+        return max(self.block_d, self.block_dv) > WIDE
+
+    @property
+    def block_n(self) -> int:
+        """Keys of a tile."""
+        return WIDE_BLOCK_N if self.is_wide else BLOCK_N
+
+    @property
+    def block_out(self) -> int:
+        """Columns of the output that leave shared memory at once."""
+        return 64 if self.is_wide else self.block_dv
+
+    @property
+    def query_slots(self) -> int:
+        """How many blocks of queries shared memory holds."""
+        return 1 if self.is_wide else self.stages
+
+    @property
     def intervals(self) -> bool:
-        """Whether a row's visible keys may begin after the first key, or be none."""
-        return self.is_windowed or self.table != NO_TABLE
+        """Whether rows have two bounds: visible keys may begin after the first key or be none, or tiles are small."""
+        return self.is_windowed or self.table != NO_TABLE or self.is_wide
 
     @property
     def is_pack(self) -> bool:
@@ -48,6 +68,7 @@ class Plan:
     def many_last(self) -> bool:
         """Whether more than the last tile of a block of queries may hold keys that some rows see and some do not.
 
-        Blocks of queries and tiles of keys are equally long. The causal mask therefore cuts one tile.
+        Where blocks of queries and tiles of keys are equally long, the causal mask cuts one tile.
         """
-        return self.intervals and not (self.is_causal and self.table != MASK_TABLE)
+        one = self.is_causal and self.table != MASK_TABLE and not self.is_wide
+        return self.intervals and not one

@@ -5,6 +5,8 @@ bounds of its rows lie. The kernel cannot compute a block with a row whose visib
 leaves NaN there, and the launch behind it (`portable.huge_rows`) computes the block. The host never waits for a mask.
 """
 
+import functools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,17 +15,29 @@ import triton.language as tl
 
 from ..shared.launch import launch
 from ..shared.masks import load_bounds, mask_of
-from ..shared.plan import Options, score_plan
+from ..shared.plan import Options, ScorePlan, score_plan
 from ..shared.tiles import ceil_div
-from .plan import BLOCK_M, BLOCK_N, MASK_TABLE, NO_TABLE, PACK_TABLE
+from .plan import BLOCK_M, MASK_TABLE, NO_TABLE, PACK_TABLE
 from .spans import Span, row_bounds, span_of, span_of_rows
 
 FIELDS = 8
 CHUNK = 128  # blocks of a pack that are sorted together; a head's keys of so many fit the L2 cache
 _SCAN = 1024  # keys of a mask that are read at once
 _FIELDS, _CHUNK = tl.constexpr(FIELDS), tl.constexpr(CHUNK)
-_ROWS, _TILE = tl.constexpr(BLOCK_M), tl.constexpr(BLOCK_N)
+_ROWS = tl.constexpr(BLOCK_M)
 _LARGEST = tl.constexpr((1 << 31) - 1)
+
+
+@dataclass(frozen=True, repr=False)
+class TablePlan(ScorePlan):
+    """What the kernels of tables are compiled for."""
+
+    block_n: int  # keys of a tile
+
+
+@functools.cache
+def _table_plan(scores: ScorePlan, block_n: int) -> TablePlan:
+    return TablePlan(**vars(scores), block_n=block_n)
 
 
 class Record(NamedTuple):
@@ -75,7 +89,7 @@ def _pack_kernel(records_ptr, bounds_ptr, length, window, PLAN: tl.constexpr):
         length,
         window,
         PLAN,
-        _TILE,
+        PLAN.block_n,
     )
     cost = tl.where(inside, span.hi - span.lo, _LARGEST)
     before = (cost[None, :] < cost[:, None]) | (
@@ -151,7 +165,9 @@ def _mask_kernel(
     empty = end <= first
     firsts = tl.where(empty, num_keys, first)
     ends = tl.where(empty, 0, end)
-    span = span_of(tl.min(firsts, 0), tl.max(firsts, 0), tl.min(ends, 0), tl.max(ends, 0), num_keys, _TILE)
+    span = span_of(
+        tl.min(firsts, 0), tl.max(firsts, 0), tl.min(ends, 0), tl.max(ends, 0), num_keys, PLAN.block_n
+    )
     lo, full_lo, full_hi, hi = span
     # A refused block takes one step: what it computes is thrown away.
     full_lo = tl.where(refused > 0, lo, full_lo)
@@ -175,25 +191,27 @@ def table_of(options: Options) -> int:
     return NO_TABLE if options.seqlens is None else PACK_TABLE
 
 
-def tables_of(shape: tuple[int, int, int, int], options: Options, bounds: torch.Tensor | None) -> Tables:
+def tables_of(
+    shape: tuple[int, int, int, int], options: Options, bounds: torch.Tensor | None, block_n: int
+) -> Tables:
     """The tables of one call of `shape` (B, H, M, N), computed on the device.
 
-    bounds: of `packing.sequence_bounds`, of a pack.
+    bounds: of `packing.sequence_bounds`, of a pack. block_n: keys of a tile.
     """
     if options.attn_mask is not None:
-        return _mask_tables(shape, options)
+        return _mask_tables(shape, options, block_n)
     if bounds is not None:
-        return Tables(_pack_records(bounds, shape[2], options), bounds)
+        return Tables(_pack_records(bounds, shape[2], options, block_n), bounds)
     return Tables(None, None)
 
 
-def _pack_records(bounds: torch.Tensor, length: int, options: Options) -> torch.Tensor:
+def _pack_records(bounds: torch.Tensor, length: int, options: Options, block_n: int) -> torch.Tensor:
     blocks = ceil_div(length, BLOCK_M)
     records = torch.empty((blocks, FIELDS), dtype=torch.int32, device=bounds.device)
     launch(
         _pack_kernel,
         (ceil_div(blocks, CHUNK), 1, 1),
-        score_plan(options),
+        _table_plan(score_plan(options), block_n),
         bounds.device,
         {"records_ptr": records, "bounds_ptr": bounds},
         {"length": length, "window": options.window_size or 0},
@@ -202,7 +220,7 @@ def _pack_records(bounds: torch.Tensor, length: int, options: Options) -> torch.
     return records
 
 
-def _mask_tables(shape: tuple[int, int, int, int], options: Options) -> Tables:
+def _mask_tables(shape: tuple[int, int, int, int], options: Options, block_n: int) -> Tables:
     batch, heads, num_queries, num_keys = shape
     attn_mask = options.attn_mask
     mask_batch, mask_heads, mask_rows = attn_mask.shape[:3]
@@ -231,7 +249,7 @@ def _mask_tables(shape: tuple[int, int, int, int], options: Options) -> Tables:
     launch(
         _mask_kernel,
         (blocks, 1, 1),
-        score_plan(options),
+        _table_plan(score_plan(options), block_n),
         attn_mask.device,
         {"records_ptr": records, "bounds_ptr": bounds, "holes_ptr": holes},
         {

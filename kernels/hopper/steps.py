@@ -13,7 +13,7 @@ from .assembly import (
     RESCALE_64_OPERANDS,
     ZERO_WHERE_EQUAL,
 )
-from .plan import HALF_ROWS, TILE_KEYS
+from .plan import HALF_ROWS
 
 
 @gluon.jit
@@ -23,9 +23,10 @@ def _along(x, axis: gl.constexpr, LARGEST: gl.constexpr):
 
 @gluon.jit
 def _partial(x, CHAINS: gl.constexpr, LARGEST: gl.constexpr, P_L: gl.constexpr):
-    """(64, 128) to (64, 4): sum (or maximum) of the columns that one thread holds, without a shuffle, in so
+    """(64, keys) to (64, 4): sum (or maximum) of the columns that one thread holds, without a shuffle, in so
     many independent chains."""
-    x = gl.reshape(x, [64, CHAINS // 2, 32 // CHAINS, 4, 2])
+    HELD: gl.constexpr = x.shape[1] // 4
+    x = gl.reshape(x, [64, CHAINS // 2, HELD // CHAINS, 4, 2])
     x = _along(_along(_along(x, 2, LARGEST), 3, LARGEST), 1, LARGEST)
     return gl.convert_layout(x, P_L, assert_trivial=True)
 
@@ -52,11 +53,11 @@ def _per_part(number, P_L: gl.constexpr):
 
 
 @gluon.jit
-def hide(s, bounds, tile):
+def hide(s, bounds, tile, PLAN: gl.constexpr):
     """The scores of a tile of keys, HIDDEN where a row does not see the key; bounds: the first key that each row sees,
     and how many it sees. A key before the first one is far behind it as an unsigned number."""
     first, number = bounds
-    columns = tile * TILE_KEYS + gl.arange(0, TILE_KEYS, gl.SliceLayout(0, s.type.layout))
+    columns = tile * PLAN.block_n + gl.arange(0, PLAN.block_n, gl.SliceLayout(0, s.type.layout))
     distance = gl.expand_dims(columns, 0) - gl.expand_dims(first, 1)
     return gl.inline_asm_elementwise(
         HIDE_UNLESS_LESS, "=f,f,r,r", [s, distance, gl.expand_dims(number, 1)], gl.float32, True, 1
@@ -105,7 +106,9 @@ def per_row(factor, acc):
 @gluon.jit
 def rescale(acc, alpha, PLAN: gl.constexpr):
     operands = [acc, per_row(alpha, acc)]
-    if PLAN.block_dv == 64:
+    if PLAN.block_dv == 256:  # its products take longer than this
+        return acc * per_row(alpha, acc)
+    elif PLAN.block_dv == 64:
         return gl.inline_asm_elementwise(RESCALE_32, RESCALE_32_OPERANDS, operands, gl.float32, False, 32)
     else:
         return gl.inline_asm_elementwise(RESCALE_64, RESCALE_64_OPERANDS, operands, gl.float32, False, 64)
@@ -115,8 +118,8 @@ def rescale(acc, alpha, PLAN: gl.constexpr):
 def scores(HALF: gl.constexpr, buffers, turn, step, donor, PLAN: gl.constexpr):
     """Start q k^T of this consumer's rows and the key tile of `step`, into registers that `donor` gives up."""
     q_s, k_s, _v_s, _out_s = buffers
-    q = q_s.index(turn % PLAN.stages * 2 + HALF).reshape([HALF_ROWS, PLAN.block_d])
-    k = k_s.index(step % PLAN.stages).reshape([TILE_KEYS, PLAN.block_d])
+    q = q_s.index(turn % PLAN.query_slots * 2 + HALF).reshape([HALF_ROWS, PLAN.block_d])
+    k = k_s.index(step % PLAN.stages).reshape([PLAN.block_n, PLAN.block_d])
     return warpgroup_mma(q, k.permute((1, 0)), donor, use_acc=False, is_async=True)
 
 
@@ -124,5 +127,27 @@ def scores(HALF: gl.constexpr, buffers, turn, step, donor, PLAN: gl.constexpr):
 def output(buffers, step, a, acc, PLAN: gl.constexpr):
     """Start acc + p v with the value tile that came with the keys of `step`."""
     _q_s, _k_s, v_s, _out_s = buffers
-    v = v_s.index(step % PLAN.stages).reshape([TILE_KEYS, PLAN.block_dv])
+    v = v_s.index(step % PLAN.stages).reshape([PLAN.block_n, PLAN.block_dv])
     return warpgroup_mma(a, v, acc, is_async=True)
+
+
+@gluon.jit
+def _halves(x):
+    """The left and the right half of the columns of x; a thread holds columns of both."""
+    rows: gl.constexpr = x.shape[0]
+    width: gl.constexpr = x.shape[1]
+    return x.reshape([rows, 2, width // 2]).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def columns_of_64(x):
+    """x (64, 64 to 256) as a tuple of tensors of 64 columns each."""
+    if x.shape[1] == 64:
+        return (x,)
+    elif x.shape[1] == 128:
+        return _halves(x)
+    else:
+        left, right = _halves(x)
+        first, second = _halves(left)
+        third, fourth = _halves(right)
+        return first, second, third, fourth
