@@ -19,6 +19,21 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # as in test_kernels.
 FIELDS = {"lse": 1e-5, "entropy": 2e-5, "max_logit": 1e-5, "min_logit": 1e-5}
 
 CALLS = {
+    "full": Case(1, 2, 2, 333, 457),
+    "causal": Case(1, 2, 2, 700, 700, is_causal=True, transposed=True),
+    # With more blocks of queries than the card has multiprocessors, a program computes several in turn.
+    "many blocks": Case(2, 8, 2, 1500, 1500),
+    "many blocks, causal": Case(2, 8, 2, 1500, 1500, is_causal=True),
+    "many blocks, causal window": Case(2, 8, 2, 1500, 1500, window_size=200, is_causal=True),
+    "many blocks, window": Case(2, 8, 2, 1500, 1500, window_size=200),
+    "many blocks, few keys": Case(2, 8, 2, 2000, 40),
+    "many blocks, window, rows without a key": Case(2, 8, 2, 2000, 300, window_size=100),
+    "many blocks, causal pack": Case(1, 16, 2, 2000, 2000, seqlens=(0, 3, 700, 1650, 1900), is_causal=True),
+    "many blocks, pack": Case(1, 16, 2, 2000, 2000, seqlens=(0, 3, 700, 1650, 1900)),
+    "many blocks, short sequences": Case(
+        1, 16, 2, 2000, 2000, seqlens=tuple(range(0, 2001, 50)), is_causal=True
+    ),
+    "many blocks, mask with holes": Case(2, 8, 2, 1500, 400, mask="bool"),
     "causal window": Case(1, 2, 2, 700, 700, window_size=200, is_causal=True),
     "causal window of whole tiles": Case(2, 1, 2, 768, 768, window_size=256, is_causal=True),
     "causal window of one key": Case(1, 1, 1, 300, 300, window_size=1, is_causal=True),
@@ -49,7 +64,21 @@ CALLS = {
     "large scores": Case(1, 2, 1, 500, 500, window_size=100, spread=200.0),
     "explicit scale": Case(1, 2, 1, 500, 500, window_size=100, is_causal=True, scale=1.7),
 }
-WIDTHS = {"narrow": (16, 24), "64": (64, 64), "padded": (80, 96), "128": (128, 128), "value wider": (64, 128)}
+WIDTHS = {
+    "narrow": (16, 24),
+    "padded": (80, 96),
+    "value wider": (64, 128),
+    "latent attention": (192, 128),
+    "padded, wide": (144, 200),
+    "value of 256": (64, 256),
+}
+HALVES = [
+    (64, torch.float16),
+    (64, torch.bfloat16),
+    (128, torch.float16),
+    (128, torch.bfloat16),
+    (256, torch.bfloat16),
+]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 
 
@@ -74,17 +103,17 @@ def agree(host, case, tensors):
     close(out, wanted[0], TOLERANCE[out.dtype], "out")
 
 
-@DTYPES
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("head_dim", "dtype"), HALVES)
 @pytest.mark.parametrize("case", CALLS.values(), ids=CALLS.keys())
 def test_calls_match_the_oracle(host, case, head_dim, dtype):
     case = replace(case, head_dim=head_dim, value_dim=head_dim)
     agree(host, case, case.tensors(dtype, "cuda"))
 
 
+@pytest.mark.parametrize("kind", ["many blocks, causal", "causal window"])
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS.keys())
-def test_widths(host, widths):
-    case = replace(CALLS["causal window"], head_dim=widths[0], value_dim=widths[1])
+def test_widths(host, widths, kind):
+    case = replace(CALLS[kind], head_dim=widths[0], value_dim=widths[1])
     agree(host, case, case.tensors(torch.bfloat16, "cuda"))
 
 
@@ -107,9 +136,9 @@ def padding_masks(batch, length):
 @DTYPES
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("name", padding_masks(1, 8) if torch.cuda.is_available() else ["right"])
-@pytest.mark.parametrize(("head_dim", "length"), [(64, 512), (128, 391)])
+@pytest.mark.parametrize(("head_dim", "length"), [(64, 512), (128, 1391)])
 def test_padding_matches_the_oracle(host, head_dim, length, name, is_causal, dtype):
-    case = Case(5, 1, 2, length, length, head_dim, head_dim, is_causal=is_causal, sinks=head_dim == 64)
+    case = Case(5, 2, 2, length, length, head_dim, head_dim, is_causal=is_causal, sinks=head_dim == 64)
     q, k, v, _, sinks = case.tensors(dtype, "cuda")
     agree(host, case, (q, k, v, padding_masks(5, length)[name], sinks))
 
@@ -156,9 +185,10 @@ def test_huge_rows_are_right(host, kind, dtype):
     assert (got[0].double() - exact).abs().max() <= 2e-2
 
 
-@pytest.mark.parametrize("kind", ["causal pack", "window", "mask with holes"])
-def test_the_same_bits_in_every_run(host, kind):
-    case = replace(CALLS[kind], kv_heads=8, head_dim=128, value_dim=128)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("kind", ["causal pack", "window", "mask with holes", "causal"])
+def test_the_same_bits_in_every_run(host, kind, head_dim):
+    case = replace(CALLS[kind], kv_heads=32, head_dim=head_dim, value_dim=head_dim)
     tensors = case.tensors(torch.bfloat16, "cuda")
     options = case.options(*tensors)
     first = host.forward(*tensors[:3], options)[:5]
