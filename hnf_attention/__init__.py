@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .diagnosis import AttentionDiagnosis, StabilityIssue
     from .diagnosis.triage import NonFiniteTrace
     from .engine.api import attention, attention_stats
-    from .instrumentation import Instrumentation, instrument, restore
+    from .instrumentation import Instrumentation, instrument, observe_blocks, restore
     from .interventions import apply_intervention
     from .monitoring.analyzer import AttentionAnalyzer
     from .monitoring.monitor import AttentionStabilityMonitor
@@ -33,7 +33,7 @@ else:
     _HOMES = {  # module -> the public names that it defines; as above, which a test compares
         ".diagnosis": ("AttentionDiagnosis", "StabilityIssue"),
         ".engine.api": ("attention", "attention_stats"),
-        ".instrumentation": ("Instrumentation", "instrument", "restore"),
+        ".instrumentation": ("Instrumentation", "instrument", "observe_blocks", "restore"),
         ".interventions": ("apply_intervention",),
         ".monitoring.analyzer": ("AttentionAnalyzer",),
         ".monitoring.monitor": ("AttentionStabilityMonitor",),
@@ -88,6 +88,7 @@ __all__ = [
     "check_attention_stability",
     "instrument",
     "merge_attention",
+    "observe_blocks",
     "restore",
     "stability_region",
     "trace_non_finite",

@@ -55,6 +55,7 @@ def gpt2(**options):
     return transformers.GPT2LMHeadModel(config)
 
 
+@pytest.mark.slow
 def test_minilm_entropies_equal_those_of_its_eager_attention_weights(text_file, tokenizer):
     analysis = analyze(str(MINILM), text_file, window=64)
     windows, tokens = split(tokenizer, text_file.read_text(encoding="utf-8"), 64, "x")

@@ -76,6 +76,7 @@ class OfFile(nn.Module):
         return HELD(*tensors)
 
 
+@pytest.mark.slow
 @carried_by("is_compiled")
 def test_a_compiled_function_that_a_file_holds_is_measured():
     model, before = OfFile(), HELD

@@ -5,6 +5,8 @@ import inspect
 import sys
 from pathlib import Path
 
+import pytest
+
 import hnf_attention
 from hnf_attention import compat
 from hnf_attention.compat import dynamo
@@ -98,6 +100,7 @@ OTHERS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_no_private_name_of_a_library_stands_outside_of_compat():
     trees = dict(sources())
     inside = {path: tree for path, tree in trees.items() if path.parent == PACKAGE / "compat"}

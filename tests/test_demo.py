@@ -266,7 +266,7 @@ def test_the_demo_draws_a_live_table_on_a_terminal(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(x, marks=pytest.mark.exhaustive) for x in (1, 2))])
 def test_the_quick_demo_tells_the_same_story(seed):
     outcome = judge(
         *(train(replace(QUICK, seed=seed), treated, lambda *_: None) for treated in (False, True))

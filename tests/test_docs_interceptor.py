@@ -93,6 +93,7 @@ def test_it_measures_and_changes_nothing(library, options):
         assert handle.coverage.measured == {"": "fused (theirs)"}
 
 
+@pytest.mark.slow
 def test_compiled_graphs_are_measured_and_transforms_are_listed(library):
     model, x = Attention(causal=True), torch.randn(2, 9, 16)
     with instrument(model) as handle:

@@ -126,6 +126,7 @@ def same(some, others, rtol=1e-4):
         np.testing.assert_allclose(stats.values, others.layers[name].values, rtol=rtol, atol=rtol)
 
 
+@pytest.mark.slow
 @carried_by("example_of", "items")
 def test_a_graph_gives_what_the_model_gives():
     model, x = Model().to(DEVICE), batch(100)
@@ -291,6 +292,7 @@ def test_a_compiled_training_step_is_measured_without_a_forward_that_is_told_of(
     assert stats.first_nonfinite_step[3] == 6 and stats.first_nonfinite_key[3] == 6
 
 
+@pytest.mark.slow
 def test_what_a_graph_cannot_measure_itself_is_measured_as_before_and_said():
     model, x = Model().to(DEVICE), batch(24)
     model.layers[1] = WrittenAttention().to(DEVICE)

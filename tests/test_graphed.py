@@ -88,7 +88,14 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("bad", [None, *(pytest.param(x, marks=pytest.mark.slow) for x in ("value", "out"))])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        None,
+        pytest.param("value", marks=pytest.mark.slow),
+        pytest.param("out", marks=(pytest.mark.slow, pytest.mark.exhaustive)),
+    ],
+)
 def test_what_the_control_asks_for_is_measured(by_kernels, case, bad):
     given, options = tensors(case)
     if bad:

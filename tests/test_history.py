@@ -70,6 +70,7 @@ def test_numbers_that_float32_cannot_hold_stay_wide():
     assert layers["many"].rows[0] == 2.0**40 and layers["many"].normalized_entropy[0] == pytest.approx(0.7)
 
 
+@pytest.mark.slow
 def test_before_the_window_gaps_grow_with_age_and_the_first_stays():
     history = filled(20 * ONE, 1500)
     kept = steps(history)

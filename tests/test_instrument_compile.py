@@ -89,14 +89,7 @@ def compare(model, run, backend=BACKEND, interceptor=None, exact=True):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "order",
-    [
-        "compiled first",
-        "run before",
-        "instrumented first",
-        "in place",
-        pytest.param("blocks", marks=pytest.mark.slow),
-    ],
+    "order", ["compiled first", "run before", "instrumented first", "in place", "blocks"]
 )
 def test_every_order_is_measured_and_puts_itself_back(order):
     model, inputs = Model(), x()
@@ -261,6 +254,7 @@ class WideAttention(Attention):
         return (part.float() for part in super().split(inputs))
 
 
+@pytest.mark.slow
 def test_autocast_reaches_what_is_measured():
     model, inputs = WideAttention(), x()
     run = compiled(model)
@@ -349,6 +343,7 @@ def test_an_exported_program_holds_nothing_of_it(strict):
     assert not any("hnf_attention" in str(node.target) for node in program.graph.nodes)
 
 
+@pytest.mark.slow
 def test_what_a_graph_hides_is_listed():
     model, inputs = nn.Sequential(HandWrittenAttention(), Attention()), x()
     run = compiled(model)
@@ -362,6 +357,7 @@ def test_what_a_graph_hides_is_listed():
     assert set(handle.coverage.not_measured) == {"0", "1"}
 
 
+@pytest.mark.slow
 def test_the_inference_fast_path_is_off_in_a_graph_and_said_to_be():
     model = nn.TransformerEncoderLayer(16, 4, 16, batch_first=True).eval()
     run = compiled(model)
@@ -372,6 +368,7 @@ def test_the_inference_fast_path_is_off_in_a_graph_and_said_to_be():
     }
 
 
+@pytest.mark.slow
 def test_strict_judges_a_compiled_model_from_outside():
     inputs, good, bad = x(), Model(), LinearAttention()
     with instrument(compiled(good), strict=True):

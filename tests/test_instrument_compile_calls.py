@@ -36,6 +36,7 @@ class HeldAttention(Attention):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+@pytest.mark.slow
 def test_a_module_that_its_forward_holds_in_a_cell_is_found():
     model = nn.Sequential(HeldAttention(), HeldAttention())
     with instrument(model) as handle:
@@ -43,6 +44,7 @@ def test_a_module_that_its_forward_holds_in_a_cell_is_found():
     assert list(handle.latest) == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_a_scale_that_is_a_tensor_in_the_graph_is_listed():
     model, inputs = Mixing(scale=np.float64(0.5)), x()  # as 1 / np.sqrt(d) is
     run = compiled(model)
@@ -130,7 +132,8 @@ class Region(Mixing):
     forward = torch.compiler.nested_compile_region(Mixing.forward)
 
 
-@pytest.mark.parametrize("kind", [Branching, pytest.param(Repeating, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Branching, Repeating])
 def test_what_a_higher_order_operator_runs_is_listed(kind):
     model, inputs = kind(), x().detach()
     run = compiled(model)

@@ -186,6 +186,7 @@ class Caller(nn.Module):
         return transformers.AttentionInterface()["flex_attention"](self, *args, **options)[0]
 
 
+@pytest.mark.slow
 def test_what_hugging_face_adds_to_the_scores():
     model, (query, key, value), bias = Caller(), tensors(kv_heads=2), torch.randn(2, 4, 30, 26)
 

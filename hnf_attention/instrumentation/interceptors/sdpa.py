@@ -21,11 +21,11 @@ from ..call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fus
 from ..compiled import graphed, layers, operators, slots, tracer
 from ..expected import Plain
 from ..patches import Patch
+from . import context_parallel
 
 NAME = "scaled_dot_product_attention"
 UNDER_A_MASK = "under a mask, a probe beside PyTorch's kernel is cheaper"
 ONLY_MATH = "the fused kernels of scaled_dot_product_attention are turned off"
-CONTEXT_PARALLEL = "torch.distributed.tensor.experimental."
 
 
 def install(modules: Iterable[nn.Module] = ()) -> list[Patch]:
@@ -35,11 +35,10 @@ def install(modules: Iterable[nn.Module] = ()) -> list[Patch]:
 
 def _interceptor(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     # Context parallelism of PyTorch puts a function here that exchanges keys with other processes.
-    ring = getattr(original, "__module__", "").startswith(CONTEXT_PARALLEL)
-    describe, plain = (_of_a_ring, None) if ring else (call_of, _plain_of)
+    rings = context_parallel.is_wrapper(original)
 
     def described(*args: Any, **kwargs: Any) -> AttentionCall:
-        return describe(observer.thread.heads, *args, **kwargs)
+        return call_of(observer.thread.heads, *args, **kwargs)
 
     @functools.wraps(original)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
@@ -50,14 +49,16 @@ def _interceptor(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if transformed():
             observer.list_transformed()
             output = original(*args, **kwargs)
-            if traced() and describe is call_of:
+            if traced() and not rings:
                 _beside(output, *args, **kwargs)
             return output
         thread = observer.thread
         if thread.receiver is not None:
             return thread.receiver(original, *args, **kwargs)
         find = None if thread.heads is None else _announced
-        return observer.run(original, args, kwargs, described, find, plain)
+        if (observer.active or observer.keeping) and (rings or _by_sequence(*args, **kwargs)):
+            return context_parallel.run(original, args, kwargs, find)
+        return observer.run(original, args, kwargs, described, find, _plain_of)
 
     return scaled_dot_product_attention
 
@@ -85,10 +86,8 @@ def _plain_of(
     return Plain(query, key, value, (is_causal, scale, enable_gqa, heads and heads[1:]))
 
 
-def _of_a_ring(*_: Any, **__: Any) -> AttentionCall:
-    raise Unmeasurable(
-        "context_parallel was entered before the model was instrumented: keys of others are not seen"
-    )
+def _by_sequence(query: Any = None, *_: Any, **__: Any) -> bool:
+    return type(query) is not Tensor and sharded.by_sequence(query)
 
 
 def _beside(

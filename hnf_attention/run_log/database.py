@@ -1,0 +1,277 @@
+"""The file of a run log: an SQLite database, one transaction a log step."""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from . import blocks, metrics
+from .blocks import BadLog
+from .records import Layout, Record
+
+APPLICATION = 0x484E4641  # "HNFA", which `file` shows
+#: The schema is what these scripts make one after the other. A newer version appends one.
+SCRIPTS = (
+    """
+    -- One row for each process that wrote: a run that was resumed has several. about: JSON.
+    CREATE TABLE sessions (
+        id INTEGER PRIMARY KEY, uid TEXT NOT NULL UNIQUE, started REAL NOT NULL, about TEXT NOT NULL,
+        received INTEGER NOT NULL
+    );
+    -- What a block's rows (metrics) and columns (layers and heads) are: JSON.
+    CREATE TABLE layouts (id INTEGER PRIMARY KEY, described TEXT NOT NULL UNIQUE);
+    -- One row a log step. block: float32 (metrics, heads), see `blocks`. first_step: below step where others were
+    -- joined to it. forwards: JSON list of training, evaluation and failed ones. not_measured: JSON, layer to reason.
+    CREATE TABLE snapshots (
+        step INTEGER PRIMARY KEY, first_step INTEGER NOT NULL, session INTEGER NOT NULL, time REAL NOT NULL,
+        training INTEGER NOT NULL, forwards TEXT NOT NULL, layout INTEGER NOT NULL, block BLOB NOT NULL,
+        not_measured TEXT NOT NULL
+    );
+    -- What happened. kind: "issue" (change: new, worse, better, gone) or another. detail: JSON.
+    CREATE TABLE events (
+        id INTEGER PRIMARY KEY, step INTEGER NOT NULL, session INTEGER NOT NULL, kind TEXT NOT NULL, change TEXT,
+        detail TEXT NOT NULL
+    );
+    CREATE INDEX events_by_step ON events (step);
+    -- Loss, gradient norm, learning rate: one row a training step that gave one. NULL for NaN.
+    CREATE TABLE scalars (
+        name TEXT NOT NULL, step INTEGER NOT NULL, value REAL, PRIMARY KEY (name, step)
+    ) WITHOUT ROWID;
+    """,
+)
+VERSION = len(SCRIPTS)
+_JOINED_AT_ONCE = 32  # pairs of log steps that one transaction joins
+_WAIT = 10.0  # seconds for another process's transaction
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open a run log for writing; a new file gets the schema, an older one the rest of it. Raises BadLog or OSError."""
+    connection = _open(f"{path.absolute().as_uri()}?mode=rwc", path)
+    try:
+        if _version(connection, path) == 0:
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            connection.execute(f"PRAGMA application_id = {APPLICATION}")
+        connection.execute("PRAGMA journal_mode = WAL")
+        # A crash of the machine may lose the latest log steps; the file stays whole.
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute(
+            "PRAGMA mmap_size = 0"
+        )  # an error while a mapped page is read would end the process
+        for version in range(_version(connection, path), VERSION):
+            connection.executescript(
+                f"BEGIN; {SCRIPTS[version]} PRAGMA user_version = {version + 1}; COMMIT;"
+            )
+    except sqlite3.DatabaseError as error:
+        connection.close()
+        raise _bad(path, error) from error
+    except BadLog:
+        connection.close()
+        raise
+    return connection
+
+
+def connect_to_read(path: Path) -> sqlite3.Connection:
+    """Open a run log that may be written meanwhile. Raises BadLog or OSError."""
+    path.stat()  # OSError with the file's name
+    connection = _open(f"{path.absolute().as_uri()}?mode=ro", path)
+    try:
+        found = _version(connection, path)
+        if found != VERSION:
+            raise BadLog(f"expected a run log of version {VERSION}, got version {found}: {path}")
+    except sqlite3.DatabaseError as error:
+        connection.close()
+        raise _bad(path, error) from error
+    except BadLog:
+        connection.close()
+        raise
+    return connection
+
+
+def in_memory() -> sqlite3.Connection:
+    """An empty run log that is no file."""
+    connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    connection.executescript("".join(SCRIPTS))
+    return connection
+
+
+def begin_session(connection: sqlite3.Connection, uid: str, started: float, about: Mapping[str, Any]) -> int:
+    """The number of a session, which is new unless it is known by its uid."""
+    with transaction(connection):
+        connection.execute(
+            "INSERT OR IGNORE INTO sessions (uid, started, about, received) VALUES (?, ?, ?, 0)",
+            (uid, started, json.dumps(about)),
+        )
+        return int(connection.execute("SELECT id FROM sessions WHERE uid = ?", (uid,)).fetchone()[0])
+
+
+def add(connection: sqlite3.Connection, session: int, number: int, record: Record) -> None:
+    """Add one log step in one transaction.
+
+    number: counts the session's records from 1. One that is known is left out. What was written of this step and later
+    ones is replaced: the run was resumed from a checkpoint before it.
+    """
+    with transaction(connection):
+        (received,) = connection.execute("SELECT received FROM sessions WHERE id = ?", (session,)).fetchone()
+        if number <= received:
+            return
+        connection.execute("UPDATE sessions SET received = ? WHERE id = ?", (number, session))
+        _drop_later(connection, record)
+        text = record.layout.text()
+        connection.execute("INSERT OR IGNORE INTO layouts (described) VALUES (?)", (text,))
+        (layout,) = connection.execute("SELECT id FROM layouts WHERE described = ?", (text,)).fetchone()
+        connection.execute(
+            "INSERT INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                record.step,
+                record.first_step,
+                session,
+                record.time,
+                record.training,
+                json.dumps(record.forwards),
+                layout,
+                record.block,
+                json.dumps(record.not_measured),
+            ),
+        )
+        connection.executemany(
+            "INSERT INTO events (step, session, kind, change, detail) VALUES (?, ?, ?, ?, ?)",
+            [
+                *((record.step, session, "issue", how, json.dumps(issue)) for how, issue in record.changes),
+                *(
+                    (event.get("step", record.step), session, event["kind"], None, json.dumps(event))
+                    for event in record.events
+                ),
+            ],
+        )
+        connection.executemany(
+            "INSERT OR REPLACE INTO scalars VALUES (?, ?, ?)",
+            [
+                (name, step, value if math.isfinite(value) else None)
+                for name, pairs in record.scalars.items()
+                for step, value in pairs
+            ],
+        )
+
+
+def _drop_later(connection: sqlite3.Connection, record: Record) -> None:
+    """Drop what was written of this log step and of later ones."""
+    earlier = "SELECT coalesce(max(step), -1) FROM snapshots WHERE step < ?"
+    (last,) = connection.execute(earlier, (record.step,)).fetchone()
+    connection.execute("DELETE FROM snapshots WHERE step >= ?", (record.step,))
+    connection.execute("DELETE FROM events WHERE step > ?", (last,))
+    for name in record.scalars:
+        connection.execute("DELETE FROM scalars WHERE name = ? AND step > ?", (name, record.step))
+
+
+def active_issues(connection: sqlite3.Connection, step: int) -> list[dict[str, Any]]:
+    """The issues that were there after the log step `step`, as they were last reported."""
+    active: dict[tuple[Any, ...], dict[str, Any]] = {}
+    rows = connection.execute(
+        "SELECT change, detail FROM events WHERE kind = 'issue' AND step <= ? ORDER BY id", (step,)
+    )
+    for change, detail in rows:
+        issue = json.loads(detail)
+        key = issue.get("layer"), issue.get("head"), issue.get("issue_type")
+        active.pop(key, None)
+        if change != "gone":
+            active[key] = issue
+    return list(active.values())
+
+
+def size(connection: sqlite3.Connection) -> int:
+    """Bytes of the pages that are in use."""
+    (pages,), (free,), (each,) = (
+        connection.execute(f"PRAGMA {name}").fetchone()
+        for name in ("page_count", "freelist_count", "page_size")
+    )
+    return int((pages - free) * each)
+
+
+def thin(connection: sqlite3.Connection) -> bool:
+    """Join pairs of neighbouring log steps, those that are close together for their age first; extremes are kept.
+
+    Returns whether any were joined. The younger half of the log steps stays as it is.
+    """
+    steps = connection.execute("SELECT step, first_step, layout FROM snapshots ORDER BY step").fetchall()
+    latest = steps[-1][0] if steps else 0
+    pairs: list[tuple[int, int]] = []
+    taken: set[int] = set()
+    candidates = sorted(
+        ((later[0] - earlier[1]) / max(latest - later[0], 1), index)
+        for index, (earlier, later) in enumerate(zip(steps, steps[1 : len(steps) // 2]))
+        if earlier[2] == later[2]
+    )
+    for _, index in candidates:
+        if len(pairs) < _JOINED_AT_ONCE and not {index, index + 1} & taken:
+            taken |= {index, index + 1}
+            pairs.append((steps[index][0], steps[index + 1][0]))
+    if not pairs:
+        return False
+    with transaction(connection):
+        for earlier, later in pairs:
+            _join(connection, earlier, later)
+    connection.execute("PRAGMA incremental_vacuum")
+    return True
+
+
+def _join(connection: sqlite3.Connection, earlier: int, later: int) -> None:
+    (described,) = connection.execute(
+        "SELECT described FROM layouts JOIN snapshots ON layouts.id = layout WHERE step = ?", (later,)
+    ).fetchone()
+    layout = Layout.parse(described)
+    tables, firsts = [], []
+    for step in (earlier, later):
+        block, first = connection.execute(
+            "SELECT block, first_step FROM snapshots WHERE step = ?", (step,)
+        ).fetchone()
+        tables.append(blocks.decode(block, len(layout.metrics), layout.heads))
+        firsts.append(first)
+    block = blocks.encode(metrics.joined(list(layout.metrics), *tables))
+    connection.execute("DELETE FROM snapshots WHERE step = ?", (earlier,))
+    connection.execute(
+        "UPDATE snapshots SET first_step = ?, block = ? WHERE step = ?", (min(firsts), block, later)
+    )
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Everything inside or nothing of it is in the file."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        if connection.in_transaction:  # a full disk has ended it already
+            connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
+
+
+def _open(uri: str, path: Path) -> sqlite3.Connection:
+    try:
+        return sqlite3.connect(uri, uri=True, timeout=_WAIT, isolation_level=None, check_same_thread=False)
+    except sqlite3.OperationalError as error:
+        raise OSError(f"cannot open {path}: {error}") from error
+
+
+def _version(connection: sqlite3.Connection, path: Path) -> int:
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if application in (0, APPLICATION) and version == tables == 0:
+        return 0
+    if application != APPLICATION or version < 1:
+        raise BadLog(f"expected a run log, got another SQLite database: {path}")
+    if version > VERSION:
+        raise BadLog(f"expected a run log of version {VERSION} or older, got version {version}: {path}")
+    return int(version)
+
+
+def _bad(path: Path, error: sqlite3.DatabaseError) -> Exception:
+    if isinstance(error, sqlite3.OperationalError):
+        return OSError(f"cannot use {path}: {error}")
+    return BadLog(f"expected a run log, got a file that SQLite cannot read ({error}): {path}")

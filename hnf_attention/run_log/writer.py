@@ -1,0 +1,218 @@
+"""Writes a run log from a thread of its own: the training thread hands a log step over and goes on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import queue
+import sqlite3
+import threading
+import time
+import uuid
+import weakref
+from collections import deque
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..diagnosis import AttentionDiagnosis
+from ..versions import versions
+from . import database
+from .fragments import Fragment
+from .places import network_file_system
+from .recording import Recording
+from .records import Record, plain
+
+_log = logging.getLogger("hnf_attention")
+
+#: Log steps that wait for a disk that is full or away. Past that the oldest are given up.
+MOST_WAITING = 256
+#: Bytes of a file, past which older log steps are joined in pairs.
+MOST_BYTES = 2 << 30
+_PATIENCE = 10.0  # seconds that `close` and the end of the process wait for the thread
+
+
+class RunLogWriter:
+    """Writes everything that a monitor sees into one file: a writer for `AttentionStabilityMonitor(writers=[...])`.
+
+    path: of an SQLite database, such as "run.db"; a run that was resumed goes on in the same file. Each log step is one
+    transaction, so a crash loses none that was written, and `RunLog(path)` reads while the run goes on. On a network
+    file system, where SQLite's write-ahead log is not safe, each process appends to a file of its own in
+    "run.db.fragments" instead; `RunLog(path)` reads these as well.
+    about: JSON types that describe the run, such as the model's configuration; stored as they are.
+    max_bytes: past this size older log steps are joined in pairs: maxima and minima are kept, means are averaged.
+
+    A disk that is full or away costs no training step: log steps wait in memory, and one line is logged.
+    Raises BadLog for a file that is no run log, OSError for one that cannot be written, ValueError for a bad max_bytes.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        *,
+        about: Mapping[str, Any] | None = None,
+        max_bytes: int = MOST_BYTES,
+    ):
+        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
+            raise ValueError(f"expected max_bytes to be an int >= 1, got {max_bytes!r}")
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        described = plain({"run": dict(about or {}), "environment": _environment()})
+        self._thread = _Thread(self.path, described, max_bytes)
+        # At the end of the process, too, what waits is written.
+        self._end = weakref.finalize(self, _Thread.finish, self._thread, _PATIENCE)
+
+    def __repr__(self) -> str:
+        thread = self._thread
+        waiting = thread.waiting.qsize() + len(thread.kept)
+        return f"RunLogWriter({str(self.path)!r}): {thread.written} log steps written, {waiting} waiting"
+
+    def write(self, diagnosis: AttentionDiagnosis) -> None:
+        """Take one log step in. Raises nothing: the thread says what goes wrong."""
+        self._thread.take(("diagnosis", diagnosis, time.time()))
+
+    def note(self, step: int, **scalars: float) -> None:
+        """Keep numbers of a training step, such as loss=2.3; written with the next log step, or at the end."""
+        self._thread.take(("scalars", step, {name: float(value) for name, value in scalars.items()}))
+
+    def event(self, step: int, kind: str, **detail: Any) -> None:
+        """Keep something that happened, such as an intervention; written with the next log step, or at the end."""
+        self._thread.take(("event", step, {"kind": kind, "step": step} | plain(detail)))
+
+    def flush(self, timeout: float = _PATIENCE) -> bool:
+        """Wait until all that was taken is written. Returns whether it is."""
+        return self._thread.flush(timeout)
+
+    def close(self) -> None:
+        """Write what waits and end the thread. A second call does nothing."""
+        self._end()
+
+
+class _Thread(threading.Thread):
+    """waiting: what was handed over. kept: records that could not be written yet, with their numbers."""
+
+    def __init__(self, path: Path, about: Mapping[str, Any], max_bytes: int):
+        super().__init__(name="hnf-attention run log", daemon=True)
+        self.waiting: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self.kept: deque[tuple[int, Record]] = deque()
+        self.written = 0
+        self._lost = 0
+        self._process = os.getpid()
+        self._recording = Recording()
+        self._failed: str | None = None
+        self._max_bytes = max_bytes
+        uid, started = uuid.uuid4().hex, time.time()
+        kind = network_file_system(path.parent)
+        self._sink: _Database | Fragment
+        if kind is None:
+            self._sink = _Database(path, uid, started, about)
+        else:
+            self._sink = Fragment(path, uid, started, about)
+            _log.info("the run log %s lies on %s, so it is written as %s", path, kind, self._sink.path)
+        self._number = 0
+        self.start()
+
+    def take(self, item: tuple[Any, ...]) -> None:
+        if self.is_alive() and os.getpid() == self._process:  # a forked process has no such thread
+            self.waiting.put(item)
+
+    def flush(self, timeout: float) -> bool:
+        done = threading.Event()
+        self.take(("flush", done))
+        return self.is_alive() and done.wait(timeout) and not self.kept
+
+    def finish(self, timeout: float) -> None:
+        self.take(("end",))
+        if os.getpid() == self._process:
+            self.join(timeout)
+
+    def run(self) -> None:
+        while True:
+            kind, *rest = self.waiting.get()
+            try:
+                if kind == "diagnosis":
+                    if self._number == 0:
+                        self._recording.know(self._sink.active_before(rest[0].step))
+                    self._number += 1
+                    self.kept.append((self._number, self._recording.record(*rest)))
+                    self._write()
+                elif kind == "scalars":
+                    self._recording.note(*rest)
+                elif kind == "event":
+                    self._recording.happened(rest[1])
+                elif kind == "flush":
+                    self._write()
+                    rest[0].set()
+                else:
+                    break
+            except Exception:
+                # Whatever is wrong with one log step, the next ones are written.
+                _log.warning("the run log leaves a log step out", exc_info=True)
+        rest = self._recording.rest()
+        if rest is not None:
+            self.kept.append((self._number + 1, rest))
+        self._write()
+        self._sink.close()
+        if self.kept:
+            _log.warning("the run log ends with %d log steps that could not be written", len(self.kept))
+
+    def _add(self, number: int, record: Record) -> None:
+        try:
+            self._sink.add(number, record)
+            self.written += 1
+        except (ValueError, TypeError, sqlite3.DataError, sqlite3.IntegrityError):
+            # Another attempt would end the same way.
+            _log.warning("the run log leaves log step %d out", record.step, exc_info=True)
+
+    def _write(self) -> None:
+        try:
+            while self.kept:
+                self._add(*self.kept[0])
+                self.kept.popleft()
+        except (OSError, sqlite3.Error) as error:
+            while len(self.kept) > MOST_WAITING:
+                self.kept.popleft()
+                self._lost += 1
+            if self._failed is None:
+                _log.warning("the run log cannot be written now (%s); log steps wait in memory", error)
+            self._failed = str(error)
+            return
+        if self._failed is not None:
+            lost = f"; {self._lost} log steps were lost" if self._lost else ""
+            _log.warning("the run log is written again%s", lost)
+            self._failed, self._lost = None, 0
+        self._sink.shrink(self._max_bytes)
+
+
+class _Database:
+    """The file as an SQLite database, with a session of this process."""
+
+    def __init__(self, path: Path, uid: str, started: float, about: Mapping[str, Any]):
+        self._connection = database.connect(path)
+        self._session = database.begin_session(self._connection, uid, started, about)
+
+    def active_before(self, step: int) -> list[dict[str, Any]]:
+        """The issues that an earlier session had at its last log step before this one."""
+        return database.active_issues(self._connection, step - 1)
+
+    def add(self, number: int, record: Record) -> None:
+        database.add(self._connection, self._session, number, record)
+
+    def shrink(self, max_bytes: int) -> None:
+        """Join older log steps while the file is too large, a few at a time."""
+        if database.size(self._connection) > max_bytes:
+            database.thin(self._connection)
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "versions": versions("hnf-attention", "torch", "triton", "transformers", "numpy"),
+        "machine": platform.node(),
+        "system": platform.platform(),
+        "process": os.getpid(),
+    }
