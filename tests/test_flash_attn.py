@@ -154,13 +154,15 @@ PACKED = {
         {"cu_seqlens_q": s, "cu_seqlens_k": s},
     ),
 }
+REGULAR = ("flash_attn", "flash_attn_varlen_func"), ("flash_attn.cute", "flash_attn_varlen_func")
+FUNCTIONS = [pytest.param(x, marks=[exhaustive] * (x not in REGULAR)) for x in PACKED]
 PACK_SHAPES = {name: SHAPES[name] for name in ("plain", "causal", "window", "two sides", "soft-cap")}
 
 
 @slow
 @pytest.mark.parametrize("mode", ["probe", "fused"])
 @pytest.mark.parametrize("shape", PACK_SHAPES)
-@pytest.mark.parametrize("function", PACKED, ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
 def test_a_pack(function, shape, mode):
     q, k, v = draw(20, 4, 8), draw(20, 2, 8), draw(20, 2, 8)
     args, kwargs = PACKED[function](q, k, v, Q.int(), 8)
@@ -178,7 +180,7 @@ def test_a_pack(function, shape, mode):
 
 @slow
 @pytest.mark.parametrize("shape", [*PACK_SHAPES, "ALiBi"])
-@pytest.mark.parametrize("function", [x for x in PACKED if "kvpacked" not in x[1]], ids=str)
+@pytest.mark.parametrize("function", [x for x in FUNCTIONS if "kv" not in x.values[0][1]], ids=str)
 def test_sequences_with_more_keys_than_queries(function, shape):
     if shape == "ALiBi" and function[0] != "flash_attn":
         pytest.skip("this version has no ALiBi")

@@ -5,7 +5,7 @@ import sys
 import library_standins as standins
 import pytest
 import torch
-from flash_standins import packed
+from flash_standins import STATISTICS, packed
 from test_flash_attn import K, Q, check, draw
 from torch import nn
 from torch.nn.attention import varlen
@@ -75,6 +75,19 @@ def test_varlen_attn(on_cpu, window, mode):
     got, how = run(model, q, *more, starts, K.int(), 8, 16, window_size=window, scale=0.5, return_aux=request)
     assert how == "probe (varlen_attn), its lse agrees"
     check(got, sequences(q, more[0], Q, K), window=window, scale=0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (30, 0)], ids=str)
+def test_varlen_attn_on_a_card(window):
+    starts = torch.tensor([0, 70, 70, 199, 400], dtype=torch.int32)
+    q, k = (draw(400, 4, 64, dtype=torch.bfloat16) for _ in range(2))
+    of_card = [x.cuda() for x in (q, k, k, starts, starts.clone())]
+    model = Call("torch.nn.attention.varlen", "varlen_attn")
+    got, how = run(model, *of_card, 201, 201, window_size=window, return_aux=varlen.AuxRequest(lse=True))
+    assert how == "probe (varlen_attn), its lse agrees"
+    got.rows = type(got.rows)(**{name: getattr(got.rows, name).cpu() for name in STATISTICS})
+    check(got, sequences(q, k, starts, starts), 1e-3, window=window)
 
 
 @slow

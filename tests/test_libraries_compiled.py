@@ -118,6 +118,7 @@ def test_a_method_in_a_graph(monkeypatch):
     )
 
 
+@pytest.mark.exhaustive
 def test_objects_of_xformers_are_listed(monkeypatch):
     function = {"memory_efficient_attention": standins.memory_efficient_attention}
     library = standins.put_in_place(monkeypatch, "xformers.ops", **function)

@@ -271,6 +271,7 @@ def test_a_compiled_graph_measures_it(sage):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_arguments_that_a_compiled_graph_cannot_hold_are_listed(sage):
     model = Attention(extra=torch.float16)
     with register_interceptor("sageattention.sageattn", describe), instrument(model) as handle:

@@ -27,6 +27,7 @@ _WORDS = {
     "max_q": "max_seqlen_q",
     "max_k": "max_seqlen_k",
     "scale": "softmax_scale",
+    "is_causal": "causal",  # of torch 2.10
     "return_aux": "return_attn_probs",
     "enable_gqa": "pack_gqa",  # the shapes say it
 }
