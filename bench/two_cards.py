@@ -116,9 +116,10 @@ def row(part: str, name: str, numbers: dict, tiny: bool) -> tuple[str, bool | No
         if what in numbers:
             holds &= numbers[what]
             text += f", {what.replace('_', ' ')}: {numbers[what]}"
-    if "messages_by_rank" in numbers:  # one process logs for all
-        text += f", messages {numbers['messages_by_rank']}"
-        holds &= not any(numbers["messages_by_rank"][1:])
+    if "entries_by_rank" in numbers:  # one process writes and logs for all
+        first, *others = numbers["entries_by_rank"]
+        text += f", entries of the log by process {[first, *others]}"
+        holds &= first > 0 and not any(others)
     if "overhead_every_step" in numbers:
         text += f", step {numbers['overhead_between_log_steps']:+.1%}"
         text += f", log step {numbers['overhead_every_step']:+.1%}"
@@ -129,11 +130,11 @@ def table(results: dict, tiny: bool) -> None:
     words = {True: "holds", False: "FAILS", None: ""}
     for part, found in results.items():
         if "error" in found:
-            print(f"{part:40} {found['error'].strip().splitlines()[-1]:70} FAILS")
+            print(f"{part:40} {found['error'].strip().splitlines()[-1]:88} FAILS")
             continue
         for name, numbers in found.items():
             text, holds = row(part, name, numbers, tiny)
-            print(f"{part + ': ' + name:46} {text:70} {words[holds]}")
+            print(f"{part + ': ' + name:46} {text:82} {words[holds]}")
 
 
 def main() -> None:
@@ -152,15 +153,15 @@ def main() -> None:
         parser.error(
             f"expected --length to be a multiple of {2 * arguments.processes}, got {arguments.length}"
         )
-    results = {}
+    settings = {"processes": arguments.processes, "length": arguments.length, "tiny": arguments.tiny}
+    backend = "nccl" if arguments.processes <= torch.cuda.device_count() else "gloo"
+    results: dict = {}
     for part in arguments.parts:
         results[part] = run_part(part, arguments)
         print(f"{part}: done", file=sys.stderr)
-    if arguments.out is not None:
-        settings = {"processes": arguments.processes, "length": arguments.length, "tiny": arguments.tiny}
-        backend = "nccl" if arguments.processes <= torch.cuda.device_count() else "gloo"
-        described = {"machine": machine(), "backend": backend, **settings, "results": results}
-        arguments.out.write_text(json.dumps(described, indent=1) + "\n")
+        if arguments.out is not None:  # after each part, so that a later one loses nothing
+            described = {"machine": machine(), "backend": backend, **settings, "results": results}
+            arguments.out.write_text(json.dumps(described, indent=1) + "\n")
     table(results, arguments.tiny)
 
 

@@ -17,14 +17,13 @@ STEPS = 3
 LIMIT = 3.0  # seconds
 
 
-def monitored(spread: Spread) -> tuple[list[Any], list[Any], list[str], dict[str, str]]:
-    """Snapshots and issues of each step, what was logged, and which parts of the monitor are off."""
+def monitored(spread: Spread) -> tuple[list[Any], list[Any], list[Any], dict[str, str]]:
+    """Snapshots and issues of each step, what was logged and written, and which parts of the monitor are off."""
     optimizer = torch.optim.SGD(spread.model.parameters(), lr=1e-3)
     issues: list[Any] = []
-    with (
-        logged() as messages,
-        AttentionStabilityMonitor(spread.model, log_every=1, ranks=spread.ranks) as monitor,
-    ):
+    written: list[Any] = []
+    options: dict[str, Any] = {"log_every": 1, "ranks": spread.ranks, "writers": [written.append]}
+    with logged() as messages, AttentionStabilityMonitor(spread.model, **options) as monitor:
 
         def after() -> None:
             diagnosis = monitor.on_step()
@@ -33,7 +32,7 @@ def monitored(spread: Spread) -> tuple[list[Any], list[Any], list[str], dict[str
 
         train(spread, optimizer, STEPS, after)
         off = {name: part.reason for name, part in monitor.status.off.items()}
-        return [x.layers for x in monitor.history], issues, messages, off
+        return [x.layers for x in monitor.history], issues, messages + written, off
 
 
 def run(setting: Setting) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def run(setting: Setting) -> dict[str, Any]:
             "difference": max(x[0] for x in everyone),
             "same_issues": all(x[1] for x in everyone),
             "issues": len(expected_issues[0]),
-            "messages_by_rank": [x[2] for x in everyone],
+            "entries_by_rank": [x[2] for x in everyone],  # of the log: a diagnosis a step, and messages
             "off": everyone[0][3],
         }
     return found
