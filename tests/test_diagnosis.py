@@ -186,7 +186,7 @@ def test_alarm_projects_the_square_root():
     issue = found(growing(roots(0.08)), "overflow_risk")[0]
     assert issue.severity == "error" and issue.threshold == 100.0
     assert issue.value == pytest.approx((2 + 0.08 * 110) ** 2)
-    assert "116.6 within 50 steps" in issue.evidence and "will saturate near step 100" in issue.headline
+    assert "116.6 within 50 steps" in issue.evidence and "saturates in 50 (20 to 205) steps" in issue.headline
     # Slower, it stays below 100 for the next 50 steps, and below 150 for the next 100.
     assert not found(growing(roots(0.06)), "overflow_risk")
 

@@ -180,11 +180,18 @@ def assert_same(a, b):
 )
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_the_largest_score_is_the_threshold_and_nothing_else_moves(kind, optimizer_kind):
-    torch.manual_seed(0)
     build, treated = LAYOUTS[kind]
+    check_clip(build, treated, kind == "bias on the scores", OPTIMIZERS[optimizer_kind])
+
+
+def check_clip(build, treated, biased, make_optimizer):
+    """Clip a layer of a model between the sizes of its heads. treated: else it is refused. biased: scores are not q.k
+    alone, so that their sizes do not tell.
+    """
+    torch.manual_seed(0)
     model = build()
     loud(model)
-    optimizer = OPTIMIZERS[optimizer_kind]([p for p in model.parameters() if p.requires_grad])
+    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
     run(model).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
@@ -201,7 +208,7 @@ def test_the_largest_score_is_the_threshold_and_nothing_else_moves(kind, optimiz
     rest = without_what_may_change(model, layer, len(largest))
     applied = apply_intervention(optimizer, wanted, model)
     after = sizes_of(model)[layer]
-    if kind != "bias on the scores":  # whose scores are not q.k alone
+    if not biased:
         torch.testing.assert_close(after, largest.clamp(max=threshold), rtol=1e-3, atol=0)
     assert_same(without_what_may_change(model, layer, len(largest)), rest)
     assert_same(numbers(model, optimizer)[1], before[1])
@@ -211,5 +218,5 @@ def test_the_largest_score_is_the_threshold_and_nothing_else_moves(kind, optimiz
     for group in optimizer.param_groups:  # the optimizer holds no other copy of the weights
         group["lr"] = 0.0
     optimizer.step()
-    if kind != "bias on the scores":
+    if not biased:
         torch.testing.assert_close(sizes_of(model)[layer], after, rtol=1e-3, atol=0)

@@ -268,7 +268,7 @@ def test_a_fault_in_folding_ends_neither_the_step_nor_the_run(model, train_step,
 
 def test_a_fault_in_the_advice(model, train_step, caplog, monkeypatch):
     monitor = AttentionStabilityMonitor(model, log_every=1)
-    monkeypatch.setattr(monitor._policy, "propose", fail)
+    monkeypatch.setattr(monitor._treatment.policy, "propose", fail)
     for _ in range(2):
         train_step(model)
         assert monitor.get_intervention(monitor.on_step()) is None
@@ -337,7 +337,7 @@ def test_auto_intervene_without_need(model, train_step):
 
 def test_auto_intervene_that_fails_does_not_stop_the_run(model, train_step, caplog, monkeypatch):
     heat(model)
-    monkeypatch.setattr(hnf_attention.monitoring.monitor, "apply_intervention", fail)
+    monkeypatch.setattr(hnf_attention.monitoring.treatment, "apply_intervention", fail)
     monitor = AttentionStabilityMonitor(model, log_every=1, auto_intervene=True)
     for _ in range(2):
         train_step(model)

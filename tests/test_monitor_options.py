@@ -219,7 +219,7 @@ def test_a_run_that_resumes_goes_on_as_if_it_had_not_stopped(model, caplog, tmp_
         resumed.load_state_dict(saved)
         assert resumed.step == 7 and [each.step for each in resumed.history] == [2, 4, 6]
         assert resumed.instrumentation.measuring
-        assert resumed._policy.state_dict() == saved["policy"]
+        assert resumed._treatment.policy.state_dict() == saved["policy"]
         found = heated_run(model, resumed, 9)
     assert found == expected and any(found) and not caplog.records  # every issue was reported before
 

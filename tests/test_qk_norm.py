@@ -44,6 +44,26 @@ def model_and_run(request):
     return model, run
 
 
+@pytest.mark.parametrize("least, most", [(0.0, 8.0), (0.5, 8.0), (0.01, 0.02)])
+def test_gains_start_between_their_bounds(least, most):
+    torch.manual_seed(0)
+    model = nn.Sequential(Fused())
+    with torch.no_grad():
+        model[0].qkv.weight.mul_(torch.tensor([0.1, 1.0, 10.0, 0.3]).repeat(3).repeat_interleave(8)[:, None])
+        query, key, _ = model[0].parts(X)
+    start = start_qk_norm(model, torch.optim.AdamW(model.parameters()), least=least, most=most)
+    model(X)
+    for gain, x in zip(start.gains, (query, key)):
+        torch.testing.assert_close(gain.detach(), rms(x).mean((0, 2)).clamp(least, most))
+
+
+@pytest.mark.parametrize("least", [-0.1, 9.0, True, "0"])
+def test_wrong_bounds_of_gains(least):
+    model = nn.Sequential(Fused())
+    with pytest.raises(ValueError, match="least to be a number from 0 to most"):
+        start_qk_norm(model, torch.optim.AdamW(model.parameters()), least=least)
+
+
 def measured(model, run):
     seen = []
     with instrument(model, mode="probe") as handle, torch.no_grad():
@@ -357,3 +377,23 @@ def test_gpt2_and_bert_of_transformers():
         assert len(start.layers) == 1
         model(TOKENS)[0].square().mean().backward()
         assert all(gain.grad is not None for gain in start.gains)
+
+
+@pytest.mark.slow
+def test_heads_that_tensor_parallelism_splits_are_refused(tmp_path):
+    from torch import distributed as dist
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(Separate())
+        expected = model(X)
+        plan = dict.fromkeys(("q_proj", "k_proj", "v_proj"), ColwiseParallel())
+        parallelize_module(model[0], dist.init_device_mesh("cpu", (1,)), plan)
+        start = start_qk_norm(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        torch.testing.assert_close(model(X), expected)
+        assert not start.started
+        assert "tensor parallelism splits its heads" in start.refused["0"]
+        start.revert()
+    finally:
+        dist.destroy_process_group()

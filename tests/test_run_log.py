@@ -73,6 +73,22 @@ def test_everything_is_read_back(tmp_path, kind):
     with_numbers.close()
 
 
+def test_what_comes_after_the_last_log_step_is_kept(tmp_path, kind):
+    out = RunLogWriter(tmp_path / "run.db")
+    out.note(9, loss=2.0)
+    out.event(9, "intervention", action="first")
+    out.write(diagnoses()[0])
+    out.note(12, loss=1.0)
+    out.event(12, "intervention", action="second")
+    out.close()
+    with RunLog(tmp_path / "run.db") as log:
+        assert log.steps.tolist() == [10]
+        assert log.scalars()["loss"][1].tolist() == [2.0, 1.0]
+        done = [event for event in log.events if event.kind == "intervention"]
+        assert [(event.step, event.detail["action"]) for event in done] == [(9, "first"), (12, "second")]
+        assert {event.step for event in log.events if event.kind == "issue"} == {10}
+
+
 def test_issues_come_and_go(tmp_path):
     steps = [at(step, a={"max_logit": 2000.0 if step < 5 else 5.0}) for step in range(1, 12)]
     write(tmp_path / "run.db", steps)

@@ -33,7 +33,7 @@ class Case:
     def rewind(self) -> None:
         """Go back to the newest state that is 40 steps old, or to the first one; go on with fresh batches."""
         now = self.run.step
-        step = self.states.rewind(before=max(now, self.states.margin))
+        step = self.states.rewind(before=now)
         self.run.went_back(step)
         self.done.append(f"step {now}: back to step {step}")
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hnf_attention.diagnosis.ahead import Watch
+from hnf_attention.monitoring.marks import MARK_EVERY, MARKS_KEPT
 from hnf_attention.statistics.fields import (
     ERROR_FIELDS,
     MAX_FIELDS,
@@ -19,7 +21,7 @@ from hnf_attention.statistics.fields import (
     STEP_FIELDS,
     SUM_FIELDS,
 )
-from hnf_attention.statistics.heads import HeadStats, Snapshot
+from hnf_attention.statistics.heads import HeadStats, Mark, Snapshot
 
 from .recipes import Recipe
 
@@ -67,25 +69,41 @@ class Record:
     readings: np.ndarray
     values: np.ndarray
 
-    def history(self, every: int | None = None) -> Iterator[Snapshot]:
+    def history(self, every: int | None = None, watch: Watch | None = None) -> Iterator[Snapshot]:
         """The snapshots that a monitor with log_every = `every` would have; None for those of the run.
 
-        What lies between two of them goes into the extremes of the steps in between. A monitor takes these from one
-        block of 64 rows of each sequence. From slower cadences they are taken here from all rows.
+        watch: says which are read before their time; None for none.
+
+        What lies between two of them goes into the extremes of the steps in between, and into the marks. A monitor
+        takes these from one block of 64 rows of each sequence. From slower cadences they are taken here from all rows.
         Raises ValueError if `every` is no multiple of the run's own log_every.
         """
         own = self.recipe.log_every
         if every is not None and every % own:
             raise ValueError(f"expected a multiple of the run's log_every {own}, got {every}")
         between = np.full(self.values.shape[1:], -np.inf)[NUM_FOLDED:]
+        marks: list[Mark] = []
+        given: list[Snapshot] = []
+        soon = False
         for step, values in zip(self.readings.tolist(), self.values):
-            if every is not None and step % every:
+            if every is not None and step % every and not soon:
                 between = np.maximum(between, _extremes(values))
+                if step % MARK_EVERY == 0:
+                    marks.append(Mark(step, self._by_layer(between[_STEP_RANGE - NUM_FOLDED])))
+                    soon = watch is not None and watch.urgent(given, marks[-MARKS_KEPT:])
                 continue
             found = values.astype(np.float64)
             found[NUM_FOLDED:] = np.maximum(found[NUM_FOLDED:], between)
             between = np.full_like(between, -np.inf)
-            yield Snapshot(step, dict(self._layers(found)))
+            if watch is not None and (every is None or step % every == 0):
+                watch.restart()
+            soon, kept, marks = False, tuple(marks[-MARKS_KEPT:]), []
+            given.append(Snapshot(step, dict(self._layers(found)), marks=kept))
+            yield given[-1]
+
+    def _by_layer(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        ends = np.cumsum([layer.heads for layer in self.layers])
+        return dict(zip([layer.name for layer in self.layers], np.split(numbers, ends[:-1])))
 
     def _layers(self, values: np.ndarray) -> Iterator[tuple[str, HeadStats]]:
         at = 0

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from hnf_attention.diagnosis import AttentionDiagnosis, diagnose
+from hnf_attention.diagnosis.ahead import Watch
+from hnf_attention.monitoring.marks import MARK_EVERY
 
 from .baselines import BASELINES, largest_score
 from .harm import harm, onset
@@ -44,7 +46,9 @@ def diagnoses(
 ) -> Iterator[AttentionDiagnosis]:
     """One diagnosis for each reading; every: as for `Record.history`."""
     history = []
-    for snapshot in record.history(every):
+    # A monitor takes marks where it is read seldom.
+    watch = Watch() if every is not None and every >= 2 * MARK_EVERY else None
+    for snapshot in record.history(every, watch):
         history.append(snapshot)
         yield diagnose(history, thresholds=thresholds)
 

@@ -10,40 +10,8 @@ from typing import Any, NoReturn
 
 from ..errors import InputError
 from ..versions import DISTRIBUTION, __version__
+from .examples import EXAMPLES
 
-EXAMPLES = {
-    "demo": (
-        "hnf-attention demo",
-        "hnf-attention demo --quick --json -",
-        "hnf-attention demo --seed 3 --device cuda --out runs/demo",
-    ),
-    "analyze": (
-        "hnf-attention analyze gpt2",
-        "hnf-attention analyze ./my-model --text sample.txt --json report.json --figures figures",
-        "hnf-attention analyze org/model --revision main --dtype auto --device-map auto --max-windows 8",
-        "hnf-attention analyze ./my-model --threshold low_entropy=0.1 --fail-on warning",
-    ),
-    "check": (
-        "hnf-attention check design.json --seq-len 4096 --dtype bf16",
-        "hnf-attention check gpt2 --region region.png",
-        "hnf-attention check ./my-model --weights --json - --fail-on marginal",
-    ),
-    "trace": (
-        "hnf-attention trace train.py:failing_step -o reproduction",
-        "hnf-attention trace ./my-model --dtype float16 --text sample.txt",
-        "hnf-attention trace ./my-model --inputs batch.safetensors --autocast bfloat16 --json -",
-    ),
-    "report": (
-        "hnf-attention report run.db -o report.html",
-        "hnf-attention report before.db after.db -o both.html",
-        "hnf-attention report run.db --metric logit_range_max --metric key_norm --json -",
-    ),
-    "doctor": (
-        "hnf-attention doctor",
-        "hnf-attention doctor --json -",
-        "hnf-attention doctor --warm --heads 32 --kv-heads 8 --head-dim 128",
-    ),
-}
 _WIDTH = 78  # columns of a description
 _LARGEST = 2**63 - 1  # what PyTorch takes
 
@@ -109,6 +77,22 @@ def make_parser() -> Parser:
         "Write one HTML file about a run that a RunLogWriter logged: the verdict, each issue with its story, every head"
         " over the whole run, the loss. With a second run, both side by side. The file needs no network.",
         ("the run is healthy or recovered; of two, both", "one failed, is at risk, or was not judged"),
+    )
+    _command(
+        commands,
+        _add_watch,
+        "watch",
+        "show a run in the terminal while it trains",
+        "Follow the run log that a RunLogWriter writes: every head of every layer, and issues as they come.",
+        ("the last log step has no issue of severity error", "it has one"),
+    )
+    _command(
+        commands,
+        _add_export,
+        "export",
+        "write a run log as Parquet or JSON lines",
+        "Write a run log as a file that other programs read: Parquet (a row for each head and log step) or JSON lines.",
+        ("the file is written", "never"),
     )
     _command(
         commands,
@@ -260,6 +244,31 @@ def _add_report(report: Parser) -> None:
     )
 
 
+def _add_watch(watch: Parser) -> None:
+    _add_run(watch)
+    watch.add_argument(
+        "--metric",
+        default="logit_range_max",
+        metavar="NAME",
+        help="what the cells show (default logit_range_max, the largest range of a row's scores)",
+    )
+    watch.add_argument(
+        "--every", type=_seconds, default=2.0, metavar="SECONDS", help="between two looks (default 2)"
+    )
+    watch.add_argument("--once", action="store_true", help="print the present state and end")
+
+
+def _add_export(export: Parser) -> None:
+    _add_run(export)
+    export.add_argument(
+        "-o", "--out", required=True, metavar="FILE", help="the file to write, ending in .parquet or .jsonl"
+    )
+
+
+def _add_run(command: Parser) -> None:
+    command.add_argument("run", metavar="RUN", help="a run log, such as run.db")
+
+
 def _add_model_on_text(command: Parser) -> None:
     """The options of a Hugging Face model that runs a text."""
     command.add_argument(
@@ -337,6 +346,16 @@ def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) > _LARGEST:
         raise argparse.ArgumentTypeError(f"expected an integer from 0 to {_LARGEST}, got {text!r}")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.05 <= value <= 86_400:
+        raise argparse.ArgumentTypeError(f"expected seconds, at least 0.05, got {text!r}")
+    return value
 
 
 def _positive(text: str) -> int:

@@ -145,7 +145,7 @@ class AttentionDiagnosis:
             "step": self.step,
             "healthy": self.healthy,
             "holds": self.holds,
-            "issues": [_issue_dict(issue) for issue in self.issues],
+            "issues": [_issue_dict(issue, self._trains) for issue in self.issues],
             "layers": {name: _jsonable(_layer_dict(stats)) for name, stats in self.stats.items()},
             "not_measured": dict(self.not_measured),
         }
@@ -164,6 +164,8 @@ class AttentionDiagnosis:
                 f"{worst.severity}: {worst.issue_type} in {display_name(worst.layer)}{heads_text(group)}"
             )
             lines.append(f"    {worst.evidence}")
+            if worst.measured and self._trains:
+                lines.append(f"    {worst.measured}")
             lines.append(f"    -> {worst.suggestion}")
         if self.not_measured:
             lines.append("not measured:")
@@ -188,6 +190,11 @@ class AttentionDiagnosis:
         return _saved(figures.curvature_evolution(self._snapshots()), path)
 
     @property
+    def _trains(self) -> bool:
+        """Whether the model is in training: of finished models the laboratory counted nothing."""
+        return bool(self.history) and self.history[-1].training
+
+    @property
     def _num_heads(self) -> int:
         return sum(stats.num_heads for stats in self.stats.values())
 
@@ -199,8 +206,9 @@ def _layer_dict(stats: HeadStats) -> dict[str, Any]:
     return {name: getattr(stats, name) for name in (*_LAYER_FIELDS, *HEAD_FIELDS)}
 
 
-def _issue_dict(issue: StabilityIssue) -> dict[str, Any]:
-    items = asdict(issue) | {"headline": issue.headline}
+def _issue_dict(issue: StabilityIssue, trains: bool) -> dict[str, Any]:
+    measured = issue.measured or None
+    items = asdict(issue) | {"headline": issue.headline, "measured": measured if trains else None}
     del items["brief"]  # the headline holds it
     return _jsonable(items)
 

@@ -11,7 +11,7 @@ import numpy as np
 from ..statistics.fields import MAX_FIELDS, NUM_FIELDS, NUM_SUMS, SUM_FIELDS
 from ..statistics.heads import HeadStats, Snapshot
 from .thresholds import threshold
-from .trends import Line, score_size, theil_sen
+from .trends import Forecast, Line, Trail, forecast, score_size, stale, theil_sen
 
 _KEYS = NUM_SUMS + MAX_FIELDS.index("num_keys")
 # What `score_size`, `has_bias` and `HeadStats.normalized_entropy` are computed from.
@@ -33,6 +33,7 @@ class Heads:
     layer: np.ndarray  # index of the layer in `layers`
     layer_heads: np.ndarray  # number of heads in the layer
     scores: np.ndarray  # `score_size` at every snapshot, (T, H)
+    trail: Trail  # the sizes that the trend of the scores is fitted to
     company: Sequence[Heads] = field(
         repr=False, compare=False
     )  # all heads that are judged together, these too
@@ -45,25 +46,15 @@ class Heads:
     @cached_property
     def root_score(self) -> Line:
         """Line of sqrt(size of the scores), since the scores last fell at once (a fix, a restart)."""
-        return self._line(np.sqrt(self.scores))
+        steps, sizes = self.trail
+        return theil_sen(steps, np.where(stale(sizes), np.nan, np.sqrt(sizes)))
 
     @cached_property
     def normalized_entropy(self) -> Line:
         """Line of the normalized entropy over the same snapshots."""
         stats = _joined(self.stats, self.snapshots, self.layers, _ENTROPY_FIELDS)
-        return self._line(stats.normalized_entropy.reshape(self.scores.shape))
-
-    def _line(self, values: np.ndarray) -> Line:
-        steps = np.array([snapshot.step for snapshot in self.snapshots], dtype=np.float64)
-        return theil_sen(steps, np.where(self._stale, np.nan, values))
-
-    @cached_property
-    def _stale(self) -> np.ndarray:
-        """Which snapshots lie before the scores' last fall, (T, H)."""
-        fell = self.scores[1:] < threshold("trend_restart") * self.scores[:-1]
-        stale = np.zeros_like(self.scores, dtype=bool)
-        stale[:-1] = np.logical_or.accumulate(fell[::-1], axis=0)[::-1]
-        return stale
+        values = stats.normalized_entropy.reshape(self.scores.shape)
+        return theil_sen(_steps(self.snapshots), np.where(stale(self.scores), np.nan, values))
 
     def score_ahead(self, steps: float | np.ndarray) -> np.ndarray:
         """Projected size of the scores that many steps after the last snapshot, nats; the size now without a line.
@@ -77,6 +68,11 @@ class Heads:
     def steps_until_score(self, score: float) -> np.ndarray:
         """Steps from the last snapshot until the projected size of the scores is `score`; NaN if never."""
         return self.root_score.steps_until(score**0.5)
+
+    @cached_property
+    def saturation(self) -> Forecast:
+        """When the scores of an alarming head pass `alarm_logit`; NaN for those that move away from it."""
+        return forecast(self.steps_until_score(threshold("alarm_logit")))
 
     @cached_property
     def rising(self) -> np.ndarray:
@@ -211,6 +207,41 @@ class Heads:
         )
 
 
+def _steps(snapshots: Sequence[Snapshot]) -> np.ndarray:
+    return np.array([snapshot.step for snapshot in snapshots], dtype=np.float64)
+
+
+def _trail(
+    latest: HeadStats, snapshots: Sequence[Snapshot], layers: Sequence[str], scores: np.ndarray
+) -> Trail:
+    """The scores of the snapshots, with those of the marks between them where there are some.
+
+    A mark is a range, so it says nothing of a head with a bias in its scores.
+    """
+    points = []
+    plain = scores[-1] == latest.logit_range_max / 2.0
+    for snapshot, score in zip(snapshots, scores):
+        for mark in snapshot.marks:
+            ranges = [mark.ranges[layer] for layer in layers if layer in mark.ranges]
+            sizes = np.concatenate([[], *ranges]) / 2.0
+            if len(sizes) == len(score):
+                points.append((mark.step, np.where(plain & np.isfinite(sizes), sizes, np.nan)))
+        points.append((snapshot.step, score))
+    steps, sizes = np.array([step for step, _ in points], dtype=np.float64), np.stack([x for _, x in points])
+    if len(points) == len(snapshots):
+        return Trail(steps, sizes)
+    near = int((steps >= steps[-1] - threshold("trend_steps")).sum())
+    last = min(max(near, int(threshold("trend_snapshots_min"))), len(points))
+    chosen = len(points) - 1 - _spread(last)
+    return Trail(steps[chosen[::-1]], sizes[chosen[::-1]])
+
+
+def _spread(number: int) -> np.ndarray:
+    """So many numbers from 0, or `trend_snapshots` of them at equal distances if there are more."""
+    most = int(threshold("trend_snapshots"))
+    return np.arange(number) if number <= most else np.linspace(0, number - 1, most).round().astype(int)
+
+
 def concatenate_heads(history: Sequence[Snapshot], layers: Iterable[str]) -> list[Heads]:
     """The heads of these layers of the latest snapshot, in as few `Heads` as can hold them.
 
@@ -234,37 +265,37 @@ def _ages(history: Sequence[Snapshot], layer: str) -> tuple[int, ...]:
 
     The window is `trend_steps` long, but holds `trend_snapshots_min` snapshots if there are as many. Of more than
     `trend_snapshots`, these many are taken at equal distances. Snapshots without the layer are skipped; a change of
-    its number of heads ends the series.
+    its number of heads ends the series, and so does a rewind.
     """
     heads, latest = history[-1].layers[layer].num_heads, history[-1].step
     oldest, enough = latest - threshold("trend_steps"), threshold("trend_snapshots_min")
     found: list[int] = []
     for age, snapshot in enumerate(reversed(history)):
         stats = snapshot.layers.get(layer)
-        if stats is None:
-            continue
-        if stats.num_heads != heads or (snapshot.step < oldest and len(found) >= enough):
+        if stats is not None:
+            if stats.num_heads != heads or (snapshot.step < oldest and len(found) >= enough):
+                break
+            found.append(age)
+        if snapshot.jumped:
             break
-        found.append(age)
-    most = int(threshold("trend_snapshots"))
-    if len(found) <= most:
-        return tuple(found)
-    chosen = np.linspace(0, len(found) - 1, most).round().astype(int)
-    return tuple(found[index] for index in chosen.tolist())
+    return tuple(found[index] for index in _spread(len(found)).tolist())
 
 
 def _heads(snapshots: Sequence[Snapshot], layers: Sequence[str], company: Sequence[Heads]) -> Heads:
     latest = [snapshots[-1].layers[layer] for layer in layers]
     counts = [stats.num_heads for stats in latest]
     scores = score_size(_sizes(latest[0], snapshots, layers))
+    together = replace(latest[0], values=np.concatenate([stats.values for stats in latest], axis=1))
+    scores = scores.reshape(len(snapshots), -1)
     return Heads(
         layers,
         snapshots,
-        replace(latest[0], values=np.concatenate([stats.values for stats in latest], axis=1)),
+        together,
         [(layer, head) for layer, count in zip(layers, counts) for head in range(count)],
         np.repeat(np.arange(len(layers)), counts),
         np.repeat(counts, counts),
-        scores.reshape(len(snapshots), -1),
+        scores,
+        _trail(together, snapshots, layers, scores),
         company,
     )
 

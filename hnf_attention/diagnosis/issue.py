@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from ..names import display_name
+from .measured import harm_text
 
 #: Worst first. A note is worth saying and no reason for alarm.
 SEVERITIES = ("error", "warning", "note")
@@ -55,6 +56,11 @@ class StabilityIssue:
         where = f"{display_name(self.layer)}{heads_text([self])}"
         numbers = f"value {self.value:.4g}, threshold {self.threshold:.4g}"
         return f"StabilityIssue({self.severity}: {self.issue_type} in {where}, {numbers})"
+
+    @property
+    def measured(self) -> str:
+        """How often such an issue of a model in training meant harm in the laboratory; "" if that was not counted."""
+        return harm_text(self.severity, self.issue_type)
 
     @property
     def headline(self) -> str:

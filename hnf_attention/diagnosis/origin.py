@@ -66,6 +66,8 @@ def find_origin(history: Sequence[Snapshot]) -> Origin | None:
         if bad is None:
             break
         found = place, bad
+        if snapshot.jumped:  # what was before belongs to a state that the run left
+            break
     if found is None:
         return None
     place, layer = found

@@ -76,6 +76,17 @@ THRESHOLDS: dict[str, Threshold] = {
     "rising_share": Threshold(
         0.1, "of the level", "own choice: sqrt(size) rose by this share within the trend window"
     ),
+    # When a head of an alarm passes alarm_logit: the line's steps and a delay, times a factor for each end of the
+    # interval.
+    "forecast_delay": Threshold(
+        10, "steps", f"{_LABORATORY}: the median head passes so many steps later than its line"
+    ),
+    "forecast_low": Threshold(
+        0.41, "of the forecast", f"{_LABORATORY}: one head in ten passes alarm_logit before this"
+    ),
+    "forecast_high": Threshold(
+        4.1, "times the forecast", f"{_LABORATORY}: one head in ten passes alarm_logit after this, or never"
+    ),
     # Number formats: what the scores themselves overflow. IEEE 754 and the bfloat16 format.
     "fp16_product": Threshold(
         65504.0, "", "IEEE 754 binary16: q.k before scaling is infinite above this if stored in fp16"

@@ -7,6 +7,7 @@ Lines are therefore fitted to the square root of the size of the scores, not to 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -56,6 +57,21 @@ def has_bias(stats: HeadStats) -> np.ndarray:
     return possible & ((kind == 1) | beyond) & (-low > threshold("bias_ratio") * np.abs(stats.max_logit))
 
 
+class Trail(NamedTuple):
+    """Sizes of the scores at some steps, oldest first: steps (P,), sizes (P, H), nats."""
+
+    steps: np.ndarray
+    sizes: np.ndarray
+
+
+def stale(sizes: np.ndarray) -> np.ndarray:
+    """Which sizes lie before the last fall of the scores, of (T, H)."""
+    fell = sizes[1:] < threshold("trend_restart") * sizes[:-1]
+    old = np.zeros_like(sizes, dtype=bool)
+    old[:-1] = np.logical_or.accumulate(fell[::-1], axis=0)[::-1]
+    return old
+
+
 @dataclass(frozen=True)
 class Line:
     """A robust line for each head, (H,) each; NaN for a head without one."""
@@ -73,6 +89,24 @@ class Line:
         distance = target - self.level
         steps = np.divide(distance, self.slope, out=np.full_like(self.level, np.nan), where=self.slope != 0)
         return np.where(steps >= 0, steps, np.nan)
+
+
+class Forecast(NamedTuple):
+    """In how many steps something comes, (H,) each: most likely, and from when to when in four of five cases."""
+
+    steps: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    def text(self, head: int) -> str:
+        """'in 31 (13 to 130) steps'."""
+        return f"in {self.steps[head]:.0f} ({self.low[head]:.0f} to {self.high[head]:.0f}) steps"
+
+
+def forecast(steps: np.ndarray) -> Forecast:
+    """Of the steps in which a line meets a size; growth slows down on the way, and most heads come later."""
+    likely = steps + threshold("forecast_delay")
+    return Forecast(likely, threshold("forecast_low") * likely, threshold("forecast_high") * likely)
 
 
 def theil_sen(steps: np.ndarray, values: np.ndarray) -> Line:

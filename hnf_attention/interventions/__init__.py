@@ -2,6 +2,7 @@
 
 from .action import Action, Preview, Verdict
 from .apply import Applied, apply_intervention, plan_intervention
+from .follow_up import FollowUp
 from .good_states import GoodStates, name_checkpoint
 from .intervention import Intervention
 from .penalty import AttentionPenalty
@@ -14,6 +15,7 @@ __all__ = [
     "Action",
     "Applied",
     "AttentionPenalty",
+    "FollowUp",
     "GoodStates",
     "Intervention",
     "InterventionPolicy",

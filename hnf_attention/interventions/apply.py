@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..names import unwrapped
-from . import qk_clip, temperature
+from . import good_states, qk_clip, temperature
 from .action import Action, Reading, Verdict
 from .dropout import RaiseDropout
 from .epsilon import SetEpsilon
@@ -98,14 +98,21 @@ ACTIONS = tuple(_BUILDERS)
 
 @dataclass(repr=False)
 class Applied:
-    """An intervention that was carried out: what was done, how to check it, and the way back."""
+    """An intervention that was carried out: what was done, how to check it, and the way back.
+
+    outcome: what a monitor that carried it out found later: "open" until it is known, "kept", "escalated", "reverted",
+        or "repeated" if the same was done again before. account: what was done and found, a sentence for each step.
+    """
 
     intervention: Mapping[str, Any]
     description: str
     actions: list[Action] = field(default_factory=list)
+    outcome: str = "open"
+    account: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        state = "" if any(action.applied for action in self.actions) else ", reverted"
+        outcome = "" if self.outcome == "open" else f", {self.outcome}"
+        state = outcome if any(action.applied for action in self.actions) else ", reverted"
         return f"Applied({shortened(self.description)}{state})"
 
     def verify(self, reading: Reading) -> list[Verdict]:
@@ -122,6 +129,12 @@ class Applied:
         """
         for action in reversed(self.actions):
             action.revert()
+
+
+def _kept_schedulers(model: nn.Module | None) -> list[Any] | None:
+    """The schedulers that the model's `GoodStates` know, None for none."""
+    states = None if model is None else good_states.of_model(model)
+    return (states.schedulers or None) if states is not None else None
 
 
 def plan_intervention(
@@ -141,7 +154,7 @@ def plan_intervention(
     if not isinstance(more, (list, tuple)) or not all(isinstance(one, Mapping) for one in more):
         raise ValueError(f"expected 'then' to be a list of interventions, got {more!r}")
     known = getattr(intervention, "model", None) if model is None else model
-    run = _Run(as_list(optimizer), known, scheduler)
+    run = _Run(as_list(optimizer), known, _kept_schedulers(known) if scheduler is None else scheduler)
     actions = _BUILDERS[intervention["action"]](run, intervention)
     for one in more:
         actions += plan_intervention(optimizer, one, known, scheduler=scheduler)
@@ -181,7 +194,8 @@ def apply_intervention(
     model: needed for everything but learning rates, unless the intervention comes from a monitor, which knows its
         model. If the optimizer keeps separate fp32 master weights, hand over the model that holds them: it overwrites
         others.
-    scheduler: one, or a list of them, whose base rates are scaled along.
+    scheduler: one, or a list of them, whose base rates are scaled along. None takes those that the model's
+        `GoodStates` know.
 
     Returns an `Applied`, whose `verify()` compares it with a later reading, and whose `revert()` takes it back. Raises
     ValueError, and then has changed nothing, for an unknown action, missing or wrong items, an unknown layer, or one

@@ -13,13 +13,36 @@ from ..instrumentation.interceptors import sdpa
 from .sizes import LayerSizes, bounds_of_sizes, exact_sizes
 
 
+class ModelForward:
+    """Whether the forward of the model that runs was begun under grad.
+
+    A checkpoint runs its layers without grad first, and they have to compute then what they compute in the backward.
+    """
+
+    def __init__(self) -> None:
+        self._trains = False
+
+    def begin(self, *_: Any) -> None:
+        """Hook before a forward of the model."""
+        self._trains = torch.is_grad_enabled()
+
+    def end(self, *_: Any) -> None:
+        """Hook after it, also after one that raised."""
+        self._trains = False
+
+    @property
+    def trains(self) -> bool:
+        """Whether a call that is made now is part of a training step."""
+        return self._trains or torch.is_grad_enabled()
+
+
 class ClipNow:
     """The change of one module's call. sizes: take in what the forwards would have without it."""
 
     name, sdpa_only, optional = "QK-clip within the step", True, True
 
-    def __init__(self, sizes: LayerSizes, threshold: float, measure: str):
-        self._sizes, self._threshold, self._measure = sizes, threshold, measure
+    def __init__(self, sizes: LayerSizes, threshold: float, measure: str, forward: ModelForward):
+        self._sizes, self._threshold, self._measure, self._forward = sizes, threshold, measure, forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ClipNow:
         return self  # a copy of the model that is trained, too, counts as the model
@@ -35,7 +58,7 @@ class ClipNow:
         **named: Any,
     ) -> Any:
         """As `Change.run`: heads over the threshold get shorter queries."""
-        if module.training and not torch.compiler.is_compiling():
+        if module.training and not torch.compiler.is_compiling() and self._forward.trains:
             factors = self._factors(query, key, value, *rest, **named)
             if factors is not None:
                 query = query * factors.view(-1, 1, 1).to(query.dtype)

@@ -34,6 +34,8 @@ class GoodStates:
             if alarm:
                 states.rewind(before=step)
 
+    Or give them to a monitor, `AttentionStabilityMonitor(model, good_states=states)`: it ends their steps.
+
     A state holds parameters, buffers and optimizer states, those of the scheduler if one is given, and the random
     generators' if `rng`. On CUDA it is copied to pinned host memory beside the training. The next `optimizer.step()`
     waits for the copy on the device; the host does not wait. At most keep + 2 states take host memory: see `bytes`. A
@@ -79,6 +81,8 @@ class GoodStates:
             raise ValueError("expected an optimizer, got none")
         self.every, self.keep, self.margin = every, keep, margin
         self._optimizers = optimizers
+        #: How often the run was taken to another state: rewinds, and those taken back.
+        self.jumps = 0
         self._state = TrainingState(unwrapped(model), optimizers, scheduler, rng)
         self._slots: list[Slot] = []
         self._spare: list[Slot] = []
@@ -108,11 +112,36 @@ class GoodStates:
         """The optimizers whose states are kept."""
         return list(self._optimizers)
 
+    @property
+    def model(self) -> nn.Module:
+        """The model whose states are kept, without the wrappers of data parallelism."""
+        return self._state.model
+
+    @property
+    def step(self) -> int:
+        """The last step that was ended."""
+        return self._step
+
+    @property
+    def schedulers(self) -> list[Any]:
+        """The schedulers whose states are kept. With one, a rewind restores the learning rates, too."""
+        return list(self._state.schedulers)
+
     def on_step(self, step: int) -> None:
-        """End a training step: call it after `optimizer.step()`, and after whatever else changes weights."""
+        """End a training step: call it after `optimizer.step()`, and after whatever else changes weights.
+
+        A monitor that was given these states does it.
+        """
         self._step = step
-        if step % self.every == 0 and step not in self.steps:
+        if not self._slots or (step % self.every == 0 and step not in self.steps):
             self._take(step)
+
+    def restart(self, step: int) -> None:
+        """Forget all states: the run goes on from a checkpoint of that step. The next step's state is kept."""
+        for slot in self._slots:
+            slot.wait()
+        self._spare += self._slots
+        self._slots, self._before, self._step = [], None, step
 
     def settle(self) -> None:
         """Have the device finish all copies before the work that is queued after this; the host does not wait."""
@@ -122,8 +151,10 @@ class GoodStates:
     def rewind(self, before: int) -> int:
         """Restore the newest good state that is at least `margin` steps older than step `before`. Returns its step.
 
-        Every tensor keeps its identity and its memory. Later states are dropped. What came to the model since, such as
-        the gains of QK-norm, stays as it is. Call it between two steps; every process of torch.distributed must.
+        The state before the first step of all, step 0, is old enough for any alarm.
+        Every tensor keeps its identity and its memory. Later states are dropped. Gains of QK-norm that came to the
+        model since go back to what they started at. Other parameters that came since stay as they are. Call it between
+        two steps; every process of torch.distributed must.
         Raises ValueError if there is no such state, and has then changed nothing.
         """
         chosen = self._choose(before)
@@ -133,6 +164,7 @@ class GoodStates:
         left.wait()
         self._before = left
         self._state.load(chosen)
+        self.jumps += 1
         self._spare += [slot for slot in self._slots if slot.step > chosen.step]
         self._slots = [slot for slot in self._slots if slot.step <= chosen.step]
         _log.warning(
@@ -142,6 +174,15 @@ class GoodStates:
             before,
         )
         return chosen.step
+
+    def join(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take parameters that come to the run now into the states of before: a rewind gives them these numbers."""
+        held = [{id(p) for g in one.param_groups for p in g["params"]} for one in self._optimizers]
+        slots = [*self._slots, *([] if self._before is None else [self._before])]
+        for parameter in parameters:
+            number = next((n for n, ids in enumerate(held) if id(parameter) in ids), 0)
+            for slot in slots:
+                slot.join(parameter, number)
 
     def chosen(self, before: int) -> int:
         """The step that `rewind` would restore. Raises ValueError as it does."""
@@ -157,6 +198,7 @@ class GoodStates:
         self.settle()
         step = self._before.step
         self._state.load(self._before)
+        self.jumps += 1
         self._spare.append(self._before)
         self._before = None
         return step
@@ -170,7 +212,7 @@ class GoodStates:
         self._slots, self._spare, self._before = [], [], None
 
     def _choose(self, before: int) -> Slot:
-        old = [slot for slot in self._slots if slot.step <= before - self.margin]
+        old = [slot for slot in self._slots if slot.step <= max(before - self.margin, 0)]
         good = self._good(old)
         if not good:
             bad = f", of which {len(old)} hold NaN or inf" if old else ""

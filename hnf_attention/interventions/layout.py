@@ -21,8 +21,9 @@ def find(model: nn.Module, layer: str, num_heads: int, *, scaling: bool = True) 
 
     They are looked for in the module and, if it has none, in the one around it.
     scaling: the weights are to be scaled. It has to be proved then that the scores of each head, and nothing else,
-        follow them: by the module's class where that is known, else by a trial of the module. Sharded weights are
-        found too, as factors in place of values.
+        follow them: by the module's class where that is known, else by a trial of the module. In either case the
+        lengths of a copy's queries and keys have to be those at its projections, where these can be seen. Sharded
+        weights are found too, as factors in place of values.
     Raises ValueError if there is no such module, if its layout is not known for certain, if its weights are not
     there (meta device), and for weights to be scaled that are frozen, shared with others or wrapped.
     """
@@ -73,14 +74,20 @@ def _prove(model: nn.Module, place: nn.Module, layer: str, found: Projections, n
     _refuse_shared(model, layer, found)
     if not found.rest:  # latent attention has norms before these projections
         _refuse_qk_norm(place, layer)
-    if known_classes.includes(place):
-        if own_parameter(place, "q_bias") is not None:  # VideoMAE in transformers 4
-            raise ValueError(
-                f"expected the biases of layer {layer!r} in its projections, got a q_bias beside them"
-            )
-        return
+    known = known_classes.includes(place)
+    if known and own_parameter(place, "q_bias") is not None:  # VideoMAE in transformers 4
+        raise ValueError(
+            f"expected the biases of layer {layer!r} in its projections, got a q_bias beside them"
+        )
     heads = found.num_heads
-    reason = trial.disproof(model, place, (heads, number), lambda tried: _read(tried, layer, heads, number))
+
+    def read(tried: nn.Module) -> Projections:
+        return _read(tried, layer, heads, number)
+
+    if known:
+        reason = trial.known_disproof(model, place, heads, read)
+    else:
+        reason = trial.disproof(model, place, (heads, number), read)
     if reason is not None:
         raise ValueError(
             f"expected proof that the scores of layer {layer!r} follow the weights that are named like its query "

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..diagnosis import AttentionDiagnosis, StabilityIssue
 from ..diagnosis.heads import concatenate_heads
+from ..diagnosis.measured import help_text
 from ..diagnosis.origin import NOT_LEARNED, find_origin
 from ..diagnosis.thresholds import overridden, threshold
 from ..diagnosis.trends import clip_size, score_size
@@ -27,7 +28,10 @@ TEMPERATURE_FACTOR = 8.0
 RESTART_RATE = 0.25
 RESTARTS = 3  # at most
 RESTART_REST = 50  # steps in which a restarted run is let alone, as in the laboratory
-HELPED = "A rewind, QK-norm and a lower rate resolved 6 and 7 of 10 failing runs in the laboratory"
+# What the laboratory counted of them, by name.
+RESTART = "a rewind, QK-norm and a quarter of the rate"
+CLIP = "QK-clip at log steps and half the rate"
+CUT = "a lower rate alone"
 
 GROWTH = ("overflow_risk", "entropy_collapse", "vanishing_gradient", "one_hot_attention")
 
@@ -41,7 +45,8 @@ class InterventionPolicy:
 
     If `GoodStates` are kept of the model, an error of growing heads, or NaN and inf that training may have made, is
     answered by a restart: back to a good state, QK-norm from there on, a quarter of the learning rate. After a first
-    restart the rate is cut again, and three restarts are the most. Nothing else is proposed for 50 steps after one.
+    restart the rate is cut again, and three restarts are the most. Nothing else is proposed for 50 steps after one,
+    unless NaN or inf come again.
 
     Without such states, after three restarts, or where no state is old enough:
 
@@ -98,7 +103,7 @@ class InterventionPolicy:
         if origin is None or origin.cause in NOT_LEARNED or not getattr(origin.snapshot, "training", True):
             return None
         if good_states.of_model(self._model) is not None:
-            restart = self._restart(diagnosis, broken.evidence)
+            restart = self._restart(diagnosis, broken.evidence, at_once=True)
             if restart is not None or self._is_let_alone(diagnosis):
                 return restart
         return self._cut_rate(
@@ -107,16 +112,21 @@ class InterventionPolicy:
             "with finite weights before going on at the lower rate",
         )
 
-    def _restart(self, diagnosis: AttentionDiagnosis, why: str) -> Intervention | None:
-        """Back to a good state of the run, and on from there with QK-norm and a lower rate; None if that cannot be."""
+    def _restart(self, diagnosis: AttentionDiagnosis, why: str, at_once: bool = False) -> Intervention | None:
+        """Back to a good state of the run, and on from there with QK-norm and a lower rate; None if that cannot be.
+
+        at_once: however short a time ago the last restart was. The numbers of a reading are of steps after it.
+        """
         states = good_states.of_model(self._model)
         again = diagnosis.step in self._restarts
-        late = not self._is_let_alone(diagnosis) and len(self._restarts) < RESTARTS
-        if states is None or not (again or late):
+        late = at_once or not self._is_let_alone(diagnosis)
+        if states is None or not (again or (late and len(self._restarts) < RESTARTS)):
             return None
         first = not self._restarts or self._restarts[0] == diagnosis.step
-        wanted = rewind.propose(max(diagnosis.step, states.margin), f"{why}. {HELPED}")
-        slower = learning_rate.propose(RESTART_RATE, "a run that failed at this rate")
+        wanted = rewind.propose(diagnosis.step, f"{why}. {help_text(RESTART)}")
+        slower = learning_rate.propose(
+            self._restart_rate(diagnosis, states), "a run that failed at this rate"
+        )
         normed = [qk_norm.propose("scores that cannot grow by longer queries and keys")] if first else []
         for then in ([*normed, slower], [slower]):
             wanted["then"] = [dict(step) for step in then]
@@ -129,12 +139,21 @@ class InterventionPolicy:
             return wanted
         return None
 
+    def _restart_rate(self, diagnosis: AttentionDiagnosis, states: good_states.GoodStates) -> float:
+        """What the rate is multiplied with: with schedulers, the rate comes back that the state had before any cut."""
+        try:
+            lost = sum(states.chosen(diagnosis.step) <= x < diagnosis.step for x in self._restarts)
+        except ValueError:  # no state that is old enough
+            lost = 0
+        return float(RESTART_RATE ** (1 + (lost if states.schedulers else 0)))
+
     def _is_let_alone(self, diagnosis: AttentionDiagnosis) -> bool:
         """Whether the last restart was so short a time ago that nothing is proposed."""
         return bool(self._restarts) and diagnosis.step < self._restarts[-1] + RESTART_REST
 
     def _cut_rate(self, diagnosis: AttentionDiagnosis, why: str) -> Intervention | None:
-        return learning_rate.propose(LR_FACTOR, why) if self._may_cut(diagnosis) else None
+        wanted = learning_rate.propose(LR_FACTOR, f"{why}. {help_text(CUT)}")
+        return wanted if self._may_cut(diagnosis) else None
 
     def _may_cut(self, diagnosis: AttentionDiagnosis) -> bool:
         """Whether the learning rate may be cut (again); if so, it counts as cut now."""
@@ -161,7 +180,7 @@ class InterventionPolicy:
         self._clipping = True
         why = acting[0].evidence if acting else f"scores above {CLIP_AT:g} again at step {diagnosis.step}"
         lr_factor = LR_FACTOR if alarm and self._may_cut(diagnosis) else None
-        return qk_clip.propose(CLIP_AT, layers, why, lr_factor)
+        return qk_clip.propose(CLIP_AT, layers, f"{why}. {help_text(CLIP)}", lr_factor)
 
     def _raise_temperature(
         self, diagnosis: AttentionDiagnosis, acting: list[StabilityIssue]

@@ -12,16 +12,17 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compat import dynamo
-from ..diagnosis.trends import product_size
 from ..instrumentation import treating
 from ..instrumentation.treated import Call, Treated, interceptors
 from ..names import display_name, named_modules, unwrapped
+from . import good_states
 from . import optimizers as optim
 from .action import Action, Preview, Reading, Verdict
 from .intervention import Intervention, check_positive
@@ -34,6 +35,8 @@ QUERY, KEY = "qk_norm_query", "qk_norm_key"  # names of the gains in a module's 
 #: Gains start at no more than this: two such give scores of up to 64 * sqrt(D) nats, which a softmax can still leave.
 MOST = 8.0
 EPS = 1e-6
+#: By what a key may be longer than its gain says, of it: the gain has learned for a step since the reading's forward.
+ONE_STEP = 0.5
 
 
 class QKNorm:
@@ -80,12 +83,13 @@ class QKNormStart:
         model: nn.Module,
         optimizers: list[torch.optim.Optimizer],
         layers: Collection[str] | None,
-        most: float,
+        bounds: tuple[float, float],
     ):
         self.layers: dict[str, nn.Module] = {}
         self.refused: dict[str, str] = {}
         self.started = False
-        self._model, self._optimizers, self._wanted, self._most = model, optimizers, layers, most
+        self._model, self._optimizers, self._wanted = model, optimizers, layers
+        self._least, self._most = max(bounds[0], EPS), bounds[1]
         self._names = {module: name for name, module in named_modules(model)}
         self._change = QKNorm()
         self._undo: list[Callable[[], Any]] = []
@@ -118,7 +122,9 @@ class QKNormStart:
                 self.refused[name] = reason
                 return None
             with torch.no_grad():
-                measured = (_together(_mean_rms(x)).clamp(EPS, self._most) for x in (query, _once(key)))
+                measured = (
+                    _together(_mean_rms(x)).clamp(self._least, self._most) for x in (query, _once(key))
+                )
                 self._attach(name, module, *measured)
         # The module's own hook did not see this call begin.
         running = treating.thread.running
@@ -129,6 +135,8 @@ class QKNormStart:
             return f"its queries are a {type(query).__name__} of {query.dim()} dimensions, not a tensor (B, H, M, D)"
         if Shards.of(self._model, name) is not None:
             return "FSDP2 shards it, and does not take in parameters that come later"
+        if any(hasattr(p, "placements") for p in module.parameters()):
+            return "tensor parallelism splits its heads, and gains are averaged over all processes"
         norms = [child for child, _ in module.named_children() if QK_NORM.search(child) and "norm" in child]
         if norms or getattr(module, QUERY, None) is not None:
             return f"it has QK-norm already ({', '.join(norms) or QUERY})"
@@ -161,6 +169,9 @@ class QKNormStart:
             )
         if self._optimizers:
             optim.vector_group(self._optimizers)["params"].extend(self.gains)
+        states = good_states.of_model(self._model)
+        if states is not None:
+            states.join(self.gains)
         self.started = True
         _log.warning("%s", self.description)
 
@@ -200,12 +211,13 @@ def start_qk_norm(
     forward: Callable[[], Any] | None = None,
     gains: Mapping[str, Tensor] | None = None,
     most: float = MOST,
+    least: float = 0.0,
 ) -> QKNormStart:
     """Normalise the queries and keys of a model's attention from now on.
 
     Each head gets two gains: the mean root mean square of its queries, and of its keys, over the rows of one forward,
-    but at most `most`. Scores keep their size on average and cannot grow by longer queries or keys. The gains are
-    learned, at the rate and with the weight decay of the group that holds the model's vectors.
+    but at most `most` and at least `least`. Scores keep their size on average and cannot grow by longer queries or
+    keys. The gains are learned, at the rate and with the weight decay of the group that holds the model's vectors.
 
     The gains are measured in the next forward of the model, and used in it already. Call this between two steps.
 
@@ -223,13 +235,13 @@ def start_qk_norm(
     nothing.
     """
     inner, found = unwrapped(model), optim.as_list(optimizer)
-    most = check_positive("most", most)
+    bounds = _bounds(least, most)
     if gains is None and not found:
         raise ValueError("expected an optimizer that the gains of QK-norm join, got None")
     if found:
         optim.vector_group(found)
     wanted = None if layers is None else _known(inner, layers)
-    start = QKNormStart(inner, found, wanted, most)
+    start = QKNormStart(inner, found, wanted, bounds)
     try:
         if gains is not None:
             _resume(start, inner, gains)
@@ -276,7 +288,7 @@ class StartQKNorm(Action):
         layers = intervention.get("layers")
         if layers is not None and not isinstance(layers, (list, tuple)):
             raise ValueError(f"expected 'layers' to be a list of names of modules, got {layers!r}")
-        self._most = check_positive("'most'", intervention.get("most", MOST))
+        self._least, self._most = _bounds(intervention.get("least", 0.0), intervention.get("most", MOST))
         self._model, self._optimizers = model, optimizers
         self._layers = None if layers is None else _known(model, layers)
         optim.vector_group(optimizers)
@@ -296,7 +308,7 @@ class StartQKNorm(Action):
         )
 
     def verify(self, reading: Reading) -> Verdict:
-        """Whether every score lies within gain_q * gain_k * D * scale, where the scale is D ** -0.5."""
+        """Whether every key is as short as its gain makes it: gain * sqrt(D)."""
         if self.started is None or not self.started.started:
             return Verdict(None, "the gains are not measured yet")
         said, holds = [], True
@@ -304,18 +316,28 @@ class StartQKNorm(Action):
             stats = reading.get(name)
             if stats is None:
                 return Verdict(None, f"layer {display_name(name)} was not measured")
-            gains = [float(module.get_parameter(x).detach().abs().max()) for x in (QUERY, KEY)]
-            most, found = gains[0] * gains[1] * stats.head_dim**0.5, float(product_size(stats).max())
-            holds &= found <= 1.05 * most
-            said.append(
-                f"{display_name(name)}: scores up to {found:.1f} nats, at most {most:.1f} are possible"
-            )
+            if not module.get_parameter(KEY).isfinite().all() or np.isnan(stats.key_length).all():
+                return Verdict(None, f"the gains or the keys of {display_name(name)} are not finite numbers")
+            most = float(module.get_parameter(KEY).detach().abs().max()) * stats.head_dim**0.5
+            found = float(np.fmax.reduce(stats.key_length, initial=0.0))
+            holds &= found <= (1 + ONE_STEP) * most
+            said.append(f"{display_name(name)}: keys of length {found:.2f}, {most:.2f} by their gain")
         return Verdict(holds, "; ".join(said))
 
     def _do(self, undo: list[Callable[[], Any]]) -> str:
-        self.started = start_qk_norm(self._model, self._optimizers, layers=self._layers, most=self._most)
+        self.started = start_qk_norm(
+            self._model, self._optimizers, layers=self._layers, most=self._most, least=self._least
+        )
         undo.append(self.started.revert)
         return self.preview().text
+
+
+def _bounds(least: Any, most: Any) -> tuple[float, float]:
+    """Both as floats. Raises ValueError unless 0 <= least <= most, and most > 0."""
+    upper = check_positive("most", most)
+    if isinstance(least, bool) or not isinstance(least, (int, float)) or not 0 <= least <= upper:
+        raise ValueError(f"expected least to be a number from 0 to most ({upper:g}), got {least!r}")
+    return float(least), upper
 
 
 def _is_compiled(model: nn.Module) -> bool:

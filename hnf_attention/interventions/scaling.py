@@ -140,6 +140,23 @@ class ScaleHeads(Action):
         text = f"{display_name(worst[1])} head {worst[2]}: {worst[3]:.1f} nats were predicted, {worst[4]:.1f} measured"
         return Verdict(bool(abs(worst[0] - 1) <= TOLERANCE), text)
 
+    def missed(self, reading: Reading) -> bool:
+        """Whether a head that was scaled down to a quarter or less has its old size at the reading of the next step.
+
+        One optimizer step does not double weights, so they are not those that the scores follow.
+        """
+        for scaling in self._plan if self._sizes and self._predicted else ():
+            stats = reading.get(scaling.layer)
+            if stats is None:
+                continue
+            assert self._sizes is not None and self._predicted is not None  # for the type checker
+            for was, wanted, found in zip(
+                self._sizes[scaling.layer], self._predicted[scaling.layer], clip_size(stats)
+            ):
+                if was and wanted and wanted <= was / 4 and found > 0.9 * was:
+                    return True
+        return False
+
     def refuse_masters(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Raise ValueError if an optimizer seems to keep copies of these weights."""
         for optimizer in optimizers:

@@ -18,7 +18,7 @@ from ..instrumentation.treated import Treated
 from ..names import display_name, named_modules, unwrapped
 from . import good_states, layout
 from .action import Action, Preview, Reading, Verdict
-from .clip_now import ClipNow
+from .clip_now import ClipNow, ModelForward
 from .intervention import check_positive
 from .projections import Projections
 from .scaling import refuse_masters
@@ -47,15 +47,16 @@ class QKClip:
         "max_logit": the largest score, as Kimi K2 has it.
         Either is measured on scale * q.k, which follows the weights. An additive bias and a soft-cap are left out.
     within_step: from the second step on, the factors of a training forward are applied to its own queries too, before
-        their scores are formed: no softmax of the training sees a head over the threshold. The gradient takes the
-        factors for constants. No layer is left alone then, however far below it is. It takes layers that call
-        scaled_dot_product_attention, not in a compiled graph; others are clipped after the step alone.
+        their scores are formed: no softmax of the training sees a head over the threshold, however much one step of the
+        optimizer adds. The gradient takes the factors for constants. It takes layers that call
+        scaled_dot_product_attention, not in a compiled graph; others are clipped after the step alone. False clips
+        after the step alone, and leaves layers that are far below the threshold alone at seven steps of eight.
     group: the processes that hold the same weights, whole or in shards, and see other data; None for all processes of
         torch.distributed. Their largest sizes are put together at each step.
 
     Factors are computed and multiplied in on the device. The host never waits for it, unless FSDP2 shards the weights.
-    Sizes are those of the step's own forward, so a head may be over the threshold by what one optimizer step adds. They
-    are exact for every layer that may be over half of the threshold: see `ScoreSizes` for the others.
+    Sizes are those of the step's own forward. They are exact for every layer that may be over half of the threshold:
+    see `ScoreSizes` for the others.
     Where several query heads share a key head, the queries take the whole factor.
 
     A layer is clipped only on proof that its scores, and nothing else, follow the weights: see `apply_intervention`.
@@ -71,7 +72,7 @@ class QKClip:
         threshold: float = THRESHOLD,
         measure: str = "range",
         *,
-        within_step: bool = False,
+        within_step: bool = True,
         group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -90,6 +91,7 @@ class QKClip:
         self._found: dict[str, tuple[tuple[int, ...], Projections]] = {}
         self._last: dict[str, Tensor] = {}
         self._within: list[tuple[nn.Module, ClipNow]] | None = [] if within_step else None
+        self._forward, self._forward_hooks = ModelForward(), list[Any]()
         self._sizes = ScoreSizes(model, self.threshold, measure, self)
 
     def __repr__(self) -> str:
@@ -158,15 +160,22 @@ class QKClip:
         self._sizes.restore()
         while self._within:
             Treated.remove(*self._within.pop())
+        while self._forward_hooks:
+            self._forward_hooks.pop().remove()
 
     def _clip_within(self, attached: list[tuple[nn.Module, ClipNow]]) -> None:
         """Have the layers that were found clip their own forwards, those that do not yet."""
+        if not self._forward_hooks:
+            self._forward_hooks += [
+                self._model.register_forward_pre_hook(self._forward.begin),
+                self._model.register_forward_hook(self._forward.end, always_call=True),
+            ]
         known = {id(module) for module, _ in attached}
         modules = dict(named_modules(self._model))
         for name in self._found:
             module = modules[name]
             if id(module) not in known:
-                change = ClipNow(self._sizes.layers[name], self.threshold, self.measure)
+                change = ClipNow(self._sizes.layers[name], self.threshold, self.measure, self._forward)
                 Treated.add(module, change)
                 attached.append((module, change))
                 self._sizes.within.add(name)

@@ -59,6 +59,15 @@ class Slot:
             event.synchronize()
         self._events = []
 
+    def join(self, parameter: Tensor, optimizer: int) -> None:
+        """Take in a parameter that came to the run later, with the numbers that it has now and no optimizer state.
+
+        optimizer: the number of the one that trains it.
+        """
+        numbers = _local(parameter).to("cpu", copy=True)
+        self.kept[id(parameter)] = _Kept(_Place(parameter), numbers)
+        self.others["states"].append((optimizer, parameter, {}))
+
     def end(self, norms: list[Tensor], events: list[tuple[torch.device, torch.cuda.Event]]) -> None:
         """The copies are queued. norms: largest |numbers|, on the host or on their way."""
         self._norms, self._events = norms, events
@@ -70,10 +79,10 @@ class TrainingState:
     def __init__(
         self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], scheduler: Any, rng: bool
     ):
-        self._model, self._optimizers, self._rng = model, optimizers, rng
+        self.model, self._optimizers, self._rng = model, optimizers, rng
         given = scheduler if isinstance(scheduler, (list, tuple)) else [scheduler]
-        self._given_schedulers = [one for one in given if one is not None]
-        for one in self._given_schedulers:
+        self.schedulers = [one for one in given if one is not None]
+        for one in self.schedulers:
             if not (hasattr(one, "state_dict") and hasattr(one, "load_state_dict")):
                 raise TypeError(f"expected a scheduler with state_dict, got {type(one).__name__}")
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -160,10 +169,10 @@ class TrainingState:
     def _places(self) -> Iterator[tuple[Hashable, _Place, bool]]:
         """(key, place, whether a forward may change it) of every tensor."""
         mine = set()
-        for learned in self._model.parameters():
+        for learned in self.model.parameters():
             mine.add(id(learned))
             yield id(learned), _Place(learned), False
-        for buffer in self._model.buffers():
+        for buffer in self.model.buffers():
             yield id(buffer), _Place(buffer), True
         for number, optimizer in enumerate(self._optimizers):
             for group in optimizer.param_groups:
@@ -187,8 +196,8 @@ class TrainingState:
                     plain = {k: copy.deepcopy(v) for k, v in state.items() if not isinstance(v, Tensor)}
                     states.append((number, parameter, plain))
         found: dict[str, Any] = {"states": states}
-        if self._given_schedulers:
-            found["schedulers"] = [copy.deepcopy(one.state_dict()) for one in self._given_schedulers]
+        if self.schedulers:
+            found["schedulers"] = [copy.deepcopy(one.state_dict()) for one in self.schedulers]
             groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
             found["rates"] = [copy.deepcopy(group["lr"]) for group in groups]
         if self._rng:
@@ -197,7 +206,7 @@ class TrainingState:
         return found
 
     def _write_others(self, others: dict[str, Any]) -> None:
-        for one, state in zip(self._given_schedulers, others.get("schedulers", [])):
+        for one, state in zip(self.schedulers, others.get("schedulers", [])):
             one.load_state_dict(copy.deepcopy(state))
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         for group, rate in zip(groups, others.get("rates", [])):

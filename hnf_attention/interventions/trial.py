@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import compat
 from ..instrumentation import witness
-from . import trial_inputs
+from . import norms, trial_inputs
 from .projections import Projections
 from .shards import own_class
 
@@ -29,6 +30,7 @@ _SAME_OUTPUT = 1e-2  # of the largest output: factors are powers of two, which r
 _MASKED = 1e4  # larger scores are those of masked keys
 
 _verdicts: weakref.WeakKeyDictionary[nn.Module, dict[Any, str | None]] = weakref.WeakKeyDictionary()
+_of_classes: weakref.WeakKeyDictionary[nn.Module, dict[Any, str | None]] = weakref.WeakKeyDictionary()
 
 
 def disproof(
@@ -51,28 +53,73 @@ def disproof(
     return verdicts[key]
 
 
+def known_disproof(
+    model: nn.Module, place: nn.Module, num_heads: int, read: Callable[[nn.Module], Projections]
+) -> str | None:
+    """As `disproof`, by lengths alone, for a module whose class is known: its forward may have been replaced.
+
+    None, too, for a module that cannot be tried. One module of each class and forward is tried.
+    """
+    forward = getattr(place.forward, "__func__", place.forward)
+    key = type(place), forward, num_heads
+    verdicts = _of_classes.setdefault(model, {})
+    if key not in verdicts:
+        try:
+            verdicts[key] = _Trial(model, place, num_heads, read).lengths()
+        except Exception:  # of any kind: the class is known
+            verdicts[key] = None
+    return verdicts[key]
+
+
 def _try(
     model: nn.Module, place: nn.Module, num_heads: int, read: Callable[[nn.Module], Projections]
 ) -> str | None:
     kind = type(place).__name__
     try:
-        tried = _random_copy(model, place).eval()
-        projections = read(tried)
-        inputs, named = trial_inputs.of(place, tried, projections)
+        trial = _Trial(model, place, num_heads, read)
     except Exception as error:  # of any kind: what cannot be tried is refused
         return f"a trial of {kind} could not be prepared: {_short(error)}"
-
-    def run() -> tuple[Tensor, Tensor]:
-        with _Caught(num_heads) as caught:
-            output = tried.forward(*inputs, **named)
-        return caught.scores(), _first_tensor(output)
-
-    device = projections.query[0].device
     try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            return contradiction(run, projections)
+        return trial.scores() or trial.lengths()
     except Exception as error:  # likewise
         return f"a trial of {kind} on random inputs failed: {_short(error)}"
+
+
+class _Trial:
+    """A copy of a module with random weights, and what it runs on."""
+
+    def __init__(
+        self, model: nn.Module, place: nn.Module, num_heads: int, read: Callable[[nn.Module], Projections]
+    ):
+        self._heads = num_heads
+        self._tried = _random_copy(model, place).eval()
+        self._projections = read(self._tried)
+        self._inputs, self._named = trial_inputs.of(place, self._tried, self._projections)
+
+    def scores(self) -> str | None:
+        """What contradicts the projections when they are scaled."""
+
+        def run() -> tuple[Tensor, Tensor]:
+            caught, output = self._run()
+            return caught.scores(), _first_tensor(output)
+
+        with self._alone():
+            return contradiction(run, self._projections)
+
+    def lengths(self) -> str | None:
+        """What contradicts them by the lengths of queries and keys."""
+        with self._alone():
+            return norms.contradiction(self._tried, self._projections, lambda: self._run()[0].pair)
+
+    def _run(self) -> tuple[_Caught, Any]:
+        with _Caught(self._heads) as caught:
+            return caught, self._tried.forward(*self._inputs, **self._named)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        device = self._projections.query[0].device
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
 
 
 def contradiction(run: Run, projections: Projections) -> str | None:
@@ -137,6 +184,12 @@ class _Caught(TorchFunctionMode):
         self._num_heads = num_heads
         self._products: list[Tensor] = []
         self._softmaxed: list[Tensor] = []
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """The queries and keys of the one attention by scaled_dot_product_attention; None if there was none."""
+        return self._pairs[0] if len(self._pairs) == 1 else None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
@@ -146,7 +199,9 @@ class _Caught(TorchFunctionMode):
         # By name: an instrumentation replaces functions of torch by its own.
         name = getattr(func, "__name__", None)
         if name == "scaled_dot_product_attention":
-            self._products.append(_products(*args[:2], **kwargs))
+            query, key = _pair(*args[:2], **kwargs)
+            self._products.append(_products(query, key, **kwargs))
+            self._pairs.append((query, key))
         elif name == "softmax":
             self._softmaxed.append((args[0] if args else kwargs["input"]).double())
         return func(*args, **kwargs)
@@ -162,6 +217,10 @@ class _Caught(TorchFunctionMode):
         if scores.dim() == 3 and scores.shape[0] % self._num_heads == 0:  # (B * H, M, N)
             scores = scores.unflatten(0, (-1, self._num_heads))
         return scores if scores.dim() == 4 and scores.shape[1] == self._num_heads else None
+
+
+def _pair(query: Tensor, key: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return query, key
 
 
 def _products(query: Tensor, key: Tensor, **options: Any) -> Tensor:

@@ -9,6 +9,7 @@ class Cadence:
     log_every: every that many steps is a log step, which is measured and read.
     record_every: which other steps are measured: None for none, 1 for all, k for every k-th.
     step: how many steps were done before, for a run that resumes.
+    soon: whether the next step is a log step, too.
     resting: while it is True, no step is measured; counting goes on.
 
     Raises ValueError unless log_every is an int >= 1, record_every None or an int >= 1, step an int >= 0.
@@ -22,6 +23,7 @@ class Cadence:
         self.log_every = log_every
         self.record_every = record_every
         self.step = step
+        self.soon = False
         self.resting = False
         self._stopped = False
 
@@ -36,17 +38,18 @@ class Cadence:
         if not self.running:
             return False
         step, others = self.step + 1, self.record_every
-        return step % self.log_every == 0 or (others is not None and step % others == 0)
+        return self.soon or step % self.log_every == 0 or (others is not None and step % others == 0)
 
     @property
     def next_log_step(self) -> int:
         """The number of the log step to come."""
-        return (self.step // self.log_every + 1) * self.log_every
+        return self.step + 1 if self.soon else (self.step // self.log_every + 1) * self.log_every
 
     def end_step(self) -> bool:
         """Count a step. Returns whether it was a log step."""
         self.step += 1
-        return self.step % self.log_every == 0
+        soon, self.soon = self.soon, False
+        return soon or self.step % self.log_every == 0
 
     def at(self, step: int) -> Cadence:
         """The same cadence with that many steps done before. Raises ValueError as the class does."""

@@ -65,11 +65,15 @@ class StepExtremes:
                 self._results[place] = reference.new_result(place[0].num_heads, place[1])
         return self._results[place]
 
-    def results(self, kinds: Collection[Kind]) -> list[tuple[Place, Tensor]]:
-        """The results of these kinds that were raised since they were read, by whatever stream."""
+    def results(self, kinds: Collection[Kind] | None = None) -> list[tuple[Place, Tensor]]:
+        """The results of these kinds, None for all, that were raised since they were read, by whatever stream.
+
+        They come in the order in which their layers first ran.
+        """
         self._streams.settle()
         self._use(self._raised)
-        return [(place, self._results[place]) for place in self._raised if place[0] in kinds]
+        raised = [(place, result) for place, result in self._results.items() if place in self._raised]
+        return [(place, result) for place, result in raised if kinds is None or place[0] in kinds]
 
     def restart(self, kinds: Collection[Kind] | None = None) -> None:
         """Start the results of these kinds anew, None for all."""

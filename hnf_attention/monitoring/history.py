@@ -114,6 +114,7 @@ class History(Sequence[Snapshot]):
 
 def _size(snapshot: Snapshot) -> int:
     numbers = sum(stats.values.nbytes for stats in snapshot.layers.values())
+    numbers += sum(ranges.nbytes for mark in snapshot.marks for ranges in mark.ranges.values())
     return numbers + _SNAPSHOT_BYTES + _LAYER_BYTES * len(snapshot.layers)
 
 
@@ -128,7 +129,8 @@ def _peaks(snapshot: Snapshot) -> tuple[float, float]:
 
 def _in_float32(snapshot: Snapshot) -> Snapshot:
     with np.errstate(over="ignore"):
-        return replace(snapshot, layers={name: _narrowed(stats) for name, stats in snapshot.layers.items()})
+        layers = {name: _narrowed(stats) for name, stats in snapshot.layers.items()}
+        return replace(snapshot, layers=layers, marks=())  # marks are for the latest trend
 
 
 def _narrowed(stats: HeadStats) -> HeadStats:

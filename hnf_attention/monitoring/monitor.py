@@ -15,27 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from ..diagnosis import AttentionDiagnosis, StabilityIssue, diagnose
+from ..diagnosis.ahead import Watch
 from ..diagnosis.origin import first_seen
-from ..diagnosis.thresholds import checked_thresholds
+from ..diagnosis.thresholds import checked_thresholds, overridden
 from ..diagnosis.triage import NonFiniteTrace
 from ..instrumentation import Instrumentation, instrument
-from ..interventions import Applied, Intervention, InterventionPolicy, apply_intervention, learning_rate
+from ..interventions import Applied, GoodStates, Intervention, InterventionPolicy
 from ..names import unwrapped
 from ..replay import trace_non_finite
-from ..statistics.heads import Snapshot
+from ..statistics.heads import Mark, Snapshot
 from . import state
-from .agreement import Together
 from .history import HISTORY_BYTES
 from .lines import log_transitions
 from .parts import MonitorStatus, Parts
 from .ranks import AUTO, Ranks, resolve
 from .recorder import NothingMeasured, Recorder
 from .transitions import IssueTracker
+from .treatment import Treatment, check_auto_intervene, check_good_states
 from .writers import Writer, writer_part
 
 _log = logging.getLogger("hnf_attention")
 
-WEIGHT_ACTIONS = ("qk_clip", "temperature")  # what auto_intervene does without being asked
 STATE_FORMAT = 1
 
 
@@ -51,12 +51,14 @@ class AttentionStabilityMonitor:
                 if intervention:
                     apply_intervention(optimizer, intervention)
 
-    log_every: every that many steps is a log step, which is measured, read and judged.
+    log_every: every that many steps is a log step, which is measured, read and judged. So is a step in between if the
+        extremes of the steps before it tell of growth that the last reading did not show; see `every_step`.
     record_every: which steps in between are measured as well: None for none, 1 for all, k for every k-th.
     writers: objects with a `write(diagnosis)` method, or callables; each gets every diagnosis. `restore()`
         calls the `close()` of those that have one. `hnf_attention.integrations` has some.
-    auto_intervene: at a log step, carry out what the monitor proposes on weights (QK-clip, temperature).
-        Learning rates and dropout are left to `get_intervention`. What was done is in `applied`.
+    auto_intervene: at a log step, carry out what the monitor proposes: on weights alone (QK-clip, temperature), and
+        with `good_states` restarts and learning rates too. The rest is left to `get_intervention`. The readings that
+        follow tell whether each is kept, was not enough, or is reverted: `applied` has the account.
     sample: as for `instrument`: where attention is probed, measure 1 of that many blocks of rows.
     step: how many steps were done before, for a run that resumes; numbers go on from there.
     ranks: the processes whose measurements are put together at each log step. "auto" takes all processes of
@@ -69,6 +71,8 @@ class AttentionStabilityMonitor:
     history_bytes: the most memory that `history` takes. Older snapshots are thinned when it is reached.
     every_step: take the extremes of the training steps that are not measured: the first NaN or inf, and lower bounds of
         the largest scores. See `HeadStats.between_max_logit` and what stands beside it.
+    good_states: `GoodStates(model, optimizer)`, of which the monitor ends each step. Errors are then answered by a
+        restart from one of them. Its schedulers are those of the run.
 
     A snapshot holds the forwards under grad since the last one, and evaluation forwards only if there was no other;
     `Snapshot.holds` says which. A forward that raised is left out. `with monitor.paused():` leaves out all inside.
@@ -95,6 +99,7 @@ class AttentionStabilityMonitor:
         on_alert: Callable[[list[StabilityIssue]], object] | None = None,
         history_bytes: int = HISTORY_BYTES,
         every_step: bool = True,
+        good_states: GoodStates | None = None,
     ):
         self._writers = [writer_part(number, writer) for number, writer in enumerate(writers)]
         self._thresholds = checked_thresholds(thresholds)
@@ -107,11 +112,12 @@ class AttentionStabilityMonitor:
         try:
             #: The model, without the wrappers of data parallelism.
             self.model = unwrapped(model)
+            check_good_states(good_states, self.model, step)
             self._together, self._leads = resolve(ranks, self.model)
             groups = None if self._together is None else self._together.groups
             self.instrumentation.queries_split = groups is not None and groups.queries is not None
             if auto_intervene:
-                _check_auto_intervene(self._together)
+                check_auto_intervene(self._together)
             self._recorder = Recorder(
                 self.instrumentation, log_every, record_every, step, self._together, history_bytes, every_step
             )
@@ -121,16 +127,12 @@ class AttentionStabilityMonitor:
         if self._together is not None:
             # A monitor that is dropped without `restore` leaves, too.
             weakref.finalize(self, self._together.leave, _ended()).atexit = False
-        #: What auto_intervene did, newest last.
-        self.applied: deque[Applied] = deque(maxlen=1_000)
-        self._policy = InterventionPolicy(self.model)
-        self._auto_intervene = auto_intervene
-        # The latest diagnosis that auto_intervene treated, and what of its fix is left to the user.
-        self._left_over: tuple[AttentionDiagnosis, Intervention | None] | None = None
+        self._treatment = Treatment(self.model, good_states, auto_intervene)
         self._tracker = IssueTracker()
         #: What may fail without ending the run.
         self.parts = Parts(log_every)
         self._told_of_nothing = False
+        self._watch = Watch()
 
     def __repr__(self) -> str:
         cadence, off = self._recorder.cadence, self.parts.off
@@ -140,6 +142,11 @@ class AttentionStabilityMonitor:
             f"{len(self.history)} snapshots, {len(self.applied)} interventions applied"
             f"{'; off: ' if off else ''}{', '.join(sorted(off))}"
         )
+
+    @property
+    def applied(self) -> deque[Applied]:
+        """What auto_intervene did, newest last, each with its outcome and account."""
+        return self._treatment.applied
 
     @property
     def history(self) -> Sequence[Snapshot]:
@@ -165,10 +172,16 @@ class AttentionStabilityMonitor:
 
     def on_step(self) -> AttentionDiagnosis | None:
         """End a training step: call it after `optimizer.step()`. Returns a diagnosis at log steps, else None."""
-        if not self._recorder.end_step():
+        log_step, parts = self._recorder.end_step(), self.parts
+        parts.run("good_states", self._treatment.end_step, self.step)
+        if not log_step:
+            marks = parts.run("marks", self._recorder.new_marks)
+            if marks and parts.run("marks", self._is_urgent, marks):
+                self._recorder.read_soon()
             return None
-        parts = self.parts
         parts.begin_log_step(self.step)
+        if self.step % self._recorder.cadence.log_every == 0:
+            self._watch.restart()
         snapshot = parts.run("recording", self._read)
         self._recorder.rest(parts.rests("recording", 1))
         if snapshot is None:
@@ -179,8 +192,8 @@ class AttentionStabilityMonitor:
         parts.run("logging", self._announce, diagnosis)
         for writer in self._writers if self._leads else ():
             parts.run(writer.name, writer.write, diagnosis)
-        if self._auto_intervene:
-            parts.run("auto_intervene", self._intervene, diagnosis)
+        if self._treatment.auto:
+            parts.run("auto_intervene", self._treatment.act, diagnosis)
         return diagnosis
 
     def get_intervention(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
@@ -192,9 +205,7 @@ class AttentionStabilityMonitor:
         """
         if self._together is not None and (self._together.groups.heads or self._together.lost):
             return None
-        if self._left_over is not None and self._left_over[0] is diagnosis:
-            return self._left_over[1]
-        return self.parts.run("advice", self._policy.propose, diagnosis)
+        return self.parts.run("advice", self._treatment.propose, diagnosis)
 
     def trace(
         self,
@@ -249,7 +260,7 @@ class AttentionStabilityMonitor:
             "history": [state.dump(snapshot) for snapshot in self.history],
             "repeated": sorted(self._recorder.repeated),
             "issues": self._tracker.state_dict(),
-            "policy": self._policy.state_dict(),
+            "policy": self._treatment.policy.state_dict(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -270,7 +281,8 @@ class AttentionStabilityMonitor:
             self._recorder.resume(state_dict["step"], history, state_dict["repeated"])
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"expected a state_dict of a monitor, got one with {error!r}") from None
-        self._tracker, self._policy = tracker, policy
+        self._tracker, self._treatment.policy = tracker, policy
+        self._treatment.resume(self.step)
         if not readable:
             _log.warning("the attention monitor's history is of another version, so it starts anew")
 
@@ -281,6 +293,7 @@ class AttentionStabilityMonitor:
         self.restore()
 
     def _read(self) -> Snapshot | None:
+        self._recorder.jumped |= self._treatment.jumped()
         try:
             return self._recorder.read()
         except NothingMeasured as problem:
@@ -291,6 +304,10 @@ class AttentionStabilityMonitor:
         finally:
             self._note_lost_processes()
 
+    def _is_urgent(self, marks: Sequence[Mark]) -> bool:
+        with overridden(self._thresholds):
+            return self._watch.urgent(self.history, marks)
+
     def _diagnose(self) -> AttentionDiagnosis:
         return diagnose(self.history, self.instrumentation.coverage, self._thresholds)
 
@@ -298,8 +315,8 @@ class AttentionStabilityMonitor:
         if self._together is None or self._together.lost is None or "ranks" in self.parts.off:
             return
         self.parts.end("ranks", self._together.lost)
-        if self._auto_intervene:
-            self._auto_intervene = False
+        if self._treatment.auto:
+            self._treatment.auto = False
             why = "each process would change its weights by its own statistics"
             self.parts.end("auto_intervene", why)
             _log.warning("the attention monitor intervenes no more: %s", why)
@@ -313,35 +330,8 @@ class AttentionStabilityMonitor:
             self.parts.run("on_alert", self._on_alert, alerts)
         log_transitions(news, diagnosis.step)
 
-    def _intervene(self, diagnosis: AttentionDiagnosis) -> None:
-        proposed = self._policy.propose(diagnosis)
-        self._left_over = diagnosis, proposed
-        if proposed is None or proposed["action"] not in WEIGHT_ACTIONS:
-            return
-        on_weights = Intervention({k: v for k, v in proposed.items() if k != "lr_factor"})
-        done = apply_intervention(None, on_weights, self.model)
-        self.applied.append(done)
-        _log.warning("intervened at step %d: %s (%s)", diagnosis.step, done.description, proposed["reason"])
-        factor = proposed.get("lr_factor")
-        rest = None if factor is None else learning_rate.propose(factor, proposed["reason"])
-        self._left_over = diagnosis, rest
-
 
 def _ended() -> str:
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     who = f"process {torch.distributed.get_rank()}" if ready else "a process"
     return f"{who} ended its monitor"
-
-
-def _check_auto_intervene(together: Together | None) -> None:
-    """Raise ValueError if the processes of a group would not all make the same change."""
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    world = torch.distributed.get_world_size() if ready else 1
-    if world == 1:
-        return
-    groups = None if together is None else together.groups
-    if groups is None or groups.heads is not None or groups.processes != world:
-        raise ValueError(
-            "expected auto_intervene=False, or ranks=ProcessGroups(batch=<the group of all processes>), "
-            f"got ranks={groups}: each process would change its weights by its own statistics"
-        )

@@ -20,13 +20,14 @@ from torch import Tensor
 from ..engine import fold
 from ..names import call_name
 from ..statistics.fields import SUM_FIELDS
-from ..statistics.heads import Forwards, HeadStats, Snapshot
+from ..statistics.heads import Forwards, HeadStats, Mark, Snapshot
 from .accumulators import Kind, Lane, Lanes
 from .agreement import Together
 from .cadence import Cadence
 from .extremes import StepExtremes, decoded, with_steps
 from .graphs import GraphStates
 from .history import HISTORY_BYTES, History
+from .marks import MARK_EVERY, Marks
 from .process_groups import CallName, Part, Reading
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Recorder:
         self.cadence = Cadence(log_every, record_every, step)
         self._every_step = every_step
         self.pending = False  # whether anything was recorded since the last snapshot
+        self.jumped = False  # whether the run was taken to another state since then
         #: The snapshots that are kept, oldest first.
         self.history = History(history_bytes)
         self.repeated: set[str] = set()  # layers that a forward called more than once
@@ -74,6 +76,9 @@ class Recorder:
         self._together = together
         self._lanes = Lanes()
         self._extremes = StepExtremes()
+        # Of one process alone: all processes have the same log steps.
+        marked = every_step and together is None and log_every >= 2 * MARK_EVERY
+        self._marks = Marks(self._extremes, self._kind_text) if marked else None
         self._lock = threading.Lock()  # of all that is below
         self._kinds: dict[Kind, str] = {}  # in the order of their first calls, with what their names end in
         # The largest sample_period since the last snapshot. If no Python has run since, it is that of the snapshot
@@ -115,6 +120,19 @@ class Recorder:
         self._measure()
         return log_step
 
+    def new_marks(self) -> tuple[Mark, ...]:
+        """Take a mark if one is due. Returns the marks since the last snapshot, if one of them is news."""
+        if self._marks is None or not self.cadence.running:
+            return ()
+        if self.step % MARK_EVERY == 0:
+            self._marks.take(self.step)
+        return self._marks.news()
+
+    def read_soon(self) -> None:
+        """Make the next step a log step."""
+        self.cadence.soon = True
+        self._measure()
+
     def read(self) -> Snapshot:
         """A snapshot of everything folded since the last one; folding starts anew after it.
 
@@ -130,7 +148,11 @@ class Recorder:
         }
         if not layers:
             raise NothingMeasured(self._why_nothing())
-        snapshot = Snapshot(self.step, layers, chosen[0].name.training, reading.forwards)
+        marks = () if self._marks is None else self._marks.end()
+        kept = () if self.jumped else marks  # some may be of the state that was left
+        training = chosen[0].name.training
+        snapshot = Snapshot(self.step, layers, training, reading.forwards, self.jumped, kept)
+        self.jumped = False
         self.history.append(snapshot)
         return snapshot
 
@@ -299,6 +321,9 @@ class Recorder:
             forwards = forwards._replace(training=0)  # a step held no forward that nobody told of
         ordered = [kind for kind in kinds if kind in found]
         return Reading([Part(CallName(*kind[:3], kinds[kind]), found[kind]) for kind in ordered], forwards)
+
+    def _kind_text(self, kind: Kind) -> str:
+        return self._text(CallName(*kind[:3], self._kinds[kind]))
 
     def _text(self, name: CallName) -> str:
         repeated = name.layer in self.repeated

@@ -28,6 +28,7 @@ def dump(snapshot: Snapshot) -> dict[str, Any]:
         "step": snapshot.step,
         "training": snapshot.training,
         "forwards": list(snapshot.forwards),
+        "jumped": snapshot.jumped,
         "layers": {name: _dump_layer(stats) for name, stats in snapshot.layers.items()},
     }
 
@@ -35,7 +36,8 @@ def dump(snapshot: Snapshot) -> dict[str, Any]:
 def load(state: Mapping[str, Any]) -> Snapshot:
     """The snapshot that `dump` gave."""
     layers = {name: _load_layer(layer) for name, layer in state["layers"].items()}
-    return Snapshot(state["step"], layers, state["training"], Forwards(*state["forwards"]))
+    jumped = state.get("jumped", False)  # states of before have none
+    return Snapshot(state["step"], layers, state["training"], Forwards(*state["forwards"]), jumped)
 
 
 def _dump_layer(stats: HeadStats) -> dict[str, Any]:

@@ -61,8 +61,13 @@ def layer_table(stats: Mapping[str, HeadStats], issues: Sequence[StabilityIssue]
     return FittedTable(title, [*columns, Column("issues", states, justify="left")])
 
 
-def issue_list(issues: Sequence[StabilityIssue], limit: int | None = None) -> RenderableType:
-    """The groups of issues, worst first, at most `limit`: where, the worst head's evidence, what to do."""
+def issue_list(
+    issues: Sequence[StabilityIssue], limit: int | None = None, training: bool = False
+) -> RenderableType:
+    """The groups of issues, worst first, at most `limit`: where, the worst head's evidence, what to do.
+
+    training: of a model in training, of which the laboratory counted how often such an issue meant harm.
+    """
     if not issues:
         return Text("no issues", style="green")
     lines: list[RenderableType] = []
@@ -71,6 +76,8 @@ def issue_list(issues: Sequence[StabilityIssue], limit: int | None = None) -> Re
         worst = group[0]
         lines.append(Text(headline(group), style=STYLES[worst.severity]))
         lines.append(indented(worst.evidence))
+        if training and worst.measured:
+            lines.append(indented(worst.measured))
         lines.append(indented(f"threshold {number(worst.threshold)}: {worst.source}", style="dim"))
         lines.append(indented(f"-> {worst.suggestion}"))
     if limit is not None and len(groups) > limit:

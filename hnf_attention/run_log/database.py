@@ -199,7 +199,8 @@ def thin(connection: sqlite3.Connection) -> bool:
     """
     steps = connection.execute("SELECT step, first_step, layout FROM snapshots ORDER BY step").fetchall()
     latest = steps[-1][0] if steps else 0
-    pairs, taken = [], set()
+    pairs: list[tuple[int, int]] = []
+    taken: set[int] = set()
     candidates = sorted(
         ((later[0] - earlier[1]) / max(latest - later[0], 1), index)
         for index, (earlier, later) in enumerate(zip(steps, steps[1 : len(steps) // 2]))

@@ -14,40 +14,46 @@ class Metric(NamedTuple):
     """One number per head and log step.
 
     name: a property of `HeadStats`. label: for people. unit: "" for a number without one. joined: what two log steps
-    become where there is room for one of them: "max" or "min" keeps the extreme, "mean" their mean.
+    become where there is room for one of them: "max" or "min" keeps the extreme, "mean" their mean. low_is_bad: whether
+    the head with the lowest number is the one to look at.
     """
 
     name: str
     label: str
     unit: str
     joined: str
+    low_is_bad: bool = False
 
 
 METRICS = (
-    Metric("normalized_entropy", "normalized entropy, mean over rows", "", "mean"),
-    Metric("normalized_entropy_min", "normalized entropy, lowest row", "", "min"),
-    Metric("normalized_entropy_p10", "normalized entropy, 10th percentile of rows", "", "min"),
-    Metric("entropy", "entropy, mean over rows", "nats", "mean"),
+    Metric("normalized_entropy", "normalized entropy, mean over rows", "", "mean", low_is_bad=True),
+    Metric("normalized_entropy_min", "normalized entropy, lowest row", "", "min", low_is_bad=True),
+    Metric(
+        "normalized_entropy_p10", "normalized entropy, 10th percentile of rows", "", "min", low_is_bad=True
+    ),
+    Metric("entropy", "entropy, mean over rows", "nats", "mean", low_is_bad=True),
     Metric("max_weight", "largest softmax weight, mean over rows", "", "mean"),
     Metric("sink_mass", "weight on the sink, mean over rows", "", "mean"),
     Metric("saturated_share", "share of saturated rows", "", "max"),
-    Metric("jacobian_trace_bound", "bound of the gradient that passes the softmax", "", "mean"),
+    Metric(
+        "jacobian_trace_bound", "bound of the gradient that passes the softmax", "", "mean", low_is_bad=True
+    ),
     Metric("logit_range", "range of a row's scores, mean over rows", "nats", "mean"),
     Metric("logit_range_max", "range of a row's scores, largest", "nats", "max"),
     Metric("max_logit", "largest score", "nats", "max"),
-    Metric("min_logit", "smallest score", "nats", "min"),
+    Metric("min_logit", "smallest score", "nats", "min", low_is_bad=True),
     Metric("between_max_logit", "largest score seen between log steps (a lower bound)", "nats", "max"),
     Metric(
         "between_logit_range", "largest range of scores seen between log steps (a lower bound)", "nats", "max"
     ),
-    Metric("first_nonfinite_step", "step of the first NaN or inf", "step", "min"),
+    Metric("first_nonfinite_step", "step of the first NaN or inf", "step", "min", low_is_bad=True),
     Metric("query_norm", "norm of the longest query", "", "max"),
     Metric("key_norm", "norm of the longest key", "", "max"),
     Metric("log2_curvature", "HNF curvature", "bits", "max"),
     Metric("error_bound", "bound of the output's relative rounding error", "", "max"),
     Metric("required_bits", "mantissa bits that the worst row needs", "bits", "max"),
     Metric("typical_bits", "mantissa bits that a typical row needs", "bits", "mean"),
-    Metric("judged_rows", "rows that verdicts are about", "rows", "min"),
+    Metric("judged_rows", "rows that verdicts are about", "rows", "min", low_is_bad=True),
     Metric("nonfinite_rows", "rows whose statistics are NaN or inf", "rows", "max"),
     Metric("empty_rows", "rows whose keys are all hidden", "rows", "max"),
 )

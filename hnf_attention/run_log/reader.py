@@ -88,11 +88,16 @@ class RunLog:
         return np.array([row[0] for row in self._rows("SELECT step FROM snapshots ORDER BY step")], np.int64)
 
     @property
+    def layouts(self) -> list[Layout]:
+        """What the blocks' rows and columns are, in the order they were first written."""
+        return [Layout.parse(text) for (text,) in self._rows("SELECT described FROM layouts ORDER BY id")]
+
+    @property
     def layers(self) -> dict[str, int]:
         """The layers in the order they first ran, with the largest number of heads that each had."""
         found: dict[str, int] = {}
-        for (text,) in self._rows("SELECT described FROM layouts ORDER BY id"):
-            for name, heads, *_ in Layout.parse(text).layers:
+        for layout in self.layouts:
+            for name, heads, *_ in layout.layers:
                 found[name] = max(found.get(name, 0), heads)
         return found
 

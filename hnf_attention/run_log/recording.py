@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from ..diagnosis import AttentionDiagnosis, StabilityIssue
@@ -19,6 +19,7 @@ class Recording:
         self._tracker = IssueTracker()
         self._scalars: dict[str, list[tuple[int, float]]] = {}
         self._events: list[dict[str, Any]] = []
+        self._last: Record | None = None
 
     def know(self, issues: Iterable[Mapping[str, Any]]) -> None:
         """Issues that were reported before this process began: they are not new."""
@@ -44,7 +45,7 @@ class Recording:
         scalars, self._scalars = self._scalars, {}
         events, self._events = self._events, []
         forwards = (0, 0, 0) if snapshot is None else snapshot.forwards
-        return Record(
+        self._last = Record(
             step=diagnosis.step,
             first_step=diagnosis.step,
             time=time,
@@ -57,3 +58,15 @@ class Recording:
             scalars=scalars,
             not_measured=dict(diagnosis.not_measured),
         )
+        return self._last
+
+    def rest(self) -> Record | None:
+        """The last log step's record again, with what was noted after it; None if nothing was."""
+        last = self._last
+        if last is None or not (self._scalars or self._events):
+            return None
+        scalars = {
+            name: [*last.scalars.get(name, []), *self._scalars.get(name, [])]
+            for name in {**last.scalars, **self._scalars}
+        }
+        return replace(last, scalars=scalars, events=[*last.events, *self._events])

@@ -74,11 +74,11 @@ class RunLogWriter:
         self._thread.take(("diagnosis", diagnosis, time.time()))
 
     def note(self, step: int, **scalars: float) -> None:
-        """Keep numbers of a training step, such as loss=2.3; they are written with the next log step."""
+        """Keep numbers of a training step, such as loss=2.3; written with the next log step, or at the end."""
         self._thread.take(("scalars", step, {name: float(value) for name, value in scalars.items()}))
 
     def event(self, step: int, kind: str, **detail: Any) -> None:
-        """Keep something that happened, such as an intervention; it is written with the next log step."""
+        """Keep something that happened, such as an intervention; written with the next log step, or at the end."""
         self._thread.take(("event", step, {"kind": kind, "step": step} | plain(detail)))
 
     def flush(self, timeout: float = _PATIENCE) -> bool:
@@ -150,6 +150,9 @@ class _Thread(threading.Thread):
             except Exception:
                 # Whatever is wrong with one log step, the next ones are written.
                 _log.warning("the run log leaves a log step out", exc_info=True)
+        rest = self._recording.rest()
+        if rest is not None:
+            self.kept.append((self._number + 1, rest))
         self._write()
         self._sink.close()
         if self.kept:

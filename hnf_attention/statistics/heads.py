@@ -288,6 +288,16 @@ class Forwards(NamedTuple):
     failed: int = 0
 
 
+class Mark(NamedTuple):
+    """The extremes of the steps since a snapshot, as they stood at a later step.
+
+    ranges: layer to the largest range of a row so far, (H,), nats: lower bounds, see `HeadSteps`.
+    """
+
+    step: int
+    ranges: dict[str, np.ndarray]
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """All layers' head statistics at one log step, in the order the layers first ran.
@@ -295,12 +305,16 @@ class Snapshot:
     training: whether it holds forwards under grad. If so, it holds no others.
     forwards: how many there were since the snapshot before; zeros where they could not be counted, as in replays of a
         captured graph.
+    jumped: whether the run was taken to another state (a rewind) since the snapshot before, so that trends begin anew.
+    marks: what the steps since the snapshot before showed, the latest of them, oldest first.
     """
 
     step: int
     layers: dict[str, HeadStats]
     training: bool = True
     forwards: Forwards = Forwards()
+    jumped: bool = False
+    marks: tuple[Mark, ...] = ()
 
     def __repr__(self) -> str:
         heads = sum(stats.num_heads for stats in self.layers.values())

@@ -49,6 +49,12 @@ class HeadPrecision:
         """Of K, as `query_norm`."""
         return self._norm("key_square")
 
+    @property
+    def key_length(self) -> np.ndarray:
+        """Largest |k| over rows; NaN where K was not seen."""
+        square = self._max("key_square")
+        return np.sqrt(np.where(np.isinf(square), np.nan, square))
+
     def _norm(self, name: str) -> np.ndarray:
         square = self._mean(name, "sequences")
         return np.sqrt(np.where(square == 0, np.nan, square))

@@ -60,7 +60,7 @@ def run_demo(config: Config, out: Path, console: Console) -> tuple[Outcome, dict
         treated = _train(config, True, console)
     issues = [] if untreated.last_diagnosis is None else untreated.last_diagnosis.issues
     console.print(Text("\nWorst issues at the end of the untreated run", style="bold"))
-    console.print(issue_list(issues, limit=_MOST_ISSUES))
+    console.print(issue_list(issues, limit=_MOST_ISSUES, training=True))
     outcome = judge(untreated, treated)
     document = artifacts.to_document(config, untreated, treated, outcome)
     try:

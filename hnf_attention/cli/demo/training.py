@@ -89,18 +89,16 @@ def train(config: Config, treated: bool, observe: Observer) -> Run:
         optimizer, start_factor=1 / config.warmup_steps, total_iters=config.warmup_steps - 1
     )
     data = batches(standard_library_text(), config.batch_size, config.context, config.seed)
-    monitor = AttentionStabilityMonitor(model, log_every=config.log_every)
     states = GoodStates(model, optimizer, STATES_EVERY, STATES_KEPT, scheduler=scheduler) if treated else None
+    monitor = AttentionStabilityMonitor(model, log_every=config.log_every, good_states=states)
     run = Run(treated)
-    for step in range(1, config.steps + 1):
+    for _ in range(config.steps):
         inputs, targets = (part.to(config.device) for part in next(data))
         loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.step()
-        if states is not None:
-            states.on_step(step)
         run.losses.append(loss.item())
 
         diagnosis = monitor.on_step()
@@ -112,7 +110,7 @@ def train(config: Config, treated: bool, observe: Observer) -> Run:
                     run.first_error = run.first_error or diagnosis
                 intervention = monitor.get_intervention(diagnosis) if treated else None
                 if intervention:
-                    apply_intervention(optimizer, intervention, scheduler=scheduler)
+                    apply_intervention(optimizer, intervention)
                     run.interventions.append((diagnosis.step, dict(intervention)))
         observe(run, diagnosis)
     run.history = list(monitor.history)

@@ -80,6 +80,8 @@ class View:
         self._console.print(Text(f"step {diagnosis.step}: {title} (loss {run.losses[-1]:.2f})", style="bold"))
         self._console.print(indented(headline(worst), style=STYLES[worst[0].severity]))
         self._console.print(indented(worst[0].evidence))
+        if worst[0].measured:
+            self._console.print(indented(worst[0].measured))
 
     def _print_intervention(self, run: Run) -> None:
         step, intervention = run.interventions[-1]

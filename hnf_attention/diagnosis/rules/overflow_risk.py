@@ -55,10 +55,9 @@ def rule(history: Sequence[Snapshot], heads: Heads) -> Iterator[StabilityIssue]:
     stats, scores = heads.stats, Scores(heads)
     bounds, bits, usual, largest = stats.error_bound, stats.required_bits, stats.typical_bits, stats.max_logit
     watched = heads.snapshots_above(threshold("watch_logit"))
-    eta = heads.steps_until_score(threshold("alarm_logit"))
     step = history[-1].step
     for head in np.flatnonzero(suspicious).tolist():
-        growth = _growth(heads, head, watched[head], eta[head], step)
+        growth = _growth(heads, head, watched[head])
         stored = _stored(stats.dtype, formats.product[head], formats.rounding[head])
         verdict = _together(growth, stored)
         if verdict is None:
@@ -91,11 +90,10 @@ def _formats(stats: HeadStats) -> _Formats:
     return _Formats(largest * stats.head_dim**0.5 if half else np.zeros_like(largest), unit * largest)
 
 
-def _growth(heads: Heads, head: int, watched: int, eta: float, step: int) -> _Verdict | None:
+def _growth(heads: Heads, head: int, watched: int) -> _Verdict | None:
     """Judge one head by the range of its scores, whose half is their size.
 
-    watched: in how many of the last snapshots the size was above `watch_logit`. eta: steps until the projection meets
-    `alarm_logit`.
+    watched: in how many of the last snapshots the size was above `watch_logit`.
     """
     size, verdict = heads.score[head], None
     error, warning, note = SEVERITIES
@@ -115,10 +113,14 @@ def _growth(heads: Heads, head: int, watched: int, eta: float, step: int) -> _Ve
         limit = "alarm_logit" if heads.underway else "standing_logit"
         verdict = error, limit, size, f"{half}, as in the first layer and in most layers", ""
     elif heads.alarming[head]:
-        soon = f"; will saturate near step {step + eta:.0f}" if np.isfinite(eta) else "; saturated"
+        coming = np.isfinite(heads.saturation.steps[head])
+        soon = f"; saturates {heads.saturation.text(head)}" if coming else "; saturated"
         value = heads.score_ahead(threshold("alarm_horizon"))[head]
         why = f"{half}, and by its trend {value:.4g} within {threshold('alarm_horizon'):.0f} steps, as in the first "
-        verdict = error, "alarm_logit", value, f"{why}layer and in most layers", soon
+        when = (
+            f"; it passes {threshold('alarm_logit'):g} nats {heads.saturation.text(head)}" if coming else ""
+        )
+        verdict = error, "alarm_logit", value, f"{why}layer and in most layers{when}", soon
     elif size > threshold("clip_logit"):
         verdict = warning, "clip_logit", size, f"{half}, beyond where Kimi K2 clips", ""
     elif heads.grown[head]:

@@ -1,0 +1,83 @@
+"""What a monitor is told beside its own measurements, for writers that keep it: losses, and what was done."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..interventions import Applied
+
+#: Training steps whose numbers wait for a log step. Past that the oldest are given up.
+MOST_STEPS = 100_000
+
+
+@runtime_checkable
+class NoteWriter(Protocol):
+    """A writer that keeps more than diagnoses; `hnf_attention.run_log.RunLogWriter` is one."""
+
+    def note(self, step: int, **scalars: float) -> None:
+        """Take numbers of a training step."""
+
+    def event(self, step: int, kind: str, **detail: Any) -> None:
+        """Take something that happened."""
+
+
+class Notes:
+    """Numbers of training steps, without a wait for the device before the next log step."""
+
+    def __init__(self, writers: Iterable[object]) -> None:
+        self._writers = [writer for writer in writers if isinstance(writer, NoteWriter)]
+        self._kept: deque[tuple[int, str, float | Tensor]] = deque(maxlen=MOST_STEPS)
+        self._told: dict[int, int] = {}  # sentences that were handed on, by the intervention's id
+
+    def keep(self, step: int, values: Mapping[str, float | Tensor | None]) -> None:
+        """Keep numbers or 0-dimensional tensors of a step; None for one that is not known.
+
+        Raises TypeError or ValueError for what is no single number.
+        """
+        for name, value in values.items():
+            if value is None:
+                continue
+            if isinstance(value, Tensor):
+                if value.numel() != 1:
+                    raise ValueError(
+                        f"expected {name} to be one number, got a tensor of shape {tuple(value.shape)}"
+                    )
+                # A copy: the next replay of a CUDA graph, or a division in place, writes over it.
+                value = value.detach().reshape(()).clone() if self._writers else 0.0
+            elif not isinstance(value, (int, float)):
+                raise TypeError(f"expected {name} to be a number or a tensor, got {type(value).__name__}")
+            if self._writers:
+                self._kept.append((step, name, value))
+
+    def hand_over(self) -> None:
+        """Give the writers what was kept: one copy from each device."""
+        kept, values = list(self._kept), {}
+        self._kept.clear()
+        by_device: dict[torch.device, list[int]] = {}
+        for place, (_, _, value) in enumerate(kept):
+            if isinstance(value, Tensor):
+                by_device.setdefault(value.device, []).append(place)
+        for places in by_device.values():
+            numbers = torch.stack([torch.as_tensor(kept[place][2]).float() for place in places])
+            values.update(zip(places, numbers.tolist()))
+        for place, (step, name, value) in enumerate(kept):
+            for writer in self._writers:
+                writer.note(step, **{name: values[place] if place in values else float(value)})
+
+    def account(self, step: int, applied: Iterable[Applied]) -> None:
+        """Give the writers each new sentence of the accounts of interventions. applied: all of them."""
+        if not self._writers:
+            return
+        told = {}
+        for each in applied:
+            action = str(each.intervention["action"])
+            for sentence in each.account[self._told.get(id(each), 0) :]:
+                for writer in self._writers:
+                    writer.event(step, "intervention", action=action, outcome=each.outcome, text=sentence)
+            told[id(each)] = len(each.account)
+        self._told = told
