@@ -5,15 +5,12 @@ import hashlib
 import json
 import re
 import sqlite3
-import zlib
 from contextlib import closing
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from heads import finished, head_stats, snapshot
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from report_parts import Parts, numbers, unpacked
 
 from hnf_attention import report
 from hnf_attention.diagnosis import diagnose
@@ -23,87 +20,6 @@ from hnf_attention.run_log import RunLog, RunLogWriter, metrics
 from hnf_attention.run_log.reader import Event
 
 HOSTILE = "</script><img src=x onerror=alert(1)><!--{{script}}&amp;\u2028'\""
-
-
-class Parts(HTMLParser):
-    """The scripts of a page by id, and the names of all its elements."""
-
-    def __init__(self, text):
-        super().__init__(convert_charrefs=False)
-        self.scripts, self.tags, self._open = {}, [], None
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        self._open = dict(attributes).get("id", "own") if tag in ("script", "style") else None
-        if tag == "style":
-            self._open = "style"
-
-    def handle_endtag(self, tag):
-        self._open = None
-
-    def handle_data(self, data):
-        if self._open:
-            self.scripts[self._open] = self.scripts.get(self._open, "") + data
-
-
-def unpacked(text, steps):
-    """Codes (steps, heads) of a packed plane."""
-    moved = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).reshape(-1, steps)
-    return np.cumsum(moved, axis=1, dtype=np.uint8).T
-
-
-def numbers(codes, scale):
-    part = codes / packing.LAST
-    found = (
-        scale.low * (scale.high / scale.low) ** part
-        if scale.log
-        else scale.low + (scale.high - scale.low) * part
-    )
-    return np.where(codes == packing.NO_NUMBER, np.nan, np.where(codes == packing.INFINITE, np.inf, found))
-
-
-@given(
-    st.lists(st.floats(-1e4, 1e6, width=32) | st.just(float("nan")), min_size=6, max_size=24),
-    st.integers(1, 3),
-)
-@settings(max_examples=40, deadline=None)
-def test_numbers_come_back_to_a_step_of_their_scale(values, heads):
-    table = np.array(values[: len(values) // heads * heads], np.float32).reshape(-1, heads)
-    scale = packing.Scale.of(table)
-    codes = unpacked(packing.pack(scale.codes(table)), len(table))
-    found = numbers(codes, scale)
-    assert (np.isnan(found) == np.isnan(table)).all()
-    finite = np.isfinite(table)
-    if scale.log:
-        held = finite & (table >= scale.low)
-        step = np.log(scale.high / scale.low) / packing.LAST
-        assert (np.abs(np.log(found[held] / table[held])) <= 0.51 * step).all()
-        assert (codes[finite & (table < scale.low)] == 0).all()
-    else:
-        step = (scale.high - scale.low) / packing.LAST
-        assert (np.abs(found[finite] - table[finite]) <= 0.51 * step + 1e-6 * np.abs(table[finite])).all()
-
-
-def test_infinities_have_codes_of_their_own():
-    table = np.array([[1.0, np.inf], [-np.inf, np.nan]], np.float32)
-    codes = packing.Scale.of(table).codes(table).ravel().tolist()
-    assert codes[1:] == [packing.INFINITE, packing.MINUS_INFINITE, packing.NO_NUMBER] and codes[0] == 0
-
-
-def test_a_scale_is_logarithmic_where_its_numbers_need_it():
-    assert packing.Scale.of(np.array([1.0, 1e4])).log
-    assert not packing.Scale.of(np.array([100.0, 200.0])).log
-    assert not packing.Scale.of(np.array([-1.0, 1e4])).log
-    assert not packing.Scale.of(np.array([1e-6, 1.0])).log  # a share
-    assert packing.Scale.of(np.array([0.0, 1.0, 1e4])).low == 1.0
-
-
-def test_steady_codes_move_by_more_than_one():
-    codes = np.array([[10], [11], [10], [12], [13], [255], [254]], np.uint8)
-    assert packing.steady(codes).ravel().tolist() == [10, 10, 10, 12, 12, 255, 254]
-    noise = np.random.default_rng(0).integers(100, 110, (200, 3)).astype(np.uint8)
-    assert np.abs(packing.steady(noise).astype(int) - noise).max() <= 1
 
 
 def issue(step, change, severity="error", layer="a", head=1, kind="overflow_risk", value=500.0, **more):
@@ -156,6 +72,34 @@ def test_an_issue_that_returns_is_open_again():
     (story,) = stories.stories(events)
     assert story.spans == [[10, 20], [30, None]] and story.gone is None and story.open
     assert story.outcome == "qk clip at step 25 did not end it: the issue is still there."
+
+
+def test_a_monitor_s_account_is_told_as_deeds_and_findings():
+    events = [
+        issue(10, "new"),
+        done(10, action="qk_clip", outcome="open", text="intervened at step 10: clipped 3 heads"),
+        issue(20, "gone"),
+        done(
+            60,
+            action="qk_clip",
+            outcome="kept",
+            text="at step 60 the intervention of step 10 is kept: no error",
+        ),
+    ]
+    (story,) = stories.stories(events)
+    assert [each["step"] for each in story.done] == [10] and [each["step"] for each in story.checks] == [60]
+    assert story.outcome == (
+        "qk clip at step 10 helped: the issue went at step 20. "
+        "Checked later: at step 60 the intervention of step 10 is kept: no error."
+    )
+    told = story.to_dict({})["moments"]
+    assert [(each["step"], each["kind"]) for each in told] == [
+        (10, "new"),
+        (10, "intervention"),
+        (20, "gone"),
+        (60, "verification"),
+    ]
+    assert told[1]["text"] == "qk clip (intervened at step 10: clipped 3 heads)"
 
 
 def run(**values):

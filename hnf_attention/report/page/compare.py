@@ -9,7 +9,7 @@ import numpy as np
 
 from ..numbers import number
 from .runs import Run
-from .stories import Story
+from .stories import Story, actions
 from .verdict import Verdict
 
 _WORST = (
@@ -30,7 +30,8 @@ def comparison(
     rows.append(_row("first sign of an error", [_first_sign(each) for each in told]))
     rows.append(
         _row(
-            "interventions", [str(sum(event.kind == "intervention" for event in run.events)) for run in runs]
+            "interventions",
+            [str(sum(each["kind"] == "intervention" for each in actions(run.events))) for run in runs],
         )
     )
     rows += [_row(f"last {name}", [_last(run, name) for run in runs]) for name in _scalars(runs)]

@@ -34,6 +34,7 @@ class Story:
     one. open: the issues that are still there at the end, by head. moments: what is said of each step, in order.
     alarmed: the first step of that severity. gone: the step at which its last issue went, None if one is there.
     spans: the steps [from, to) in which it had an issue; the last one may have no end. done: interventions meanwhile.
+    checks: what a monitor found of them later.
     """
 
     layer: str
@@ -48,6 +49,7 @@ class Story:
     alarmed: int = 0
     gone: int | None = None
     done: list[dict[str, Any]] = field(default_factory=list)
+    checks: list[dict[str, Any]] = field(default_factory=list)
     spans: list[list[int | None]] = field(default_factory=list)
 
     @property
@@ -74,8 +76,11 @@ class Story:
             )
         last = self.done[-1]
         if self.gone is not None and self.gone > last["step"]:
-            return f"{last['action']} at step {last['step']:,} helped: the issue went at step {self.gone:,}."
-        return f"{last['action']} at step {last['step']:,} did not end it: the issue is still there."
+            found = f"helped: the issue went at step {self.gone:,}"
+        else:
+            found = "did not end it: the issue is still there"
+        checked = f" Checked later: {self.checks[-1]['text']}." if self.checks else ""
+        return f"{last['action']} at step {last['step']:,} {found}.{checked}"
 
     def to_dict(self, layers: Mapping[str, int]) -> dict[str, Any]:
         """As JSON types for the page. layers: name to its place in the page."""
@@ -96,7 +101,7 @@ class Story:
             "worst": self.worst_step,
             "gone": self.gone,
             "spans": self.spans,
-            "moments": sorted(self.moments + self.done, key=lambda moment: moment["step"]),
+            "moments": sorted(self.moments + self.done + self.checks, key=lambda moment: moment["step"]),
             "outcome": self.outcome,
             "headline": str(worst.get("headline") or worst.get("brief") or self.issue_type),
             "evidence": str(worst.get("evidence") or ""),
@@ -117,8 +122,11 @@ def stories(events: Sequence[Event]) -> list[Story]:
             if key not in found:
                 found[key] = Story(*key, first=step)
             _take(found[key], step, changes)
+    noted = actions(events)
     for story in found.values():
-        story.done = [each for each in map(_done, events) if each and _treats(each, story)]
+        story.done = [each for each in noted if _treats(each, story)]
+        names = {each["action"] for each in story.done}
+        story.checks = [each for each in noted if each["kind"] == "verification" and each["action"] in names]
     return sorted(
         found.values(),
         # As the verdict: NaN or inf first.
@@ -188,14 +196,18 @@ def _done(event: Event) -> dict[str, Any] | None:
     named = list(layers) if isinstance(layers, (list, tuple, Mapping)) else []
     if isinstance(detail.get("layer"), str):
         named.append(detail["layer"])
-    text = detail.pop("description", None) or ", ".join(
-        f"{key} {_short(value)}" for key, value in detail.items()
+    # A monitor's account: its later sentences tell what became of an intervention.
+    checked = event.kind == "intervention" and detail.pop("outcome", "open") != "open"
+    text = (
+        detail.pop("text", None)
+        or detail.pop("description", None)
+        or ", ".join(f"{key} {_short(value)}" for key, value in detail.items())
     )
     return {
         "step": event.step,
-        "kind": event.kind,
+        "kind": "verification" if checked else event.kind,
         "action": action.replace("_", " "),
-        "text": f"{action.replace('_', ' ')}{f' ({text})' if text else ''}",
+        "text": str(text) if checked else f"{action.replace('_', ' ')}{f' ({text})' if text else ''}",
         "layers": [str(name) for name in named],
     }
 
