@@ -178,7 +178,7 @@ class AttentionStabilityMonitor:
     ) -> AttentionDiagnosis | None:
         """End a training step: call it after `optimizer.step()`. Returns a diagnosis at log steps, else None.
 
-        loss, grad_norm: of the step, for writers that keep them. A tensor is copied on its device, and read at log steps.
+        loss, grad_norm: of the step, for writers that keep them. A tensor is copied on its device, read at log steps.
         """
         log_step, parts = self._recorder.end_step(), self.parts
         if loss is not None or grad_norm is not None:
