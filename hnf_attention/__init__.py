@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from .diagnosis import AttentionDiagnosis, StabilityIssue
     from .diagnosis.triage import NonFiniteTrace
     from .engine.api import attention, attention_stats
-    from .instrumentation import Instrumentation, instrument, restore
+    from .instrumentation import (
+        CallDescription,
+        Instrumentation,
+        Unmeasurable,
+        instrument,
+        observe_blocks,
+        register_interceptor,
+        restore,
+    )
     from .interventions import apply_intervention
     from .monitoring.analyzer import AttentionAnalyzer
     from .monitoring.monitor import AttentionStabilityMonitor
@@ -33,7 +41,15 @@ else:
     _HOMES = {  # module -> the public names that it defines; as above, which a test compares
         ".diagnosis": ("AttentionDiagnosis", "StabilityIssue"),
         ".engine.api": ("attention", "attention_stats"),
-        ".instrumentation": ("Instrumentation", "instrument", "restore"),
+        ".instrumentation": (
+            "CallDescription",
+            "Instrumentation",
+            "Unmeasurable",
+            "instrument",
+            "observe_blocks",
+            "register_interceptor",
+            "restore",
+        ),
         ".interventions": ("apply_intervention",),
         ".monitoring.analyzer": ("AttentionAnalyzer",),
         ".monitoring.monitor": ("AttentionStabilityMonitor",),
@@ -53,7 +69,11 @@ else:
     }
     _HOME = {name: module for module, names in _HOMES.items() for name in names}
     _ALIASES = {"Ranks": "ProcessGroups"}
-    _PACKAGES = ("integrations", "theory")  # public, too: `hnf_attention.theory` needs no import of its own
+    _PACKAGES = (
+        "integrations",
+        "nn",
+        "theory",
+    )  # public, too: `hnf_attention.theory` needs no import of its own
 
     def __getattr__(name: str) -> object:
         if name in _PACKAGES:
@@ -72,6 +92,7 @@ __all__ = [
     "AttentionAnalyzer",
     "AttentionDiagnosis",
     "AttentionStabilityMonitor",
+    "CallDescription",
     "HeadStats",
     "Instrumentation",
     "MultiheadAttention",
@@ -82,12 +103,15 @@ __all__ = [
     "StabilityIssue",
     "StabilityRegion",
     "StabilityReport",
+    "Unmeasurable",
     "apply_intervention",
     "attention",
     "attention_stats",
     "check_attention_stability",
     "instrument",
     "merge_attention",
+    "observe_blocks",
+    "register_interceptor",
     "restore",
     "stability_region",
     "trace_non_finite",

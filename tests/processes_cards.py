@@ -5,15 +5,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from attention_models import Direct
 from processes_sharded import TENSOR_PLAN, fully_sharded, share, snapshots, trained, whole
 from sharded_models import INPUTS, sharp_model, stack
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from hnf_attention import AttentionStabilityMonitor, ProcessGroups
 
 SIZE = 2
+RING = torch.randn(3, 2, 4, 1024, 64, generator=torch.Generator().manual_seed(6)).bfloat16().unbind()
 
 
 def data_parallel(rank, x):
@@ -50,6 +53,19 @@ def tensor_parallel(rank, x):
     return snapshots(monitor), out
 
 
+def context_parallelism(rank, x):
+    """PyTorch's ring over two cards, causal and balanced, in half precision: snapshots, and whether bit-equal."""
+    mesh = init_device_mesh("cuda", (SIZE,), mesh_dim_names=("cp",))
+    ranks = ProcessGroups.of_mesh(mesh, queries="cp")
+    model, parts = Direct(), [y.cuda() for y in RING]
+    with context_parallel(mesh, buffers=parts, buffer_seq_dims=[2] * 3):
+        plain = model(*parts, is_causal=True)
+        with AttentionStabilityMonitor(model, log_every=1, ranks=ranks) as monitor:
+            same = torch.equal(model(*parts, is_causal=True), plain)
+            monitor.on_step()
+    return snapshots(monitor), torch.tensor(same)
+
+
 def main(rank: int, folder: str) -> None:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
@@ -57,7 +73,7 @@ def main(rank: int, folder: str) -> None:
     dist.init_process_group("nccl", init_method=store, rank=rank, world_size=SIZE, device_id=device)
     try:
         found = {}
-        for scenario in (data_parallel, fsdp, tensor_parallel):
+        for scenario in (data_parallel, fsdp, tensor_parallel, context_parallelism):
             layers, tensor = scenario(rank, INPUTS.cuda())
             found[scenario.__name__] = layers, tensor.cpu()
         Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(found))

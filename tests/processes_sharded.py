@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import runpy
 import sys
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from attention_models import Direct
 from sharded_models import (
     BROKEN,
     CLIP,
-    EXAMPLE,
     HEADS,
     INPUTS,
     LENGTH,
@@ -195,7 +193,7 @@ def gathered_keys(rank, size):
 
 @sdpa_kernel(SDPBackend.MATH)
 def torch_context_parallel(rank, size):
-    """Its coverage, entered inside and outside of the instrumentation."""
+    """Without a ring, as PyTorch has none of this operator: its coverage, entered inside and outside."""
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("cp",))
     found = []
     for entered_first in (False, True):
@@ -210,19 +208,6 @@ def torch_context_parallel(rank, size):
         if outer is not None:
             outer.restore()
     return found, F.scaled_dot_product_attention.__module__
-
-
-def ring(rank, size):
-    """The example's, in both orders."""
-    if not EXAMPLE.is_file():  # it is in the checkout only
-        return None
-    example = runpy.run_path(str(EXAMPLE))
-    return {
-        order: example["ring_attention"](
-            *(example["share"](x, rank, size, order) for x in QKV), dist.group.WORLD, order
-        )
-        for order in ("contiguous", "zigzag")
-    }
 
 
 def pipeline(rank, size):
@@ -276,7 +261,6 @@ SCENARIOS = (
     distributed_tensors,
     gathered_keys,
     torch_context_parallel,
-    ring,
     pipeline,
 )
 OF_TWO = (layouts, llama)  # they import transformers, which is slow, and more processes add nothing

@@ -6,6 +6,7 @@ import numpy as np
 import processes_cards
 import pytest
 import torch
+from attention_models import Direct
 from processes_sharded import snapshots, trained
 from sharded_models import INPUTS, sharp_model, stack
 
@@ -57,3 +58,26 @@ def test_heads_over_two_cards_get_their_global_numbers(found):
         (layers,), theirs = process["tensor_parallel"]
         torch.testing.assert_close(theirs, out.detach().cpu(), rtol=1e-3, atol=1e-4)
         same(layers, snapshots(monitor)[0])
+
+
+def test_a_ring_over_two_cards_reports_the_whole_sequence(found):
+    model = Direct()
+    with AttentionStabilityMonitor(model, log_every=1) as monitor, torch.no_grad():
+        model(*(x.cuda() for x in processes_cards.RING), is_causal=True)
+        monitor.on_step()
+    expected = snapshots(monitor)[0]
+    for process in found:
+        (layers,), bit_equal = process["context_parallelism"]
+        assert bit_equal
+        assert list(layers) == list(expected)
+        for name in (
+            "rows",
+            "entropy",
+            "max_weight",
+            "max_logit",
+            "min_logit",
+            "logit_range",
+            "log2_curvature",
+        ):
+            mine, theirs = (getattr(x[""], name) for x in (layers, expected))
+            np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5, err_msg=name)

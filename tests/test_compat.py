@@ -307,7 +307,10 @@ def test_coverage_names_an_implementation_that_is_not_measured():
     model = tiny_gpt2("eager")
     model.config._attn_implementation = "flash_attention_3"
     with instrument(model) as handle:
-        assert "'flash_attention_3' is not measured" in handle.coverage.not_measured["transformer.h.0.attn"]
+        assert (
+            "'flash_attention_3': no function of FlashAttention"
+            in handle.coverage.not_measured["transformer.h.0.attn"]
+        )
 
 
 @carried_by("collects_attention_weights")

@@ -39,6 +39,27 @@ def test_processes_that_do_not_come_are_told_in_the_store():
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
+@carried_by("ring_attention")
+def test_the_ring_of_context_parallelism_is_measured(tmp_path):
+    from attention_models import Direct
+    from rings import rings_on_cpus
+    from torch.distributed.tensor.experimental import context_parallel
+
+    from hnf_attention import instrument
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, x = Direct(), [torch.randn(1, 2, 8, 4) for _ in range(3)]
+        mesh = dist.init_device_mesh("cpu", (1,))
+        ring = context_parallel(mesh, buffers=x, buffer_seq_dims=[2] * 3)
+        with rings_on_cpus(), ring, instrument(model) as handle:
+            model(*x, is_causal=True)
+            assert handle.coverage.measured == {"": "probe (context_parallel)"}
+    finally:
+        dist.destroy_process_group()
+
+
 @carried_by("fsdp_wrapped")
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*FullyShardedDataParallel:FutureWarning")

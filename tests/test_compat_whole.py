@@ -18,6 +18,8 @@ FILES += [
     "test_transforms_of_models.py",
     "test_every_step_faults.py",
     "test_every_step_compiled.py",
+    "test_torch_sdpa.py",
+    "test_transformers_attention.py",
 ]
 HERE = Path(__file__).parent
 PACKAGE = Path(hnf_attention.__file__).parent

@@ -1,5 +1,6 @@
 """FlexAttention: its masks and score functions are honoured exactly, its callers are found or listed."""
 
+import functools
 import inspect
 import sys
 
@@ -132,13 +133,26 @@ class Both(nn.Module):
         return self.own(*args) + self.of_class(*args)
 
 
-def test_a_function_that_a_module_holds_is_listed_and_left_alone():
-    model = Both()
-    with instrument(model, strict=True) as handle, pytest.raises(RuntimeError, match="'function' is a flex"):
+def test_functions_that_a_module_holds_are_measured_and_put_back():
+    model, args = Both(), tensors()
+    model.plain, held = FlexAttention(), model.own.function
+    model.plain.function = by_name
+    model.plain.forward = lambda *args: model.plain.function(*args)
+    model.forward = lambda *args: model.own(*args) + model.of_class(*args) + model.plain(*args)
+    plain = model(*args)
+    with instrument(model, strict=True) as handle:
+        assert torch.equal(model(*args), plain)
+        assert list(handle.coverage.measured) == ["own", "of_class", "plain"]
+        for measurement in handle.latest.values():
+            check(measurement, statistics(*args[:2]))
+    assert model.own.function is held and model.plain.function is by_name
+
+
+def test_a_partial_that_a_module_holds_is_listed():
+    model = OwnAttention()
+    model.function = functools.partial(compiled_before, scale=0.5)
+    with instrument(model, strict=True), pytest.raises(RuntimeError, match="partial of flex_attention"):
         model(*tensors())
-    assert model.own.function is Both().own.function
-    assert list(handle.coverage.measured) == ["of_class"]
-    assert list(handle.coverage.not_measured) == ["own"]
 
 
 def test_one_compiled_while_instrumented_is_not_measured_and_works_ever_after():

@@ -10,6 +10,7 @@ from torch import nn
 
 from hnf_attention import MultiheadAttention, apply_intervention, instrument
 from hnf_attention.interventions import known_classes, layout, qk_clip, temperature
+from hnf_attention.nn import GroupedQueryAttention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,9 +82,21 @@ def test_most_architectures_are_treated():
     assert len(treated) >= (111 if transformers.__version__ >= "5" else 105)
 
 
-def test_torchs_multihead_attention_is_known_and_so_is_ours():
-    for module in (nn.MultiheadAttention(8, 2), MultiheadAttention(8, 2)):
+def test_torchs_multihead_attention_is_known_and_so_are_ours():
+    for module in (nn.MultiheadAttention(8, 2), MultiheadAttention(8, 2), GroupedQueryAttention(8, 2)):
         assert known_classes.includes(module)
+
+
+def test_ours_with_grouped_queries_is_scaled_head_by_head():
+    model, x = nn.Sequential(GroupedQueryAttention(16, 4, 2, bias=True)), torch.randn(2, 9, 16)
+    (layer,) = model
+    before = model(x), layer.row_stats.max_logit
+    applied = apply_intervention(None, temperature.propose({"0": [2.0, 1.0, 1.0, 4.0]}, ""), model)
+    model(x)
+    factors = torch.tensor([2.0, 1.0, 1.0, 4.0])[:, None]
+    torch.testing.assert_close(layer.row_stats.max_logit * factors, before[1])
+    applied.revert()
+    assert torch.equal(model(x), before[0])
 
 
 def llama():

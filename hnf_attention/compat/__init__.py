@@ -1,4 +1,4 @@
-"""Every private name of torch and transformers that this project uses, one function or constant each.
+"""Every private name of torch, transformers and xformers that this project uses, one function or constant each.
 
 A private name may change in any release. Each entry therefore says what it answers, and what happens in a version
 without it. The tests ran with torch 2.11 and 2.13 and with transformers 5. Importing this imports torch alone.
@@ -20,6 +20,7 @@ from .torch import (
     default_store,
     dispatch_modes,
     flash_backward,
+    flash_operators,
     flattened,
     forward_hooks,
     forward_mode_enabled,
@@ -37,6 +38,7 @@ from .torch import (
     other_flash,
     own_parameter,
     parameters_of,
+    ring_attention,
     running_backward,
     running_node_number,
     runs_graph,
@@ -48,13 +50,24 @@ from .torch import (
     without_dispatch_modes,
     without_forward_mode,
 )
-from .transformers import attention_implementation, collects_attention_weights, device_mesh, initialise
+from .transformers import (
+    attention_implementation,
+    causal_window,
+    collects_attention_weights,
+    device_mesh,
+    initialise,
+    loaded_flash_functions,
+    set_attention_implementation,
+    takes_boolean_masks,
+)
+from .xformers import local_window
 
 __all__ = [
     "DispatchMode",
     "Memory",
     "any_autocast",
     "attention_implementation",
+    "causal_window",
     "child",
     "collects_attention_weights",
     "copy_all",
@@ -66,6 +79,7 @@ __all__ = [
     "device_mesh",
     "dispatch_modes",
     "flash_backward",
+    "flash_operators",
     "flattened",
     "forward_hooks",
     "forward_mode_enabled",
@@ -78,18 +92,23 @@ __all__ = [
     "jit_trace",
     "kept_in",
     "learned",
+    "loaded_flash_functions",
+    "local_window",
     "lowered_graph",
     "module_call_code",
     "next_node_number",
     "other_flash",
     "own_parameter",
     "parameters_of",
+    "ring_attention",
     "running_backward",
     "running_node_number",
     "runs_graph",
     "saves_elsewhere",
     "script_as",
     "script_no_longer",
+    "set_attention_implementation",
+    "takes_boolean_masks",
     "version",
     "vmap_in_operators",
     "without_dispatch_modes",

@@ -6,7 +6,9 @@ A name that every call asks for is bound here to torch's own function, so that n
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import CodeType, FrameType
@@ -199,6 +201,12 @@ cudnn_backward: Any = _find("ops.aten._scaled_dot_product_cudnn_attention_backwa
 flash_backward: Any = _find("ops.aten._scaled_dot_product_flash_attention_backward", None)
 """FlashAttention's backward of attention. Missing: None, and this project's own kernel is used."""
 
+flash_operators = ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward")
+"""What scaled_dot_product_attention calls for its flash kernel, in `torch.ops.aten`: the forward and its backward.
+
+Missing: `hnf_attention.integrations.torch_sdpa.activate` raises an error of PyTorch's.
+"""
+
 cudnn_enabled: Callable[[], bool] = _find("_C._get_cudnn_enabled", lambda: torch.backends.cudnn.enabled)
 """Whether the user lets PyTorch use cuDNN at all, `torch.backends.cudnn.enabled`.
 
@@ -334,6 +342,18 @@ def flattened(mesh: DeviceMesh) -> DeviceMesh:
             "give ProcessGroups their process group"
         )
     return flatten()
+
+
+def ring_attention() -> tuple[dict[str, Any], str] | None:
+    """Where PyTorch's context parallelism looks up its ring: the globals that hold it, and its name there.
+
+    The ring takes (process group, dimension of the sequence, operator, query, key, value, ...) and calls the operator
+    with each block of keys. None before it is imported. Missing: None. Its attention is then listed.
+    """
+    module = sys.modules.get("torch.distributed.tensor.experimental")
+    space = getattr(inspect.unwrap(getattr(module, "context_parallel", ring_attention)), "__globals__", {})
+    name = "_templated_ring_attention"
+    return (space, name) if name in space else None
 
 
 def default_store() -> Any:

@@ -92,10 +92,19 @@ def shared_key(
     lse, index = rows.lse, None
     if left_out is not None or rows.row_index is not None:
         index, lse = measured.rows_asked(query, rows, left_out)
+    return measured.heaviest(column_weights(query, key, index, lse, options))
+
+
+def column_weights(query: Tensor, key: Tensor, index: Tensor | None, lse: Tensor, options: Options) -> Tensor:
+    """Weight of each key, (B, H, N), summed over SHARED_ROWS rows of a head.
+
+    query (B, H, M, D), key (B, H_kv, N, D), neither of them empty. index: these rows, int64 (B, H, SHARED_ROWS), -1
+    for none, and `lse` is theirs; None for rows that are evenly spread, and `lse` is (B, H, M).
+    """
+    if index is not None and not engines.kernels_cover(query, None):
+        return measured.column_weights(query, key, index, lse, options)
     with engines.on_device(query):
-        columns = engines.kernel("measure.columns")
-        weights = columns.column_weights(query, key, lse, options, SHARED_ROWS, index)
-    return measured.heaviest(weights)
+        return engines.kernel("measure.columns").column_weights(query, key, lse, options, SHARED_ROWS, index)
 
 
 def beside(

@@ -13,6 +13,7 @@ from .. import compat
 from ..engine.call import autocast, check
 from ..reference.context import hidden_keys
 from ..reference.options import Options
+from ..statistics.rows import RowStats
 from .shared_masks import once
 
 EAGER, COMPILED = "eager", "compiled"  # the places where a call may run
@@ -52,6 +53,14 @@ class AttentionCall:
         Such a call is probed in plain PyTorch.
     place: EAGER or COMPILED.
     window_size: as in `attention`: only keys with |i - j| < window_size are visible.
+    own_rows: gives the statistics that the model's own attention computed with its output, once it has run. The call is
+        probed where it, or what it gives, is None.
+    seqlens: as in `attention`: borders of sequences that lie end to end in one row.
+    casts: whether autocast changes the dtypes that the model's attention computes in, as it does for SDPA.
+    copied: query, key and value are copies of the model's tensors.
+    lse_of: makes lse (B, H, M), in nats, of what the model's own attention returns; it, or what it makes, is None
+        where that is not known. It is compared with ours, once per layer.
+    max_logit_of: likewise makes the largest score of each head over the batch and its queries, (H,).
     """
 
     query: Tensor
@@ -71,11 +80,17 @@ class AttentionCall:
     modify: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     place: str = EAGER
     window_size: int | None = None
+    own_rows: Callable[[], RowStats | None] | None = None
+    seqlens: Tensor | None = None
+    casts: bool = True
+    copied: bool = False
+    lse_of: Callable[[Any], Tensor | None] | None = None
+    max_logit_of: Callable[[Any], Tensor | None] | None = None
 
     def __repr__(self) -> str:
         names = ("is_causal", "scale", "window_size", "softcap")
         options = {name: getattr(self, name) for name in names}
-        tensors = {"attn_mask": self.attn_mask, "sinks": self.sinks}
+        tensors = {"attn_mask": self.attn_mask, "sinks": self.sinks, "seqlens": self.seqlens}
         shown = [f"{name}={value}" for name, value in options.items() if value]
         shown += [f"{name} {tuple(value.shape)}" for name, value in tensors.items() if value is not None]
         return (
@@ -97,6 +112,7 @@ class AttentionCall:
             "window_size": self.window_size,
             "softcap": self.softcap,
             "sinks": self.sinks,
+            "seqlens": self.seqlens,
         }
 
     def output(self, result: Any) -> Tensor | None:
@@ -108,23 +124,21 @@ class AttentionCall:
 
     def cast(self) -> None:
         """Bring the tensors to the dtype that the model's attention computes in."""
+        if not self.casts:
+            return
         self.query, self.key, self.value, self.attn_mask = autocast(
             self.query, self.key, self.value, self.attn_mask
         )
 
     def validated(self) -> Options:
         """What shapes the scores, checked; raises ValueError or TypeError as `attention` does."""
-        return check(
-            self.query,
-            self.key,
-            self.value,
-            attn_mask=self.attn_mask,
-            is_causal=self.is_causal,
-            scale=self.scale,
-            window_size=self.window_size,
-            softcap=self.softcap,
-            sinks=self.sinks,
-        )
+        return check(self.query, self.key, self.value, **self.keywords())
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is an ordinary dense one with numbers in it."""
+    ordinary = type(tensor) is Tensor or type(tensor) is nn.Parameter
+    return ordinary and not tensor.is_nested and not tensor.is_meta
 
 
 def require_plain(**tensors: Tensor | None) -> None:
@@ -148,10 +162,11 @@ def hide(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if not mask.is_floating_point():
         return mask
-    return once(("hide", dtype), mask, lambda: _hidden(mask, dtype))
+    return once(("hide", dtype), mask, lambda: hidden(mask, dtype))
 
 
-def _hidden(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def hidden(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """`hide` of an additive mask, computed anew."""
     mask = mask.masked_fill(mask < torch.finfo(mask.dtype).min / 2, -torch.inf)
     return mask if mask.dtype == dtype else mask.float()
 

@@ -12,7 +12,7 @@ from ..compat import attention_implementation
 from ..names import display_name
 
 _ATTENTION = re.compile("attention|attn", re.IGNORECASE)
-_MEASURED_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", None)
+_MEASURED_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", "hnf_attention", None)
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,11 +72,15 @@ def unreached(attention: Mapping[str, nn.Module], measured: Mapping[str, str]) -
 def _reason(module: nn.Module) -> str:
     implementation = attention_implementation(module)
     if implementation not in _MEASURED_IMPLEMENTATIONS:
-        return (
-            f"attn_implementation={implementation!r} is not measured; load the model with "
-            'attn_implementation="sdpa", "eager" or "flex_attention"'
-        )
+        load = 'attn_implementation="sdpa", "eager" or "flex_attention"'
+        if "flash" in implementation:
+            return (
+                f"attn_implementation={implementation!r}: no function of FlashAttention was reached; load the model "
+                f"before it is instrumented, or with {load}"
+            )
+        return f"attn_implementation={implementation!r} is not measured; load the model with {load}"
     return (
-        "no call reached scaled_dot_product_attention, flex_attention or the Hugging Face attention interface "
-        "or a softmax between two products (a compiled graph hides tensor.softmax(); torch.softmax() is seen)"
+        "no call reached scaled_dot_product_attention, flex_attention, the Hugging Face attention interface, a library "
+        "that is known, a registered function, or a softmax between two products (a compiled graph hides "
+        "tensor.softmax(); torch.softmax() is seen); a library has to be imported before the model is instrumented"
     )

@@ -1,4 +1,8 @@
-"""Whether an eager attention function computes what its description says: both run on a few rows."""
+"""Whether the model's attention computes what its description says.
+
+An eager function runs on a few rows beside ours. A library may return its lse or its largest
+scores, which are compared as they are.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import api
+from ..reference.masks import take_rows
+from ..statistics.rows import RowStats
+from ..tracing import captured
 from .call import AttentionCall, Unmeasurable
 
 CHECKED_ROWS = 64
+#: How far the lse or the largest score of a library may lie from ours: nats, and a share of its size. Kernels compute
+#: the tanh of a soft-cap in half precision, which moves a score by 5e-4 of the cap.
+RETURNED_TOLERANCE = 1e-2, 1e-3
 
 
 @torch.no_grad()
@@ -61,6 +71,43 @@ def check_equivalence(
             lasting=True,
         )
     return True
+
+
+@torch.no_grad()
+def check_returned(call: AttentionCall, rows: RowStats, result: Any) -> str | None:
+    """Compare the lse and the largest scores in what the model's own attention returned with ours.
+
+    Which of them agree, in words; None if it returned neither, or nothing finite. Raises Unmeasurable if one differs.
+    The host waits for the device.
+    """
+    if result is None or captured():
+        return None
+    occupied = (rows.max_logit != -torch.inf) & rows.lse.isfinite()
+    agreed = []
+    lse = None if call.lse_of is None else call.lse_of(result)
+    if lse is not None and lse.shape == call.query.shape[:3]:
+        if rows.row_index is not None:
+            lse, occupied = take_rows(lse, rows.row_index), occupied & (rows.row_index >= 0)
+        if occupied.any():
+            _require_close("lse", rows.lse[occupied], lse[occupied])
+            agreed.append("lse")
+    largest = None if call.max_logit_of is None else call.max_logit_of(result)
+    if largest is not None and rows.row_index is None and largest.shape == call.query.shape[1:2]:
+        ours = rows.max_logit.amax((0, 2))
+        if ours.isfinite().all():
+            _require_close("largest score", ours, largest)
+            agreed.append("largest score")
+    return " and ".join(agreed) or None
+
+
+def _require_close(what: str, ours: Tensor, theirs: Tensor) -> None:
+    absolute, relative = RETURNED_TOLERANCE
+    difference = (ours - theirs.to(ours.dtype)).abs()
+    if not (difference <= absolute + relative * ours.abs()).all():
+        raise Unmeasurable(
+            f"the {what} that it returns is not that of its description (they differ by up to {difference.max():.1e})",
+            lasting=True,
+        )
 
 
 @contextmanager

@@ -16,7 +16,19 @@ from .compiled import tracer
 from .coverage import Coverage, is_attention, unreached
 from .evidence import UNMET
 from .graph_reader import GraphReader
-from .interceptors import flex, multihead, products, sdpa, softmax
+from .interceptors import (
+    flash_attn,
+    flex,
+    megatron,
+    multihead,
+    products,
+    registered,
+    sdpa,
+    softmax,
+    transformer_engine,
+    varlen,
+    xformers,
+)
 from .measurer import MOST_CALLS, Measurer
 from .padding import checked_query_mask
 from .patches import Patch
@@ -37,12 +49,14 @@ def instrument(
 ) -> Instrumentation:
     """Measure every attention call of `model`: exact softmax statistics per batch, head and query.
 
-    Reached are Hugging Face models (attn_implementation "sdpa", "eager" or "flex_attention") and everything that
-    calls `torch.nn.functional.scaled_dot_product_attention` or `flex_attention`, and attention that is written out: a
-    softmax over the last dimension of a product of queries and keys, if the result meets values. Each call has the name
-    of the innermost module that is running. What is not reached is listed in `.coverage`. Nothing of the model is
-    changed: no config, no module, no state dict. `.restore()` ends it, and so does dropping the returned handle.
-    A model may be compiled before or after; its graphs are probed, in every mode.
+    Reached are Hugging Face models (attn_implementation "sdpa", "eager", "flex_attention", "flash_attention_2" to "4")
+    and everything that calls `torch.nn.functional.scaled_dot_product_attention` or `flex_attention`, the libraries of
+    docs/libraries.md, functions of `register_interceptor`, and attention that is written out: a softmax over the last
+    dimension of a product of queries and keys, if the result meets values. Each call has the name of the innermost
+    module that is running. What is not reached is listed in `.coverage`. Nothing of the model is changed: no config, no
+    module, no state dict. (An attribute that holds a function of a library holds ours meanwhile.) `.restore()` ends it,
+    and so does dropping the returned handle. A model may be compiled before or after; its graphs are probed, in every
+    mode.
 
     mode: "probe" leaves the model's attention alone and measures beside it, with bit-identical outputs.
         "fused" computes the output in the same pass as the statistics, wherever that is the same function. Calls with
@@ -167,7 +181,9 @@ class Instrumentation(Measurer):
         self._restore.atexit = False
         patches += _install(modules.values())
         watched.renew_graphs()
-        self._problems |= flex.unreachable(modules) | tracer.unreached_before(modules)
+        for library in (registered, flex, flash_attn, varlen, xformers):
+            self._problems |= library.unreachable(modules)
+        self._problems |= tracer.unreached_before(modules)
         self._slowed |= tracer.slowed_before(modules)
         self.measuring = True
 
@@ -275,12 +291,15 @@ class Instrumentation(Measurer):
 def _install(modules: Collection[nn.Module]) -> list[Patch]:
     """Put all interceptors in place."""
     patches = [
+        *registered.install(modules),  # first: what the user says of a function is believed
         *sdpa.install(modules),
         *multihead.install(),
         *softmax.install(modules),
         *products.install(modules),
         *flex.install(modules),
     ]
+    for library in (flash_attn, varlen, xformers, transformer_engine, megatron):
+        patches += library.install(modules)
     if (
         "transformers.modeling_utils" in sys.modules
     ):  # the model is none of transformers' before it is imported

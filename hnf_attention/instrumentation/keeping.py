@@ -355,6 +355,8 @@ def described(layer: str, number: int, call: AttentionCall, result: Any, padding
     """A call that gave `result`, checked and cast. Raises Unmeasurable, ValueError or TypeError if it cannot be."""
     if call.modify is not None:
         raise Unmeasurable("its scores are changed by a function")
+    if call.copied:  # copies of every step would fill the memory
+        raise Unmeasurable("its sequences lie apart in memory")
     call.cast()
     options = call.validated()
     query, key, value = call.query.detach(), call.key.detach(), call.value.detach()

@@ -17,6 +17,7 @@ class LayerState:
     """What is known of one layer from its calls so far.
 
     checked: its own attention function was compared with ours.
+    agrees: what that function returned beside its output and was compared with ours, in words; None for nothing.
     fused_failed, measuring_failed: our attention cannot compute or measure its calls; they are not tried any more.
     failures: how often in a row measuring failed of which nothing shows that it lasts. failure: the latest reason.
     calls: numbers its calls. again: the number of the call that is tried next, after a failure.
@@ -27,6 +28,7 @@ class LayerState:
     """
 
     checked: bool = False
+    agrees: str | None = None
     fused_failed: bool = False
     measuring_failed: bool = False
     failures: int = 0
@@ -35,6 +37,10 @@ class LayerState:
     again: int = 0
     described: set[str] = field(default_factory=set)
     phases: Iterator[int] = field(default_factory=itertools.count)
+
+    def remarked(self, how: str) -> str:
+        """How its calls are measured, and what was compared."""
+        return how if self.agrees is None else f"{how}, its {self.agrees} agrees"
 
     def rest(self) -> None:
         """Leave out the next calls after a failure: 0, 1, 3, 7, ... of them."""

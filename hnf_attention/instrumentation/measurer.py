@@ -23,6 +23,7 @@ from ..tracing import without_dispatch_modes, without_tangents
 from . import observer, scores, witness
 from .call import COMPILED, EAGER, FAILED_IN_GRAPH, AttentionCall, Unmeasurable, keys_hidden
 from .decoding import Decoding
+from .equivalence import check_returned
 from .forwards import Forwards
 from .keeping import Described, KeptForward, described
 from .layer_state import KeptLayers, LayerState, note_described
@@ -101,6 +102,10 @@ class Measurer:
         else:
             self._doubts[layer, kind] = reason
 
+    def left_out(self, layer: str, query: Tensor) -> Tensor | None:
+        """The queries (B, H, M, D) of a call that are not judged, as far as its keys do not say it; boolean (B, M)."""
+        return self.padding.left_out(layer, query.shape[0], query.shape[2], -1, None, query.device)
+
     def is_named(self, module: nn.Module) -> bool:
         """Whether the module is of one of the `attention_classes`."""
         return isinstance(module, self._attention_classes)
@@ -160,8 +165,9 @@ class Measurer:
                 with without_dispatch_modes(), without_tangents(), engines.no_autocast(call.query):
                     if output is None and result is not None:
                         output = call.output(result)
-                    self._measure(layer, state, call, options, rows, output)
-                self._succeed(layer, state, self._how(call, options, fused))
+                    rows = rows or (call.own_rows and call.own_rows())
+                    self._measure(layer, state, call, options, rows, output, None if fused else result)
+                self._succeed(layer, state, state.remarked(self._how(call, options, rows is not None)))
             except Exception as error:  # the monitor never ends a run
                 failure = error.with_traceback(None)
         if failure is not None:
@@ -241,8 +247,12 @@ class Measurer:
         options: Options,
         rows: RowStats | None,
         output: Tensor | None,
+        result: Any,
     ) -> None:
-        """rows: of the fused pass, None for a call to be probed. output: (B, H or 1, M, any), None if not known."""
+        """rows: of the fused pass, None for a call to be probed. output: (B, H or 1, M, any), None if not known.
+
+        result: what the model's own attention returned.
+        """
         query, key = call.query, call.key
         if rows is None:
             measurement = self._probe(layer, state, call, options)
@@ -252,6 +262,8 @@ class Measurer:
             measurement.context = self._context(layer, call, options, measurement.rows, output)
         else:
             self._leave_out(measurement, query.shape[2])
+        if state.agrees is None:
+            state.agrees = check_returned(call, measurement.rows, result)
         if call.place not in state.described:
             note_described(self._layers, layer, call.place)
             witness.record()

@@ -9,15 +9,16 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import compat
+from ..statistics.rows import RowStats
 from ..tracing import running_modules
 from .call import EAGER, AttentionCall
 from .expected import Expected, Plain
@@ -51,6 +52,9 @@ class Observer(Protocol):
         self, layer: str, interceptor: str, measure: Callable[[], Measurement], place: str = EAGER
     ) -> None:
         """Take in what `measure()` gives of an attention that the model computed by itself, EAGER or COMPILED."""
+
+    def left_out(self, layer: str, query: Tensor) -> Tensor | None:
+        """The queries (B, H, M, D) of a call that are not judged, boolean (B, M); None for none."""
 
     def note(self, layer: str, reason: str) -> None:
         """List `layer`, or some of its calls, as not measured."""
@@ -149,15 +153,16 @@ class _Thread(threading.local):
     suspended: the call is measured already, and attention inside is part of it.
     heads: of the scaled_dot_product_attention inside, where transformers makes it.
     receiver: takes (original, *arguments) of a scaled_dot_product_attention inside, in place of any observer.
-    probe: takes the description of a multi_head_attention_forward inside, likewise.
     expected: the calls that the forward of a model which keeps them is expected to make.
+    slot_rows: statistics of the last scaled_dot_product_attention that this project computed in place of PyTorch's
+        flash kernel, which leaves them here. Whoever wants those of a call sets this to None before it.
     """
 
     suspended = False
     heads: Heads | None = None
     receiver: Callable[..., Any] | None = None
-    probe: Callable[[AttentionCall], None] | None = None
     expected: Expected | None = None
+    slot_rows: RowStats | None = None
 
 
 thread = _Thread()
@@ -211,30 +216,30 @@ def run(
     owner = measuring_owner(find, *args, **kwargs) if active else None
     if owner is None and not keeping:
         return original(*args, **kwargs)
-    keeps = bool(keeping) and not _repeats()
+    keeps = bool(keeping) and not repeats()
     expected = thread.expected if keeps and owner is None else None
     if expected is not None and expected.begins(_is_caller, _short(plain_of, args, kwargs)):
-        output = _alone(original, args, kwargs)
+        output = alone(original, args, kwargs)
         if expected.take(output):
             return output
         expected.leave()
-        wanted = _keeping_owner(find, args, kwargs)
+        wanted = keeping_owner(find, args, kwargs)
         described = partial(describe, *args, **kwargs)
     else:
-        wanted = _keeping_owner(find, args, kwargs) if keeps else None
+        wanted = keeping_owner(find, args, kwargs) if keeps else None
         described = partial(describe, *args, **kwargs)
         if owner is not None:
             output = owner.observer.attend(owner.layer, described, partial(original, *args, **kwargs))
         elif wanted is None:
             return original(*args, **kwargs)
         else:
-            output = _alone(original, args, kwargs)
+            output = alone(original, args, kwargs)
     if wanted is not None:
         wanted[0].observer.keep(wanted[0].layer, wanted[1], described, _short(plain_of, args, kwargs), output)
     return output
 
 
-def _alone(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def alone(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the call; attention inside is part of it."""
     thread.suspended = True
     try:
@@ -250,14 +255,16 @@ def _is_caller(module: nn.Module | None) -> bool:
     return module is not None and next(running_modules(), None) is module
 
 
-def _repeats() -> bool:
-    """Whether the call is part of one that is seen already, or the second forward of a checkpoint."""
+def repeats() -> bool:
+    """Whether the call is part of one that is seen already, or the second forward of a checkpoint, or traced."""
     seen = thread.suspended or thread.receiver is not None
     return seen or compat.running_backward() != -1 or bool(compat.jit_trace())
 
 
-def _keeping_owner(
-    find: Callable[..., Owner | None] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+def keeping_owner(
+    find: Callable[..., Owner | None] | None = None,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Owner, Invocation | None] | None:
     """Who keeps the call made here, and the invocation of its module if that is the innermost one that runs."""
     nearest = next(_running(), None)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from types import FunctionType
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
 
 from .. import compat
 from ..compat import dynamo
+
+_Place = tuple[Callable[[], Callable[..., Any]], Callable[[Any], None]]
+#: What makes our function from the original, by the original.
+Replacements = Mapping[Callable[..., Any], Callable[[Any], Callable[..., Any]]]
 
 _lock = threading.RLock()  # re-entrant: a garbage collection inside it may release a patch
 _MARK = "_hnf_attention_patch"
@@ -86,6 +92,19 @@ class Patch:
                     patches.append(Patch.acquire(*of_item(space, imported), replacement))
         return patches
 
+    @staticmethod
+    def of_functions(replacements: Replacements, modules: Collection[nn.Module]) -> list[Patch]:
+        """Patch every place that holds one of these functions, or what a compiler made of one.
+
+        Places are the globals of every imported file, and the attributes of these modules and of their classes.
+        """
+        with _lock:
+            _put_late_ones_back()
+        return [
+            Patch.acquire(*place, replacements[function])
+            for function, place in _places(replacements, modules)
+        ]
+
     def release(self) -> None:
         """Give up one use. The last one restores the original, but not while Dynamo traces: see `_late`."""
         with _lock:
@@ -106,12 +125,96 @@ def _put_late_ones_back() -> None:
         _late.pop()._put_back()
 
 
+def original_of(function: Any) -> Any:
+    """The function that this one stands for: what our replacement replaced, without the wrapper of a compiler.
+
+    A wrapper of somebody else stands for itself: it may take other arguments.
+    """
+    while (
+        type(function) is FunctionType
+    ):  # `isinstance` would ask lazy objects for their class, which may warn
+        patch: Patch | None = getattr(function, _MARK, None)
+        if patch is not None and patch._ours is function:
+            function = patch._original
+        elif dynamo.is_compiled(function):
+            function = inspect.unwrap(function)
+        else:
+            break
+    return function
+
+
+def _places(
+    functions: Collection[Callable[..., Any]], modules: Collection[nn.Module]
+) -> Iterator[tuple[Callable[..., Any], _Place]]:
+    """Each place that holds one of these functions: which, and how to read and write it."""
+    if not functions:
+        return
+    known = {id(function): function for function in functions}
+
+    def found(value: Any) -> Callable[..., Any] | None:
+        return known.get(id(original_of(value)))
+
+    seen: set[int] = set()  # a file may be imported by several names
+    for file in list(sys.modules.values()):
+        if issubclass(type(file), ModuleType) and id(vars(file)) not in seen:
+            seen.add(id(vars(file)))
+            for name, value in list(vars(file).items()):
+                if (function := found(value)) is not None:
+                    yield function, of_item(vars(file), name)
+    for cls in classes(modules):
+        for name, value in list(vars(cls).items()):
+            static = type(value) is staticmethod
+            if (function := found(value.__func__ if static else value)) is not None:
+                yield function, of_class(cls, name, static)
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if (function := found(value)) is not None:
+                yield function, of_attribute(module, name)
+
+
+def hidden(modules: Mapping[str, nn.Module], functions: Collection[Callable[..., Any]]) -> dict[str, str]:
+    """Why modules that hold one of these functions inside a `functools.partial` are not measured, by their names."""
+    known = {id(function) for function in functions}
+    return {
+        layer: f"its attribute {name!r} is a functools.partial of {original_of(value.func).__name__}, "
+        "which is called past every replacement"
+        for layer, module in modules.items()
+        for name, value in vars(module).items()
+        if isinstance(value, functools.partial) and id(original_of(value.func)) in known
+    }
+
+
+def of_class(cls: type, name: str, static: bool) -> _Place:
+    """How a patch reads and writes a function that a class holds. static: as a staticmethod."""
+
+    def write(function: Callable[..., Any]) -> None:
+        setattr(cls, name, staticmethod(function) if static else function)
+
+    return functools.partial(getattr, cls, name), write
+
+
+def of_attribute(module: nn.Module, name: str) -> _Place:
+    """How a patch reads and writes a function that a module holds. The module is not kept alive."""
+    reference = weakref.ref(module)
+
+    def write(function: Callable[..., Any]) -> None:
+        held = reference()
+        if held is not None:
+            vars(held)[name] = function
+
+    def read() -> Any:
+        held = reference()
+        return None if held is None else vars(held).get(name)
+
+    return read, write
+
+
 def of_item(
     space: dict[str, Any], name: str
 ) -> tuple[Callable[[], Callable[..., Any]], Callable[[Any], None]]:
     """How a patch reads and writes one item of a namespace."""
-    read: Callable[[], Any] = functools.partial(operator.getitem, space, name)
-    return read, functools.partial(operator.setitem, space, name)
+    # Whoever deletes the item meanwhile has nothing to put back.
+    return functools.partial(space.get, name), functools.partial(operator.setitem, space, name)  # type: ignore[return-value]
 
 
 def _write(place: Any, name: str, inherited: Any, function: Callable[..., Any]) -> None:

@@ -19,6 +19,19 @@ def is_sharded(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def by_sequence(tensor: Any) -> bool:
+    """Whether it is a DTensor (B, H, M, D) whose rows lie in several processes."""
+    if type(tensor) is Tensor or not is_sharded(tensor):
+        return False
+    sizes = zip(tensor.placements, tensor.device_mesh.shape)
+    return any(placement.is_shard(2) and size > 1 for placement, size in sizes)
+
+
+def by_placements(placements: Any) -> str:
+    """Why a call that is split in this way is not measured."""
+    return f"it is split over processes as {placements}, not by batch (0) or heads (1)"
+
+
 def own_part(output: Any, query: Any) -> Tensor | None:
     """This process's part of an attention's output; None unless it is a DTensor that is split as the queries are."""
     alike = is_sharded(output) and output.placements == query.placements
@@ -43,7 +56,7 @@ def local(query: Any, key: Any, value: Any, attn_mask: Any) -> tuple[Tensor, Ten
         if type(placement) is Shard and placement.dim in pieces:
             pieces[placement.dim].append(size)
         elif size > 1:
-            raise Unmeasurable(f"it is split over processes as {placements}, not by batch (0) or heads (1)")
+            raise Unmeasurable(by_placements(placements))
     for name, tensor in tensors.items():
         for dim, sizes in pieces.items():
             if tensor.shape[dim] % math.prod(sizes):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..names import named_modules, unwrapped
 from ..tracing import captured
@@ -221,6 +221,11 @@ class Watched:
     ) -> None:
         for member in self._measuring():
             member.observe(layer, interceptor, measure, place)
+
+    def left_out(self, layer: str, query: Tensor) -> Tensor | None:
+        """Of the first handle that measures."""
+        member = next(iter(self._measuring()), None)
+        return None if member is None else member.left_out(layer, query)
 
     def note(self, layer: str, reason: str) -> None:
         for member in self._measuring():

@@ -123,8 +123,12 @@ TRANSFORMERS = {
     "xlm": ("MultiHeadAttention",),
     "yolos": ("YolosSelfAttention",),
 }
-#: This project's own is a drop-in of the first.
-MULTIHEAD = ("torch.nn.modules.activation", "hnf_attention.nn.multihead")
+#: Others by their module: PyTorch's own, and this project's.
+OTHERS = {
+    "torch.nn.modules.activation": "MultiheadAttention",
+    "hnf_attention.nn.multihead": "MultiheadAttention",
+    "hnf_attention.nn.grouped_query": "GroupedQueryAttention",
+}
 
 
 def includes(module: nn.Module) -> bool:
@@ -139,4 +143,4 @@ def _is_known(cls: type[nn.Module]) -> bool:
     package, _, path = cls.__module__.partition(".models.")
     if package == "transformers":
         return cls.__qualname__ in TRANSFORMERS.get(path.partition(".")[0], ())
-    return cls.__module__ in MULTIHEAD and cls.__qualname__ == "MultiheadAttention"
+    return OTHERS.get(cls.__module__) == cls.__qualname__

@@ -135,6 +135,8 @@ class QKNormStart:
             return f"its queries are a {type(query).__name__} of {query.dim()} dimensions, not a tensor (B, H, M, D)"
         if Shards.of(self._model, name) is not None:
             return "FSDP2 shards it, and does not take in parameters that come later"
+        if any(hasattr(p, "placements") for p in module.parameters()):
+            return "tensor parallelism splits its heads, and gains are averaged over all processes"
         norms = [child for child, _ in module.named_children() if QK_NORM.search(child) and "norm" in child]
         if norms or getattr(module, QUERY, None) is not None:
             return f"it has QK-norm already ({', '.join(norms) or QUERY})"

@@ -60,9 +60,9 @@ class ProcessGroups:
         for heads around attention, as Ulysses does). Heads are numbered over all members, those of the first
         member first.
     queries: processes that run the same heads on other queries of the same sequences, against all of their keys
-        (context parallel that gathers keys). A process may leave out keys that are hidden from its queries, and so
-        may its mask, as long as the queries of one process see them all. Each process looks for sinks among its
-        own queries. Nothing tells which of them are padding: set `instrumentation.query_mask`.
+        (context parallel: keys are gathered, or go round in a ring). A process may leave out keys that are hidden from
+        its queries, and so may its mask, as long as the queries of one process see them all. Each process looks for
+        sinks among its own queries. Nothing tells which of them are padding: set `instrumentation.query_mask`.
     time_limit: seconds that a process waits for the others at a log step. If one of them does not come, because it has
         failed, ended its monitor or calls `on_step` at other steps, each goes on with its own measurements.
 

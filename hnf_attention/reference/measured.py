@@ -136,14 +136,18 @@ def shared_key(
 
     There is at least one row and one key.
     """
+    return heaviest(column_weights(query, key, *rows_asked(query, rows, left_out), options))
+
+
+def column_weights(query: Tensor, key: Tensor, index: Tensor, lse: Tensor, options: Options) -> Tensor:
+    """Weight of each key, (B, H, N), summed over some rows: index, int64 (B, H, R), -1 for none, and their lse."""
     batch, heads = query.shape[:2]
-    index, lse = rows_asked(query, rows, left_out)
-    weights = query.new_zeros(batch, heads, key.shape[2], dtype=rows.lse.dtype)
+    weights = query.new_zeros(batch, heads, key.shape[2], dtype=lse.dtype)
     wide = key.to(compute_dtype(query))
     for chunk in masks.row_chunks(index.shape[2], key.shape[2], batch * heads):
         part = score_rows(query, wide, index[:, :, chunk], options)
         weights += torch.where(part.seen, (part.scores - lse[:, :, chunk, None]).exp(), 0.0).sum(2)
-    return heaviest(weights)
+    return weights
 
 
 def rows_asked(query: Tensor, rows: RowStats, left_out: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -208,22 +212,51 @@ def _weight_on(
     query: Tensor, key: Tensor, row: Tensor, place: Tensor, lse: Tensor, options: Options
 ) -> Tensor:
     """Weight of each row on the key at `place`; 0 where the row does not see it. All (B, H, M), M rows of query."""
-    batch, heads, num_rows = place.shape
+    scores, seen = scores_at(query, keys_at(key, place), row, place, key.shape[2], options)
+    return torch.where(seen, (scores - lse).exp(), 0.0)
+
+
+def keys_at(key: Tensor, place: Tensor) -> Tensor:
+    """The keys (B, H, R, D) at some places of key (B, H_kv, N, D): int64 (B, H, R), none of them negative."""
+    batch, heads, num_places = place.shape
     grouped = place.reshape(batch, key.shape[1], -1, 1).expand(-1, -1, -1, key.shape[3])
-    chosen = key.gather(2, grouped).reshape(*place.shape, key.shape[3])
-    scores = (query.to(lse.dtype) * chosen.to(lse.dtype)).sum(-1) * options.scale
+    return key.gather(2, grouped).reshape(batch, heads, num_places, key.shape[3])
+
+
+def scores_at(
+    query: Tensor, chosen: Tensor, row: Tensor, place: Tensor, num_keys: int, options: Options
+) -> tuple[Tensor, Tensor]:
+    """Scores of one key for each row, nats, and whether the row sees it; (B, H, R) each.
+
+    query (B, H, R, D): the rows. chosen (B, H, R or 1, D): the keys. row, place: int64 (B, H, R), the positions of
+    both among the queries and the `num_keys` keys of the call.
+    """
+    dtype = compute_dtype(query)
+    return from_products((query.to(dtype) * chosen.to(dtype)).sum(-1), row, place, num_keys, options)
+
+
+def from_products(
+    products: Tensor, row: Tensor, place: Tensor, num_keys: int, options: Options
+) -> tuple[Tensor, Tensor]:
+    """Scores, nats, and which of them are seen, from some products q.k: (B, H, R) or (B, H, R, C).
+
+    row, place: int64, positions of query and key, of a shape that broadcasts to the products'.
+    """
+    scores = products * options.scale
     if options.softcap is not None:
         scores = options.softcap * (scores / options.softcap).tanh()
-    seen = masks.sees(row, place, key.shape[2], options)
+    seen = masks.sees(row, place, num_keys, options)
     mask = options.attn_mask
     if mask is not None:
-        b, h = (torch.arange(n, device=lse.device) for n in (batch, heads))
+        batch, heads, others = *products.shape[:2], (1,) * (products.dim() - 2)
+        b = torch.arange(batch, device=place.device).reshape(-1, 1, *others)
+        h = torch.arange(heads, device=place.device).reshape(-1, *others)
         # One number per row, instead of the whole mask. A mask with one row has it for all queries.
-        full = mask.expand(batch, heads, mask.shape[2], key.shape[2])
+        full = mask.expand(batch, heads, mask.shape[2], num_keys)
         row = row.clamp(min=0) if mask.shape[2] > 1 else torch.zeros_like(row)
-        part = full[b[:, None, None], h[:, None], row, place]
+        part = full[b, h, row, place]
         if mask.dtype == torch.bool:
             seen = seen & part
         else:
-            seen, scores = seen & (part != -torch.inf), scores + part.to(lse.dtype)
-    return torch.where(seen, (scores - lse).exp(), 0.0)
+            seen, scores = seen & (part != -torch.inf), scores + part.to(scores.dtype)
+    return scores, seen

@@ -1,16 +1,15 @@
 """Catches every call of `torch.nn.attention.flex_attention.flex_attention`.
 
 Users mostly call the function that torch.compile made of it, before anything was instrumented. A compiled function
-runs nothing of PyTorch's that could be replaced, so it is replaced itself, in the files and classes of the model's
-modules. If a module holds it in an attribute, it stays and is listed: the model is not changed. In a compiled model,
-an operator beside the call measures it.
+runs nothing of PyTorch's that could be replaced, so it is replaced itself: in the files and classes of the model's
+modules, and in the attributes of these modules. In a compiled model, an operator beside the call measures it.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -23,29 +22,23 @@ from .. import observer
 from ..call import AttentionCall
 from ..compiled import flex as flex_compiled
 from ..flex_call import Mod, described
-from ..patches import Patch, classes, namespaces, of_item
+from ..patches import Patch, classes, hidden, namespaces, of_attribute, of_class, of_item
 
 NAME = "flex_attention"
 
 
-def install(modules: Iterable[nn.Module]) -> list[Patch]:
+def install(modules: Collection[nn.Module]) -> list[Patch]:
     """Replace the function, also where files and classes of these modules hold it, until the patches are released."""
     patches = Patch.everywhere(flex, NAME, functools.partial(_interceptor, compiled=False), modules)
-    for read, write in _held_by_files_and_classes(modules):
+    for read, write in _held(modules):
         compiled = dynamo.is_compiled(read())
         patches.append(Patch.acquire(read, write, functools.partial(_interceptor, compiled=compiled)))
     return patches
 
 
 def unreachable(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Why the modules that hold a flex_attention in an attribute are not measured, by their names."""
-    return {
-        layer: f"its attribute {name!r} is a flex_attention that is called past every replacement; "
-        "only one that its file or its class holds is measured"
-        for layer, module in modules.items()
-        for name, value in vars(module).items()
-        if _is_flex(value)
-    }
+    """Why modules that hold a flex_attention out of reach are not measured, by their names."""
+    return hidden(modules, [inspect.unwrap(flex.flex_attention)])
 
 
 def _is_flex(value: Any) -> bool:
@@ -53,8 +46,8 @@ def _is_flex(value: Any) -> bool:
     return isinstance(value, FunctionType) and inspect.unwrap(value) is inspect.unwrap(flex.flex_attention)
 
 
-def _held_by_files_and_classes(
-    modules: Iterable[nn.Module],
+def _held(
+    modules: Collection[nn.Module],
 ) -> Iterator[tuple[Callable[[], Any], Callable[[Any], None]]]:
     """How to read and write each place, without the globals that Patch.everywhere finds."""
     for space in namespaces(modules):
@@ -65,11 +58,11 @@ def _held_by_files_and_classes(
         for name, value in list(vars(cls).items()):
             static = isinstance(value, staticmethod)
             if _is_flex(value.__func__ if static else value):
-                yield functools.partial(getattr, cls, name), functools.partial(_set, cls, name, static)
-
-
-def _set(cls: type, name: str, static: bool, function: Callable[..., Any]) -> None:
-    setattr(cls, name, staticmethod(function) if static else function)
+                yield of_class(cls, name, static)
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if _is_flex(value):
+                yield of_attribute(module, name)
 
 
 def _interceptor(original: Callable[..., Any], *, compiled: bool) -> Callable[..., Any]:

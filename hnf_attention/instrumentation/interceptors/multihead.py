@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from ...tracing import traced, transformed
 from .. import observer, treating
-from ..call import AttentionCall, Unmeasurable
+from ..call import AttentionCall
 from ..compiled import tracer
 from ..patches import Patch
 from . import sdpa
@@ -56,8 +56,6 @@ def _fast_path_interceptor(original: Callable[[], bool]) -> Callable[[], bool]:
             return original()
         if torch.jit.is_scripting() or not original():
             return original()
-        if observer.thread.receiver is not None:
-            return False
         owner = observer.measuring_owner()
         if owner is None:
             return True
@@ -83,10 +81,6 @@ def _forward_interceptor(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
         if not _weights_wanted(args, kwargs):
             return original(*args, **kwargs)
-        if observer.thread.probe is not None:
-            with suppress(Unmeasurable):
-                observer.thread.probe(described(*args, **kwargs))
-            return original(*args, **kwargs)
         return observer.run(original, args, kwargs, described)
 
     return multi_head_attention_forward
@@ -97,17 +91,14 @@ def _weights_wanted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def receiving(
-    receiver: Callable[..., Any], probe: Callable[[AttentionCall], None] | None = None
-) -> Iterator[None]:
-    """Hand this thread's attention inside to these two, as `observer.thread` says."""
+def _receiving(receiver: Callable[..., Any]) -> Iterator[None]:
+    """Hand this thread's calls of scaled_dot_product_attention inside to `receiver`, as `observer.thread` says."""
     thread = observer.thread
-    before = thread.receiver, thread.probe
-    thread.receiver, thread.probe = receiver, probe
+    before, thread.receiver = thread.receiver, receiver
     try:
         yield
     finally:
-        thread.receiver, thread.probe = before
+        thread.receiver = before
 
 
 class _Reached(BaseException):
@@ -140,7 +131,7 @@ def _described(original: Callable[..., Any], *given: Any, **kwargs: Any) -> Atte
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        with receiving(receive), suppress(_Reached):
+        with _receiving(receive), suppress(_Reached):
             original(*args, **kwargs)
     finally:
         torch.set_autocast_cache_enabled(cached)

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...statistics.rows import RowStats
 from ...tracing import traced, transformed
 from .. import observer, sharded, treating
 from ..call import AttentionCall, Unmeasurable, hide, require_plain, why_not_fused
 from ..compiled import graphed, layers, operators, slots, tracer
 from ..expected import Plain
 from ..patches import Patch
+from . import context_parallel
 
 NAME = "scaled_dot_product_attention"
 UNDER_A_MASK = "under a mask, a probe beside PyTorch's kernel is cheaper"
 ONLY_MATH = "the fused kernels of scaled_dot_product_attention are turned off"
-CONTEXT_PARALLEL = "torch.distributed.tensor.experimental."
 
 
 def install(modules: Iterable[nn.Module] = ()) -> list[Patch]:
@@ -35,11 +36,13 @@ def install(modules: Iterable[nn.Module] = ()) -> list[Patch]:
 
 def _interceptor(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     # Context parallelism of PyTorch puts a function here that exchanges keys with other processes.
-    ring = getattr(original, "__module__", "").startswith(CONTEXT_PARALLEL)
-    describe, plain = (_of_a_ring, None) if ring else (call_of, _plain_of)
+    rings = context_parallel.is_wrapper(original)
 
     def described(*args: Any, **kwargs: Any) -> AttentionCall:
-        return describe(observer.thread.heads, *args, **kwargs)
+        call = call_of(observer.thread.heads, *args, **kwargs)
+        observer.thread.slot_rows = None
+        call.own_rows = functools.partial(_rows_of_slot, call.query.shape[:3])
+        return call
 
     @functools.wraps(original)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
@@ -50,16 +53,24 @@ def _interceptor(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if transformed():
             observer.list_transformed()
             output = original(*args, **kwargs)
-            if traced() and describe is call_of:
+            if traced() and not rings:
                 _beside(output, *args, **kwargs)
             return output
         thread = observer.thread
         if thread.receiver is not None:
             return thread.receiver(original, *args, **kwargs)
         find = None if thread.heads is None else _announced
-        return observer.run(original, args, kwargs, described, find, plain)
+        if (observer.active or observer.keeping) and (rings or _by_sequence(*args, **kwargs)):
+            return context_parallel.run(original, args, kwargs, find)
+        return observer.run(original, args, kwargs, described, find, _plain_of)
 
     return scaled_dot_product_attention
+
+
+def _rows_of_slot(shape: torch.Size) -> RowStats | None:
+    """Statistics of the call of this shape that just ran, if this project computed it under PyTorch's flash kernel."""
+    found = observer.thread.slot_rows
+    return found if found is not None and found.lse.shape == shape else None
 
 
 def _announced(*_: Any, **__: Any) -> observer.Owner | None:
@@ -85,10 +96,8 @@ def _plain_of(
     return Plain(query, key, value, (is_causal, scale, enable_gqa, heads and heads[1:]))
 
 
-def _of_a_ring(*_: Any, **__: Any) -> AttentionCall:
-    raise Unmeasurable(
-        "context_parallel was entered before the model was instrumented: keys of others are not seen"
-    )
+def _by_sequence(query: Any = None, *_: Any, **__: Any) -> bool:
+    return type(query) is not Tensor and sharded.by_sequence(query)
 
 
 def _beside(
@@ -110,7 +119,7 @@ def _beside(
     call = operators.detached(attn_mask), bool(is_causal), scale, enable_gqa, heads
     if isinstance(found, slots.Slot):
         state = found.accumulator, found.result, found.token, found.control
-        _graphed_operator(*state, query, key, value, output.detach(), *call)
+        graphed_operator(*state, query, key, value, output.detach(), *call)
     else:
         _operator(found, query, key, value, *call)
 
@@ -159,7 +168,7 @@ def call_of(
 
     Raises Unmeasurable for tensors that cannot be measured.
     """
-    not_fused = why_not_fused(dropout_p, attn_mask) or _fused_kernels_off()
+    not_fused = why_not_fused(dropout_p, attn_mask) or fused_kernels_off()
     split: Any = None  # the queries, if they are a DTensor
     if heads is None and type(query) is not Tensor and sharded.is_sharded(query):
         split = query
@@ -173,7 +182,7 @@ def call_of(
     if attn_mask is not None:
         with torch.no_grad():
             attn_mask = hide(attn_mask.detach(), query.dtype)
-    query, key, value, attn_mask, shape = _four_dimensional(query, key, value, attn_mask)
+    query, key, value, attn_mask, shape = four_dimensional(query, key, value, attn_mask)
     if heads is not None:
         query, key, value, attn_mask = _ungroup(heads, query, key, value, attn_mask)
     elif not enable_gqa and query.shape[1] != key.shape[1]:
@@ -204,10 +213,10 @@ def call_of(
     )
 
 
-_graphed_operator = graphed.operator("measure_sdpa", call_of)
+graphed_operator = graphed.operator("measure_sdpa", call_of)
 
 
-def _fused_kernels_off() -> str | None:
+def fused_kernels_off() -> str | None:
     """Why the user's choice of SDPA's kernels leaves the output to PyTorch, None if it does not.
 
     Our kernel takes the place of a fused one. Which of PyTorch's fused ones are allowed decides about the backward.
@@ -218,7 +227,7 @@ def _fused_kernels_off() -> str | None:
     return ONLY_MATH
 
 
-def _four_dimensional(
+def four_dimensional(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
     """(B, H, rows, C) tensors, a mask that broadcasts to them, and the output's shape without its last size.

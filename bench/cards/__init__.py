@@ -1,0 +1,1 @@
+"""What `bench/two_cards.py` runs in each process: one part a file."""
