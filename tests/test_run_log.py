@@ -148,6 +148,7 @@ def test_it_is_read_while_it_grows(tmp_path):
     out.write(diagnoses()[0])  # after the end: nothing, and no error
 
 
+@pytest.mark.slow
 def test_a_large_log_is_thinned_and_keeps_its_extremes(tmp_path):
     path, rng = tmp_path / "run.db", np.random.default_rng(0)
     peaks = rng.uniform(1, 50, 300).astype(np.float32)

@@ -27,7 +27,7 @@ from .harm import CLEAN, HARMED, final, harm
 from .metrics import share
 from .recipes import Recipe
 
-SMALL = {"width": 64, "depth": 2, "heads": 2, "kv_heads": 2, "context": 64, "batch": 8, "steps": 400}
+SMALL = {"width": 64, "depth": 2, "heads": 2, "kv_heads": 2, "context": 64, "batch": 8, "steps": 200}
 LARGE = {"width": 128, "depth": 4, "heads": 4, "kv_heads": 4, "context": 128, "batch": 16, "steps": 500}
 
 
@@ -106,7 +106,7 @@ def main() -> None:
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not given.small else "cpu"
     shape = SMALL if given.small else LARGE
-    numbers = (2, 8) if given.small else (given.ensembles, given.designs)
+    numbers = (2, 4) if given.small else (given.ensembles, given.designs)
     deadline, rows = time.monotonic() + given.seconds, []
     for seed in range(numbers[0]):
         try:

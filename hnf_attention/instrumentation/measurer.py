@@ -307,14 +307,8 @@ class Measurer:
             return
         batch, heads = measurement.rows.lse.shape[:2]
         hidden = beside.left_out[:, 0] if index is None and beside.left_out is not None else None
-        left_out = self.padding.left_out(
-            measurement.layer,
-            batch,
-            num_queries,
-            beside.key_square.shape[2],
-            hidden,
-            measurement.rows.lse.device,
-        )
+        num_keys, device = beside.key_square.shape[2], measurement.rows.lse.device
+        left_out = self.padding.left_out(measurement.layer, batch, num_queries, num_keys, hidden, device)
         rows = None if left_out is None else left_out[:, None]
         if rows is not None and index is not None:
             rows = take_rows(rows.expand(-1, heads, -1), index)

@@ -27,6 +27,7 @@ from ..statistics.heads import Mark, Snapshot
 from . import state
 from .history import HISTORY_BYTES
 from .lines import log_transitions
+from .notes import Notes
 from .parts import MonitorStatus, Parts
 from .ranks import AUTO, Ranks, resolve
 from .recorder import NothingMeasured, Recorder
@@ -101,7 +102,9 @@ class AttentionStabilityMonitor:
         every_step: bool = True,
         good_states: GoodStates | None = None,
     ):
+        writers = list(writers)
         self._writers = [writer_part(number, writer) for number, writer in enumerate(writers)]
+        self._notes = Notes(writers)
         self._thresholds = checked_thresholds(thresholds)
         if on_alert is not None and not callable(on_alert):
             raise TypeError(f"expected on_alert to be None or a callable, got {on_alert!r}")
@@ -170,9 +173,16 @@ class AttentionStabilityMonitor:
         """A context inside which nothing is measured, for an evaluation in the middle of training."""
         return self._recorder.paused()
 
-    def on_step(self) -> AttentionDiagnosis | None:
-        """End a training step: call it after `optimizer.step()`. Returns a diagnosis at log steps, else None."""
+    def on_step(
+        self, loss: float | Tensor | None = None, grad_norm: float | Tensor | None = None
+    ) -> AttentionDiagnosis | None:
+        """End a training step: call it after `optimizer.step()`. Returns a diagnosis at log steps, else None.
+
+        loss, grad_norm: of the step, for writers that keep them. A tensor is copied on its device, read at log steps.
+        """
         log_step, parts = self._recorder.end_step(), self.parts
+        if loss is not None or grad_norm is not None:
+            parts.run("scalars", self._notes.keep, self.step, {"loss": loss, "grad_norm": grad_norm})
         parts.run("good_states", self._treatment.end_step, self.step)
         if not log_step:
             marks = parts.run("marks", self._recorder.new_marks)
@@ -190,10 +200,14 @@ class AttentionStabilityMonitor:
         if diagnosis is None:
             return None
         parts.run("logging", self._announce, diagnosis)
+        if self._leads:
+            parts.run("notes", self._notes.hand_over)
         for writer in self._writers if self._leads else ():
             parts.run(writer.name, writer.write, diagnosis)
         if self._treatment.auto:
             parts.run("auto_intervene", self._treatment.act, diagnosis)
+            if self._leads:
+                parts.run("notes", self._notes.account, self.step, self.applied)
         return diagnosis
 
     def get_intervention(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
@@ -243,6 +257,8 @@ class AttentionStabilityMonitor:
     def restore(self) -> None:
         """End the monitoring; the model runs its own attention. Interventions stay applied."""
         self._recorder.stop()
+        if self._leads:
+            self.parts.run("notes", self._notes.hand_over)
         if self._together is not None:
             self._together.leave(_ended())
         self.instrumentation.restore()

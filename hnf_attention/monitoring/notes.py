@@ -56,7 +56,7 @@ class Notes:
 
     def hand_over(self) -> None:
         """Give the writers what was kept: one copy from each device."""
-        kept, values = list(self._kept), {}
+        kept, values = list(self._kept), dict[int, float]()
         self._kept.clear()
         by_device: dict[torch.device, list[int]] = {}
         for place, (_, _, value) in enumerate(kept):

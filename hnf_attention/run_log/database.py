@@ -52,26 +52,18 @@ _WAIT = 10.0  # seconds for another process's transaction
 def connect(path: Path) -> sqlite3.Connection:
     """Open a run log for writing; a new file gets the schema, an older one the rest of it. Raises BadLog or OSError."""
     connection = _open(f"{path.absolute().as_uri()}?mode=rwc", path)
-    try:
+    with _closed_if_bad(connection, path):
         if _version(connection, path) == 0:
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
         connection.execute("PRAGMA journal_mode = WAL")
         # A crash of the machine may lose the latest log steps; the file stays whole.
         connection.execute("PRAGMA synchronous = NORMAL")
-        connection.execute(
-            "PRAGMA mmap_size = 0"
-        )  # an error while a mapped page is read would end the process
+        # An error while a mapped page is read would end the process.
+        connection.execute("PRAGMA mmap_size = 0")
         for version in range(_version(connection, path), VERSION):
-            connection.executescript(
-                f"BEGIN; {SCRIPTS[version]} PRAGMA user_version = {version + 1}; COMMIT;"
-            )
-    except sqlite3.DatabaseError as error:
-        connection.close()
-        raise _bad(path, error) from error
-    except BadLog:
-        connection.close()
-        raise
+            script = f"BEGIN; {SCRIPTS[version]} PRAGMA user_version = {version + 1}; COMMIT;"
+            connection.executescript(script)
     return connection
 
 
@@ -79,17 +71,27 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
     """Open a run log that may be written meanwhile. Raises BadLog or OSError."""
     path.stat()  # OSError with the file's name
     connection = _open(f"{path.absolute().as_uri()}?mode=ro", path)
-    try:
+    with _closed_if_bad(connection, path):
         found = _version(connection, path)
         if found != VERSION:
             raise BadLog(f"expected a run log of version {VERSION}, got version {found}: {path}")
+    return connection
+
+
+@contextmanager
+def _closed_if_bad(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
+    """Close a file that is no run log, or cannot be used as one; raises BadLog or OSError for it."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        connection.close()
+        raise OSError(f"cannot use {path}: {error}") from error
     except sqlite3.DatabaseError as error:
         connection.close()
-        raise _bad(path, error) from error
+        raise BadLog(f"expected a run log, got a file that SQLite cannot read ({error}): {path}") from error
     except BadLog:
         connection.close()
         raise
-    return connection
 
 
 def in_memory() -> sqlite3.Connection:
@@ -269,9 +271,3 @@ def _version(connection: sqlite3.Connection, path: Path) -> int:
     if version > VERSION:
         raise BadLog(f"expected a run log of version {VERSION} or older, got version {version}: {path}")
     return int(version)
-
-
-def _bad(path: Path, error: sqlite3.DatabaseError) -> Exception:
-    if isinstance(error, sqlite3.OperationalError):
-        return OSError(f"cannot use {path}: {error}")
-    return BadLog(f"expected a run log, got a file that SQLite cannot read ({error}): {path}")

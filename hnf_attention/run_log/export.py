@@ -87,10 +87,12 @@ def _rows(pyarrow: Any, schema: Any, record: Record, names: list[str]) -> Any:
     table, heads = record.table, record.layout.heads
     none = np.full(heads, np.nan, np.float32)
     places = {name: row for name, row in zip(record.layout.metrics, table)}
-    columns: list[np.ndarray] = [
+    columns: list[Any] = [
         np.full(heads, record.step),
         np.repeat(np.array([layer[0] for layer in layers], dtype=object), [layer[1] for layer in layers]),
-        np.concatenate([np.arange(layer[1], dtype=np.int32) for layer in layers] or [np.arange(0)]),
+        np.concatenate(
+            [np.arange(layer[1], dtype=np.int32) for layer in layers] or [np.arange(0, dtype=np.int32)]
+        ),
         *(places.get(name, none) for name in names),
     ]
     return pyarrow.table([pyarrow.array(x, field.type) for x, field in zip(columns, schema)], schema=schema)

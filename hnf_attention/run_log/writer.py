@@ -150,9 +150,9 @@ class _Thread(threading.Thread):
             except Exception:
                 # Whatever is wrong with one log step, the next ones are written.
                 _log.warning("the run log leaves a log step out", exc_info=True)
-        rest = self._recording.rest()
-        if rest is not None:
-            self.kept.append((self._number + 1, rest))
+        record = self._recording.rest()
+        if record is not None:
+            self.kept.append((self._number + 1, record))
         self._write()
         self._sink.close()
         if self.kept:

@@ -18,6 +18,7 @@ EXTRAS = {
     "lightning": ("lightning",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
+    "parquet": ("pyarrow",),
 }
 
 

@@ -1,0 +1,85 @@
+"""What a monitor hands to writers that keep more than diagnoses."""
+
+import logging
+
+import pytest
+import torch
+from attention_models import Model, x
+
+from hnf_attention import AttentionStabilityMonitor
+from hnf_attention.monitoring.notes import Notes
+from hnf_attention.run_log import RunLog, RunLogWriter
+
+
+class Keeper:
+    def __init__(self):
+        self.notes, self.events = [], []
+
+    def write(self, diagnosis):
+        self.notes.append(diagnosis.step)
+
+    def note(self, step, **scalars):
+        self.notes.append((step, scalars))
+
+    def event(self, step, kind, **detail):
+        self.events.append((step, kind, detail))
+
+
+def test_losses_reach_a_run_log(tmp_path):
+    model, out = Model(), RunLogWriter(tmp_path / "run.db")
+    with AttentionStabilityMonitor(model, log_every=2, writers=[out]) as monitor:
+        for step in range(1, 6):
+            loss = model(x()).sum()
+            loss.backward()
+            monitor.on_step(loss=loss.detach() * 0 + step, grad_norm=None if step == 3 else step / 2)
+    with RunLog(tmp_path / "run.db") as log:
+        assert log.steps.tolist() == [2, 4]
+        steps, values = log.scalars()["loss"]
+        assert steps.tolist() == [1, 2, 3, 4, 5] and values.tolist() == [1, 2, 3, 4, 5]
+        assert log.scalars()["grad_norm"][0].tolist() == [1, 2, 4, 5]
+
+
+def test_they_come_before_the_diagnosis_and_are_copies():
+    keeper, loss = Keeper(), torch.tensor(1.0)
+    model = Model()
+    with AttentionStabilityMonitor(model, log_every=2, writers=[keeper]) as monitor:
+        for _ in range(2):
+            model(x()).sum().backward()
+            monitor.on_step(loss)
+            loss.add_(1.0)  # as a replay of a CUDA graph writes over it
+    assert keeper.notes == [(1, {"loss": 1.0}), (2, {"loss": 2.0}), 2]
+
+
+def test_nothing_is_kept_where_no_writer_keeps_it():
+    notes = Notes([lambda diagnosis: None])
+    notes.keep(1, {"loss": torch.tensor(1.0)})
+    assert not notes._kept
+
+
+@pytest.mark.parametrize("loss", [torch.zeros(3), "low", [1.0]])
+def test_a_loss_that_is_no_number_ends_nothing(loss, caplog):
+    keeper, model = Keeper(), Model()
+    with (
+        caplog.at_level(logging.WARNING, "hnf_attention"),
+        AttentionStabilityMonitor(model, log_every=1, writers=[keeper]) as monitor,
+    ):
+        model(x()).sum().backward()
+        assert monitor.on_step(loss) is not None and "scalars" in monitor.status.off
+    assert keeper.notes == [1] and "expected loss to be" in caplog.text
+
+
+def test_each_sentence_of_an_account_is_told_once():
+    class Done:
+        intervention, outcome, account = {"action": "qk_clip"}, "open", ["clipped"]
+
+    keeper, done = Keeper(), Done()
+    notes = Notes([keeper])
+    notes.account(10, [done])
+    done.account.append("it helped")
+    done.outcome = "kept"
+    notes.account(20, [done])
+    notes.account(30, [done])
+    assert keeper.events == [
+        (10, "intervention", {"action": "qk_clip", "outcome": "open", "text": "clipped"}),
+        (20, "intervention", {"action": "qk_clip", "outcome": "kept", "text": "it helped"}),
+    ]
