@@ -67,6 +67,24 @@ def test_a_story_tells_what_happened_and_whether_the_fix_helped():
     assert found.status == "recovered" and "qk clip at step 25 ended it by step 40" in found.sentence
 
 
+def test_the_evidence_is_of_the_gravest_moment():
+    """A graver issue takes the place of a milder one that is further beyond another threshold."""
+    (story,) = stories.stories(
+        [issue(5, "new", "warning", value=9e3), issue(8, "worse", "error", value=200.0)]
+    )
+    assert story.worst["evidence"] == "at 8" and story.worst_step == 8 and story.alarmed == 8
+
+
+def test_what_is_still_grave_comes_first():
+    events = [
+        issue(1, "new", layer="ended"),
+        issue(2, "gone", layer="ended"),
+        issue(1, "new", "note", layer="note"),
+        issue(3, "new", "warning", layer="open"),
+    ]
+    assert [story.layer for story in stories.stories(events)] == ["open", "ended", "note"]
+
+
 def test_an_issue_that_returns_is_open_again():
     events = [issue(10, "new"), issue(20, "gone"), done(25, action="qk_clip"), issue(30, "new")]
     (story,) = stories.stories(events)
@@ -136,6 +154,16 @@ def run(**values):
         ),
         ([issue(5, "new", "note"), issue(8, "worse", "error")], "at risk", "and was serious from step 8"),
         ([issue(5, "new"), issue(8, "gone")], "recovered", "and it ended by step 8"),
+        (
+            [issue(5, "new"), issue(8, "better", "note"), issue(9, "better", "note")],
+            "recovered",
+            "it eased to a note by step 8",
+        ),
+        (
+            [issue(5, "new"), done(6, action="x"), issue(8, "better", "note")],
+            "recovered",
+            "x at step 6 eased it to a note by step 8",
+        ),
         ([issue(5, "new", layer="", head=None)], "at risk", "in the whole model began at step 5"),
     ],
 )

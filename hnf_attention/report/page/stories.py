@@ -33,6 +33,7 @@ class Story:
     heads: their numbers, empty for an issue of the whole layer. worst: the detail of its worst issue. severity: of that
     one. open: the issues that are still there at the end, by head. moments: what is said of each step, in order.
     alarmed: the first step of that severity. gone: the step at which its last issue went, None if one is there.
+    calm: the step since which it has been a note or gone, None while it is more.
     spans: the steps [from, to) in which it had an issue; the last one may have no end. done: interventions meanwhile.
     checks: what a monitor found of them later.
     """
@@ -48,9 +49,20 @@ class Story:
     first: int = 0
     alarmed: int = 0
     gone: int | None = None
+    calm: int | None = None
     done: list[dict[str, Any]] = field(default_factory=list)
     checks: list[dict[str, Any]] = field(default_factory=list)
     spans: list[list[int | None]] = field(default_factory=list)
+
+    @property
+    def now(self) -> str | None:
+        """The gravest severity that is there at the end, None if there is none."""
+        return min(self.open.values(), key=lambda name: _ORDER.get(name, len(_ORDER)), default=None)
+
+    @property
+    def grave(self) -> bool:
+        """Whether an error or a warning is there at the end."""
+        return self.now in ("error", "warning")
 
     @property
     def place(self) -> str:
@@ -77,6 +89,8 @@ class Story:
         last = self.done[-1]
         if self.gone is not None and self.gone > last["step"]:
             found = f"helped: the issue went at step {self.gone:,}"
+        elif self.calm is not None and self.calm > last["step"]:
+            found = f"helped: the issue has been a note since step {self.calm:,}"
         else:
             found = "did not end it: the issue is still there"
         checked = f" Checked later: {self.checks[-1]['text']}." if self.checks else ""
@@ -84,10 +98,7 @@ class Story:
 
     def to_dict(self, layers: Mapping[str, int]) -> dict[str, Any]:
         """As JSON types for the page. layers: name to its place in the page."""
-        worst, current = (
-            self.worst,
-            sorted(self.open.values(), key=lambda name: _ORDER.get(name, len(_ORDER))),
-        )
+        worst = self.worst
         return {
             "type": self.issue_type,
             "plain": self.plain,
@@ -96,7 +107,7 @@ class Story:
             "heads": sorted(self.heads),
             "head": worst.get("head"),
             "severity": self.severity,
-            "now": current[0] if current else None,
+            "now": self.now,
             "first": self.first,
             "worst": self.worst_step,
             "gone": self.gone,
@@ -115,7 +126,7 @@ class Story:
 
 
 def stories(events: Sequence[Event]) -> list[Story]:
-    """Of all issues in a log, those that are there first, worst first."""
+    """Of all issues in a log, errors and warnings that are there at the end first, worst first."""
     found: dict[tuple[str, str], Story] = {}
     for step, together in _by_step(event for event in events if event.kind == "issue"):
         for key, changes in _by_place(together).items():
@@ -131,7 +142,7 @@ def stories(events: Sequence[Event]) -> list[Story]:
         found.values(),
         # As the verdict: NaN or inf first.
         key=lambda story: (
-            not story.open,
+            not story.grave,
             _ORDER.get(story.severity, len(_ORDER)),
             story.issue_type != "non_finite",
             story.first,
@@ -161,10 +172,15 @@ def _take(story: Story, step: int, changes: list[Event]) -> None:
             story.open[head] = severity
             story.gone = None
             rank, worst = _ORDER.get(severity, len(_ORDER)), _ORDER.get(story.severity, len(_ORDER))
-            if not story.worst or rank < worst:
+            graver = not story.worst or rank < worst
+            if graver:
                 story.severity, story.alarmed = severity, step
-            if not story.worst or rank <= worst and _beyond(event.detail) >= _beyond(story.worst):
+            if graver or rank == worst and _beyond(event.detail) >= _beyond(story.worst):
                 story.worst, story.worst_step = event.detail, step
+    if story.grave:
+        story.calm = None
+    elif story.calm is None:
+        story.calm = step
     if not story.open:
         story.gone = step
         story.spans[-1][1] = step

@@ -21,17 +21,17 @@ def verdict(run: Run, told: Sequence[Story]) -> Verdict:
     if not run.heads:
         return Verdict("not judged", "No attention was measured in this run, so nothing is known about it.")
     failed = [story for story in told if story.issue_type == "non_finite" and story.severity == "error"]
-    open_ = [story for story in told if story.open and _now(story) in ("error", "warning")]
-    ended = [story for story in told if not story.open and story.severity in ("error", "warning")]
+    open_ = [story for story in told if story.grave]
+    ended = [story for story in told if not story.grave and story.severity in ("error", "warning")]
     last = f"step {run.steps[-1]:,}" if run.steps else "the end"
-    if any(story.open for story in failed):
-        story = next(story for story in failed if story.open)
+    if any(story.grave for story in failed):
+        story = next(story for story in failed if story.grave)
         return Verdict(
             "failed",
             f"This run failed: {_began(story)}{_signs(told, story)}{_treated(story)}{_more(open_, story)}.",
         )
     if open_:
-        story = min(open_, key=lambda one: _now(one) != "error")
+        story = min(open_, key=lambda one: one.now != "error")
         return Verdict(
             "at risk", f"This run is at risk: {_began(story)}{_treated(story)}{_more(open_, story)}."
         )
@@ -44,11 +44,6 @@ def verdict(run: Run, told: Sequence[Story]) -> Verdict:
     heads, layers = f"{run.heads:,} heads", f"{len(run.layers)} layer{'s' * (len(run.layers) != 1)}"
     span = f"up to {last}" if run.training else f"at {last}"
     return Verdict("healthy", f"Attention is healthy {span}: nothing serious in {heads} of {layers}{said}.")
-
-
-def _now(story: Story) -> str:
-    severities = set(story.open.values())
-    return next((name for name in ("error", "warning", "note") if name in severities), "note")
 
 
 def _began(story: Story) -> str:
@@ -66,15 +61,15 @@ def _signs(told: Sequence[Story], story: Story) -> str:
 
 
 def _treated(story: Story) -> str:
+    """What was done about it, and since when it is over, or no more than a note."""
+    how, end = ("ended it", story.gone) if story.gone is not None else ("eased it to a note", story.calm)
     if story.done:
         last = story.done[-1]
         what = f"{last['action']} at step {last['step']:,}"
-        if story.gone is not None:
-            return f", and {what} ended it by step {story.gone:,}"
-        return f", and {what} has not ended it"
-    if story.gone is None:
+        return f", and {what} has not ended it" if end is None else f", and {what} {how} by step {end:,}"
+    if end is None:
         return ", and the log has no intervention against it"
-    return f", and it ended by step {story.gone:,}"
+    return f", and it {'ended' if story.gone is not None else 'eased to a note'} by step {end:,}"
 
 
 def _more(stories: Sequence[Story], told: Story) -> str:
