@@ -23,6 +23,10 @@ DOCS = [
     "mkdocstrings[python]>=1",
     *LINT,
 ]  # ruff formats the signatures
+PAGE = [  # what a report's page is made of; uPlot (MIT) lies beside its licence
+    *("page.html", "app.css", "uPlot.iife.min.js", "uPlot.min.css", "uPlot.LICENSE"),
+    *("numbers.js", "words.js", "colours.js", "heatmap.js", "charts.js", "parts.js", "planes.js", "main.js"),
+]
 
 setup(
     name="hnf-attention",
@@ -41,7 +45,11 @@ setup(
         *(f"hnf_attention.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"hnf_attention": "hnf_attention", "hnf_attention.kernels": "kernels"},
-    package_data={"hnf_attention": ["py.typed"], "hnf_attention.cli": ["sample_text.txt"]},
+    package_data={
+        "hnf_attention": ["py.typed"],
+        "hnf_attention.cli": ["sample_text.txt"],
+        "hnf_attention.report.page": PAGE,
+    },
     install_requires=[
         "torch>=2.8",
         "triton>=3.4; platform_system == 'Linux'",

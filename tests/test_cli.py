@@ -13,8 +13,9 @@ import pytest
 
 import hnf_attention
 from hnf_attention.cli import check, messages
+from hnf_attention.cli.examples import EXAMPLES
 from hnf_attention.cli.main import main
-from hnf_attention.cli.parser import EXAMPLES, make_parser
+from hnf_attention.cli.parser import make_parser
 from hnf_attention.cli.progress import shown_progress
 from hnf_attention.cli.thresholds import read_thresholds
 from hnf_attention.errors import InputError

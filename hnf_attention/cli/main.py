@@ -1,4 +1,4 @@
-"""The command line: `hnf-attention demo`, `check`, `analyze`, `trace`, `watch`, `export` and `doctor`."""
+"""The command line: `hnf-attention demo`, `check`, `analyze`, `trace`, `watch`, `report`, `export`, `doctor`."""
 
 from __future__ import annotations
 

@@ -10,44 +10,8 @@ from typing import Any, NoReturn
 
 from ..errors import InputError
 from ..versions import DISTRIBUTION, __version__
+from .examples import EXAMPLES
 
-EXAMPLES = {
-    "demo": (
-        "hnf-attention demo",
-        "hnf-attention demo --quick --json -",
-        "hnf-attention demo --seed 3 --device cuda --out runs/demo",
-    ),
-    "analyze": (
-        "hnf-attention analyze gpt2",
-        "hnf-attention analyze ./my-model --text sample.txt --json report.json --figures figures",
-        "hnf-attention analyze org/model --revision main --dtype auto --device-map auto --max-windows 8",
-        "hnf-attention analyze ./my-model --threshold low_entropy=0.1 --fail-on warning",
-    ),
-    "check": (
-        "hnf-attention check design.json --seq-len 4096 --dtype bf16",
-        "hnf-attention check gpt2 --region region.png",
-        "hnf-attention check ./my-model --weights --json - --fail-on marginal",
-    ),
-    "trace": (
-        "hnf-attention trace train.py:failing_step -o reproduction",
-        "hnf-attention trace ./my-model --dtype float16 --text sample.txt",
-        "hnf-attention trace ./my-model --inputs batch.safetensors --autocast bfloat16 --json -",
-    ),
-    "watch": (
-        "hnf-attention watch run.db",
-        "hnf-attention watch run.db --metric normalized_entropy",
-        "hnf-attention watch run.db --once --json -",
-    ),
-    "export": (
-        "hnf-attention export run.db -o run.parquet",
-        "hnf-attention export run.db -o run.jsonl",
-    ),
-    "doctor": (
-        "hnf-attention doctor",
-        "hnf-attention doctor --json -",
-        "hnf-attention doctor --warm --heads 32 --kv-heads 8 --head-dim 128",
-    ),
-}
 _WIDTH = 78  # columns of a description
 _LARGEST = 2**63 - 1  # what PyTorch takes
 
@@ -104,6 +68,15 @@ def make_parser() -> Parser:
         " FILE.py:FUNCTION or MODULE:FUNCTION, whose function returns the step, or a Hugging Face model, which runs a"
         " text with the text itself as labels.",
         ("the whole step is finite", "it is not, and the origin is printed"),
+    )
+    _command(
+        commands,
+        _add_report,
+        "report",
+        "show a run log, or two, as one HTML file",
+        "Write one HTML file about a run that a RunLogWriter logged: the verdict, each issue with its story, every head"
+        " over the whole run, the loss. With a second run, both side by side. The file needs no network.",
+        ("the run is healthy or recovered; of two, both", "one failed, is at risk, or was not judged"),
     )
     _command(
         commands,
@@ -244,6 +217,30 @@ def _add_trace(trace: Parser) -> None:
         type=Path,
         metavar="DIR",
         help="write a minimal reproduction there: tensors and a script",
+    )
+
+
+def _add_report(report: Parser) -> None:
+    report.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="run log, such as run.db; at most two"
+    )
+    report.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="where the page goes (default report.html)",
+    )
+    report.add_argument("--title", metavar="TEXT", help="of the page (default: the runs' names)")
+    report.add_argument(
+        "--name", action="append", metavar="TEXT", help="of a run (default: its file's); once for each run"
+    )
+    report.add_argument(
+        "--metric",
+        action="append",
+        metavar="NAME",
+        help="statistic on the page; repeat for more (default: as many of the most telling ones as fit)",
     )
 
 
