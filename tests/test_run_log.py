@@ -89,6 +89,17 @@ def test_what_comes_after_the_last_log_step_is_kept(tmp_path, kind):
         assert {event.step for event in log.events if event.kind == "issue"} == {10}
 
 
+def test_what_happens_while_a_log_step_waits_is_kept(tmp_path, kind):
+    out = RunLogWriter(tmp_path / "run.db")
+    first, second, _ = diagnoses()
+    out.event(12, "intervention", action="early")  # before the thread has written step 10
+    out.write(first)
+    out.write(second)
+    out.close()
+    with RunLog(tmp_path / "run.db") as log:
+        assert [event.step for event in log.events if event.kind == "intervention"] == [12]
+
+
 def test_issues_come_and_go(tmp_path):
     steps = [at(step, a={"max_logit": 2000.0 if step < 5 else 5.0}) for step in range(1, 12)]
     write(tmp_path / "run.db", steps)

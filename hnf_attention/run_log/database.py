@@ -32,7 +32,8 @@ SCRIPTS = (
         training INTEGER NOT NULL, forwards TEXT NOT NULL, layout INTEGER NOT NULL, block BLOB NOT NULL,
         not_measured TEXT NOT NULL
     );
-    -- What happened. kind: "issue" (change: new, worse, better, gone) or another. detail: JSON.
+    -- What happened, by the log step that it was written with. kind: "issue" (change: new, worse, better, gone) or
+    -- another. detail: JSON, with a "step" of its own where kind is no issue.
     CREATE TABLE events (
         id INTEGER PRIMARY KEY, step INTEGER NOT NULL, session INTEGER NOT NULL, kind TEXT NOT NULL, change TEXT,
         detail TEXT NOT NULL
@@ -144,10 +145,7 @@ def add(connection: sqlite3.Connection, session: int, number: int, record: Recor
             "INSERT INTO events (step, session, kind, change, detail) VALUES (?, ?, ?, ?, ?)",
             [
                 *((record.step, session, "issue", how, json.dumps(issue)) for how, issue in record.changes),
-                *(
-                    (event.get("step", record.step), session, event["kind"], None, json.dumps(event))
-                    for event in record.events
-                ),
+                *((record.step, session, event["kind"], None, json.dumps(event)) for event in record.events),
             ],
         )
         connection.executemany(

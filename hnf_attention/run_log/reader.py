@@ -110,8 +110,13 @@ class RunLog:
     @property
     def events(self) -> list[Event]:
         """Everything that happened, oldest first."""
-        rows = self._rows("SELECT step, kind, change, detail FROM events ORDER BY step, id")
-        return [Event(step, kind, change, _dict(detail)) for step, kind, change, detail in rows]
+        found = []
+        for step, kind, change, text in self._rows(
+            "SELECT step, kind, change, detail FROM events ORDER BY step, id"
+        ):
+            own = (detail := _dict(text)).get("step")
+            found.append(Event(own if isinstance(own, int) else step, kind, change, detail))
+        return sorted(found, key=lambda event: event.step)
 
     @property
     def issues(self) -> list[dict[str, Any]]:
