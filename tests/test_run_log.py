@@ -156,7 +156,10 @@ def test_it_is_read_while_it_grows(tmp_path):
             assert out.flush() and len(log.steps) == count
         assert [record.step for record in log.records(after=10)] == [20, 30]
     out.close()
-    out.write(diagnoses()[0])  # after the end: nothing, and no error
+    out.write(diagnoses()[2])  # as a second training with the same writer does
+    out.close()
+    with RunLog(tmp_path / "run.db") as log:
+        assert log.steps.tolist() == [10, 20, 30] and len(log.sessions) == 2
 
 
 @pytest.mark.slow

@@ -13,28 +13,36 @@ from .heads import concatenate_heads
 _RANGE, _KIND = (NUM_SUMS + MAX_FIELDS.index(name) for name in ("logit_range", "score_kind"))
 
 
+#: Readings before their time between two regular ones, at most: enough for a line through full readings.
+MOST_EARLY = 5
+
+
 class Watch:
-    """Says when a reading is due before its time: once for each step of urgency between two regular ones."""
+    """Says when a reading is due before its time."""
 
     def __init__(self) -> None:
-        self._asked = 0
+        self._asked = 0  # for readings since the last regular one
 
     def restart(self) -> None:
         """A regular reading was made."""
         self._asked = 0
 
     def urgent(self, history: Sequence[Snapshot], marks: Sequence[Mark]) -> bool:
-        """Whether scores have come to more than at the last snapshot, and than a reading was asked for since."""
+        """Whether the marks tell of more than the readings do. They are of some rows: a reading has to confirm it."""
+        if self._asked >= MOST_EARLY:
+            return False
         now = urgency_of_marks(history, marks)
-        known = urgency(history) if now > self._asked and history else 0
-        due = now > max(known, self._asked)
-        self._asked = max(now, self._asked)
+        due = now > (urgency(history) if now and history else 0)
+        self._asked += due
         return due
 
 
-def urgency(history: Sequence[Snapshot]) -> int:
-    """What the scores of the last snapshot amount to: 2 for an alarm, 1 for a warning of growth, 0 for neither."""
-    groups = concatenate_heads(history, history[-1].layers)
+def urgency(history: Sequence[Snapshot], marks: bool = False) -> int:
+    """What the scores of the last snapshot amount to: 2 for an alarm, 1 for a warning of growth, 0 for neither.
+
+    marks: as for `concatenate_heads`.
+    """
+    groups = concatenate_heads(history, history[-1].layers, marks)
     if any(heads.alarming.any() for heads in groups):
         return 2
     return int(any(heads.grown.any() for heads in groups))
@@ -48,7 +56,7 @@ def urgency_of_marks(history: Sequence[Snapshot], marks: Sequence[Mark]) -> int:
     latest = marks[-1]
     known = history[-1].layers if history else {}
     layers = {name: _stats(ranges, known.get(name)) for name, ranges in latest.ranges.items()}
-    return urgency([*history, Snapshot(latest.step, layers, marks=tuple(marks[:-1]))])
+    return urgency([*history, Snapshot(latest.step, layers, marks=tuple(marks[:-1]))], marks=True)
 
 
 def _stats(ranges: np.ndarray, known: HeadStats | None) -> HeadStats:

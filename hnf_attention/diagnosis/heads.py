@@ -242,8 +242,11 @@ def _spread(number: int) -> np.ndarray:
     return np.arange(number) if number <= most else np.linspace(0, number - 1, most).round().astype(int)
 
 
-def concatenate_heads(history: Sequence[Snapshot], layers: Iterable[str]) -> list[Heads]:
+def concatenate_heads(history: Sequence[Snapshot], layers: Iterable[str], marks: bool = False) -> list[Heads]:
     """The heads of these layers of the latest snapshot, in as few `Heads` as can hold them.
+
+    marks: whether trends go through the marks between snapshots, too. A mark is of some rows, so it rises where later
+    rows are larger ones: that is enough to look, and no proof of growth.
 
     Layers share one if they agree in what one HeadStats says once (head dimension, dtype, sampling, number of
     keys) and appear in the same snapshots.
@@ -256,7 +259,7 @@ def concatenate_heads(history: Sequence[Snapshot], layers: Iterable[str]) -> lis
         together.setdefault((described, _ages(history, layer)), []).append(layer)
     found: list[Heads] = []
     for (_, ages), names in together.items():
-        found.append(_heads([history[-1 - age] for age in reversed(ages)], names, found))
+        found.append(_heads([history[-1 - age] for age in reversed(ages)], names, found, marks))
     return found
 
 
@@ -281,7 +284,9 @@ def _ages(history: Sequence[Snapshot], layer: str) -> tuple[int, ...]:
     return tuple(found[index] for index in _spread(len(found)).tolist())
 
 
-def _heads(snapshots: Sequence[Snapshot], layers: Sequence[str], company: Sequence[Heads]) -> Heads:
+def _heads(
+    snapshots: Sequence[Snapshot], layers: Sequence[str], company: Sequence[Heads], marks: bool
+) -> Heads:
     latest = [snapshots[-1].layers[layer] for layer in layers]
     counts = [stats.num_heads for stats in latest]
     scores = score_size(_sizes(latest[0], snapshots, layers))
@@ -295,7 +300,7 @@ def _heads(snapshots: Sequence[Snapshot], layers: Sequence[str], company: Sequen
         np.repeat(np.arange(len(layers)), counts),
         np.repeat(counts, counts),
         scores,
-        _trail(together, snapshots, layers, scores),
+        _trail(together, snapshots, layers, scores) if marks else Trail(_steps(snapshots), scores),
         company,
     )
 

@@ -57,7 +57,7 @@ class AttentionCall:
         probed where it, or what it gives, is None.
     seqlens: as in `attention`: borders of sequences that lie end to end in one row.
     casts: whether autocast changes the dtypes that the model's attention computes in, as it does for SDPA.
-    copied: query, key and value are copies of the model's tensors.
+    copied: query, key, value or the mask were made for this description, so keeping them takes memory.
     lse_of: makes lse (B, H, M), in nats, of what the model's own attention returns; it, or what it makes, is None
         where that is not known. It is compared with ours, once per layer.
     max_logit_of: likewise makes the largest score of each head over the batch and its queries, (H,).

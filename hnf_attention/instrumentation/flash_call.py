@@ -67,7 +67,8 @@ def described(library: str, signature: inspect.Signature, *args: Any, **kwargs: 
         raise Unmeasurable(f"its queries are of dtype {str(query.dtype).removeprefix('torch.')}")
     softcap, dropout = given.take("softcap", default=0.0), given.take("dropout_p", default=0.0)
     asked = [bool(given.take(name)) for name in _RETURNS]
-    not_fused = why_not_fused(dropout) or _why_not_fused(given, asked, signature)
+    writes, deterministic = given.take("out") is not None, bool(given.take("deterministic"))
+    not_fused = why_not_fused(dropout) or _why_not_fused(asked, writes, deterministic, signature)
     qv, scale, sinks = given.take("qv"), given.take("softmax_scale"), given.take("learnable_sink", "s_aux")
     left, right = _window(given)
     slopes, whole_cache = given.take("alibi_slopes"), "k_cache" in signature.parameters
@@ -100,7 +101,10 @@ def described(library: str, signature: inspect.Signature, *args: Any, **kwargs: 
         not_fused=not_fused or part.not_fused,
         probe_preferred=KEEPS,
         output_of=lambda result: part.from_output(_first(result)),
-        lse_of=None if qv is not None else functools.partial(_lse, part),
+        # With a causal mask the kernels add slope * key in place of slope * distance, which shifts a row's lse.
+        lse_of=None
+        if qv is not None or (slopes is not None and right == 0)
+        else functools.partial(_lse, part),
         casts=False,
         copied=qv is not None or part.copied,
     )
@@ -135,14 +139,16 @@ def _window(given: Arguments) -> tuple[int | None, int | None]:
     return left, 0 if given.take("causal") else right
 
 
-def _why_not_fused(given: Arguments, asked: list[bool], signature: inspect.Signature) -> str | None:
+def _why_not_fused(
+    asked: list[bool], writes: bool, deterministic: bool, signature: inspect.Signature
+) -> str | None:
     if any(asked):
         return "its lse is asked for"
-    if given.take("out") is not None:
+    if writes:
         return "it writes to an output that it is given"
     if not set(_RETURNS) & set(signature.parameters):
         return "whether it returns its lse is not known"
-    return "a deterministic backward is asked for" if given.take("deterministic") else None
+    return "a deterministic backward is asked for" if deterministic else None
 
 
 def _first(result: Any) -> Any:

@@ -179,7 +179,7 @@ class Instrumentation(Measurer):
         hook = CoverageJudge(model, weakref.ref(self)).handle if strict else None
         self._restore = weakref.finalize(self, _restore, watched, patches, hook, id(self))
         self._restore.atexit = False
-        patches += _install(modules.values())
+        _install(modules.values(), patches)
         watched.renew_graphs()
         for library in (registered, flex, flash_attn, varlen, xformers):
             self._problems |= library.unreachable(modules)
@@ -288,25 +288,20 @@ class Instrumentation(Measurer):
             raise RuntimeError(str(self.coverage))
 
 
-def _install(modules: Collection[nn.Module]) -> list[Patch]:
-    """Put all interceptors in place."""
-    patches = [
-        *registered.install(modules),  # first: what the user says of a function is believed
-        *sdpa.install(modules),
-        *multihead.install(),
-        *softmax.install(modules),
-        *products.install(modules),
-        *flex.install(modules),
-    ]
-    for library in (flash_attn, varlen, xformers, transformer_engine, megatron):
+def _install(modules: Collection[nn.Module], patches: list[Patch]) -> None:
+    """Put all interceptors in place. patches: takes them in one by one, so that none is left if a later one fails."""
+    patches += registered.install(modules)  # first: what the user says of a function is believed
+    patches += sdpa.install(modules)
+    patches += multihead.install()
+    patches += softmax.install(modules)
+    patches += products.install(modules)
+    for library in (flex, flash_attn, varlen, xformers, transformer_engine, megatron):
         patches += library.install(modules)
-    if (
-        "transformers.modeling_utils" in sys.modules
-    ):  # the model is none of transformers' before it is imported
+    # The model is none of transformers' before it is imported.
+    if "transformers.modeling_utils" in sys.modules:
         from .interceptors import transformers
 
         patches += transformers.install(modules)
-    return patches
 
 
 def _restore(watched: Watched, patches: list[Patch], hook: Any, identity: int) -> None:

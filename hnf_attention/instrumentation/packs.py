@@ -78,10 +78,10 @@ def part_of(take: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor,
     pages, chosen, first = take("block_table", "page_table"), take("cache_batch_idx"), take("cache_leftpad")
     apart = (used_q, used_k, pages, chosen, first) == (None,) * 5
     if starts_q is not None and starts_k is not None and apart:
-        borders = _common(starts_q, starts_k, most_q, most_k, query.shape[0] == key.shape[0])
+        borders, proven = _common(starts_q, starts_k, most_q, most_k, query.shape[0] == key.shape[0])
         if borders is not None:
             query, key, value = (x[None].transpose(1, 2) for x in (query, key, value))
-            return Part(query, key, value, borders)
+            return Part(query, key, value, borders, not_fused=None if proven else APART)
     new = (take("k"), take("v")) if whole_cache else (None, None)
     if apart and starts_q is starts_k is new[0] is None:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -137,24 +137,26 @@ def _batched(
     return part
 
 
-def _common(starts_q: Tensor, starts_k: Tensor, most_q: Any, most_k: Any, as_many: bool) -> Tensor | None:
-    """The borders of queries and of keys, if they are the same; None if they differ.
+def _common(
+    starts_q: Tensor, starts_k: Tensor, most_q: Any, most_k: Any, as_many: bool
+) -> tuple[Tensor | None, bool]:
+    """The borders of queries and of keys, if they are the same, and whether that is proven; None if they differ.
 
     as_many: there are as many keys as queries. On a GPU the borders are not read. Where they are equal by all that is
-    known, and differ after all, every row counts as empty.
+    known, and differ after all, every row counts as empty: such a call may be probed, but not computed.
     """
     if not as_many or starts_q.shape != starts_k.shape:
-        return None
+        return None, False
     if starts_q is starts_k or starts_q.data_ptr() == starts_k.data_ptr():
-        return starts_q
+        return starts_q, True
     if starts_q.device.type == "cpu":
-        return starts_q if torch.equal(starts_q, starts_k) else None
+        return (starts_q, True) if torch.equal(starts_q, starts_k) else (None, False)
     if most_q is not most_k and (
         isinstance(most_q, Tensor) or isinstance(most_k, Tensor) or most_q != most_k
     ):
-        return None
+        return None, False
     equal = (starts_q == starts_k).all()
-    return once(("common", starts_k.data_ptr()), starts_q, lambda: torch.where(equal, starts_q, 0))
+    return once(("common", starts_k.data_ptr()), starts_q, lambda: torch.where(equal, starts_q, 0)), False
 
 
 def _places(starts: Tensor, most: Any, used: Tensor | None, total: int) -> tuple[Tensor, Tensor, Tensor]:

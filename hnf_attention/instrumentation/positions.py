@@ -58,6 +58,8 @@ def place(call: AttentionCall, positions: Positions) -> None:
             call.is_causal = right == 0
             call.window_size = None if left is None else left + 1
             return
+    if positions.slopes is not None and positions.slopes.dim() == 2 and call.seqlens is not None:
+        raise Unmeasurable("its ALiBi slopes differ by the sequences of a pack")
     batch = call.query.shape[0] if lengths else 1
     size = batch * num_queries * num_keys
     if positions.slopes is not None:
@@ -74,6 +76,7 @@ def place(call: AttentionCall, positions: Positions) -> None:
             call.attn_mask = once(("positions", which, sizes, what), tensors[0], make)
         else:
             call.attn_mask = make()
+        call.copied |= positions.slopes is not None or len(tensors) != 1
     elif call.sinks is not None:
         raise Unmeasurable("its learned sinks come with positions whose mask is too large to be written out")
     else:

@@ -236,14 +236,13 @@ class GoodStates:
         return slot
 
     def _good(self, slots: Sequence[Slot]) -> list[Slot]:
-        """Those without NaN and inf, in every process."""
-        finite = torch.tensor([slot.finite for slot in slots], dtype=torch.int32)
-        if len(slots) and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-            shared = finite.to(device)
-            dist.all_reduce(shared, dist.ReduceOp.MIN)
-            finite = shared.cpu()
-        return [slot for slot, good in zip(slots, finite.tolist()) if good]
+        """Those without NaN and inf, and there, in every process. All processes have to ask."""
+        mine = {slot.step: slot.finite for slot in slots}
+        everyone = [mine]
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            everyone = [mine] * dist.get_world_size()
+            dist.all_gather_object(everyone, mine)
+        return [slot for slot in slots if all(theirs.get(slot.step, False) for theirs in everyone)]
 
 
 def of_model(model: nn.Module) -> GoodStates | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from torch import nn
 
 from ..diagnosis import AttentionDiagnosis, StabilityIssue
@@ -48,7 +49,7 @@ class InterventionPolicy:
     restart the rate is cut again, and three restarts are the most. Nothing else is proposed for 50 steps after one,
     unless NaN or inf come again.
 
-    Without such states, after three restarts, or where no state is old enough:
+    Without such states, in a run of several processes, after three restarts, or where no state is old enough:
 
     - NaN or inf while the model trains: cut the learning rate, unless a mask or a number format is the cause.
     - Heads that grow or collapse, with scores of a size above 30 (half of the largest range of a row): QK-clip. From
@@ -83,7 +84,7 @@ class InterventionPolicy:
         if broken:
             return self._rescue(diagnosis, broken[0])
         acting = _acting(diagnosis)
-        if good_states.of_model(self._model) is not None:
+        if self._states() is not None:
             errors = [issue for issue in acting if issue.severity == "error"]
             restart = self._restart(diagnosis, errors[0].evidence) if errors else None
             if restart is not None or not errors or self._is_let_alone(diagnosis):
@@ -102,7 +103,7 @@ class InterventionPolicy:
         origin = find_origin(list(diagnosis.history) or [Snapshot(diagnosis.step, diagnosis.stats)])
         if origin is None or origin.cause in NOT_LEARNED or not getattr(origin.snapshot, "training", True):
             return None
-        if good_states.of_model(self._model) is not None:
+        if self._states() is not None:
             restart = self._restart(diagnosis, broken.evidence, at_once=True)
             if restart is not None or self._is_let_alone(diagnosis):
                 return restart
@@ -117,7 +118,7 @@ class InterventionPolicy:
 
         at_once: however short a time ago the last restart was. The numbers of a reading are of steps after it.
         """
-        states = good_states.of_model(self._model)
+        states = self._states()
         again = diagnosis.step in self._restarts
         late = at_once or not self._is_let_alone(diagnosis)
         if states is None or not (again or (late and len(self._restarts) < RESTARTS)):
@@ -138,6 +139,14 @@ class InterventionPolicy:
                 self._restarts.append(diagnosis.step)
             return wanted
         return None
+
+    def _states(self) -> good_states.GoodStates | None:
+        """The states that a restart may go back to.
+
+        None in a run of several processes: they choose a state together, and a proposal may be asked for in one alone.
+        """
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return None if several else good_states.of_model(self._model)
 
     def _restart_rate(self, diagnosis: AttentionDiagnosis, states: good_states.GoodStates) -> float:
         """What the rate is multiplied with: with schedulers, the rate comes back that the state had before any cut."""

@@ -11,12 +11,16 @@ from torch import Tensor, nn
 
 
 class _Place(NamedTuple):
-    """Where a tensor lives. optimizer, name: of an optimizer's state of `parameter`; else the tensor is its own."""
+    """Where a tensor lives. optimizer, name: of an optimizer's state of `parameter`; else the tensor is its own.
+
+    buffer: the name of a module's buffer, which a forward may assign anew.
+    """
 
     tensor: Tensor
     parameter: Tensor | None = None
     optimizer: int = 0
     name: str = ""
+    buffer: str = ""
 
 
 class _Kept(NamedTuple):
@@ -143,9 +147,15 @@ class TrainingState:
         """Copy a state back, in place."""
         slot.wait()
         kept_states: dict[tuple[int, int], set[str]] = {}
+        buffers = dict(self.model.named_buffers())
+        held = [{id(p) for group in one.param_groups for p in group["params"]} for one in self._optimizers]
         for place, numbers in slot.kept.values():
             if place.parameter is None:
-                _local(place.tensor).copy_(numbers)
+                _local(buffers.get(place.buffer, place.tensor)).copy_(numbers)
+                continue
+            if (
+                id(place.parameter) not in held[place.optimizer]
+            ):  # it left the run since, as gains that were reverted
                 continue
             state = self._optimizers[place.optimizer].state[place.parameter]
             there = state.get(place.name)
@@ -156,6 +166,8 @@ class TrainingState:
                 state[place.name] = place.tensor
             kept_states.setdefault((place.optimizer, id(place.parameter)), set()).add(place.name)
         for number, parameter, plain in slot.others["states"]:
+            if id(parameter) not in held[number]:
+                continue
             state = self._optimizers[number].state
             names = kept_states.get((number, id(parameter)), set()) | set(plain)
             if not names:
@@ -172,8 +184,8 @@ class TrainingState:
         for learned in self.model.parameters():
             mine.add(id(learned))
             yield id(learned), _Place(learned), False
-        for buffer in self.model.buffers():
-            yield id(buffer), _Place(buffer), True
+        for name, buffer in self.model.named_buffers():
+            yield ("buffer", name), _Place(buffer, buffer=name), True
         for number, optimizer in enumerate(self._optimizers):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:

@@ -104,7 +104,6 @@ class AttentionStabilityMonitor:
     ):
         writers = list(writers)
         self._writers = [writer_part(number, writer) for number, writer in enumerate(writers)]
-        self._notes = Notes(writers)
         self._thresholds = checked_thresholds(thresholds)
         if on_alert is not None and not callable(on_alert):
             raise TypeError(f"expected on_alert to be None or a callable, got {on_alert!r}")
@@ -130,6 +129,7 @@ class AttentionStabilityMonitor:
         if self._together is not None:
             # A monitor that is dropped without `restore` leaves, too.
             weakref.finalize(self, self._together.leave, _ended()).atexit = False
+        self._notes = Notes(writers if self._leads else ())
         self._treatment = Treatment(self.model, good_states, auto_intervene)
         self._tracker = IssueTracker()
         #: What may fail without ending the run.
@@ -200,14 +200,12 @@ class AttentionStabilityMonitor:
         if diagnosis is None:
             return None
         parts.run("logging", self._announce, diagnosis)
-        if self._leads:
-            parts.run("notes", self._notes.hand_over)
+        parts.run("notes", self._notes.hand_over)
         for writer in self._writers if self._leads else ():
             parts.run(writer.name, writer.write, diagnosis)
         if self._treatment.auto:
             parts.run("auto_intervene", self._treatment.act, diagnosis)
-            if self._leads:
-                parts.run("notes", self._notes.account, self.step, self.applied)
+            parts.run("accounts", self._notes.account, self.step, self.applied)
         return diagnosis
 
     def get_intervention(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
@@ -257,8 +255,7 @@ class AttentionStabilityMonitor:
     def restore(self) -> None:
         """End the monitoring; the model runs its own attention. Interventions stay applied."""
         self._recorder.stop()
-        if self._leads:
-            self.parts.run("notes", self._notes.hand_over)
+        self.parts.run("notes", self._notes.hand_over)
         if self._together is not None:
             self._together.leave(_ended())
         self.instrumentation.restore()

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..instrumentation.sharded import is_sharded
 from ..interventions import Applied
 
 #: Training steps whose numbers wait for a log step. Past that the oldest are given up.
@@ -42,6 +43,10 @@ class Notes:
         for name, value in values.items():
             if value is None:
                 continue
+            if is_sharded(value):
+                raise TypeError(
+                    f"expected {name} as a tensor of this process, got a DTensor: give {name}.full_tensor()"
+                )
             if isinstance(value, Tensor):
                 if value.numel() != 1:
                     raise ValueError(

@@ -74,14 +74,15 @@ class Treatment:
         self._open = [follow for follow in self._open if follow.open]
         proposed = self.policy.propose(diagnosis)
         self._left_over = diagnosis, proposed
-        possible = WEIGHT_ACTIONS if self._states is None else RUN_ACTIONS
+        states = self._states or of_model(self._model)
+        possible = WEIGHT_ACTIONS if states is None else RUN_ACTIONS
         if proposed is None or proposed["action"] not in possible:
             return
         wanted, rest = proposed, None
-        if self._states is None and "lr_factor" in proposed:
+        if states is None and "lr_factor" in proposed:
             wanted = Intervention({k: v for k, v in proposed.items() if k != "lr_factor"})
             rest = learning_rate.propose(proposed["lr_factor"], proposed["reason"])
-        optimizers = None if self._states is None else self._states.optimizers
+        optimizers = None if states is None else states.optimizers
         done = apply_intervention(optimizers, wanted, self._model)
         for follow in self._open:
             if follow.applied.intervention["action"] == wanted["action"]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import compat
 from ..instrumentation.handed_over import Extra, Given, attend, attend_with_weights
 from ..statistics.checks import expected
+from ..tracing import captured
 from . import rows
 
 NAME = "hnf_attention"
@@ -69,8 +70,11 @@ def _window(
     if not all(type(x) is int for x in sizes) or q_length != kv_length or q_offset != kv_offset:
         return None
     window = compat.causal_window(mask_function)
-    hides = window is not None and attention_mask is not None and not bool(attention_mask.all())
-    return None if hides else window
+    if window is None or attention_mask is None:
+        return window
+    if type(attention_mask) is not Tensor or attention_mask.is_meta or captured():
+        return None  # there are no numbers, or none that may be waited for
+    return window if bool(attention_mask.all()) else None
 
 
 def attention_forward(

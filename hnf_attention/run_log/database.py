@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,16 +57,31 @@ def connect(path: Path) -> sqlite3.Connection:
     with _closed_if_bad(connection, path):
         if _version(connection, path) == 0:
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            connection.execute(f"PRAGMA application_id = {APPLICATION}")
-        connection.execute("PRAGMA journal_mode = WAL")
+        _use_wal(connection)
         # A crash of the machine may lose the latest log steps; the file stays whole.
         connection.execute("PRAGMA synchronous = NORMAL")
         # An error while a mapped page is read would end the process.
         connection.execute("PRAGMA mmap_size = 0")
-        for version in range(_version(connection, path), VERSION):
-            script = f"BEGIN; {SCRIPTS[version]} PRAGMA user_version = {version + 1}; COMMIT;"
-            connection.executescript(script)
+        with transaction(connection):  # other processes may open the new file at the same time
+            for version in range(_version(connection, path), VERSION):
+                for statement in SCRIPTS[version].split(";\n"):
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {version + 1}")
+                connection.execute(f"PRAGMA application_id = {APPLICATION}")
     return connection
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """Turn the write-ahead log on. It needs the file for itself for a moment, and SQLite does not wait for that."""
+    end = time.monotonic() + _WAIT
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.02)
 
 
 def connect_to_read(path: Path) -> sqlite3.Connection:
@@ -123,7 +139,7 @@ def add(connection: sqlite3.Connection, session: int, number: int, record: Recor
         if number <= received:
             return
         connection.execute("UPDATE sessions SET received = ? WHERE id = ?", (number, session))
-        _drop_later(connection, record)
+        _drop_later(connection, record, begins=number == 1)
         text = record.layout.text()
         connection.execute("INSERT OR IGNORE INTO layouts (described) VALUES (?)", (text,))
         (layout,) = connection.execute("SELECT id FROM layouts WHERE described = ?", (text,)).fetchone()
@@ -158,11 +174,15 @@ def add(connection: sqlite3.Connection, session: int, number: int, record: Recor
         )
 
 
-def _drop_later(connection: sqlite3.Connection, record: Record) -> None:
-    """Drop what was written of this log step and of later ones."""
+def _drop_later(connection: sqlite3.Connection, record: Record, begins: bool) -> None:
+    """Drop what was written of this log step and of later ones.
+
+    begins: the record is its session's first. It then stands for the steps since the first scalar in it, too.
+    """
+    first = min([record.step, *(step for pairs in record.scalars.values() for step, _ in pairs if begins)])
     earlier = "SELECT coalesce(max(step), -1) FROM snapshots WHERE step < ?"
-    (last,) = connection.execute(earlier, (record.step,)).fetchone()
-    connection.execute("DELETE FROM snapshots WHERE step >= ?", (record.step,))
+    (last,) = connection.execute(earlier, (first,)).fetchone()
+    connection.execute("DELETE FROM snapshots WHERE step >= ?", (first,))
     connection.execute("DELETE FROM events WHERE step > ?", (last,))
     for name in record.scalars:
         connection.execute("DELETE FROM scalars WHERE name = ? AND step > ?", (name, record.step))

@@ -82,7 +82,7 @@ def _opened(path: Path) -> tuple[dict[str, Any], Iterator[tuple[int, Record]]]:
         if head is None or head["format"] != FORMAT:
             raise KeyError("format")
         about = {"uid": str(head["uid"]), "started": float(head["started"]), "about": dict(head["about"])}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise BadLog(f"expected a fragment of a run log of format {FORMAT}, got {error!r}: {path}") from None
     return about, _records(path)
 
@@ -95,8 +95,12 @@ def _records(path: Path) -> Iterator[tuple[int, Record]]:
             if found is None:
                 continue
             try:
-                yield int(found["number"]), Record.of_json(found)
-            except (BadLog, KeyError, TypeError, ValueError):
+                record = Record.of_json(found)
+                json.dumps(
+                    found, ensure_ascii=False
+                ).encode()  # a half of a character is no text for a database
+                yield min(int(found["number"]), 1 << 53), record
+            except (KeyError, TypeError, ValueError, OverflowError):
                 continue
 
 

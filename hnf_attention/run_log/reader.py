@@ -123,7 +123,10 @@ class RunLog:
         """The issues that were there at the last log step."""
         if self._connection is None or not len(steps := self.steps):
             return []
-        return database.active_issues(self._connection, int(steps[-1]))
+        try:
+            return database.active_issues(self._connection, int(steps[-1]))
+        except (sqlite3.DatabaseError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise BadLog(f"expected a whole run log, got one with {error!r}: {self.path}") from None
 
     @property
     def not_measured(self) -> dict[str, str]:
@@ -160,7 +163,7 @@ class RunLog:
                     step, first, time, bool(training), (counts[0], counts[1], counts[2]), layouts[number],
                     block, not_measured={str(k): str(v) for k, v in _dict(missed).items()},
                 )  # fmt: skip
-            except (ValueError, TypeError, IndexError) as error:
+            except (ValueError, TypeError, IndexError, OverflowError) as error:
                 raise BadLog(f"expected a log step at {step}, got {error!r}: {self.path}") from None
 
     def metric(self, name: str, layer: str) -> np.ndarray:

@@ -58,8 +58,11 @@ class Layout:
                 (str(name), _count(heads), _count(dim), str(dtype), _count(period))
                 for name, heads, dim, dtype, period in found["layers"]
             )
-            return Layout(tuple(map(str, found["metrics"])), layers)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            layout = Layout(tuple(map(str, found["metrics"])), layers)
+            if layout.heads * max(1, len(layout.metrics)) > blocks.MOST_NUMBERS:
+                raise ValueError(f"{layout.heads} heads")
+            return layout
+        except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
             raise BadLog(f"expected the layout of a block, got {error!r}") from None
 
 
@@ -109,7 +112,7 @@ class Record:
                 layout=Layout.parse(found["layout"]),
                 block=b64decode(found["block"], validate=True),
                 changes=[(_change(how), dict(issue)) for how, issue in found["changes"]],
-                events=[dict(event) for event in found["events"]],
+                events=[{**event, "kind": str(event["kind"])} for event in found["events"]],
                 scalars={
                     str(name): [(_count(step), _number(value)) for step, value in pairs]
                     for name, pairs in found["scalars"].items()

@@ -59,10 +59,19 @@ class RunLogWriter:
             raise ValueError(f"expected max_bytes to be an int >= 1, got {max_bytes!r}")
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        described = plain({"run": dict(about or {}), "environment": _environment()})
-        self._thread = _Thread(self.path, described, max_bytes)
+        self._about = plain({"run": dict(about or {}), "environment": _environment()})
+        self._max_bytes = max_bytes
+        self._open()
+
+    def _open(self) -> None:
+        self._thread = _Thread(self.path, self._about, self._max_bytes)
         # At the end of the process, too, what waits is written.
         self._end = weakref.finalize(self, _Thread.finish, self._thread, _PATIENCE)
+
+    def _take(self, item: tuple[Any, ...]) -> None:
+        if not self._end.alive:  # closed by an earlier monitor
+            self._open()
+        self._thread.take(item)
 
     def __repr__(self) -> str:
         thread = self._thread
@@ -71,22 +80,22 @@ class RunLogWriter:
 
     def write(self, diagnosis: AttentionDiagnosis) -> None:
         """Take one log step in. Raises nothing: the thread says what goes wrong."""
-        self._thread.take(("diagnosis", diagnosis, time.time()))
+        self._take(("diagnosis", diagnosis, time.time()))
 
     def note(self, step: int, **scalars: float) -> None:
-        """Keep numbers of a training step, such as loss=2.3; written with the next log step, or at the end."""
-        self._thread.take(("scalars", step, {name: float(value) for name, value in scalars.items()}))
+        """Keep numbers of a training step, such as loss=2.3; written with the next log step, or after the last one."""
+        self._take(("scalars", step, {name: float(value) for name, value in scalars.items()}))
 
     def event(self, step: int, kind: str, **detail: Any) -> None:
-        """Keep something that happened, such as an intervention; written with the next log step, or at the end."""
-        self._thread.take(("event", step, {"kind": kind, "step": step} | plain(detail)))
+        """Keep something that happened, such as an intervention; written with the next log step, or after the last."""
+        self._take(("event", step, {"kind": kind, "step": step} | plain(detail)))
 
     def flush(self, timeout: float = _PATIENCE) -> bool:
         """Wait until all that was taken is written. Returns whether it is."""
         return self._thread.flush(timeout)
 
     def close(self) -> None:
-        """Write what waits and end the thread. A second call does nothing."""
+        """Write what waits and end the thread. A second call does nothing; a later `write` goes on in the same file."""
         self._end()
 
 

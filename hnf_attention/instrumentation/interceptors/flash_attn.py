@@ -59,6 +59,7 @@ def _functions() -> dict[str, Callable[..., Any]]:
         held = {} if library is None else vars(library)
         found |= {f"{place}.{name}": original_of(held[name]) for name in _NAMES if name in held}
     for held in map(original_of, compat.loaded_flash_functions()):
-        found[f"{held.__module__}.{held.__name__}"] = held
+        name = getattr(held, "__name__", type(held).__name__)  # a partial has none
+        found[f"{getattr(held, '__module__', '')}.{name}"] = held
     one_name = {id(function): name for name, function in reversed(found.items())}
     return {name: found[name] for name in reversed(one_name.values()) if describes(found[name])}

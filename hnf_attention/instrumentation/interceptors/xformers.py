@@ -109,18 +109,18 @@ def _add_bias(call: AttentionCall, bias: Any) -> None:
     if bias is None:
         return
     num_queries, num_keys = call.query.shape[2], call.key.shape[2]
-    if isinstance(bias, Tensor):
+    kind = type(bias).__name__
+    if kind == "LowerTriangularMask":  # in some versions a subclass of Tensor
+        call.is_causal = True
+        return
+    if isinstance(bias, Tensor) and not hasattr(bias, "materialize"):
         require_plain(attn_bias=bias)
         bias = bias[:, None] if bias.dim() == 3 and call.query.shape[1] == 1 else bias
         bias = bias.flatten(1, 2) if bias.dim() == 5 else bias
         call.attn_mask = hide(bias.detach(), call.query.dtype)
         return
-    kind = type(bias).__name__
     if kind.startswith("Paged"):
         raise Unmeasurable(f"its attn_bias is a {kind}: keys in pages")
-    if kind == "LowerTriangularMask":
-        call.is_causal = True
-        return
     if kind in _PACKS and call.query.shape[0] == 1:
         queries, keys = bias.q_seqinfo, bias.k_seqinfo
         same = queries.seqstart is keys.seqstart or list(queries.seqstart_py) == list(keys.seqstart_py)
@@ -133,4 +133,5 @@ def _add_bias(call: AttentionCall, bias: Any) -> None:
             f"its attn_bias is a {kind} over {num_queries} x {num_keys} places, too many to write out"
         )
     made = bias.materialize((num_queries, num_keys), dtype=torch.float32, device=call.query.device)
+    call.copied = True
     call.attn_mask = made[:, None] if made.dim() == 3 and made.shape[0] == call.query.shape[0] else made
