@@ -143,6 +143,18 @@ def original_of(function: Any) -> Any:
     return function
 
 
+def _may_hold(space: dict[str, Any], known: Mapping[int, Any]) -> bool:
+    """Whether one of these functions, or something that may stand for one, is in a namespace.
+
+    All files together hold a hundred thousand values, so this has to be quick.
+    """
+    values = list(space.values())
+    if not known.keys().isdisjoint(map(id, values)):
+        return True
+    functions = [value for value in values if type(value) is FunctionType]
+    return any(hasattr(function, _MARK) or dynamo.is_compiled(function) for function in functions)
+
+
 def _places(
     functions: Collection[Callable[..., Any]], modules: Collection[nn.Module]
 ) -> Iterator[tuple[Callable[..., Any], _Place]]:
@@ -158,7 +170,7 @@ def _places(
     for file in list(sys.modules.values()):
         if issubclass(type(file), ModuleType) and id(vars(file)) not in seen:
             seen.add(id(vars(file)))
-            for name, value in list(vars(file).items()):
+            for name, value in list(vars(file).items()) if _may_hold(vars(file), known) else ():
                 if (function := found(value)) is not None:
                     yield function, of_item(vars(file), name)
     for cls in classes(modules):
