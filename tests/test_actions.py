@@ -189,7 +189,7 @@ def test_the_others_are_compared_as_far_as_a_reading_shows_them():
         ({"action": "rewind", "before": -1}, "'before' to be the step of the alarm, .*got -1"),
         ({"action": "qk_norm", "layers": "0"}, "'layers' to be a list of names of modules, got '0'"),
         ({"action": "qk_norm", "layers": ["7"]}, "names of modules of the model"),
-        ({"action": "qk_norm", "most": 0}, "'most' to be a number > 0, got 0"),
+        ({"action": "qk_norm", "most": 0}, "most to be a number > 0, got 0"),
         ({"action": "standing_qk_clip", "threshold": -1}, "'threshold' to be a number > 0, got -1"),
         ({"action": "standing_qk_clip", "measure": "abs"}, "'measure' in .* got 'abs'"),
         ({"action": "reduce_lr", "factor": 0.5, "then": {}}, "'then' to be a list of interventions"),

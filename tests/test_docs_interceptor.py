@@ -62,9 +62,12 @@ def library(interceptor, monkeypatch):
     exec(LIBRARY, vars(theirs))
     monkeypatch.setitem(sys.modules, "theirs", theirs)
     install = handle._install
-    monkeypatch.setattr(
-        handle, "_install", lambda modules: [*install(modules), *interceptor.install(modules)]
-    )
+
+    def with_theirs(modules, patches):
+        install(modules, patches)
+        patches += interceptor.install(modules)
+
+    monkeypatch.setattr(handle, "_install", with_theirs)
     return theirs
 
 

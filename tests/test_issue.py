@@ -94,7 +94,10 @@ def test_what_was_counted_is_in_one_table_with_its_source():
     assert set(HARMED) == {"error", "warning"} and all(0 < x.count <= x.total for x in HARMED.values())
     assert all("docs/validation.md" in x.source for x in (*HARMED.values(), *RESOLVED.values()))
     assert HARMED["error"].share == "86%" and harm_text("error", "empty_rows") == ""
-    text = (Path(__file__).parents[1] / "docs" / "validation.md").read_text()
+    page = Path(__file__).parents[1] / "docs" / "validation.md"
+    if not page.is_file():
+        pytest.skip("the documentation is in the checkout only")
+    text = page.read_text()
     for count in (*HARMED.values(), *RESOLVED.values()):  # the page and the table agree
         assert f"{count.count} of {count.total}" in text, count
 

@@ -41,8 +41,8 @@ def padding(kind, hidden):
 @pytest.fixture
 def made(monkeypatch):
     names = []
-    hidden, keys = call._hidden, call.hidden_keys
-    monkeypatch.setattr(call, "_hidden", lambda *given: names.append("copy") or hidden(*given))
+    hidden, keys = call.hidden, call.hidden_keys
+    monkeypatch.setattr(call, "hidden", lambda *given: names.append("copy") or hidden(*given))
     monkeypatch.setattr(call, "hidden_keys", lambda *given: names.append("keys") or keys(*given))
     return names
 
