@@ -72,8 +72,8 @@ class AttentionStabilityMonitor:
     history_bytes: the most memory that `history` takes. Older snapshots are thinned when it is reached.
     every_step: take the extremes of the training steps that are not measured: the first NaN or inf, and lower bounds of
         the largest scores. See `HeadStats.between_max_logit` and what stands beside it.
-    good_states: `GoodStates(model, optimizer)`, of which the monitor ends each step. Its schedulers are those of the run. In
-        a run of one process, errors are then answered by a restart from one of them.
+    good_states: `GoodStates(model, optimizer)`, of which the monitor ends each step. Its schedulers are those of the
+        run. In a run of one process, errors are then answered by a restart from one of them.
 
     A snapshot holds the forwards under grad since the last one, and evaluation forwards only if there was no other;
     `Snapshot.holds` says which. A forward that raised is left out. `with monitor.paused():` leaves out all inside.
