@@ -24,9 +24,12 @@ KERNELS: dict[str, frozenset[str]] = {
     "extremes_kernel": FLOATS,
     "scan_mask_kernel": frozenset({"uint8", "float32"}),  # boolean masks are read as bytes
     "bounds_kernel": frozenset({"int32", "int64"}),
+    "pack_kernel": frozenset({"int32"}),
+    "mask_rows_kernel": frozenset({"int32", "uint8"}),
+    "mask_kernel": frozenset({"int32"}),
 }
 #: Kernels that only a test launches.
-OF_TESTS = frozenset({"list_blocks"})
+OF_TESTS = frozenset({"list_blocks", "list_spans", "finish_rows"})
 #: Kernels of graphs that measure themselves. The slow tests of test_graphed.py launch them with their options.
 OF_GRAPHS = frozenset({"single_extremes_kernel", "beside_kernel", "rows_asked_kernel"})
 #: Kernel and option: the value that no caller can ask for.
@@ -37,17 +40,23 @@ IMPOSSIBLE: dict[tuple[str, str], bool] = {
     ): True,  # the gradient of a mask is written once, beside that of the queries
     ("scan_mask_kernel", "has_mask"): False,
     ("extremes_kernel", "single"): True,  # which is `single_extremes_kernel`
+    ("pack_kernel", "is_packed"): False,
+    ("mask_kernel", "has_mask"): False,
+    ("mask_kernel", "is_packed"): True,
 }
+# The sm_90 forward takes none of these.
+IMPOSSIBLE |= {
+    (kernel, option): True
+    for kernel in ("pack_kernel", "mask_kernel")
+    for option in ("has_softcap", "has_bias")
+}
+IMPOSSIBLE |= {("pack_kernel", "has_mask"): True}
 # It corrects the sm_90 forward, which takes none of these.
 IMPOSSIBLE |= {
     ("huge_rows_kernel", option): True
     for option in (
-        "has_mask",
         "has_bias",
-        "is_windowed",
-        "is_packed",
         "has_softcap",
-        "has_sinks",
         "extended",
         "natural",
         "pointers",
