@@ -22,6 +22,7 @@ KERNELS: dict[str, frozenset[str]] = {
     "fold_kernel": FLOATS | {"bfloat16"},
     "columns_kernel": FLOATS,
     "extremes_kernel": FLOATS,
+    "longest_kernel": FLOATS,
     "scan_mask_kernel": frozenset({"uint8", "float32"}),  # boolean masks are read as bytes
     "bounds_kernel": frozenset({"int32", "int64"}),
     "pack_kernel": frozenset({"int32"}),
