@@ -11,10 +11,9 @@ A step is forward, loss, backward, AdamW and zero_grad. The variants share one m
 - near: every head is close to the threshold, so its exact size is computed at every step
 - few near: the same for one query head of each layer, which is made four times as long; the others are far below
 - default, ...: with `within_step=True`, where each forward of a layer looks at its own sizes
+- steps that clip cost the same as "near": factors are multiplied in whether they are 1 or not
 
 The learning rate is 0: sizes stay where the thresholds were chosen for them.
-
-- steps that clip cost the same as "near": factors are multiplied in whether they are 1 or not
 
 A clip is made for its turn and ended after it. The first round, which compiles, does not count. One step of each turn
 runs under torch's own check that the host waits for nothing; "waits" says whether it did.
