@@ -211,7 +211,7 @@ def draw_case(
         mask = drawn if kind.dtype != torch.float64 or drawn.dtype == torch.bool else drawn.double()
     sinks = None
     if problem.has_sinks:
-        sinks = torch.randn(heads, generator=generator) * rng.choice((1.0, 1.0, 30.0))
+        sinks = torch.randn(heads, generator=generator) * rng.choice((1.0, 1.0, 30.0, 1e4, 1e7))
         if heads and rng.random() < 0.2:
             sinks[rng.randrange(heads)] = -torch.inf
     rows = (batch, heads, queries)
