@@ -22,13 +22,14 @@ KERNELS: dict[str, frozenset[str]] = {
     "fold_kernel": FLOATS | {"bfloat16"},
     "columns_kernel": FLOATS,
     "extremes_kernel": FLOATS,
+    "single_extremes_kernel": FLOATS,
+    "beside_kernel": frozenset({"float32"}),
+    "rows_asked_kernel": frozenset({"float32", "uint8"}),  # rows that do not count are read as bytes
     "scan_mask_kernel": frozenset({"uint8", "float32"}),  # boolean masks are read as bytes
     "bounds_kernel": frozenset({"int32", "int64"}),
 }
 #: Kernels that only a test launches.
 OF_TESTS = frozenset({"list_blocks"})
-#: Kernels of graphs that measure themselves. The slow tests of test_graphed.py launch them with their options.
-OF_GRAPHS = frozenset({"single_extremes_kernel", "beside_kernel", "rows_asked_kernel"})
 #: Kernel and option: the value that no caller can ask for.
 IMPOSSIBLE: dict[tuple[str, str], bool] = {
     (
@@ -36,7 +37,9 @@ IMPOSSIBLE: dict[tuple[str, str], bool] = {
         "has_d_scores",
     ): True,  # the gradient of a mask is written once, beside that of the queries
     ("scan_mask_kernel", "has_mask"): False,
-    ("extremes_kernel", "single"): True,  # which is `single_extremes_kernel`
+    # Each of the two is the other's case.
+    ("extremes_kernel", "single"): True,
+    ("single_extremes_kernel", "single"): False,
 }
 # It corrects the sm_90 forward, which takes none of these.
 IMPOSSIBLE |= {
@@ -90,7 +93,7 @@ class LaunchedOptions:
 
     def add(self, kernel: str, arguments: dict[str, Any]) -> None:
         kernel = kernel.lstrip("_")
-        if kernel in OF_TESTS | OF_GRAPHS:
+        if kernel in OF_TESTS:
             return
         options = self.seen[kernel]
         for argument, value in arguments.items():
