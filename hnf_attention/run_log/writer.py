@@ -88,11 +88,11 @@ class RunLogWriter:
         self._take(("diagnosis", diagnosis, time.time()))
 
     def note(self, step: int, **scalars: float) -> None:
-        """Keep numbers of a training step, such as loss=2.3; written with the next log step, or after the last one."""
+        """Keep numbers of a training step, such as loss=2.3; written with the next log step, or at the end."""
         self._take(("scalars", step, {name: float(value) for name, value in scalars.items()}))
 
     def event(self, step: int, kind: str, **detail: Any) -> None:
-        """Keep something that happened, such as an intervention; written with the next log step, or after the last."""
+        """Keep something that happened, such as an intervention; written with the next log step, or at the end."""
         self._take(("event", step, {"kind": kind, "step": step} | plain(detail)))
 
     def flush(self, timeout: float = _PATIENCE) -> bool:
@@ -173,7 +173,7 @@ class _Thread(threading.Thread):
                 # Whatever is wrong with one log step, the next ones are written.
                 self._leave_out("a log step")
         try:
-            record = self._recording.rest()
+            record = self._recording.rest(time.time())
             if record is not None:
                 self.kept.append((self._number + 1, record))
             self._write()
