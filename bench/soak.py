@@ -2,7 +2,7 @@
 
     python bench/soak.py [--device cpu|cuda] [--steps 100000] [--pairs 10000] [--seconds 900] [--out soak.json]
 
-The first part trains a tiny model under a monitor that writes a run log, `--steps` steps. Then the monitor is ended, and
+The first part trains a tiny model under a monitor with a run log, `--steps` steps. The monitor is then ended, and
 what it leaves is counted: hooks, replaced functions, threads, objects. The second part instruments and restores a model
 `--pairs` times. Each stops early at its share of `--seconds`. Times are those of this thread's processor on a CPU,
 where neighbours share it, and of the wall on a card. Exit code 1 if a check fails.
