@@ -21,6 +21,7 @@ from .output import check_figure, check_target, for_people, write_document
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+LARGEST = 1 << 26  # bytes of a configuration; those of models have some thousand
 _PASSING = {"unstable": ("stable", "marginal"), "marginal": ("stable",)}  # --fail-on -> verdicts
 
 
@@ -92,11 +93,14 @@ def read_json(path: Path) -> dict[str, Any] | PretrainedConfig:
     Raises InputError for a file that is not a JSON object.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        config = json.loads(path.read_text(encoding="utf-8")) if size <= LARGEST else None
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # JSON's and UTF-8's
         raise InputError(f"expected a JSON configuration in {path}, got something else: {error}") from error
+    if size > LARGEST:
+        raise InputError(f"expected a configuration of at most {LARGEST:,} bytes in {path}, got {size:,}")
     if not isinstance(config, dict):
         raise InputError(f"expected a JSON object in {path}, got a {type(config).__name__}")
     if "model_type" not in config:
