@@ -10,6 +10,8 @@ TRAINER = [*HUGGINGFACE, "accelerate>=1.1"]  # transformers' Trainer runs on it
 LIGHTNING = ["lightning>=2.4"]
 TENSORBOARD = ["tensorboard>=2.16"]
 WANDB = ["wandb>=0.18"]
+MLFLOW = ["mlflow-skinny>=3"]  # a local database needs sqlalchemy and alembic as well, which `mlflow` brings
+TRACKIO = ["trackio>=0.43"]
 PARQUET = ["pyarrow>=15"]
 INTEGRATIONS = [*TRAINER, *LIGHTNING, *TENSORBOARD, *WANDB, *PARQUET]
 MODELS = ["diffusers>=0.30", "peft>=0.14"]  # other people's attention and wrappers, which the tests measure
@@ -63,6 +65,8 @@ setup(
         "lightning": LIGHTNING,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
+        "mlflow": MLFLOW,
+        "trackio": TRACKIO,
         "parquet": PARQUET,
         "dev": DEV,
         "docs": DOCS,

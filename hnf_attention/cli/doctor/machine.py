@@ -18,6 +18,8 @@ EXTRAS = {
     "lightning": ("lightning",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
+    "mlflow": ("mlflow-skinny",),
+    "trackio": ("trackio",),
     "parquet": ("pyarrow",),
 }
 
