@@ -219,7 +219,9 @@ def test_the_demo_says_what_happened_and_leaves_it_on_disk(tmp_path):
         for run in ("treated", "untreated")
         for what in ("entropy", "max_logit", "curvature")
     }
-    assert names == figures | {"losses.png", "diagnosis.json", "monitor.log"}
+    assert names == figures | {
+        *("losses.png", "diagnosis.json", "monitor.log", "report.html", "untreated.db", "treated.db")
+    }
     document = json.loads((tmp_path / "out" / "diagnosis.json").read_text(), parse_constant=pytest.fail)
     assert document == json.loads(json.dumps(returned))
     assert document["outcome"] == outcome.to_dict()
