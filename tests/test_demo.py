@@ -217,7 +217,7 @@ def test_the_demo_says_what_happened_and_leaves_it_on_disk(tmp_path):
     figures = {
         f"{run}_{what}.png"
         for run in ("treated", "untreated")
-        for what in ("entropy", "max_logit", "curvature")
+        for what in ("entropy", "score_range", "curvature")
     }
     assert names == figures | {
         *("losses.png", "diagnosis.json", "monitor.log", "report.html", "untreated.db", "treated.db")
