@@ -8,6 +8,7 @@ import pytest
 from hnf_attention.cli.main import main
 from hnf_attention.precheck import known_design
 from hnf_attention.precheck.costs import Cost, cost
+from hnf_attention.report.designs import short_names
 
 NUMBERS = {"d_model": 512, "n_heads": 8, "n_layers": 3, "seq_len": 1024}
 
@@ -66,7 +67,8 @@ def test_regions_are_drawn_beside_each_other(designs, tmp_path):
     widths = []
     for some in (designs[:1], designs):
         main(["check", *some, "--region", str(tmp_path / "region.png")])
-        widths.append(Image.open(tmp_path / "region.png").width)
+        with Image.open(tmp_path / "region.png") as picture:
+            widths.append(picture.width)
     assert widths[1] == 3 * widths[0] == 3 * 1080
 
 
@@ -87,6 +89,20 @@ def test_a_change_costs_what_its_shapes_say(change, expected):
     assert (found.weights, found.flops, found.cache) == pytest.approx(
         (expected.weights, expected.flops, expected.cache)
     )
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["/a/b/x.json", "/a/c/y.json"], ["x.json", "y.json"]),
+        (["/a/b/config.json", "/a/c/config.json", "gpt2"], ["b/config.json", "c/config.json", "gpt2"]),
+        (["gpt2", "gpt2"], ["gpt2", "gpt2"]),
+        (["x/a", "y/x/a"], ["x/a", "y/x/a"]),
+        (["folder/", "other"], ["folder", "other"]),
+    ],
+)
+def test_names_lose_the_folders_that_nobody_needs(names, short):
+    assert short_names(names) == short
 
 
 def test_a_cost_in_words():

@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..versions import DISTRIBUTION, __version__
 from .examples import EXAMPLES
 
+SHELLS = ("bash", "zsh", "tcsh")  # what shtab completes in
 _WIDTH = 78  # columns of a description
 _LARGEST = 2**63 - 1  # what PyTorch takes
 
@@ -31,6 +32,12 @@ def make_parser() -> Parser:
         epilog="hnf-attention COMMAND --help shows the options of a command, with examples.",
     )
     parser.add_argument("--version", action="version", version=f"{DISTRIBUTION} {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        choices=SHELLS,
+        metavar="SHELL",
+        help=f"print the script that completes commands and options in {', '.join(SHELLS[:-1])} or {SHELLS[-1]}",
+    )
     parser.set_defaults(debug=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _command(

@@ -40,6 +40,8 @@ class CheckedDesign(NamedTuple):
 
 def side_by_side(designs: Sequence[CheckedDesign]) -> RenderableType:
     """Margins and bits, the temperatures that are stable, what each advised change costs, and the verdicts last."""
+    labels = short_names([each.name for each in designs])
+    designs = [each._replace(name=label) for each, label in zip(designs, labels)]
     parts: list[RenderableType] = [_margins(designs), _stable(designs)]
     advised = [each for each in designs if each.report["verdict"] != STABLE and each.report["neighbours"]]
     if advised:
@@ -55,6 +57,16 @@ def side_by_side(designs: Sequence[CheckedDesign]) -> RenderableType:
         ratio = f"sigma / sigma_c {each.report['sigma_ratio']:.2f}, margin {each.report['margin']:.2f}"
         parts.append(Text(f"{verdict}: {each.name}, {ratio}{mark}", style=VERDICT_STYLES[verdict]))
     return Group(*parts)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Each name without the folders that nobody needs to tell it from the others: 'b/x.json' of 'a/b/x.json'."""
+    parts = [name.rstrip("/").split("/") for name in names]
+    for count in range(1, max(map(len, parts)) + 1):
+        found = ["/".join(each[-count:]) for each in parts]
+        if len(set(found)) == len(set(names)):
+            return found
+    return list(names)
 
 
 def _names(designs: Sequence[CheckedDesign]) -> Column:

@@ -21,6 +21,7 @@ EXTRAS = {
     "mlflow": ("mlflow-skinny",),
     "trackio": ("trackio",),
     "parquet": ("pyarrow",),
+    "completion": ("shtab",),
 }
 
 
