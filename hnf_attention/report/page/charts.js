@@ -72,23 +72,33 @@ function drawLines(plot, options, [low, high]) {
   ctx.rect(left, top, width, height);
   ctx.clip();
   ctx.font = look.chartFont(ratio);
-  let lastY = Infinity;
-  for (const { value, name } of limits) {
-    if (value < low || value > high || (log && value <= 0)) continue;
+  const shown = limits.filter(({ value }) => value >= low && value <= high && !(log && value <= 0));
+  for (const { value } of shown) {
     const y = plot.valToPos(value, "y", true);
     stroke(ctx, look.error, ratio, [6, 4], left, y, left + width, y);
-    ctx.fillStyle = look.error;
-    const near = Math.abs(y - lastY) < 14 * ratio; // two names must not lie on each other
-    lastY = near ? Infinity : y;
-    ctx.textAlign = "left";
-    ctx.textBaseline = y - top < 14 * ratio ? "top" : "bottom";
-    ctx.fillText(name, left + (near ? 64 : 4) * ratio, y + (ctx.textBaseline === "top" ? 2 : -2) * ratio);
   }
   for (const forecast of options.forecasts || []) interval(plot, forecast, [low, high], look, ratio);
   for (const moment of moments) {
     const x = plot.valToPos(moment.step, "x", true);
     stroke(ctx, look[moment.colour] || look.done, 1.5 * ratio, moment.dash || [], x, top, x, top + height);
     if (moment.kind === "intervention") diamond(ctx, x, top + 7 * ratio, 5 * ratio, look.done);
+  }
+  // Names come last, with a rim in the colour of the page, so that lines which cross them leave them readable.
+  let lastY = Infinity;
+  for (const { value, name } of shown) {
+    const y = plot.valToPos(value, "y", true);
+    const near = Math.abs(y - lastY) < 14 * ratio; // two names must not lie on each other
+    lastY = near ? Infinity : y;
+    ctx.textAlign = "left";
+    ctx.textBaseline = y - top < 14 * ratio ? "top" : "bottom";
+    const place = [name, left + (near ? 64 : 4) * ratio, y + (ctx.textBaseline === "top" ? 2 : -2) * ratio];
+    ctx.setLineDash([]);
+    ctx.strokeStyle = look.surface;
+    ctx.lineWidth = 4 * ratio;
+    ctx.lineJoin = "round";
+    ctx.strokeText(...place);
+    ctx.fillStyle = look.error;
+    ctx.fillText(...place);
   }
   ctx.restore();
 }

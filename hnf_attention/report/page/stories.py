@@ -226,9 +226,16 @@ def _done(event: Event) -> dict[str, Any] | None:
         "step": event.step,
         "kind": "verification" if checked else event.kind,
         "action": action.replace("_", " "),
-        "text": str(text) if checked else f"{action.replace('_', ' ')}{f' ({text})' if text else ''}",
+        "text": str(text) if checked else _deed(action.replace("_", " "), str(text)),
         "layers": [str(name) for name in named],
     }
+
+
+def _deed(action: str, text: str) -> str:
+    """'qk clip (threshold 30)'; a text that begins with the action needs no other name."""
+    if text.lower().startswith(action.lower()):
+        return text
+    return f"{action} ({text})" if text else action
 
 
 def _treats(done: Mapping[str, Any], story: Story) -> bool:
