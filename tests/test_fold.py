@@ -132,8 +132,14 @@ def test_a_sample_of_rows(name, phase, device):
     _check(q, k, case.options(*tensors), rows=rows, context=_context(q, k) if phase else UNKNOWN)
 
 
-@pytest.mark.parametrize("head_dim", [70, 128, 200])
-@pytest.mark.parametrize("sample", [None, (2, 1)])
+@pytest.mark.parametrize(
+    ("head_dim", "sample"),
+    [
+        (70, (2, 1)),
+        (200, None),
+        *(pytest.param(*x, marks=SLOW) for x in ((70, None), (128, None), (128, (2, 1)), (200, (2, 1)))),
+    ],
+)
 def test_wide_heads(head_dim, sample, device):
     case = Case(1, 1, 2, 150, 90, head_dim, is_causal=True)
     tensors = case.tensors(device=device)

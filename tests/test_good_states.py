@@ -138,6 +138,27 @@ def test_memory_is_bounded_and_used_again():
     assert "GiB)" in repr(states)
 
 
+def test_all_that_a_schedule_changes_goes_back_and_nothing_else():
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, betas=(0.95, 0.99), weight_decay=0.0)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20)
+    states = GoodStates(model, optimizer, 5, 2, margin=5, scheduler=cycle)
+    kept = {}
+    for step in range(1, 13):
+        model(X).square().mean().backward()
+        optimizer.step()
+        cycle.step()
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 0.01 * step  # by hand
+        kept[step] = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+        states.on_step(step)
+    optimizer.param_groups[0]["eps"] = 1e-6  # as the intervention `set_eps`
+    assert states.rewind(before=12) == 5
+    wanted = kept[5] | {"eps": 1e-6}
+    assert {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} == wanted
+    assert wanted["betas"] != kept[12]["betas"] and wanted["weight_decay"] != kept[12]["weight_decay"]
+
+
 @pytest.mark.parametrize("tensor_rate", [False, True])
 def test_rates_stay_unless_the_scheduler_is_given(tensor_rate):
     rate = torch.tensor(1e-2) if tensor_rate else 1e-2

@@ -129,6 +129,33 @@ def test_what_it_does_not_ask_for_is_left_alone(by_kernels, wanted):
     assert (under_grad == nothing[0]).all() == (wanted == EXTREMES)
 
 
+@pytest.mark.parametrize(
+    "case, dtype, has_out",
+    [
+        (Case(1, 1, 2, 6, 7, 8, 8, is_causal=True, window_size=3, softcap=5.0), torch.float16, True),
+        (Case(1, 1, 1, 6, 6, 8, 8, mask="bool"), torch.float32, False),
+        (Case(1, 1, 1, 5, 6, 8, 8, mask="additive"), torch.float32, True),
+        (Case(1, 1, 1, 7, 7, 8, 8, seqlens=(0, 3, 7)), torch.float32, True),
+    ],
+    ids=["causal, window, soft-cap", "padding", "bias", "pack"],
+)
+def test_extremes_of_every_kind_of_call(by_kernels, case, dtype, has_out):
+    given, options = tensors(case, dtype)
+    given = given[:3] + ((given[3] if has_out else None),)
+    given[1][0, 0, 1, 2] = torch.nan
+    state = fresh(given[0].shape[1], 3 | EXTREMES)
+    GraphedCall(given, options, 2).run(state, given, options.attn_mask, statistics=False)
+    want = reference.new_result(given[0].shape[1], torch.device(DEVICE))
+    left_out = None
+    if options.attn_mask is not None and case.num_queries == case.num_keys:
+        left_out = hidden_keys(options, 1, case.num_queries, case.num_keys)
+    rows = kernel.block_rows(given[0].shape[3], dtype, options)
+    reference.raise_result(want, *given, options, left_out, 3, 5, rows)
+    got, wanted = (reference.decoded(x.cpu().numpy()) for x in (state.result, want))
+    np.testing.assert_allclose(got, wanted, rtol=1e-3 if dtype == torch.float16 else 1e-5)
+    assert (got != reference.decoded(reference.new_result(1, torch.device("cpu")).numpy())).any()
+
+
 def test_a_tie_goes_to_the_first_key_and_few_rows_share_none(by_kernels):
     beside = engines.kernel("measure.beside").beside
     weights = torch.zeros(1, 3, 1500, device=DEVICE)

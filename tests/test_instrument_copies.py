@@ -53,8 +53,15 @@ COPIES = {
 }
 
 
-@pytest.mark.parametrize("forward_first", [False, True])
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("strict", "forward_first"),
+    [
+        (False, True),
+        (True, False),
+        pytest.param(False, False, marks=pytest.mark.slow),
+        pytest.param(True, True, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("make", [Model, HoldingAttention])
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_is_the_plain_models(way, make, strict, forward_first):

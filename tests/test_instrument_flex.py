@@ -63,8 +63,17 @@ class OwnAttention(nn.Module):
         return self.function(*args, **kwargs)
 
 
-@pytest.mark.parametrize("chunks", ["one", "of a mask that is written out", "without a mask that is"])
-@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(
+    ("chunks", "kv_heads"),
+    [
+        ("one", 2),
+        ("of a mask that is written out", 4),
+        ("without a mask that is", 2),
+        pytest.param("one", 4, marks=pytest.mark.slow),
+        pytest.param("of a mask that is written out", 2, marks=pytest.mark.slow),
+        pytest.param("without a mask that is", 4, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("case", CASES)
 def test_statistics_are_those_of_the_modified_scores(case, kv_heads, chunks, monkeypatch):
     if chunks != "one":

@@ -32,9 +32,14 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("mode", ["probe", "fused"])
 @pytest.mark.parametrize(
-    ("name", "implementation"), [(n, i) for n, family in FAMILIES.items() for i in family.implementations]
+    ("name", "implementation", "mode"),
+    [
+        pytest.param(name, implementation, mode, marks=() if number % 2 == other else pytest.mark.slow)
+        for number, name in enumerate(FAMILIES)
+        for implementation in FAMILIES[name].implementations
+        for other, mode in enumerate(("probe", "fused"))
+    ],
 )
 @torch.no_grad()
 def test_equals_the_eager_model(name, implementation, mode):

@@ -63,7 +63,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("mode", ["probe", "fused", "auto"])
+@pytest.mark.parametrize("mode", ["probe", "fused", pytest.param("auto", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_output_and_rows(name, mode):
     model, inputs = Model(**OPTIONS[name]), x()

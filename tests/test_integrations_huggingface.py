@@ -240,6 +240,35 @@ def test_restore_ends_it_after_an_exception(make):
     AttentionStabilityMonitor(trainer.model).restore()
 
 
+def test_good_states_take_the_run_back_between_two_steps(make):
+    callback = AttentionStabilityCallback(good_states={"every": 1, "keep": 4, "margin": 2})
+
+    class Back(Weights):
+        def on_optimizer_step(self, args, state, control, **given):
+            super().on_optimizer_step(args, state, control, **given)
+            if state.global_step == 3:  # the fourth is ending
+                assert callback.states.steps == [1, 2, 3, 4]
+                assert callback.states.rewind(before=4) == 2
+
+    watched = Back()
+    trainer = make([callback, watched, after := WeightsAfter()], max_steps=8, logging_steps=1)
+    trainer.train()
+    weights = after.seen
+    assert torch.equal(weights[3], weights[1]) and not torch.equal(watched.seen[3], weights[1])
+    rates = [line["learning_rate"] for line in trainer.state.log_history if "loss" in line]
+    decay = [1e-3 * (8 - step) / 8 for step in (0, 1, 2, 1, 2, 3, 4, 5)]
+    assert rates == pytest.approx(decay)
+    assert callback.states.bytes == 0 and callback.monitor.status.off.keys() == {"recording"}
+
+
+@pytest.mark.parametrize("given", [True, {"steps": 3}, {"every": 5, "optimizer": None}])
+def test_wrong_options_of_good_states_are_refused(given):
+    with pytest.raises(
+        ValueError, match="good_states to be None or a dict with some of every, keep, margin, rng"
+    ):
+        AttentionStabilityCallback(good_states=given)
+
+
 def test_bad_arguments_are_refused_when_training_begins(make):
     with pytest.raises(ValueError, match="expected log_every"):
         make([AttentionStabilityCallback(log_every=0)]).train()

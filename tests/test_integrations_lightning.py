@@ -107,6 +107,23 @@ def test_only_training_is_measured_once_per_optimizer_step(make, rows):
     assert float(ours[0]["attn/normalized_entropy_min"]) == pytest.approx(lowest)
 
 
+def test_good_states_take_the_run_back_between_two_steps(make):
+    callback = AttentionStabilityCallback(good_states={"every": 1, "keep": 4, "margin": 2})
+
+    class Back(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            if trainer.global_step == 4 and not callback.states.jumps:
+                assert callback.states.steps == [1, 2, 3, 4]
+                assert callback.states.rewind(before=4) == 2
+
+    module = Language()
+    make([callback, Back()], logger=False).fit(module, loader())
+    weights, rates = module.weights, module.rates
+    assert torch.equal(weights[4], weights[2]) and not torch.equal(weights[3], weights[2])
+    assert rates == pytest.approx([1e-3 * (1 - step / 16) for step in (0, 1, 2, 3, 2, 3)])
+    assert callback.states.bytes == 0
+
+
 def test_it_does_not_change_the_training_and_leaves_the_model_as_it_was(make):
     def weights(callbacks):
         module = Language()

@@ -257,7 +257,9 @@ def test_files_of_version_0_1_are_read_under_todays_names(tmp_path):
     assert [issue["issue_type"] for issue in former["issues"]] == ["one_hot_attention", "vanishing_gradient"]
     layer = former["layers"]["h.0.attn"]
     # Head statistics that came later are missing in files of before.
-    assert set(former) == set(today) - {"holds"} and set(layer) <= set(today["layers"]["h.0.attn"])
+    assert set(former) == set(today) - {"holds", "not_judged"} and set(layer) <= set(
+        today["layers"]["h.0.attn"]
+    )
     assert layer["normalized_entropy"] == [0.02, 0.7] and layer["saturated_share"] == [0.25, 0.0]
     assert layer["normalized_entropy_min"] == [0.01, 0.6] and layer["normalized_entropy_p10"] == [0.015, 0.65]
     assert layer["normalized_entropy_stderr"] == [0.0, 0.1] and layer["saturated_share_stderr"] == [0.0, 0.2]

@@ -63,9 +63,9 @@ def largest(model, run):
     return layer, torch.maximum(rows.max_logit.abs(), rows.min_logit.abs()).amax((0, 2))
 
 
-@pytest.fixture(params=BUILDERS)
-def hot(request):
-    """A model whose four heads have scores far apart, two of them above TAU: (model, run, layer, scores)."""
+@pytest.fixture(scope="module", params=BUILDERS)
+def made(request):
+    """`hot`, and the weights that it starts with."""
     torch.manual_seed(0)
     model, run = BUILDERS[request.param]()
     model.train()
@@ -82,7 +82,15 @@ def hot(request):
     )
     _, scores = largest(model, run)
     torch.testing.assert_close(scores, torch.tensor([90.0, 5, 40, 20]), rtol=1e-4, atol=0)
-    return model, run, layer, scores
+    return (model, run, layer, scores), copy.deepcopy(model.state_dict())
+
+
+@pytest.fixture
+def hot(made):
+    """A model whose four heads have scores far apart, two of them above TAU: (model, run, layer, scores)."""
+    (model, *rest), start = made
+    model.load_state_dict(start)
+    return model, *rest
 
 
 def test_qk_clip_brings_exactly_the_hot_heads_to_the_threshold(hot):

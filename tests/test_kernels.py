@@ -1,5 +1,7 @@
 """Triton kernels against the fp64 oracle and the reference: interpreter on the CPU, for real on a GPU."""
 
+import itertools
+
 import pytest
 import torch
 from cases import (
@@ -61,8 +63,15 @@ def test_forward_matches_the_oracle_anywhere(case, dtype):
     _check_forward(case, dtype, "cuda" if ON_GPU else "cpu")
 
 
-@pytest.mark.parametrize("window_size", [None, 20])
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    ("is_causal", "window_size"),
+    [
+        (False, 20),
+        (True, None),
+        pytest.param(False, None, marks=pytest.mark.slow),
+        pytest.param(True, 20, marks=pytest.mark.slow),
+    ],
+)
 def test_forward_walks_masked_and_unmasked_tiles(is_causal, window_size, device):
     case = Case(1, 1, 1, 70, 90, is_causal=is_causal, window_size=window_size)
     _check_forward(case, torch.float32, device)
@@ -193,9 +202,15 @@ def test_backward_of_each_cotangent_alone(with_value, cotangents, device):
     _check_backward(tensors, case.options(*tensors), 2e-6, with_value, cotangents)
 
 
-@pytest.mark.parametrize("lengths", [(70, 90), (90, 70)])
-@pytest.mark.parametrize("window_size", [None, 20])
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    ("is_causal", "window_size", "lengths"),
+    [
+        pytest.param(
+            *walk, marks=() if walk in ((False, 20, (90, 70)), (True, None, (70, 90))) else pytest.mark.slow
+        )
+        for walk in itertools.product((False, True), (None, 20), ((70, 90), (90, 70)))
+    ],
+)
 def test_backward_walks_masked_and_unmasked_tiles(is_causal, window_size, lengths, device):
     case = Case(1, 1, 2, *lengths, is_causal=is_causal, window_size=window_size)
     tensors = case.tensors(device=device)
@@ -203,18 +218,25 @@ def test_backward_walks_masked_and_unmasked_tiles(is_causal, window_size, length
     _check_backward(tensors, case.options(*tensors), 2e-6, tiles=tiles)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+MASKS = [
+    ((2, 2, 19, 23), {}),
+    ((1, 1, 19, 23), {"softcap": 2.0, "spread": 3.0}),
+    ((1, 2, 19, 23), {"softcap": 2.0, "sinks": True, "is_causal": True, "window_size": 9}),
+    ((2, 1, 1, 23), {"is_causal": True}),
+    ((2, 2, 19, 1), {"window_size": 5}),
+    ((1, 1, 30, 30), {"batch": 1, "num_queries": 30, "num_keys": 30, "seqlens": (0, 17, 17, 28)}),
+]
+
+
 @pytest.mark.parametrize(
-    ("shape", "change"),
+    ("shape", "change", "dtype"),
     [
-        ((2, 2, 19, 23), {}),
-        ((1, 1, 19, 23), {"softcap": 2.0, "spread": 3.0}),
-        ((1, 2, 19, 23), {"softcap": 2.0, "sinks": True, "is_causal": True, "window_size": 9}),
-        ((2, 1, 1, 23), {"is_causal": True}),
-        ((2, 2, 19, 1), {"window_size": 5}),
-        ((1, 1, 30, 30), {"batch": 1, "num_queries": 30, "num_keys": 30, "seqlens": (0, 17, 17, 28)}),
+        pytest.param(
+            *mask, dtype, marks=() if (number + other) % 2 else pytest.mark.slow, id=f"{mask}-{dtype}"
+        )
+        for number, mask in enumerate(MASKS)
+        for other, dtype in enumerate(DTYPES)
     ],
-    ids=str,
 )
 def test_backward_of_the_mask(shape, change, dtype, device):
     """Its gradient has its shape and dtype, and is that of autograd through the reference's forward."""

@@ -206,8 +206,15 @@ def test_a_query_that_sees_no_key_gives_zero():
         assert torch.autograd.grad(out.sum(), x)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("mode", ["probe", "fused"])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("training", "mode"),
+    [
+        (True, "probe"),
+        (False, "fused"),
+        pytest.param(True, "fused", marks=pytest.mark.slow),
+        pytest.param(False, "probe", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(("options", "call"), PAIRS)
 def test_instrumented(options, call, training, mode):
     torch.manual_seed(0)

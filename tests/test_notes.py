@@ -1,5 +1,6 @@
 """What a monitor hands to writers that keep more than diagnoses."""
 
+import gc
 import logging
 
 import pytest
@@ -48,6 +49,18 @@ def test_they_come_before_the_diagnosis_and_are_copies():
             monitor.on_step(loss)
             loss.add_(1.0)  # as a replay of a CUDA graph writes over it
     assert keeper.notes == [(1, {"loss": 1.0}), (2, {"loss": 2.0}), 2]
+
+
+def test_a_run_that_ends_before_its_first_log_step_keeps_its_losses(tmp_path):
+    out = RunLogWriter(tmp_path / "run.db")
+    monitor = AttentionStabilityMonitor(Model(), writers=[out])
+    for step in (1, 2):
+        monitor.on_step(loss=torch.tensor(1.0 / step))
+    del monitor  # as at the end of a process that never called restore()
+    gc.collect()
+    out.close()
+    with RunLog(tmp_path / "run.db") as log:
+        assert [x.tolist() for x in log.scalars()["loss"]] == [[1, 2], [1.0, 0.5]]
 
 
 def test_nothing_is_kept_where_no_writer_keeps_it():

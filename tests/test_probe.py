@@ -153,11 +153,11 @@ def _check_sample(case, dtype, device, period, phase):
 @pytest.mark.parametrize(
     ("change", "period", "phase"),
     [
-        ({}, 2, 0),
+        pytest.param({}, 2, 0, marks=pytest.mark.slow),
         ({"is_causal": True, "num_keys": 290}, 3, 5),
         pytest.param({"window_size": 40}, 2, 0, marks=pytest.mark.slow),
         pytest.param({"window_size": 40, "is_causal": True, "num_keys": 300}, 3, 5, marks=pytest.mark.slow),
-        ({"mask": "rows", "sinks": True}, 2, 0),
+        pytest.param({"mask": "rows", "sinks": True}, 2, 0, marks=pytest.mark.slow),
         pytest.param({"mask": "heads"}, 3, 5, marks=pytest.mark.slow),
         ({"mask": "additive", "softcap": 2.0}, 2, 0),
         ({"num_queries": 20}, 3, 5),

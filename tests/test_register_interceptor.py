@@ -163,6 +163,28 @@ def test_after_unregistering_the_layer_is_listed(sage):
     assert not instrumentation.coverage.measured and "" in instrumentation.coverage.not_measured
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_later_description_holds_for_models_that_are_instrumented(sage, compiled):
+    def wrong(q, k, v, **options):
+        return CallDescription(q, k, v, scale=7.0)
+
+    models, rows = (Attention(), Attention()), []
+    models[1].load_state_dict(models[0].state_dict())
+    run_one = torch.compile(models[0], backend="eager") if compiled else models[0]
+    first = register_interceptor("sageattention.sageattn", wrong)
+    with instrument(models[0]) as handle:
+        run_one(X)
+        rows.append(handle.latest[""].rows.lse)
+        first.unregister()
+        with register_interceptor("sageattention.sageattn", describe), instrument(models[1]) as other:
+            run_one(X), models[1](X)
+            rows += [handle.latest[""].rows.lse, other.latest[""].rows.lse]
+        run_one(X)  # unregistered, and still measured
+        rows.append(handle.latest[""].rows.lse)
+    assert not torch.allclose(rows[0], rows[1])
+    assert torch.equal(rows[1], rows[2]) and torch.equal(rows[1], rows[3])
+
+
 @pytest.mark.slow
 def test_wherever_it_is_held(sage):
     other = ModuleType("sage_user")

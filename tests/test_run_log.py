@@ -89,6 +89,22 @@ def test_what_comes_after_the_last_log_step_is_kept(tmp_path, kind):
         assert {event.step for event in log.events if event.kind == "issue"} == {10}
 
 
+def test_a_run_without_a_log_step_keeps_its_numbers(tmp_path, kind):
+    out = RunLogWriter(tmp_path / "run.db")
+    out.note(2, loss=3.0)
+    out.note(3, loss=2.0)
+    out.event(2, "intervention", action="first")
+    out.close()
+    with RunLog(tmp_path / "run.db") as log:
+        assert log.steps.tolist() == [] and log.layers == {} and log.issues == [] and not list(log.records())
+        assert [x.tolist() for x in log.scalars()["loss"]] == [[2, 3], [3.0, 2.0]]
+        assert [(event.step, event.detail["action"]) for event in log.events] == [(2, "first")]
+        assert len(log.sessions) == 1
+    write(tmp_path / "run.db", diagnoses())  # the run begins anew, or goes on
+    with RunLog(tmp_path / "run.db") as log:
+        assert log.steps.tolist() == [10, 20, 30] and log.scalars()["loss"][0].tolist() == [2, 3]
+
+
 def test_what_happens_while_a_log_step_waits_is_kept(tmp_path, kind):
     out = RunLogWriter(tmp_path / "run.db")
     first, second, _ = diagnoses()

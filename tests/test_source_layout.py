@@ -23,6 +23,7 @@ def test_files_are_short():
     assert {str(path): number for path, number in lengths.items() if number > MAX_LINES} == {}
 
 
+@pytest.mark.slow  # it parses every file
 def test_functions_take_few_parameters():
     many = {x.name: str(p) for p in files(ROOT) for x in functions(p) if num_parameters(x) > MAX_PARAMETERS}
     assert many == {}

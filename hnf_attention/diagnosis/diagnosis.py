@@ -64,7 +64,8 @@ class AttentionDiagnosis(Plots):
 
     stats: the latest snapshot, layer name to head statistics. history: the snapshots that the rules saw,
     oldest first; `stats` is the last of them. not_measured: attention that was seen and not measured,
-    layer name to reason. thresholds: those that were judged with in place of the table's.
+    layer name to reason. thresholds: those that were judged with in place of the table's. not_judged: rules
+    that failed, by name, and why; their issues are not known.
     """
 
     issues: list[StabilityIssue]
@@ -73,6 +74,7 @@ class AttentionDiagnosis(Plots):
     history: Sequence[Snapshot] = ()
     not_measured: dict[str, str] = field(default_factory=dict)
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    not_judged: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         kinds = Counter(f"{issue.severity}: {issue.issue_type}" for issue in self.issues)
@@ -116,7 +118,8 @@ class AttentionDiagnosis(Plots):
         if self.errors:
             return False
         seen = self.extent
-        return True if seen.judged == seen.heads and not self.not_measured else None
+        whole = seen.judged == seen.heads and not self.not_measured and not self.not_judged
+        return True if whole else None
 
     @property
     def verdict(self) -> str:
@@ -143,6 +146,7 @@ class AttentionDiagnosis(Plots):
             "issues": [_issue_dict(issue, self._trains) for issue in self.issues],
             "layers": {name: _jsonable(_layer_dict(stats)) for name, stats in self.stats.items()},
             "not_measured": dict(self.not_measured),
+            "not_judged": dict(self.not_judged),
         }
 
     def summary(self) -> str:
@@ -165,6 +169,9 @@ class AttentionDiagnosis(Plots):
         if self.not_measured:
             lines.append("not measured:")
             lines += [f"    {display_name(name)}: {why}" for name, why in self.not_measured.items()]
+        if self.not_judged:
+            lines.append("not judged:")
+            lines += [f"    {name}: {why}" for name, why in self.not_judged.items()]
         return "\n".join(lines)
 
     @property

@@ -103,11 +103,18 @@ class RegisteredInterceptor:
 
 
 _registered: dict[str, RegisteredInterceptor] = {}
+#: The last one of each path. Models that are instrumented when it is unregistered go on with it.
+_latest: dict[str, RegisteredInterceptor] = {}
 
 
 def registered() -> list[RegisteredInterceptor]:
     """The interceptors that are registered now."""
     return list(_registered.values())
+
+
+def call_of(path: str, /, *args: Any, **kwargs: Any) -> AttentionCall:
+    """The call of the function at `path`, by the description that was registered last."""
+    return _latest[path].call_of(*args, **kwargs)
 
 
 def register_interceptor(
@@ -126,7 +133,8 @@ def register_interceptor(
     when it runs. It can give `describe` tensors, numbers, text, None, and tuples of these; calls with anything else are
     listed there.
 
-    Returns a handle, whose `unregister()` ends it. Models that are instrumented then stay so.
+    Returns a handle, whose `unregister()` ends it. Models that are instrumented then stay so, and take a description
+    that is registered later.
     Raises TypeError if `function` is neither text nor a Python function or `describe` is not callable. Raises
     ImportError or AttributeError if there is no such function. Raises ValueError for one that is registered already,
     that cannot be found where it says it is, or that is a function of PyTorch which is measured without it.
@@ -144,7 +152,7 @@ def register_interceptor(
         raise ValueError(f"expected a function that is not measured without it, got {path}")
     if path in _registered:
         raise ValueError(f"expected a function that is not registered yet, got {path}: unregister it first")
-    _registered[path] = RegisteredInterceptor(path, describe)
+    _registered[path] = _latest[path] = RegisteredInterceptor(path, describe)
     return _registered[path]
 
 

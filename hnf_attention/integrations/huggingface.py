@@ -28,11 +28,22 @@ class AttentionStabilityCallback(TrainingCallback, TrainerCallback):
 
     _logged: AttentionDiagnosis | None = None  # the latest one that is in the Trainer's logs
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **_: Any,
+    ) -> None:
         cadence = max(1, int(state.logging_steps))
         model = unwrapped(model)
-        mesh = device_mesh(model)
-        self._begin(model, cadence, state.global_step, state.is_world_process_zero, mesh)
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper runs no hooks
+        optimizers = [(optimizer, lr_scheduler)]
+        main, mesh = state.is_world_process_zero, device_mesh(model)
+        self._begin(model, cadence, state.global_step, main, mesh, optimizers)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._resume()

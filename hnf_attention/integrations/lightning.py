@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .extras import require
 from .series import overall
-from .training import TrainingCallback
+from .training import Optimizers, TrainingCallback
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -30,7 +30,8 @@ class AttentionStabilityCallback(TrainingCallback, Callback):
         self._optimizer_steps = trainer.global_step
         cadence = trainer.log_every_n_steps or 100  # 0: it logs nothing itself
         mesh = getattr(pl_module, "device_mesh", None)  # of ModelParallelStrategy; older versions have none
-        self._begin(pl_module, cadence, _batches_that_stepped(trainer), trainer.is_global_zero, mesh)
+        step, main = _batches_that_stepped(trainer), trainer.is_global_zero
+        self._begin(pl_module, cadence, step, main, mesh, _optimizers(trainer))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._resume()
@@ -43,7 +44,7 @@ class AttentionStabilityCallback(TrainingCallback, Callback):
         if trainer.global_step == self._optimizer_steps:  # gradients are being accumulated
             return self._rest()
         self._optimizer_steps = trainer.global_step
-        diagnosis = self._end_step([(each, _schedulers(trainer, each)) for each in trainer.optimizers])
+        diagnosis = self._end_step(_optimizers(trainer))
         if diagnosis is not None:
             for logger in trainer.loggers:
                 logger.log_metrics(overall(diagnosis), step=_batches_that_stepped(trainer))
@@ -58,6 +59,10 @@ class AttentionStabilityCallback(TrainingCallback, Callback):
 def _batches_that_stepped(trainer: Any) -> int:
     """The axis of Lightning's own logs, which counts a batch once however many optimizers it steps."""
     return getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
+
+
+def _optimizers(trainer: Any) -> Optimizers:
+    return [(each, _schedulers(trainer, each)) for each in trainer.optimizers]
 
 
 def _schedulers(trainer: Any, optimizer: Any) -> list[Any]:

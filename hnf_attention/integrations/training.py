@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..diagnosis import AttentionDiagnosis, StabilityIssue
-from ..interventions import Intervention, apply_intervention
+from ..interventions import GoodStates, Intervention, apply_intervention
 from ..monitoring.history import HISTORY_BYTES
 from ..monitoring.monitor import AttentionStabilityMonitor
 from ..monitoring.process_groups import ProcessGroups
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("hnf_attention")
 TENSOR_PARALLEL = ("tp", "tensor_parallel")  # the mesh dimension's name in transformers, and in Lightning
+
+#: What a callback passes on to `GoodStates`; the rest is the trainer's.
+STATE_OPTIONS = ("every", "keep", "margin", "rng")
 
 #: Each optimizer with its scheduler, a list of schedulers, or None.
 Optimizers = Sequence[tuple[torch.optim.Optimizer, Any]]
@@ -40,9 +43,12 @@ class TrainingCallback:
     auto_intervene: at a log step, after the optimizer's step, carry out what the monitor proposes: QK-clip or
         a temperature on weights, a lower learning rate, more attention dropout. The learning rate is scaled in the
         parameter groups and in the schedulers' base rates, which scales the whole rest of the schedule.
+    good_states: keep states of the run, as a `GoodStates` with these options (`every`, `keep`, `margin`, `rng`; {} for
+        its defaults) of the trainer's model, optimizers and schedulers. Errors are then answered by restarts, which
+        auto_intervene carries out; a trainer goes on with its batches. None keeps none.
 
     monitor: the `AttentionStabilityMonitor` of the latest training, None before the first; its `applied` holds
-        what was done. last_diagnosis: the latest diagnosis, or None.
+        what was done. states: its `GoodStates`, or None. last_diagnosis: the latest diagnosis, or None.
 
     Only training is measured: the monitor rests between an optimizer step and the next step's first batch,
     where trainers evaluate. At the end of training the model runs its own attention again; `restore()` does that
@@ -64,7 +70,17 @@ class TrainingCallback:
         thresholds: Mapping[str, float] | None = None,
         on_alert: Callable[[list[StabilityIssue]], object] | None = None,
         history_bytes: int = HISTORY_BYTES,
+        good_states: Mapping[str, Any] | None = None,
     ):
+        if good_states is not None and not (
+            isinstance(good_states, Mapping) and good_states.keys() <= set(STATE_OPTIONS)
+        ):
+            raise ValueError(
+                f"expected good_states to be None or a dict with some of {', '.join(STATE_OPTIONS)}, "
+                f"got {good_states!r}"
+            )
+        self._good_states = good_states
+        self.states: GoodStates | None = None
         self.monitor: AttentionStabilityMonitor | None = None
         self.last_diagnosis: AttentionDiagnosis | None = None
         self._log_every = log_every
@@ -88,21 +104,40 @@ class TrainingCallback:
         return f"{type(self).__name__}({state})"
 
     def restore(self) -> None:
-        """End the monitoring; interventions stay applied. Safe to call twice."""
+        """End the monitoring, and free the kept states; interventions stay applied. Safe to call twice."""
         if self.monitor is not None:
             self.monitor.restore()
+        if self.states is not None:
+            self.states.remove()
 
     def _begin(
-        self, model: nn.Module, log_every: int, step: int, main: bool, mesh: DeviceMesh | None = None
+        self,
+        model: nn.Module,
+        log_every: int,
+        step: int,
+        main: bool,
+        mesh: DeviceMesh | None = None,
+        optimizers: Optimizers = (),
     ) -> None:
         """Training begins at that step; `log_every` and the mesh of its processes are the trainer's own."""
         self.restore()
+        self.states = None
+        if self._good_states is not None:
+            schedulers = [one for _, given in optimizers for one in _as_list(given)]
+            self.states = GoodStates(
+                model,
+                [optimizer for optimizer, _ in optimizers],
+                scheduler=schedulers,
+                step=step,
+                **self._good_states,
+            )
         self.monitor = AttentionStabilityMonitor(
             model,
             log_every=log_every if self._log_every is None else self._log_every,
             writers=self._writers if main else (),
             step=step,
             ranks=_groups_of(mesh) if self._ranks == AUTO else self._ranks,
+            good_states=self.states,
             **self._options,
         )
         self.last_diagnosis = None
@@ -153,6 +188,12 @@ def _apply(
         done = apply_intervention(optimizer, intervention, scheduler=scheduler)
         monitor.applied.append(done)
         _log.warning("intervened at step %d: %s (%s)", step, done.description, intervention["reason"])
+
+
+def _as_list(scheduler: Any) -> list[Any]:
+    if scheduler is None:
+        return []
+    return list(scheduler) if isinstance(scheduler, (list, tuple)) else [scheduler]
 
 
 def _groups_of(mesh: DeviceMesh | None) -> Ranks:

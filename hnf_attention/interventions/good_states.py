@@ -43,7 +43,8 @@ class GoodStates:
 
     every: a state is kept at each step that this number divides. keep: how many. The run can be taken back by at least
         (keep - 1) * every steps, which must not be less than `margin`.
-    scheduler: one, or a list. With it, the learning rates go back too; else they stay what they are at the rewind.
+    scheduler: one, or a list. With it, learning rates, betas, momenta and weight decays of the optimizers' groups go
+        back too; else they stay what they are at the rewind.
     step: how many steps were done before. The state at the construction is kept too.
 
     Raises ValueError or TypeError for wrong arguments.

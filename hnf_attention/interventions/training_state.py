@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+#: What schedules change in a parameter group. The rest of it belongs to the run, as an epsilon that was raised.
+_SCHEDULED = ("lr", "betas", "momentum", "weight_decay")
+
 
 class _Place(NamedTuple):
     """Where a tensor lives. optimizer, name: of an optimizer's state of `parameter`; else the tensor is its own.
@@ -211,7 +214,9 @@ class TrainingState:
         if self.schedulers:
             found["schedulers"] = [copy.deepcopy(one.state_dict()) for one in self.schedulers]
             groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-            found["rates"] = [copy.deepcopy(group["lr"]) for group in groups]
+            found["groups"] = [
+                {name: copy.deepcopy(group[name]) for name in _SCHEDULED if name in group} for group in groups
+            ]
         if self._rng:
             cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
             found["rng"] = torch.get_rng_state(), cuda
@@ -221,11 +226,12 @@ class TrainingState:
         for one, state in zip(self.schedulers, others.get("schedulers", [])):
             one.load_state_dict(copy.deepcopy(state))
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        for group, rate in zip(groups, others.get("rates", [])):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].copy_(rate)
-            else:
-                group["lr"] = rate
+        for group, kept in zip(groups, others.get("groups", [])):
+            for name, value in kept.items():
+                if isinstance(group[name], Tensor):
+                    group[name].copy_(value)
+                else:
+                    group[name] = copy.deepcopy(value)
         if "rng" in others:
             cpu, cuda = others["rng"]
             torch.set_rng_state(cpu)

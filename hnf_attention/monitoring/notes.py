@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from ..instrumentation.sharded import is_sharded
 from ..interventions import Applied
+
+_log = logging.getLogger("hnf_attention")
 
 #: Training steps whose numbers wait for a log step. Past that the oldest are given up.
 MOST_STEPS = 100_000
@@ -86,3 +89,11 @@ class Notes:
                     writer.event(step, "intervention", action=action, outcome=each.outcome, text=sentence)
             told[id(each)] = len(each.account)
         self._told = told
+
+
+def hand_over_at_end(notes: Notes) -> None:
+    """`Notes.hand_over` of a monitor that is dropped; whatever fails then is logged."""
+    try:
+        notes.hand_over()
+    except Exception:
+        _log.warning("the losses since the last log step are lost", exc_info=True)

@@ -1,5 +1,6 @@
 """Drop-in modules that keep the statistics of what they compute."""
 
+from .cached import KeyValueCache
 from .grouped_query import GroupedQueryAttention, QKNorm
 from .multihead import MultiheadAttention
 from .rotary import Rope
@@ -9,6 +10,7 @@ from .swap import SwappedAttention, swap_attention
 
 __all__ = [
     "GroupedQueryAttention",
+    "KeyValueCache",
     "MultiheadAttention",
     "QKNorm",
     "Rope",

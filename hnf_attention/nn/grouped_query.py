@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..instrumentation.handed_over import Extra, Given, attend
 from ..statistics.checks import expected
 from ..statistics.rows import RowStats
-from . import rotary, rows
+from . import cached, rotary, rows
+from .cached import KeyValueCache
 from .rotary import Rope
 
 _ROPE = Rope()
@@ -137,15 +138,19 @@ class GroupedQueryAttention(nn.Module):
         is_causal: bool = True,
         positions: Tensor | None = None,
         rotary_tables: tuple[Tensor, Tensor] | None = None,
+        past_key_values: KeyValueCache | None = None,
+        layer_idx: int = 0,
     ) -> Tensor:
         """The output (B, M, embed_dim) for x (B, M, embed_dim).
 
-        attn_mask: boolean (True = attend) or additive, broadcastable to (B, num_heads, M, M); it combines with
-            is_causal and the window.
-        positions: int (M,) or (B, M), 0 to M - 1 by default. They turn queries and keys; what a query sees follows from
-            the places in x.
+        attn_mask: boolean (True = attend) or additive, broadcastable to (B, num_heads, M, N); it combines with
+            is_causal and the window. N: the keys, M without a cache.
+        positions: int (M,) or (B, M). By default they go on from the tokens in the cache, and begin at 0 without one.
+            They turn queries and keys; what a query sees follows from the places in x and in the cache.
         rotary_tables: cosines and sines, (M or B x M, width), in place of those that `rope` makes, as for scaled
             positions (YaRN, LLaMA 3). width: the turned dimensions, or half of them.
+        past_key_values: a cache of transformers, or another `KeyValueCache`. It takes in the keys and values of x, and
+            x attends to all that it keeps. `row_stats` are those of x. layer_idx: the number of this layer in it.
         Raises ValueError or TypeError for arguments that do not fit.
         """
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
@@ -156,21 +161,29 @@ class GroupedQueryAttention(nn.Module):
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        past = cached.length(past_key_values, layer_idx)
         if self.has_qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         if self.rope is not None:
-            cosine, sine = self._tables(x, positions) if rotary_tables is None else self._once(rotary_tables)
+            cosine, sine = (
+                self._tables(x, positions, past) if rotary_tables is None else self._once(rotary_tables)
+            )
             query, key = rotary.rotate(query, cosine, sine), rotary.rotate(key, cosine, sine)
-        extra = Extra(self.window_size, self.softcap, self.sinks, "hnf_attention.nn.GroupedQueryAttention")
+        seen = cached.Seen(attn_mask, is_causal, self.window_size)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, layer_idx)
+            seen = cached.seen(past, (query.shape[2], key.shape[2]), x.device, seen)
+            key, value = key[:, :, seen.first :], value[:, :, seen.first :]
+        extra = Extra(seen.window_size, self.softcap, self.sinks, "hnf_attention.nn.GroupedQueryAttention")
         dropout_p = self.dropout if self.training else 0.0
-        given = Given(query, key, value, attn_mask, dropout_p, is_causal, self.scale)
+        given = Given(query, key, value, seen.attn_mask, dropout_p, seen.is_causal, self.scale)
         out = attend(given, extra, partial(rows.keep, self))
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def _tables(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _tables(self, x: Tensor, positions: Tensor | None, past: int | Tensor) -> tuple[Tensor, Tensor]:
         length = x.shape[1]
         if positions is None:
-            positions = torch.arange(length, device=x.device)
+            positions = torch.arange(length, device=x.device) + past
         if tuple(positions.shape) not in ((length,), (x.shape[0], length), (1, length)):
             raise expected(f"positions of shape ({length},) or {tuple(x.shape[:2])}", tuple(positions.shape))
         return rotary.tables(self.rope or _ROPE, positions, self.head_dim)

@@ -140,23 +140,8 @@ def add(connection: sqlite3.Connection, session: int, number: int, record: Recor
             return
         connection.execute("UPDATE sessions SET received = ? WHERE id = ?", (number, session))
         _drop_later(connection, record, begins=number == 1)
-        text = record.layout.text()
-        connection.execute("INSERT OR IGNORE INTO layouts (described) VALUES (?)", (text,))
-        (layout,) = connection.execute("SELECT id FROM layouts WHERE described = ?", (text,)).fetchone()
-        connection.execute(
-            "INSERT INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                record.step,
-                record.first_step,
-                session,
-                record.time,
-                record.training,
-                json.dumps(record.forwards),
-                layout,
-                record.block,
-                json.dumps(record.not_measured),
-            ),
-        )
+        if record.layout.layers:
+            _add_snapshot(connection, session, record)
         connection.executemany(
             "INSERT INTO events (step, session, kind, change, detail) VALUES (?, ?, ?, ?, ?)",
             [
@@ -172,6 +157,26 @@ def add(connection: sqlite3.Connection, session: int, number: int, record: Recor
                 for step, value in pairs
             ],
         )
+
+
+def _add_snapshot(connection: sqlite3.Connection, session: int, record: Record) -> None:
+    text = record.layout.text()
+    connection.execute("INSERT OR IGNORE INTO layouts (described) VALUES (?)", (text,))
+    (layout,) = connection.execute("SELECT id FROM layouts WHERE described = ?", (text,)).fetchone()
+    connection.execute(
+        "INSERT INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            record.step,
+            record.first_step,
+            session,
+            record.time,
+            record.training,
+            json.dumps(record.forwards),
+            layout,
+            record.block,
+            json.dumps(record.not_measured),
+        ),
+    )
 
 
 def _drop_later(connection: sqlite3.Connection, record: Record, begins: bool) -> None:

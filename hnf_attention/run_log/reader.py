@@ -104,7 +104,7 @@ class RunLog:
     @property
     def sessions(self) -> list[dict[str, Any]]:
         """The processes that wrote, oldest first: "started" (seconds of the epoch) and what `about` said."""
-        rows = self._rows("SELECT started, about FROM sessions ORDER BY started, id")
+        rows = self._rows("SELECT started, about FROM sessions ORDER BY id")
         return [{"started": started} | _dict(about) for started, about in rows]
 
     @property

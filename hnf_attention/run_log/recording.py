@@ -39,7 +39,7 @@ class Recording:
 
     def record(self, diagnosis: AttentionDiagnosis, time: float) -> Record:
         """The record of a log step, with all that was noted since the one before."""
-        news = self._tracker.update(diagnosis.issues)
+        news = self._tracker.update(diagnosis.issues, judged=not diagnosis.not_judged)
         changes = [(how, issue_dict(issue)) for how, issues in news._asdict().items() for issue in issues]
         snapshot = diagnosis.history[-1] if diagnosis.history else None
         scalars, self._scalars = self._scalars, {}
@@ -60,11 +60,19 @@ class Recording:
         )
         return self._last
 
-    def rest(self) -> Record | None:
-        """The last log step's record again, with what was noted after it; None if nothing was."""
+    def rest(self, time: float) -> Record | None:
+        """The last log step's record again, with what was noted after it; None if nothing was.
+
+        Without a log step it is a record of that time without layers.
+        """
         last = self._last
-        if last is None or not (self._scalars or self._events):
+        if not (self._scalars or self._events):
             return None
+        if last is None:
+            steps = [step for pairs in self._scalars.values() for step, _ in pairs]
+            step = max([*steps, *(int(event["step"]) for event in self._events)])
+            nothing = blocks.encode(metrics.table({}))
+            last = Record(step, step, time, True, (0, 0, 0), Layout.of({}), nothing)
         scalars = {
             name: [*last.scalars.get(name, []), *self._scalars.get(name, [])]
             for name in {**last.scalars, **self._scalars}

@@ -68,7 +68,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Record:
-    """One log step.
+    """One log step. Without layers it is none: its events and scalars alone are kept.
 
     step: its number. first_step: of the earliest log step that it stands for; below `step` where others were joined to
     it. time: seconds of the epoch. training, forwards: as in `Snapshot`. block: of `blocks.encode`. changes:

@@ -19,7 +19,9 @@ def install(modules: Collection[nn.Module]) -> list[Patch]:
     patches: list[Patch] = []
     replacements: dict[Any, Any] = {}
     for one in registry.registered():
-        replacement = functools.partial(interceptor, one.path, one.call_of)
+        # Models share a replacement, so it does not hold the description of one of them.
+        describe = functools.partial(registry.call_of, one.path)
+        replacement = functools.partial(interceptor, one.path, describe)
         place, name = registry.find(one.path)
         original = original_of(getattr(place, name))
         if isinstance(place, type):

@@ -1,0 +1,1 @@
+"""What `bench/end_to_end.py` trains, and what it compares."""
