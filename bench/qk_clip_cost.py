@@ -8,9 +8,12 @@ A step is forward, loss, backward, AdamW and zero_grad. The variants share one m
 - plain: no clip
 - far: every head is far below the threshold, so a bound is computed at one step of eight
 - bound: every layer's bound is just below half of the threshold, so it is computed at every step
-- near: every layer is close to the threshold, so the exact size of every head is computed at every step
+- near: every head is close to the threshold, so its exact size is computed at every step
+- few near: the same for one query head of each layer, which is made four times as long; the others are far below
 - default, ...: with `within_step=True`, where each forward of a layer looks at its own sizes
 - steps that clip cost the same as "near": factors are multiplied in whether they are 1 or not
+
+The learning rate is 0: sizes stay where the thresholds were chosen for them.
 
 A clip is made for its turn and ended after it. The first round, which compiles, does not count. One step of each turn
 runs under torch's own check that the host waits for nothing; "waits" says whether it did.
@@ -33,6 +36,7 @@ from hnf_attention.interventions import QKClip
 
 WARMUP = 4  # until the way of measuring is chosen and the bounds have been read
 FAR, BOUND, NEAR = 1e6, 2.2, 1.05  # nats; of the largest bound; of the largest size
+LONGER = 4.0
 STEPS = 8  # in a row: as many as a layer that is far below is looked at once in
 
 
@@ -45,6 +49,13 @@ def sizes(training: Training) -> tuple[float, float]:
         found.append(max(max(heads) for heads in clip.sizes.values()))
     clip.remove()
     return found[0], found[2]
+
+
+@torch.no_grad()
+def scale_first_heads(training: Training, factor: float) -> None:
+    """Multiply the queries of each layer's first head."""
+    for layer in training.model.model.layers:
+        layer.self_attn.q_proj.weight[: layer.self_attn.head_dim] *= factor
 
 
 def turn(training: Training, options: dict | None, steps: int) -> dict:
@@ -76,6 +87,8 @@ def host_waits(training: Training) -> str | None:
 def measure(shape: str, rounds: int, tiny: bool) -> dict:
     batch, length = map(int, shape.split("x"))
     training = Training("llama", batch, length, tiny)
+    for group in training.optimizer.param_groups:
+        group["lr"] = 0.0  # sizes stay where the thresholds were chosen for them
     largest, bound = sizes(training)
     variants = {
         "plain": None,
@@ -85,11 +98,16 @@ def measure(shape: str, rounds: int, tiny: bool) -> dict:
         "default, far": {"threshold": FAR},
         "default, bound": {"threshold": BOUND * bound},
         "default, near": {"threshold": NEAR * largest},
+        "few near": {"threshold": NEAR * LONGER * largest, "within_step": False},
+        "default, few near": {"threshold": NEAR * LONGER * largest},
     }
     turns = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name in list(variants)[:: 1 if number % 2 == 0 else -1]:
+            factor = LONGER if "few" in name else 1.0
+            scale_first_heads(training, factor)
             turns[name].append(turn(training, variants[name], 1 if number == 0 else STEPS))
+            scale_first_heads(training, 1 / factor)
     found = {"largest_size": largest, "largest_bound": bound}
     for name, own in turns.items():
         ratios = [t["ms"] / p["ms"] - 1 for t, p in zip(own[1:], turns["plain"][1:])]
@@ -116,7 +134,7 @@ def main() -> None:
         print(f"\n1B LLaMA, {shape} tokens, largest size {variants['largest_size']:.1f} nats")
         for name in [name for name in variants if not name.startswith("largest")]:
             print(
-                f"  {name:6} {variants[name]['ms']:9.2f} ms  {variants[name]['overhead']:+8.2%}"
+                f"  {name:17} {variants[name]['ms']:9.2f} ms  {variants[name]['overhead']:+8.2%}"
                 f"  {'the host waits' if variants[name]['waits'] else 'no wait'}"
             )
 

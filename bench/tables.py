@@ -30,6 +30,8 @@ def tables(document: dict) -> dict[str, str]:
         return {"weights": _weights(document["weight_bounds"])}
     if "initial" in document:
         return {"initial": _initial(document["initial"])}
+    if document.get("rows") and "ratios" in document["rows"][0]:
+        return _beside_peers(document["rows"])
     if "controls" in document:
         return {"seeds": _seeds(document["results"])}
     return {}
@@ -311,6 +313,27 @@ def _seeds(results: list[dict]) -> str:
         for found in results
     ]
     return _markdown(header, lines)
+
+
+KINDS = {"window": "windows", "pack": "packs", "sinks": "sinks", "padding": "padding", "error": "errors"}
+
+
+def _beside_peers(rows: list[dict]) -> dict[str, str]:
+    """A table for each kind of call: our time in ms, or our error, and its ratio to every peer's."""
+    kinds: dict[str, list[dict]] = {}
+    for row in rows:
+        kinds.setdefault(KINDS.get(row["case"].split()[0].rstrip(",:"), "wide"), []).append(row)
+    found = {}
+    for kind, members in kinds.items():
+        peers = list(dict.fromkeys(name for row in members for name in row["ratios"]))
+        form = "{:.1e}" if kind == "errors" else "{:.3f} ms"
+        lines = [
+            [row["case"], form.format(row["found"]["ours"])]
+            + [f"{row['ratios'][name]:.2f}x" if name in row["ratios"] else DASH for name in peers]
+            for row in members
+        ]
+        found[kind] = _markdown(["case", "ours", *(f"of {name}" for name in peers)], lines)
+    return found
 
 
 def _at_step(step: int | None) -> str:

@@ -45,8 +45,9 @@ from hnf_attention import AttentionStabilityMonitor
 
 PERIOD = 100  # of the sparse monitor
 # A turn's timed steps fill TURN_SECONDS. A turn starts on an idle device, so its first step waits for the host, which
-# is ahead of the device in real training. LEAST_STEPS keep that wait from deciding the result.
-TURN_SECONDS, LEAST_STEPS, MOST_STEPS = 0.3, 4, 10
+# is ahead of the device in real training. LEAST_STEPS keep that wait from deciding the result. The first
+# two steps of a monitor find out which layers there are.
+TURN_SECONDS, LEAST_STEPS, MOST_STEPS, WARMUP = 0.3, 4, 10, 3
 OUT_OF_MEMORY = "out of memory"
 VARIANTS = {  # what the monitor is made with
     "plain": None,
@@ -116,7 +117,7 @@ def rounds(training: Training, count: int, variants: list[str]) -> dict:
     steps = 1
     for number in range(count + 1):
         for name in list(turns)[:: 1 if number % 2 == 0 else -1]:
-            found = guarded(lambda name=name, steps=steps: turn(training, VARIANTS[name], 1, steps))
+            found = guarded(lambda name=name, steps=steps: turn(training, VARIANTS[name], WARMUP, steps))
             if found == OUT_OF_MEMORY:
                 del turns[name]
                 cleanup(training)

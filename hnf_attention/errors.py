@@ -1,5 +1,60 @@
-"""The error that a user can put right."""
+"""Which errors are whose: those that a user can put right, those of a signal, and faults of our own."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import signal
+from collections.abc import Iterator
+from types import CodeType, TracebackType
+from typing import Any
+
+_log = logging.getLogger("hnf_attention")
+_reported: set[tuple[str, str]] = set()
 
 
 class InputError(ValueError):
     """The user's input is not usable. The message is one line that says why."""
+
+
+def let_out(error: BaseException) -> None:
+    """Raise the error again if one of the user's signal handlers raised it.
+
+    A handler runs between any two instructions of the main thread, so also within code that may not end the run. Its
+    error, such as that of a time limit, is meant for the run all the same.
+    """
+    if any(code in _handlers() for code in _codes(error.__traceback__)):
+        raise error
+
+
+def report(what: str, error: Exception) -> None:
+    """Log a fault of our own that ends nothing: a failing part of every step says so once, not at every step.
+
+    what: what could not be done.
+    """
+    let_out(error)
+    key = what, type(error).__name__
+    if key not in _reported:
+        _reported.add(key)
+        _log.warning("hnf-attention: %s; training goes on, and this is not said again", what, exc_info=error)
+
+
+def _handlers() -> set[CodeType]:
+    """The code of the functions that the user gave as signal handlers."""
+    handlers = (signal.getsignal(number) for number in signal.valid_signals())
+    return {code for handler in handlers if (code := _code(handler)) is not None}
+
+
+def _code(function: Any) -> CodeType | None:
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    if not hasattr(function, "__code__"):  # an object that can be called
+        function = vars(type(function)).get("__call__")
+    return getattr(function, "__code__", None)
+
+
+def _codes(traceback: TracebackType | None) -> Iterator[CodeType]:
+    while traceback is not None:
+        yield traceback.tb_frame.f_code
+        traceback = traceback.tb_next

@@ -166,7 +166,7 @@ def packed_cases(draw):
     return replace(case, batch=1, num_queries=length, num_keys=length, seqlens=(0, *sorted(cuts)))
 
 
-def _oracle_scores(case: Case, q, k, mask):
+def oracle_scores(case: Case, q, k, mask):
     """Scores (B, H, M, N) in fp64, -inf where hidden, and where that is."""
     q, k = q.double(), k.double().repeat_interleave(case.group, 1)
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if case.scale is None else case.scale)
@@ -211,7 +211,7 @@ EXTENDED = (
 
 def extended_oracle(case: Case, q, k, v, mask, sinks):
     """The statistics of EXTENDED, (B, H, M) in fp64, each from its definition."""
-    scores, hidden = _oracle_scores(case, q, k, mask)
+    scores, hidden = oracle_scores(case, q, k, mask)
     elements = _with_sinks(scores, sinks)
     p = elements.softmax(-1).nan_to_num()
     finite = elements.masked_fill(elements == -torch.inf, 0.0)
@@ -238,7 +238,7 @@ def extended_oracle(case: Case, q, k, v, mask, sinks):
 
 def oracle(case: Case, q, k, v, mask, sinks):
     """(out, lse, entropy, max_logit, min_logit) in fp64 from the full score matrix, written independently."""
-    scores, hidden = _oracle_scores(case, q, k, mask)
+    scores, hidden = oracle_scores(case, q, k, mask)
     v = v.double().repeat_interleave(case.group, 1)
     rows = _with_sinks(scores, sinks)
     empty = hidden.all(-1)

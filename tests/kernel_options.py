@@ -22,14 +22,18 @@ KERNELS: dict[str, frozenset[str]] = {
     "fold_kernel": FLOATS | {"bfloat16"},
     "columns_kernel": FLOATS,
     "extremes_kernel": FLOATS,
+    "longest_kernel": FLOATS,
     "single_extremes_kernel": FLOATS,
     "beside_kernel": frozenset({"float32"}),
     "rows_asked_kernel": frozenset({"float32", "uint8"}),  # rows that do not count are read as bytes
     "scan_mask_kernel": frozenset({"uint8", "float32"}),  # boolean masks are read as bytes
     "bounds_kernel": frozenset({"int32", "int64"}),
+    "pack_kernel": frozenset({"int32"}),
+    "mask_rows_kernel": frozenset({"int32", "uint8"}),
+    "mask_kernel": frozenset({"int32"}),
 }
 #: Kernels that only a test launches.
-OF_TESTS = frozenset({"list_blocks"})
+OF_TESTS = frozenset({"list_blocks", "list_spans", "finish_rows"})
 #: Kernel and option: the value that no caller can ask for.
 IMPOSSIBLE: dict[tuple[str, str], bool] = {
     (
@@ -37,20 +41,26 @@ IMPOSSIBLE: dict[tuple[str, str], bool] = {
         "has_d_scores",
     ): True,  # the gradient of a mask is written once, beside that of the queries
     ("scan_mask_kernel", "has_mask"): False,
+    ("pack_kernel", "is_packed"): False,
+    ("mask_kernel", "has_mask"): False,
+    ("mask_kernel", "is_packed"): True,
     # Each of the two is the other's case.
     ("extremes_kernel", "single"): True,
     ("single_extremes_kernel", "single"): False,
 }
+# The sm_90 forward takes none of these.
+IMPOSSIBLE |= {
+    (kernel, option): True
+    for kernel in ("pack_kernel", "mask_kernel")
+    for option in ("has_softcap", "has_bias")
+}
+IMPOSSIBLE |= {("pack_kernel", "has_mask"): True}
 # It corrects the sm_90 forward, which takes none of these.
 IMPOSSIBLE |= {
     ("huge_rows_kernel", option): True
     for option in (
-        "has_mask",
         "has_bias",
-        "is_windowed",
-        "is_packed",
         "has_softcap",
-        "has_sinks",
         "extended",
         "natural",
         "pointers",

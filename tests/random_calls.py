@@ -41,7 +41,7 @@ HUGE = 133120.0  # as in https://github.com/pytorch/pytorch/issues/121558
 
 @dataclass(frozen=True)
 class Kind:
-    """What the kernels of a call are compiled for; sizes: of (batch * heads, M, N), see `_size`."""
+    """What the kernels of a call are compiled for; sizes: of (batch * heads, M, N), see `size_of`."""
 
     dtype: torch.dtype
     width: int  # head dimension
@@ -126,7 +126,7 @@ class Arguments:
         return weights @ value
 
 
-def _size(kind: int, rng: random.Random, largest: int) -> int:
+def size_of(kind: int, rng: random.Random, largest: int) -> int:
     """A size of a class that kernels are compiled for: 1, a multiple of 16, or any other (2)."""
     if kind == 1:
         return 1
@@ -144,7 +144,7 @@ def _numbers(values: str, shape: tuple[int, ...], generator: torch.Generator, is
     return x * {"normal": 1.0, "large": 30.0, "huge": 1e5, "zero": 0.0, "tiny": 1e-7}[values]
 
 
-def _laid_out(layout: str, shape: tuple[int, int, int, int], draw) -> Tensor:
+def laid_out(layout: str, shape: tuple[int, int, int, int], draw) -> Tensor:
     """draw(shape) to a tensor of numbers, in memory as `layout` says."""
     batch, heads, length, width = shape
     if layout == "transposed":
@@ -168,7 +168,7 @@ def _laid_out(layout: str, shape: tuple[int, int, int, int], draw) -> Tensor:
     return draw(shape)
 
 
-def _mask(kind: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def mask_of(kind: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """A mask for scores of `shape` (B, H, M, N)."""
     batch, _, queries, keys = shape
     full = torch.rand(batch, 1, queries, keys, generator=generator) > 0.4
@@ -208,7 +208,7 @@ def random_call(
         batch = kv_heads = group = 1
     else:
         batch, kv_heads, group = rng.choice((1, 2, 3)), rng.choice((2, 3)), kind.group
-    queries, keys = (_size(size, rng, largest) for size in kind.sizes[1:])
+    queries, keys = (size_of(size, rng, largest) for size in kind.sizes[1:])
     width = value_dim = kind.width
     if rng.random() < 0.03:
         width = value_dim = 257
@@ -223,12 +223,12 @@ def random_call(
         def draw(size: tuple[int, ...]) -> Tensor:
             return _numbers(values, size, generator, is_value).to(device=device, dtype=kind.dtype)
 
-        return _laid_out(layout, shape, draw)
+        return laid_out(layout, shape, draw)
 
     heads = kv_heads * group
     mask = None
     if kind.mask is not None:
-        mask = _mask(kind.mask, (batch, heads, queries, keys), kind.dtype, generator).to(device)
+        mask = mask_of(kind.mask, (batch, heads, queries, keys), kind.dtype, generator).to(device)
     scale = rng.choice((None, None, 0.5))
     arguments = Arguments(
         tensor(layouts[0], (batch, heads, queries, width)),

@@ -20,6 +20,7 @@ WITHOUT_TRITON = Card("H200", NVIDIA, (9, 0), has_flash=True, has_cudnn=True)
 CPU = Card("cpu")
 HOPPER, TRITON, REFERENCE = engines.HOPPER, engines.TRITON, engines.REFERENCE
 MI250 = Card("MI250", "AMD", (9, 0), triton="3.6.0", has_flash=True, has_cudnn=True)
+MASK = torch.ones(1, 1, 1, 256, dtype=torch.bool)
 SHAPES = "takes no mask, window, soft-cap, sinks or packed sequences"
 
 
@@ -43,7 +44,8 @@ def call(
 FORWARD = [
     (H200, {}, {HOPPER: None}),
     (H200, {"dtype": torch.float32}, {HOPPER: "needs fp16 or bf16, got float32", TRITON: None}),
-    (H200, {"head_dim": 256}, {HOPPER: "head dimension 256 exceeds 128", TRITON: None}),
+    (H200, {"head_dim": 256}, {HOPPER: None}),
+    (H200, {"head_dim": 192, "value_dim": 128, "is_causal": False}, {HOPPER: None}),
     (
         H200,
         {"value_dim": 60},
@@ -51,7 +53,27 @@ FORWARD = [
     ),
     (H200, {"queries": 64}, {HOPPER: "needs more than 64 queries", TRITON: None}),
     (H200, {"keys": 0}, {HOPPER: "the call is empty", TRITON: "there is no key", REFERENCE: None}),
-    (H200, {"window_size": 9}, {HOPPER: SHAPES, TRITON: None}),
+    (H200, {"window_size": 9}, {HOPPER: None}),
+    (H200, {"sinks": torch.zeros(2)}, {HOPPER: None}),
+    (H200, {"seqlens": torch.tensor([0, 100, 256])}, {HOPPER: None}),
+    (H200, {"attn_mask": MASK}, {HOPPER: None}),
+    (H200, {"attn_mask": MASK.float()}, {HOPPER: "takes no additive mask", TRITON: None}),
+    (
+        H200,
+        {"attn_mask": MASK, "seqlens": torch.tensor([0, 256])},
+        {HOPPER: "takes no mask beside packed sequences", TRITON: None},
+    ),
+    (H200, {"softcap": 5.0, "window_size": 9}, {HOPPER: "takes no soft-cap", TRITON: None}),
+    (
+        H200,
+        {"scale": 1e7, "window_size": 9},
+        {
+            HOPPER: engines.ODD_SCALE,
+            TRITON: None,
+        },
+    ),
+    (H200, {"scale": 1e7}, {HOPPER: None}),
+    (H200, {"scale": 1e-7, "head_dim": 192}, {HOPPER: engines.ODD_SCALE, TRITON: None}),
     (H200, {"scale": -1.0}, {HOPPER: "needs a positive scale", TRITON: None}),
     (H200, {"extended": True}, {HOPPER: "does not compute the extended statistics", TRITON: None}),
     (H200, {"value": False}, {HOPPER: "needs values: this call asks for statistics alone", TRITON: None}),
@@ -59,7 +81,7 @@ FORWARD = [
         H200,
         {"head_dim": 320},
         {
-            HOPPER: "head dimension 320 exceeds 128",
+            HOPPER: "head dimension 320 exceeds 256",
             TRITON: "head dimension 320 exceeds 256",
             REFERENCE: None,
         },
@@ -183,5 +205,5 @@ def test_auto_fuses_where_fused_was_measured(card, options, reason, monkeypatch)
 
 
 def test_the_constants_of_the_hopper_kernel_are_its_own():
-    kernel = pytest.importorskip("hnf_attention.kernels.hopper.kernel")
-    assert kernel.HALF_M == engines.HOPPER_ROWS
+    plan = pytest.importorskip("hnf_attention.kernels.hopper.plan")
+    assert plan.HALF_M == engines.HOPPER_ROWS

@@ -86,19 +86,19 @@ def test_every_block_is_taken_once_in_the_order_of_the_formula(num_heads, num_bl
 @pytest.mark.parametrize("num_heads", [8, 12, 16, 25, 32, 64, 128])
 def test_programs_are_as_evenly_loaded_as_by_a_greedy_choice(num_heads, num_blocks, programs):
     programs = min(programs, num_heads * num_blocks)
-    together = heads_together(num_heads, num_blocks, is_causal=True)
+    together = heads_together(num_heads, num_blocks, uneven=True)
     taken = by_formula(num_heads, num_blocks, programs, together)
     loads = [sum(cost(block) for _, block in program) for program in taken]
     assert max(loads) <= 1.09 * greedy(num_heads, num_blocks, programs) + 1
 
 
 def test_the_numbers_of_an_order():
-    assert order_of(32, 64, 132, is_causal=True) == Order(32, 64, 8, 4, 16)
-    assert order_of(3, 5, 15, is_causal=False) == Order(3, 5, 3, 1, 1)
+    assert order_of(32, 64, 132, uneven=True) == Order(32, 64, 8, 4, 16)
+    assert order_of(3, 5, 15, uneven=False) == Order(3, 5, 3, 1, 1)
 
 
 def test_how_many_heads_share_a_stretch():
-    assert heads_together(32, 64, is_causal=True) == 8
-    assert heads_together(128, 8, is_causal=True) == 32
-    assert heads_together(128, 8, is_causal=False) == 8
-    assert heads_together(3, 200, is_causal=True) == 3
+    assert heads_together(32, 64, uneven=True) == 8
+    assert heads_together(128, 8, uneven=True) == 32
+    assert heads_together(128, 8, uneven=False) == 8
+    assert heads_together(3, 200, uneven=True) == 3

@@ -17,7 +17,7 @@ HUGE = {torch.float16: 2.0**14, torch.float32: 1e6, torch.bfloat16: 2.0**20}
 
 def _tensors(dtype, device, huge, **options):
     """Inputs of which the rows `huge` of the last head have scores of HUGE^2 / 4, and what they give."""
-    case = Case(1, 2, 1, 150, 40, **options)
+    case = Case(**{"batch": 1, "group": 1, "num_queries": 150, "num_keys": 40} | options)
     q, k, v, *rest = case.tensors(dtype, device)
     for row in huge:
         q[0, -1, row, :] = HUGE[dtype]
@@ -33,6 +33,8 @@ def _tensors(dtype, device, huge, **options):
     [
         (torch.float32, {"is_causal": True}, torch.nan),
         (torch.float16, {}, 1e9),
+        (torch.float32, {"window_size": 30, "sinks": True, "mask": "bool"}, torch.nan),
+        (torch.float16, {"num_keys": 150, "seqlens": (0, 70, 150)}, torch.nan),
         pytest.param(torch.float32, {}, -torch.inf, marks=pytest.mark.slow),
         pytest.param(torch.float16, {"is_causal": True}, torch.nan, marks=pytest.mark.slow),
         pytest.param(torch.float16, {"is_causal": True, "scale": -0.25}, torch.inf, marks=pytest.mark.slow),
@@ -63,6 +65,15 @@ def test_without_huge_rows_nothing_is_touched(device):
     found = [torch.full_like(x, 2.0**26 - 8) for x in right]
     huge_rows.compute_again(*tensors, given, found[0], Rows(*found[1:], None, 0))
     assert all((x == 2.0**26 - 8).all() for x in found)
+
+
+def test_rows_without_a_key_are_not_computed_again(device):
+    """Their largest score is -inf and their smallest one inf."""
+    tensors, given, right = _tensors(torch.float32, device, ())
+    found = [torch.full_like(x, 0.5) for x in right]
+    found[3][:], found[4][:] = -torch.inf, torch.inf
+    huge_rows.compute_again(*tensors, given, found[0], Rows(*found[1:], None, 0))
+    assert (found[0] == 0.5).all()
 
 
 @pytest.mark.gpu

@@ -30,7 +30,8 @@ def test_a_coverage_that_cannot_be_read_ends_no_step(model, x, monkeypatch):
     model(x)
     with monkeypatch.context() as patch:
         patch.setattr(Instrumentation, "coverage", property(fail))
-        assert monitor.on_step() is None and "diagnosis" in monitor.status.off
+        diagnosis = monitor.on_step()
+        assert diagnosis is not None and diagnosis.healthy is None and "coverage" in monitor.status.off
     model(x)
     assert monitor.on_step() is not None and monitor.status
 

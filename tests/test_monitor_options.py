@@ -11,6 +11,7 @@ from torch import nn
 
 from hnf_attention import AttentionAnalyzer, AttentionStabilityMonitor
 from hnf_attention.diagnosis import diagnose
+from hnf_attention.monitoring import writers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.randint(0, 40, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -115,7 +116,7 @@ def test_resolved_issues_are_logged_and_lines_are_short(model, caplog):
 # Status
 
 
-def test_a_writer_whose_disk_was_full_once_misses_one_snapshot(model, caplog):
+def test_a_writer_that_never_takes_one_snapshot_misses_that_one(model, caplog):
     seen = []
 
     def writer(diagnosis):
@@ -129,9 +130,41 @@ def test_a_writer_whose_disk_was_full_once_misses_one_snapshot(model, caplog):
         step(model, monitor)
     assert seen == [2, 6, 8, 10, 12, 14, 16, 18, 20]
     assert status and not status.off and str(status) == "all parts work"
-    first, second = [r.getMessage() for r in caplog.records]
+    first, missed, second = [r.getMessage() for r in caplog.records]
+    assert missed == "writer 0 (function) missed 1 of the log steps before"
     assert "'writer 0 (function)' failed at step 4; it is tried again at step 6" in first
     assert "'writer 0 (function)' works again at step 6, after 1 failure since step 4" in second
+
+
+def test_a_writer_whose_disk_was_full_for_a_while_misses_nothing(model, caplog):
+    seen = []
+
+    def writer(diagnosis):
+        if 4 <= monitor.step < 20:
+            raise OSError(28, "No space left on device")
+        seen.append(diagnosis.step)
+
+    monitor = AttentionStabilityMonitor(model, log_every=2, writers=[writer])
+    for _ in range(36):
+        step(model, monitor)
+    assert seen == list(range(2, 37, 2)) and monitor.status
+    assert len(caplog.records) == 2 and "works again" in caplog.records[1].getMessage()
+
+
+def test_what_waits_for_a_writer_has_a_bound(monkeypatch, model, caplog):
+    monkeypatch.setattr(writers, "MOST_WAITING", 3)
+    seen = []
+
+    def writer(diagnosis):
+        if monitor.step < 8:
+            raise OSError
+        seen.append(diagnosis.step)
+
+    monitor = AttentionStabilityMonitor(model, log_every=1, writers=[writer])
+    for _ in range(9):
+        step(model, monitor)
+    assert seen == [6, 7, 8, 9]
+    assert "writer 0 (function) missed 5 of the log steps before" in caplog.text
 
 
 def test_a_writer_that_never_works_is_asked_ever_more_rarely(model, caplog):
@@ -144,7 +177,7 @@ def test_a_writer_that_never_works_is_asked_ever_more_rarely(model, caplog):
     monitor = AttentionStabilityMonitor(model, log_every=1, writers=[writer])
     for _ in range(40):
         step(model, monitor)
-    assert tried == [1, 2, 4, 8, 16, 32] and len(caplog.records) == 1
+    assert tried == [1, 1, 2, 1, 2, 1, 2, 1, 2, 1, 2] and len(caplog.records) == 1
     outage = monitor.status.off["writer 0 (function)"]
     assert (outage.since, outage.failures, outage.again) == (1, 6, 64)
 

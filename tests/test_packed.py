@@ -247,10 +247,10 @@ def test_nothing_waits_for_the_device():
 
 
 @pytest.mark.gpu
-def test_neither_the_hopper_forward_nor_the_library_takes_a_pack():
+def test_the_hopper_forward_takes_a_pack_and_the_library_does_not():
     q, k, v, *_ = Case(1, 2, 1, 256, 256, 64, 64).tensors(torch.bfloat16, "cuda")
     call = Call(q, k, v, Case(seqlens=(0, 100, 256)).options(q, k, v, None, None))
-    assert engines.choose(engines.FORWARD, call).name == engines.TRITON
+    assert engines.choose(engines.FORWARD, call).name == engines.HOPPER
     assert engines.choose(engines.output_backward(library.Choice()), call).name == engines.TRITON
 
 

@@ -106,24 +106,15 @@ def test_entropy_is_exact_at_large_scores():
     assert (rows.entropy.double() - exact.entropy).abs().max() <= 1e-5
 
 
-def test_a_common_shift_of_the_scores_changes_nothing_but_the_level():
-    q, k, v, _, _ = Case().tensors(torch.float64)
-    shift = torch.full((1, 1, 1, k.shape[2]), 7.5, dtype=torch.float64)
-    out, rows = reference.attention(q, k, v, PLAIN)
-    moved_out, moved = reference.attention(q, k, v, PLAIN.__class__(shift, False, 1.0, None, None, None))
-    torch.testing.assert_close(moved_out, out)
-    torch.testing.assert_close(moved.entropy, rows.entropy)
-    torch.testing.assert_close(moved.lse, rows.lse + 7.5)
-
-
-def test_permuting_the_keys_changes_nothing():
-    q, k, v, _, _ = Case().tensors(torch.float64)
-    order = torch.randperm(k.shape[2])
-    out, rows = reference.attention(q, k, v, PLAIN)
-    permuted_out, permuted = reference.attention(q, k[:, :, order], v[:, :, order], PLAIN)
-    torch.testing.assert_close(permuted_out, out)
-    torch.testing.assert_close(permuted.entropy, rows.entropy)
-    torch.testing.assert_close(permuted.min_logit, rows.min_logit)
+@pytest.mark.parametrize("sink", [60.0, 4e7])
+def test_a_sink_far_above_the_keys_leaves_the_statistics_of_the_keys_alone(sink):
+    """Their mean and spread were those of scores less the sink, and rounded at its size."""
+    q, k, _, _, sinks = Case(sinks=True).tensors()
+    high = PLAIN._replace(sinks=torch.full_like(sinks, sink))
+    rows = reference.attention(q, k, None, PLAIN, extended=True)[1]
+    sunk = reference.attention(q, k, None, high, extended=True)[1]
+    for name in ("score_mean", "score_std", "visible_keys", "max_logit", "min_logit"):
+        assert torch.equal(getattr(sunk, name), getattr(rows, name)), name
 
 
 @pytest.mark.parametrize("number", NON_FINITE)

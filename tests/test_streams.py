@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_every_step import Model, batch, train
+from test_every_step import DEVICE, Model, batch, train
 
 from hnf_attention import AttentionStabilityMonitor
 from hnf_attention.instrumentation import watched
@@ -74,7 +74,7 @@ def test_a_first_call_inside_a_capture_is_refused_and_later_ones_are_settled(fak
 
 
 def test_a_refused_capture_is_said_in_the_coverage(fake):
-    model = Model(1)
+    model = Model(1).to(DEVICE)
     with AttentionStabilityMonitor(model, log_every=1) as monitor:
         fake.captures = True
         model(batch())

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ..errors import InputError
+from .completion import completion
 from .exit_codes import HEALTHY, INTERRUPTED, PIPE_CLOSED, USAGE
 from .messages import one_line
 from .parser import make_parser
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser = make_parser()
         options = parser.parse_args(arguments)
         debug = options.debug
+        if options.print_completion is not None:
+            print(completion(parser, options.print_completion))
+            return HEALTHY
         if options.command is None:
             parser.print_help()
             return HEALTHY

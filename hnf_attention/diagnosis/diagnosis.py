@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,12 +14,7 @@ from ..names import display_name
 from ..statistics.heads import HeadStats, Snapshot
 from .extent import Extent, counted, extent
 from .issue import StabilityIssue, grouped, heads_text
-from .thresholds import overridden, threshold
-
-if TYPE_CHECKING:
-    from os import PathLike
-
-    from matplotlib.figure import Figure
+from .plots import Plots
 
 #: What `to_dict` holds of each layer: one number per head.
 HEAD_FIELDS = (
@@ -64,12 +59,13 @@ _LAYER_FIELDS = ("num_heads", "head_dim", "dtype", "sample_period")
 
 
 @dataclass(repr=False)
-class AttentionDiagnosis:
+class AttentionDiagnosis(Plots):
     """The issues at one step, worst first, with the numbers that they came from.
 
     stats: the latest snapshot, layer name to head statistics. history: the snapshots that the rules saw,
     oldest first; `stats` is the last of them. not_measured: attention that was seen and not measured,
-    layer name to reason. thresholds: those that were judged with in place of the table's.
+    layer name to reason. thresholds: those that were judged with in place of the table's. not_judged: rules
+    that failed, by name, and why; their issues are not known.
     """
 
     issues: list[StabilityIssue]
@@ -78,6 +74,7 @@ class AttentionDiagnosis:
     history: Sequence[Snapshot] = ()
     not_measured: dict[str, str] = field(default_factory=dict)
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    not_judged: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         kinds = Counter(f"{issue.severity}: {issue.issue_type}" for issue in self.issues)
@@ -121,7 +118,8 @@ class AttentionDiagnosis:
         if self.errors:
             return False
         seen = self.extent
-        return True if seen.judged == seen.heads and not self.not_measured else None
+        whole = seen.judged == seen.heads and not self.not_measured and not self.not_judged
+        return True if whole else None
 
     @property
     def verdict(self) -> str:
@@ -148,6 +146,7 @@ class AttentionDiagnosis:
             "issues": [_issue_dict(issue, self._trains) for issue in self.issues],
             "layers": {name: _jsonable(_layer_dict(stats)) for name, stats in self.stats.items()},
             "not_measured": dict(self.not_measured),
+            "not_judged": dict(self.not_judged),
         }
 
     def summary(self) -> str:
@@ -170,24 +169,10 @@ class AttentionDiagnosis:
         if self.not_measured:
             lines.append("not measured:")
             lines += [f"    {display_name(name)}: {why}" for name, why in self.not_measured.items()]
+        if self.not_judged:
+            lines.append("not judged:")
+            lines += [f"    {name}: {why}" for name, why in self.not_judged.items()]
         return "\n".join(lines)
-
-    def plot_entropy_heatmap(self, path: str | PathLike[str] | None = None) -> Figure:
-        """Draw the normalized entropy of every head at the latest snapshot; saved to `path` if given."""
-        from .. import figures
-
-        with overridden(self.thresholds):
-            sink = threshold("sink_mass")
-        return _saved(figures.entropy_heatmap(self._snapshots()[-1], sink), path)
-
-    def plot_curvature_evolution(self, path: str | PathLike[str] | None = None) -> Figure:
-        """Draw log2 of the HNF curvature bound over the snapshots, a line per layer; saved to `path` if given.
-
-        A single snapshot, as of an analyzer, gives a point for every head.
-        """
-        from .. import figures
-
-        return _saved(figures.curvature_evolution(self._snapshots()), path)
 
     @property
     def _trains(self) -> bool:
@@ -221,9 +206,3 @@ def _jsonable_value(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return [_jsonable_value(item) for item in value.tolist()]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _saved(figure: Figure, path: str | PathLike[str] | None) -> Figure:
-    if path is not None:
-        figure.savefig(path)
-    return figure

@@ -14,20 +14,28 @@ from torch import Tensor
 
 from ..reference import attention as reference
 from ..reference import sampling
+from ..reference.options import Options
 from . import library
-from .call import NOT_PLAIN, BackwardInputs, Call, not_half, too_wide
+from .call import BackwardInputs, Call, not_half, too_wide
 from .card import NO_CARD, NVIDIA, Card, card_of, on_device
 
 HOPPER, TRITON, REFERENCE = "Hopper kernel", "Triton kernel", "PyTorch reference"
 CUDNN, FLASH = "PyTorch's cudnn backward", "PyTorch's flash backward"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_CAPABILITY = (8, 0)  # the least that Triton supports on NVIDIA's cards
-KERNEL_HEAD_DIM, HOPPER_HEAD_DIM = 256, 128  # the largest
+KERNEL_HEAD_DIM, HOPPER_HEAD_DIM = 256, 256  # the largest
 HOPPER_ROWS = 64  # with so few queries, one of two groups of warps has none
 NO_HEAD_DIM = "a head dimension is 0"
 # Versions of Triton by how they compile the Hopper forward (bench/offline.py). GPU tests ran with 3.6, and 3.7 makes
 # the same inner loop. That of 3.8 and 3.9 is 7 to 10% longer and spills at D = 128.
 HOPPER_TRITON, SPILLING_TRITON = ("3.6", "3.7"), ("3.8", "3.9")
+# Between them, the number in place of a hidden score stays finite and far from all others (kernels/hopper/assembly.py).
+LEAST_SCALE, LARGEST_SCALE = 1e-6, 1e6
+HOPPER_BARE_HEAD_DIM = 128  # up to it, plain calls hide no score behind that number
+ODD_SCALE = (
+    f"needs a scale from {LEAST_SCALE:g} to {LARGEST_SCALE:g} beside a mask, a window, packed sequences or a head "
+    f"dimension above {HOPPER_BARE_HEAD_DIM}"
+)
 FEW_QUERIES = f"needs more than {HOPPER_ROWS} queries"
 # Where fused attention was timed and found to be cheaper than PyTorch's beside a probe: docs/performance.md has the
 # figures, taken on an H100 and an H200.
@@ -209,8 +217,9 @@ def hopper_supports(call: Call, card: Card) -> str | None:
         return "needs values: this call asks for statistics alone"
     if extended:
         return "does not compute the extended statistics"
-    if not options.plain:
-        return NOT_PLAIN
+    reason = _shapes_no_hopper(options, call.largest_head_dim)
+    if reason is not None:
+        return reason
     reason = not_half(query.dtype) or too_wide(call.largest_head_dim, HOPPER_HEAD_DIM)
     if reason is not None:
         return reason
@@ -221,6 +230,26 @@ def hopper_supports(call: Call, card: Card) -> str | None:
     if value.numel() == 0 or query.numel() == 0:
         return "the call is empty"
     return None if options.scale > 0 else "needs a positive scale"
+
+
+def _shapes_no_hopper(options: Options, head_dim: int) -> str | None:
+    """What the Hopper forward cannot compute of what shapes the scores; None if it computes everything.
+
+    The visible keys of each row must form one interval. Whether those of a boolean mask do is known on the device only:
+    rows of another mask are computed by the portable kernel, behind the Hopper forward.
+    """
+    mask, _, scale, window_size, softcap, _, seqlens = options
+    if softcap is not None:
+        return "takes no soft-cap"
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            return "takes no additive mask"
+        if seqlens is not None:
+            return "takes no mask beside packed sequences"
+    unmasked = mask is window_size is seqlens is None and head_dim <= HOPPER_BARE_HEAD_DIM
+    if unmasked or scale <= 0 or LEAST_SCALE <= scale <= LARGEST_SCALE:
+        return None
+    return ODD_SCALE
 
 
 def reference_supports(call: Call, card: Card) -> None:

@@ -220,7 +220,9 @@ def _cotangent(inputs: BackwardInputs) -> Tensor:
     return d_out.contiguous()
 
 
-@functools.cache
 def _nothing(device: torch.device) -> Tensor:
-    """The state of a random generator that is not used."""
-    return torch.zeros((), dtype=torch.int64, device=device)
+    """The state of a random generator that is not used.
+
+    Made for each call: a tensor that outlives its step must not lie in the memory of a CUDA graph.
+    """
+    return torch.empty((), dtype=torch.int64, device=device)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..engine import engines
 from ..engine.blocks import BlockRows
 from ..engine.call import check
+from ..errors import let_out
 from ..reference.measured import Measured
 from ..statistics.checks import expected
 from ..statistics.rows import RowStats
@@ -67,6 +68,7 @@ class Watch:
             with _hidden(self._query):
                 run()
         except Exception as error:  # the monitor never ends a run
+            let_out(error)
             self._failure = error.with_traceback(None)
 
     def deliver(self) -> None:
@@ -115,8 +117,12 @@ def watched(
     if not (observer.active or observer.keeping) or transformed() or observer.repeats():
         yield None
         return
-    owner = observer.measuring_owner(find) if observer.active else None
-    keeper = observer.keeping_owner(find) if observer.keeping else None
+    owner, keeper = None, None
+    try:
+        owner = observer.measuring_owner(find) if observer.active else None
+        keeper = observer.keeping_owner(find) if observer.keeping else None
+    except Exception as error:  # the monitor never ends a run
+        observer.note_fault(error)
     if owner is None and keeper is None:
         yield None
         return

@@ -73,9 +73,7 @@ def guarded(look: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     try:
         look(*args, **kwargs)
     except Exception as error:
-        owner = observer.running_owner()
-        if owner is not None:
-            owner.observer.note(owner.layer, f"looking for attention failed: {type(error).__name__}: {error}")
+        observer.note_fault(error)
 
 
 def saw_product(queries: Tensor, keys: Tensor, result: Tensor) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import compat
+from ..errors import let_out
 
 
 class Plain(NamedTuple):
@@ -130,7 +131,8 @@ class Expected:
                 and slot.inputs == layout_of_inputs(query, key, value)
                 and not is_cast(plain)
             )
-        except Exception:  # nested tensors have no sizes; the monitor never ends a run
+        except Exception as error:  # nested tensors have no sizes; the monitor never ends a run
+            let_out(error)
             return False
         if not alike or not calls(slot.module()):
             return False

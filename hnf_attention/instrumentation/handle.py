@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..names import named_modules
 from . import observer
@@ -31,7 +33,7 @@ from .interceptors import (
 )
 from .measurer import MOST_CALLS, Measurer
 from .padding import checked_query_mask
-from .patches import Patch
+from .patches import Patch, all_or_none, release_all
 from .strict import CoverageJudge
 from .watched import Watched
 
@@ -171,16 +173,24 @@ class Instrumentation(Measurer):
         super().__init__(mode, sample, attention_classes, watched.forwards)
         self._watched = watched  # which would not live without its handles
         self._holder = None if holder is None else weakref.ref(holder)
-        modules = watched.join(self)
-        self._attention = weakref.WeakValueDictionary(
-            {name: module for name, module in modules.items() if is_attention(module)}
-        )
-        patches: list[Patch] = []
-        hook = CoverageJudge(model, weakref.ref(self)).handle if strict else None
-        self._restore = weakref.finalize(self, _restore, watched, patches, hook, id(self))
+        self._attention: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
+        self._patches: list[Patch] = []
+        self._hooks: list[RemovableHandle] = []
+        self._restore = weakref.finalize(self, _restore, watched, self._patches, self._hooks, id(self))
         self._restore.atexit = False
-        _install(modules.values(), patches)
-        watched.renew_graphs()
+        try:
+            self._begin(model, strict)
+        except BaseException:  # whoever keeps the error keeps this handle alive
+            self._restore()
+            raise
+
+    def _begin(self, model: nn.Module, strict: bool) -> None:
+        modules = self._watched.join(self)
+        self._attention.update({name: module for name, module in modules.items() if is_attention(module)})
+        if strict:
+            self._hooks.append(CoverageJudge(model, weakref.ref(self)).handle)
+        _install(modules.values(), self._patches)
+        self._watched.renew_graphs()
         for library in (registered, flex, flash_attn, varlen, xformers):
             self._problems |= library.unreachable(modules)
         self._problems |= tracer.unreached_before(modules)
@@ -290,25 +300,29 @@ class Instrumentation(Measurer):
 
 def _install(modules: Collection[nn.Module], patches: list[Patch]) -> None:
     """Put all interceptors in place. patches: takes them in one by one, so that none is left if a later one fails."""
-    patches += registered.install(modules)  # first: what the user says of a function is believed
-    patches += sdpa.install(modules)
-    patches += multihead.install()
-    patches += softmax.install(modules)
-    patches += products.install(modules)
+    installs: list[Callable[[], list[Patch]]] = [
+        partial(registered.install, modules),  # first: what the user says of a function is believed
+        partial(sdpa.install, modules),
+        multihead.install,
+        partial(softmax.install, modules),
+        partial(products.install, modules),
+    ]
     for library in (flex, flash_attn, varlen, xformers, transformer_engine, megatron):
-        patches += library.install(modules)
+        installs.append(partial(library.install, modules))
     # The model is none of transformers' before it is imported.
     if "transformers.modeling_utils" in sys.modules:
         from .interceptors import transformers
 
-        patches += transformers.install(modules)
+        installs.append(partial(transformers.install, modules))
+    for install in installs:
+        with all_or_none():
+            patches += install()
 
 
-def _restore(watched: Watched, patches: list[Patch], hook: Any, identity: int) -> None:
+def _restore(watched: Watched, patches: list[Patch], hooks: list[RemovableHandle], identity: int) -> None:
     observer.active.discard(identity)
     observer.keeping.discard(identity)
     watched.leave(identity)
-    while patches:
-        patches.pop().release()
-    if hook is not None:
-        hook.remove()
+    release_all(patches)
+    while hooks:
+        hooks.pop().remove()

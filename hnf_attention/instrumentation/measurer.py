@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import compat
 from ..engine import api, engines, fold
 from ..engine.call import Call
+from ..errors import let_out
 from ..names import call_name, display_name
 from ..reference.context import Context
 from ..reference.masks import take_rows
@@ -56,15 +57,13 @@ class Measurer:
         attention_classes: tuple[type[nn.Module], ...],
         forwards: Forwards,
     ):
-        self.mode = mode
-        self.sample = sample
+        self.mode, self.sample = mode, sample
         self.on_measure: Callable[[Measurement], None] | None = None
         self.on_forward_begin: Callable[[Forward], None] | None = None
         self.on_forward_end: Callable[[Forward], None] | None = None
         self.on_kept: Callable[[KeptForward], None] | None = None
         self.queries_split = False
-        self._attention_classes = attention_classes
-        self._forwards = forwards
+        self._attention_classes, self._forwards = attention_classes, forwards
         self._delivery = threading.RLock()
         self._repeated: set[str] = set()  # layers of which a forward had several invocations
         self._merged: set[str] = set()  # layers whose invocations cannot be told apart
@@ -78,6 +77,7 @@ class Measurer:
         self._problems: dict[str, str] = {}
         self._slowed: set[str] = set()
         self.kept_layers = KeptLayers()
+        self._said: set[str] = set()  # kinds of failures that were logged
 
     def note(self, layer: str, reason: str) -> None:
         """List `layer`, or some of its calls, as not measured."""
@@ -155,6 +155,7 @@ class Measurer:
                 output, rows = api.attend(call.query, call.key, call.value, options, detached=True)
                 result, done = call.from_output(output), True
         except Exception as error:  # of any kind: the model's own attention still has to run
+            let_out(error)
             failure = error.with_traceback(None)
         if not done:
             result = original()
@@ -169,6 +170,7 @@ class Measurer:
                     self._measure(layer, state, call, options, rows, output, None if fused else result)
                 self._succeed(layer, state, state.remarked(self._how(call, options, rows is not None)))
             except Exception as error:  # the monitor never ends a run
+                let_out(error)
                 failure = error.with_traceback(None)
         if failure is not None:
             self._give_up(layer, state, failure)
@@ -233,11 +235,12 @@ class Measurer:
                 call = describe()
                 if call.check is not None and not state.checked:
                     state.checked = call.check(call)
-                found = described(layer, min(number, MOST_CALLS - 1), call, output, self.padding)
+                found: Described = described(layer, min(number, MOST_CALLS - 1), call, output, self.padding)
+                return found
         except Exception as error:  # the monitor never ends a run
+            let_out(error)
             self.kept_layers.fail(layer, error)
             return None
-        return found
 
     def _measure(
         self,
@@ -331,6 +334,7 @@ class Measurer:
                 self._leave_out(measurement, measurement.rows.lse.shape[2])
                 self._deliver(measurement, place)
         except Exception as error:  # the monitor never ends a run
+            let_out(error)
             self._give_up(layer, state, error.with_traceback(None))
         else:
             self._succeed(layer, state, f"probe ({interceptor})")
@@ -381,15 +385,13 @@ class Measurer:
                 state.measuring_failed = state.fused_failed = True
                 self._measured.pop(layer, None)
             return
-        if not state.failure:  # a layer that fails at some of its calls, again and again, is logged once
-            _log.warning(
-                "hnf-attention could not measure %s and tries again: %s: %s",
-                display_name(layer),
-                type(failure).__name__,
-                failure,
-            )
+        kind = type(failure).__name__
+        why = f"{kind}: {failure}"
+        if not state.failure and kind not in self._said:  # one cause fails in many layers, again and again
+            self._said.add(kind)
+            _log.warning("hnf-attention could not measure %s and tries again: %s", display_name(layer), why)
         state.rest()
-        state.failure = self._problems[layer] = f"measuring failed: {type(failure).__name__}: {failure}"
+        state.failure = self._problems[layer] = f"measuring failed: {why}"
         self._measured.pop(layer, None)
 
     @property

@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import compat
+from ..errors import let_out, report
 from ..statistics.rows import RowStats
 from ..tracing import running_modules
 from .call import EAGER, AttentionCall
@@ -212,31 +214,46 @@ def run(
     describe: makes the call's description from the same arguments. find: as for `measuring_owner`. plain_of: says the
     call in short, None for a call that only the description says.
     """
-    # A step of which nothing is wanted pays for these two branches alone.
-    owner = measuring_owner(find, *args, **kwargs) if active else None
-    if owner is None and not keeping:
+    owner, wanted, expected = None, None, None
+    try:
+        # A step of which nothing is wanted pays for these two branches alone.
+        owner = measuring_owner(find, *args, **kwargs) if active else None
+        if keeping and not repeats():
+            expected = thread.expected if owner is None else None
+            if expected is None or not expected.begins(_is_caller, _short(plain_of, args, kwargs)):
+                expected, wanted = None, keeping_owner(find, args, kwargs)
+    except Exception as error:  # the monitor never ends a run
+        note_fault(error)
+        owner, wanted, expected = None, None, None
+    if owner is not None:
+        described = partial(describe, *args, **kwargs)
+        output = owner.observer.attend(owner.layer, described, partial(original, *args, **kwargs))
+    elif wanted is None and expected is None:
         return original(*args, **kwargs)
-    keeps = bool(keeping) and not repeats()
-    expected = thread.expected if keeps and owner is None else None
-    if expected is not None and expected.begins(_is_caller, _short(plain_of, args, kwargs)):
-        output = alone(original, args, kwargs)
-        if expected.take(output):
-            return output
-        expected.leave()
-        wanted = keeping_owner(find, args, kwargs)
-        described = partial(describe, *args, **kwargs)
     else:
-        wanted = keeping_owner(find, args, kwargs) if keeps else None
-        described = partial(describe, *args, **kwargs)
-        if owner is not None:
-            output = owner.observer.attend(owner.layer, described, partial(original, *args, **kwargs))
-        elif wanted is None:
-            return original(*args, **kwargs)
-        else:
-            output = alone(original, args, kwargs)
+        output = alone(original, args, kwargs)
+    if expected is not None:
+        try:
+            if expected.take(output):
+                return output
+            expected.leave()
+            wanted = keeping_owner(find, args, kwargs)
+        except Exception as error:
+            note_fault(error)
+            return output
     if wanted is not None:
+        described = partial(describe, *args, **kwargs)
         wanted[0].observer.keep(wanted[0].layer, wanted[1], described, _short(plain_of, args, kwargs), output)
     return output
+
+
+def note_fault(error: Exception) -> None:
+    """Log that looking at a call failed, and list its layer: the model's own attention goes on."""
+    report("a call could not be looked at, and is not measured", error)
+    with suppress(Exception):  # what failed may be the search for the layer
+        owner = running_owner()
+        if owner is not None:
+            owner.observer.note(owner.layer, f"looking for attention failed: {type(error).__name__}: {error}")
 
 
 def alone(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -282,7 +299,10 @@ def _short(
 ) -> Plain | None:
     try:
         return None if plain_of is None else plain_of(*args, **kwargs)
-    except TypeError:  # a function of the user's own that takes other arguments
+    except (
+        Exception
+    ) as error:  # a function of the user's own may take other arguments: the description says it then
+        let_out(error)
         return None
 
 

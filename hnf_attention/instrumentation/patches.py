@@ -9,6 +9,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from .. import compat
 from ..compat import dynamo
+from ..errors import report
 
 _Place = tuple[Callable[[], Callable[..., Any]], Callable[[Any], None]]
 #: What makes our function from the original, by the original.
@@ -26,6 +28,8 @@ _MARK = "_hnf_attention_patch"
 #: Patches without users that a garbage collection released while Dynamo traced. The graph will be guarded by the
 #: function that it was traced with, so that one stays until the next patch comes or goes.
 _late: list[Patch] = []
+#: Lists that take in each patch that is acquired now, the innermost last.
+_collecting: list[list[Patch]] = []
 
 
 class Patch:
@@ -67,6 +71,8 @@ class Patch:
             if patch is None or patch._ours is not current:
                 patch = Patch(read, write, replacement)
             patch._users += 1
+            for acquired in _collecting[-1:]:
+                acquired.append(patch)
             return patch
 
     @staticmethod
@@ -123,6 +129,29 @@ class Patch:
 def _put_late_ones_back() -> None:
     while _late:
         _late.pop()._put_back()
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """Release each patch that is acquired inside if an error comes out of it."""
+    acquired: list[Patch] = []
+    _collecting.append(acquired)
+    try:
+        yield
+    except BaseException:
+        release_all(acquired)
+        raise
+    finally:
+        _collecting.remove(acquired)
+
+
+def release_all(patches: list[Patch]) -> None:
+    """Release these patches, the last one first. One that cannot be put back keeps no other one in place."""
+    while patches:
+        try:
+            patches.pop().release()
+        except Exception as error:
+            report("a replaced function could not be put back", error)
 
 
 def original_of(function: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from ..errors import let_out, report
 from ..names import named_modules, unwrapped
 from ..tracing import captured
 from . import forwards, observer
@@ -23,7 +24,7 @@ from .keeping import Described, Keeper, KeptForward, Pending
 from .layer_state import KeptLayers
 from .measurement import Forward, Measurement
 from .padding import Padding
-from .patches import Patch
+from .patches import Patch, all_or_none, release_all
 
 _log = logging.getLogger("hnf_attention")
 
@@ -105,7 +106,8 @@ class Watched:
         modules = dict(named_modules(model))
         with self._lock:
             if not self._members:
-                self._patches += forwards.install(model, self.forwards)
+                with all_or_none():
+                    self._patches += forwards.install(model, self.forwards)
             self._members[id(member)] = weakref.ref(member)
             self._registered = [weakref.ref(module) for module in modules.values()]
             observer.register(modules, self)
@@ -129,8 +131,7 @@ class Watched:
             model = self.root()
             if model is not None:
                 forwards.uninstall(model)
-            while self._patches:
-                self._patches.pop().release()
+            release_all(self._patches)
 
     def _measuring(self) -> list[Member]:
         """Who measures now; the one that computes outputs comes first."""
@@ -199,6 +200,7 @@ class Watched:
                 make = partial(member.describe_kept, layer, place[1], describe, output)
                 self._keeper.add(place, layer, plain, make, output)
         except Exception as error:  # the monitor never ends a run
+            let_out(error)
             member.kept_layers.fail(layer, error)
 
     def _deliver(self, kept: KeptForward) -> None:
@@ -209,6 +211,7 @@ class Watched:
                 with self._lock:
                     member.on_kept(kept)
             except Exception as error:  # the monitor never ends a run
+                let_out(error)
                 self._keeper.forget()  # these layers rest for some calls
                 for call in kept.calls:
                     member.kept_layers.fail(call.layer, error)
@@ -262,8 +265,8 @@ class Watched:
             if member.on_forward_begin is not None:
                 try:
                     member.on_forward_begin(forward)
-                except Exception:  # the monitor never ends a run
-                    _log.warning("hnf-attention: on_forward_begin failed", exc_info=True)
+                except Exception as error:  # the monitor never ends a run
+                    report("on_forward_begin failed", error)
 
     def _named_modules(self) -> dict[str, nn.Module]:
         model = self.root()
@@ -273,14 +276,14 @@ class Watched:
         if pending.calls or pending.expected is not None:
             try:
                 self._keeper.finish(forward, pending, self._named_modules)
-            except Exception:  # the monitor never ends a run
-                _log.warning("hnf-attention: the calls of a forward could not be read", exc_info=True)
+            except Exception as error:  # the monitor never ends a run
+                report("the calls of a forward could not be read", error)
         for member in self.members:
             if member.on_forward_end is not None:
                 try:
                     member.on_forward_end(forward)
-                except Exception:  # the monitor never ends a run
-                    _log.warning("hnf-attention: on_forward_end failed", exc_info=True)
+                except Exception as error:  # the monitor never ends a run
+                    report("on_forward_end failed", error)
 
 
 def watched_by(module: nn.Module) -> Watched | None:

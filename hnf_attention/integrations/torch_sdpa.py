@@ -20,6 +20,7 @@ and monitors take these statistics and probe nothing.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -64,8 +65,10 @@ class Registration:
     def __init__(self, key: str = "CUDA"):
         self._theirs = {name: _kernel(name, key) for name in (_FORWARD, _BACKWARD)}
         self._library: Library | None = Library("aten", "IMPL")
-        self._library.impl(_FORWARD, self.forward, key, with_keyset=True)
-        self._library.impl(_BACKWARD, self.backward, key, with_keyset=True)
+        with warnings.catch_warnings():  # PyTorch warns of what is wanted here
+            warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+            self._library.impl(_FORWARD, self.forward, key, with_keyset=True)
+            self._library.impl(_BACKWARD, self.backward, key, with_keyset=True)
 
     def remove(self) -> None:
         """Put PyTorch's own kernels back."""

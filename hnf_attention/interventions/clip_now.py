@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..instrumentation.call import Unmeasurable
 from ..instrumentation.interceptors import sdpa
-from .sizes import LayerSizes, bounds_of_sizes, exact_sizes
+from .sizes import LayerSizes
 
 
 class ModelForward:
@@ -76,12 +76,7 @@ class ClipNow:
         heads = call.query.shape[1]
         if len(self._sizes.largest) != heads or heads % call.key.shape[1]:
             return None
-        layer = self._sizes
-        (sizes,) = bounds_of_sizes([(call.query, call.key)], [options.scale], self._measure)
-        torch.maximum(layer.top, sizes.amax(), out=layer.top)
-        # The bound changes between steps alone: the second forward of a checkpoint goes the way of the first.
-        if layer.bound >= self._threshold / 2:
-            sizes = exact_sizes(call.query, call.key, options, None, self._measure)
-        layer.raise_to(sizes)
+        given = call.query, call.key, options, None
+        sizes = self._sizes.take_in(*given, self._measure, self._threshold)
         over = sizes.isfinite() & (sizes > self._threshold)
         return torch.where(over, self._threshold / sizes, 1.0)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..engine import api
+from ..engine.sizes import extreme_scores, longest_rows
 from ..instrumentation import instrument
 from ..reference.options import Options
 
 if TYPE_CHECKING:
-    from ..instrumentation.keeping import KeptCall, KeptForward
+    from ..instrumentation.keeping import KeptForward
     from ..instrumentation.measurement import Measurement
 
 MEASURES = ("range", "max_logit")
@@ -45,33 +45,34 @@ def sizes_of_rows(max_logit: Tensor, min_logit: Tensor, left_out: Tensor | None,
 
 
 @torch.no_grad()
-def exact_sizes(
-    query: Tensor, key: Tensor, options: Options, left_out: Tensor | None, measure: str
-) -> Tensor:
-    """As `sizes_of_rows`, of queries (B, H, M, D) and keys (B, H_kv, N, D): every row is computed."""
-    rows = api.attend(query.detach(), key.detach(), None, product_options(options), detached=True)[1]
-    return sizes_of_rows(rows.max_logit, rows.min_logit, left_out, measure)
+def bounds_of_sizes(query: Tensor, key: Tensor, scale: float, measure: str) -> Tensor:
+    """(H,) fp32, nats: an upper bound of `sizes_of_rows` of queries (B, H, M, D) and keys (B, H_kv, N, D).
+
+    It comes from the lengths of queries and keys (Cauchy and Schwarz), and reads both once. That costs a few percent of
+    what the scores cost. inf or NaN for heads with a NaN or inf.
+    """
+    longest, longest_keys = longest_rows(query, key)
+    lengths = longest.view(len(longest_keys), -1) * longest_keys[:, None]
+    return lengths.flatten() * (abs(scale) * (2 if measure == "range" else 1))
 
 
 @torch.no_grad()
-def bounds_of_sizes(
-    calls: Sequence[tuple[Tensor, Tensor]], scales: Sequence[float], measure: str
-) -> list[Tensor]:
-    """(H,) fp32 each, nats: an upper bound of `exact_sizes` of calls (query, key) that have the same heads.
+def sizes_over(
+    bounds: Tensor,
+    threshold: float,
+    query: Tensor,
+    key: Tensor,
+    options: Options,
+    left_out: Tensor | None,
+    measure: str,
+) -> Tensor:
+    """`sizes_of_rows` of the heads whose bound passes the threshold, from all of their scores; the others' bounds.
 
-    It comes from the lengths of queries and keys (Cauchy and Schwarz), and reads both once. That costs a few percent of
-    what the scores cost.
+    bounds: of `bounds_of_sizes`, for the same tensors.
     """
-    heads, key_heads = calls[0][0].shape[1], calls[0][1].shape[1]
-    query, key = (
-        torch.stack(
-            [torch.linalg.vector_norm(call[i], dim=-1, dtype=torch.float32).amax((0, 2)) for call in calls]
-        )
-        for i in range(2)
-    )
-    lengths = query.view(len(calls), key_heads, heads // key_heads) * key[..., None]
-    factor = 2 if measure == "range" else 1
-    return [x.flatten() * (abs(scale) * factor) for x, scale in zip(lengths, scales)]
+    wanted = ~(bounds <= threshold)
+    rows = extreme_scores(query.detach(), key.detach(), product_options(options), wanted)
+    return torch.where(wanted, sizes_of_rows(*rows, left_out, measure), bounds)
 
 
 def _has_more(options: Options) -> bool:
@@ -103,6 +104,25 @@ class LayerSizes:
         """Take in the sizes of a call."""
         self.seen = True
         torch.maximum(self.largest, sizes, out=self.largest)
+
+    @torch.no_grad()
+    def take_in(
+        self,
+        query: Tensor,
+        key: Tensor,
+        options: Options,
+        left_out: Tensor | None,
+        measure: str,
+        threshold: float,
+    ) -> Tensor:
+        """Take in a call. Returns its sizes (H,): exact where they pass the threshold, else exact or upper bounds."""
+        sizes = bounds_of_sizes(query, key, options.scale, measure)
+        torch.maximum(self.top, sizes.amax(), out=self.top)
+        # This bound changes between steps alone: the second forward of a checkpoint goes the way of the first.
+        if self.bound >= threshold / 2:
+            sizes = sizes_over(sizes, threshold, query, key, options, left_out, measure)
+        self.raise_to(sizes)
+        return sizes
 
     def restart(self) -> None:
         """Begin anew, after a step."""
@@ -145,14 +165,16 @@ class _Reading:
 
 
 class ScoreSizes:
-    """Measures the training forwards of a model: exactly where a size may pass half of `threshold`, else by a bound.
+    """Measures the training forwards of a model: exactly where a size may pass `threshold`, else by a bound.
 
     The model's calls are kept until its forward ends, as `AttentionStabilityMonitor` keeps them between log steps.
     Calls that cannot be kept, such as those of a compiled graph or of a written-out softmax, are probed one by one.
 
-    The bound reads q and k once. Where it was below half of the threshold at the step before, it stands for the size.
-    Should it pass the threshold within that one step, it is taken for the size. A layer that is further below is left
-    alone for as many steps, at most MOST_REST, as it takes to reach half of the threshold by doubling at each step.
+    The bound reads q and k once. Where a layer's was below half of the threshold at the step before, it stands for the
+    sizes. Should it pass the threshold within that one step, it is taken for the size. Of other layers, the heads whose
+    bound passes the threshold are measured exactly, by all their scores; for their other heads the bound stands. A
+    layer that is further below is left alone for as many steps, at most MOST_REST, as it takes to reach half of the
+    threshold by doubling at each step.
 
     layers: the sizes since `restart`, by layer. measure: "range" or "max_logit", see `QKClip`.
     holder: as for `instrument`.
@@ -207,23 +229,14 @@ class ScoreSizes:
         with self._lock:
             if not self.within:
                 self._readings = {device: x for device, x in self._readings.items() if not x.arrived()}
-            alike: dict[tuple[Any, ...], list[tuple[KeptCall, Tensor, Tensor]]] = {}
             for call, (query, key, _, _) in zip(kept.calls, kept.tensors):
                 self._kept.add(call.layer)
                 if call.layer in self.within or (self.handle.measuring and call.layer in self._measured):
                     continue
-                if self._layer(call.layer, call.heads, call.device).rest == 0:
-                    alike.setdefault((call.device, call.heads, key.shape[1]), []).append((call, query, key))
-            for calls in alike.values():
-                scales = [call.options.scale for call, _, _ in calls]
-                bounds = bounds_of_sizes([(q, k) for _, q, k in calls], scales, self._measure)
-                for (call, query, key), sizes in zip(calls, bounds):
-                    layer = self.layers[call.layer]
-                    torch.maximum(layer.top, sizes.amax(), out=layer.top)
-                    if layer.bound >= self._threshold / 2:
-                        left_out = None if call.left_out is None else call.left_out[:, None]
-                        sizes = exact_sizes(query, key, call.options, left_out, self._measure)
-                    layer.raise_to(sizes)
+                layer = self._layer(call.layer, call.heads, call.device)
+                if layer.rest == 0:
+                    left_out = None if call.left_out is None else call.left_out[:, None]
+                    layer.take_in(query, key, call.options, left_out, self._measure, self._threshold)
 
     @torch.no_grad()
     def _on_measure(self, measurement: Measurement) -> None:
@@ -239,8 +252,8 @@ class ScoreSizes:
                 left_out = measurement.beside.left_out
             elif left_out is not None:
                 left_out = left_out[:, None]
+            extremes = rows.max_logit, rows.min_logit
             if options is not None and _has_more(options) and query is not None and key is not None:
-                sizes = exact_sizes(query, key, options, left_out, self._measure)
-            else:
-                sizes = sizes_of_rows(rows.max_logit, rows.min_logit, left_out, self._measure)
-            layer.raise_to(sizes)
+                every = torch.ones(extremes[0].shape[1], dtype=torch.bool, device=query.device)
+                extremes = extreme_scores(query.detach(), key.detach(), product_options(options), every)
+            layer.raise_to(sizes_of_rows(*extremes, left_out, self._measure))

@@ -55,8 +55,8 @@ class QKClip:
         torch.distributed. Their largest sizes are put together at each step.
 
     Factors are computed and multiplied in on the device. The host never waits for it, unless FSDP2 shards the weights.
-    Sizes are those of the step's own forward. They are exact for every layer that may be over half of the threshold:
-    see `ScoreSizes` for the others.
+    Sizes are those of the step's own forward. They are exact for every head that may be over the threshold, in layers
+    that may be over half of it: see `ScoreSizes` for the others.
     Where several query heads share a key head, the queries take the whole factor.
 
     A layer is clipped only on proof that its scores, and nothing else, follow the weights: see `apply_intervention`.
@@ -111,7 +111,7 @@ class QKClip:
     def sizes(self) -> Mapping[str, list[float]]:
         """The size of each head by layer, in nats, when it was last looked at; waits for the device.
 
-        An upper bound for layers below half of the threshold: see `ScoreSizes`.
+        An upper bound for heads within the threshold: see `ScoreSizes`.
         """
         return {layer: sizes.tolist() for layer, sizes in self._last.items()}
 

@@ -171,14 +171,15 @@ class Lanes:
 
         Other threads' forwards, and what their lanes held before, belong to the next snapshot.
         """
-        with self._lock:
-            lanes = [x for x in self._lanes if x.forward is None or x.thread == threading.get_ident()]
-            users = [(lane, lane.forward) for lane in lanes]
-            for lane in lanes:
-                lane.end(failed=False)
-                lane.settle()
-                lane.forward = self
+        users: list[tuple[Lane, Any]] = []
         try:
+            with self._lock:
+                lanes = [x for x in self._lanes if x.forward is None or x.thread == threading.get_ident()]
+                for lane in lanes:
+                    lane.end(failed=False)
+                    lane.settle()
+                    users.append((lane, lane.forward))
+                    lane.forward = self
             yield lanes
         finally:
             for lane, user in users:

@@ -43,7 +43,11 @@ class AttentionAnalyzer:
         self.instrumentation: Instrumentation = instrument(
             model, mode=mode, sample=sample, attention_classes=attention_classes, holder=self
         )
-        self._recorder = Recorder(self.instrumentation, log_every=1)
+        try:
+            self._recorder = Recorder(self.instrumentation, log_every=1)
+        except BaseException:
+            self.instrumentation.restore()
+            raise
 
     def __repr__(self) -> str:
         layers = len(self.instrumentation.coverage.measured)

@@ -19,6 +19,7 @@ from ..diagnosis.ahead import Watch
 from ..diagnosis.origin import first_seen
 from ..diagnosis.thresholds import checked_thresholds, overridden
 from ..diagnosis.triage import NonFiniteTrace
+from ..errors import report
 from ..instrumentation import Instrumentation, instrument
 from ..interventions import Applied, GoodStates, Intervention, InterventionPolicy
 from ..names import unwrapped
@@ -38,6 +39,7 @@ from .writers import Writer, writer_part
 _log = logging.getLogger("hnf_attention")
 
 STATE_FORMAT = 1
+NO_COVERAGE = "what was not measured could not be listed"
 
 
 class AttentionStabilityMonitor:
@@ -123,7 +125,8 @@ class AttentionStabilityMonitor:
             self._recorder = Recorder(
                 self.instrumentation, log_every, record_every, step, self._together, history_bytes, every_step
             )
-        except (ValueError, TypeError):
+            self._treatment = Treatment(self.model, good_states, auto_intervene)
+        except BaseException:
             self.instrumentation.restore()
             raise
         if self._together is not None:
@@ -132,7 +135,6 @@ class AttentionStabilityMonitor:
         self._notes = Notes(writers if self._leads else ())
         # At the end of the process, too, writers get what was kept since the last log step. Theirs ends later.
         weakref.finalize(self, hand_over_at_end, self._notes)
-        self._treatment = Treatment(self.model, good_states, auto_intervene)
         self._tracker = IssueTracker()
         #: What may fail without ending the run.
         self.parts = Parts(log_every)
@@ -182,6 +184,15 @@ class AttentionStabilityMonitor:
 
         loss, grad_norm: of the step, for writers that keep them. A tensor is copied on its device, read at log steps.
         """
+        try:
+            return self._end_step(loss, grad_norm)
+        except Exception as error:  # the monitor never ends a run
+            report("a step could not be ended", error)
+            return None
+
+    def _end_step(
+        self, loss: float | Tensor | None, grad_norm: float | Tensor | None
+    ) -> AttentionDiagnosis | None:
         log_step, parts = self._recorder.end_step(), self.parts
         if loss is not None or grad_norm is not None:
             parts.run("scalars", self._notes.keep, self.step, {"loss": loss, "grad_norm": grad_norm})
@@ -198,14 +209,13 @@ class AttentionStabilityMonitor:
         self._recorder.rest(parts.rests("recording", 1))
         if snapshot is None:
             return None
-        diagnosis = parts.run("diagnosis", self._diagnose)
-        if diagnosis is None:
-            return None
+        diagnosis = parts.run("diagnosis", self._diagnose) or self._unjudged(snapshot)
         parts.run("logging", self._announce, diagnosis)
         parts.run("notes", self._notes.hand_over)
         for writer in self._writers if self._leads else ():
-            parts.run(writer.name, writer.write, diagnosis)
-        if self._treatment.auto:
+            writer.take(diagnosis)
+            parts.run(writer.name, writer.write)
+        if self._treatment.auto and not diagnosis.not_judged:
             parts.run("auto_intervene", self._treatment.act, diagnosis)
             parts.run("accounts", self._notes.account, self.step, self.applied)
         return diagnosis
@@ -256,13 +266,14 @@ class AttentionStabilityMonitor:
 
     def restore(self) -> None:
         """End the monitoring; the model runs its own attention. Interventions stay applied."""
-        self._recorder.stop()
+        self.parts.run("recording", self._recorder.stop)
         self.parts.run("notes", self._notes.hand_over)
         if self._together is not None:
             self._together.leave(_ended())
         self.instrumentation.restore()
         self.parts.end("recording", "restore() was called")
         for writer in self._writers if self._leads else ():
+            writer.end()
             self.parts.run(f"closing of {writer.name}", writer.close)
         self._writers = []
 
@@ -312,7 +323,7 @@ class AttentionStabilityMonitor:
         try:
             return self._recorder.read()
         except NothingMeasured as problem:
-            if not self._told_of_nothing:
+            if not self._told_of_nothing and not self.instrumentation.failing:  # which was logged
                 self._told_of_nothing = True
                 _log.warning("nothing to report at step %d: %s", self._recorder.step, problem)
             return None
@@ -324,7 +335,15 @@ class AttentionStabilityMonitor:
             return self._watch.urgent(self.history, marks)
 
     def _diagnose(self) -> AttentionDiagnosis:
-        return diagnose(self.history, self.instrumentation.coverage, self._thresholds)
+        coverage = self.parts.run("coverage", lambda: self.instrumentation.coverage)
+        found = diagnose(self.history, coverage, self._thresholds, self.parts.run)
+        return found if coverage is not None else replace(found, not_measured={"": NO_COVERAGE})
+
+    def _unjudged(self, snapshot: Snapshot) -> AttentionDiagnosis:
+        """The numbers alone, for those who keep them."""
+        outage = self.parts.off.get("diagnosis")
+        why = {"all": "judging failed" if outage is None else outage.reason}
+        return AttentionDiagnosis([], dict(snapshot.layers), snapshot.step, [snapshot], not_judged=why)
 
     def _note_lost_processes(self) -> None:
         if self._together is None or self._together.lost is None or "ranks" in self.parts.off:
@@ -337,7 +356,7 @@ class AttentionStabilityMonitor:
             _log.warning("the attention monitor intervenes no more: %s", why)
 
     def _announce(self, diagnosis: AttentionDiagnosis) -> None:
-        news = self._tracker.update(diagnosis.issues)
+        news = self._tracker.update(diagnosis.issues, judged=not diagnosis.not_judged)
         if not self._leads:
             return
         alerts = [issue for issue in (*news.new, *news.worse) if issue.severity != "note"]

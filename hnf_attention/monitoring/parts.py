@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
-from ..errors import InputError
+from ..errors import InputError, let_out
 from ..names import display_name
 
 _log = logging.getLogger("hnf_attention")
@@ -107,6 +107,7 @@ class Parts:
         try:
             result = action(*args, **kwargs)
         except Exception as error:  # of whatever kind: training goes on without this part
+            let_out(error)
             self._fail(part, error)
             return None
         outage = self._off.pop(part, None)

@@ -51,8 +51,11 @@ class IssueTracker:
     def __init__(self) -> None:
         self._known: dict[_Key, _Known] = {}
 
-    def update(self, issues: Iterable[StabilityIssue]) -> Transitions:
-        """The news, given all issues of a log step."""
+    def update(self, issues: Iterable[StabilityIssue], judged: bool = True) -> Transitions:
+        """The news, given all issues of a log step.
+
+        judged: whether every rule ran. If one did not, an issue that is away is not taken for gone.
+        """
         news = Transitions([], [], [], [])
         now = {(issue.layer, issue.head, issue.issue_type): issue for issue in issues}
         for key, issue in now.items():
@@ -72,7 +75,7 @@ class IssueTracker:
             elif self._held(known):
                 known.issue, known.hold = issue, min(2 * known.hold, LONGEST_HOLD)
                 news.better.append(issue)
-        for key, known in self._known.items():
+        for key, known in self._known.items() if judged else ():
             if known.active and key not in now and self._held(known):
                 known.active = False
                 news.gone.append(known.issue)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import compat
@@ -49,6 +50,8 @@ class SwappedAttention:
                 )
         for module in self._multihead.values():
             module.__class__ = nn.MultiheadAttention
+        if self._multihead:
+            _compile_again()
         for config, implementation in self._configs:
             compat.set_attention_implementation(config, implementation)
         for module in self._keeping:
@@ -85,8 +88,9 @@ def swap_attention(model: nn.Module) -> SwappedAttention:
       `attn_implementation="hnf_attention"`; `hnf_attention.nn.row_stats(module)` reads the statistics.
 
     Every other module whose class is named like attention is listed with the reason. `instrument(model)` measures most
-    of these. `unswap()` of the result, or the end of a `with` block, puts everything back. Raises TypeError if `model`
-    is no nn.Module.
+    of these. `unswap()` of the result, or the end of a `with` block, puts everything back. Compiled graphs that hold a
+    swapped module are compiled again; before torch 2.13, all graphs of the process are. Raises TypeError if `model` is
+    no nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
@@ -100,6 +104,8 @@ def swap_attention(model: nn.Module) -> SwappedAttention:
             result._keeping.append(module)
         if isinstance(module, (MultiheadAttention, ScaledDotProductAttention, GroupedQueryAttention)):
             swapped[name] = f"hnf_attention.nn.{type(module).__name__}"
+    if result._multihead:
+        _compile_again()
     why = _choose(modules, result)
     for name, module in modules.items():
         if not _looks_up(module):
@@ -118,6 +124,12 @@ def swap_attention(model: nn.Module) -> SwappedAttention:
             refused[name] = _reason(module)
     result.swapped, result.not_swapped = swapped, refused
     return result
+
+
+def _compile_again() -> None:
+    """Let no compiled graph go on with the classes of before. Since torch 2.13, graphs are guarded by them."""
+    if torch.__version__ < "2.13" and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _choose(modules: Mapping[str, nn.Module], result: SwappedAttention) -> dict[int, str]:

@@ -195,14 +195,17 @@ def _attend_rows(
             sink_weight = sink_weight + e_sink
         visible_keys = seen.expand(scores.shape).sum(-1)
         count = visible_keys.clamp(min=1)
-        plain_mean = z.sum(-1) / count
-        spread = torch.where(seen, (z - plain_mean[..., None]).square(), 0.0).sum(-1) / count
+        # Less the largest score, and not the shift: a sink far above the keys would round them at its own size.
+        base = torch.where(keyless, 0.0, max_logit)
+        below = z if sinks is None else torch.where(seen, scores - base[..., None], 0.0)
+        plain_mean = below.sum(-1) / count
+        spread = torch.where(seen, (below - plain_mean[..., None]).square(), 0.0).sum(-1) / count
         more = (
             variance / l_safe,
             collision / l_safe.square(),
             spread.sqrt(),
             sink_weight / l_safe,
-            torch.where(keyless, 0.0, shift + plain_mean),
+            torch.where(keyless, 0.0, base + plain_mean),
             # lse - max_logit without the rounding of either.
             torch.where(keyless, 0.0, shift - max_logit + l_safe.log()),
         )

@@ -27,7 +27,9 @@ class Fragment:
 
     def __init__(self, path: Path, uid: str, started: float, about: Mapping[str, Any]):
         self.path = folder_of(path) / f"{uid}.jsonl"
-        self._head = {"format": FORMAT, "uid": uid, "started": started, "about": about}
+        # Clocks of machines differ, and jump: a run that was resumed comes after all files that it found.
+        order = sum(1 for _ in folder_of(path).glob("*.jsonl"))
+        self._head = {"format": FORMAT, "uid": uid, "order": order, "started": started, "about": about}
 
     def active_before(self, step: int) -> list[dict[str, Any]]:
         """Nothing: what other processes wrote is not read here."""
@@ -65,7 +67,8 @@ def gather(path: Path, connection: sqlite3.Connection) -> int:
     """
     count = 0
     opened = sorted(
-        (_opened(file) for file in folder_of(path).glob("*.jsonl")), key=lambda each: each[0]["started"]
+        (_opened(file) for file in folder_of(path).glob("*.jsonl")),
+        key=lambda each: (each[0]["order"], each[0]["started"]),
     )
     for head, lines in opened:
         session = database.begin_session(connection, head["uid"], head["started"], head["about"])
@@ -81,7 +84,12 @@ def _opened(path: Path) -> tuple[dict[str, Any], Iterator[tuple[int, Record]]]:
     try:
         if head is None or head["format"] != FORMAT:
             raise KeyError("format")
-        about = {"uid": str(head["uid"]), "started": float(head["started"]), "about": dict(head["about"])}
+        about = {
+            "uid": str(head["uid"]),
+            "order": int(head.get("order", 0)),  # older files have none
+            "started": float(head["started"]),
+            "about": dict(head["about"]),
+        }
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise BadLog(f"expected a fragment of a run log of format {FORMAT}, got {error!r}: {path}") from None
     return about, _records(path)

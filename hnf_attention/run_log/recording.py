@@ -39,7 +39,7 @@ class Recording:
 
     def record(self, diagnosis: AttentionDiagnosis, time: float) -> Record:
         """The record of a log step, with all that was noted since the one before."""
-        news = self._tracker.update(diagnosis.issues)
+        news = self._tracker.update(diagnosis.issues, judged=not diagnosis.not_judged)
         changes = [(how, issue_dict(issue)) for how, issues in news._asdict().items() for issue in issues]
         snapshot = diagnosis.history[-1] if diagnosis.history else None
         scalars, self._scalars = self._scalars, {}

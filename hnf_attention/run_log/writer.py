@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..diagnosis import AttentionDiagnosis
+from ..errors import report
 from ..versions import versions
 from . import database
 from .fragments import Fragment
@@ -31,6 +32,10 @@ _log = logging.getLogger("hnf_attention")
 MOST_WAITING = 256
 #: Bytes of a file, past which older log steps are joined in pairs.
 MOST_BYTES = 2 << 30
+#: What waits for the thread: log steps, numbers of training steps, events.
+MOST_IN_LINE = 200_000
+#: Errors that pass: a disk that is full or away, a file that another process uses.
+_LATER = OSError, sqlite3.OperationalError
 _PATIENCE = 10.0  # seconds that `close` and the end of the process wait for the thread
 
 
@@ -107,10 +112,11 @@ class _Thread(threading.Thread):
         self.waiting: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self.kept: deque[tuple[int, Record]] = deque()
         self.written = 0
-        self._lost = 0
+        self._lost = self._missed = 0
         self._process = os.getpid()
         self._recording = Recording()
         self._failed: str | None = None
+        self._left_out = False  # whether the last attempt left a log step out
         self._max_bytes = max_bytes
         uid, started = uuid.uuid4().hex, time.time()
         kind = network_file_system(path.parent)
@@ -124,8 +130,15 @@ class _Thread(threading.Thread):
         self.start()
 
     def take(self, item: tuple[Any, ...]) -> None:
-        if self.is_alive() and os.getpid() == self._process:  # a forked process has no such thread
+        if not self.is_alive() or os.getpid() != self._process:  # a forked process has no such thread
+            return
+        # A disk that hangs raises nothing, and the memory has a bound.
+        if self.waiting.qsize() < MOST_IN_LINE or item[0] in ("flush", "end"):
             self.waiting.put(item)
+            return
+        self._missed += 1
+        if self._missed == 1:
+            _log.warning("the run log is not written now (its disk hangs); new log steps are left out")
 
     def flush(self, timeout: float) -> bool:
         done = threading.Event()
@@ -158,29 +171,41 @@ class _Thread(threading.Thread):
                     break
             except Exception:
                 # Whatever is wrong with one log step, the next ones are written.
-                _log.warning("the run log leaves a log step out", exc_info=True)
-        record = self._recording.rest(time.time())
-        if record is not None:
-            self.kept.append((self._number + 1, record))
-        self._write()
-        self._sink.close()
+                self._leave_out("a log step")
+        try:
+            record = self._recording.rest(time.time())
+            if record is not None:
+                self.kept.append((self._number + 1, record))
+            self._write()
+            self._sink.close()
+        except Exception:
+            self._leave_out("what came after the last log step")
         if self.kept:
             _log.warning("the run log ends with %d log steps that could not be written", len(self.kept))
+
+    def _leave_out(self, what: str) -> None:
+        """Say that something is not written: once, until something is."""
+        if not self._left_out:
+            _log.warning("the run log leaves %s out", what, exc_info=True)
+        self._left_out = True
 
     def _add(self, number: int, record: Record) -> None:
         try:
             self._sink.add(number, record)
             self.written += 1
-        except (ValueError, TypeError, sqlite3.DataError, sqlite3.IntegrityError):
+            self._left_out = False
+        except _LATER:
+            raise
+        except Exception:
             # Another attempt would end the same way.
-            _log.warning("the run log leaves log step %d out", record.step, exc_info=True)
+            self._leave_out(f"log step {record.step}")
 
     def _write(self) -> None:
         try:
             while self.kept:
                 self._add(*self.kept[0])
                 self.kept.popleft()
-        except (OSError, sqlite3.Error) as error:
+        except _LATER as error:
             while len(self.kept) > MOST_WAITING:
                 self.kept.popleft()
                 self._lost += 1
@@ -192,7 +217,13 @@ class _Thread(threading.Thread):
             lost = f"; {self._lost} log steps were lost" if self._lost else ""
             _log.warning("the run log is written again%s", lost)
             self._failed, self._lost = None, 0
-        self._sink.shrink(self._max_bytes)
+        if self._missed:
+            _log.warning("the run log is written again; %d items were left out", self._missed)
+            self._missed = 0
+        try:
+            self._sink.shrink(self._max_bytes)
+        except Exception as error:
+            report("the run log could not be made smaller", error)
 
 
 class _Database:

@@ -1,4 +1,4 @@
-"""A step of the sm_90 forward that Gluon has no words for: a branch of a warp around a product.
+"""Steps of the sm_90 forward that Gluon has no words for: a branch of a warp around a product, and a comparison.
 
 A thread holds two rows, r and r + 8, of the 16 of its warp; every thread of a warp takes the same branch.
 """
@@ -30,3 +30,21 @@ def _rescaling(count: int) -> tuple[gl.constexpr, gl.constexpr]:
 
 RESCALE_32, RESCALE_32_OPERANDS = _rescaling(32)
 RESCALE_64, RESCALE_64_OPERANDS = _rescaling(64)
+# In place of a hidden score: no sum of rounded products gives this number. Times the unit it is so large that it stays
+# the same when any maximum is subtracted, so that what it gives can be told from what other scores give. If rounding
+# made them differ, the row's smallest score would come out huge, and the row would be computed again.
+HIDDEN = gl.constexpr(-1.1234568042301955e30)
+_HIDDEN_BITS = "0fF162E15B"
+
+# The two masks of a score: HIDDEN unless an unsigned number is less than another; 0 in place of a number that equals
+# another. LLVM packs the results of a comparison in Gluon into words and unpacks them, at 150 instructions a tile.
+HIDE_UNLESS_LESS = gl.constexpr(f"""{{
+    .reg .pred p;
+    setp.lt.u32 p, $2, $3;
+    selp.f32 $0, $1, {_HIDDEN_BITS}, p;
+    }}""")
+ZERO_WHERE_EQUAL = gl.constexpr("""{
+    .reg .pred p;
+    setp.eq.f32 p, $1, $2;
+    selp.f32 $0, 0f00000000, $1, p;
+    }""")

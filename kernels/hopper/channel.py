@@ -52,14 +52,15 @@ class Channel:
 
 
 @gluon.jit
-def _barriers(STAGES: gl.constexpr, COUNT: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+def barriers(STAGES: gl.constexpr, COUNT: gl.constexpr):
+    """STAGES barriers, each for COUNT arrivals."""
+    found = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(barriers.index(stage), count=COUNT)
-    return barriers
+        mbarrier.init(found.index(stage), count=COUNT)
+    return found
 
 
 @gluon.jit
 def new_channel(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
     """A channel from one producer."""
-    return Channel(_barriers(STAGES, 1), _barriers(STAGES, CONSUMERS), STAGES)
+    return Channel(barriers(STAGES, 1), barriers(STAGES, CONSUMERS), STAGES)

@@ -1,6 +1,7 @@
 """The sm_90 forward on the host: its plan and its launch."""
 
 import functools
+from dataclasses import replace
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -9,14 +10,20 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..portable import huge_rows
 from ..shared import descriptors
 from ..shared.launch import launch
+from ..shared.packing import sequence_bounds
+from ..shared.plan import Options
 from ..shared.results import empty_output, new_rows
 from ..shared.softmax import LOG2_E
 from ..shared.tiles import block_dim, ceil_div
-from .kernel import BLOCK_M, BLOCK_N, HALF_M, Plan, hopper_kernel
+from .kernel import hopper_kernel
+from .plan import BLOCK_M, BLOCK_N, HALF_M, NO_TABLE, Plan
+from .records import CHUNK, table_of, tables_of
 from .schedule import order_of
 
 _LOG2_E = LOG2_E.value
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+FLOOR = -(2.0**40)  # log2 units; scores below it are huge, and computed again by `huge_rows`
+_CACHED_BYTES = 32 << 20  # of the 50 MiB of L2 of an H100 or H200
 _EARLY = {(64, True)}  # widths and causalities at which Plan.early won in bench/tune_hopper.py
 
 
@@ -30,11 +37,23 @@ def _width(head_dim: int) -> int:
 
 
 @functools.cache
-def plan(head_dim: int, value_dim: int, is_causal: bool, ragged: bool, stats: bool) -> Plan:
+def plan(
+    head_dim: int,
+    value_dim: int,
+    is_causal: bool,
+    ragged: bool,
+    stats: bool,
+    has_sinks: bool = False,
+    is_windowed: bool = False,
+    table: int = NO_TABLE,
+) -> Plan:
     """What the kernel is compiled for."""
     widths = _width(head_dim), _width(value_dim)
     early = (max(widths), is_causal) in _EARLY
-    return Plan(early, is_causal, ragged, stats, *widths, stages=2 if max(widths) == 128 else 3)
+    stages = 2 if max(widths) == 128 or widths[1] == 256 else 3
+    found = Plan(early, is_causal, ragged, stats, *widths, stages, has_sinks, is_windowed, table)
+    # Where rows have two bounds, every last tile is masked.
+    return replace(found, ragged=False) if found.intervals else found
 
 
 @functools.cache
@@ -48,6 +67,18 @@ def _describe(x: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
     return described
 
 
+def _cached_heads(key: torch.Tensor, value: torch.Tensor, heads: int, options: Options) -> tuple[int, ...]:
+    """How many query heads' keys and values fit the L2 cache, of one chunk of a pack; () of other calls.
+
+    Programs walk sequences of a chunk side by side. Neighbours of other calls walk the same keys.
+    """
+    if options.seqlens is None:
+        return ()
+    keys = min(key.shape[2], CHUNK * BLOCK_M)
+    used = keys * (key.shape[3] + value.shape[3]) * key.element_size() * key.shape[1]
+    return (max(1, _CACHED_BYTES * heads // used),)
+
+
 def forward(query, key, value, options, chosen=None):
     """`forward.forward` for the calls that the Hopper engine supports; `chosen` takes the place of the tuned plan."""
     batch, heads, num_queries, head_dim = query.shape
@@ -56,8 +87,22 @@ def forward(query, key, value, options, chosen=None):
     out = empty_output(query, value_dim)
     num_heads, num_blocks = batch * heads, ceil_div(num_queries, BLOCK_M)
     programs = min(_multiprocessors(query.device), num_heads * num_blocks)
-    order = order_of(num_heads, num_blocks, programs, options.is_causal)
-    chosen = chosen or plan(head_dim, value_dim, options.is_causal, num_keys % BLOCK_N > 0, True)
+    window, table = options.window_size, table_of(options)
+    chosen = chosen or plan(
+        head_dim,
+        value_dim,
+        options.is_causal,
+        num_keys % BLOCK_N > 0,
+        True,
+        options.sinks is not None,
+        window is not None,
+        table,
+    )
+    uneven = options.is_causal or table != NO_TABLE
+    order = order_of(num_heads, num_blocks, programs, uneven, *_cached_heads(key, value, heads, options))
+    bounds = sequence_bounds(options.seqlens, num_keys)
+    tables = tables_of((batch, heads, num_queries, num_keys), options, bounds, chosen.block_n)
+    unit = options.scale * _LOG2_E
     launch(
         hopper_kernel,
         (programs, 1, 1),
@@ -65,12 +110,11 @@ def forward(query, key, value, options, chosen=None):
         query.device,
         {
             "q_desc": _describe(query, HALF_M, chosen.block_d),
-            "k_desc": _describe(key, BLOCK_N, chosen.block_d),
-            "v_desc": _describe(value, BLOCK_N, chosen.block_dv),
-            "out_desc": _describe(out, HALF_M, chosen.block_dv),
-            "rows": rows[:4],
-            "unit": options.scale * _LOG2_E,
-            "to_natural": options.scale,
+            "k_desc": _describe(key, chosen.block_n, chosen.block_d),
+            "v_desc": _describe(value, chosen.block_n, chosen.block_dv),
+            "out_desc": _describe(out, HALF_M, chosen.block_out),
+            "pointers": (*rows[:4], options.sinks, *tables),
+            "units": (unit, options.scale, FLOOR / unit),
         },
         {
             "heads": heads,
@@ -81,9 +125,10 @@ def forward(query, key, value, options, chosen=None):
             "together": order.together,
             "stretches": order.stretches,
             "turns": order.turns,
+            "window": window or 0,
         },
         num_warps=4,
     )
     if chosen.stats:
-        huge_rows.compute_again(query, key, value, options, out, rows)
+        huge_rows.compute_again(query, key, value, options, out, rows, bounds)
     return out, *rows[:5]

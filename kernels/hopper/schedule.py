@@ -2,7 +2,8 @@
 
 (head, block) pairs stand in one line, and the programs take them in turns. A few heads share a stretch of the line, so
 that their keys and values stay in the L2 cache. Under a causal mask the cost of a block falls along one stretch and
-rises along the next one. Neighbours in the line therefore cost about the same. Every second turn goes through the
+rises along the next one. (Blocks of a pack are sorted for that, see `records`.) Neighbours in the line therefore cost
+about the same. Every second turn goes through the
 programs backwards: what a program got too much of in one turn, it gets too little of in the next. The last stretch ends
 with the cheapest blocks.
 """
@@ -20,9 +21,14 @@ STRETCH = 256
 _LEAST_HEADS = 8
 
 
-def heads_together(num_heads: int, num_blocks: int, is_causal: bool) -> int:
-    """How many of `num_heads` (batch * heads) share a stretch, with `num_blocks` blocks of queries each."""
-    least = max(_LEAST_HEADS, ceil_div(STRETCH, num_blocks)) if is_causal else _LEAST_HEADS
+def heads_together(num_heads: int, num_blocks: int, uneven: bool, cached: int = _LEAST_HEADS) -> int:
+    """How many of `num_heads` (batch * heads) share a stretch, with `num_blocks` blocks of queries each.
+
+    uneven: whether blocks differ in cost. cached: the keys of how many heads fit the L2 cache.
+    """
+    least = min(_LEAST_HEADS, cached)
+    if uneven:
+        least = max(least, ceil_div(STRETCH, num_blocks))
     stretches = max(1, num_heads // least)
     return ceil_div(num_heads, stretches)
 
@@ -37,9 +43,14 @@ class Order(NamedTuple):
     turns: Any
 
 
-def order_of(num_heads: int, num_blocks: int, programs: int, is_causal: bool) -> Order:
-    """The order in which so many programs, at most num_heads * num_blocks, compute the blocks of all heads."""
-    together = heads_together(num_heads, num_blocks, is_causal)
+def order_of(
+    num_heads: int, num_blocks: int, programs: int, uneven: bool, cached: int = _LEAST_HEADS
+) -> Order:
+    """The order in which so many programs, at most num_heads * num_blocks, compute the blocks of all heads.
+
+    uneven, cached: as in `heads_together`.
+    """
+    together = heads_together(num_heads, num_blocks, uneven, cached)
     turns = ceil_div(num_heads * num_blocks, programs)
     return Order(num_heads, num_blocks, together, ceil_div(num_heads, together), turns)
 

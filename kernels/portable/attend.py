@@ -118,7 +118,11 @@ def _walk_keys(
     for start_n in tl.range(lo, hi, PLAN.block_n):
         k = load_tile(k_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_d, PLAN.pointers)
         s = tl.dot(q, k.T, input_precision="ieee")
-        if PLAN.natural:
+        if PLAN.exact:
+            # A plain product would be fused with the subtraction of the row's maximum. The maximum's own exponent must
+            # be exactly 0 (see `log_denominator`), and not what its product was rounded by: 2 nats at 4e7.
+            s = tl.fma(s, call.scale, 0.0)
+        elif PLAN.natural:
             s = s * call.scale
         offs_n = start_n + tl.arange(0, PLAN.block_n)
         raw = s
@@ -131,8 +135,9 @@ def _walk_keys(
             more = first_weight(more, unseen, p, seen, offs_n[None, :], start_n, SCATTERED)
         if PLAN.has_softcap:
             # tanh(inf) is 1, so an infinite score reaches neither l nor w, and the output is finite, as in
-            # eager attention. inf - inf makes w NaN, which only the statistics are made of.
-            w += tl.sum(tl.where(seen, raw - raw, 0.0) if MASKED else raw - raw, 1)
+            # eager attention. inf * 0 makes w NaN, which only the statistics are made of. raw - raw would not do:
+            # fused with the product that raw is, it is that product's rounding error.
+            w += tl.sum(tl.where(seen, raw * 0.0, 0.0) if MASKED else raw * 0.0, 1)
         state = State(m, l, w, low, more)
         if PLAN.value_dim:
             v = load_tile(v_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_dv, PLAN.pointers)

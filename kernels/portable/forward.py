@@ -59,8 +59,9 @@ def block_arguments(
     out: torch.Tensor,
     rows: Rows,
     plan: AttendPlan,
+    bounds: torch.Tensor | None = None,
 ) -> dict[str, Any]:
-    """What `forward_block` takes from the host, by name."""
+    """What `forward_block` takes from the host, by name; bounds: see `call_of`."""
     return {
         "q_desc": source(query, plan.block_m, plan.pointers),
         "k_desc": source(key, plan.block_n, plan.pointers),
@@ -68,7 +69,7 @@ def block_arguments(
         "out": strided(out),
         "rows": rows,
         "sink_ptr": options.sinks,
-        "call": call_of(query, key, options),
+        "call": call_of(query, key, options, bounds),
     }
 
 

@@ -29,10 +29,14 @@ def _programs(device: torch.device) -> int:
 
 @triton.jit
 def _any_huge(rows, row, inside):
-    """1 if one of these rows has, or may have had, a huge score; NaN comes of a huge score, too."""
+    """1 if one of these rows has, or may have had, a huge score; NaN comes of a huge score, too.
+
+    A row without a visible key has -inf as its largest and inf as its smallest score. Only such a row has both.
+    """
     most = tl.load(rows.max_logit + row, mask=inside, other=0.0)
     least = tl.load(rows.min_logit + row, mask=inside, other=0.0)
-    fine = (tl.abs(most) < _LIMIT) & (tl.abs(least) < _LIMIT)
+    empty = (most == -float("inf")) & (least == float("inf"))
+    fine = empty | ((tl.abs(most) < _LIMIT) & (tl.abs(least) < _LIMIT))
     return tl.max(tl.where(fine, 0, 1), 0)
 
 
@@ -65,23 +69,25 @@ def compute_again(
     options: Options,
     out: torch.Tensor,
     rows: Rows,
+    bounds: torch.Tensor | None = None,
 ) -> None:
     """Correct `out` and `rows` of a forward without extended statistics, in blocks that hold a huge row.
 
-    The tensors are those of `forward.forward`.
+    The tensors are those of `forward.forward`. bounds: see `masks.call_of`.
     """
     tiles = forward_tiles(
         query.shape[3], value.shape[3], query.dtype, options, False, loads_by_pointers(query.device)
     )
     plan = attend_plan(query, key, value.shape[3], options, False, tiles)
     num_blocks = query.shape[0] * query.shape[1] * ceil_div(query.shape[2], tiles.block_m)
-    programs = min(_programs(query.device), num_blocks)
+    # Of a mask with holes the Hopper forward leaves every block to this kernel.
+    programs = num_blocks if options.attn_mask is not None else min(_programs(query.device), num_blocks)
     launch(
         _huge_rows_kernel,
         (programs, 1, 1),
         plan,
         query.device,
-        block_arguments(query, key, value, options, out, rows, plan),
+        block_arguments(query, key, value, options, out, rows, plan, bounds),
         {"blocks": ceil_div(num_blocks, programs), "window": options.window_size or 0},
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

@@ -54,8 +54,13 @@ def mask_of(attn_mask: torch.Tensor | None, shape: tuple[int, int, int, int]) ->
     return Mask(attn_mask.view(torch.uint8) if attn_mask.dtype == torch.bool else attn_mask, *strides)
 
 
-def call_of(query: torch.Tensor, key: torch.Tensor, options: Options) -> Call:
-    """The call of query (B, H, M, D) and key (B, H_kv, N, D), over query heads."""
+def call_of(
+    query: torch.Tensor, key: torch.Tensor, options: Options, bounds: torch.Tensor | None = None
+) -> Call:
+    """The call of query (B, H, M, D) and key (B, H_kv, N, D), over query heads.
+
+    bounds: of `sequence_bounds`, if they have been computed already.
+    """
     batch, heads, num_queries, _ = query.shape
     num_keys = key.shape[2]
     return Call(
@@ -66,7 +71,7 @@ def call_of(query: torch.Tensor, key: torch.Tensor, options: Options) -> Call:
         options.scale,
         options.softcap or 0.0,
         *mask_of(options.attn_mask, (batch, heads, num_queries, num_keys)),
-        sequence_bounds(options.seqlens, num_keys),
+        sequence_bounds(options.seqlens, num_keys) if bounds is None else bounds,
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...compat import dynamo, running_backward
 from ...engine.graphed import EXTREMES, STATISTICS, GraphedCall, State
+from ...errors import let_out
 from ...names import display_name
 from ...tracing import without_dispatch_modes
 from .. import observer
@@ -97,6 +98,7 @@ class Slot:
                 extremes, statistics = bool(wanted & EXTREMES), bool(wanted & STATISTICS)
                 call.measure.run(state, mine, mask, everything or extremes, everything or statistics)
         except Exception as error:  # the monitor never ends a run
+            let_out(error)
             self._fail(error)
         else:
             if self._state.failures:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ... import compat
+from ...errors import let_out
 from ...reference import attention as reference
 from ...reference import masks
 from ...tracing import traced, transformed, without_dispatch_modes
@@ -119,6 +120,7 @@ def _taken(scores: Tensor, result: Tensor, owner: observer.Owner) -> Callable[[]
         with without_dispatch_modes():
             measurement = _measured(owner, scores, result)
     except Exception as error:
+        let_out(error)
         failure = error.with_traceback(None)
 
         def fail() -> Measurement:

@@ -93,11 +93,17 @@ def _sdpa_interceptor(original: Callable[..., Any]) -> Callable[..., Any]:
             if traced():
                 return tracer.announced(_heads(args, kwargs), original, args, kwargs)
             return original(*args, **kwargs)
-        owner = observer.wanting_owner(_owner, *args, **kwargs)
-        if owner is None:
+        heads: observer.Heads | None = None
+        try:
+            owner = observer.wanting_owner(_owner, *args, **kwargs)
+            if owner is not None:
+                heads = observer.Heads(owner, *_heads(args, kwargs))
+        except Exception as error:  # the monitor never ends a run
+            observer.note_fault(error)
+        if heads is None:
             return original(*args, **kwargs)
         thread = observer.thread
-        before, thread.heads = thread.heads, observer.Heads(owner, *_heads(args, kwargs))
+        before, thread.heads = thread.heads, heads
         try:
             return original(*args, **kwargs)
         finally:

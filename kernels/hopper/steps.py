@@ -1,0 +1,153 @@
+"""The parts of a step of an sm_90 consumer: its two products, the softmax of one tile, and the masks."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
+
+from .assembly import (
+    HIDDEN,
+    HIDE_UNLESS_LESS,
+    RESCALE_32,
+    RESCALE_32_OPERANDS,
+    RESCALE_64,
+    RESCALE_64_OPERANDS,
+    ZERO_WHERE_EQUAL,
+)
+from .plan import HALF_ROWS
+
+
+@gluon.jit
+def _along(x, axis: gl.constexpr, LARGEST: gl.constexpr):
+    return gl.max(x, axis) if LARGEST else gl.sum(x, axis)
+
+
+@gluon.jit
+def _partial(x, CHAINS: gl.constexpr, LARGEST: gl.constexpr, P_L: gl.constexpr):
+    """(64, keys) to (64, 4): sum (or maximum) of the columns that one thread holds, without a shuffle, in so
+    many independent chains."""
+    HELD: gl.constexpr = x.shape[1] // 4
+    x = gl.reshape(x, [64, CHAINS // 2, HELD // CHAINS, 4, 2])
+    x = _along(_along(_along(x, 2, LARGEST), 3, LARGEST), 1, LARGEST)
+    return gl.convert_layout(x, P_L, assert_trivial=True)
+
+
+@gluon.jit
+def count(l_i, w_i, low, p, t, PLAN: gl.constexpr, P_L: gl.constexpr):
+    """Add columns to the state. `t` is 0 where a key is hidden, and p with it.
+
+    Of numbers <= 0 the smallest is the one whose bits are the largest unsigned integer: integer maxima are
+    taken while the exponentials keep the float units waiting.
+    """
+    l_i += _partial(p, 2, False, P_L)
+    if PLAN.stats:
+        w_i += _partial(p * t, 2, False, P_L)
+        bits = _partial(t.to(gl.uint32, bitcast=True), 2, True, P_L)
+        low = gl.minimum(low, bits.to(gl.float32, bitcast=True))
+    return l_i, w_i, low
+
+
+@gluon.jit
+def _per_part(number, P_L: gl.constexpr):
+    """A number per row, against the partials of its four threads."""
+    return gl.expand_dims(gl.convert_layout(number, gl.SliceLayout(1, P_L), assert_trivial=True), 1)
+
+
+@gluon.jit
+def hide(s, bounds, tile, PLAN: gl.constexpr):
+    """The scores of a tile of keys, HIDDEN where a row does not see the key; bounds: the first key that each row sees,
+    and how many it sees. A key before the first one is far behind it as an unsigned number."""
+    first, number = bounds
+    columns = tile * PLAN.block_n + gl.arange(0, PLAN.block_n, gl.SliceLayout(0, s.type.layout))
+    distance = gl.expand_dims(columns, 0) - gl.expand_dims(first, 1)
+    return gl.inline_asm_elementwise(
+        HIDE_UNLESS_LESS, "=f,f,r,r", [s, distance, gl.expand_dims(number, 1)], gl.float32, True, 1
+    )
+
+
+@gluon.jit
+def softmax(s, state, unit, floor, PLAN: gl.constexpr, MASKED: gl.constexpr, P_L: gl.constexpr):
+    """One tile of raw scores into the state (m, l, w, low); also exp2(t) and what rescales the output.
+
+    MASKED: scores may be HIDDEN. A row that has seen no key has m = floor, far below any score, and low = inf: both
+    make the next step right without a case of its own.
+    """
+    m_i, l_i, w_i, low = state
+    best = gl.max(_partial(s, 4, True, P_L), 1)
+    m_new = gl.maximum(m_i, gl.convert_layout(best, gl.SliceLayout(1, s.type.layout), assert_trivial=True))
+    t = s * unit - gl.expand_dims(m_new * unit, 1)
+    p = gl.exp2(t)
+    d = (m_i - m_new) * unit
+    alpha = gl.exp2(d)
+    a = _per_part(alpha, P_L)
+    if PLAN.stats:
+        d = _per_part(d, P_L)
+        w_i = a * (w_i + l_i * d)
+        low += d
+    if MASKED:
+        # Of a visible score of -inf, 0 * inf is NaN, as it should be.
+        hidden = gl.full([HALF_ROWS], 0.0, gl.float32, m_new.type.layout) + HIDDEN * unit
+        t = gl.inline_asm_elementwise(
+            ZERO_WHERE_EQUAL, "=f,f,f", [t, gl.expand_dims(hidden, 1)], gl.float32, True, 1
+        )
+    l_i, w_i, low = count(l_i * a, w_i, low, p, t, PLAN, P_L)
+    if MASKED:
+        low = gl.where(_per_part(m_new, P_L) == floor, float("inf"), low)
+    return (m_new, l_i, w_i, low), p, alpha
+
+
+@gluon.jit
+def per_row(factor, acc):
+    """A number per row, against the output's columns."""
+    return gl.expand_dims(
+        gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout), assert_trivial=True), 1
+    )
+
+
+@gluon.jit
+def rescale(acc, alpha, PLAN: gl.constexpr):
+    operands = [acc, per_row(alpha, acc)]
+    if PLAN.block_dv == 256:  # its products take longer than this
+        return acc * per_row(alpha, acc)
+    elif PLAN.block_dv == 64:
+        return gl.inline_asm_elementwise(RESCALE_32, RESCALE_32_OPERANDS, operands, gl.float32, False, 32)
+    else:
+        return gl.inline_asm_elementwise(RESCALE_64, RESCALE_64_OPERANDS, operands, gl.float32, False, 64)
+
+
+@gluon.jit
+def scores(HALF: gl.constexpr, buffers, turn, step, donor, PLAN: gl.constexpr):
+    """Start q k^T of this consumer's rows and the key tile of `step`, into registers that `donor` gives up."""
+    q_s, k_s, _v_s, _out_s = buffers
+    q = q_s.index(turn % PLAN.query_slots * 2 + HALF).reshape([HALF_ROWS, PLAN.block_d])
+    k = k_s.index(step % PLAN.stages).reshape([PLAN.block_n, PLAN.block_d])
+    return warpgroup_mma(q, k.permute((1, 0)), donor, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def output(buffers, step, a, acc, PLAN: gl.constexpr):
+    """Start acc + p v with the value tile that came with the keys of `step`."""
+    _q_s, _k_s, v_s, _out_s = buffers
+    v = v_s.index(step % PLAN.stages).reshape([PLAN.block_n, PLAN.block_dv])
+    return warpgroup_mma(a, v, acc, is_async=True)
+
+
+@gluon.jit
+def _halves(x):
+    """The left and the right half of the columns of x; a thread holds columns of both."""
+    rows: gl.constexpr = x.shape[0]
+    width: gl.constexpr = x.shape[1]
+    return x.reshape([rows, 2, width // 2]).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def columns_of_64(x):
+    """x (64, 64 to 256) as a tuple of tensors of 64 columns each."""
+    if x.shape[1] == 64:
+        return (x,)
+    elif x.shape[1] == 128:
+        return _halves(x)
+    else:
+        left, right = _halves(x)
+        first, second = _halves(left)
+        third, fourth = _halves(right)
+        return first, second, third, fourth
