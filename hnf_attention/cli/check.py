@@ -23,6 +23,7 @@ from .progress import shown_progress
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+LARGEST = 1 << 26  # bytes of a configuration; those of models have some thousand
 SCHEMA_VERSION = 1  # of the document about several designs
 Config = Union[dict[str, Any], "PretrainedConfig"]
 _PASSING = {"unstable": ("stable", "marginal"), "marginal": ("stable",)}  # --fail-on -> verdicts
@@ -144,11 +145,14 @@ def read_json(path: Path) -> Config:
     Raises InputError for a file that is not a JSON object.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        config = json.loads(path.read_text(encoding="utf-8")) if size <= LARGEST else None
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # JSON's and UTF-8's
         raise InputError(f"expected a JSON configuration in {path}, got something else: {error}") from error
+    if size > LARGEST:
+        raise InputError(f"expected a configuration of at most {LARGEST:,} bytes in {path}, got {size:,}")
     if not isinstance(config, dict):
         raise InputError(f"expected a JSON object in {path}, got a {type(config).__name__}")
     if "model_type" not in config:

@@ -147,7 +147,7 @@ def _history(name: str, values: np.ndarray, width: int, label: int) -> Text:
 
 
 def _legend(watched: Watched, width: int) -> Text:
-    metric, scale = watched.metric, _Scale.of(np.concatenate(list(watched.latest.values())))
+    metric, scale = watched.metric, _Scale.of(np.concatenate([*watched.latest.values(), np.empty(0)]))
     unit = f" {metric.unit}" if metric.unit else ""
     text = Text(f"{metric.label}: ")
     text.append(LEVELS[0], _COLOURS[0]).append(f" {scale.low:.4g} to ")
@@ -160,7 +160,9 @@ def _legend(watched: Watched, width: int) -> Text:
 def _cells(watched: Watched, width: int, label: int, room: int) -> list[Text]:
     """A row for each layer, or for as many layers as share one where there is no room; the worst head speaks."""
     names = list(watched.latest)
-    most = max(len(values) for values in watched.latest.values())
+    most = max((len(values) for values in watched.latest.values()), default=0)
+    if most == 0:
+        return []
     table = np.full((len(names), most), np.nan)
     for row, values in zip(table, watched.latest.values()):
         row[: len(values)] = values

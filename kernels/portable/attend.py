@@ -118,7 +118,11 @@ def _walk_keys(
     for start_n in tl.range(lo, hi, PLAN.block_n):
         k = load_tile(k_desc, batch, kv_head, start_n, PLAN.block_n, PLAN.block_d, PLAN.pointers)
         s = tl.dot(q, k.T, input_precision="ieee")
-        if PLAN.natural:
+        if PLAN.exact:
+            # A plain product would be fused with the subtraction of the row's maximum. The maximum's own exponent must
+            # be exactly 0 (see `log_denominator`), and not what its product was rounded by: 2 nats at 4e7.
+            s = tl.fma(s, call.scale, 0.0)
+        elif PLAN.natural:
             s = s * call.scale
         offs_n = start_n + tl.arange(0, PLAN.block_n)
         raw = s

@@ -1,0 +1,176 @@
+"""The share of planted faults in the kernels that the kernels' tests notice.
+
+    python tests/mutation_score.py --processes 2 --out mutants.json     all, by the quick tests, then by the slow ones
+    python tests/mutation_score.py --only masks --quick
+
+Each fault is planted in a copy of the tree, where the tests of TESTS run up to their first failure. The interpreter and
+pytest are imported once; each run is a fork of that process. A run that takes too long counts as caught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+from mutants import MUTANTS, Mutant
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = (
+    "test_fuzz.py",
+    "test_kernels.py",
+    "test_packed.py",
+    "test_probe.py",
+    "test_odd_inputs.py",
+    "test_pointer_loads.py",
+    "test_fold.py",
+    "test_extremes.py",
+    "test_invariants.py",
+)
+QUICK, SLOW = "not slow", "slow and not exhaustive"
+LIMIT = 600  # seconds of one run
+
+
+def copied_tree(folder: str) -> Path:
+    """The tracked files of the checkout, as they are now, in a folder."""
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, names.stdout.split("\0")):
+        if (ROOT / name).is_file() and name.startswith(("hnf_attention/", "kernels/", "tests/", "pyproject")):
+            target = Path(folder, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, target)
+    return Path(folder)
+
+
+def run_tests(tree: Path, marks: str) -> str:
+    """Run the tests in a fork, in a tree: "survived", "caught", or "took too long"."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        status = 3
+        try:
+            import pytest
+
+            os.setpgid(0, 0)
+            os.chdir(tree)
+            sys.path[:0] = [str(tree), str(tree / "tests")]
+            with open(tree / "log.txt", "w") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            options = ["-x", "-q", "-p", "no:cacheprovider", "-m", marks]
+            status = int(pytest.main([*options, *(str(tree / "tests" / name) for name in TESTS)]))
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    until = time.time() + LIMIT
+    while time.time() < until:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return "survived" if os.waitstatus_to_exitcode(status) == 0 else "caught"
+        time.sleep(0.2)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "took too long"
+
+
+def judged(tree: Path, mutant: Mutant, quick: bool) -> str:
+    """What the tests make of a mutant: "quick" or "slow" caught it, or "survived"."""
+    file = tree / mutant.file
+    original = file.read_text(encoding="utf-8")
+    file.write_text(original.replace(mutant.old, mutant.new), encoding="utf-8")
+    try:
+        for name, marks in (("quick", QUICK), *(() if quick else (("slow", SLOW),))):
+            if run_tests(tree, marks) != "survived":
+                return name
+        return "survived"
+    finally:
+        file.write_text(original, encoding="utf-8")
+
+
+def work(mutants: list[Mutant], quick: bool, write: int) -> None:
+    """Judge these mutants in a tree of their own; one line of JSON for each goes to the pipe."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = copied_tree(folder)
+        for mutant in mutants:
+            begin = time.time()
+            line = {
+                "mutant": str(mutant),
+                "result": judged(tree, mutant, quick),
+                "seconds": time.time() - begin,
+            }
+            os.write(write, (json.dumps(line) + "\n").encode())
+
+
+def over_processes(mutants: list[Mutant], quick: bool, processes: int) -> list[dict]:
+    """`work`, spread over forks; each result is printed as it comes."""
+    read, write = os.pipe()
+    for process in range(processes):
+        if os.fork() == 0:
+            os.close(read)
+            work(mutants[process::processes], quick, write)
+            os._exit(0)
+    os.close(write)
+    found = []
+    with os.fdopen(read) as lines:
+        for line in lines:
+            found.append(json.loads(line))
+            print(
+                f"{found[-1]['result']:<9} {found[-1]['seconds']:5.0f} s  {found[-1]['mutant']}", flush=True
+            )
+    return found
+
+
+def preload() -> None:
+    """Import what no mutant changes, before the forks."""
+    os.environ.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    import pytest  # noqa: F401
+    import torch
+    import triton.language  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="mutants whose file or text has this in it")
+    parser.add_argument("--quick", action="store_true", help="leave the slow tests out")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--out", help="write the result to this JSON file")
+    given = parser.parse_args()
+    sys.dont_write_bytecode = True  # a file that changes within a second would be taken for its old self
+    mutants = [mutant for mutant in MUTANTS if given.only in str(mutant)]
+    preload()
+    begin = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        if run_tests(copied_tree(folder), QUICK) != "survived":
+            print(Path(folder, "log.txt").read_text(encoding="utf-8"), file=sys.stderr)
+            raise SystemExit("expected tests that pass without a fault, got a failure")
+    found = over_processes(mutants, given.quick, given.processes)
+    counts = {name: sum(line["result"] == name for line in found) for name in ("quick", "slow", "survived")}
+    caught = counts["quick"] + counts["slow"]
+    print(f"{'planted':>8} {'quick tests':>12} {'slow tests':>11} {'survived':>9} {'caught':>7}")
+    print(
+        f"{len(found):>8} {counts['quick']:>12} {counts['slow']:>11} {counts['survived']:>9} "
+        f"{caught / max(1, len(found)):>7.1%}"
+    )
+    if given.out:
+        Path(given.out).write_text(
+            json.dumps({"counts": counts, "mutants": found, "seconds": time.time() - begin})
+        )
+    return bool(counts["survived"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
