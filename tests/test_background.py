@@ -1,6 +1,5 @@
 """The thread that writers for trackers and alerts share: order, attempts, what is dropped, what is said."""
 
-import gc
 import logging
 import os
 import threading
@@ -125,8 +124,7 @@ def test_work_that_is_closed_goes_on_with_a_later_job():
 def test_work_that_nobody_holds_ends_its_thread():
     work = Background("dropped", "jobs", 3)
     work.put(int)
-    del work
-    gc.collect()
+    del work  # the last reference
     assert not [thread for thread in threading.enumerate() if "dropped" in thread.name]
 
 
