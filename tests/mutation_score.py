@@ -40,6 +40,22 @@ TESTS = (
     "test_fold.py",
 )
 LEFT_OUT = "not compile and not graph"  # of tests: those that test the compiler
+# Which of them are about a file's job, by a part of its name: they run before all others.
+FOCUS = {
+    "portable/attend": "oracle or cases",
+    "softmax": "oracle or sink or split",
+    "masks": "walks or window or packed or mask",
+    "gradient": "backward",
+    "backward": "backward",
+    "dq": "backward",
+    "dkv": "backward",
+    "results": "backward",
+    "forward": "strides or oracle",
+    "probe": "sample or split",
+    "packing": "pack or bounds",
+    "fold": "fold",
+    "extremes": "extremes",
+}
 # Nothing is planted: the tests must pass.
 CONTROL = Mutant(
     "kernels/portable/forward.py", "Attention output and row statistics", "Attention output, row statistics"
@@ -59,8 +75,8 @@ def copied_tree(folder: str) -> Path:
     return Path(folder)
 
 
-def run_tests(tree: Path, marks: str) -> str:
-    """Run the tests in a fork, in a tree: "survived", "caught", or "took too long"."""
+def run_tests(tree: Path, marks: str, names: str = LEFT_OUT) -> str:
+    """Run the tests of these marks and names in a fork, in a tree: "survived", "caught", or "took too long"."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -74,7 +90,7 @@ def run_tests(tree: Path, marks: str) -> str:
             with open(tree / "log.txt", "w") as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
-            options = ["-x", "-q", "-p", "no:cacheprovider", "-m", marks, "-k", LEFT_OUT]
+            options = ["-x", "-q", "-p", "no:cacheprovider", "-m", marks, "-k", names]
             status = int(pytest.main([*options, *(str(tree / "tests" / name) for name in TESTS)]))
         except BaseException:
             traceback.print_exc()
@@ -96,15 +112,24 @@ def judged(tree: Path, mutant: Mutant, quick: bool) -> str:
     """What the tests make of a mutant: "quick" or "slow" caught it, "survived", or "took too long"."""
     file = tree / mutant.file
     original = file.read_text(encoding="utf-8")
-    file.write_text(original.replace(mutant.old, mutant.new), encoding="utf-8")
+    _write(file, original.replace(mutant.old, mutant.new))
+    focus = [names for part, names in FOCUS.items() if part in mutant.file]
+    runs = [("quick", QUICK, f"({names}) and {LEFT_OUT}") for names in focus] + [("quick", QUICK, LEFT_OUT)]
     try:
-        for name, marks in (("quick", QUICK), *(() if quick else (("slow", SLOW),))):
-            result = run_tests(tree, marks)
+        for name, marks, names in runs + ([] if quick else [("slow", SLOW, LEFT_OUT)]):
+            result = run_tests(tree, marks, names)
             if result != "survived":
                 return name if result == "caught" else result
         return "survived"
     finally:
-        file.write_text(original, encoding="utf-8")
+        _write(file, original)
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a source and forget its compiled form: a change within one second would not be seen."""
+    file.write_text(text, encoding="utf-8")
+    for compiled in file.parent.glob(f"__pycache__/{file.stem}.*"):
+        compiled.unlink()
 
 
 def work(mutants: list[Mutant], quick: bool, until: float, write: int) -> None:
@@ -162,7 +187,6 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin with no fault after this time")
     parser.add_argument("--out", help="write the result to this JSON file")
     given = parser.parse_args()
-    sys.dont_write_bytecode = True  # a file that changes within a second would be taken for its old self
     mutants = [mutant for mutant in MUTANTS if given.only in str(mutant)]
     random.Random(0).shuffle(mutants)
     preload()
