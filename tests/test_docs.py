@@ -3,12 +3,18 @@
 import ast
 import importlib
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from heads import snapshot
+from report_parts import Parts
+
+from hnf_attention.diagnosis import diagnose
+from hnf_attention.run_log import RunLog, RunLogWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 if not (ROOT / "mkdocs.yml").is_file():
@@ -34,6 +40,24 @@ def named(page: Path) -> str:
 def test_the_readme_is_short_and_its_screenshot_is_small():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
     assert (ROOT / "docs" / "assets" / "demo.png").stat().st_size < 200_000
+
+
+def test_the_report_of_the_demo_is_small_and_says_nothing_of_a_machine(monkeypatch, tmp_path):
+    report = script("make_report")
+    assert report.TARGET.stat().st_size < 1_000_000
+    found = json.loads(Parts(report.TARGET.read_text(encoding="utf-8")).scripts["report"])
+    assert [run["name"] for run in found["runs"]] == list(report.RUNS)
+    for run in found["runs"]:
+        assert run["steps"][-1] == 400 and run["stories"]
+        for session in run["sessions"]:
+            assert session["run"]["seed"] == 0 and not set(session["environment"]) & set(report.PRIVATE)
+    writer = RunLogWriter(tmp_path / "a.db", about={"seed": 1})
+    writer.write(diagnose([snapshot(1, a={})]))
+    writer.close()
+    report.without_machine(tmp_path / "a.db")
+    with RunLog(tmp_path / "a.db") as log:
+        (session,) = log.sessions
+    assert session["run"] == {"seed": 1} and set(session["environment"]) == {"versions"}
 
 
 def test_the_page_of_thresholds_is_the_table_of_the_code(monkeypatch):

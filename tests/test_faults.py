@@ -131,6 +131,7 @@ SILENT = ("in short", "keep", "extremes")
 TWICE = ("lane",)
 
 
+@pytest.mark.slow
 def test_a_failed_copy_loses_no_row(tmp_path):
     injector = FaultInjector().fail("copy", 4)
     with injector:
@@ -142,6 +143,7 @@ def test_a_failed_copy_loses_no_row(tmp_path):
     assert rows == [24, 48, 24]
 
 
+@pytest.mark.slow
 def test_numbers_are_written_though_they_cannot_be_judged(tmp_path):
     injector, seen = FaultInjector().fail("diagnosis", 4), []
     with injector:
@@ -176,6 +178,7 @@ def test_an_issue_is_not_gone_because_its_rule_failed():
     assert out[0].issues and not [line for line in run.said if "gone" in line]
 
 
+@pytest.mark.slow
 def test_a_coverage_that_cannot_be_read_is_not_taken_for_a_whole_one():
     seen = []
     with FaultInjector().fail("coverage", 4) as injector:
@@ -203,6 +206,7 @@ def test_marks_that_fail_end_nothing(tmp_path):
     assert len(failures(run)) == 1
 
 
+@pytest.mark.slow
 def test_a_function_that_cannot_be_put_back_keeps_no_other_one(tmp_path, plain):
     original = torch.nn.functional.scaled_dot_product_attention
     injector = FaultInjector()
@@ -227,6 +231,7 @@ def test_a_function_that_cannot_be_put_back_keeps_no_other_one(tmp_path, plain):
 # What the run itself does
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 4])
 def test_a_forward_that_raises_half_way_raises_the_same(step, tmp_path):
     def breaks(model, now):
@@ -240,6 +245,7 @@ def test_a_forward_that_raises_half_way_raises_the_same(step, tmp_path):
     assert steps == [2]
 
 
+@pytest.mark.slow
 def test_a_forward_that_raises_and_is_tried_again_counts_once():
     seen = []
     model = Model()
@@ -254,6 +260,7 @@ def test_a_forward_that_raises_and_is_tried_again_counts_once():
     assert seen[0].history[-1].forwards == (1, 0, 1)
 
 
+@pytest.mark.slow
 def test_a_nan_loss_changes_nothing_and_is_kept(tmp_path):
     def poison(model, step):
         if step == 5:
@@ -274,6 +281,7 @@ def test_a_nan_loss_changes_nothing_and_is_kept(tmp_path):
         assert log.issues[0]["issue_type"] == "non_finite"
 
 
+@pytest.mark.slow
 def test_a_model_that_is_edited_is_measured_as_it_is_now():
     def edit(model, step):
         if step == 3:

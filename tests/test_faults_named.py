@@ -19,7 +19,7 @@ from hnf_attention.instrumentation.patches import Patch, all_or_none
 from hnf_attention.monitoring import accumulators, monitor
 from hnf_attention.run_log import RunLog, RunLogWriter, writer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 @pytest.fixture(autouse=True)

@@ -40,9 +40,8 @@ def found(folder, rank=0):
     return torch.load(folder / f"{rank}.pt", weights_only=True)
 
 
-@pytest.mark.parametrize(
-    "name", ["forked_workers", pytest.param("forked_child", marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["forked_workers", "forked_child"])
 def test_a_fork_changes_nothing(name, tmp_path):
     said = finish(start(name, tmp_path))
     assert found(tmp_path)["same"] and logged(tmp_path) == EVERY_SECOND

@@ -11,7 +11,14 @@ from heads import head_stats, snapshot
 
 import hnf_attention.integrations
 from hnf_attention.diagnosis import diagnose
-from hnf_attention.integrations import JSONLWriter, TensorBoardWriter, WandbWriter, read_jsonl
+from hnf_attention.integrations import (
+    JSONLWriter,
+    MLflowWriter,
+    TensorBoardWriter,
+    TrackioWriter,
+    WandbWriter,
+    read_jsonl,
+)
 from hnf_attention.integrations.series import LayerKeys, heatmaps, histograms, kinds, overall, scalars
 
 ENTROPIES = [0.5, 0.6, 0.7, 0.9]
@@ -116,8 +123,9 @@ def test_kinds_change_with_what_is_found_only():
 def test_nothing_optional_is_imported_before_it_is_used():
     code = (
         "import sys, hnf_attention, hnf_attention.integrations as i; dir(i); i.JSONLWriter('x');"
-        "from hnf_attention.integrations import tensorboard, wandb, series, training;"
-        "optional = ('tensorboard', 'wandb', 'transformers', 'lightning', 'pytorch_lightning', 'accelerate');"
+        "from hnf_attention.integrations import tensorboard, wandb, mlflow, trackio, alerts, series, training;"
+        "optional = ('tensorboard', 'wandb', 'mlflow', 'trackio', 'transformers', 'lightning', 'accelerate');"
+        "optional += ('pytorch_lightning',);"
         "print([m for m in (*optional, 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run(
@@ -136,6 +144,8 @@ def test_the_names_of_the_package():
     "missing, use, extra",
     [
         (["wandb"], lambda: WandbWriter(), "wandb"),
+        (["mlflow"], lambda: MLflowWriter(), "mlflow"),
+        (["trackio"], lambda: TrackioWriter(), "trackio"),
         (["tensorboard", "torch.utils.tensorboard"], lambda: TensorBoardWriter("runs"), "tensorboard"),
         (["transformers"], lambda: fresh("huggingface"), "trainer"),
         (["lightning", "lightning.pytorch", "pytorch_lightning"], lambda: fresh("lightning"), "lightning"),

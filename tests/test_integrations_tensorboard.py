@@ -29,6 +29,7 @@ def test_the_event_reader_finds_what_was_written(tmp_path):
     written = diagnoses()
     for diagnosis in written:
         writer.write(diagnosis)
+    assert writer.flush()
     events = read(tmp_path)  # before it is closed: each snapshot is flushed
 
     keys = LayerKeys()

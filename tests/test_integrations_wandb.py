@@ -60,7 +60,7 @@ def test_the_offline_files_hold_what_was_written(tmp_path, options):
     written = diagnoses()
     for diagnosis in written:
         writer.write(diagnosis)
-    assert wandb.run is not None
+    assert writer.flush() and wandb.run is not None
     writer.close()
     assert wandb.run is None
 
@@ -96,6 +96,10 @@ def test_the_offline_files_hold_what_was_written(tmp_path, options):
     (layers,) = [json.loads(u.value_json) for u in configs if u.key == "attn_layers"]
     assert layers == {"layer_00": "h.0.attn", "layer_01": "h.1.attn"}
 
+    (alert,) = [record.alert for record in found if record.WhichOneof("record_type") == "alert"]
+    assert (alert.title, alert.level) == (f"Attention: {len(written[0].warnings)} warnings", "WARN")
+    assert alert.text.startswith("step 10\nwarning: h.1.attn heads 0-3: ")
+
 
 @pytest.mark.slow
 def test_an_active_run_is_used_and_left_open(tmp_path, options):
@@ -112,7 +116,10 @@ def test_an_active_run_is_used_and_left_open(tmp_path, options):
 @pytest.mark.slow
 def test_a_run_given_is_used(tmp_path, options):
     with wandb.init(**options) as run:
-        WandbWriter(run).write(diagnoses()[0])
+        writer = WandbWriter(run, alerts=False)
+        writer.write(diagnoses()[0])
+        assert writer.flush()
+    assert not [record for record in records(tmp_path) if record.WhichOneof("record_type") == "alert"]
     assert [row["attn/warnings"] for row in history(tmp_path)] == [4.0]
 
 
@@ -125,7 +132,8 @@ def test_without_a_login_one_line_says_what_to_do(options, monkeypatch, caplog):
     with AttentionStabilityMonitor(model, log_every=1, writers=[writer]) as monitor:
         model(x())
         assert monitor.on_step() is not None
-    (record,) = [record for record in caplog.records if "WandbWriter" in record.getMessage()]
+        monitor.restore()
+    record, *_ = [record for record in caplog.records if "WandbWriter" in record.getMessage()]
     assert "run `wandb login`" in record.getMessage() and 'mode="offline"' in record.getMessage()
     assert not record.exc_info and "\n" not in record.getMessage()
 

@@ -46,7 +46,7 @@ def test_to_dict_is_strict_json(broken):
     assert len(read["issues"]) == len(broken.issues)
     assert set(read["issues"][0]) == {
         "layer", "head", "issue_type", "severity", "value", "threshold", "source", "evidence", "suggestion", "headline",
-        "measured",
+        "measured", "forecast",
     }  # fmt: skip
     layer = read["layers"]["wild"]
     assert layer["max_logit"] == [2000.0, 150.0, 150.0, 70.0]

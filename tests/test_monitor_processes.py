@@ -6,6 +6,7 @@ import numpy as np
 import processes_monitor
 import pytest
 import torch
+from processes import start
 from processes_monitor import INPUTS, LIMIT, SIZE, sharp_model
 
 from hnf_attention import AttentionStabilityMonitor
@@ -25,7 +26,7 @@ ROWS, MINE = 8 * 20, 2 * 20  # of the whole batch, and of one process
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("monitors")
-    torch.multiprocessing.spawn(processes_monitor.main, (str(folder),), SIZE)
+    start(processes_monitor.main, (str(folder),), SIZE)
     return folder
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from attention_models import Model
 from heads import FakeInstrumentation
+from processes import start
 from processes_groups import BATCH, INPUTS, SIZE
 
 import hnf_attention
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module", params=[pytest.param("spawned", marks=pytest.mark.slow)])
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("groups")
-    torch.multiprocessing.spawn(processes_groups.main, (str(folder),), SIZE)
+    start(processes_groups.main, (str(folder),), SIZE)
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(SIZE)]
 
 

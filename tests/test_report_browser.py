@@ -178,6 +178,39 @@ def test_an_issue_shows_its_story_and_its_place(tab, pages):
     says(tab, "1.attention head 2 at step 180")
 
 
+def test_a_forecast_is_drawn_and_told(tab, tmp_path):
+    """Head 1 grows as unstable heads do, and passes what was forecast of it."""
+    writer, history = RunLogWriter(tmp_path / "run.db"), []
+    for step in range(10, 201, 10):
+        scores = np.array([4.0, (2 + 0.08 * step) ** 2, 4.0, 4.0])
+        layers = {"a": head_stats(4, max_logit=scores), "b": head_stats(4, max_logit=scores)}
+        history = [*history, snapshot(step, **layers)][-10:]
+        writer.write(diagnose(history))
+    writer.close()
+    with RunLog(tmp_path / "run.db") as log:
+        report.html(log, metrics=["logit_range_max"]).save(tmp_path / "page.html")
+    text = open_page(tab, tmp_path / "page.html")
+    told = tab.evaluate("document.querySelector('#issues-0').textContent")
+    assert "in four of five cases. It came by step 1" in told and "of such runs the loss suffered" in told
+    colour = tab.evaluate("getComputedStyle(document.body).getPropertyValue('--forecast')").strip()
+    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+    drawn = (
+        "(() => { const c = document.querySelector('#history canvas'); let n = 0;"
+        " const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+        f" for (let i = 0; i < d.length; i += 4) n += d[i] === {red} && d[i + 1] === {green} && d[i + 2] === {blue};"
+        " return n; })()"
+    )
+    choose = (
+        "(e => { e.value = HEAD; e.dispatchEvent(new Event('change')); })(document.getElementById('head'))"
+    )
+    for head, hidden in ((1, "false"), (3, "true")):
+        tab.evaluate(choose.replace("HEAD", str(head)))
+        tab.wait(f"document.getElementById('forecast-key').hidden === {hidden}")
+        assert (tab.evaluate(drawn) > 20) == (head == 1)
+        assert ("It came by step 1" in text("history-text")) == (head == 1)
+    is_clean(tab, tmp_path / "page.html")
+
+
 def test_two_runs_are_compared(tab, pages):
     text = open_page(tab, pages / "two.html")
     pictures = set()

@@ -15,7 +15,16 @@ from report_parts import Parts, numbers, unpacked
 from hnf_attention import report
 from hnf_attention.diagnosis import diagnose
 from hnf_attention.errors import InputError
-from hnf_attention.report.page import compare, fixes, limits, packing, runs, scalars, stories, verdict
+from hnf_attention.report.page import (
+    compare,
+    fixes,
+    limits,
+    packing,
+    runs,
+    scalars,
+    stories,
+    verdict,
+)
 from hnf_attention.run_log import RunLog, RunLogWriter, metrics
 from hnf_attention.run_log.reader import Event
 

@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from processes import start
 from processes_rings import LONG, MASK, Flex, Full, SeparateAttention, X, causal, main, run, sharp, watched
 from rings import places
 from sharded_models import EXAMPLE, HEADS
@@ -30,7 +31,7 @@ EXACT = np.array(
 def found(request, tmp_path_factory):
     """By scenario, what each process found."""
     folder = tmp_path_factory.mktemp("rings")
-    torch.multiprocessing.spawn(main, (request.param, str(folder)), request.param)
+    start(main, (request.param, str(folder)), request.param)
     each = [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(request.param)]
     return {scenario: [process[scenario] for process in each] for scenario in each[0]}
 

@@ -8,6 +8,7 @@ import processes_sharded
 import pytest
 import torch
 from attention_models import Direct
+from processes import start
 from sharded_models import (
     BROKEN,
     CLIP,
@@ -37,7 +38,8 @@ pytestmark = [
         reason="needs torch.distributed with gloo",
     ),
 ]
-of_two = pytest.mark.parametrize("found", [2], indirect=True)
+# Two more processes for one test. tests/test_actions_distributed.py clips shards, too.
+of_two = pytest.mark.parametrize("found", [pytest.param(2, marks=pytest.mark.exhaustive)], indirect=True)
 # Where queries are split, blocks of 64 rows begin anew in each process, and each finds the sinks of its own queries.
 OF_EACH_PROCESS = np.array(
     [name.endswith("_blocks") or name in ("sink_mass", "rest_entropy", "stray_rows") for name in SUM_FIELDS]
@@ -50,7 +52,7 @@ def found(request, tmp_path_factory):
     """By scenario, what each process found."""
     folder = tmp_path_factory.mktemp("sharded")
     _llama().save_pretrained(folder)
-    torch.multiprocessing.spawn(processes_sharded.main, (request.param, str(folder)), request.param)
+    start(processes_sharded.main, (request.param, str(folder)), request.param)
     each = [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(request.param)]
     return {scenario: [process[scenario] for process in each] for scenario in each[0]}
 

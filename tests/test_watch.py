@@ -64,7 +64,7 @@ def test_every_head_is_a_cell_and_the_failing_one_stands_out(tmp_path, width):
         f"loss        {LEVELS[-1]}"
     )
     assert any("intervention: action qk_clip" in line for line in lines)
-    assert any("layers.2.attn head 5" in line for line in lines)
+    assert any("layer 2 head 5: scores range" in line for line in lines)
 
 
 def test_many_layers_and_heads_share_cells_and_the_worst_speaks(tmp_path):
@@ -115,7 +115,7 @@ def test_watch_says_it_all_as_json_too(tmp_path, capsys):
     found = json.loads(captured.out)
     assert found["step"] == 200 and found["layers"]["layers.0.attn"][0] is None
     assert {issue["layer"] for issue in found["issues"]} >= {"layers.2.attn"}
-    assert "layers.2.attn" in captured.err
+    assert "layer 2 head 5" in captured.err
 
 
 @pytest.mark.parametrize(

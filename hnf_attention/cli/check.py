@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 
 from ..errors import InputError
 from ..precheck import StabilityReport, check_attention_stability, known_design, stability_region
 from ..report.check import verdict
+from ..report.designs import CheckedDesign, side_by_side
 from .exit_codes import FOUND, HEALTHY
 from .failures import has_weights
 from .loading import Loading, config_of_numbers, load_config, load_model, locate, quiet_transformers
 from .output import check_figure, check_target, for_people, write_document
+from .progress import shown_progress
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+LARGEST = 1 << 26  # bytes of a configuration; those of models have some thousand
+SCHEMA_VERSION = 1  # of the document about several designs
+Config = Union[dict[str, Any], "PretrainedConfig"]
 _PASSING = {"unstable": ("stable", "marginal"), "marginal": ("stable",)}  # --fail-on -> verdicts
 
 
@@ -31,17 +36,65 @@ def run(options: argparse.Namespace) -> int:
     plan = {"warmup": options.warmup} if options.warmup is not None else {}
     if options.learning_rate is not None:
         plan["learning_rate"] = options.learning_rate
-    report, config = check(options.config, options.seq_len, options.dtype, options.weights, plan)
-    console.print(verdict(report, options.config))
+    names, found = list(options.designs), []
+    with shown_progress() as show:
+        for number, name in enumerate(names, 1):
+            show(
+                f"checking {name}",
+                None if len(names) == 1 else number,
+                None if len(names) == 1 else len(names),
+            )
+            found.append(check(name, options.seq_len, options.dtype, options.weights, plan))
+    reports = [report for report, _ in found]
+    several = len(reports) > 1
+    compared = (
+        [
+            CheckedDesign(name, report, _stable(config, options))
+            for name, (report, config) in zip(names, found)
+        ]
+        if several
+        else []
+    )
+    console.print(side_by_side(compared) if several else verdict(reports[0], names[0]))
     if options.region is not None:
-        try:
-            design = known_design(config, seq_len=options.seq_len, dtype=options.dtype)
-        except ValueError as error:
-            raise InputError(f"{options.config}: no region: {error}") from error
-        stability_region(design).plot(options.region)
+        _draw(names, [config for _, config in found], options)
         console.print(f"figure: {options.region}", highlight=False, markup=False)
-    write_document(options.json, report.to_dict())
-    return HEALTHY if report["verdict"] in _PASSING[options.fail_on] else FOUND
+    document = {"schema_version": SCHEMA_VERSION, "designs": [each.to_dict() for each in compared]}
+    write_document(options.json, document if several else reports[0].to_dict())
+    return HEALTHY if all(report["verdict"] in _PASSING[options.fail_on] for report in reports) else FOUND
+
+
+def _stable(config: Config, options: argparse.Namespace) -> dict[int, float]:
+    """Visible keys -> the lowest stable temperature, at three lengths; nothing where no formula knows the design."""
+    try:
+        design = known_design(config, seq_len=options.seq_len, dtype=options.dtype)
+        lengths = sorted({max(2, round(design.seq_len * factor)) for factor in (1 / 8, 1, 8)})
+        region = stability_region(design, dims=[design.d_model], lengths=lengths)
+    except ValueError:
+        return {}
+    return dict(zip(lengths, region.boundary[0].tolist()))
+
+
+def _draw(names: Sequence[str], configs: Sequence[Config], options: argparse.Namespace) -> None:
+    """The regions of all designs, beside each other."""
+    regions = []
+    for name, config in zip(names, configs):
+        try:
+            regions.append(
+                stability_region(known_design(config, seq_len=options.seq_len, dtype=options.dtype))
+            )
+        except ValueError as error:
+            raise InputError(f"{name}: no region: {error}") from error
+    if len(regions) == 1:
+        regions[0].plot(options.region)
+        return
+    from ..figures.canvas import new_row, save
+
+    panels = new_row(len(regions), 7.2, 4.4)
+    for name, region, panel in zip(names, regions, panels):
+        region.plot(ax=panel)
+        panel.set_title(f"{name}\n{panel.get_title(loc='left')}", loc="left", fontsize=9)
+    save(panels[0], options.region)
 
 
 def check(
@@ -50,7 +103,7 @@ def check(
     dtype: str | None,
     with_weights: bool,
     plan: Mapping[str, Any] | None = None,
-) -> tuple[StabilityReport, dict[str, Any] | PretrainedConfig]:
+) -> tuple[StabilityReport, Config]:
     """The report, and the configuration it was made from.
 
     plan: learning_rate and warmup, as for `check_attention_stability`.
@@ -58,7 +111,7 @@ def check(
     Raises InputError for whatever the user can put right.
     """
     model = None
-    config: dict[str, Any] | PretrainedConfig
+    config: Config
     path = Path(name).expanduser()
     if path.is_file() or (path.suffix == ".json" and not path.is_dir()):  # no name on the hub ends like this
         config = read_json(path)
@@ -86,17 +139,20 @@ def check(
     return report, config
 
 
-def read_json(path: Path) -> dict[str, Any] | PretrainedConfig:
+def read_json(path: Path) -> Config:
     """A configuration, or plain numbers if the file names no `model_type`.
 
     Raises InputError for a file that is not a JSON object.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        config = json.loads(path.read_text(encoding="utf-8")) if size <= LARGEST else None
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # JSON's and UTF-8's
         raise InputError(f"expected a JSON configuration in {path}, got something else: {error}") from error
+    if size > LARGEST:
+        raise InputError(f"expected a configuration of at most {LARGEST:,} bytes in {path}, got {size:,}")
     if not isinstance(config, dict):
         raise InputError(f"expected a JSON object in {path}, got a {type(config).__name__}")
     if "model_type" not in config:

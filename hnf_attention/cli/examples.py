@@ -15,6 +15,7 @@ EXAMPLES = {
     "check": (
         "hnf-attention check design.json --seq-len 4096 --dtype bf16",
         "hnf-attention check gpt2 --region region.png",
+        "hnf-attention check wide.json deep.json ./my-model --dtype bf16 --region regions.png",
         "hnf-attention check ./my-model --weights --json - --fail-on marginal",
     ),
     "trace": (

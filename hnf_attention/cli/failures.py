@@ -76,6 +76,11 @@ def explained(error: Exception, what: str, name: str) -> InputError:
         return InputError(
             f"cannot load {what} of {name}: it needs code of its own, which is not run from here"
         )
+    if "Weights only load failed" in str(error) and "Unsupported" in str(error):
+        return InputError(
+            f"cannot load {what} of {name}: its pickle needs code of its own, which is not run from here; "
+            "expected safetensors"
+        )
     if "instantiate the backend tokenizer" in str(error):
         return InputError(
             f"cannot load {what} of {name}: expected its vocabulary in tokenizer.json, or in the files of a slow "

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ..errors import InputError
+from .completion import completion
 from .exit_codes import HEALTHY, INTERRUPTED, PIPE_CLOSED, USAGE
 from .messages import one_line
 from .parser import make_parser
@@ -28,11 +29,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser = make_parser()
         options = parser.parse_args(arguments)
         debug = options.debug
+        if options.print_completion is not None:
+            print(completion(parser, options.print_completion))
+            return HEALTHY
         if options.command is None:
             parser.print_help()
             return HEALTHY
         # Imported here, so that a help text and a wrong option do not wait for torch.
-        code: int = import_module(f".{options.command}", __package__).run(options)
+        from .progress import shown_progress
+
+        with shown_progress():
+            command = import_module(f".{options.command}", __package__)
+        code: int = command.run(options)
         sys.stdout.flush()
         return code
     except InputError as error:

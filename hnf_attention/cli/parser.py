@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..versions import DISTRIBUTION, __version__
 from .examples import EXAMPLES
 
+SHELLS = ("bash", "zsh", "tcsh")  # what shtab completes in
 _WIDTH = 78  # columns of a description
 _LARGEST = 2**63 - 1  # what PyTorch takes
 
@@ -31,6 +32,12 @@ def make_parser() -> Parser:
         epilog="hnf-attention COMMAND --help shows the options of a command, with examples.",
     )
     parser.add_argument("--version", action="version", version=f"{DISTRIBUTION} {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        choices=SHELLS,
+        metavar="SHELL",
+        help=f"print the script that completes commands and options in {', '.join(SHELLS[:-1])} or {SHELLS[-1]}",
+    )
     parser.set_defaults(debug=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _command(
@@ -56,8 +63,9 @@ def make_parser() -> Parser:
         "check",
         "judge a design before training, from its configuration",
         "Predict the attention of a design at initialisation from its configuration, without building the model,"
-        " and say what would make it stable.",
-        ("stable or marginal", "unstable, or not known"),
+        " and say what would make it stable. Several designs are put side by side: margins, required bits, stable"
+        " temperatures, and what each advised change costs.",
+        ("stable or marginal; of several, all", "unstable, or not known"),
     )
     _command(
         commands,
@@ -168,7 +176,7 @@ def _add_demo(demo: Parser) -> None:
         type=Path,
         default=Path("hnf-attention-demo"),
         metavar="DIR",
-        help="folder for figures and JSON (default hnf-attention-demo)",
+        help="folder for figures, JSON, run logs and a report (default hnf-attention-demo)",
     )
 
 
@@ -305,9 +313,11 @@ def _add_model_on_text(command: Parser) -> None:
 
 def _add_check(check: Parser) -> None:
     check.add_argument(
-        "config",
+        "designs",
+        nargs="+",
         metavar="CONFIG_OR_MODEL",
-        help="JSON file with a configuration or plain numbers, a model's folder, or a name on the hub",
+        help="JSON file with a configuration or plain numbers, a model's folder, or a name on the hub; several are"
+        " compared side by side",
     )
     check.add_argument(
         "--seq-len", type=_positive, metavar="N", help="visible keys (default: the model's own length)"

@@ -10,9 +10,12 @@ from rich.text import Text
 
 from ..errors import InputError
 from ..report import html
-from ..run_log import RunLog
 from .exit_codes import FOUND, HEALTHY
 from .output import check_target, for_people, write_document
+from .progress import shown_progress
+from .run_logs import open_log
+
+SCHEMA_VERSION = 1
 
 _STYLES = {"failed": "bold red", "at risk": "bold yellow", "recovered": "green", "healthy": "green"}
 _FINE = ("healthy", "recovered")
@@ -27,7 +30,8 @@ def run(options: argparse.Namespace) -> int:
     if len(options.runs) > 2:
         raise InputError(f"expected one or two run logs, got {len(options.runs)}")
     with contextlib.ExitStack() as stack:
-        logs = [stack.enter_context(_opened(path)) for path in options.runs]
+        logs = [stack.enter_context(open_log(path)) for path in options.runs]
+        stack.enter_context(shown_progress())("making the page", None, None)
         page = html(*logs, title=options.title, names=options.name, metrics=options.metric)
     try:
         page.save(options.out)
@@ -41,16 +45,10 @@ def run(options: argparse.Namespace) -> int:
         {"run": str(path), "status": found.status, "sentence": found.sentence}
         for path, found in zip(options.runs, page.verdicts)
     ]
-    write_document(options.json, {"report": str(options.out), "runs": verdicts})
+    document = {"schema_version": SCHEMA_VERSION, "report": str(options.out), "runs": verdicts}
+    write_document(options.json, document)
     return HEALTHY if all(found.status in _FINE for found in page.verdicts) else FOUND
 
 
 def _same(out: Path, path: Path) -> bool:
     return path.exists() and out.samefile(path)
-
-
-def _opened(path: Path) -> RunLog:
-    try:
-        return RunLog(path)
-    except OSError as error:
-        raise InputError(f"cannot read the run log {path}: {error.strerror or error}") from error

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ..errors import InputError
 from ..run_log import RunLog
 
 
-def open_log(path: str) -> RunLog:
+def open_log(path: str | Path) -> RunLog:
     """The run log at this path. Raises InputError if there is none, or if it is none."""
     try:
         return RunLog(path)

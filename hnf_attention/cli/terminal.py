@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from ..diagnosis.issue import SEVERITIES
+from ..diagnosis.issue import SEVERITIES, number_text
 from ..names import display_name
 from ..run_log import RunLog
 from ..run_log.metrics import Metric
@@ -100,11 +101,14 @@ def view(watched: Watched, width: int, height: int | None) -> RenderableType:
         return Group(*lines)
     label = 12
     lines += [_history(name, values, width, label) for name, values in _histories(watched)]
-    events = [event for event in watched.events if event.kind == "issue" or event.change is None][-_EVENTS:]
-    room = _ROWS if height is None else max(1, height - len(lines) - len(events) - 3)
-    lines.append(_legend(watched))
+    events = _together([x for x in watched.events if x.kind == "issue" or x.change is None])
+    few = min(len(events), _EVENTS)
+    room = _ROWS if height is None else max(1, height - len(lines) - few - 3)
+    lines.append(_legend(watched, width))
     lines += _cells(watched, width, label, room)
-    lines += [_event(event, width) for event in events]
+    left = _EVENTS if height is None else max(few, height - len(lines) - 2)
+    labels = dict(zip(watched.latest, _short(list(watched.latest))))
+    lines += [_event(event, width, labels) for event in events[-left:]]
     if watched.missed:
         names = ", ".join(display_name(name) for name in watched.missed)
         lines.append(_line(f"not measured: {names}", width, "yellow"))
@@ -142,19 +146,23 @@ def _history(name: str, values: np.ndarray, width: int, label: int) -> Text:
     return text.append(f" {values[-1]:.4g}")
 
 
-def _legend(watched: Watched) -> Text:
-    metric, scale = watched.metric, _Scale.of(np.concatenate(list(watched.latest.values())))
+def _legend(watched: Watched, width: int) -> Text:
+    metric, scale = watched.metric, _Scale.of(np.concatenate([*watched.latest.values(), np.empty(0)]))
     unit = f" {metric.unit}" if metric.unit else ""
     text = Text(f"{metric.label}: ")
     text.append(LEVELS[0], _COLOURS[0]).append(f" {scale.low:.4g} to ")
     text.append(LEVELS[-1], _COLOURS[-1]).append(f" {scale.high:.4g}{unit}")
-    return text.append(", on a logarithmic scale" if scale.logarithmic else "")
+    text.append(", log scale" if scale.logarithmic else "")
+    text.truncate(width, overflow="ellipsis")
+    return text
 
 
 def _cells(watched: Watched, width: int, label: int, room: int) -> list[Text]:
     """A row for each layer, or for as many layers as share one where there is no room; the worst head speaks."""
     names = list(watched.latest)
-    most = max(len(values) for values in watched.latest.values())
+    most = max((len(values) for values in watched.latest.values()), default=0)
+    if most == 0:
+        return []
     table = np.full((len(names), most), np.nan)
     for row, values in zip(table, watched.latest.values()):
         row[: len(values)] = values
@@ -210,10 +218,29 @@ def _cell(value: float, scale: _Scale) -> tuple[str, str]:
     return LEVELS[level], _COLOURS[level]
 
 
-def _event(event: Event, width: int) -> Text:
-    detail = event.detail
+def _together(events: Sequence[Event]) -> list[list[Event]]:
+    """Events in their order; the heads of a layer whose issue changed in the same way at one step are one group."""
+
+    def kind(event: Event) -> tuple[object, ...]:
+        own = id(event) if event.kind != "issue" else None
+        parts = (event.detail.get(name) for name in ("severity", "issue_type", "layer"))
+        return event.step, event.change, own, *map(str, parts)
+
+    groups: dict[tuple[object, ...], list[Event]] = {}
+    for event in events:
+        groups.setdefault(kind(event), []).append(event)
+    return list(groups.values())
+
+
+def _event(group: Sequence[Event], width: int, labels: Mapping[str, str]) -> Text:
+    event, detail = group[0], group[0].detail
     if event.kind == "issue":
-        what = f"{event.change} {detail.get('severity')}: {detail.get('headline')}"
+        name = str(detail.get("layer"))
+        label = labels.get(name, display_name(name))
+        heads = (each.detail.get("head") for each in group)
+        place = f"{'layer ' * label.isdigit()}{label}{number_text(x for x in heads if isinstance(x, int))}"
+        text = str(detail.get("headline")).partition(": ")[2] or str(detail.get("headline"))
+        what = f"{event.change} {detail.get('severity')}: {place}: {text}"
         style = "green" if event.change == "gone" else _SEVERITY_STYLE.get(str(detail.get("severity")), "")
     else:
         rest = ", ".join(f"{name} {value}" for name, value in detail.items() if name not in ("kind", "step"))

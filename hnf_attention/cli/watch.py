@@ -16,6 +16,7 @@ from ..run_log.metrics import METRICS
 from ..run_log.records import plain
 from .exit_codes import FOUND, HEALTHY
 from .output import check_target, console, for_people, write_document
+from .progress import shown_progress
 from .run_logs import open_log
 from .terminal import Watched, view
 
@@ -31,7 +32,9 @@ def run(options: argparse.Namespace) -> int:
     screen = for_people(options.json) if options.json else console(sys.stdout)
     with open_log(options.run) as log:
         watched = Watched(metric)
-        watched.update(log)
+        with shown_progress() as show:
+            show("reading the run log", None, None)
+            watched.update(log)
         if options.once or options.json or not screen.is_terminal:
             screen.print(view(watched, screen.width, None))
         else:

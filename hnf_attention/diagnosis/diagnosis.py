@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,12 +14,7 @@ from ..names import display_name
 from ..statistics.heads import HeadStats, Snapshot
 from .extent import Extent, counted, extent
 from .issue import StabilityIssue, grouped, heads_text
-from .thresholds import overridden, threshold
-
-if TYPE_CHECKING:
-    from os import PathLike
-
-    from matplotlib.figure import Figure
+from .plots import Plots
 
 #: What `to_dict` holds of each layer: one number per head.
 HEAD_FIELDS = (
@@ -64,7 +59,7 @@ _LAYER_FIELDS = ("num_heads", "head_dim", "dtype", "sample_period")
 
 
 @dataclass(repr=False)
-class AttentionDiagnosis:
+class AttentionDiagnosis(Plots):
     """The issues at one step, worst first, with the numbers that they came from.
 
     stats: the latest snapshot, layer name to head statistics. history: the snapshots that the rules saw,
@@ -179,23 +174,6 @@ class AttentionDiagnosis:
             lines += [f"    {name}: {why}" for name, why in self.not_judged.items()]
         return "\n".join(lines)
 
-    def plot_entropy_heatmap(self, path: str | PathLike[str] | None = None) -> Figure:
-        """Draw the normalized entropy of every head at the latest snapshot; saved to `path` if given."""
-        from .. import figures
-
-        with overridden(self.thresholds):
-            sink = threshold("sink_mass")
-        return _saved(figures.entropy_heatmap(self._snapshots()[-1], sink), path)
-
-    def plot_curvature_evolution(self, path: str | PathLike[str] | None = None) -> Figure:
-        """Draw log2 of the HNF curvature bound over the snapshots, a line per layer; saved to `path` if given.
-
-        A single snapshot, as of an analyzer, gives a point for every head.
-        """
-        from .. import figures
-
-        return _saved(figures.curvature_evolution(self._snapshots()), path)
-
     @property
     def _trains(self) -> bool:
         """Whether the model is in training: of finished models the laboratory counted nothing."""
@@ -228,9 +206,3 @@ def _jsonable_value(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return [_jsonable_value(item) for item in value.tolist()]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _saved(figure: Figure, path: str | PathLike[str] | None) -> Figure:
-    if path is not None:
-        figure.savefig(path)
-    return figure

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -27,6 +27,24 @@ _PLACE_LENGTH = 64
 _LOW_IS_BAD = ("entropy_collapse", "vanishing_gradient")
 
 
+@dataclass(frozen=True)
+class Crossing:
+    """A forecast: something will happen at a step.
+
+    what: in words, such as "passes 100 nats". value: what the head's `statistic` is then, by its name in `HeadStats`.
+    made: the step at which it was said. step: the most likely one.
+    low, high: from when to when in four of five cases; None where that was not counted.
+    """
+
+    what: str
+    statistic: str
+    value: float
+    made: int
+    step: float
+    low: float | None = None
+    high: float | None = None
+
+
 @dataclass(frozen=True, repr=False)
 class StabilityIssue:
     """One diagnosed problem: where it is, what it is, how bad, on what evidence, and what to do.
@@ -36,6 +54,7 @@ class StabilityIssue:
     value: the number that was compared with `threshold`. source: where that threshold comes from.
     evidence: a sentence with the numbers and the step. suggestion: what to do.
     brief: evidence and suggestion in a few words, "what is wrong -> what helps".
+    forecast: of a head that gets worse, when it will break; None where nothing is forecast.
     """
 
     layer: str
@@ -48,8 +67,11 @@ class StabilityIssue:
     evidence: str
     suggestion: str
     brief: str = ""
+    forecast: Crossing | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.forecast, Mapping):  # from JSON
+            object.__setattr__(self, "forecast", Crossing(**self.forecast))
         object.__setattr__(self, "issue_type", FORMER_ISSUE_TYPES.get(self.issue_type, self.issue_type))
 
     def __repr__(self) -> str:

@@ -1,18 +1,26 @@
 """Figures of head statistics and of stability regions, drawn without pyplot: no global state, no display.
 
-Each function returns a `matplotlib.figure.Figure` with an Agg canvas; `figure.savefig(path)` writes it.
+Each function draws into `ax` if one is given, else into a figure of its own, and returns the axes.
+As the last value of a notebook's cell, axes of their own figure show it once.
 Numbers that decide something (thresholds, limits) come from the caller.
 """
 
-from .evolution import curvature_evolution, max_logit_evolution
+from .ahead import forecast_figure
+from .change import before_after
+from .evolution import bits_evolution, curvature_evolution, score_range_evolution
+from .heads import entropy_evolution
 from .heatmap import entropy_heatmap
 from .labels import layer_labels
 from .region import stability_figure
 
 __all__ = [
+    "before_after",
+    "bits_evolution",
     "curvature_evolution",
+    "entropy_evolution",
     "entropy_heatmap",
+    "forecast_figure",
     "layer_labels",
-    "max_logit_evolution",
+    "score_range_evolution",
     "stability_figure",
 ]

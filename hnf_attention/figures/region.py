@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 
-from .canvas import dress, new_figure
+from .canvas import axes_for, dress
 
 
 class Mark(NamedTuple):
@@ -28,7 +28,8 @@ def stability_figure(
     ratio_limit: float,
     curvature_limit: float,
     mark: Mark,
-) -> Figure:
+    ax: Axes | None = None,
+) -> Axes:
     """Least stable T / sqrt(head_dim) over the length, one line a width; the region above a line is stable.
 
     A line is solid where the spread of the scores decides, dotted where the curvature does. Widths that no
@@ -37,9 +38,9 @@ def stability_figure(
     lengths: visible keys, (L,).
     by_spread, by_curvature: (D, L), the least temperature that keeps sigma / sigma_c under ratio_limit, and log2
         curvature (bits) under curvature_limit; inf if none does.
-    mark: the design to show.
+    mark: the design to show. ax: where to draw; None makes a figure. Returns the axes.
     """
-    figure, axes = new_figure(7.2, 4.4)
+    axes = axes_for(ax, 7.2, 4.4)
     colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, len(dims)))
     never_stable = []
     for d_model, colour, spread, curvature in zip(dims, colours, by_spread, by_curvature, strict=True):
@@ -74,4 +75,4 @@ def stability_figure(
         axes.legend(
             title="d_model", fontsize=8, title_fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5)
         )
-    return figure
+    return axes

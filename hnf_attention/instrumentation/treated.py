@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import treating
 from .interceptors import multihead, sdpa
-from .patches import Patch
+from .patches import Patch, release_all
 
 ATTRIBUTE = "_hnf_attention_treated"
 
@@ -82,12 +82,13 @@ class Treated:
         del vars(module)[ATTRIBUTE]
         for hook in treated.hooks:
             hook.remove()
+        release_all(treated._patches or [])  # at once, whoever else keeps this object
 
     def hold(self, module: nn.Module) -> None:
         """Keep the interceptors in place for as long as this object lives."""
         if self._patches is None:
             self._patches = interceptors([module])
-            weakref.finalize(self, _release, self._patches).atexit = False
+            weakref.finalize(self, release_all, self._patches).atexit = False
 
     def begin(self, module: nn.Module, _: Any) -> None:
         """Hook before a call of the module."""
@@ -140,8 +141,3 @@ def interceptors(modules: Iterable[nn.Module]) -> list[Patch]:
 
         patches += transformers.install(modules)
     return patches
-
-
-def _release(patches: list[Patch]) -> None:
-    while patches:
-        patches.pop().release()

@@ -16,6 +16,7 @@ from ..versions import versions
 from .series import LayerKeys
 
 FORMAT = 2
+_LONGEST = 1 << 28  # characters of a line; the rest of a longer one is no line of ours
 # Of format 1, which version 0.1 wrote: a snapshot's kind was "reading", and these statistics had other names.
 _FORMER_STATISTICS = {
     "entropy_ratio": "normalized_entropy",
@@ -83,22 +84,29 @@ def read_jsonl(path: str | PathLike[str]) -> JSONLLog:
 
     If a run was resumed from an earlier step, what it did again replaces what was there before. A line that a
     crash cut short is left out. Lines of version 0.1 get today's names.
-    Raises OSError for a file that cannot be read.
+    Raises OSError for a file that cannot be read, ValueError for one that no `JSONLWriter` wrote.
     """
     layers: dict[str, str] = {}
     snapshots: list[dict[str, Any]] = []
     with Path(path).open(encoding="utf-8", errors="replace") as file:
-        for text in file:
+        while text := file.readline(_LONGEST):
             try:
                 line = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if line["kind"] == "run":
-                layers = line["layers"]
-                continue
-            while snapshots and snapshots[-1]["step"] >= line["step"]:
+            try:
+                if line["kind"] == "run":
+                    layers = {str(key): str(layer) for key, layer in line["layers"].items()}
+                    continue
+                snapshot = _renamed(line) if line["kind"] == "reading" else line
+                step = snapshot["step"] = int(line["step"])
+            except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+                raise ValueError(
+                    f"expected lines of a JSONLWriter in {path}, got one with {error!r}"
+                ) from None
+            while snapshots and snapshots[-1]["step"] >= step:
                 snapshots.pop()
-            snapshots.append(_renamed(line) if line["kind"] == "reading" else line)
+            snapshots.append(snapshot)
     return JSONLLog(layers, snapshots)
 
 

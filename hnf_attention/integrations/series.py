@@ -111,7 +111,7 @@ def heatmaps(diagnosis: AttentionDiagnosis, keys: Mapping[str, str]) -> dict[str
     """`attn/normalized_entropy_heatmap` and the like: uint8 (height, width, 3), a square per head.
 
     Layers go from 0 downwards, heads to the right. Dark is low, grey was not measured. These are plain pixels,
-    because a labelled figure of a large model (`plot_entropy_heatmap`) takes seconds to draw.
+    because a labelled figure (`plot_entropy_heatmap`) takes a second to draw.
     """
     return {f"{PREFIX}/{name}_heatmap": _heatmap(diagnosis, keys, name) for name in HEATMAPS}
 

@@ -6,17 +6,16 @@ from os import PathLike, fspath
 from textwrap import indent
 from typing import TYPE_CHECKING
 
-from ..diagnosis import AttentionDiagnosis
-from ..names import display_name
 from .extras import require
-from .series import PREFIX, LayerKeys, heatmaps, histograms, kinds, scalars
+from .series import PREFIX
+from .tracker import Page, TrackerWriter
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-class TensorBoardWriter:
-    """Writes each snapshot as scalars, histograms over heads, and heatmaps of all heads.
+class TensorBoardWriter(TrackerWriter["SummaryWriter"]):
+    """Writes each snapshot as scalars, histograms over heads, and heatmaps of all heads, from a thread of its own.
 
     target: a folder for event files, or a `SummaryWriter`, which is flushed and left to the caller to close.
     Layers are numbered in the order they ran, `attn/layer_03/...`; the text `attn/layers` says which is which.
@@ -26,33 +25,26 @@ class TensorBoardWriter:
 
     def __init__(self, target: str | PathLike[str] | SummaryWriter):
         self._module = require("torch.utils.tensorboard", "tensorboard")
+        super().__init__(None if isinstance(target, (str, PathLike)) else target)
         self._folder = fspath(target) if isinstance(target, (str, PathLike)) else None
-        self._events = None if isinstance(target, (str, PathLike)) else target
-        self._keys = LayerKeys()
-        self._issues: frozenset = frozenset()  # `kinds` of the diagnosis before
 
-    def write(self, diagnosis: AttentionDiagnosis) -> None:
-        """Write a diagnosis, and flush."""
-        if self._events is None:
-            self._events = self._module.SummaryWriter(self._folder)
-        events, step = self._events, diagnosis.step
-        if self._keys.add(diagnosis.stats):
-            rows = [f"| {key} | {display_name(layer)} |" for layer, key in self._keys.items()]
-            events.add_text(f"{PREFIX}/layers", "\n".join(["| key | layer |", "|---|---|", *rows]), step)
-        for name, value in scalars(diagnosis, self._keys).items():
-            events.add_scalar(name, value, step)
-        for name, values in histograms(diagnosis, self._keys).items():
-            events.add_histogram(name, values, step)
-        for name, pixels in heatmaps(diagnosis, self._keys).items():
-            events.add_image(name, pixels, step, dataformats="HWC")
-        issues = kinds(diagnosis)
-        if issues != self._issues:
-            events.add_text(f"{PREFIX}/issues", indent(diagnosis.summary(), "    "), step)
-            self._issues = issues
-        events.flush()
+    def _start(self) -> SummaryWriter:
+        return self._module.SummaryWriter(self._folder)
 
-    def close(self) -> None:
-        """Close the event file if it is the writer's own; a later snapshot starts another one."""
-        if self._folder is not None and self._events is not None:
-            self._events.close()
-            self._events = None
+    def _send(self, run: SummaryWriter, page: Page) -> None:
+        step = page.diagnosis.step
+        if page.layers is not None:
+            rows = [f"| {key} | {name} |" for key, name in page.layers.items()]
+            run.add_text(f"{PREFIX}/layers", "\n".join(["| key | layer |", "|---|---|", *rows]), step)
+        for name, value in page.scalars.items():
+            run.add_scalar(name, value, step)
+        for name, values in page.histograms.items():
+            run.add_histogram(name, values, step)
+        for name, pixels in page.heatmaps.items():
+            run.add_image(name, pixels, step, dataformats="HWC")
+        if page.issues is not None:
+            run.add_text(f"{PREFIX}/issues", indent(page.diagnosis.summary(), "    "), step)
+        run.flush()
+
+    def _finish(self, run: SummaryWriter) -> None:
+        run.close()

@@ -9,6 +9,7 @@ from itertools import combinations
 from typing import Any
 
 from .. import theory
+from .costs import Cost, cost
 from .design import Design
 from .moves import AFTER_TRAINING, Move, moves
 from .predict import SAFE_RATIO, STABLE, verdict, worst_layer
@@ -28,6 +29,7 @@ class Neighbour:
     sigma_ratio: of its worst layer. margin: SAFE_RATIO over it.
     verdict: what a check of this design says: "stable", "marginal" or "unstable".
     distance: how far the change goes, in doublings; QK-norm counts as 1, a soft-cap as 1.5.
+    cost: what its attention costs, over what the design's costs; None if that was not asked.
     """
 
     change: str
@@ -35,6 +37,7 @@ class Neighbour:
     margin: float
     verdict: str
     distance: float
+    cost: Cost | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -137,6 +140,7 @@ def _judged(
             margin=SAFE_RATIO / max(ratio, 1e-300),
             verdict=verdict(ratio, largest),
             distance=sum(move.distance for move in chosen),
+            cost=cost(design, changed),
         )
         yield knobs, found
 

@@ -16,7 +16,7 @@ from .predict import SAFE_RATIO, predict_layer, sigma_ratio
 if TYPE_CHECKING:
     from os import PathLike
 
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 # Bits. Own choice: GPT-2 starts at 7 to 14, LLaMA 7B at 34, GPT-NeoX 20B, whose spread is marginal, at 50.
 CURVATURE_LIMIT = 64.0
@@ -72,12 +72,16 @@ class StabilityRegion:
         lines = [header, ["---"] * len(header), *rows]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-    def plot(self, path: str | PathLike[str] | None = None) -> Figure:
-        """The lowest stable temperature over the lengths, one line a width; saved to `path` if given."""
+    def plot(self, path: str | PathLike[str] | None = None, *, ax: Axes | None = None) -> Axes:
+        """The lowest stable temperature over the lengths, one line a width; saved to `path` if given.
+
+        ax: where to draw; None makes a figure. Returns the axes.
+        """
+        from ..figures.canvas import save
         from ..figures.region import Mark, stability_figure
 
         design = self.design
-        figure = stability_figure(
+        axes = stability_figure(
             self.dims,
             self.lengths,
             self.by_spread,
@@ -85,10 +89,11 @@ class StabilityRegion:
             ratio_limit=self.ratio_limit,
             curvature_limit=self.curvature_limit,
             mark=Mark(design.d_model, design.seq_len, design.relative_temperature),
+            ax=ax,
         )
         if path is not None:
-            figure.savefig(path)
-        return figure
+            save(axes, path)
+        return axes
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON types; None stands for a limit that no temperature keeps."""

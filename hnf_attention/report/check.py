@@ -15,7 +15,7 @@ from .fitted import Column, FittedTable
 from .numbers import number
 from .tables import indented
 
-_STYLES = {
+VERDICT_STYLES = {
     "stable": "bold green",
     "marginal": "bold yellow",
     "unstable": "bold red",
@@ -54,7 +54,7 @@ def verdict(report: StabilityReport, name: str) -> RenderableType:
     parts += [Text(f"note: {note}", style="yellow") for note in report["notes"]]
     ratio = f"sigma / sigma_c {report['sigma_ratio']:.2f}, margin {report['margin']:.2f}"
     source = report["sources"]["sigma_ratio"]
-    parts.append(Text(f"\n{report['verdict']}: {ratio} ({source})", style=_STYLES[report["verdict"]]))
+    parts.append(Text(f"\n{report['verdict']}: {ratio} ({source})", style=VERDICT_STYLES[report["verdict"]]))
     return Group(*parts)
 
 

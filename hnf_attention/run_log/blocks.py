@@ -14,8 +14,18 @@ KEPT_BITS = 12
 MOST_NUMBERS = 1 << 26
 
 
+#: Characters of an error's message: a damaged file may have anything in the place of a number.
+_LONGEST_MESSAGE = 500
+
+
 class BadLog(InputError):
     """A file that is no run log, that is damaged, or that this version cannot read."""
+
+    def __init__(self, message: str) -> None:
+        if len(message) > _LONGEST_MESSAGE:
+            half = _LONGEST_MESSAGE // 2
+            message = f"{message[:half]} ... {message[-half:]}"
+        super().__init__(" ".join(message.split()))
 
 
 def encode(table: np.ndarray) -> bytes:

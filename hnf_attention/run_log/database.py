@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sqlite3
@@ -68,6 +69,7 @@ def connect(path: Path) -> sqlite3.Connection:
                     connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {version + 1}")
                 connection.execute(f"PRAGMA application_id = {APPLICATION}")
+        _check_schema(connection, path)
     return connection
 
 
@@ -92,6 +94,8 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
         found = _version(connection, path)
         if found != VERSION:
             raise BadLog(f"expected a run log of version {VERSION}, got version {found}: {path}")
+        connection.execute("PRAGMA mmap_size = 0")
+        _check_schema(connection, path)
     return connection
 
 
@@ -109,6 +113,35 @@ def _closed_if_bad(connection: sqlite3.Connection, path: Path) -> Iterator[None]
     except BadLog:
         connection.close()
         raise
+
+
+def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise BadLog unless the tables are those of SCRIPTS.
+
+    In a file of somebody else's, a view in the place of a table may have endless rows, a generated column a gigabyte in
+    each row, and a trigger runs when this process writes.
+    """
+    wanted, found = _tables(_empty()), _tables(connection)
+    changed = [name for name, statement in wanted.items() if found.get(name) != statement]
+    (triggers,) = connection.execute("SELECT count(*) FROM sqlite_master WHERE type = 'trigger'").fetchone()
+    if changed or triggers:
+        what = f"other tables {', '.join(changed)}" if changed else "triggers"
+        raise BadLog(f"expected the tables of a run log and no trigger, got {what}: {path}")
+
+
+def _tables(connection: sqlite3.Connection) -> dict[str, tuple[str, str]]:
+    """(type, statement that made it) by the name of each table and view."""
+    rows = connection.execute("SELECT name, type, sql FROM sqlite_master WHERE type IN ('table', 'view')")
+    return {name: (kind, _bare(statement)) for name, kind, statement in rows}
+
+
+def _bare(statement: str) -> str:
+    return " ".join(str(statement).split())
+
+
+@functools.cache
+def _empty() -> sqlite3.Connection:
+    return in_memory()
 
 
 def in_memory() -> sqlite3.Connection:

@@ -16,7 +16,10 @@ from . import database, fragments
 from .blocks import BadLog
 from .records import Layout, Record
 
-_COLUMNS = "first_step, time, training, forwards, layout, block, not_measured"
+_MOST_NUMBERS = 1 << 28
+_LOG_STEP = (
+    "SELECT first_step, time, training, forwards, layout, block, not_measured FROM snapshots WHERE step = ?"
+)
 
 
 class Event(NamedTuple):
@@ -105,7 +108,10 @@ class RunLog:
     def sessions(self) -> list[dict[str, Any]]:
         """The processes that wrote, oldest first: "started" (seconds of the epoch) and what `about` said."""
         rows = self._rows("SELECT started, about FROM sessions ORDER BY id")
-        return [{"started": started} | _dict(about) for started, about in rows]
+        return [
+            {"started": started if isinstance(started, float) else None} | _dict(about)
+            for started, about in rows
+        ]
 
     @property
     def events(self) -> list[Event]:
@@ -115,7 +121,11 @@ class RunLog:
             "SELECT step, kind, change, detail FROM events ORDER BY step, id"
         ):
             own = (detail := _dict(text)).get("step")
-            found.append(Event(own if isinstance(own, int) else step, kind, change, detail))
+            try:
+                at = int(own if isinstance(own, int) else step)
+            except (ValueError, TypeError) as error:
+                raise BadLog(f"expected an event at a step, got {error}: {self.path}") from None
+            found.append(Event(at, str(kind), None if change is None else str(change), detail))
         return sorted(found, key=lambda event: event.step)
 
     @property
@@ -141,7 +151,13 @@ class RunLog:
             steps, values = found.setdefault(name, ([], []))
             steps.append(step)
             values.append(np.nan if value is None else value)
-        return {name: (np.array(steps), np.array(values)) for name, (steps, values) in found.items()}
+        try:
+            return {
+                str(name): (np.array(steps, np.int64), np.array(values, np.float64))
+                for name, (steps, values) in found.items()
+            }
+        except (ValueError, TypeError, OverflowError) as error:
+            raise BadLog(f"expected numbers of training steps, got {error}: {self.path}") from None
 
     def records(self, after: int = -1) -> Iterator[Record]:
         """The log steps after a step, one at a time. Changes, events and scalars are not part of them.
@@ -150,29 +166,38 @@ class RunLog:
         """
         layouts: dict[int, Layout] = {}
         for step in self.steps[self.steps > after].tolist():
-            rows = self._rows(f"SELECT {_COLUMNS} FROM snapshots WHERE step = ?", step)
+            rows = self._rows(_LOG_STEP, step)
             if not rows:  # joined to another one meanwhile
                 continue
             first, time, training, forwards, number, block, missed = rows[0]
             if number not in layouts:
-                ((text,),) = self._rows("SELECT described FROM layouts WHERE id = ?", number)
-                layouts[number] = Layout.parse(text)
+                known = self._rows("SELECT described FROM layouts WHERE id = ?", number)
+                if not known:
+                    raise BadLog(f"expected the layout of log step {step}, got none: {self.path}")
+                layouts[number] = Layout.parse(known[0][0])
             try:
                 counts = [int(count) for count in json.loads(forwards)]
+                if not isinstance(block, bytes):
+                    raise TypeError(f"a block as {type(block).__name__}")
                 yield Record(
-                    step, first, time, bool(training), (counts[0], counts[1], counts[2]), layouts[number],
+                    step, int(first), float(time), bool(training), (counts[0], counts[1], counts[2]), layouts[number],
                     block, not_measured={str(k): str(v) for k, v in _dict(missed).items()},
                 )  # fmt: skip
-            except (ValueError, TypeError, IndexError, OverflowError) as error:
+            except (ValueError, TypeError, IndexError, OverflowError, RecursionError) as error:
                 raise BadLog(f"expected a log step at {step}, got {error!r}: {self.path}") from None
 
     def metric(self, name: str, layer: str) -> np.ndarray:
         """One statistic of a layer over the run: float32 (log steps, heads), NaN where there is none.
 
-        name: one of `metrics.METRICS`. Raises KeyError for a layer that the log does not have.
+        name: one of `metrics.METRICS`. Raises KeyError for a layer that the log does not have, BadLog for a log that
+        claims more than a gigabyte of them.
         """
-        width = self.layers[layer]
-        found = np.full((len(self.steps), width), np.nan, np.float32)
+        width, steps = self.layers[layer], len(self.steps)
+        if width * steps > _MOST_NUMBERS:
+            raise BadLog(
+                f"expected at most {_MOST_NUMBERS:,} numbers, got {steps:,} log steps of {width:,} heads"
+            )
+        found = np.full((steps, width), np.nan, np.float32)
         for row, record in zip(found, self.records()):
             values = record_values(record, name).get(layer)
             if values is not None:

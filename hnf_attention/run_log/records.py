@@ -142,8 +142,8 @@ def plain(value: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """Text without control characters, for a terminal: a file may hold any."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", text)
+    """Text without control characters and halves of characters, for a terminal: a file may hold any."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "�", text)
 
 
 def _count(value: Any) -> int:

@@ -10,12 +10,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 
 from ... import figures
 from ...diagnosis import AttentionDiagnosis
 from ...diagnosis.thresholds import threshold
-from ...figures.canvas import dress, new_figure
+from ...figures.canvas import axes_for, dress
+from ...figures.canvas import save as save_figure
 from ...versions import versions
 from .loss import FINAL_WINDOW
 from .outcome import Outcome
@@ -23,7 +24,7 @@ from .training import Config, Run
 
 SCHEMA_VERSION = 1
 _UNTREATED, _TREATED = "#c0392b", "#2471a3"
-_PUBLISHED_LIMITS = {  # threshold of the diagnosis -> what happens there
+_PUBLISHED_LIMITS = {  # threshold of the diagnosis -> what happens at twice that range
     "clip_logit": "QK-clip acts (Kimi K2)",
     "deteriorating_logit": "loss suffers (Wortsman et al.)",
     "diverged_logit": "published runs diverged",
@@ -35,15 +36,15 @@ def save(
 ) -> list[Path]:
     """Write the figures and the document of `to_document` into the folder; returns the paths. Raises OSError."""
     drawn = {"losses": loss_curves(untreated, treated, outcome)}
-    limits = {text: threshold(name) for name, text in _PUBLISHED_LIMITS.items()}
+    limits = {text: 2.0 * threshold(name) for name, text in _PUBLISHED_LIMITS.items()}
     for name, run in (("untreated", untreated), ("treated", treated)):
         drawn[f"{name}_entropy"] = figures.entropy_heatmap(run.history[-1], threshold("sink_mass"))
-        drawn[f"{name}_max_logit"] = figures.max_logit_evolution(run.history, limits)
+        drawn[f"{name}_score_range"] = figures.score_range_evolution(run.history, limits)
         drawn[f"{name}_curvature"] = figures.curvature_evolution(run.history)
     paths = []
-    for name, figure in drawn.items():
+    for name, axes in drawn.items():
         paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1])
+        save_figure(axes, paths[-1])
     paths.append(folder / "diagnosis.json")
     paths[-1].write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return paths
@@ -61,9 +62,9 @@ def to_document(config: Config, untreated: Run, treated: Run, outcome: Outcome) 
     }
 
 
-def loss_curves(untreated: Run, treated: Run, outcome: Outcome) -> Figure:
+def loss_curves(untreated: Run, treated: Run, outcome: Outcome) -> Axes:
     """Both losses over the steps; the warning, the alarm and the first sign in the loss are marked."""
-    figure, axes = new_figure(7.6, 4.2)
+    axes = axes_for(None, 7.6, 4.2)
     for run, colour, label in ((untreated, _UNTREATED, "untreated"), (treated, _TREATED, "treated")):
         steps = range(1, len(run.losses) + 1)
         axes.plot(steps, run.losses, color=colour, alpha=0.25, linewidth=0.8)
@@ -93,7 +94,7 @@ def loss_curves(untreated: Run, treated: Run, outcome: Outcome) -> Figure:
         axes.set_ylim(min(finite) - 0.2, max(finite) + 0.4)
     dress(axes, "training step", "loss (nats per byte)", "The same run, untreated and treated")
     axes.legend(fontsize=8)
-    return figure
+    return axes
 
 
 def _smoothed(losses: Sequence[float], window: int = 10) -> list[float]:

@@ -6,7 +6,7 @@ import argparse
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.text import Text
 
 from ...errors import InputError
+from ...report import html
 from ...report.tables import STYLES, issue_list
+from ...run_log import RunLog, RunLogWriter
 from ..devices import device_of
 from ..exit_codes import FOUND, HEALTHY
 from ..output import check_target, for_people, make_folder, write_document
@@ -26,7 +28,8 @@ from .training import QUICK, Config, Run, train
 from .view import View, describe
 
 _MOST_ISSUES = 3
-_LOG = "monitor.log"
+_LOG, _REPORT = "monitor.log", "report.html"
+_RUNS = {False: "untreated.db", True: "treated.db"}  # names of the run logs
 
 
 def run(options: argparse.Namespace) -> int:
@@ -44,7 +47,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def run_demo(config: Config, out: Path, console: Console) -> tuple[Outcome, dict[str, Any]]:
-    """Train twice from one seed, untreated and treated; save figures, JSON and the monitor's log in `out`.
+    """Train twice from one seed, untreated and treated.
+
+    Saves figures, JSON, the monitor's log, the run logs and a report of both in `out`.
 
     Returns the outcome and the JSON document.
     Raises InputError if the interpreter has no standard library sources, or if `out` cannot be written.
@@ -56,32 +61,45 @@ def run_demo(config: Config, out: Path, console: Console) -> tuple[Outcome, dict
         f"usual temperature. Seed {config.seed}, {config.steps} steps, twice."
     )
     with _log_file(out / _LOG), _one_thread():
-        untreated = _train(config, False, console)
-        treated = _train(config, True, console)
+        untreated = _train(config, False, console, out)
+        treated = _train(config, True, console, out)
     issues = [] if untreated.last_diagnosis is None else untreated.last_diagnosis.issues
     console.print(Text("\nWorst issues at the end of the untreated run", style="bold"))
     console.print(issue_list(issues, limit=_MOST_ISSUES, training=True))
     outcome = judge(untreated, treated)
     document = artifacts.to_document(config, untreated, treated, outcome)
     try:
-        paths = artifacts.save(out, document, untreated, treated, outcome)
+        paths = [*artifacts.save(out, document, untreated, treated, outcome), _report(out)]
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror}") from error
     _print_verdict(console, outcome, treated.interventions)
-    names = ", ".join([*(path.name for path in paths), _LOG])
+    names = ", ".join([*(path.name for path in paths), *_RUNS.values(), _LOG])
     console.print(f"\nSaved in {out}: {names}", highlight=False, markup=False)
     return outcome, document
 
 
-def _train(config: Config, treated: bool, console: Console) -> Run:
+def _train(config: Config, treated: bool, console: Console, out: Path) -> Run:
     title = "treated as the monitor proposes" if treated else "untreated"
+    path = out / _RUNS[treated]
+    for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):  # of an earlier demo
+        (out / name).unlink(missing_ok=True)
+    writer = RunLogWriter(path, about=asdict(config) | {"treated": treated})
     console.print(Text(f"\nThe run, {title}", style="bold"))
     view = View(console, config, title)
     with view.live():
-        finished = train(config, treated, view.observe)
+        finished = train(config, treated, view.observe, writer)
     if not console.is_terminal:
         console.print(view.table)
     return finished
+
+
+def _report(out: Path) -> Path:
+    """Both runs side by side, as a page."""
+    path = out / _REPORT
+    with RunLog(out / _RUNS[False]) as untreated, RunLog(out / _RUNS[True]) as treated:
+        names = ["untreated", "treated"]
+        html(untreated, treated, title="hnf-attention demo", names=names).save(path)
+    return path
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from ...diagnosis import AttentionDiagnosis
 from ...errors import InputError
 from ...interventions import GoodStates, apply_intervention
 from ...monitoring.monitor import AttentionStabilityMonitor
+from ...run_log import RunLogWriter
 from ...statistics.heads import Snapshot
 from .loss import FINAL_WINDOW
 from .model import GPT, batches, standard_library_text
@@ -80,8 +81,11 @@ class Run:
 Observer = Callable[[Run, AttentionDiagnosis | None], None]
 
 
-def train(config: Config, treated: bool, observe: Observer) -> Run:
-    """Train from the seed; if `treated`, apply what the monitor proposes. `observe` is called after each step."""
+def train(config: Config, treated: bool, observe: Observer, writer: RunLogWriter | None = None) -> Run:
+    """Train from the seed; if `treated`, apply what the monitor proposes. `observe` is called after each step.
+
+    writer: keeps the run with its losses and interventions.
+    """
     torch.manual_seed(config.seed)
     model = GPT(config.layers, config.width, config.heads, config.context, config.sharpness).to(config.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.peak_learning_rate, weight_decay=0.0)
@@ -90,7 +94,8 @@ def train(config: Config, treated: bool, observe: Observer) -> Run:
     )
     data = batches(standard_library_text(), config.batch_size, config.context, config.seed)
     states = GoodStates(model, optimizer, STATES_EVERY, STATES_KEPT, scheduler=scheduler) if treated else None
-    monitor = AttentionStabilityMonitor(model, log_every=config.log_every, good_states=states)
+    writers = [] if writer is None else [writer]
+    monitor = AttentionStabilityMonitor(model, config.log_every, writers=writers, good_states=states)
     run = Run(treated)
     for _ in range(config.steps):
         inputs, targets = (part.to(config.device) for part in next(data))
@@ -101,7 +106,7 @@ def train(config: Config, treated: bool, observe: Observer) -> Run:
         scheduler.step()
         run.losses.append(loss.item())
 
-        diagnosis = monitor.on_step()
+        diagnosis = monitor.on_step(loss=run.losses[-1])
         if diagnosis is not None:
             run.last_diagnosis = diagnosis
             if diagnosis.has_issues():
@@ -110,8 +115,11 @@ def train(config: Config, treated: bool, observe: Observer) -> Run:
                     run.first_error = run.first_error or diagnosis
                 intervention = monitor.get_intervention(diagnosis) if treated else None
                 if intervention:
-                    apply_intervention(optimizer, intervention)
+                    done = apply_intervention(optimizer, intervention)
                     run.interventions.append((diagnosis.step, dict(intervention)))
+                    if writer is not None:
+                        action, text = intervention["action"], done.description
+                        writer.event(diagnosis.step, "intervention", action=action, text=text)
         observe(run, diagnosis)
     run.history = list(monitor.history)
     monitor.restore()

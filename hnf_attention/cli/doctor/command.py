@@ -12,6 +12,7 @@ from rich.table import Table
 from ...engine.card import current_device
 from ..exit_codes import FOUND, HEALTHY
 from ..output import check_target, for_people, write_document
+from ..progress import shown_progress
 from . import calls, machine, warm
 from .low_scores import SCORE, LowScores, low_scores
 from .self_test import LENGTH, Trial, self_test
@@ -28,7 +29,13 @@ def run(options: argparse.Namespace) -> int:
     _print_machine(screen)
     warmed = _warm(screen, options) if options.warm else None
     _print_engines(screen)
-    trials, low, watched = list(self_test()), low_scores(), watch()
+    with shown_progress() as show:
+        show("self-test of calls", None, None)
+        trials = list(self_test())
+        show("self-test of low scores", None, None)
+        low = low_scores()
+        show("self-test of measuring a model", None, None)
+        watched = watch()
     failed = [trial for trial in trials if not trial.passed]
     _print_self_test(screen, trials, low, watched)
     if failed:
@@ -58,7 +65,11 @@ def _print_machine(screen: Console) -> None:
 def _warm(screen: Console, options: argparse.Namespace) -> dict[str, Any]:
     """Compile ahead, and print what took how long; the same as a document."""
     table = _table("Compiled ahead: attention and its backward, and each kind of monitor", "calls", "seconds")
-    seconds = {str(shape): warm.warm(shape, current_device()) for shape in warm.shapes(options)}
+    shapes, seconds = list(warm.shapes(options)), {}
+    with shown_progress() as show:
+        for number, shape in enumerate(shapes, 1):
+            show(f"compiling {shape}", number, len(shapes))
+            seconds[str(shape)] = warm.warm(shape, current_device())
     for name, taken in seconds.items():
         table.add_row(name, f"{taken:.1f}")
     screen.print(table)

@@ -18,7 +18,10 @@ EXTRAS = {
     "lightning": ("lightning",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
+    "mlflow": ("mlflow-skinny",),
+    "trackio": ("trackio",),
     "parquet": ("pyarrow",),
+    "completion": ("shtab",),
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...statistics.heads import Snapshot
 from ..heads import Heads
-from ..issue import StabilityIssue
+from ..issue import Crossing, StabilityIssue
 from ..thresholds import threshold
 from .criteria import severities
 from .wording import CLIP, CLIP_AND_SLOW, SHORT_CLIP, Scores, head_name, make_issue, plus_minus
@@ -116,6 +116,16 @@ def _forecasts(step: int, heads: Heads, judged: np.ndarray) -> Iterator[Stabilit
             f"{step + eta[head]:.0f} -> {SHORT_CLIP}"
         )
         severity = "warning" if heads.grown[head] else "note"
+        collapsed = threshold("collapsed_entropy")
+        forecast = Crossing("collapses", "normalized_entropy", collapsed, step, step + float(eta[head]))
         yield make_issue(
-            "entropy_collapse", severity, place, value, "collapsed_entropy", evidence, CLIP_AND_SLOW, brief
+            "entropy_collapse",
+            severity,
+            place,
+            value,
+            "collapsed_entropy",
+            evidence,
+            CLIP_AND_SLOW,
+            brief,
+            forecast,
         )

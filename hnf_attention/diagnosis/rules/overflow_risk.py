@@ -10,7 +10,7 @@ import numpy as np
 from ...statistics.heads import HeadStats, Snapshot
 from ...theory import number_format
 from ..heads import Heads
-from ..issue import SEVERITIES, StabilityIssue
+from ..issue import SEVERITIES, Crossing, StabilityIssue
 from ..thresholds import threshold
 from ..trends import product_size
 from .wording import CLIP, CLIP_AND_SLOW, SHORT_CLIP, Scores, head_name, make_issue
@@ -77,7 +77,20 @@ def rule(history: Sequence[Snapshot], heads: Heads) -> Iterator[StabilityIssue]:
             evidence,
             verdict.suggestion,
             brief,
+            _crossing(heads, head, step) if verdict.name == "alarm_logit" else None,
         )
+
+
+def _crossing(heads: Heads, head: int, step: int) -> Crossing | None:
+    """When the scores pass `alarm_logit`; None for scores that are there, or whose growth is not known."""
+    coming = heads.saturation
+    if not (heads.known[head] and np.isfinite(coming.steps[head])):
+        return None
+    limit = threshold("alarm_logit")
+    after = (float(each[head]) for each in coming)
+    return Crossing(
+        f"passes {limit:g} nats", "logit_range_max", 2.0 * limit, step, *(step + each for each in after)
+    )
 
 
 def _formats(stats: HeadStats) -> _Formats:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...names import display_name
 from ..heads import Heads
-from ..issue import StabilityIssue
+from ..issue import Crossing, StabilityIssue
 from ..thresholds import THRESHOLDS, threshold
 
 SHORT_CLIP = "QK-clip at 30"
@@ -27,6 +27,7 @@ def make_issue(
     evidence: str,
     suggestion: str,
     brief: str,
+    forecast: Crossing | None = None,
 ) -> StabilityIssue:
     """An issue at `place` (layer, number of the head) whose `value` broke the threshold of that name."""
     layer, head = place
@@ -34,7 +35,17 @@ def make_issue(
     if limit != THRESHOLDS[name].value:
         source = "chosen by the caller of the diagnosis"
     return StabilityIssue(
-        layer, head, issue_type, str(severity), float(value), limit, source, evidence, suggestion, brief
+        layer,
+        head,
+        issue_type,
+        str(severity),
+        float(value),
+        limit,
+        source,
+        evidence,
+        suggestion,
+        brief,
+        forecast,
     )
 
 

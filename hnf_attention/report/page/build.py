@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ...diagnosis import AttentionDiagnosis
+from ...diagnosis.measured import HARMED, harm_text
 from ...diagnosis.thresholds import threshold
 from ...errors import InputError
 from ...figures.labels import layer_labels
@@ -25,6 +26,7 @@ from ...run_log.metrics import METRICS
 from ...run_log.records import plain
 from ...versions import DISTRIBUTION, __version__
 from .compare import comparison
+from .forecasts import earliest, forecasts
 from .limits import limits, worse
 from .packing import Scale, pack, steady
 from .runs import Run, chosen_metrics, of_diagnosis, of_log
@@ -227,11 +229,22 @@ def _run(
         "layers": len(run.layers),
         "joined": run.joined,
         "notJudged": int((values["judged_rows"][-1] == 0).sum()),
-        "stories": [story.to_dict(places) for story in told],
+        "stories": [_story(story, run, places) for story in told],
         "actions": actions(run.events),
         "scalars": for_page(run.scalars),
         "notMeasured": run.not_measured,
         "sessions": run.sessions,
+    }
+
+
+def _story(story: Story, run: Run, places: Mapping[str, int]) -> dict[str, Any]:
+    """A story with its forecasts, and how often such issues meant harm: that was counted of models in training."""
+    foretold = forecasts(story, run)
+    harm = harm_text(story.severity, story.issue_type) if run.training else ""
+    return story.to_dict(places) | {
+        "forecasts": foretold,
+        "forecast": earliest(foretold),
+        "measured": f"{harm[0].upper()}{harm[1:]}. Source: {HARMED[story.severity].source}." if harm else "",
     }
 
 

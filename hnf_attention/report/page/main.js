@@ -61,7 +61,7 @@ class Page {
     const style = getComputedStyle(document.body);
     const of = (name) => style.getPropertyValue(`--${name}`).trim();
     const family = style.fontFamily;
-    this.colours = Object.fromEntries(["text", "strong", "surface", "grid", "error", "warning", "note", "done", "first", "second", "quiet"].map((name) => [name, of(name)]));
+    this.colours = Object.fromEntries(["text", "strong", "surface", "grid", "error", "warning", "note", "done", "first", "second", "quiet", "forecast"].map((name) => [name, of(name)]));
     this.colours.font = `11px ${family}`;
     this.colours.chartFont = (ratio) => `${11 * ratio}px ${family}`;
     this.empty = this.dark.matches ? [58, 58, 66] : [208, 208, 212];
@@ -299,8 +299,11 @@ class Page {
       values: onSteps(this.steps, run.steps, history(planes.ready(number, state.metric), start + state.head, run.steps.length, metric.scale)),
     }));
     byId("history-title").textContent = `${label} head ${state.head}: ${metric.label}${metric.unit ? ` (${metric.unit})` : ""}`;
-    const text = series.map((each) => lineText(two ? each.name : `${label} head ${state.head}`, this.steps, each.values, metric.unit)).join(" ");
-    this.chart("history", { steps: this.steps, series, log: metric.scale.log, unit: metric.unit, limits: metric.limits, moments: this.moments(state.layer), text });
+    const foretold = forecastsOf(this.shownRuns().map((run) => report.runs[run]), state);
+    const lines = series.map((each) => lineText(two ? each.name : `${label} head ${state.head}`, this.steps, each.values, metric.unit));
+    const text = [...lines, ...foretold.map((each) => each.text)].join(" ");
+    this.chart("history", { steps: this.steps, series, log: metric.scale.log, unit: metric.unit, limits: metric.limits, moments: this.moments(state.layer), forecasts: foretold, text });
+    byId("forecast-key").hidden = !foretold.length;
     const sources = byId("history-sources");
     sources.replaceChildren(...metric.limits.map(({ value, name, source }) => element("li", {}, `${name}, ${withUnit(value, metric.unit)}: ${source}`)));
     byId("history-thresholds").hidden = !metric.limits.length;

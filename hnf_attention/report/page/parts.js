@@ -57,6 +57,8 @@ function issueCard(story, open, show) {
   const facts = [
     ["Evidence", story.evidence],
     ["Judged by", limit],
+    ["Measured", story.measured],
+    ["Forecast", story.forecast],
     ["What to do", story.suggestion],
     ["Outcome", story.outcome],
   ].filter(([, text]) => text);

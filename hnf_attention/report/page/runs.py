@@ -20,6 +20,8 @@ MOST_STEPS = 1000
 #: Values of all statistics of a page. Three statistics of 126 x 128 heads at 1,000 log steps are below.
 MOST_VALUES = 50_000_000
 _FEWEST_METRICS = 3
+#: Numbers that a page is made from, past which a file is refused: no model is so large.
+LARGEST = 5 * MOST_VALUES
 #: What a page shows if nothing else is asked for, the most telling first.
 DEFAULT_METRICS = (
     "logit_range_max",
@@ -177,6 +179,11 @@ def _collect(
     """Tables of `count` log steps as at most MOST_STEPS ones: neighbours are joined."""
     together = -(-count // MOST_STEPS)
     room = -(-count // together)
+    if room * heads * len(names) > LARGEST:
+        raise InputError(
+            f"expected a page of at most {LARGEST:,} numbers, got {len(names)} statistics of {heads:,} heads at "
+            f"{room:,} log steps"
+        )
     values = {name: np.full((room, heads), np.nan, np.float32) for name in names}
     steps: list[int] = []
     for number, (step, rows) in enumerate(tables):

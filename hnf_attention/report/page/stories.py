@@ -35,7 +35,7 @@ class Story:
     alarmed: the first step of that severity. gone: the step at which its last issue went, None if one is there.
     calm: the step since which it has been a note or gone, None while it is more.
     spans: the steps [from, to) in which it had an issue; the last one may have no end. done: interventions meanwhile.
-    checks: what a monitor found of them later.
+    checks: what a monitor found of them later. forecasts: the first one of each head, as the log has it.
     """
 
     layer: str
@@ -53,6 +53,7 @@ class Story:
     done: list[dict[str, Any]] = field(default_factory=list)
     checks: list[dict[str, Any]] = field(default_factory=list)
     spans: list[list[int | None]] = field(default_factory=list)
+    forecasts: dict[int | None, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def now(self) -> str | None:
@@ -169,6 +170,8 @@ def _take(story: Story, step: int, changes: list[Event]) -> None:
         if change == "gone":
             story.open.pop(head, None)
         else:
+            if isinstance(event.detail.get("forecast"), Mapping):
+                story.forecasts.setdefault(head, event.detail["forecast"])
             story.open[head] = severity
             story.gone = None
             rank, worst = _ORDER.get(severity, len(_ORDER)), _ORDER.get(story.severity, len(_ORDER))
@@ -223,9 +226,16 @@ def _done(event: Event) -> dict[str, Any] | None:
         "step": event.step,
         "kind": "verification" if checked else event.kind,
         "action": action.replace("_", " "),
-        "text": str(text) if checked else f"{action.replace('_', ' ')}{f' ({text})' if text else ''}",
+        "text": str(text) if checked else _deed(action.replace("_", " "), str(text)),
         "layers": [str(name) for name in named],
     }
+
+
+def _deed(action: str, text: str) -> str:
+    """'qk clip (threshold 30)'; a text that begins with the action needs no other name."""
+    if text.lower().startswith(action.lower()):
+        return text
+    return f"{action} ({text})" if text else action
 
 
 def _treats(done: Mapping[str, Any], story: Story) -> bool:

@@ -66,6 +66,12 @@ function isOpen(story, step) {
   return story.spans.some(([from, to]) => step >= from && (to === null || step < to));
 }
 
+// What was forecast of a head in the statistic that is shown.
+function forecastsOf(runs, { layer, head, metric }) {
+  return runs.flatMap((run) => run.stories).filter((story) => story.layer === layer)
+    .flatMap((story) => story.forecasts).filter((each) => each.head === head && each.statistic === metric);
+}
+
 // Places of the planes that stories of a step are about: place to severity, the worst one.
 function openHeads(stories, layers, step) {
   const rank = { note: 1, warning: 2, error: 3 };
