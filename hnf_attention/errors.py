@@ -23,7 +23,7 @@ def let_out(error: BaseException) -> None:
     A handler runs between any two instructions of the main thread, so also within code that may not end the run. Its
     error, such as that of a time limit, is meant for the run all the same.
     """
-    if any(code in _handlers() for code in _codes(error.__traceback__)):
+    if not _handlers().isdisjoint(_codes(error.__traceback__)):
         raise error
 
 
@@ -50,7 +50,7 @@ def _code(function: Any) -> CodeType | None:
         function = function.func
     function = getattr(function, "__func__", function)
     if not hasattr(function, "__code__"):  # an object that can be called
-        function = vars(type(function)).get("__call__")
+        function = getattr(type(function), "__call__", None)
     return getattr(function, "__code__", None)
 
 

@@ -15,7 +15,7 @@ from hnf_attention import AttentionAnalyzer, AttentionStabilityMonitor, errors, 
 from hnf_attention.diagnosis import AttentionDiagnosis
 from hnf_attention.instrumentation import handle, observer
 from hnf_attention.instrumentation.interceptors import products, softmax
-from hnf_attention.instrumentation.patches import Patch, all_or_none
+from hnf_attention.instrumentation.patches import Patch, all_or_none, release_all
 from hnf_attention.monitoring import accumulators, monitor
 from hnf_attention.run_log import RunLog, RunLogWriter, writer
 
@@ -85,6 +85,35 @@ def test_a_library_that_is_patched_half_way_is_put_back(monkeypatch):
         with pytest.raises(RuntimeError), all_or_none():
             library.install([])
         assert len(made) == 2 and patched() == before
+
+
+def test_patches_of_an_inner_part_and_of_another_thread_are_not_mixed_up():
+    before = patched()
+    with pytest.raises(RuntimeError), all_or_none():
+        with all_or_none():
+            pass
+        softmax.install([])
+        raise RuntimeError("on purpose")
+    assert patched() == before
+
+    inside, installed, kept = threading.Event(), threading.Event(), []
+
+    def other():
+        inside.wait(20)
+        with all_or_none():
+            kept.extend(softmax.install([]))
+        installed.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with pytest.raises(RuntimeError), all_or_none():
+        inside.set()
+        installed.wait(20)
+        raise RuntimeError("on purpose")
+    thread.join()
+    assert patched() != before
+    release_all(kept)
+    assert patched() == before
 
 
 @pytest.mark.parametrize("part", ["Recorder", "Treatment", "resolve"])
