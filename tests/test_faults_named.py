@@ -1,6 +1,7 @@
 """Faults that were found by breaking things on purpose, each with its own test."""
 
 import logging
+import signal
 import threading
 import time
 
@@ -215,6 +216,12 @@ def test_a_failure_of_many_layers_is_said_once(monkeypatch, caplog):
 
 
 # The run log
+
+
+def test_the_error_of_an_enumeration_is_of_no_handler():
+    with pytest.raises(ValueError) as kept:
+        signal.Signals(12345)
+    errors.let_out(kept.value)  # SIG_DFL is a member of one
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a record"), KeyError("layout"), OverflowError("a step")])

@@ -76,7 +76,6 @@ class Notes:
             numbers = torch.stack([torch.as_tensor(kept[place][2]).float() for place in places])
             values.update(zip(places, numbers.tolist()))
 
-
         def tell(writer: NoteWriter) -> None:
             for place, (step, name, value) in enumerate(kept):
                 writer.note(step, **{name: values[place] if place in values else float(value)})
