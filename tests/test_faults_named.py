@@ -254,8 +254,9 @@ def test_a_run_log_that_cannot_be_made_smaller_goes_on(tmp_path, monkeypatch, ca
     assert len(caplog.records) == 1 and "could not be made smaller" in caplog.text
 
 
-def test_what_waits_for_a_disk_that_hangs_has_a_bound(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(writer, "MOST_IN_LINE", 5)
+@pytest.mark.parametrize("limit", ["MOST_IN_LINE", "MOST_LOG_STEPS_IN_LINE"])
+def test_what_waits_for_a_disk_that_hangs_has_a_bound(limit, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(writer, limit, 5)
     hangs, begun, add = threading.Event(), threading.Event(), writer._Database.add
 
     def adds(*args):
@@ -271,6 +272,9 @@ def test_what_waits_for_a_disk_that_hangs_has_a_bound(tmp_path, monkeypatch, cap
     for step in range(2, 40):
         out.write(at(step))
     assert time.monotonic() - began < 5 and out._thread.waiting.qsize() == 5
+    if limit == "MOST_LOG_STEPS_IN_LINE":
+        out.note(39, loss=1.0)  # numbers of steps are small: more of them wait
+        assert out._thread.waiting.qsize() == 6
     hangs.set()
     out.close()
     with RunLog(tmp_path / "run.db") as log:
