@@ -333,10 +333,11 @@ class TimeLimit(Exception):
 def test_the_error_of_a_signal_handler_comes_out(where, form, tmp_path):
     """A time limit, or the notice before a machine is taken away, may come while the monitor works."""
 
-    class Handler:
+    class Callable:
         def __call__(self, number, frame):
             raise TimeLimit
 
+    class Handler(Callable):
         def method(self, number, frame):
             raise TimeLimit
 
