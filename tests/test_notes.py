@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -61,6 +62,37 @@ def test_a_run_that_ends_before_its_first_log_step_keeps_its_losses(tmp_path):
     out.close()
     with RunLog(tmp_path / "run.db") as log:
         assert [x.tolist() for x in log.scalars()["loss"]] == [[1, 2], [1.0, 0.5]]
+
+
+def test_a_monitor_that_its_writer_knows_goes_away_with_it():
+    keeper = Keeper()
+    keeper.monitor = AttentionStabilityMonitor(Model(), writers=[keeper])
+    gone = weakref.ref(keeper.monitor)
+    del keeper
+    gc.collect()
+    assert gone() is None
+
+
+class Broken(Keeper):
+    def note(self, *_, **__):
+        raise OSError("on purpose")
+
+    event = note
+
+
+def test_a_writer_that_fails_keeps_nothing_from_the_others():
+    class Done:
+        intervention, outcome, account = {"action": "qk_clip"}, "open", ["clipped"]
+
+    before, after = Keeper(), Keeper()
+    notes = Notes([before, Broken(), after])
+    for tell in (notes.hand_over, lambda: notes.account(1, [Done])):
+        notes.keep(1, {"loss": 1.0, "grad_norm": torch.tensor(2.0)})
+        with pytest.raises(OSError):
+            tell()
+    notes.account(2, [Done])  # which was told
+    for each in (before, after):
+        assert each.notes == [(1, {"loss": 1.0}), (1, {"grad_norm": 2.0})] and len(each.events) == 1
 
 
 def test_nothing_is_kept_where_no_writer_keeps_it():
