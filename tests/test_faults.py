@@ -21,7 +21,7 @@ BETWEEN = (
     *("repeats", "find keeper", "in short", "expect", "take", "keep", "hand on", "extremes"),
     *("forward begins", "forward ends"),
 )
-#: Of the thread that writes; tested where the run log is.
+#: Of the thread that writes.
 OF_THE_THREAD = ("record", "disk", "shrink")
 #: Log steps at which these may be missing in the run log.
 OTHERS = {"history": [2, 6, 8], "accumulator": [4, 6, 8]}
@@ -129,6 +129,15 @@ def test_a_fault_of_every_step_is_said_once(stage, tmp_path, plain):
 SILENT = ("in short", "keep", "extremes")
 #: Two parts use it.
 TWICE = ("lane",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", OF_THE_THREAD)
+def test_a_fault_of_every_step_of_the_thread_that_writes_is_said_once(stage, tmp_path, plain):
+    injector = FaultInjector().fail(stage)
+    run, steps = run_with(tmp_path, injector)
+    assert injector.raised[stage] and run.error is None and run.same_as(plain)
+    assert len(failures(run)) == 1 and steps == ([2, 4, 6, 8] if stage == "shrink" else [])
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """When scores saturate: the interval that is said, and what it takes no notice of."""
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ if not (ROOT / "bench" / "validation").is_dir():
 sys.path.insert(0, str(ROOT))
 
 from bench.validation import forecasts  # noqa: E402
-from hnf_attention.diagnosis import diagnose  # noqa: E402
+from hnf_attention.diagnosis import StabilityIssue, diagnose  # noqa: E402
 from hnf_attention.diagnosis.heads import concatenate_heads  # noqa: E402
 from hnf_attention.diagnosis.thresholds import threshold  # noqa: E402
 
@@ -46,6 +48,7 @@ def test_the_interval_is_said_and_holds_the_line_and_its_delay():
         60,
     )
     assert (said.step, said.low, said.high) == pytest.approx((110.0, 60 + 20.5, 60 + 205.0))
+    assert StabilityIssue(**json.loads(json.dumps(asdict(issue)))) == issue  # as in a checkpoint
     narrow = diagnose(history, thresholds={"forecast_low": 0.8, "forecast_high": 1.2})
     assert "saturates in 50 (40 to 60) steps" in narrow.issues[0].headline
 

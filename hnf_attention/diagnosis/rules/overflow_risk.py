@@ -13,7 +13,7 @@ from ..heads import Heads
 from ..issue import SEVERITIES, Crossing, StabilityIssue
 from ..thresholds import threshold
 from ..trends import product_size
-from .wording import CLIP, CLIP_AND_SLOW, SHORT_CLIP, Scores, head_name, make_issue
+from .wording import CLIP, RESTART, SHORT_CLIP, SHORT_RESTART, Scores, head_name, make_issue
 
 FORMAT_ADVICE = (
     "run attention in bf16 or fp32, scale q before the product, or use SDPA, which does not store scores"
@@ -147,7 +147,7 @@ def _growth(heads: Heads, head: int, watched: int) -> _Verdict | None:
         return None
     severity, name, value, why, brief = verdict
     suggestion, cure = {
-        error: (CLIP_AND_SLOW, f"{SHORT_CLIP}, half the learning rate"),
+        error: (RESTART, SHORT_RESTART),
         warning: (f"{CLIP} if it keeps rising", f"{SHORT_CLIP} if it keeps rising"),
         note: ("nothing to do while the scores do not grow", "nothing to do while it does not grow"),
     }[severity]
