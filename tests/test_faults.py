@@ -228,7 +228,7 @@ def test_a_function_that_cannot_be_put_back_keeps_no_other_one(tmp_path, plain):
         watching.restore()
         injector.step = 0
         assert injector.raised["release"] > 1
-        assert not out._end.alive  # the run log was closed
+        assert not out._running  # the run log was closed
         for patch in [*released, stuck]:
             patch.release()
         for patch in watching.instrumentation._watched._patches:

@@ -151,6 +151,8 @@ def all_or_none() -> Iterator[None]:
         raise
     finally:
         _thread.collecting.pop()
+        for outer in _thread.collecting[-1:]:
+            outer += acquired
 
 
 def release_all(patches: list[Patch]) -> None:

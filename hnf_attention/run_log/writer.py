@@ -69,15 +69,18 @@ class RunLogWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._about = plain({"run": dict(about or {}), "environment": _environment()})
         self._max_bytes = max_bytes
+        self._running: list[_Thread] = []  # none after `close`
         self._open()
+        # At the end of the process, too, what waits is written. What was made first ends last: monitors, which hand
+        # over their last numbers at their own end, come before this writer, also if an earlier one has closed it.
+        weakref.finalize(self, _finish, self._running)
 
     def _open(self) -> None:
         self._thread = _Thread(self.path, self._about, self._max_bytes)
-        # At the end of the process, too, what waits is written.
-        self._end = weakref.finalize(self, _Thread.finish, self._thread, _PATIENCE)
+        self._running.append(self._thread)
 
     def _take(self, item: tuple[Any, ...]) -> None:
-        if not self._end.alive:  # closed by an earlier monitor
+        if not self._running:  # closed by an earlier monitor
             self._open()
         self._thread.take(item)
 
@@ -105,7 +108,12 @@ class RunLogWriter:
 
     def close(self) -> None:
         """Write what waits and end the thread. A second call does nothing; a later `write` goes on in the same file."""
-        self._end()
+        _finish(self._running)
+
+
+def _finish(running: list[_Thread]) -> None:
+    while running:
+        running.pop().finish(_PATIENCE)
 
 
 class _Thread(threading.Thread):
