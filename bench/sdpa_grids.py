@@ -46,7 +46,7 @@ class Factors:
     query: float
     key: float
     value: float
-    mask: float = 12.0
+    mask: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -184,11 +184,12 @@ def judged(case: GridCase, device: str, flash: Flash) -> dict[str, float]:
 
 
 def _factors(case: GridCase) -> Factors:
+    """Those of PyTorch since its plain kernel computes half precision in fp32: its own error is a rounding alone."""
     if case.rule == "flash":
-        return Factors(3.0 if case.head_dim % 8 else 1.0, 4.0, 2.0, 2.0)
+        return Factors(4.0, 180.0, 16.0, 4.0)
     if case.masked:
-        return Factors(1.0, 2.0, 12.0, 1.0, 12.0 if case.queries * case.keys > 512 else 22.0)
-    return Factors(1.0, 1.5, 12.0, 1.0)
+        return Factors(4.0, 160.0, 25.0, 8.0, 45.0)
+    return Factors(3.0, 110.0, 8.0, 3.0)  # those of its test of graphs, the least
 
 
 def repeats(head_dim: int, kv_heads: int, device: str, times: int, length: int) -> int:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import queue
+import random
 import sys
 import time
-import traceback
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
@@ -30,66 +32,60 @@ from sdpa_grids import Flash, GridCase, grids, judged, repeats
 from hnf_attention.integrations import torch_sdpa
 
 REPEATS = ((64, 4), (128, 4), (64, 2), (256, 4))  # (head dimension, key heads) of the bitwise repeats
+Job = GridCase | str | tuple[int, int]  # a case of a grid, a rule of one call, or bitwise repeats
+WRITE_EVERY = 5.0  # seconds between two versions of the result's file
 
 
-def _entered(device: str) -> object:
-    """Our kernels under SDPA, in this process, until the object is dropped."""
-    torch.set_num_threads(1)
-    if device == "cpu":
-        return torch_sdpa.Registration("CPU")
-    torch_sdpa.activate()
-    return None
-
-
-def run_grid(cases: list[GridCase], device: str, until: float) -> list[dict]:
-    """Each case's rule, and by result the largest error as a part of what is allowed."""
-    kept, flash, found = _entered(device), Flash(device == "cuda"), []
-    for case in cases:
-        if time.time() > until:
-            break
-        line: dict = {"rule": case.rule, "case": str(case)}
-        try:
-            line["errors"] = judged(case, device, flash)
-        except Exception as error:
-            line["fault"] = f"{type(error).__name__}: {error}".partition("\n")[0]
-        found.append(line)
-    del kept
-    return found
-
-
-def run_singles(device: str, until: float) -> list[dict]:
-    """The rules of one call each, and the bitwise repeats."""
-    kept, found, bench = _entered(device), [], sdpa_single.Bench(device)
-    for name, rule in sdpa_single.RULES.items():
-        if time.time() > until or (device == "cpu" and name in sdpa_single.ON_CARD):
-            continue
-        line: dict = {"rule": "single calls", "case": name.replace("_", " ")}
-        try:
+def run_job(job: Job, device: str, flash: Flash) -> dict:
+    """One line of the result: the rule, the case, and its errors as parts of what is allowed, or its fault."""
+    line: dict
+    try:
+        if isinstance(job, GridCase):
+            line = {"rule": job.rule, "case": str(job)}
+            return line | {"errors": judged(job, device, flash)}
+        if isinstance(job, str):
+            line = {"rule": "single calls", "case": job.replace("_", " ")}
             torch.manual_seed(0)
-            rule(bench)
-        except Exception as error:
-            line["fault"] = traceback.format_exc(limit=-2) if str(error) else repr(error)
-        found.append(line)
-    for head_dim, kv_heads in REPEATS:
+            sdpa_single.RULES[job](sdpa_single.Bench(device))
+            return line
         times, length = (1000, 1000) if device == "cuda" else (20, 17)
-        differ = repeats(head_dim, kv_heads, device, times, length)
-        line = {"rule": "bitwise repeats", "case": f"D={head_dim} H=4/{kv_heads}, {times} times"}
-        found.append(line | ({"fault": f"{differ} of {times} differ"} if differ else {}))
+        line = {"rule": "bitwise repeats", "case": f"D={job[0]} H=4/{job[1]}, {times} times"}
+        differ = repeats(*job, device, times, length)
+        return line | ({"fault": f"{differ} of {times} differ"} if differ else {})
+    except Exception as error:
+        return line | {"fault": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+
+
+def work(jobs: list[Job], device: str, lines: Queue) -> None:
+    """Run jobs in this process, with our kernels under SDPA; each line goes to the queue as it comes."""
+    torch.set_num_threads(1)
+    kept = torch_sdpa.Registration("CPU") if device == "cpu" else torch_sdpa.activate()
+    flash = Flash(device == "cuda")
+    for job in jobs:
+        lines.put(run_job(job, device, flash))
     del kept
-    return found
 
 
-def groups(cases: list[GridCase]) -> list[list[GridCase]]:
-    """Cases that share kernels, largest head dimensions first: one process compiles them."""
-    by_kernel = defaultdict(list)
-    for case in cases:
-        by_kernel[case.head_dim, str(case.dtype), case.masked].append(case)
-    return sorted(by_kernel.values(), key=lambda group: -group[0].head_dim * len(group))
-
-
-def _work(job: tuple[list[GridCase] | None, str, float]) -> list[dict]:
-    cases, device, until = job
-    return run_singles(device, until) if cases is None else run_grid(cases, device, until)
+def shared_out(device: str, processes: int) -> list[list[Job]]:
+    """The jobs of each process: those that share kernels go to one, and some of each rule come first."""
+    shuffled, groups = random.Random(0), defaultdict(list)
+    for case in grids(tiny=device == "cpu"):
+        groups[case.head_dim, str(case.dtype), case.masked].append(case)
+    first: list[list[Job]] = [[] for _ in range(processes)]
+    later: list[list[Job]] = [[] for _ in range(processes)]
+    for number, group in enumerate(
+        sorted(groups.values(), key=lambda group: -group[0].head_dim * len(group))
+    ):
+        shuffled.shuffle(group)
+        rules = {case.rule: case for case in group}
+        first[number % processes] += rules.values()
+        later[number % processes] += [case for case in group if case is not rules[case.rule]]
+    singles = [name for name in sdpa_single.RULES if device == "cuda" or name not in sdpa_single.ON_CARD]
+    for number, job in enumerate([*REPEATS, *singles]):
+        first[-1 - number % processes].append(job)
+    for jobs in later:
+        shuffled.shuffle(jobs)
+    return [start + rest for start, rest in zip(first, later)]
 
 
 def table(lines: list[dict], planned: dict[str, int]) -> list[str]:
@@ -107,39 +103,62 @@ def broken(line: dict) -> bool:
     return "fault" in line or any(not error <= 1 for error in line.get("errors", {}).values())
 
 
-def main() -> int:
+def planned(jobs: list[list[Job]]) -> dict[str, int]:
+    """How many jobs each rule has."""
+    found: dict[str, int] = defaultdict(int)
+    for job in (job for part in jobs for job in part):
+        kind = "single calls" if isinstance(job, str) else "bitwise repeats"
+        found[job.rule if isinstance(job, GridCase) else kind] += 1
+    return dict(sorted(found.items()))
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--processes", type=int, default=14)
-    parser.add_argument("--seconds", type=float, default=170.0, help="no case starts after this time")
-    parser.add_argument("--out", help="write the result to this JSON file")
+    parser.add_argument("--seconds", type=float, default=190.0, help="end after this time, whatever is left")
+    parser.add_argument("--out", help="write the result to this JSON file, again and again")
     given = parser.parse_args()
-    begin = time.time()
-    until = begin + given.seconds
-    cases = list(grids(tiny=given.device == "cpu"))
-    planned: dict[str, int] = defaultdict(int)
-    for case in cases:
-        planned[case.rule] += 1
-    singles = len(sdpa_single.RULES) - (0 if given.device == "cuda" else len(sdpa_single.ON_CARD))
-    planned |= {"single calls": singles, "bitwise repeats": len(REPEATS)}
-    jobs = [(None, given.device, until), *((group, given.device, until) for group in groups(cases))]
-    if given.processes == 1:
-        lines = [line for job in jobs for line in _work(job)]
-    else:
-        with ProcessPoolExecutor(given.processes, mp_context=get_context("spawn")) as pool:
-            lines = [line for done in pool.map(_work, jobs) for line in done]
-    for line in [line for line in lines if broken(line)][:30]:
-        worst = {name: round(error, 2) for name, error in line.get("errors", {}).items() if not error <= 1}
-        print("broken:", line["case"], worst or "", line.get("fault", ""))
-    print(*table(lines, planned), sep="\n")
-    print(f"{time.time() - begin:.0f} s")
-    if given.out:
-        result = {"machine": machine(), "planned": planned, "lines": lines, "seconds": time.time() - begin}
-        Path(given.out).write_text(json.dumps(result, indent=1))
-    return any(map(broken, lines)) or len(lines) < sum(planned.values())
+    begin = written = time.time()
+    jobs, lines, context = shared_out(given.device, given.processes), [], get_context("spawn")
+    counts, made = planned(jobs), context.Queue()
+    workers = [
+        context.Process(target=work, args=(part, given.device, made), daemon=True) for part in jobs if part
+    ]
+    for worker in workers:
+        worker.start()
+
+    def write() -> None:
+        if given.out:
+            result = {"machine": machine(), "planned": counts, "lines": lines, "seconds": time.time() - begin}
+            Path(given.out).write_text(json.dumps(result, indent=1))
+
+    while len(lines) < sum(counts.values()) and time.time() - begin < given.seconds:
+        try:
+            lines.append(made.get(timeout=1.0))
+        except queue.Empty:
+            if not any(worker.is_alive() for worker in workers):
+                break
+            continue
+        if broken(lines[-1]):
+            worst = {name: round(x, 2) for name, x in lines[-1].get("errors", {}).items() if not x <= 1}
+            print("broken:", lines[-1]["case"], worst or "", lines[-1].get("fault", ""), flush=True)
+        if time.time() - written > WRITE_EVERY:
+            written = time.time()
+            write()
+    ended = [worker.exitcode for worker in workers if worker.exitcode]
+    for worker in workers:
+        worker.kill()
+    write()
+    print(*table(lines, counts), sep="\n")
+    print(
+        f"{time.time() - begin:.0f} s; processes that ended by themselves with a fault: {ended or 'none'}",
+        flush=True,
+    )
+    os._exit(any(map(broken, lines)) or bool(ended) or len(lines) < sum(counts.values()))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

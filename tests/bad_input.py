@@ -189,7 +189,7 @@ ANALYZE = {
 }
 CHECK = {
     "": "the following arguments are required: CONFIG_OR_MODEL",
-    "good.json more": "unrecognized arguments: more",
+    "good.json more": "got more: there is no such folder",
     "good.json --seq-len 0": "expected an integer of at least 1, got '0'",
     "good.json --seq-len 99999999999999999999": "expected an integer of at least 1",
     "good.json --dtype int3": "expected a dtype among",

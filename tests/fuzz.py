@@ -3,7 +3,8 @@
     python tests/fuzz.py --seed 1234                        one case, in words
     python tests/fuzz.py --cases 20000 --processes 2        PyTorch's path on the CPU
     python tests/fuzz.py --cases 500 --engine kernels       the portable kernels, through Triton's interpreter
-    python tests/fuzz.py --cases 200000 --device cuda --processes 16 --kinds 32 --seconds 150
+    python tests/fuzz.py --cases 200000 --device cuda --processes 16 --kinds 32 --seconds 1200
+    python tests/fuzz.py --seeds tests/fuzz_found.txt --cases 0 --device cuda --kinds 32      what failed once
 
 A case is replayed with the options of its run. A case fails if the call raises, writes beside its results, leaves
 part of them unwritten, or gives a number that rounding does not explain (`fuzz_oracle`).
@@ -22,11 +23,26 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout that is not installed
 
 
+def listed(file: str | None) -> list[int]:
+    """The seeds in a file: the failures of a result of `--out`, or plain numbers."""
+    if file is None:
+        return []
+    text = Path(file).read_text(encoding="utf-8")
+    return (
+        [x["seed"] for x in json.loads(text)["failed"]]
+        if text.lstrip().startswith("{")
+        else [*map(int, text.split())]
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, help="run this one case and print it")
+    parser.add_argument(
+        "--seeds", help="run these first: a JSON file of an earlier run, its failures; or numbers"
+    )
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="the first number")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -54,9 +70,9 @@ def main() -> int:
     until = None if given.seconds is None else begin + given.seconds
     if given.seed is not None:
         print(run.case(given.seed))
-        numbers = range(given.seed, given.seed + 1)
+        numbers = [given.seed]
     else:
-        numbers = range(given.first, given.first + given.cases)
+        numbers = [*listed(given.seeds), *range(given.first, given.first + given.cases)]
     result = fuzz_run.over_processes(numbers, run, until, given.processes)
     for failure in result["failed"][:20]:
         print(failure["case"], *failure["faults"], failure["replay"], sep="\n    ")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import queue
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing import get_context
+from multiprocessing.queues import Queue
 from pathlib import Path
 from unittest import mock
 
@@ -31,7 +32,7 @@ INTERPRETED = (torch.float16, torch.float32)  # Triton's interpreter multiplies 
 ON_CARD = (torch.float16, torch.bfloat16, torch.bfloat16, torch.float32)
 CORE = ("lse", "entropy", "max_logit", "min_logit")
 MORE = ("logit_var", "collision", "score_std", "sink_mass", "score_mean", "log_denominator", "visible_keys")
-GRACE = 120  # seconds that a worker may take for one case, compilation included
+GRACE, AT_A_TIME = 30, 20  # seconds for the last case, compilation included; cases of one report
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def interpreted_kernels(number: int) -> Iterator[None]:
     from hnf_attention.kernels.shared.tiles import BackwardTiles, Tiles
 
     def tiles(part: int) -> Tiles:
-        return Tiles((16, 32, 64)[number // 3**part % 3], (16, 32, 64)[number // 3 ** (part + 1) % 3], 4, 1)
+        return Tiles((16, 32, 64)[number // 3**part % 3], (16, 16, 32)[number // 3 ** (part + 1) % 3], 4, 1)
 
     card = Card("interpreter", NVIDIA, (8, 0), triton="3.9.0")
     with ExitStack() as patches:
@@ -205,7 +206,7 @@ def run_case(case: FuzzCase, run: Run) -> Judged:
             found = computed(case, run.device)
     except Exception as error:
         return Judged([f"{type(error).__name__}: {error}"])
-    judged = judge(case, found, run.engine == "kernels")
+    judged = judge(case, found, run.device == "cuda")  # the interpreter's products are a library's
     judged.faults += made.overrun()
     return judged
 
@@ -232,41 +233,55 @@ def sweep(
     return {"ran": ran, "failed": failed, "ratio": ratio}
 
 
-def _worker(numbers: range, run: Run, until: float | None, place: str) -> dict:
+def _worker(numbers: Sequence[int], run: Run, until: float | None, place: str, found: Queue) -> None:
+    """`sweep` some numbers in this process, a few at a time; their results go to the queue."""
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", ".* encountered in ", RuntimeWarning)  # NumPy's, of the interpreter
+    warnings.filterwarnings("ignore", ".* encountered", RuntimeWarning)  # NumPy's, of the interpreter
     if run.engine == "kernels" and run.device == "cpu":
         patch_language_once()
     with open(place, "wb", buffering=0) as file:
-        return sweep(numbers, run, until, lambda number: os.pwrite(file.fileno(), b"%012d" % number, 0))
+        for start in range(0, len(numbers), AT_A_TIME):
+            part = numbers[start : start + AT_A_TIME]
+            found.put(sweep(part, run, until, lambda number: os.pwrite(file.fileno(), b"%012d" % number, 0)))
 
 
-def over_processes(numbers: range, run: Run, until: float | None, processes: int) -> dict:
-    """`sweep`, spread over processes. Process p takes every P-th number, so one process compiles a kind."""
+def over_processes(numbers: Sequence[int], run: Run, until: float | None, processes: int) -> dict:
+    """`sweep`, spread over processes: those of one kind of problem go to one, which then compiles it alone.
+
+    A process that ends by itself, or that runs its case for GRACE seconds after the time, is a failure of that case.
+    """
+    total: dict = {"ran": 0, "failed": [], "ratio": 0.0}
+    context = get_context("spawn")
+    found = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        places = [f"{folder}/{process}" for process in range(processes)]
-        total: dict = {"ran": 0, "failed": [], "ratio": 0.0}
-        if processes == 1:
-            return _worker(numbers, run, until, places[0])
-        pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
-        jobs = [
-            pool.submit(_worker, numbers[process::processes], run, until, place)
-            for process, place in enumerate(places)
+        places = [Path(folder, str(process)) for process in range(processes)]
+        workers = [
+            context.Process(
+                target=_worker, args=(numbers[p::processes], run, until, place, found), daemon=True
+            )
+            for p, place in enumerate(places)
         ]
-        for job, place in zip(jobs, places):
+        for worker in workers:
+            worker.start()
+        end = float("inf") if until is None else until + GRACE
+        while True:
+            alive = any(
+                worker.is_alive() for worker in workers
+            )  # asked before the queue is found to be empty
             try:
-                done = job.result(None if until is None else max(1.0, until - time.time()) + GRACE)
-            except Exception as error:
-                last = Path(place).read_text() if Path(place).exists() else "none"
-                what = f"a process ended or did not answer ({type(error).__name__}: {error})"
-                number = int(last) if last.isdigit() else -1
-                done = {"ran": 0, "ratio": 0.0, "failed": [
-                    {"seed": number, "case": "", "faults": [what], "replay": run.replay(number)}
-                ]}  # fmt: skip
+                done = found.get(timeout=1.0)
+            except queue.Empty:
+                if not alive or time.time() > end:
+                    break
+                continue
             total["ran"] += done["ran"]
             total["failed"] += done["failed"]
             total["ratio"] = max(total["ratio"], done["ratio"])
-        for process in (pool._processes or {}).values() if total["failed"] else ():
-            process.kill()
-        pool.shutdown(wait=False, cancel_futures=True)
+        for worker, place in zip(workers, places):
+            if worker.is_alive() or worker.exitcode:
+                last = int(place.read_text()) if place.exists() else -1
+                what = "did not end in time" if worker.is_alive() else f"ended with code {worker.exitcode}"
+                failure = {"seed": last, "case": f"seed {last}", "faults": [f"a process {what}"]}
+                total["failed"].append(failure | {"replay": run.replay(last)})
+                worker.kill()
     return total

@@ -1,8 +1,10 @@
 """Ready-made alerts: what a webhook and a command receive, and what happens when they fail."""
 
 import json
+import os
 import sys
 import threading
+import traceback
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -32,6 +34,11 @@ def server():
             length = int(self.headers["Content-Length"])
             self.server.posts.append((self.headers["Content-Type"], json.loads(self.rfile.read(length))))
             self.send_response(self.server.answers.pop(0) if self.server.answers else 200)
+            self.send_header("Location", "/")
+            self.end_headers()
+
+        def do_GET(self):
+            self.send_response(200)
             self.end_headers()
 
         def log_message(self, *_):
@@ -99,6 +106,38 @@ def test_a_webhook_that_refuses_gives_one_warning_and_keeps_its_secret(
     assert len(said) == lines and "127.0.0.1 answered 500" in said[0] and "SECRET" not in caplog.text
 
 
+@pytest.mark.parametrize("code", [301, 302, 303, 307])
+def test_a_redirection_would_lose_the_alert_and_is_a_failure(server, quick, caplog, code):
+    server.answers += [code] * 3
+    alert = WebhookAlert(server.url)
+    alert(ISSUES)
+    assert alert.flush() and len(server.posts) == 3
+    assert f"127.0.0.1 answered {code}" in caplog.text and "SECRET" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://host/SECRET x", "in ASCII, without spaces"),
+        ("https://host/SECR\u00c9T", "in ASCII, without spaces"),
+        ("https://me:SECRET@host/x", "without a user's name"),
+        ("https://host:SECRET/x", "whose host or port is none"),
+    ],
+)
+def test_what_no_request_can_be_made_of_is_refused_at_once_and_not_shown(url, expected):
+    with pytest.raises(ValueError, match=expected) as caught:
+        WebhookAlert(url)
+    assert "SECR" not in "".join(traceback.format_exception(caught.value))
+    with pytest.raises(TypeError, match="as a string, got NoneType"):
+        WebhookAlert(None)
+
+
+def test_a_url_of_a_file_may_end_in_a_new_line(server):
+    alert = WebhookAlert(f"{server.url}\n")
+    alert(ISSUES)
+    assert alert.flush() and len(server.posts) == 1
+
+
 def test_a_webhook_that_does_not_answer_is_left_after_its_time(server, quick, caplog):
     server.wait.clear()
     alert = WebhookAlert(server.url, timeout=0.05)
@@ -126,13 +165,20 @@ def test_a_command_gets_the_subject_and_the_lines(tmp_path):
     ("code", "said"),
     [
         ("import sys; sys.exit('no such list')", "exit code 1: no such list"),
-        ("import time; time.sleep(60)", "timed out after"),
+        ("import time; time.sleep(60)", "killed after 0.3 s"),
     ],
 )
 def test_a_command_that_fails_gives_one_warning(quick, caplog, code, said):
-    alert = CommandAlert([sys.executable, "-S", "-c", code], timeout=0.3)
+    alert = CommandAlert([sys.executable, "-S", "-c", code, "SECRET"], timeout=0.3)
     alert(ISSUES)
-    assert alert.flush() and len(caplog.records) == 1 and said in caplog.text
+    assert alert.flush() and len(caplog.records) == 1 and said in caplog.text and "SECRET" not in caplog.text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a POSIX shell's")
+def test_a_command_may_leave_a_process_behind(caplog):
+    alert = CommandAlert(["sh", "-c", "sleep 1 & exit 0"], timeout=0.5)
+    alert(ISSUES)
+    assert alert.flush() and not caplog.records
 
 
 def test_a_command_that_does_not_exist_gives_one_warning(quick, caplog):

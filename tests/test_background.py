@@ -1,10 +1,13 @@
 """The thread that writers for trackers and alerts share: order, attempts, what is dropped, what is said."""
 
-import gc
 import logging
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -125,8 +128,7 @@ def test_work_that_is_closed_goes_on_with_a_later_job():
 def test_work_that_nobody_holds_ends_its_thread():
     work = Background("dropped", "jobs", 3)
     work.put(int)
-    del work
-    gc.collect()
+    del work  # the last reference
     assert not [thread for thread in threading.enumerate() if "dropped" in thread.name]
 
 
@@ -143,3 +145,83 @@ def test_a_forked_process_waits_for_nothing():
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     work.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["lambda: print('sent')", "lambda: time.sleep(600)"])
+def test_the_end_of_a_process_sends_what_waits_and_waits_for_nothing_else(job):
+    code = (
+        "import time; from hnf_attention.integrations import background; background.PATIENCE = 2.0;"
+        f"work = background.Background('w', 'jobs', 3); work.put({job}); print('done')"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and time.perf_counter() - start < 60, done.stderr
+    assert ("sent" in done.stdout) == ("sent" in job)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is POSIX's")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_process_that_is_forked_while_the_thread_works_waits_for_nothing():
+    work, go, ended = Background("w", "jobs", 3), threading.Event(), []
+    work.put(go.wait)
+
+    def fork():
+        child = os.fork()
+        if not child:
+            signal.alarm(5)
+            os._exit(0 if work.flush(60) and work.close() is None else 1)
+        ended.append(os.waitpid(child, 0)[1])
+
+    with work._worker._changed:  # as the thread holds it for moments
+        other = threading.Thread(target=fork)
+        other.start()
+        other.join()
+    go.set()
+    work.close()
+    assert ended == [0]
+
+
+def test_a_job_that_would_end_the_thread_is_a_failure_as_others_are(quick, caplog):
+    work, seen = Background("w", "jobs", 2), []
+    work.put(lambda: sys.exit("no such account"))
+    work.put(failing(0, seen, "b"))
+    assert work.flush(5) and seen == ["b"]
+    assert caplog.records[0].getMessage().startswith("w failed (SystemExit: no such account)")
+    work.close()
+
+
+def test_a_process_without_threads_gets_one_line_and_works_when_it_has_some(monkeypatch, caplog):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    work, seen = Background("w", "jobs", 2), []
+    with monkeypatch.context() as patch:
+        patch.setattr(background._Worker, "start", refuse)
+        work.put(failing(0, seen, "a"))
+        work.put(failing(0, seen, "b"))
+        assert work.flush(0.0)
+        work.close()
+    work.put(failing(0, seen, "c"))
+    assert work.flush(5) and seen == ["c"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "w gets no thread (can't start new thread); jobs are dropped until it does"
+    ]
+    work.close()
+
+
+def test_work_whose_jobs_hold_it_ends_its_thread_when_nobody_else_does():
+    class Sender:
+        def __init__(self):
+            self.work = Background("held", "jobs", 3)
+
+        def send(self):
+            """Nothing."""
+
+    sender = Sender()
+    sender.work.put(sender.send)
+    assert sender.work.flush()
+    thread, gone = sender.work._worker, weakref.ref(sender)
+    del sender
+    thread.join(5)
+    assert gone() is None and not thread.is_alive()

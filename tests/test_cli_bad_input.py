@@ -40,7 +40,7 @@ def test_bad_input_is_one_line_and_exit_code_two(arguments, said, folder, monkey
     "arguments",
     [
         pytest.param("analyze cut --text text.txt", marks=pytest.mark.exhaustive),
-        "check nan --weights",
+        pytest.param("check nan --weights", marks=pytest.mark.exhaustive),
         pytest.param("demo --steps 3", marks=pytest.mark.exhaustive),
         "dance",
     ],

@@ -58,7 +58,7 @@ def test_kernel_matches_the_specification(case, dtype):
 
 @pytest.mark.slow
 @given(random_cases())
-@settings(max_examples=15 if not ON_GPU else 200, deadline=None)
+@settings(max_examples=8 if not ON_GPU else 200, deadline=None)
 def test_random_calls(case):
     check(case, phase=case.seed % 7)
 

@@ -228,7 +228,7 @@ def test_a_function_that_cannot_be_put_back_keeps_no_other_one(tmp_path, plain):
         watching.restore()
         injector.step = 0
         assert injector.raised["release"] > 1
-        assert not out._end.alive  # the run log was closed
+        assert not out._running  # the run log was closed
         for patch in [*released, stuck]:
             patch.release()
         for patch in watching.instrumentation._watched._patches:
@@ -333,10 +333,11 @@ class TimeLimit(Exception):
 def test_the_error_of_a_signal_handler_comes_out(where, form, tmp_path):
     """A time limit, or the notice before a machine is taken away, may come while the monitor works."""
 
-    class Handler:
+    class Callable:
         def __call__(self, number, frame):
             raise TimeLimit
 
+    class Handler(Callable):
         def method(self, number, frame):
             raise TimeLimit
 

@@ -1,6 +1,8 @@
 """When scores saturate: the interval that is said, and what it takes no notice of."""
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ if not (ROOT / "bench" / "validation").is_dir():
 sys.path.insert(0, str(ROOT))
 
 from bench.validation import forecasts  # noqa: E402
-from hnf_attention.diagnosis import diagnose  # noqa: E402
+from hnf_attention.diagnosis import StabilityIssue, diagnose  # noqa: E402
 from hnf_attention.diagnosis.heads import concatenate_heads  # noqa: E402
 from hnf_attention.diagnosis.thresholds import threshold  # noqa: E402
 
@@ -37,15 +39,16 @@ def test_the_interval_is_said_and_holds_the_line_and_its_delay():
     assert found.high == pytest.approx(threshold("forecast_high") * found.steps)
     issue = next(x for x in diagnose(history).issues if x.issue_type == "overflow_risk")
     assert "saturates in 50 (20 to 205) steps" in issue.headline
-    assert "it passes 100 nats in 50 (20 to 205) steps" in issue.evidence
+    assert "it passes 100 to either side in 50 (20 to 205) steps" in issue.evidence
     said = issue.forecast
     assert (said.what, said.statistic, said.value, said.made) == (
-        "passes 100 nats",
+        "passes 100 nats to either side",
         "logit_range_max",
         200.0,
         60,
     )
     assert (said.step, said.low, said.high) == pytest.approx((110.0, 60 + 20.5, 60 + 205.0))
+    assert StabilityIssue(**json.loads(json.dumps(asdict(issue)))) == issue  # as in a checkpoint
     narrow = diagnose(history, thresholds={"forecast_low": 0.8, "forecast_high": 1.2})
     assert "saturates in 50 (40 to 60) steps" in narrow.issues[0].headline
 

@@ -26,7 +26,7 @@ def rows_of(query, key, value, **given):
 
 
 @pytest.mark.parametrize("number", [4001, pytest.param(201, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("scale", [0.3, -0.3])
+@pytest.mark.parametrize("scale", [0.3, pytest.param(-0.3, marks=pytest.mark.slow)])
 def test_the_largest_score_of_a_row_in_fp32_has_a_share_of_one(number, scale, device):
     """Its exponent was the rounding error of its product with the scale: max_weight was off by e^2 at 4e7."""
     # Whole numbers, so that q.k is exact and its product with the scale is not.

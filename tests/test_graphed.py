@@ -92,7 +92,7 @@ CASES = [
     "bad",
     [
         None,
-        pytest.param("value", marks=pytest.mark.slow),
+        pytest.param("value", marks=(pytest.mark.slow, pytest.mark.exhaustive)),
         pytest.param("out", marks=(pytest.mark.slow, pytest.mark.exhaustive)),
     ],
 )

@@ -140,6 +140,7 @@ def broken(score, b, h, i, j):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")  # Dynamo's own, about what it cannot trace
 def test_one_that_dynamo_cannot_trace_is_listed_without_an_error(caplog):
     model, args = Plain(), tensors()

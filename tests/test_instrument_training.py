@@ -127,7 +127,7 @@ FAMILIES = {
 }
 
 
-EXHAUSTIVE = pytest.mark.exhaustive  # six layers of attention, through the interpreter
+EXHAUSTIVE = pytest.mark.exhaustive  # many calls, through the interpreter
 
 
 def exact(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **_):
@@ -171,7 +171,8 @@ def test_probes_change_nothing(family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "family", [pytest.param(x, marks=EXHAUSTIVE if x == "nn.Transformer" else ()) for x in FAMILIES]
+    "family",
+    [pytest.param(x, marks=EXHAUSTIVE if x in ("nn.Transformer", "diffusers") else ()) for x in FAMILIES],
 )
 def test_fused_attention_is_one_more_choice_of_kernel(family, monkeypatch):
     """Its losses lie as near to those of some plain training as plain trainings with other kernels do.

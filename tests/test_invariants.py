@@ -257,7 +257,7 @@ def test_statistics_without_values_and_samples_of_rows_are_those_of_the_whole_ca
                   attention_stats(query, key, extended=True, sample=(1, 0), **given)):  # fmt: skip
         for stat in (*CORE, *SPREADS, "sink_mass"):
             got = getattr(other, stat)[..., :QUERIES]
-            near = {"rtol": 1e-5, "atol": 1e-5}
+            near = {"rtol": 5e-5, "atol": 5e-5}  # other tiles
             torch.testing.assert_close(got, getattr(rows, stat), **near, msg=lambda m, n=stat: f"{n}: {m}")
 
 
@@ -273,7 +273,7 @@ def test_the_size_of_the_tiles_does_not_matter(name):
     defaults = dict.fromkeys(("attn_mask", "scale", "window_size", "softcap", "sinks")) | {"is_causal": False}
     options = check(query, key, value, **defaults | keywords(name, torch.float32))
     first: dict = {}
-    for sizes in ((16, 16), (32, 64)):
+    for sizes in ((16, 32), (32, 64)):
         tiles = Tiles(*sizes, 4, 1)
         out, *core, more = kernels.forward(query, key, value, options, tiles, True)
         gradients = backward.backward(

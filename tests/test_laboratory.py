@@ -65,7 +65,7 @@ def said(diagnosis):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("log_every", [1, 8])
+@pytest.mark.parametrize("log_every", [pytest.param(1, marks=pytest.mark.exhaustive), 8])
 def test_a_replay_says_what_the_live_monitor_said(log_every):
     run, live = Training(FAILING), []
     with AttentionStabilityMonitor(run.model, log_every=log_every) as monitor:

@@ -12,10 +12,10 @@ from hnf_attention.kernels.shared.tiles import Tiles
 TILES = Tiles(16, 16, 4, 1)
 CASES = [
     pytest.param(Case(1, 2, 1, 18, 17, 24, 20, transposed=True, is_causal=True), torch.float16, id="ragged"),
-    pytest.param(Case(1, 2, 2, 40, 37, 24, 16), torch.float32, id="grouped", marks=pytest.mark.slow),
+    pytest.param(Case(1, 1, 2, 20, 18, 24, 16), torch.float32, id="grouped", marks=pytest.mark.slow),
     pytest.param(Case(1, 2, 1, 1, 19, 16, 16), torch.float32, id="one row", marks=pytest.mark.slow),
     pytest.param(
-        Case(1, 2, 2, 20, 33, 16, 32, mask="additive", softcap=3.0),
+        Case(1, 1, 2, 20, 18, 16, 32, mask="additive", softcap=3.0),
         torch.float32,
         id="mask",
         marks=pytest.mark.slow,

@@ -180,7 +180,7 @@ def test_a_sample_matches_the_reference_anywhere(case, num_queries, period, phas
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("period", [2, 16])
+@pytest.mark.parametrize("period", [pytest.param(2, marks=pytest.mark.exhaustive), 16])
 def test_a_period_of_samples_is_the_measurement_of_all_rows(period, device):
     case = replace(LONG, is_causal=True)
     q, k, *_ = case.tensors(device=device)

@@ -38,7 +38,8 @@ pytestmark = [
         reason="needs torch.distributed with gloo",
     ),
 ]
-of_two = pytest.mark.parametrize("found", [2], indirect=True)
+# Two more processes for one test. tests/test_actions_distributed.py clips shards, too.
+of_two = pytest.mark.parametrize("found", [pytest.param(2, marks=pytest.mark.exhaustive)], indirect=True)
 # Where queries are split, blocks of 64 rows begin anew in each process, and each finds the sinks of its own queries.
 OF_EACH_PROCESS = np.array(
     [name.endswith("_blocks") or name in ("sink_mass", "rest_entropy", "stray_rows") for name in SUM_FIELDS]

@@ -331,7 +331,9 @@ def test_finite_differences_of_every_option(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.exhaustive if i % 2 else ()) for i, x in enumerate(CASES)]
+)
 def test_finite_differences_of_the_gradient_of_every_option(name):
     run, leaves = checked(name)
     assert torch.autograd.gradgradcheck(run, leaves, check_fwd_over_rev=True)

@@ -36,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.print_help()
             return HEALTHY
         # Imported here, so that a help text and a wrong option do not wait for torch.
-        code: int = import_module(f".{options.command}", __package__).run(options)
+        from .progress import shown_progress
+
+        with shown_progress():
+            command = import_module(f".{options.command}", __package__)
+        code: int = command.run(options)
         sys.stdout.flush()
         return code
     except InputError as error:

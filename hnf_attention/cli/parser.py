@@ -176,7 +176,7 @@ def _add_demo(demo: Parser) -> None:
         type=Path,
         default=Path("hnf-attention-demo"),
         metavar="DIR",
-        help="folder for figures and JSON (default hnf-attention-demo)",
+        help="folder for figures, JSON, run logs and a report (default hnf-attention-demo)",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -300,7 +300,7 @@ class Instrumentation(Measurer):
 
 def _install(modules: Collection[nn.Module], patches: list[Patch]) -> None:
     """Put all interceptors in place. patches: takes them in one by one, so that none is left if a later one fails."""
-    installs = [
+    installs: list[Callable[[], list[Patch]]] = [
         partial(registered.install, modules),  # first: what the user says of a function is believed
         partial(sdpa.install, modules),
         multihead.install,

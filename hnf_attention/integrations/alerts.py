@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -47,12 +48,14 @@ class _AlertSender:
 class WebhookAlert(_AlertSender):
     """Posts alerts to a webhook: `AttentionStabilityMonitor(model, on_alert=WebhookAlert("https://..."))`.
 
-    url: of an incoming webhook, http or https. Log lines name its host alone, because the rest is a secret.
+    url: of an incoming webhook, http or https. Log lines name its host alone, because the rest is a secret. A
+        redirection is a failure: it would arrive without the alert.
     payload: what is posted as JSON, made of the list of issues. None makes {"text": ...}, which Slack, Mattermost,
         Rocket.Chat, Google Chat and, at URLs that end in /slack, Discord take.
     timeout: seconds for each answer of the server.
 
-    Raises ValueError for another kind of URL or a bad timeout, TypeError for a payload that cannot be called.
+    Raises ValueError for another kind of URL or a bad timeout, TypeError for a URL that is no string or a payload
+    that cannot be called.
     """
 
     def __init__(
@@ -62,14 +65,11 @@ class WebhookAlert(_AlertSender):
         payload: Callable[[list[StabilityIssue]], Any] | None = None,
         timeout: float = 10.0,
     ):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(
-                f"expected the URL of a webhook, http or https, got one of {parts.scheme or 'no'} scheme"
-            )
+        url, host = _checked(url)
         if payload is not None and not callable(payload):
             raise TypeError(f"expected payload to be None or a callable, got {payload!r}")
-        self._url, self._host, self._payload = url, parts.hostname, payload or chat_message
+        self._url, self._host, self._payload = url, host, payload or chat_message
+        self._opener = urllib.request.build_opener(_NoRedirection)
         super().__init__(timeout)
 
     def __repr__(self) -> str:
@@ -83,11 +83,41 @@ class WebhookAlert(_AlertSender):
             method="POST",
         )
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout):
+            with self._opener.open(request, timeout=self._timeout):
                 pass
         except urllib.error.HTTPError as error:
             error.close()
             raise OSError(f"{self._host} answered {error.code} {error.reason}") from None
+
+
+class _NoRedirection(urllib.request.HTTPRedirectHandler):
+    """Python turns a POST that is redirected into a GET without its data."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _checked(url: str) -> tuple[str, str]:
+    """The URL, and its host. What is raised names no part of it but the scheme."""
+    if not isinstance(url, str):
+        raise TypeError(f"expected the URL of a webhook as a string, got {type(url).__name__}")
+    url = url.strip()  # of a file, it may end in a new line
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise ValueError("expected the URL of a webhook, got one whose host or port is none") from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise ValueError(
+            f"expected the URL of a webhook, http or https, got one of {parts.scheme or 'no'} scheme"
+        )
+    if parts.username is not None:
+        raise ValueError(
+            "expected the URL of a webhook without a user's name and password, got one with them"
+        )
+    if not url.isascii() or any(each.isspace() or not each.isprintable() for each in url):
+        raise ValueError("expected the URL of a webhook in ASCII, without spaces, got other characters")
+    return url, host
 
 
 class CommandAlert(_AlertSender):
@@ -113,18 +143,22 @@ class CommandAlert(_AlertSender):
         return f"CommandAlert({self._arguments[0]})"
 
     def _send(self, issues: list[StabilityIssue]) -> None:
-        done = subprocess.run(
-            [each.replace(_SUBJECT, subject(issues)) for each in self._arguments],
-            input=body(issues) + "\n",
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
-            timeout=self._timeout,
-        )
-        if done.returncode:
-            said = done.stderr.strip()[:_SAID]
-            raise OSError(f"exit code {done.returncode}{': ' if said else ''}{said}")
+        # A file: of a pipe, the end comes with the last process that the command left behind.
+        with tempfile.TemporaryFile() as stderr:
+            try:
+                done = subprocess.run(
+                    [each.replace(_SUBJECT, subject(issues)) for each in self._arguments],
+                    input=(body(issues) + "\n").encode("utf-8", "replace"),
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
+                    timeout=self._timeout,
+                )
+            except subprocess.TimeoutExpired:  # which names the arguments; they may hold a password
+                raise TimeoutError(f"killed after {self._timeout:g} s") from None
+            if done.returncode:
+                stderr.seek(0)
+                said = stderr.read(4 * _SAID).decode("utf-8", "replace").strip()[:_SAID]
+                raise OSError(f"exit code {done.returncode}{': ' if said else ''}{said}")
 
 
 def chat_message(issues: Sequence[StabilityIssue]) -> dict[str, str]:

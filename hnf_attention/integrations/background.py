@@ -35,23 +35,38 @@ class Background:
     def __init__(self, name: str, noun: str, attempts: int) -> None:
         self._about = (name, noun, attempts)
         self._worker: _Worker | None = None
+        self._refused = False  # the process has no more threads, and that was logged
 
     def put(self, job: Job) -> None:
         """Hand a job over. A forked process, which has no such thread, drops it."""
         if self._worker is None or self._worker.ended:
-            self._worker = _Worker(*self._about)
-            self._worker.start()
-            weakref.finalize(self, _Worker.finish, self._worker, PATIENCE)  # at the end of the process, too
+            worker = _Worker(*self._about)
+            try:
+                worker.start()
+            except RuntimeError as error:  # too many threads, or the end of the process
+                self._refuse(error)
+                return
+            self._worker, self._refused = worker, False
+            weakref.finalize(self, _Worker.finish, worker, PATIENCE)  # at the end of the process, too
         self._worker.put(job)
 
     def flush(self, timeout: float = PATIENCE) -> bool:
-        """Wait until every job is done or dropped. Returns whether that is so, and none of them waits."""
+        """Wait until every job is done or dropped. Returns whether that is so, and none of them waits.
+
+        A forked process waits for nothing: its jobs are the other process's.
+        """
         return self._worker is None or self._worker.wait(timeout)
 
     def close(self, timeout: float = PATIENCE) -> None:
         """Give each waiting job a last attempt, and end the thread. A later job starts another one."""
         if self._worker is not None:
             self._worker.finish(timeout)
+
+    def _refuse(self, error: RuntimeError) -> None:
+        if not self._refused:
+            name, noun, _ = self._about
+            _log.warning("%s gets no thread (%s); %s are dropped until it does", name, error, noun)
+        self._refused = True
 
 
 class _Worker(threading.Thread):
@@ -67,8 +82,13 @@ class _Worker(threading.Thread):
         self._dropped = 0
         self._process = os.getpid()
 
+    @property
+    def _forked(self) -> bool:
+        """Whether this is another process, where the lock may be held for ever by a thread that is not there."""
+        return os.getpid() != self._process
+
     def put(self, job: Job) -> None:
-        if os.getpid() != self._process:
+        if self._forked:
             return
         with self._changed:
             self._jobs.append(job)
@@ -78,14 +98,18 @@ class _Worker(threading.Thread):
             self._changed.notify_all()
 
     def wait(self, timeout: float) -> bool:
+        if self._forked:
+            return True
         with self._changed:
             return self._changed.wait_for(lambda: not self._jobs, timeout)
 
     def finish(self, timeout: float) -> None:
+        self.ended = True
+        if self._forked:
+            return
         with self._changed:
-            self.ended = True
             self._changed.notify_all()
-        if os.getpid() != self._process:
+        if threading.current_thread() is self:  # its last job held the last reference to the `Background`
             return
         self.join(timeout)
         if self.is_alive():
@@ -105,6 +129,7 @@ class _Worker(threading.Thread):
                 if self._jobs and self._jobs[0] is job:
                     self._jobs.popleft()
                 self._changed.notify_all()
+            del job  # it may hold the last reference to the `Background`, which ends this thread
         if self._failing:
             _log.warning("%s ends; %s dropped: %d", self._who, self._noun, self._dropped)
 
@@ -112,7 +137,7 @@ class _Worker(threading.Thread):
         for attempt in range(1, self._attempts + 1):
             try:
                 job()
-            except Exception as error:  # of whatever kind: training goes on without the service
+            except BaseException as error:  # SystemExit, too: it would end this thread alone, without a word
                 self._tell(error)
                 if attempt < self._attempts and self._rest(job, min(2.0 ** (attempt - 1), _LONGEST_PAUSE)):
                     continue
@@ -131,7 +156,7 @@ class _Worker(threading.Thread):
             self._changed.wait_for(lambda: self.ended or self._jobs[0] is not job, until - time.monotonic())
             return not self.ended and self._jobs[0] is job
 
-    def _tell(self, error: Exception) -> None:
+    def _tell(self, error: BaseException) -> None:
         if not self._failing:
             self._failing = True
             explained = isinstance(error, InputError)  # its message is all that there is to say

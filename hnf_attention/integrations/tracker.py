@@ -79,7 +79,7 @@ class TrackerWriter(Generic[_Run]):
         def job() -> None:
             if not news_read.is_set():  # else this is another attempt
                 news_read.set()
-                news = self._issues.update(diagnosis.issues)
+                news = self._issues.update(diagnosis.issues, judged=not diagnosis.not_judged)
                 self._alerts += [x for x in (*news.new, *news.worse) if x.severity != "note"]
             self._write(diagnosis, active)
 

@@ -65,7 +65,11 @@ def _print_machine(screen: Console) -> None:
 def _warm(screen: Console, options: argparse.Namespace) -> dict[str, Any]:
     """Compile ahead, and print what took how long; the same as a document."""
     table = _table("Compiled ahead: attention and its backward, and each kind of monitor", "calls", "seconds")
-    seconds = {str(shape): warm.warm(shape, current_device()) for shape in warm.shapes(options)}
+    shapes, seconds = list(warm.shapes(options)), {}
+    with shown_progress() as show:
+        for number, shape in enumerate(shapes, 1):
+            show(f"compiling {shape}", number, len(shapes))
+            seconds[str(shape)] = warm.warm(shape, current_device())
     for name, taken in seconds.items():
         table.add_row(name, f"{taken:.1f}")
     screen.print(table)
