@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -91,8 +92,13 @@ class Notes:
         self._told = told
 
 
-def hand_over_at_end(notes: Notes) -> None:
-    """`Notes.hand_over` of a monitor that is dropped; whatever fails then is logged."""
+def hand_over_at_end(notes: Notes, process: int) -> None:
+    """`Notes.hand_over` of a monitor that is dropped; whatever fails then is logged.
+
+    process: the monitor's. One that was forked from it ends without a word: the losses are the other one's.
+    """
+    if os.getpid() != process:
+        return
     try:
         notes.hand_over()
     except Exception:
