@@ -39,7 +39,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",  # what is tested: docs/support.md
     # kernels/ lies at the top of the repository but is installed inside the package: a top-level
     # importable `kernels` would shadow the Hugging Face package of that name.
     packages=[
@@ -54,8 +54,8 @@ setup(
         "hnf_attention.report.page": PAGE,
     },
     install_requires=[
-        "torch>=2.8",
-        "triton>=3.4; platform_system == 'Linux'",
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
         "numpy>=1.26",
         "matplotlib>=3.8",
         "rich>=13",
@@ -79,6 +79,8 @@ setup(
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

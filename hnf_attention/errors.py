@@ -23,7 +23,7 @@ def let_out(error: BaseException) -> None:
     A handler runs between any two instructions of the main thread, so also within code that may not end the run. Its
     error, such as that of a time limit, is meant for the run all the same.
     """
-    if any(code in _handlers() for code in _codes(error.__traceback__)):
+    if not _handlers().isdisjoint(_codes(error.__traceback__)):
         raise error
 
 
@@ -49,8 +49,11 @@ def _code(function: Any) -> CodeType | None:
     while isinstance(function, functools.partial):
         function = function.func
     function = getattr(function, "__func__", function)
-    if not hasattr(function, "__code__"):  # an object that can be called
-        function = vars(type(function)).get("__call__")
+    if not hasattr(
+        function, "__code__"
+    ):  # an object that can be called; `SIG_DFL` is none, but its metaclass is
+        calls = (vars(kind).get("__call__") for kind in type(function).__mro__)
+        function = next((call for call in calls if call is not None), None)
     return getattr(function, "__code__", None)
 
 

@@ -1,11 +1,11 @@
 """The share of planted faults in the kernels that the kernels' tests notice.
 
-    python tests/mutation_score.py --processes 2 --out mutants.json     all, by the quick tests, then by the slow ones
-    python tests/mutation_score.py --only masks --quick
+    python tests/mutation_score.py --processes 2 --out mutants.json     all, by fuzzed cases, then by the tests
+    python tests/mutation_score.py --only masks --fuzzed-only
 
-Each fault is planted in a copy of the tree, where the tests of TESTS run up to their first failure. The interpreter and
-pytest are imported once; each run is a fork of that process. Faults come in random order, and a control without a
-fault comes last, which must survive. A run that takes too long is not counted.
+Each fault is planted in a copy of the tree. There some fuzzed cases and the tests of TESTS run up to the first failure.
+PyTorch, Triton and pytest are imported once; each run is a fork of that process. Faults come in random order. A control
+without a fault comes last and must survive. A run that takes too long is not counted.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from mutants import MUTANTS, Mutant
@@ -40,11 +42,28 @@ TESTS = (
     "test_fold.py",
 )
 LEFT_OUT = "not compile and not graph"  # of tests: those that test the compiler
+# Which of them are about a file's job, by a part of its name: they run before all others.
+FOCUS = {
+    "portable/attend": "oracle or cases",
+    "softmax": "oracle or sink or split",
+    "masks": "walks or window or packed or mask",
+    "gradient": "backward",
+    "backward": "backward",
+    "dq": "backward",
+    "dkv": "backward",
+    "results": "backward",
+    "forward": "strides or oracle",
+    "probe": "sample or split",
+    "packing": "pack or bounds",
+    "fold": "fold",
+    "extremes": "extremes",
+}
 # Nothing is planted: the tests must pass.
 CONTROL = Mutant(
     "kernels/portable/forward.py", "Attention output and row statistics", "Attention output, row statistics"
 )
 QUICK, SLOW = "not slow", "slow and not exhaustive"
+FUZZED = range(3000, 3060)  # cases of tests/fuzz.py, which come first
 LIMIT = 900  # seconds of one run
 
 
@@ -59,23 +78,35 @@ def copied_tree(folder: str) -> Path:
     return Path(folder)
 
 
-def run_tests(tree: Path, marks: str) -> str:
-    """Run the tests in a fork, in a tree: "survived", "caught", or "took too long"."""
+def fuzz(numbers: range) -> int:
+    """Run fuzzed cases of the interpreted kernels up to the first failure: 1 if there is one."""
+    import fuzz_run
+
+    run = fuzz_run.Run(engine="kernels", largest=40)
+    return int(any(fuzz_run.run_case(run.case(number), run).faults for number in numbers))
+
+
+def tests(tree: Path, marks: str, names: str = LEFT_OUT) -> int:
+    """Run the tests of these marks and names up to the first failure: 0 if all pass."""
+    import pytest
+
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", marks, "-k", names]
+    return int(pytest.main([*options, *(str(tree / "tests" / name) for name in TESTS)]))
+
+
+def in_a_fork(tree: Path, function: Callable[[], int]) -> str:
+    """Run something in a fork, in a tree: "survived", "caught", or "took too long"."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         status = 3
         try:
-            import pytest
-
-            os.setpgid(0, 0)
             os.chdir(tree)
             sys.path[:0] = [str(tree), str(tree / "tests")]
             with open(tree / "log.txt", "w") as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
-            options = ["-x", "-q", "-p", "no:cacheprovider", "-m", marks, "-k", LEFT_OUT]
-            status = int(pytest.main([*options, *(str(tree / "tests" / name) for name in TESTS)]))
+            status = function()
         except BaseException:
             traceback.print_exc()
         sys.stdout.flush()
@@ -92,22 +123,34 @@ def run_tests(tree: Path, marks: str) -> str:
     return "took too long"
 
 
-def judged(tree: Path, mutant: Mutant, quick: bool) -> str:
-    """What the tests make of a mutant: "quick" or "slow" caught it, "survived", or "took too long"."""
+def judged(tree: Path, mutant: Mutant, fuzzed_only: bool) -> str:
+    """What becomes of a mutant: "fuzz" or "tests" caught it, it "survived", or it "took too long"."""
     file = tree / mutant.file
     original = file.read_text(encoding="utf-8")
-    file.write_text(original.replace(mutant.old, mutant.new), encoding="utf-8")
+    _write(file, original.replace(mutant.old, mutant.new))
+    focus = [names for part, names in FOCUS.items() if part in mutant.file]
+    runs: list[tuple[str, Callable[[], int]]] = [("fuzz", partial(fuzz, FUZZED))]
+    if not fuzzed_only:
+        runs += [("tests", partial(tests, tree, QUICK, f"({names}) and {LEFT_OUT}")) for names in focus]
+        runs += [("tests", partial(tests, tree, marks)) for marks in (QUICK, SLOW)]
     try:
-        for name, marks in (("quick", QUICK), *(() if quick else (("slow", SLOW),))):
-            result = run_tests(tree, marks)
+        for name, function in runs:
+            result = in_a_fork(tree, function)
             if result != "survived":
                 return name if result == "caught" else result
         return "survived"
     finally:
-        file.write_text(original, encoding="utf-8")
+        _write(file, original)
 
 
-def work(mutants: list[Mutant], quick: bool, until: float, write: int) -> None:
+def _write(file: Path, text: str) -> None:
+    """Write a source and forget its compiled form: a change within one second would not be seen."""
+    file.write_text(text, encoding="utf-8")
+    for compiled in file.parent.glob(f"__pycache__/{file.stem}.*"):
+        compiled.unlink()
+
+
+def work(mutants: list[Mutant], fuzzed_only: bool, until: float, write: int) -> None:
     """Judge these mutants in a tree of their own; one line of JSON for each goes to the pipe."""
     with tempfile.TemporaryDirectory() as folder:
         tree = copied_tree(folder)
@@ -117,19 +160,19 @@ def work(mutants: list[Mutant], quick: bool, until: float, write: int) -> None:
                 break
             line = {
                 "mutant": str(mutant),
-                "result": judged(tree, mutant, quick),
+                "result": judged(tree, mutant, fuzzed_only),
                 "seconds": time.time() - begin,
             }
             os.write(write, (json.dumps(line) + "\n").encode())
 
 
-def over_processes(mutants: list[Mutant], quick: bool, until: float, processes: int) -> list[dict]:
+def over_processes(mutants: list[Mutant], fuzzed_only: bool, until: float, processes: int) -> list[dict]:
     """`work`, spread over forks; each result is printed as it comes."""
     read, write = os.pipe()
     for process in range(processes):
         if os.fork() == 0:
             os.close(read)
-            work(mutants[process::processes], quick, until, write)
+            work(mutants[process::processes], fuzzed_only, until, write)
             os._exit(0)
     os.close(write)
     found = []
@@ -157,26 +200,25 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="mutants whose file or text has this in it")
-    parser.add_argument("--quick", action="store_true", help="leave the slow tests out")
+    parser.add_argument(
+        "--fuzzed-only", action="store_true", help="run fuzzed cases alone: a tenth of the time"
+    )
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin with no fault after this time")
     parser.add_argument("--out", help="write the result to this JSON file")
     given = parser.parse_args()
-    sys.dont_write_bytecode = True  # a file that changes within a second would be taken for its old self
     mutants = [mutant for mutant in MUTANTS if given.only in str(mutant)]
     random.Random(0).shuffle(mutants)
     preload()
     begin = time.time()
-    found = over_processes([*mutants, CONTROL], given.quick, begin + given.seconds, given.processes)
+    found = over_processes([*mutants, CONTROL], given.fuzzed_only, begin + given.seconds, given.processes)
     control = [line for line in found if line["mutant"] == str(CONTROL)]
     found = [line for line in found if line not in control]
-    counts = {name: sum(line["result"] == name for line in found) for name in ("quick", "slow", "survived")}
-    caught, judged_ones = counts["quick"] + counts["slow"], sum(counts.values())
+    counts = {name: sum(line["result"] == name for line in found) for name in ("fuzz", "tests", "survived")}
+    caught, judged_ones = counts["fuzz"] + counts["tests"], sum(counts.values())
+    print(f"{'planted':>8} {'judged':>7} {'by the fuzzer':>14} {'by tests':>9} {'survived':>9} {'caught':>7}")
     print(
-        f"{'planted':>8} {'judged':>7} {'quick tests':>12} {'slow tests':>11} {'survived':>9} {'caught':>7}"
-    )
-    print(
-        f"{len(mutants):>8} {judged_ones:>7} {counts['quick']:>12} {counts['slow']:>11} {counts['survived']:>9} "
+        f"{len(mutants):>8} {judged_ones:>7} {counts['fuzz']:>14} {counts['tests']:>9} {counts['survived']:>9} "
         f"{caught / max(1, judged_ones):>7.1%}"
     )
     print("without a fault the tests", *([line["result"] for line in control] or ["were not run"]))

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -144,6 +145,19 @@ def test_a_forked_process_waits_for_nothing():
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     work.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["lambda: print('sent')", "lambda: time.sleep(600)"])
+def test_the_end_of_a_process_sends_what_waits_and_waits_for_nothing_else(job):
+    code = (
+        "import time; from hnf_attention.integrations import background; background.PATIENCE = 2.0;"
+        f"work = background.Background('w', 'jobs', 3); work.put({job}); print('done')"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and time.perf_counter() - start < 60, done.stderr
+    assert ("sent" in done.stdout) == ("sent" in job)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is POSIX's")

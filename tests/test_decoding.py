@@ -132,6 +132,28 @@ def test_all_keys_of_an_encoder_are_seen_but_unused_places():
     torch.testing.assert_close(out, attention(x, is_causal=False)[:, 4:])
 
 
+@pytest.mark.parametrize("shape", [(1, 7), (2, 9), (B, 1, 1, 3), (1, 2)])
+@pytest.mark.parametrize("new", [1, 3])
+def test_a_mask_of_another_length_is_refused(shape, new):
+    attention, kept, x = layer(OPTIONS["window, sinks"]), Pairs(), torch.randn(B, 8 + new, E).double()
+    attention(x[:, :8], past_key_values=kept)
+    with pytest.raises(ValueError, match=rf"\(M, N\) = \({new}, {8 + new}\).*got \({shape[0]}, "):
+        attention(x[:, 8:], torch.ones(shape, dtype=torch.bool), past_key_values=kept)
+
+
+def test_a_mask_of_integers_is_refused_and_one_without_dimensions_taken():
+    attention, x = layer(OPTIONS["plain"]), torch.randn(B, M, E).double()
+    for new in (1, 3):
+        kept = Pairs()
+        attention(x[:, : M - new], past_key_values=kept)
+        with pytest.raises(TypeError, match="got torch.int64"):
+            attention(x[:, -new:], torch.ones(B, 1, 1, M, dtype=torch.int64), past_key_values=kept)
+        kept = Pairs()
+        attention(x[:, : M - new], past_key_values=kept)
+        out = attention(x[:, -new:], torch.tensor(True), past_key_values=kept)
+        torch.testing.assert_close(out, attention(x)[:, -new:])
+
+
 def test_what_is_no_cache_is_refused():
     x = torch.randn(B, M, E)
     with pytest.raises(TypeError, match="past_key_values with `get_seq_length` and `update`.*got tuple"):

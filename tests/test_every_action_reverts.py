@@ -113,8 +113,10 @@ def test_it_is_taken_back_bit_for_bit(action, kind, optimizer):
     if applied is None:
         assert kind != TAKEN or action == "increase_dropout" or (optimizer, action) in REFUSED
     else:
-        if action not in ("rewind", "skip_spikes", "rewarm_lr"):
+        try:
             training.output()
+        except RuntimeError as error:  # a layer whose attention these cannot reach says so in its next call
+            assert action in ON_CALLS and "expected" in str(error)
         applied.revert()
         applied.revert()
     assert_same(training.numbers(), before)
@@ -125,6 +127,7 @@ def test_it_is_taken_back_bit_for_bit(action, kind, optimizer):
     assert_same(training.numbers(), twin.numbers())
 
 
+ON_CALLS = ("softcap", "precision", "prune_heads", "qk_norm")
 #: SGD, Adafactor and Muon have no epsilon that means the same, or none at all.
 REFUSED = {("sgd", "set_eps"), ("adafactor", "set_eps"), ("muon", "set_eps")}
 #: What they count since they began is no part of a checkpoint: see docs/support.md.

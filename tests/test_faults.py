@@ -21,7 +21,7 @@ BETWEEN = (
     *("repeats", "find keeper", "in short", "expect", "take", "keep", "hand on", "extremes"),
     *("forward begins", "forward ends"),
 )
-#: Of the thread that writes; tested where the run log is.
+#: Of the thread that writes.
 OF_THE_THREAD = ("record", "disk", "shrink")
 #: Log steps at which these may be missing in the run log.
 OTHERS = {"history": [2, 6, 8], "accumulator": [4, 6, 8]}
@@ -132,6 +132,15 @@ TWICE = ("lane",)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", OF_THE_THREAD)
+def test_a_fault_of_every_step_of_the_thread_that_writes_is_said_once(stage, tmp_path, plain):
+    injector = FaultInjector().fail(stage)
+    run, steps = run_with(tmp_path, injector)
+    assert injector.raised[stage] and run.error is None and run.same_as(plain)
+    assert len(failures(run)) == 1 and steps == ([2, 4, 6, 8] if stage == "shrink" else [])
+
+
+@pytest.mark.slow
 def test_a_failed_copy_loses_no_row(tmp_path):
     injector = FaultInjector().fail("copy", 4)
     with injector:
@@ -219,7 +228,7 @@ def test_a_function_that_cannot_be_put_back_keeps_no_other_one(tmp_path, plain):
         watching.restore()
         injector.step = 0
         assert injector.raised["release"] > 1
-        assert not out._end.alive  # the run log was closed
+        assert not out._running  # the run log was closed
         for patch in [*released, stuck]:
             patch.release()
         for patch in watching.instrumentation._watched._patches:
@@ -324,10 +333,11 @@ class TimeLimit(Exception):
 def test_the_error_of_a_signal_handler_comes_out(where, form, tmp_path):
     """A time limit, or the notice before a machine is taken away, may come while the monitor works."""
 
-    class Handler:
+    class Callable:
         def __call__(self, number, frame):
             raise TimeLimit
 
+    class Handler(Callable):
         def method(self, number, frame):
             raise TimeLimit
 

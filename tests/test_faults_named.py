@@ -1,6 +1,7 @@
 """Faults that were found by breaking things on purpose, each with its own test."""
 
 import logging
+import signal
 import threading
 import time
 
@@ -15,7 +16,7 @@ from hnf_attention import AttentionAnalyzer, AttentionStabilityMonitor, errors, 
 from hnf_attention.diagnosis import AttentionDiagnosis
 from hnf_attention.instrumentation import handle, observer
 from hnf_attention.instrumentation.interceptors import products, softmax
-from hnf_attention.instrumentation.patches import Patch, all_or_none
+from hnf_attention.instrumentation.patches import Patch, all_or_none, release_all
 from hnf_attention.monitoring import accumulators, monitor
 from hnf_attention.run_log import RunLog, RunLogWriter, writer
 
@@ -85,6 +86,35 @@ def test_a_library_that_is_patched_half_way_is_put_back(monkeypatch):
         with pytest.raises(RuntimeError), all_or_none():
             library.install([])
         assert len(made) == 2 and patched() == before
+
+
+def test_patches_of_an_inner_part_and_of_another_thread_are_not_mixed_up():
+    before = patched()
+    with pytest.raises(RuntimeError), all_or_none():
+        with all_or_none():
+            products.install([])
+        softmax.install([])
+        raise RuntimeError("on purpose")
+    assert patched() == before
+
+    inside, installed, kept = threading.Event(), threading.Event(), []
+
+    def other():
+        inside.wait(20)
+        with all_or_none():
+            kept.extend(softmax.install([]))
+        installed.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with pytest.raises(RuntimeError), all_or_none():
+        inside.set()
+        installed.wait(20)
+        raise RuntimeError("on purpose")
+    thread.join()
+    assert patched() != before
+    release_all(kept)
+    assert patched() == before
 
 
 @pytest.mark.parametrize("part", ["Recorder", "Treatment", "resolve"])
@@ -188,6 +218,12 @@ def test_a_failure_of_many_layers_is_said_once(monkeypatch, caplog):
 # The run log
 
 
+def test_the_error_of_an_enumeration_is_of_no_handler():
+    with pytest.raises(ValueError) as kept:
+        signal.Signals(12345)
+    errors.let_out(kept.value)  # SIG_DFL is a member of one
+
+
 @pytest.mark.parametrize("error", [RuntimeError("a record"), KeyError("layout"), OverflowError("a step")])
 def test_a_log_step_that_cannot_be_written_does_not_hold_up_the_next(error, tmp_path, monkeypatch, caplog):
     add = writer._Database.add
@@ -218,8 +254,9 @@ def test_a_run_log_that_cannot_be_made_smaller_goes_on(tmp_path, monkeypatch, ca
     assert len(caplog.records) == 1 and "could not be made smaller" in caplog.text
 
 
-def test_what_waits_for_a_disk_that_hangs_has_a_bound(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(writer, "MOST_IN_LINE", 5)
+@pytest.mark.parametrize("limit", ["MOST_IN_LINE", "MOST_LOG_STEPS_IN_LINE"])
+def test_what_waits_for_a_disk_that_hangs_has_a_bound(limit, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(writer, limit, 5)
     hangs, begun, add = threading.Event(), threading.Event(), writer._Database.add
 
     def adds(*args):
@@ -235,6 +272,9 @@ def test_what_waits_for_a_disk_that_hangs_has_a_bound(tmp_path, monkeypatch, cap
     for step in range(2, 40):
         out.write(at(step))
     assert time.monotonic() - began < 5 and out._thread.waiting.qsize() == 5
+    if limit == "MOST_LOG_STEPS_IN_LINE":
+        out.note(39, loss=1.0)  # numbers of steps are small: more of them wait
+        assert out._thread.waiting.qsize() == 6
     hangs.set()
     out.close()
     with RunLog(tmp_path / "run.db") as log:

@@ -5,7 +5,7 @@ import torch
 from attention_models import Attention
 
 from hnf_attention import AttentionStabilityMonitor, instrument
-from hnf_attention.instrumentation import Instrumentation
+from hnf_attention.instrumentation import Instrumentation, observer
 from hnf_attention.monitoring.accumulators import Kind, Lane
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,3 +84,33 @@ def test_a_fault_of_measuring_is_in_the_status_until_the_layer_is_measured_again
     assert "layer (the model itself): measuring failed: MemoryError: out of memory" in str(monitor.status)
     model(x)
     assert monitor.on_step() is not None and str(monitor.status) == "all parts work"
+
+
+@pytest.mark.parametrize("part", ["recording", "notes"])
+def test_restore_ends_what_rests_after_a_fault(part, model, x, monkeypatch):
+    kept = []
+
+    class Writer:
+        def write(self, diagnosis):
+            pass
+
+        def note(self, step, **scalars):
+            kept.append(step)
+
+        def event(self, *args, **detail):
+            pass
+
+    monitor = AttentionStabilityMonitor(model, log_every=1, writers=[Writer()])
+
+    def fail():
+        raise RuntimeError("on purpose")
+
+    where = {"recording": (monitor._recorder, "read"), "notes": (monitor._notes, "hand_over")}[part]
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, fail)
+        model(x).sum().backward()
+        monitor.on_step(loss=1.0)
+    assert part in monitor.status.off
+    monitor.restore()
+    monitor.on_step()
+    assert kept == [1] and not observer.active and not observer.keeping

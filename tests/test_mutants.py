@@ -25,18 +25,13 @@ def test_a_fault_is_planted_while_the_tests_run_and_taken_back(tmp_path, monkeyp
     file.write_text(f"before {CONTROL.old} after", encoding="utf-8")
     seen = []
 
-    def run(tree, marks):
-        seen.append((marks, file.read_text(encoding="utf-8")))
-        return "survived" if len(seen) == 1 else "caught"
+    def run(tree, function):
+        seen.append((function.func.__name__, file.read_text(encoding="utf-8")))
+        return "survived" if len(seen) < 3 else "caught"
 
-    monkeypatch.setattr(mutation_score, "run_tests", run)
-    assert (
-        judged(tmp_path, CONTROL, quick=False) == "slow" and judged(tmp_path, CONTROL, quick=True) == "quick"
-    )
+    monkeypatch.setattr(mutation_score, "in_a_fork", run)
+    assert judged(tmp_path, CONTROL, fuzzed_only=False) == "tests"
+    assert judged(tmp_path, CONTROL, fuzzed_only=True) == "fuzz"
     planted = f"before {CONTROL.new} after"
-    assert seen == [
-        (mutation_score.QUICK, planted),
-        (mutation_score.SLOW, planted),
-        (mutation_score.QUICK, planted),
-    ]
+    assert seen == [(name, planted) for name in ("fuzz", "tests", "tests", "fuzz")]
     assert CONTROL.old in file.read_text(encoding="utf-8")

@@ -3,6 +3,10 @@
 import gc
 import logging
 import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +66,64 @@ def test_a_run_that_ends_before_its_first_log_step_keeps_its_losses(tmp_path):
     out.close()
     with RunLog(tmp_path / "run.db") as log:
         assert [x.tolist() for x in log.scalars()["loss"]] == [[1, 2], [1.0, 0.5]]
+
+
+def test_a_monitor_that_its_writer_knows_goes_away_with_it():
+    keeper = Keeper()
+    keeper.monitor = AttentionStabilityMonitor(Model(), writers=[keeper])
+    gone = weakref.ref(keeper.monitor)
+    del keeper
+    gc.collect()
+    assert gone() is None
+
+
+class Broken(Keeper):
+    def note(self, *_, **__):
+        raise OSError("on purpose")
+
+    event = note
+
+
+def test_a_writer_that_fails_keeps_nothing_from_the_others():
+    class Done:
+        intervention, outcome, account = {"action": "qk_clip"}, "open", ["clipped"]
+
+    before, after = Keeper(), Keeper()
+    notes = Notes([before, Broken(), after])
+    for tell in (notes.hand_over, lambda: notes.account(1, [Done])):
+        notes.keep(1, {"loss": 1.0, "grad_norm": torch.tensor(2.0)})
+        with pytest.raises(OSError):
+            tell()
+    notes.account(2, [Done])  # which was told
+    for each in (before, after):
+        assert each.notes == [(1, {"loss": 1.0}), (1, {"grad_norm": 2.0})] and len(each.events) == 1
+
+
+REUSED = """
+import sys
+from attention_models import Model, x
+from hnf_attention import AttentionStabilityMonitor
+from hnf_attention.run_log import RunLogWriter
+
+out, model = RunLogWriter(sys.argv[1]), Model()
+with AttentionStabilityMonitor(model, log_every=2, writers=[out]):
+    pass
+monitor = AttentionStabilityMonitor(model, log_every=2, writers=[out])
+for step in range(3):
+    model(x()).sum().backward()
+    monitor.on_step(loss=1.0)
+"""
+
+
+@pytest.mark.slow
+def test_a_writer_that_was_closed_once_ends_after_its_next_monitor(tmp_path):
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    run = [sys.executable, "-c", REUSED, str(tmp_path / "run.db")]
+    done = subprocess.run(run, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with RunLog(tmp_path / "run.db") as log:
+        assert log.scalars()["loss"][0].tolist() == [1, 2, 3]
+        assert len(log.sessions) == 2  # and none of a thread that was started at the end of the process
 
 
 def test_nothing_is_kept_where_no_writer_keeps_it():

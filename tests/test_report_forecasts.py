@@ -84,7 +84,7 @@ def test_a_page_says_how_often_such_issues_meant_harm_while_a_model_trains():
         "In 86% of such runs the loss suffered (19 of 22 in the laboratory). Source: "
     )
     assert len(story["forecasts"]) == 4 and story["forecast"].startswith(
-        "Head 0. At step 60: passes 100 nats near "
+        "Head 0. At step 60: passes 100 nats to either side near "
     )
     finished_text = report.html(diagnose([replace(each, training=False) for each in history])).text
     assert not any(

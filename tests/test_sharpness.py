@@ -230,7 +230,7 @@ def test_a_coming_collapse_is_announced_with_its_time():
     # sqrt(size) is 7 at step 100 and grows by 0.04 a step: 2.9 more is twice the size.
     assert issues[0].headline == (
         "a head 0: scores range 98, doubling every 72 steps; normalized entropy 0.270, will collapse near step 210 -> "
-        "QK-clip at 30"
+        "QK-clip at 30 if it goes on"
     )
 
 

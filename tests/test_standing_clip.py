@@ -233,6 +233,18 @@ def test_within_the_step_leaves_what_is_below_and_evaluation_alone():
     assert not any(hook for hook in model[0]._forward_hooks.values())
 
 
+@pytest.mark.parametrize("shape", [(0, 20, 32), (2, 0, 32)])
+@pytest.mark.parametrize("within_step", [True, False])
+def test_an_empty_batch_ends_no_step(shape, within_step, caplog):
+    model = nn.Sequential(loud(Fused(), 2.0))
+    clip = QKClip(model, 50.0, within_step=within_step)
+    for x in (X, torch.zeros(shape), X):
+        model(x).sum().backward()
+        clip.step()
+    assert clip.steps == 3 and not clip.refused and not caplog.records
+    clip.remove()
+
+
 def test_attached_it_runs_after_each_step_and_beside_a_monitor():
     torch.manual_seed(0)
     model = nn.Sequential(loud(Fused()))

@@ -36,12 +36,15 @@ HARMED: dict[str, Count] = {
     "error": Count(19, 22, _HELD_OUT),
     "warning": Count(22, 28, _HELD_OUT),
 }
+RESTART_FIX = "a rewind, QK-norm and a quarter of the rate"
+CUT_FIX = "a lower rate alone"
+CLIP_FIX = "QK-clip at log steps and half the rate"
 #: Fix to the failing runs in which it was tried, and those that ended less than 0.25 nat above the best that their
 #: configuration reached.
 RESOLVED: dict[str, Count] = {
-    "a rewind, QK-norm and a quarter of the rate": Count(7, 10, f"{_FAILURES}, from the first warning on"),
-    "QK-clip at log steps and half the rate": Count(2, 10, f"{_FAILURES}, from the first error on"),
-    "a lower rate alone": Count(1, 7, f"{_FAILURES}, from the first error on"),
+    RESTART_FIX: Count(7, 10, f"{_FAILURES}, from the first warning on"),
+    CLIP_FIX: Count(2, 10, f"{_FAILURES}, from the first error on"),
+    CUT_FIX: Count(1, 7, f"{_FAILURES}, from the first error on"),
 }
 
 

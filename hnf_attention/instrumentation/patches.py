@@ -28,8 +28,16 @@ _MARK = "_hnf_attention_patch"
 #: Patches without users that a garbage collection released while Dynamo traced. The graph will be guarded by the
 #: function that it was traced with, so that one stays until the next patch comes or goes.
 _late: list[Patch] = []
-#: Lists that take in each patch that is acquired now, the innermost last.
-_collecting: list[list[Patch]] = []
+
+
+class _Thread(threading.local):
+    """Lists that take in each patch that this thread acquires now, the innermost last."""
+
+    def __init__(self) -> None:
+        self.collecting: list[list[Patch]] = []
+
+
+_thread = _Thread()
 
 
 class Patch:
@@ -71,7 +79,7 @@ class Patch:
             if patch is None or patch._ours is not current:
                 patch = Patch(read, write, replacement)
             patch._users += 1
-            for acquired in _collecting[-1:]:
+            for acquired in _thread.collecting[-1:]:
                 acquired.append(patch)
             return patch
 
@@ -133,16 +141,18 @@ def _put_late_ones_back() -> None:
 
 @contextmanager
 def all_or_none() -> Iterator[None]:
-    """Release each patch that is acquired inside if an error comes out of it."""
+    """Release each patch that this thread acquires inside if an error comes out of it."""
     acquired: list[Patch] = []
-    _collecting.append(acquired)
+    _thread.collecting.append(acquired)
     try:
         yield
     except BaseException:
         release_all(acquired)
         raise
     finally:
-        _collecting.remove(acquired)
+        _thread.collecting.pop()
+        for outer in _thread.collecting[-1:]:
+            outer += acquired
 
 
 def release_all(patches: list[Patch]) -> None:

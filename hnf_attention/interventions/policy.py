@@ -11,7 +11,7 @@ from torch import nn
 
 from ..diagnosis import AttentionDiagnosis, StabilityIssue
 from ..diagnosis.heads import concatenate_heads
-from ..diagnosis.measured import help_text
+from ..diagnosis.measured import CLIP_FIX, CUT_FIX, RESTART_FIX, help_text
 from ..diagnosis.origin import NOT_LEARNED, find_origin
 from ..diagnosis.thresholds import overridden, threshold
 from ..diagnosis.trends import clip_size, score_size
@@ -29,10 +29,6 @@ TEMPERATURE_FACTOR = 8.0
 RESTART_RATE = 0.25
 RESTARTS = 3  # at most
 RESTART_REST = 50  # steps in which a restarted run is let alone, as in the laboratory
-# What the laboratory counted of them, by name.
-RESTART = "a rewind, QK-norm and a quarter of the rate"
-CLIP = "QK-clip at log steps and half the rate"
-CUT = "a lower rate alone"
 
 GROWTH = ("overflow_risk", "entropy_collapse", "vanishing_gradient", "one_hot_attention")
 
@@ -124,7 +120,7 @@ class InterventionPolicy:
         if states is None or not (again or (late and len(self._restarts) < RESTARTS)):
             return None
         first = not self._restarts or self._restarts[0] == diagnosis.step
-        wanted = rewind.propose(diagnosis.step, f"{why}. {help_text(RESTART)}")
+        wanted = rewind.propose(diagnosis.step, f"{why}. {help_text(RESTART_FIX)}")
         slower = learning_rate.propose(
             self._restart_rate(diagnosis, states), "a run that failed at this rate"
         )
@@ -161,7 +157,7 @@ class InterventionPolicy:
         return bool(self._restarts) and diagnosis.step < self._restarts[-1] + RESTART_REST
 
     def _cut_rate(self, diagnosis: AttentionDiagnosis, why: str) -> Intervention | None:
-        wanted = learning_rate.propose(LR_FACTOR, f"{why}. {help_text(CUT)}")
+        wanted = learning_rate.propose(LR_FACTOR, f"{why}. {help_text(CUT_FIX)}")
         return wanted if self._may_cut(diagnosis) else None
 
     def _may_cut(self, diagnosis: AttentionDiagnosis) -> bool:
@@ -189,7 +185,7 @@ class InterventionPolicy:
         self._clipping = True
         why = acting[0].evidence if acting else f"scores above {CLIP_AT:g} again at step {diagnosis.step}"
         lr_factor = LR_FACTOR if alarm and self._may_cut(diagnosis) else None
-        return qk_clip.propose(CLIP_AT, layers, f"{why}. {help_text(CLIP)}", lr_factor)
+        return qk_clip.propose(CLIP_AT, layers, f"{why}. {help_text(CLIP_FIX)}", lr_factor)
 
     def _raise_temperature(
         self, diagnosis: AttentionDiagnosis, acting: list[StabilityIssue]

@@ -39,6 +39,8 @@ def sizes_of_rows(max_logit: Tensor, min_logit: Tensor, left_out: Tensor | None,
     left_out: boolean, broadcastable to (B, H, M): rows that are not judged.
     """
     sizes = max_logit - min_logit if measure == "range" else max_logit
+    if sizes.numel() == 0:
+        return torch.full(sizes.shape[1:2], -torch.inf, device=sizes.device)
     if left_out is not None:
         sizes = sizes.masked_fill(left_out, -torch.inf)
     return sizes.float().amax((0, 2))
@@ -115,7 +117,12 @@ class LayerSizes:
         measure: str,
         threshold: float,
     ) -> Tensor:
-        """Take in a call. Returns its sizes (H,): exact where they pass the threshold, else exact or upper bounds."""
+        """Take in a call. Returns its sizes (H,): exact where they pass the threshold, else exact or upper bounds.
+
+        An empty call has no scores: its sizes are -inf.
+        """
+        if query.numel() == 0 or key.numel() == 0:
+            return torch.full_like(self.largest, -torch.inf)
         sizes = bounds_of_sizes(query, key, options.scale, measure)
         torch.maximum(self.top, sizes.amax(), out=self.top)
         # This bound changes between steps alone: the second forward of a checkpoint goes the way of the first.

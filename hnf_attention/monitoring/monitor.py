@@ -135,7 +135,7 @@ class AttentionStabilityMonitor:
             weakref.finalize(self, self._together.leave, _ended()).atexit = False
         self._notes = Notes(writers if self._leads else ())
         # At the end of the process, too, writers get what was kept since the last log step. Theirs ends later.
-        weakref.finalize(self, hand_over_at_end, self._notes, os.getpid())
+        weakref.finalize(self, hand_over_at_end, weakref.ref(self._notes), os.getpid())
         self._tracker = IssueTracker()
         #: What may fail without ending the run.
         self.parts = Parts(log_every)
@@ -267,8 +267,9 @@ class AttentionStabilityMonitor:
 
     def restore(self) -> None:
         """End the monitoring; the model runs its own attention. Interventions stay applied."""
-        self.parts.run("recording", self._recorder.stop)
-        self.parts.run("notes", self._notes.hand_over)
+        # Names of their own: parts that rest after a fault would be left out.
+        self.parts.run("end of recording", self._recorder.stop)
+        self.parts.run("last notes", self._notes.hand_over)
         if self._together is not None:
             self._together.leave(_ended())
         self.instrumentation.restore()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from ..errors import let_out
 from ..instrumentation.sharded import is_sharded
 from ..interventions import Applied
 
@@ -64,7 +66,7 @@ class Notes:
                 self._kept.append((step, name, value))
 
     def hand_over(self) -> None:
-        """Give the writers what was kept: one copy from each device."""
+        """Give the writers what was kept: one copy from each device. Raises the first error of a writer, at the end."""
         kept, values = list(self._kept), dict[int, float]()
         self._kept.clear()
         by_device: dict[torch.device, list[int]] = {}
@@ -74,32 +76,57 @@ class Notes:
         for places in by_device.values():
             numbers = torch.stack([torch.as_tensor(kept[place][2]).float() for place in places])
             values.update(zip(places, numbers.tolist()))
-        for place, (step, name, value) in enumerate(kept):
-            for writer in self._writers:
+
+        def tell(writer: NoteWriter) -> None:
+            for place, (step, name, value) in enumerate(kept):
                 writer.note(step, **{name: values[place] if place in values else float(value)})
 
+        self._tell(tell)
+
     def account(self, step: int, applied: Iterable[Applied]) -> None:
-        """Give the writers each new sentence of the accounts of interventions. applied: all of them."""
+        """Give the writers each new sentence of the accounts of interventions. applied: all of them.
+
+        Raises the first error of a writer, at the end.
+        """
         if not self._writers:
             return
-        told = {}
+        told, news = {}, []
         for each in applied:
-            action = str(each.intervention["action"])
-            for sentence in each.account[self._told.get(id(each), 0) :]:
-                for writer in self._writers:
-                    writer.event(step, "intervention", action=action, outcome=each.outcome, text=sentence)
+            detail = {"action": str(each.intervention["action"]), "outcome": each.outcome}
+            news += [{**detail, "text": text} for text in each.account[self._told.get(id(each), 0) :]]
             told[id(each)] = len(each.account)
         self._told = told
 
+        def tell(writer: NoteWriter) -> None:
+            for detail in news:
+                writer.event(step, "intervention", **detail)
 
-def hand_over_at_end(notes: Notes, process: int) -> None:
+        self._tell(tell)
+
+    def _tell(self, tell: Callable[[NoteWriter], None]) -> None:
+        """Tell every writer: one that fails keeps nothing from the others."""
+        errors = []
+        for writer in self._writers:
+            try:
+                tell(writer)
+            except Exception as error:
+                let_out(error)
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+
+def hand_over_at_end(notes: weakref.ref[Notes], process: int) -> None:
     """`Notes.hand_over` of a monitor that is dropped; whatever fails then is logged.
 
+    notes: weak, because a writer may hold the monitor, which would then live as long as the process.
     process: the monitor's. One that was forked from it ends without a word: the losses are the other one's.
     """
     if os.getpid() != process:
         return
     try:
-        notes.hand_over()
+        found = notes()
+        if found is not None:
+            found.hand_over()
     except Exception:
         _log.warning("the losses since the last log step are lost", exc_info=True)

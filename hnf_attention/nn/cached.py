@@ -54,13 +54,15 @@ def seen(past: int | Tensor, sizes: tuple[int, int], device: torch.device, optio
     """What queries see after `past` earlier tokens.
 
     sizes: M new tokens, and N keys that `update` returned. options: what the module was asked for, by the positions of
-    tokens. Its mask is broadcastable to (B, H, M, N).
+    tokens. Its mask is broadcastable to (B, H, M, N). Raises ValueError or TypeError for one that is not.
     """
     num_queries, num_keys = sizes
     known = not isinstance(past, Tensor)
     if known and past == 0 and num_queries == num_keys:
         return options
     attn_mask, is_causal, window, _ = options
+    if attn_mask is not None:
+        attn_mask = _checked(attn_mask, sizes)
     end = past + num_queries
     if known and num_queries == 1 and num_keys <= end:  # it is the last one, so nothing lies behind it
         first = 0 if window is None else max(0, num_keys - window)
@@ -80,3 +82,14 @@ def seen(past: int | Tensor, sizes: tuple[int, int], device: torch.device, optio
     if attn_mask.dtype == torch.bool:
         return Seen(attn_mask & shown, False, None)
     return Seen(torch.where(shown, attn_mask, -torch.inf), False, None)
+
+
+def _checked(attn_mask: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """A mask of at least one dimension. What follows would give a wrong one a shape or a dtype that is accepted."""
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise expected("attn_mask of a boolean or floating dtype", attn_mask.dtype, TypeError)
+    shape = (1, 1, *attn_mask.shape)[-2:]
+    if not all(size in (1, full) for size, full in zip(shape, sizes, strict=True)):
+        target = f"(M, N) = {sizes}, N the keys that the cache returned"
+        raise expected(f"attn_mask that broadcasts to {target}", tuple(attn_mask.shape))
+    return attn_mask if attn_mask.dim() else attn_mask[None]

@@ -13,6 +13,7 @@ import uuid
 import weakref
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ MOST_WAITING = 256
 MOST_BYTES = 2 << 30
 #: What waits for the thread: log steps, numbers of training steps, events.
 MOST_IN_LINE = 200_000
+#: Log steps among it. Each holds the statistics of all heads: 400 KB at 400 heads.
+MOST_LOG_STEPS_IN_LINE = 1024
 #: Errors that pass: a disk that is full or away, a file that another process uses.
 _LATER = OSError, sqlite3.OperationalError
 _PATIENCE = 10.0  # seconds that `close` and the end of the process wait for the thread
@@ -66,15 +69,18 @@ class RunLogWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._about = plain({"run": dict(about or {}), "environment": _environment()})
         self._max_bytes = max_bytes
+        self._running: list[_Thread] = []  # none after `close`
         self._open()
+        # At the end of the process, too, what waits is written. What was made first ends last: monitors, which hand
+        # over their last numbers at their own end, come before this writer, also if an earlier one has closed it.
+        weakref.finalize(self, _finish, self._running)
 
     def _open(self) -> None:
         self._thread = _Thread(self.path, self._about, self._max_bytes)
-        # At the end of the process, too, what waits is written.
-        self._end = weakref.finalize(self, _Thread.finish, self._thread, _PATIENCE)
+        self._running.append(self._thread)
 
     def _take(self, item: tuple[Any, ...]) -> None:
-        if not self._end.alive:  # closed by an earlier monitor
+        if not self._running:  # closed by an earlier monitor
             self._open()
         self._thread.take(item)
 
@@ -85,7 +91,8 @@ class RunLogWriter:
 
     def write(self, diagnosis: AttentionDiagnosis) -> None:
         """Take one log step in. Raises nothing: the thread says what goes wrong."""
-        self._take(("diagnosis", diagnosis, time.time()))
+        # The snapshots before the latest one would live as long as the line.
+        self._take(("diagnosis", replace(diagnosis, history=diagnosis.history[-1:]), time.time()))
 
     def note(self, step: int, **scalars: float) -> None:
         """Keep numbers of a training step, such as loss=2.3; written with the next log step, or at the end."""
@@ -101,7 +108,12 @@ class RunLogWriter:
 
     def close(self) -> None:
         """Write what waits and end the thread. A second call does nothing; a later `write` goes on in the same file."""
-        self._end()
+        _finish(self._running)
+
+
+def _finish(running: list[_Thread]) -> None:
+    while running:
+        running.pop().finish(_PATIENCE)
 
 
 class _Thread(threading.Thread):
@@ -113,6 +125,7 @@ class _Thread(threading.Thread):
         self.kept: deque[tuple[int, Record]] = deque()
         self.written = 0
         self._lost = self._missed = 0
+        self._given = self._taken = 0  # log steps that were put in the line, and taken out of it
         self._process = os.getpid()
         self._recording = Recording()
         self._failed: str | None = None
@@ -133,7 +146,11 @@ class _Thread(threading.Thread):
         if not self.is_alive() or os.getpid() != self._process:  # a forked process has no such thread
             return
         # A disk that hangs raises nothing, and the memory has a bound.
-        if self.waiting.qsize() < MOST_IN_LINE or item[0] in ("flush", "end"):
+        full = self.waiting.qsize() >= MOST_IN_LINE
+        if item[0] == "diagnosis":
+            full |= self._given - self._taken >= MOST_LOG_STEPS_IN_LINE
+            self._given += not full
+        if not full or item[0] in ("flush", "end"):
             self.waiting.put(item)
             return
         self._missed += 1
@@ -155,6 +172,7 @@ class _Thread(threading.Thread):
             kind, *rest = self.waiting.get()
             try:
                 if kind == "diagnosis":
+                    self._taken += 1
                     if self._number == 0:
                         self._recording.know(self._sink.active_before(rest[0].step))
                     self._number += 1

@@ -11,7 +11,7 @@ from ..heads import Heads
 from ..issue import Crossing, StabilityIssue
 from ..thresholds import threshold
 from .criteria import severities
-from .wording import CLIP, CLIP_AND_SLOW, SHORT_CLIP, Scores, head_name, make_issue, plus_minus
+from .wording import CLIP, RESTART, SHORT_CLIP, SHORT_RESTART, Scores, head_name, make_issue, plus_minus
 
 
 def rule(history: Sequence[Snapshot], heads: Heads) -> Iterator[StabilityIssue]:
@@ -111,11 +111,13 @@ def _forecasts(step: int, heads: Heads, judged: np.ndarray) -> Iterator[Stabilit
             f"{value:.3f}{plus_minus(stderr[head])} at step {step} falls by "
             f"{-100 * line.slope[head]:.2g} per 100 steps, while the {scores.text(head)} and rising"
         )
+        severity, suggestion, cure = "note", f"{CLIP} if it goes on", f"{SHORT_CLIP} if it goes on"
+        if heads.grown[head]:
+            severity, suggestion, cure = "warning", RESTART, SHORT_RESTART
         brief = (
             f"{scores.short(head)}{scores.pace(head)}; normalized entropy {value:.3f}, will collapse near step "
-            f"{step + eta[head]:.0f} -> {SHORT_CLIP}"
+            f"{step + eta[head]:.0f} -> {cure}"
         )
-        severity = "warning" if heads.grown[head] else "note"
         collapsed = threshold("collapsed_entropy")
         forecast = Crossing("collapses", "normalized_entropy", collapsed, step, step + float(eta[head]))
         yield make_issue(
@@ -125,7 +127,7 @@ def _forecasts(step: int, heads: Heads, judged: np.ndarray) -> Iterator[Stabilit
             value,
             "collapsed_entropy",
             evidence,
-            CLIP_AND_SLOW,
+            suggestion,
             brief,
             forecast,
         )

@@ -9,12 +9,18 @@ import numpy as np
 from ...names import display_name
 from ..heads import Heads
 from ..issue import Crossing, StabilityIssue
+from ..measured import CLIP_FIX, RESOLVED, RESTART_FIX
 from ..thresholds import THRESHOLDS, threshold
 
 SHORT_CLIP = "QK-clip at 30"
 CLIP = f"apply {SHORT_CLIP} after the optimizer step"
-CLIP_AND_SLOW = (
-    f"{CLIP} and halve the learning rate (get_intervention proposes both); QK-norm is the lasting fix"
+SHORT_RESTART = "go back, QK-norm, a quarter of the rate"
+_RESTART, _CLIP_AND_SLOW = (RESOLVED[fix] for fix in (RESTART_FIX, CLIP_FIX))
+RESTART = (
+    "go back to a state from before the growth, start QK-norm, and train on at a quarter of the learning rate: it "
+    f"resolved {_RESTART.count} of {_RESTART.total} such runs in the laboratory, and get_intervention proposes it to a "
+    f"monitor with good_states. Without such a state it proposes {SHORT_CLIP} and half the rate, which resolved "
+    f"{_CLIP_AND_SLOW.count} of {_CLIP_AND_SLOW.total}"
 )
 
 

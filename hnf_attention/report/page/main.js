@@ -298,7 +298,8 @@ class Page {
       spanGaps: two, // the runs' log steps may differ
       values: onSteps(this.steps, run.steps, history(planes.ready(number, state.metric), start + state.head, run.steps.length, metric.scale)),
     }));
-    byId("history-title").textContent = `${label} head ${state.head}: ${metric.label}${metric.unit ? ` (${metric.unit})` : ""}`;
+    const runs = two ? `; ${report.runs[0].name} solid, ${report.runs[1].name} dashed` : "";
+    byId("history-title").textContent = `${label} head ${state.head}: ${metric.label}${metric.unit ? ` (${metric.unit})` : ""}${runs}`;
     const foretold = forecastsOf(this.shownRuns().map((run) => report.runs[run]), state);
     const lines = series.map((each) => lineText(two ? each.name : `${label} head ${state.head}`, this.steps, each.values, metric.unit));
     const text = [...lines, ...foretold.map((each) => each.text)].join(" ");
