@@ -166,6 +166,8 @@ def judged(found: dict) -> dict[str, tuple[bool, str]]:
         checks[name] = bool(holds), text
 
     for part, what in (("training", "long_run"), ("instrument and restore", "pairs")):
+        left = found[what]["left"]
+        check(f"{part}: left behind", not any(left.values()), ", ".join(f"{k} {v}" for k, v in left.items()))
         rows = found[what]["windows"][2:]
         if len(rows) < 2:
             check(f"{part}: windows", False, f"{len(rows)} windows after the warm-up; give more --seconds")
@@ -186,8 +188,6 @@ def judged(found: dict) -> dict[str, tuple[bool, str]]:
         check(
             f"{part}: time", ratio <= SLOWER, f"{first['ms']:.2f} -> {last['ms']:.2f} ms, at most x{SLOWER}"
         )
-        left = found[what]["left"]
-        check(f"{part}: left behind", not any(left.values()), ", ".join(f"{k} {v}" for k, v in left.items()))
     run = found["long_run"]
     rows = run["windows"]
     if len(rows) >= 4:

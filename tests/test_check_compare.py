@@ -1,14 +1,17 @@
 """Designs side by side, and what an advised change costs."""
 
+import io
 import json
+import re
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from hnf_attention.cli.main import main
-from hnf_attention.precheck import known_design
+from hnf_attention.precheck import check_attention_stability, known_design
 from hnf_attention.precheck.costs import Cost, cost
-from hnf_attention.report.designs import short_names
+from hnf_attention.report.designs import CheckedDesign, short_names, side_by_side
 
 NUMBERS = {"d_model": 512, "n_heads": 8, "n_layers": 3, "seq_len": 1024}
 
@@ -45,6 +48,23 @@ def test_designs_are_put_side_by_side(designs, tmp_path, capsys):
     assert list(lowest.values()) == sorted(lowest.values(), reverse=True)
 
 
+def test_a_design_of_two_keys_has_no_shorter_one_and_keeps_its_columns(designs, tmp_path, capsys):
+    short = design_file(tmp_path, "short", seq_len=2)
+    assert main(["check", short, designs[0]]) == 0
+    row = next(
+        line for line in capsys.readouterr().out.splitlines() if "short.json" in line and "from" in line
+    )
+    assert re.findall(r"\((\d+)\)", row) == ["2", "2", "16"] and "not known" not in row
+
+
+def test_of_designs_that_are_not_known_none_has_the_largest_margin():
+    report = check_attention_stability(config=NUMBERS)
+    unknown = type(report)(report | {"verdict": "not known"})
+    screen = Console(width=200, record=True, file=io.StringIO())
+    screen.print(side_by_side([CheckedDesign("a", unknown, {}), CheckedDesign("b", unknown, {})]))
+    assert "largest margin" not in screen.export_text()
+
+
 def test_one_design_keeps_its_document_and_all_must_pass(designs, capsys):
     assert main(["check", designs[0], "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["verdict"] == "stable"
@@ -70,6 +90,13 @@ def test_regions_are_drawn_beside_each_other(designs, tmp_path):
         with Image.open(tmp_path / "region.png") as picture:
             widths.append(picture.width)
     assert widths[1] == 3 * widths[0] == 3 * 1080
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error")
+def test_a_name_with_dollars_is_no_formula(designs, tmp_path):
+    strange = design_file(tmp_path, r"a$\frac$b_")
+    assert main(["check", designs[0], strange, "--region", str(tmp_path / "region.png")]) == 0
 
 
 @pytest.mark.parametrize(

@@ -127,8 +127,8 @@ def test_a_fault_of_every_step_is_said_once(stage, tmp_path, plain):
 
 #: Noted in the coverage alone, where it says of each layer what is missing.
 SILENT = ("in short", "keep", "extremes")
-#: Two parts use it.
-TWICE = ("lane",)
+#: Two parts use it, or it says what is lost as well.
+TWICE = ("lane", "notes")
 
 
 @pytest.mark.slow

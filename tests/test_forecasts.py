@@ -39,10 +39,10 @@ def test_the_interval_is_said_and_holds_the_line_and_its_delay():
     assert found.high == pytest.approx(threshold("forecast_high") * found.steps)
     issue = next(x for x in diagnose(history).issues if x.issue_type == "overflow_risk")
     assert "saturates in 50 (20 to 205) steps" in issue.headline
-    assert "it passes 100 nats in 50 (20 to 205) steps" in issue.evidence
+    assert "it passes 100 to either side in 50 (20 to 205) steps" in issue.evidence
     said = issue.forecast
     assert (said.what, said.statistic, said.value, said.made) == (
-        "passes 100 nats",
+        "passes 100 nats to either side",
         "logit_range_max",
         200.0,
         60,

@@ -159,3 +159,21 @@ def test_each_sentence_of_an_account_is_told_once():
         (10, "intervention", {"action": "qk_clip", "outcome": "open", "text": "clipped"}),
         (20, "intervention", {"action": "qk_clip", "outcome": "kept", "text": "it helped"}),
     ]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is POSIX's")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_leaves_the_losses_to_the_other_one():
+    keeper = Keeper()
+    monitor = AttentionStabilityMonitor(Model(), log_every=100, writers=[keeper])
+    monitor.on_step(loss=1.5)
+    monitor.instrumentation.restore()  # the model does not hold the monitor any more
+    child = os.fork()
+    if not child:
+        del monitor
+        gc.collect()  # runs what the end of the process runs
+        os._exit(len(keeper.notes))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    del monitor
+    gc.collect()
+    assert keeper.notes == [(1, {"loss": 1.5})]

@@ -93,3 +93,9 @@ def test_a_region_is_shown_in_one_line():
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         stability_region(BASE, **options)
+
+
+@pytest.mark.parametrize(("d_model", "n_heads"), [(64, 1), (96, 1), (128, 2)])
+def test_the_default_widths_of_a_design_of_few_heads_divide_into_them(d_model, n_heads):
+    region = stability_region(BASE | {"d_model": d_model, "n_heads": n_heads})
+    assert d_model in region.dims and not (region.dims % (d_model // n_heads)).any()

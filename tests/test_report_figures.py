@@ -301,3 +301,11 @@ def test_figures_are_written(draw, mixed, tmp_path):
 )
 def test_layer_labels_drop_what_all_share(names, labels):
     assert layer_labels(names) == labels
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("steps", [(10,), (10, 20)])
+def test_a_model_whose_scores_are_all_zero_has_a_figure_on_a_plain_scale(steps):
+    history = [snapshot(step, a=dict(max_logit=0.0, min_logit=0.0)) for step in steps]
+    axes = score_range_evolution(history)
+    assert axes.get_yscale() == "linear" and axes.get_ylim()[0] <= 0.0 < axes.get_ylim()[1]

@@ -14,11 +14,11 @@ from hnf_attention.report.page import forecasts, runs, stories
 from hnf_attention.run_log.reader import Event
 
 
-def told_forecast(values=None, **more):
+def told_forecast(values=None, head=1, **more):
     """The forecast of head 1 of layer b, at step 20 of a run with these ranges at steps 10, 20, ..., 60."""
     forecast = {"what": "passes 100 nats", "statistic": "logit_range_max", "value": 200.0, "made": 20}
     forecast |= {"step": 45.4, "low": 30.0, "high": 90.0} | more
-    detail = {"layer": "b", "head": 1, "issue_type": "overflow_risk", "severity": "error"}
+    detail = {"layer": "b", "head": head, "issue_type": "overflow_risk", "severity": "error"}
     (story,) = stories.stories([Event(20, "issue", "new", detail | {"forecast": forecast})])
     table = np.full((6, 5), 500.0, np.float32)  # every other head is far beyond
     table[:, 3] = [1, 2, 3, 4, 5, 6] if values is None else values
@@ -50,7 +50,27 @@ def test_a_forecast_of_the_future_is_not_due_and_one_without_an_interval_names_n
     assert forecasts.earliest([]) == ""
 
 
-@pytest.mark.parametrize("bad", [{"step": "soon"}, {"made": None}, {"low": float("nan")}, {"value": True}])
+@pytest.mark.parametrize(
+    "more",
+    [{"statistic": "key_norm"}, {"head": None}, {"head": 3}, {"head": -1}, {"head": "1"}, {"head": 1.5}],
+)
+def test_a_page_without_the_numbers_does_not_say_that_a_forecast_failed(more):
+    (found,) = told_forecast([1, 1, 1, 1, 999, 1], **more)
+    assert found["met"] is None
+    assert found["text"].endswith("This page does not hold the numbers that say whether it came.")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"step": "soon"},
+        {"made": None},
+        {"low": float("nan")},
+        {"value": True},
+        {"step": 10**400},
+        {"value": float("-inf")},
+    ],
+)
 def test_a_forecast_that_is_no_numbers_is_left_out(bad):
     assert told_forecast(**bad) == []
 
@@ -64,7 +84,7 @@ def test_a_page_says_how_often_such_issues_meant_harm_while_a_model_trains():
         "In 86% of such runs the loss suffered (19 of 22 in the laboratory). Source: "
     )
     assert len(story["forecasts"]) == 4 and story["forecast"].startswith(
-        "Head 0. At step 60: passes 100 nats near "
+        "Head 0. At step 60: passes 100 nats to either side near "
     )
     finished_text = report.html(diagnose([replace(each, training=False) for each in history])).text
     assert not any(

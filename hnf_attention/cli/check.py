@@ -13,7 +13,7 @@ import torch
 from ..errors import InputError
 from ..precheck import StabilityReport, check_attention_stability, known_design, stability_region
 from ..report.check import verdict
-from ..report.designs import CheckedDesign, side_by_side
+from ..report.designs import CheckedDesign, lengths, short_names, side_by_side
 from .exit_codes import FOUND, HEALTHY
 from .failures import has_weights
 from .loading import Loading, config_of_numbers, load_config, load_model, locate, quiet_transformers
@@ -68,11 +68,11 @@ def _stable(config: Config, options: argparse.Namespace) -> dict[int, float]:
     """Visible keys -> the lowest stable temperature, at three lengths; nothing where no formula knows the design."""
     try:
         design = known_design(config, seq_len=options.seq_len, dtype=options.dtype)
-        lengths = sorted({max(2, round(design.seq_len * factor)) for factor in (1 / 8, 1, 8)})
-        region = stability_region(design, dims=[design.d_model], lengths=lengths)
+        keys = lengths(design.seq_len)
+        region = stability_region(design, dims=[design.d_model], lengths=keys)
     except ValueError:
         return {}
-    return dict(zip(lengths, region.boundary[0].tolist()))
+    return dict(zip(keys, region.boundary[0].tolist()))
 
 
 def _draw(names: Sequence[str], configs: Sequence[Config], options: argparse.Namespace) -> None:
@@ -91,8 +91,9 @@ def _draw(names: Sequence[str], configs: Sequence[Config], options: argparse.Nam
     from ..figures.canvas import new_row, save
 
     panels = new_row(len(regions), 7.2, 4.4)
-    for name, region, panel in zip(names, regions, panels):
+    for name, region, panel in zip(short_names(names), regions, panels):
         region.plot(ax=panel)
+        name = name.replace("$", r"\$")  # no formula
         panel.set_title(f"{name}\n{panel.get_title(loc='left')}", loc="left", fontsize=9)
     save(panels[0], options.region)
 

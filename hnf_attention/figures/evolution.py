@@ -30,8 +30,10 @@ def score_range_evolution(
     axes = _evolution(
         history, lambda stats: stats.logit_range_max, "range of scores (nats)", "Attention scores", ax
     )
-    axes.set_yscale("log")
-    axes.autoscale(axis="y")
+    found = [stats.logit_range_max for snapshot in history for stats in snapshot.layers.values()]
+    if any((values > 0.0).any() for values in found):  # not so while all queries or all keys are 0
+        axes.set_yscale("log")
+        axes.autoscale(axis="y")
     draw_limits(axes, limits)
     return axes
 

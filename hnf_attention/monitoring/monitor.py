@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -134,7 +135,7 @@ class AttentionStabilityMonitor:
             weakref.finalize(self, self._together.leave, _ended()).atexit = False
         self._notes = Notes(writers if self._leads else ())
         # At the end of the process, too, writers get what was kept since the last log step. Theirs ends later.
-        weakref.finalize(self, hand_over_at_end, weakref.ref(self._notes))
+        weakref.finalize(self, hand_over_at_end, weakref.ref(self._notes), os.getpid())
         self._tracker = IssueTracker()
         #: What may fail without ending the run.
         self.parts = Parts(log_every)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -115,11 +116,14 @@ class Notes:
             raise errors[0]
 
 
-def hand_over_at_end(notes: weakref.ref[Notes]) -> None:
+def hand_over_at_end(notes: weakref.ref[Notes], process: int) -> None:
     """`Notes.hand_over` of a monitor that is dropped; whatever fails then is logged.
 
     notes: weak, because a writer may hold the monitor, which would then live as long as the process.
+    process: the monitor's. One that was forked from it ends without a word: the losses are the other one's.
     """
+    if os.getpid() != process:
+        return
     try:
         found = notes()
         if found is not None:

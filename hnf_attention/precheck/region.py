@@ -149,7 +149,7 @@ def stability_region(
         design, windows=(), layer_scale=(), n_layers=1, spread=design.spread and (max(design.spread),)
     )
     unit = design.n_heads if hold == "n_heads" else design.head_dim
-    around = [round(design.d_model * f / unit) * unit for f in _FACTORS]
+    around = [max(1, round(design.d_model * f / unit)) * unit for f in _FACTORS]
     widths = _sizes("dims", dims, [design.d_model] if design.spread else around)
     if design.spread and widths.tolist() != [design.d_model]:
         raise ValueError(

@@ -17,6 +17,7 @@ from .fitted import Column, FittedTable
 from .numbers import number
 
 _CHANGES = 3  # of each design
+_SHARES = {"an eighth of\nits keys": 1 / 8, "its keys": 1.0, "eight times\nits keys": 8.0}
 
 
 class CheckedDesign(NamedTuple):
@@ -48,15 +49,19 @@ def side_by_side(designs: Sequence[CheckedDesign]) -> RenderableType:
         parts.append(_changes(advised))
     for each in designs:
         parts += [Text(f"note: {each.name}: {note}", style="yellow") for note in each.report["notes"]]
-    best = max(
-        designs, key=lambda each: each.report["margin"] if each.report["verdict"] != "not known" else -1.0
-    )
+    known = [each for each in designs if each.report["verdict"] != "not known"]
+    best = max(known, key=lambda each: each.report["margin"], default=None)
     parts.append(Text(""))
     for each in designs:
         verdict, mark = each.report["verdict"], " (largest margin)" if each is best else ""
         ratio = f"sigma / sigma_c {each.report['sigma_ratio']:.2f}, margin {each.report['margin']:.2f}"
         parts.append(Text(f"{verdict}: {each.name}, {ratio}{mark}", style=VERDICT_STYLES[verdict]))
     return Group(*parts)
+
+
+def lengths(seq_len: int) -> list[int]:
+    """The visible keys that a design's temperatures are told at: an eighth of its own, its own, eight times as many."""
+    return [max(2, round(seq_len * share)) for share in _SHARES.values()]
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -108,14 +113,14 @@ def _margins(designs: Sequence[CheckedDesign]) -> FittedTable:
 def _stable(designs: Sequence[CheckedDesign]) -> FittedTable:
     """A column for each share of the design's own length."""
     columns = [_names(designs), Column("its own", [Text(f"{each.temperature:.3g}") for each in designs], 1)]
-    for place, title in enumerate(("an eighth of\nits keys", "its keys", "eight times\nits keys")):
+    for place, title in enumerate(_SHARES):
         cells = []
         for each in designs:
-            found = list(each.stable.items())
-            if place >= len(found):
+            keys = lengths(each.report["design"]["seq_len"])[place]
+            lowest = each.stable.get(keys)
+            if lowest is None:
                 cells.append(Text("not known", style="yellow"))
                 continue
-            keys, lowest = found[place]
             text = "none" if not math.isfinite(lowest) else f"from {lowest:.3g}"
             cells.append(Text(f"{text} ({keys:,})", style="green" if each.temperature >= lowest else "red"))
         columns.append(Column(title, cells, 0 if place == 1 else 2))

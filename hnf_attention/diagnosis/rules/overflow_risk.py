@@ -89,7 +89,11 @@ def _crossing(heads: Heads, head: int, step: int) -> Crossing | None:
     limit = threshold("alarm_logit")
     after = (float(each[head]) for each in coming)
     return Crossing(
-        f"passes {limit:g} nats", "logit_range_max", 2.0 * limit, step, *(step + each for each in after)
+        f"passes {limit:g} nats to either side",
+        "logit_range_max",
+        2.0 * limit,
+        step,
+        *(step + each for each in after),
     )
 
 
@@ -131,7 +135,9 @@ def _growth(heads: Heads, head: int, watched: int) -> _Verdict | None:
         value = heads.score_ahead(threshold("alarm_horizon"))[head]
         why = f"{half}, and by its trend {value:.4g} within {threshold('alarm_horizon'):.0f} steps, as in the first "
         when = (
-            f"; it passes {threshold('alarm_logit'):g} nats {heads.saturation.text(head)}" if coming else ""
+            f"; it passes {threshold('alarm_logit'):g} to either side {heads.saturation.text(head)}"
+            if coming
+            else ""
         )
         verdict = error, "alarm_logit", value, f"{why}layer and in most layers{when}", soon
     elif size > threshold("clip_logit"):
