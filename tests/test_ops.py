@@ -173,7 +173,7 @@ def test_a_pack_compiles_to_a_full_graph(device):
         return out.square().sum() + rows.entropy.sum() + some.entropy.sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
-    for seqlens in (case.seqlens, (0, 7, 33, 50)):  # of another length, and not a constant of the graph
+    for seqlens in (case.seqlens, (0, 7, 23, 30)):  # of another length, and not a constant of the graph
         seqlens = torch.tensor(seqlens, dtype=torch.int32, device=device)
         expected = torch.autograd.grad(loss(*leaves, seqlens), leaves)
         got = torch.autograd.grad(compiled(*leaves, seqlens), leaves)
