@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess  # nosec B404 - the command that the user names runs without a shell
+import subprocess  # nosec B404
 import tempfile
 import urllib.error
 import urllib.request
@@ -143,10 +143,10 @@ class CommandAlert(_AlertSender):
         return f"CommandAlert({self._arguments[0]})"
 
     def _send(self, issues: list[StabilityIssue]) -> None:
-        # A file: of a pipe, the end comes with the last process that the command left behind.
+        # Without a shell. A file: of a pipe, the end comes with the last process that the command left behind.
         with tempfile.TemporaryFile() as stderr:
             try:
-                done = subprocess.run(  # nosec B603 - as above
+                done = subprocess.run(  # nosec B603
                     [each.replace(_SUBJECT, subject(issues)) for each in self._arguments],
                     input=(body(issues) + "\n").encode("utf-8", "replace"),
                     stdout=subprocess.DEVNULL,
