@@ -27,9 +27,14 @@ class Terminal:
         settings = {**os.environ, "TERM": "xterm-256color", **(environment or {})}
         for name in ("COLUMNS", "LINES", "NO_COLOR"):
             settings.pop(name, None)
-        self._process = subprocess.Popen(
-            command, stdin=theirs, stdout=theirs, stderr=theirs, env=settings, start_new_session=True
-        )
+        # A shell lets its background jobs ignore Ctrl-C, and what they start inherits that.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=theirs, stdout=theirs, stderr=theirs, env=settings, start_new_session=True
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
         os.close(theirs)
         self.text, self._decoder = "", codecs.getincrementaldecoder("utf-8")("replace")
 
