@@ -49,9 +49,8 @@ def _code(function: Any) -> CodeType | None:
     while isinstance(function, functools.partial):
         function = function.func
     function = getattr(function, "__func__", function)
-    if not hasattr(
-        function, "__code__"
-    ):  # an object that can be called; `SIG_DFL` is none, but its metaclass is
+    # An object that can be called. `SIG_DFL` is none, but its metaclass is.
+    if not hasattr(function, "__code__"):
         calls = (vars(kind).get("__call__") for kind in type(function).__mro__)
         function = next((call for call in calls if call is not None), None)
     return getattr(function, "__code__", None)

@@ -25,10 +25,13 @@ def _longest(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, dtype=dtype).amax((0, 2)).float()
 
 
-def extreme_scores(query: Tensor, key: Tensor, options: Options, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def extreme_scores(
+    query: Tensor, key: Tensor, options: Options, wanted: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The largest and the smallest score of each row, (B, H, M) fp32, of the heads that are wanted.
 
-    wanted: boolean (H,), on the device. The rows of other heads may hold anything. Tensors as for `longest_rows`.
+    wanted: boolean (H,), on the device, None for all heads. The rows of other heads may hold anything. Tensors as for
+        `longest_rows`.
     """
     if engines.kernels_cover(query, None) and key.shape[2] > 0:
         with engines.on_device(query):

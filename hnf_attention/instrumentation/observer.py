@@ -299,9 +299,8 @@ def _short(
 ) -> Plain | None:
     try:
         return None if plain_of is None else plain_of(*args, **kwargs)
-    except (
-        Exception
-    ) as error:  # a function of the user's own may take other arguments: the description says it then
+    except Exception as error:
+        # A function of the user's own may take other arguments: the description says it then.
         let_out(error)
         return None
 

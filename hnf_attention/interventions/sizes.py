@@ -261,6 +261,5 @@ class ScoreSizes:
                 left_out = left_out[:, None]
             extremes = rows.max_logit, rows.min_logit
             if options is not None and _has_more(options) and query is not None and key is not None:
-                every = torch.ones(extremes[0].shape[1], dtype=torch.bool, device=query.device)
-                extremes = extreme_scores(query.detach(), key.detach(), product_options(options), every)
+                extremes = extreme_scores(query.detach(), key.detach(), product_options(options))
             layer.raise_to(sizes_of_rows(*extremes, left_out, self._measure))
