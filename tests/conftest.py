@@ -50,3 +50,17 @@ def one_thread():
 @pytest.fixture(scope="session")
 def device():
     return "cuda" if ON_GPU else "cpu"
+
+
+@pytest.fixture(scope="session")
+def host():
+    """The sm_90 forward on the host, where it runs."""
+    from hnf_attention.engine import engines
+    from hnf_attention.engine.card import card_of
+
+    reason = engines.hopper_runs_on(card_of(torch.device("cuda", 0)))
+    if reason is not None:
+        pytest.skip(reason)
+    from hnf_attention.kernels.hopper import host
+
+    return host

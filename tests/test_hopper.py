@@ -34,16 +34,6 @@ SHAPES = {
 }
 
 
-@pytest.fixture(scope="module")
-def host():
-    reason = engines.hopper_runs_on(card_of(torch.device("cuda", 0)))
-    if reason is not None:
-        pytest.skip(reason)
-    from hnf_attention.kernels.hopper import host
-
-    return host
-
-
 def agree(host, case, tensors):
     dtype = tensors[0].dtype
     got = host.forward(*tensors[:3], case.options(*tensors))[:5]

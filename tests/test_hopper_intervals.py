@@ -9,7 +9,6 @@ from cases import Case, close, oracle
 from hnf_attention import attention
 from hnf_attention.engine import engines
 from hnf_attention.engine.call import Call
-from hnf_attention.engine.card import card_of
 from hnf_attention.reference import attention as reference
 
 pytest.importorskip("triton", reason="Triton kernels need Linux")
@@ -80,16 +79,6 @@ HALVES = [
     (256, torch.bfloat16),
 ]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-
-
-@pytest.fixture(scope="module")
-def host():
-    reason = engines.hopper_runs_on(card_of(torch.device("cuda", 0)))
-    if reason is not None:
-        pytest.skip(reason)
-    from hnf_attention.kernels.hopper import host
-
-    return host
 
 
 def agree(host, case, tensors):

@@ -37,24 +37,17 @@ def run(options: argparse.Namespace) -> int:
     if options.learning_rate is not None:
         plan["learning_rate"] = options.learning_rate
     names, found = list(options.designs), []
+    several = len(names) > 1
     with shown_progress() as show:
         for number, name in enumerate(names, 1):
-            show(
-                f"checking {name}",
-                None if len(names) == 1 else number,
-                None if len(names) == 1 else len(names),
-            )
+            show(f"checking {name}", *((number, len(names)) if several else (None, None)))
             found.append(check(name, options.seq_len, options.dtype, options.weights, plan))
     reports = [report for report, _ in found]
-    several = len(reports) > 1
-    compared = (
-        [
-            CheckedDesign(name, report, _stable(config, options))
-            for name, (report, config) in zip(names, found)
-        ]
+    compared = [
+        CheckedDesign(name, report, _stable(config, options))
+        for name, (report, config) in zip(names, found)
         if several
-        else []
-    )
+    ]
     console.print(side_by_side(compared) if several else verdict(reports[0], names[0]))
     if options.region is not None:
         _draw(names, [config for _, config in found], options)
