@@ -44,6 +44,7 @@ IMPOSSIBLE: dict[tuple[str, str], bool] = {
     ("pack_kernel", "is_packed"): False,
     ("mask_kernel", "has_mask"): False,
     ("mask_kernel", "is_packed"): True,
+    ("longest_kernel", "has_padding"): True,  # it reads every row
     # Each of the two is the other's case.
     ("extremes_kernel", "single"): True,
     ("single_extremes_kernel", "single"): False,
