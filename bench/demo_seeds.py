@@ -1,6 +1,6 @@
 """Run the demo on several seeds, each beside a healthy control run, and record the results.
 
-    python bench/demo_seeds.py OUT.json 0 1 2 3 4 5
+    python bench/demo_seeds.py OUT.json 0 1 2 3 4 5 6 7
 
 Each seed is run as `hnf-attention demo` runs it; nothing is chosen per seed. Beside it train:
 
