@@ -49,9 +49,9 @@ class Config:
             raise InputError(f"expected at least {least} steps, got {self.steps}")
 
 
-# The same story from a smaller model in less time. It needs as many steps as a stall of the loss takes to show.
+# The same story from a smaller model in less time. It needs as many steps as a stall of the loss takes to show: of ten
+# seeds, two had none in 300 steps, and the last one showed at step 330.
 QUICK = Config(
-    steps=300,
     layers=2,
     width=48,
     context=32,
