@@ -149,6 +149,18 @@ def test_json_lines_hold_the_whole_run(tmp_path, capsys):
     assert last["layers"]["layers.0.attn"]["max_logit"][0] is None
 
 
+def test_json_lines_go_to_standard_output_for_a_dash(tmp_path, monkeypatch, capsys):
+    path = run_of(tmp_path / "run.db", steps=3)
+    assert main(["export", str(path), "-o", str(tmp_path / "run.jsonl")]) == 0
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "run.db", "-o", "-", "--json", "document"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == (tmp_path / "run.jsonl").read_text() and not (tmp_path / "-").exists()
+    assert captured.err == "3 log steps: standard output\n"
+    assert json.loads((tmp_path / "document").read_text())["bytes"] is None
+
+
 def test_parquet_has_a_row_for_each_head_and_log_step(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     path = run_of(tmp_path / "run.db", steps=3)
