@@ -89,6 +89,23 @@ def test_low_numbers_are_the_worst_where_low_is_bad(tmp_path):
     assert lines_of(tmp_path / "run.db", 80, metric=metric)[1].endswith("0.1")
 
 
+@pytest.mark.parametrize(
+    ("numbers", "legend"),
+    [
+        ([np.nan, np.nan], "no number"),
+        ([4.0, np.nan], f"{LEVELS[4]} 4 nats"),
+        ([4.0, 5.0], f"{LEVELS[0]} 4 to {LEVELS[-1]} 5 nats"),
+    ],
+)
+def test_the_legend_has_the_numbers_that_there_are(tmp_path, numbers, legend):
+    out = RunLogWriter(tmp_path / "run.db")
+    out.write(AttentionDiagnosis([], {"a": head_stats(2, max_logit=numbers, min_logit=0.0)}, 1))
+    out.close()
+    lines = lines_of(tmp_path / "run.db", 80)
+    assert lines[2] == f"range of a row's scores, largest: {legend}"
+    assert [line[12] for line in lines if line.startswith("a ")] == [legend[0] if "nats" in legend else "×"]
+
+
 def test_names_from_a_file_reach_no_terminal_as_they_are(tmp_path):
     path = run_of(tmp_path / "run.db", name=HOSTILE + "{}")
     assert not any("\x1b" in line for line in lines_of(path, 120))

@@ -34,10 +34,11 @@ class _Scale(NamedTuple):
     logarithmic: bool
 
     @staticmethod
-    def of(values: np.ndarray) -> _Scale:
+    def of(values: np.ndarray) -> _Scale | None:
+        """That of these numbers; None if none of them is finite."""
         finite = values[np.isfinite(values)]
         if not finite.size:
-            return _Scale(0.0, 1.0, False)
+            return None
         low, high = float(finite.min()), float(finite.max())
         return _Scale(low, high, bool(low > 0 and high > 20 * low))
 
@@ -150,9 +151,14 @@ def _legend(watched: Watched, width: int) -> Text:
     metric, scale = watched.metric, _Scale.of(np.concatenate([*watched.latest.values(), np.empty(0)]))
     unit = f" {metric.unit}" if metric.unit else ""
     text = Text(f"{metric.label}: ")
-    text.append(LEVELS[0], _COLOURS[0]).append(f" {scale.low:.4g} to ")
-    text.append(LEVELS[-1], _COLOURS[-1]).append(f" {scale.high:.4g}{unit}")
-    text.append(", log scale" if scale.logarithmic else "")
+    if scale is None:
+        text.append("no number")
+    elif scale.low == scale.high:
+        text.append(*_cell(scale.low, scale)).append(f" {scale.low:.4g}{unit}")
+    else:
+        text.append(*_cell(scale.low, scale)).append(f" {scale.low:.4g} to ")
+        text.append(*_cell(scale.high, scale)).append(f" {scale.high:.4g}{unit}")
+        text.append(", log scale" if scale.logarithmic else "")
     text.truncate(width, overflow="ellipsis")
     return text
 
@@ -210,9 +216,9 @@ def _worst(values: np.ndarray, metric: Metric) -> float:
     return float(values.min() if metric.low_is_bad else values.max())
 
 
-def _cell(value: float, scale: _Scale) -> tuple[str, str]:
+def _cell(value: float, scale: _Scale | None) -> tuple[str, str]:
     """A character and its style. Its height says what its colour says."""
-    if not np.isfinite(value):
+    if scale is None or not np.isfinite(value):
         return _NOT_FINITE, "bold red"
     level = scale.level(value)
     return LEVELS[level], _COLOURS[level]
