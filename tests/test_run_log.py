@@ -6,11 +6,13 @@ import sqlite3
 
 import numpy as np
 import pytest
+import torch
 from heads import diagnoses, head_stats, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from hnf_attention import errors
 from hnf_attention.diagnosis import AttentionDiagnosis, diagnose
 from hnf_attention.run_log import (
     BadLog,
@@ -114,6 +116,54 @@ def test_what_happens_while_a_log_step_waits_is_kept(tmp_path, kind):
     out.close()
     with RunLog(tmp_path / "run.db") as log:
         assert [event.step for event in log.events if event.kind == "intervention"] == [12]
+
+
+def test_numbers_of_other_libraries_are_steps(tmp_path, kind):
+    out = RunLogWriter(tmp_path / "run.db")
+    out.note(np.int64(9), loss=1.0)
+    out.event(torch.tensor(9), "checkpoint")
+    out.write(diagnoses()[0])
+    for tell in (lambda: out.note(9.5, loss=1.0), lambda: out.event("9", "checkpoint")):
+        with pytest.raises(TypeError):
+            tell()
+    out.close()
+    with RunLog(tmp_path / "run.db") as log:
+        assert log.steps.tolist() == [10] and log.scalars()["loss"][0].tolist() == [9]
+        assert [event.step for event in log.events if event.kind == "checkpoint"] == [9]
+
+
+def test_a_first_log_step_is_written_where_earlier_issues_cannot_be_read(tmp_path, monkeypatch, caplog):
+    def busy(*_):
+        raise sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr(database, "active_issues", busy)
+    monkeypatch.setattr(errors, "_reported", set())
+    write(tmp_path / "run.db", diagnoses())
+    with RunLog(tmp_path / "run.db") as log:
+        assert log.steps.tolist() == [10, 20, 30]
+    assert "could not be read, and count as new" in caplog.text
+
+
+def test_a_log_is_read_where_no_file_can_be_made_beside_it(tmp_path, monkeypatch):
+    opened = database._opened_to_read
+
+    def refused(path, how):  # as SQLite refuses the folder of somebody else, unless root asks
+        if how == "mode=ro":
+            raise OSError("attempt to write a readonly database")
+        return opened(path, how)
+
+    monkeypatch.setattr(database, "_opened_to_read", refused)
+    path = tmp_path / "run.db"
+    write(path, [at(1, a={})])
+    with RunLog(path) as log:
+        assert log.steps.tolist() == [1]
+        write(tmp_path / "longer.db", [at(1, a={}), at(2, a={})])
+        (tmp_path / "longer.db").replace(path)
+        log.refresh()
+        assert log.steps.tolist() == [1, 2]
+    (tmp_path / "run.db-wal").write_bytes(b"of a process that writes")
+    with pytest.raises(OSError, match="readonly"):
+        RunLog(path)
 
 
 def test_issues_come_and_go(tmp_path):
@@ -327,6 +377,7 @@ MOUNTS = r"""22 1 8:1 / / rw - ext4 /dev/sda1 rw
 40 22 0:33 / /net rw shared:1 - nfs4 server:/x rw
 41 40 8:2 / /net/local\040disk rw - xfs /dev/sdb rw
 42 22 0:44 / /fuse rw - fuse.sshfs host: rw
+44 22 0:45 / /daten/größe\040π rw - nfs server:/y rw
 43 22 0:45 / /ntfs rw - fuse.ntfs /dev/sdc rw
 broken line
 """
@@ -339,6 +390,7 @@ broken line
         ("/net/runs/a", "nfs4"),
         ("/net/local disk/a", None),
         ("/network", None),
+        ("/daten/größe π/a", "nfs"),
         ("/fuse/x", "fuse.sshfs"),
         ("/ntfs/x", None),
     ],

@@ -125,6 +125,38 @@ def test_a_run_that_grows_is_followed(tmp_path):
     out.close()
 
 
+@pytest.mark.parametrize("steps", [(20, 30), (20, 30, 40), (15, 25)])
+def test_steps_that_a_resumed_run_does_again_are_read_again(tmp_path, steps):
+    path = tmp_path / "run.db"
+    watched = Watched(METRIC)
+
+    def write(steps, size):
+        out = RunLogWriter(path)
+        for step in steps:
+            out.write(AttentionDiagnosis([], {"a": head_stats(2, max_logit=size + step, min_logit=0)}, step))
+        out.close()
+
+    write((10, 20, 30), 0.0)
+    with RunLog(path) as log:
+        watched.update(log)
+        write(steps, 1024.0)
+        watched.update(log)
+        done = [10, *steps]
+        assert watched.steps == done and watched.worst == [10.0, *(1024.0 + step for step in steps)]
+        watched.update(log)
+        assert watched.steps == done
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_stream_that_lacks_our_characters_gets_others(tmp_path, monkeypatch, encoding):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    path = run_of(tmp_path / "run.db", steps=2)
+    monkeypatch.setattr("sys.stdout", stream)
+    assert main(["watch", str(path), "--once"]) in (0, 1)
+    stream.flush()
+    assert b"range of a row's scores, largest: ? " in stream.buffer.getvalue()
+
+
 def test_watch_says_it_all_as_json_too(tmp_path, capsys):
     path = run_of(tmp_path / "run.db", steps=20)
     assert main(["watch", str(path), "--once", "--json", "-"]) in (0, 1)

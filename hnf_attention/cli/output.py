@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from io import TextIOWrapper
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -29,7 +30,12 @@ class _Screen(Console):
 
 
 def console(stream: TextIO) -> Console:
-    """A console as wide as the terminal; in a file or a CI log, wide enough for every table."""
+    """A console as wide as the terminal; in a file or a CI log, wide enough for every table.
+
+    Characters that the stream's encoding lacks become question marks.
+    """
+    if isinstance(stream, TextIOWrapper):
+        stream.reconfigure(errors="replace")
     found = _Screen(file=stream)
     if not found.is_terminal:
         found.width = _LOG_WIDTH

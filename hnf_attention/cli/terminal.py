@@ -64,18 +64,23 @@ class Watched:
         self.events: list[Event] = []
         self.issues: list[dict] = []
         self.missed: dict[str, str] = {}
+        self._written = 0.0  # when the last of the steps was
 
     def update(self, log: RunLog) -> None:
         """Read what was written since the last time."""
         log.refresh()
         self.name = str(log.path)
-        last = self.steps[-1] if self.steps else -1
-        known = log.steps
-        if len(known) and known[-1] < last:  # the run was resumed from an earlier step
-            last = -1
-            self.steps.clear()
-            self.worst.clear()
-        for record in log.records(after=last):
+        records = log.records()
+        if self.steps:
+            records = log.records(after=self.steps[-1] - 1)
+            again = next(records, None)
+            if again is None or (again.step, again.time) != (self.steps[-1], self._written):
+                # The run was resumed from an earlier step, and does these again.
+                self.steps.clear()
+                self.worst.clear()
+                records = log.records()
+        for record in records:
+            self._written = record.time
             self.latest = record_values(record, self.metric.name)
             values = np.concatenate([*self.latest.values(), np.empty(0, np.float32)])
             finite = values[np.isfinite(values)]

@@ -86,10 +86,25 @@ def _use_wal(connection: sqlite3.Connection) -> None:
             time.sleep(0.02)
 
 
-def connect_to_read(path: Path) -> sqlite3.Connection:
-    """Open a run log that may be written meanwhile. Raises BadLog or OSError."""
+def connect_to_read(path: Path) -> tuple[sqlite3.Connection, bool]:
+    """Open a run log that may be written meanwhile. Raises BadLog or OSError.
+
+    Returns, too, whether what is written is seen: not in a folder where this process may make no files.
+    """
     path.stat()  # OSError with the file's name
-    connection = _open(f"{path.absolute().as_uri()}?mode=ro", path)
+    try:
+        return _opened_to_read(path, "mode=ro"), True
+    except OSError:
+        # Beside a file with a write-ahead log even a reader makes files, which it may not do in each folder. Where
+        # nobody writes, it can do without.
+        ahead = path.with_name(f"{path.name}-wal")
+        if ahead.exists() and ahead.stat().st_size:
+            raise
+        return _opened_to_read(path, "mode=ro&immutable=1"), False
+
+
+def _opened_to_read(path: Path, how: str) -> sqlite3.Connection:
+    connection = _open(f"{path.absolute().as_uri()}?{how}", path)
     with _closed_if_bad(connection, path):
         found = _version(connection, path)
         if found != VERSION:

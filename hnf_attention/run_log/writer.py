@@ -14,6 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
+from operator import index
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -102,11 +103,11 @@ class RunLogWriter:
 
     def note(self, step: int, **scalars: float) -> None:
         """Keep numbers of a training step, such as loss=2.3; written with the next log step, or at the end."""
-        self._take(("scalars", step, {name: float(value) for name, value in scalars.items()}))
+        self._take(("scalars", index(step), {name: float(value) for name, value in scalars.items()}))
 
     def event(self, step: int, kind: str, **detail: Any) -> None:
         """Keep something that happened, such as an intervention; written with the next log step, or at the end."""
-        self._take(("event", step, {"kind": kind, "step": step} | plain(detail)))
+        self._take(("event", index(step), {"kind": kind, "step": index(step)} | plain(detail)))
 
     def flush(self, timeout: float = _PATIENCE) -> bool:
         """Wait until every log step that was taken is written. Returns whether it is."""
@@ -187,7 +188,7 @@ class _Thread(threading.Thread):
                 if kind == "diagnosis":
                     self._taken += 1
                     if self._number == 0:
-                        self._recording.know(self._sink.active_before(rest[0].step))
+                        self._know(rest[0].step)
                     self._number += 1
                     self.kept.append((self._number, self._recording.record(*rest)))
                     self._write()
@@ -214,6 +215,13 @@ class _Thread(threading.Thread):
             self._leave_out("what came after the last log step")
         if self.kept:
             _log.warning("the run log ends with %d log steps that could not be written", len(self.kept))
+
+    def _know(self, step: int) -> None:
+        """Take in the issues of an earlier session. Without them, they are new ones: no log step is lost for that."""
+        try:
+            self._recording.know(self._sink.active_before(step))
+        except Exception as error:
+            report("the issues before this log step could not be read, and count as new", error)
 
     def _leave_out(self, what: str) -> None:
         """Say that something is not written: once, until something is."""
