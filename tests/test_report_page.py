@@ -342,15 +342,6 @@ def test_long_scalars_are_thinned_and_keep_extremes_and_gaps():
     assert found["steps"][found["values"].index(None)] - 40_000 < 100
 
 
-def test_thinned_scalars_keep_their_ends():
-    values = np.ones(50_000)
-    values[-1] = 1.5  # neither the lowest nor the highest of its stretch, after
-    values[-9:-1] = np.arange(8.0)
-    found = scalars.for_page({"loss": (np.arange(50_000), values)})["loss"]
-    assert (found["steps"][0], found["steps"][-1], found["values"][-1]) == (0, 49_999, 1.5)
-    assert len(found["steps"]) <= 2000
-
-
 def test_a_check_of_an_earlier_deed_is_none_of_the_latest():
     events = [
         issue(10, "new"),
@@ -360,13 +351,6 @@ def test_a_check_of_an_earlier_deed_is_none_of_the_latest():
     ]
     (story,) = stories.stories(events)
     assert story.outcome == "qk clip at step 30 did not end it: the issue is still there."
-
-
-def test_the_bad_end_of_a_statistic_is_the_same_everywhere():
-    assert {x.name for x in metrics.METRICS if limits.worse(x.name) == "low"} == {
-        x.name for x in metrics.METRICS if x.low_is_bad
-    }
-    assert limits.worse("min_logit") == "low"
 
 
 def test_layers_that_come_while_a_page_is_made_are_left_for_the_next_one(tmp_path):
