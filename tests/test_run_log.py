@@ -117,6 +117,20 @@ def test_what_happens_while_a_log_step_waits_is_kept(tmp_path, kind):
         assert [event.step for event in log.events if event.kind == "intervention"] == [12]
 
 
+def test_a_resumed_run_that_notes_less_replaces_all_that_it_does_again(tmp_path, kind):
+    path = tmp_path / "run.db"
+    for noted, value in ((range(1, 31), 1.0), ((12, 22), 2.0)):  # at last from a checkpoint after step 11
+        out = RunLogWriter(path)
+        for step in noted:
+            out.note(step, loss=value)
+        out.note(1, learning_rate=value)
+        out.write(at(30, a={}))
+        out.close()
+    with RunLog(path) as log:
+        steps, values = log.scalars()["loss"]
+        assert steps.tolist() == [*range(1, 12), 12, 22] and values.tolist() == [1.0] * 11 + [2.0] * 2
+
+
 def test_numbers_of_other_libraries_are_steps(tmp_path, kind):
     out = RunLogWriter(tmp_path / "run.db")
     out.note(np.int64(9), loss=1.0)

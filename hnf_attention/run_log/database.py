@@ -237,8 +237,9 @@ def _drop_later(connection: sqlite3.Connection, record: Record, begins: bool) ->
     (last,) = connection.execute(earlier, (first,)).fetchone()
     connection.execute("DELETE FROM snapshots WHERE step >= ?", (first,))
     connection.execute("DELETE FROM events WHERE step > ?", (last,))
-    for name in record.scalars:
-        connection.execute("DELETE FROM scalars WHERE name = ? AND step > ?", (name, record.step))
+    for name, pairs in record.scalars.items():
+        since = min(step for step, _ in pairs) if begins else record.step + 1
+        connection.execute("DELETE FROM scalars WHERE name = ? AND step >= ?", (name, since))
 
 
 def active_issues(connection: sqlite3.Connection, step: int) -> list[dict[str, Any]]:
