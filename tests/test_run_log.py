@@ -123,10 +123,12 @@ def test_a_resumed_run_that_notes_less_replaces_all_that_it_does_again(tmp_path,
         out = RunLogWriter(path)
         for step in noted:
             out.note(step, loss=value)
-        out.note(1, learning_rate=value)
-        out.write(at(30, a={}))
+        out.note(0, parameters=value)
+        for step in (10, 15, 30) if value == 1.0 else (30,):
+            out.write(at(step, a={}))
         out.close()
     with RunLog(path) as log:
+        assert log.steps.tolist() == [10, 30] and log.scalars()["parameters"][1].tolist() == [2.0]
         steps, values = log.scalars()["loss"]
         assert steps.tolist() == [*range(1, 12), 12, 22] and values.tolist() == [1.0] * 11 + [2.0] * 2
 

@@ -48,6 +48,8 @@ SCRIPTS = (
     """,
 )
 VERSION = len(SCRIPTS)
+#: What `on_step` notes of the steps that a run does. Users note other numbers at whatever step, such as once at 0.
+_OF_STEPS = ("loss", "grad_norm")
 _JOINED_AT_ONCE = 32  # pairs of log steps that one transaction joins
 _WAIT = 10.0  # seconds for another process's transaction
 
@@ -230,15 +232,16 @@ def _add_snapshot(connection: sqlite3.Connection, session: int, record: Record) 
 def _drop_later(connection: sqlite3.Connection, record: Record, begins: bool) -> None:
     """Drop what was written of this log step and of later ones.
 
-    begins: the record is its session's first. It then stands for the steps since the first scalar in it, too.
+    begins: the record is its session's first. It then stands for the steps since the first loss in it, too.
     """
-    first = min([record.step, *(step for pairs in record.scalars.values() for step, _ in pairs if begins)])
+    own = [step for name in _OF_STEPS for step, _ in record.scalars.get(name, ()) if begins]
+    first = min([record.step, *own])
     earlier = "SELECT coalesce(max(step), -1) FROM snapshots WHERE step < ?"
     (last,) = connection.execute(earlier, (first,)).fetchone()
     connection.execute("DELETE FROM snapshots WHERE step >= ?", (first,))
     connection.execute("DELETE FROM events WHERE step > ?", (last,))
-    for name, pairs in record.scalars.items():
-        since = min(step for step, _ in pairs) if begins else record.step + 1
+    for name in record.scalars:
+        since = first if begins else record.step + 1
         connection.execute("DELETE FROM scalars WHERE name = ? AND step >= ?", (name, since))
 
 
