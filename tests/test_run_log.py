@@ -133,6 +133,22 @@ def test_a_resumed_run_that_notes_less_replaces_all_that_it_does_again(tmp_path,
         assert steps.tolist() == [*range(1, 12), 12, 22] and values.tolist() == [1.0] * 11 + [2.0] * 2
 
 
+def test_what_is_added_to_a_run_that_was_leaves_the_rest(tmp_path, kind):
+    path = tmp_path / "run.db"
+    write(path, diagnoses())
+    with RunLog(path) as log:
+        told = [event for event in log.events]
+    for action in ("first", "second"):
+        out = RunLogWriter(path)
+        out.event(15, "remark", action=action)
+        out.note(0, parameters=1.0)
+        out.close()
+    with RunLog(path) as log:
+        assert log.steps.tolist() == [10, 20, 30]
+        assert [event for event in log.events if event.kind == "issue"] == told
+        assert [x.detail["action"] for x in log.events if x.kind == "remark"] == ["first", "second"]
+
+
 def test_numbers_of_other_libraries_are_steps(tmp_path, kind):
     out = RunLogWriter(tmp_path / "run.db")
     out.note(np.int64(9), loss=1.0)

@@ -189,6 +189,8 @@ def add(connection: sqlite3.Connection, session: int, number: int, record: Recor
         if number <= received:
             return
         connection.execute("UPDATE sessions SET received = ? WHERE id = ?", (number, session))
+        if number > 1 and not _has_log_step(connection, session):  # what it told before is told again
+            connection.execute("DELETE FROM events WHERE session = ?", (session,))
         _drop_later(connection, record, begins=number == 1)
         if record.layout.layers:
             _add_snapshot(connection, session, record)
@@ -229,12 +231,21 @@ def _add_snapshot(connection: sqlite3.Connection, session: int, record: Record) 
     )
 
 
+def _has_log_step(connection: sqlite3.Connection, session: int) -> bool:
+    """Whether a session that writes now has written a log step: it is the latest one then."""
+    latest = connection.execute("SELECT session FROM snapshots ORDER BY step DESC LIMIT 1").fetchone()
+    return latest is not None and latest[0] == session
+
+
 def _drop_later(connection: sqlite3.Connection, record: Record, begins: bool) -> None:
     """Drop what was written of this log step and of later ones.
 
-    begins: the record is its session's first. It then stands for the steps since the first loss in it, too.
+    begins: the record is its session's first. It then stands for the steps since the first loss in it, too. One without
+    a log step and a loss stands for none: somebody adds to a run that was.
     """
     own = [step for name in _OF_STEPS for step, _ in record.scalars.get(name, ()) if begins]
+    if not (own or record.layout.layers):
+        return
     first = min([record.step, *own])
     earlier = "SELECT coalesce(max(step), -1) FROM snapshots WHERE step < ?"
     (last,) = connection.execute(earlier, (first,)).fetchone()
