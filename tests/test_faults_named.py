@@ -150,16 +150,20 @@ def test_the_search_for_a_layer_may_fail_too(monkeypatch):
 def test_two_threads_train_under_one_monitor_with_a_fault_in_one(monkeypatch):
     """Another thread evaluates a copy of the weights with the same modules, while the first one trains."""
     plain, found = train(monitored=False), []
-    stop, errors_there = threading.Event(), []
+    stop, errors_there, lock = threading.Event(), [], threading.Lock()
 
     def evaluate(model, step):
+        if step == 3:
+            lock.acquire()  # the fault is this thread's alone: each one lengthens the rest that the layer takes
+        if step == 5:
+            lock.release()
         if step != 1:
             return
 
         def run():
             try:
                 while not stop.is_set():
-                    with torch.no_grad():
+                    with lock, torch.no_grad():
                         model(torch.zeros(1, 3, 16))
             except Exception as error:
                 errors_there.append(error)
