@@ -20,7 +20,7 @@ from ...report.tables import STYLES, issue_list
 from ...run_log import RunLog, RunLogWriter
 from ..devices import device_of
 from ..exit_codes import FOUND, HEALTHY
-from ..output import check_target, for_people, make_folder, write_document
+from ..output import check_targets, for_people, make_folder, write_document
 from . import artifacts
 from .outcome import HINDSIGHT_GAP, Outcome, judge
 from .training import QUICK, Config, Run, train
@@ -32,7 +32,7 @@ _RUNS = {False: "untreated.db", True: "treated.db"}  # names of the run logs
 
 
 def run(options: argparse.Namespace) -> int:
-    check_target(options.json, "--json")
+    check_targets({"--json": options.json})
     recipe = QUICK if options.quick else Config()
     config = replace(
         recipe,
