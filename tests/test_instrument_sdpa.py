@@ -13,16 +13,8 @@ from torch import nn
 from hnf_attention.engine import engines
 from hnf_attention.instrumentation import instrument, measurer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ORIGINAL = F.scaled_dot_product_attention
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """The models are tiny: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
