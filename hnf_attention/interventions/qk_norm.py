@@ -239,7 +239,8 @@ def start_qk_norm(
     gains: a state dict of a model with QK-norm. The layers and values come from it, for a checkpoint that is resumed:
         call this before `model.load_state_dict` and `optimizer.load_state_dict`.
 
-    Each process of torch.distributed starts from the mean over all of them, and averages the gains' gradients.
+    Each process of torch.distributed starts from the mean over those that hold the same heads, and averages the gains'
+    gradients over them. Beside weights that are DTensors the gains are such, of all heads.
     Copies of the model that were made before do not have the gains: make an EMA copy anew.
 
     Raises ValueError for a model whose attention cannot be reached, TypeError for wrong arguments, and has then changed
