@@ -1,11 +1,17 @@
 """Run the demo on several seeds, each beside a healthy control run, and record the results.
 
-    python bench/demo_seeds.py OUT.json 0 1 2 3 4 5
+    python bench/demo_seeds.py OUT.json 0 1 2 3 4 5 6 7
 
-Each seed is run as `hnf-attention demo` runs it; nothing is chosen per seed. The control is the same model on
-the same data, at the usual temperature and a tenth of the learning rate. The monitor should find no error in it,
-and its loss should show no sign of trouble. Exit code 1 if a seed breaks a promise of the demo, or if a control
-run has an error or a sign of trouble.
+Each seed is run as `hnf-attention demo` runs it; nothing is chosen per seed. Beside it train:
+
+- the healthy twin of the untreated run: the same model, data, temperature and rate, with QK-norm from the start, as
+  `start_qk_norm` starts it. It tells attention's share of the harm (docs/validation.md).
+- the same twin at a quarter and an eighth of the rate: what that temperature reaches at better rates.
+- the control: the same model on the same data, at the usual temperature and a tenth of the learning rate. The monitor
+  should find no error in it, and its loss should show no sign of trouble.
+
+Final losses are those on held-out text, the same windows for all. Exit code 1 if a seed breaks a promise of the demo,
+if a treated run ends 0.05 nat or more above its twin, or if a control run has an error or a sign of trouble.
 """
 
 import json
@@ -24,8 +30,12 @@ from machine import machine
 from rich.console import Console
 
 from hnf_attention.cli.demo import Config, run_demo
-from hnf_attention.cli.demo.loss import final, first_sign
-from hnf_attention.cli.demo.training import train
+from hnf_attention.cli.demo.loss import first_sign
+from hnf_attention.cli.demo.training import Training, train
+from hnf_attention.interventions import start_qk_norm
+
+TWIN_RATES = (1.0, 0.25, 0.125)  # of the untreated run's own
+HEALTHY_GAP = 0.05  # nats above the twin
 
 
 def demo(seed: int) -> dict:
@@ -45,13 +55,27 @@ def control(seed: int) -> dict:
             snapshots["with_warnings"] += bool(diagnosis.warnings)
             snapshots["with_errors"] += bool(diagnosis.errors)
 
-    losses = train(config, False, count).losses
-    sign = first_sign(losses)
+    finished = train(config, False, count)
+    sign = first_sign(finished.losses)
     shows = None if sign is None else asdict(sign)
-    return {"seed": seed, "loss_shows": shows, "final_loss": final(losses), **snapshots}
+    return {"seed": seed, "loss_shows": shows, "final_loss": finished.held_out_loss, **snapshots}
 
 
-def row(result: dict, healthy: dict) -> str:
+def twins(seed: int) -> dict:
+    """The final loss of the twin at each rate."""
+    found = {}
+    for factor in TWIN_RATES:
+        training = Training(
+            replace(Config(seed=seed), peak_learning_rate=Config().peak_learning_rate * factor)
+        )
+        start_qk_norm(training.model, training.optimizer)
+        for _ in range(training.config.steps):
+            training.step()
+        found[f"x {factor:g}"] = training.held_out_loss()
+    return {"seed": seed, "final_loss": found[f"x {TWIN_RATES[0]:g}"], "by_rate": found}
+
+
+def row(result: dict, twin: dict, healthy: dict) -> str:
     signs = [result["loss_shows"], result["treated_loss_shows"], healthy["loss_shows"]]
     losses = (result["untreated_final_loss"], result["treated_final_loss"], result["gap_nats"])
     cells = [
@@ -61,6 +85,7 @@ def row(result: dict, healthy: dict) -> str:
         *(f"{sign['step']} ({sign['kind']})" if sign else "never" for sign in signs),
         result["hindsight_step"],
         *("not finite" if loss is None else f"{loss:.2f}" for loss in losses),
+        *(f"{loss:.2f}" for loss in twin["by_rate"].values()),
         f"{healthy['final_loss']:.2f}",
         f"{healthy['with_warnings']}, {healthy['with_errors']} of {healthy['readings']}",
         f"{result['seconds']:.0f}",
@@ -70,7 +95,7 @@ def row(result: dict, healthy: dict) -> str:
 
 def main(path: str, seeds: list[int]) -> int:
     torch.set_num_threads(1)
-    results, controls = [], []
+    results, beside, controls = [], [], []
     logging.getLogger("hnf_attention").addHandler(logging.NullHandler())  # the control's issues are counted
     columns = (
         "seed",
@@ -84,18 +109,25 @@ def main(path: str, seeds: list[int]) -> int:
         "treated",
         "gap",
     )
+    columns += (*(f"twin at rate x {factor:g}" for factor in TWIN_RATES),)
     columns += ("control", "its snapshots with warnings, errors", "seconds")
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for seed in seeds:
-        result, healthy = demo(seed), control(seed)
+        result, twin, healthy = demo(seed), twins(seed), control(seed)
         results.append(result)
+        beside.append(twin)
         controls.append(healthy)
-        print(row(result, healthy), flush=True)
-        document = {"machine": machine(), "results": results, "controls": controls}
+        print(row(result, twin, healthy), flush=True)
+        document = {"machine": machine(), "results": results, "twins": beside, "controls": controls}
         Path(path).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     kept = not any(result["broken_promises"] for result in results)
     well = not any(healthy["with_errors"] or healthy["loss_shows"] for healthy in controls)
-    return int(not (kept and well))
+    healed = all(
+        result["treated_final_loss"] is not None
+        and result["treated_final_loss"] < twin["final_loss"] + HEALTHY_GAP
+        for result, twin in zip(results, beside)
+    )
+    return int(not (kept and healed and well))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def tables(document: dict) -> dict[str, str]:
     if document.get("rows") and "ratios" in document["rows"][0]:
         return _beside_peers(document["rows"])
     if "controls" in document:
-        return {"seeds": _seeds(document["results"])}
+        return {"seeds": _seeds(document)}
     return {}
 
 
@@ -300,17 +300,18 @@ def _initial(models: dict[str, dict]) -> str:
     return _markdown(header, lines)
 
 
-def _seeds(results: list[dict]) -> str:
+def _seeds(document: dict) -> str:
     header = ["seed", "first warning", "first error", "behind", "loss shows it"]
-    header += ["final loss, untreated", "final loss, treated"]
+    header += ["final loss, untreated", "treated", "healthy twin", "twins, best rate", "control"]
     lines = [
         [
             str(found["seed"]),
             *(_at_step(found[name]) for name in ("warning_step", "alarm_step", "hindsight_step")),
             _at_step(found["loss_shows"] and found["loss_shows"]["step"]),
             *(_final(found[f"{run}_final_loss"]) for run in ("untreated", "treated")),
+            *map(_final, (twin["final_loss"], min(twin["by_rate"].values()), healthy["final_loss"])),
         ]
-        for found in results
+        for found, twin, healthy in zip(document["results"], document["twins"], document["controls"])
     ]
     return _markdown(header, lines)
 

@@ -62,7 +62,10 @@ def alert(output: str, title: str, width: int) -> list[str]:
 def quoted(output: str) -> str:
     """The demo's output in short."""
     verdict = [f"  {line}" for line in block(output, "Verdict")[1:]]
-    lines = ["$ hnf-attention demo", *alert(output, "EARLY WARNING", WIDTH), *alert(output, "ALARM", WIDTH)]
+    warning, alarm = (alert(output, title, WIDTH) for title in ("EARLY WARNING", "ALARM"))
+    if alarm[2:] == warning[2:]:  # one issue gave both
+        del alarm[2:]
+    lines = ["$ hnf-attention demo", *warning, *alarm]
     lines += ["...", *(part for line in verdict for part in wrap(line, WIDTH, subsequent_indent="    "))]
     return "\n".join(["```text", *lines, "```", ""])
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import signal
+import sys
 from collections.abc import Iterator
-from types import CodeType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any
 
 _log = logging.getLogger("hnf_attention")
@@ -18,13 +19,16 @@ class InputError(ValueError):
 
 
 def let_out(error: BaseException) -> None:
-    """Raise the error again if one of the user's signal handlers raised it.
+    """Raise the error of the user's signal handler, if this is one or hides one. Call it where the error is caught.
 
     A handler runs between any two instructions of the main thread, so also within code that may not end the run. Its
-    error, such as that of a time limit, is meant for the run all the same.
+    error, such as that of a time limit, is meant for the run all the same. A library that it interrupts may raise an
+    error of its own in its place, also `from None`. An interrupt by Ctrl-C may be hidden in the same way.
     """
-    if not _handlers().isdisjoint(_codes(error.__traceback__)):
-        raise error
+    handlers = _handlers()
+    for each in _hidden_in(error):
+        if isinstance(each, KeyboardInterrupt) or not handlers.isdisjoint(_codes(each.__traceback__)):
+            raise each
 
 
 def report(what: str, error: Exception) -> None:
@@ -37,6 +41,28 @@ def report(what: str, error: Exception) -> None:
     if key not in _reported:
         _reported.add(key)
         _log.warning("hnf-attention: %s; training goes on, and this is not said again", what, exc_info=error)
+
+
+def _hidden_in(error: BaseException) -> Iterator[BaseException]:
+    """The error, and those in whose place it was raised.
+
+    Left out are those that somebody handles who called this code: they were there before.
+    """
+    waiting, seen, running = [error], {id(error)}, set[FrameType]()
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        running.add(frame)
+        frame = frame.f_back
+    while waiting:
+        each = waiting.pop()
+        caught = each.__traceback__
+        if each is not error and (caught is None or caught.tb_frame in running):
+            continue
+        yield each
+        for other in (each.__cause__, each.__context__):
+            if other is not None and id(other) not in seen:
+                seen.add(id(other))
+                waiting.append(other)
 
 
 def _handlers() -> set[CodeType]:

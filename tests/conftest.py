@@ -22,10 +22,12 @@ def pytest_configure(config):
         import triton  # noqa: F401
     except ImportError:
         return
-    from interpreter import patch_language_once
+    from interpreter import patch_language_once, skip_overflow_checks
     from kernel_options import LaunchedOptions
 
     patch_language_once()
+    if config.option.markexpr == "not slow":
+        skip_overflow_checks()
     config.pluginmanager.register(LaunchedOptions(), "launched-options")
 
 

@@ -6,7 +6,7 @@ import { test } from "node:test";
 import { deflateSync } from "node:zlib";
 
 const NAMES = ["LAST", "NO_NUMBER", "INFINITE", "MINUS_INFINITE", "NOT_FINITE", "SINK", "DORMANT", "accumulate", "unpack",
-  "numberOf", "placeOf", "history", "percentiles", "worstHeads", "countMarks", "chartRange", "logTicks", "numberText", "withUnit", "headAt",
+  "numberOf", "placeOf", "history", "percentiles", "worstHeads", "countMarks", "chartRange", "logTicks", "numberText", "withUnit", "scaleEnds", "headAt",
   "markWords", "cellText", "lineText", "isOpen", "openHeads", "forecastsOf", "lastStep", "palette", "differencePalette", "gridOf", "cellAt", "moved",
   "onSteps", "unionOf", "Planes", "colourOf", "bitsOf", "beginning", "flattened"];
 const files = ["numbers.js", "words.js", "colours.js", "heatmap.js", "charts.js", "parts.js", "planes.js"];
@@ -96,6 +96,11 @@ test("numbers are written for people", () => {
   assert.deepEqual(texts, ["0.123", "12.3", "1,235", "131,072", "1.00e-9", "no number", "inf", "no number"]);
   assert.equal(page.withUnit(3, "nats"), "3 nats");
   assert.equal(page.withUnit(NaN, "nats"), "no number");
+});
+
+test("a statistic without a number has no scale", () => {
+  assert.deepEqual(page.scaleEnds({ scale: even, unit: "nats", numbers: true }), ["0 nats", "252 nats"]);
+  assert.deepEqual(page.scaleEnds({ scale: even, unit: "nats", numbers: false }), ["no number", ""]);
 });
 
 test("a cell and a line are said in words", () => {

@@ -152,6 +152,15 @@ def test_check_prints_verdict_margins_and_formats(tmp_path, capsys):
         assert said in printed, said
 
 
+@pytest.mark.parametrize("designs", [1, 2])
+def test_the_region_goes_to_standard_output_for_a_dash(tmp_path, monkeypatch, capsysbinary, designs):
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", *[plain(tmp_path)] * designs, "--region", "-"]) == 0
+    captured = capsysbinary.readouterr()
+    assert captured.out.startswith(b"\x89PNG") and captured.out.count(b"IEND") == 1
+    assert b"figure: standard output" in captured.err and not (tmp_path / "-").exists()
+
+
 def test_check_of_an_unstable_design_advises_and_exits_with_one(tmp_path, capsys):
     path = plain(tmp_path, init_std=0.3, dtype="bf16")
     assert main(["check", path, "--json", str(tmp_path / "a.json")]) == 1

@@ -175,7 +175,6 @@ def attention_to_script(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 
 @carried_by("script_as", "script_no_longer")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_code_that_is_scripted_while_a_model_is_instrumented():
     query, key = torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4)
     expected = attention_to_script(query, key)

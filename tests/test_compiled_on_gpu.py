@@ -21,7 +21,6 @@ pytestmark = [
     pytest.mark.gpu,
     # PyTorch's own words, while it compiles whatever model.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
 ]
 SEQUENCES = SUM_FIELDS.index("sequences")

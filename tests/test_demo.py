@@ -16,10 +16,11 @@ import pytest
 import torch
 from rich.cells import cell_len
 from rich.console import Console
+from torch import nn
 
 from hnf_attention.cli.demo import Config, run_demo
 from hnf_attention.cli.demo.loss import FINAL_WINDOW, falls_behind, final, first_sign
-from hnf_attention.cli.demo.model import GPT, batches, standard_library_text
+from hnf_attention.cli.demo.model import GPT, batches, held_out_loss, standard_library_text
 from hnf_attention.cli.demo.outcome import judge
 from hnf_attention.cli.demo.training import QUICK, Run, train
 from hnf_attention.cli.demo.view import View
@@ -50,7 +51,14 @@ def run(losses, warning=None, error=None, interventions=()):
     def at(step):
         return None if step is None else SimpleNamespace(step=step)
 
-    return Run(True, list(losses), at(warning), at(error), interventions=list(interventions))
+    return Run(
+        True,
+        list(losses),
+        at(warning),
+        at(error),
+        interventions=list(interventions),
+        held_out_loss=final(losses),
+    )
 
 
 def test_a_falling_loss_shows_nothing():
@@ -169,6 +177,13 @@ def test_batches_are_windows_of_the_text_and_the_same_for_a_seed():
     assert not torch.equal(next(batches(text, 8, 16, seed=4))[0], inputs)
 
 
+def test_the_held_out_loss_of_a_model_that_knows_nothing_is_that_of_a_guess():
+    model = GPT(layers=1, width=16, heads=2, context=8, sharpness=1.0)
+    nn.init.zeros_(model.head.weight)
+    text = torch.arange(200, dtype=torch.uint8)
+    assert held_out_loss(model, text, 8) == pytest.approx(math.log(256))
+
+
 def test_the_model_is_causal_and_as_sharp_as_asked():
     torch.manual_seed(0)
     model = GPT(layers=2, width=32, heads=4, context=16, sharpness=4.0)
@@ -227,9 +242,12 @@ def test_the_demo_says_what_happened_and_leaves_it_on_disk(tmp_path):
     assert document == json.loads(json.dumps(returned))
     assert document["outcome"] == outcome.to_dict()
     assert document["config"]["steps"] == 40
-    assert len(document["untreated"]["losses"]) == len(document["treated"]["losses"]) == 40
+    # A rewind costs steps. The weights of both runs have 40 behind them.
+    assert outcome.lost_steps > 0 and f"trained {outcome.lost_steps} steps more" in printed
+    assert len(document["untreated"]["losses"]) == 40
+    assert len(document["treated"]["losses"]) == 40 + outcome.lost_steps
     assert document["untreated"]["first_issue"]["step"] == outcome.warning_step
-    assert final(document["treated"]["losses"]) == outcome.treated_loss
+    assert document["treated"]["held_out_loss"] == outcome.treated_loss
     assert document["treated"]["interventions"][0]["step"] == outcome.intervention_step
 
 
@@ -282,7 +300,7 @@ def test_the_quick_demo_tells_the_same_story(seed):
 def test_the_demo_runs_on_a_gpu(tmp_path):
     config = replace(TINY, steps=20, device="cuda")
     _, document = run_demo(config, tmp_path, Console(file=io.StringIO(), width=120))
-    assert document["config"]["device"] == "cuda" and len(document["treated"]["losses"]) == 20
+    assert document["config"]["device"] == "cuda" and len(document["untreated"]["losses"]) == 20
 
 
 def test_an_output_folder_that_cannot_be_is_refused(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from compat_helpers import compiled
 from torch import nn
+from torch._dynamo.exc import Unsupported
 from torch.utils.checkpoint import checkpoint
 
 from hnf_attention import AttentionStabilityMonitor, apply_intervention, instrument
@@ -136,6 +137,21 @@ def test_a_checkpoint_gives_the_same_gradients_and_leaves_the_statistics(kind, u
     assert torch.equal(out, expected[0])
     torch.testing.assert_close(x.grad, expected[1])
     assert model.rows is rows
+
+
+@pytest.mark.slow
+@compiled_kinds
+def test_a_checkpoint_in_one_compiled_graph_needs_an_option_of_dynamos(kind):
+    expected = layer(kind)[0].eval()(layer(kind)[1])
+    model, x = layer(kind)
+    model.eval()
+    with pytest.raises(Unsupported, match="skip_fwd_side_effects_in_bwd_under_checkpoint"):
+        compiled(lambda x: checkpoint(model, x, use_reentrant=False))(x)
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        out = compiled(lambda x: checkpoint(model, x, use_reentrant=False))(x)
+    out.square().sum().backward()
+    torch.testing.assert_close(out, expected)
+    assert model.rows is not None and x.grad is not None
 
 
 @every_kind

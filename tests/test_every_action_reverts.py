@@ -128,8 +128,9 @@ def test_it_is_taken_back_bit_for_bit(action, kind, optimizer):
 
 
 ON_CALLS = ("softcap", "precision", "prune_heads", "qk_norm")
-#: SGD, Adafactor and Muon have no epsilon that means the same, or none at all.
+#: SGD, Adafactor and Muon have no epsilon that means the same, or none at all. Muon takes no gain that is a vector.
 REFUSED = {("sgd", "set_eps"), ("adafactor", "set_eps"), ("muon", "set_eps")}
+REFUSED |= {("muon", "qk_norm"), ("muon", "sigma_reparam")}
 #: What they count since they began is no part of a checkpoint: see docs/support.md.
 COUNTS = ("rewarm_lr", "skip_spikes", "standing_qk_clip")
 #: Weights, rates and other numbers that it holds.

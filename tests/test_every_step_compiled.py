@@ -19,7 +19,6 @@ from hnf_attention import AttentionStabilityMonitor
 pytestmark = [
     # PyTorch's own words, while it compiles whatever model.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]
 LAYERS = ["layers.0", "layers.1"]
 TENSORS = ("query", "key", "value", "out")

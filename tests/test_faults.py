@@ -324,9 +324,14 @@ class TimeLimit(Exception):
     [
         ("copy", "function"),
         ("probe", "method"),
+        ("rule", "hidden function"),
         *[
             pytest.param(where, "object", marks=pytest.mark.slow)
             for where in ("rule", "context", "find", "take", "run log", "hand on", "forward ends")
+        ],
+        *[
+            pytest.param(where, "hidden function", marks=pytest.mark.slow)
+            for where in ("copy", "probe", "context", "find", "take", "run log", "hand on", "forward ends")
         ],
     ],
 )
@@ -344,10 +349,11 @@ def test_the_error_of_a_signal_handler_comes_out(where, form, tmp_path):
     def function(number, frame):
         raise TimeLimit
 
-    handler = {"function": function, "method": Handler().method, "object": Handler()}[form]
+    handler = {"function": function, "method": Handler().method, "object": Handler()}[form.split()[-1]]
     before = signal.signal(signal.SIGUSR1, handler)
     try:
-        injector = FaultInjector().fail(where, 3 if where in BETWEEN else 4, signal.SIGUSR1)
+        injector = FaultInjector(hides=form.startswith("hidden"))
+        injector.fail(where, 3 if where in BETWEEN else 4, signal.SIGUSR1)
         run, _ = run_with(tmp_path, injector)
     finally:
         signal.signal(signal.SIGUSR1, before)

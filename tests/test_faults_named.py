@@ -17,7 +17,8 @@ from hnf_attention.diagnosis import AttentionDiagnosis
 from hnf_attention.instrumentation import handle, observer
 from hnf_attention.instrumentation.interceptors import products, softmax
 from hnf_attention.instrumentation.patches import Patch, all_or_none, release_all
-from hnf_attention.monitoring import accumulators, monitor
+from hnf_attention.monitoring import accumulators, monitor, process_groups
+from hnf_attention.monitoring.parts import Parts
 from hnf_attention.run_log import RunLog, RunLogWriter, writer
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
@@ -149,16 +150,20 @@ def test_the_search_for_a_layer_may_fail_too(monkeypatch):
 def test_two_threads_train_under_one_monitor_with_a_fault_in_one(monkeypatch):
     """Another thread evaluates a copy of the weights with the same modules, while the first one trains."""
     plain, found = train(monitored=False), []
-    stop, errors_there = threading.Event(), []
+    stop, errors_there, lock = threading.Event(), [], threading.Lock()
 
     def evaluate(model, step):
+        if step == 3:
+            lock.acquire()  # the fault is this thread's alone: each one lengthens the rest that the layer takes
+        if step == 5:
+            lock.release()
         if step != 1:
             return
 
         def run():
             try:
                 while not stop.is_set():
-                    with torch.no_grad():
+                    with lock, torch.no_grad():
                         model(torch.zeros(1, 3, 16))
             except Exception as error:
                 errors_there.append(error)
@@ -222,6 +227,63 @@ def test_the_error_of_an_enumeration_is_of_no_handler():
     with pytest.raises(ValueError) as kept:
         signal.Signals(12345)
     errors.let_out(kept.value)  # SIG_DFL is a member of one
+
+
+class TimeLimit(Exception):
+    pass
+
+
+@pytest.fixture
+def interrupted():
+    """Raises what the user's signal handler raises."""
+
+    def handler(number, frame):
+        raise TimeLimit
+
+    handlers = {signal.SIGUSR1: handler, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, each) for number, each in handlers.items()}
+    yield signal.raise_signal
+    for number, old in before.items():
+        signal.signal(number, old)
+
+
+def library(interrupted, number):
+    """What hides the error within an error of its own, and that within another one."""
+    try:
+        try:
+            interrupted(number)
+        except BaseException:
+            raise RuntimeError("interrupted") from None
+    except RuntimeError as error:
+        raise ValueError("the call failed") from error
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGUSR1, TimeLimit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_the_error_of_a_handler_comes_out_of_a_librarys_own_error(interrupted, number, kind):
+    with pytest.raises(kind):
+        Parts(1).run("part", library, interrupted, number)
+
+
+def test_an_error_of_a_handler_that_the_user_handles_does_not_come_back(interrupted):
+    parts = Parts(1)
+    try:
+        interrupted(signal.SIGUSR1)
+    except TimeLimit:  # the last steps of a run whose time is up
+        parts.run("part", fail)
+    assert "on purpose" in parts.off["part"].reason
+
+
+def test_a_step_of_several_processes_lets_the_error_of_a_handler_out(interrupted, monkeypatch):
+    monkeypatch.setattr(process_groups.dist, "get_rank", lambda: 0)
+    groups = process_groups.ProcessGroups.__new__(process_groups.ProcessGroups)
+    for name in ("batch", "heads", "queries"):
+        object.__setattr__(groups, name, None)
+    with pytest.raises(TimeLimit):
+        groups.combine(lambda: library(interrupted, signal.SIGUSR1))
+    with pytest.raises(process_groups.SharedFault, match="on purpose"):
+        groups.combine(fail)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a record"), KeyError("layout"), OverflowError("a step")])

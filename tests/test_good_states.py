@@ -92,6 +92,27 @@ def test_revert_takes_a_rewind_back_exactly():
         states.revert()
 
 
+def test_done_counts_the_steps_behind_the_weights_through_rewinds_and_reverts():
+    model, optimizer, states = training(step=100)
+    train(model, optimizer, states, range(101, 119))
+    assert (states.step, states.done) == (118, 118)
+    assert states.rewind(before=118) == 110 and (states.step, states.done) == (118, 110)
+    train(model, optimizer, states, range(119, 129))  # the count of a monitor goes on
+    assert (states.step, states.done) == (128, 120)
+    assert states.rewind(before=128) == 120 and states.done == 112  # a state of after the first rewind
+    assert states.revert() == 128 and states.done == 120
+    states.restart(40)
+    assert states.done == 40
+
+
+def test_done_follows_a_count_that_goes_back_with_the_run():
+    model, optimizer, states = training()
+    train(model, optimizer, states, range(1, 19))
+    states.rewind(before=18)
+    train(model, optimizer, states, range(11, 21))
+    assert states.done == 20
+
+
 def test_the_state_before_the_first_step_has_no_moments():
     model, optimizer, states = training()
     old = weights(model)

@@ -27,7 +27,6 @@ from hnf_attention.instrumentation import instrument
 pytestmark = [
     # PyTorch's own words, while it compiles whatever model.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
 ]
 BACKEND = "aot_eager"  # lowers forward and backward like the default one, without a C++ compiler

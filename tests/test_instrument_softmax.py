@@ -39,7 +39,6 @@ FAMILIES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # DeBERTa's own
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hugging_face_models_that_the_interface_does_not_reach(family, padded):

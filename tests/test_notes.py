@@ -5,12 +5,14 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from attention_models import Model, x
+from torch._subclasses import FakeTensorMode
 
 from hnf_attention import AttentionStabilityMonitor
 from hnf_attention.monitoring.notes import Notes
@@ -66,6 +68,40 @@ def test_a_run_that_ends_before_its_first_log_step_keeps_its_losses(tmp_path):
     out.close()
     with RunLog(tmp_path / "run.db") as log:
         assert [x.tolist() for x in log.scalars()["loss"]] == [[1, 2], [1.0, 0.5]]
+
+
+class Run:
+    """What holds itself, as a trainer does whose callbacks know it."""
+
+    def __init__(self, out, model):
+        self.monitor = AttentionStabilityMonitor(model, log_every=2, writers=[out], on_alert=self.alert)
+
+    def alert(self, issues):
+        pass
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["the writer is kept", "the writer goes, too"])
+@pytest.mark.parametrize("steps", [1, 3], ids=["before the first log step", "after one"])
+def test_a_monitor_in_a_reference_cycle_keeps_its_losses(tmp_path, kept, steps):
+    model, out = Model(), RunLogWriter(tmp_path / "run.db")
+    writers = [out] if kept else []
+    run = Run(out, model)
+    out.event(1, "told at first")
+    for step in range(1, steps + 1):
+        model(x()).sum().backward()
+        run.monitor.on_step(loss=torch.tensor(1.0 / step))
+    out.event(steps, "told at last")
+    del run, out
+    with torch.device("meta"), FakeTensorMode():  # which the collector may interrupt
+        gc.collect()
+    for writer in writers:
+        writer.close()
+    assert not [thread for thread in threading.enumerate() if "run log" in thread.name]
+    with RunLog(tmp_path / "run.db") as log:
+        assert log.scalars()["loss"][0].tolist() == list(range(1, steps + 1))
+        told = [(event.step, event.kind) for event in log.events if event.kind.startswith("told")]
+        assert told == [(1, "told at first"), (steps, "told at last")]
+        assert len(log.steps) == steps // 2 and len(log.sessions) == 1
 
 
 def test_a_monitor_that_its_writer_knows_goes_away_with_it():

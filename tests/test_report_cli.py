@@ -44,12 +44,31 @@ def test_two_runs_of_which_one_fails_give_code_1(tmp_path, capsys):
     assert "<title>first and second</title>" in out.read_text(encoding="utf-8")
 
 
+def test_a_dash_is_standard_output_and_no_file(tmp_path, monkeypatch, capsysbinary):
+    monkeypatch.chdir(tmp_path)
+    log_of(tmp_path / "run.db")
+    assert main(["report", "run.db", "-o", "-", "--title", "π"]) == 0
+    written = capsysbinary.readouterr()
+    assert written.out.decode().startswith("<!doctype html>") and "π" in written.out.decode()
+    assert b"healthy" in written.err and b"standard output (" in written.err
+    assert not (tmp_path / "-").exists() and not (tmp_path / "report.html").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["missing.db"], "cannot read the run log missing.db: No such file"),
         (["text.txt"], "expected a run log, got"),
-        (["run.db", "-o", "run.db"], "expected --out to be another file than the run log"),
+        (["run.db", "-o", "run.db"], "expected --out to be another file than the one that is read"),
+        (["run.db", "--json", "run.db"], "expected --json to be another file than the one that is read"),
+        (
+            ["run.db", "-o", "-", "--json", "-"],
+            "expected --out and --json in two places, got standard output",
+        ),
+        (
+            ["run.db", "-o", "a.html", "--json", "./a.html"],
+            "expected --out and --json in two places, got a.html",
+        ),
         (["run.db", "-o", "no/such/page.html"], "expected --out in an existing folder"),
         (["run.db", "run.db", "run.db"], "expected one or two run logs, got 3"),
         (["run.db", "--metric", "nonsense"], "expected metrics among"),

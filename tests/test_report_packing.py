@@ -1,11 +1,12 @@
-"""Numbers of a report's page as bytes: they come back to a step of their scale."""
+"""Numbers of a report's page: as bytes they come back to a step of their scale; long ones are thinned."""
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_parts import numbers, unpacked
 
-from hnf_attention.report.page import packing
+from hnf_attention.report.page import limits, packing, scalars
+from hnf_attention.run_log import metrics
 
 
 @given(
@@ -49,3 +50,19 @@ def test_steady_codes_move_by_more_than_one():
     assert packing.steady(codes).ravel().tolist() == [10, 10, 10, 12, 12, 255, 254]
     noise = np.random.default_rng(0).integers(100, 110, (200, 3)).astype(np.uint8)
     assert np.abs(packing.steady(noise).astype(int) - noise).max() <= 1
+
+
+def test_thinned_scalars_keep_their_ends():
+    values = np.ones(50_000)
+    values[-1] = 1.5  # neither the lowest nor the highest of its stretch
+    values[-9:-1] = np.arange(8.0)
+    found = scalars.for_page({"loss": (np.arange(50_000), values)})["loss"]
+    assert (found["steps"][0], found["steps"][-1], found["values"][-1]) == (0, 49_999, 1.5)
+    assert len(found["steps"]) <= 2000
+
+
+def test_the_bad_end_of_a_statistic_is_the_same_everywhere():
+    assert {x.name for x in metrics.METRICS if limits.worse(x.name) == "low"} == {
+        x.name for x in metrics.METRICS if x.low_is_bad
+    }
+    assert limits.worse("min_logit") == "low"

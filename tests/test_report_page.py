@@ -342,6 +342,36 @@ def test_long_scalars_are_thinned_and_keep_extremes_and_gaps():
     assert found["steps"][found["values"].index(None)] - 40_000 < 100
 
 
+def test_a_check_of_an_earlier_deed_is_none_of_the_latest():
+    events = [
+        issue(10, "new"),
+        done(10, action="qk_clip", text="clipped"),
+        done(20, action="qk_clip", outcome="kept", text="it helped"),
+        done(30, action="qk_clip", text="clipped again"),
+    ]
+    (story,) = stories.stories(events)
+    assert story.outcome == "qk clip at step 30 did not end it: the issue is still there."
+
+
+def test_layers_that_come_while_a_page_is_made_are_left_for_the_next_one(tmp_path):
+    out = RunLogWriter(tmp_path / "run.db")
+    out.write(diagnose([snapshot(1, a={})]))
+    assert out.flush()
+
+    class Growing(RunLog):
+        @property
+        def layers(self):
+            found = super().layers
+            out.write(diagnose([snapshot(2, a={}, b={})]))
+            assert out.flush()
+            return found
+
+    with Growing(tmp_path / "run.db") as log:
+        run = runs.of_log(log, ["key_norm"])
+    out.close()
+    assert run.steps == [1] and list(run.layers) == ["a"]
+
+
 def test_a_run_without_a_finite_number_has_a_page():
     nothing = head_stats(2, judged_rows=0.0)
     page = report.html(diagnose([snapshot(1, a=nothing)]), metrics=["normalized_entropy"])

@@ -6,11 +6,13 @@ import sqlite3
 
 import numpy as np
 import pytest
+import torch
 from heads import diagnoses, head_stats, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from hnf_attention import errors
 from hnf_attention.diagnosis import AttentionDiagnosis, diagnose
 from hnf_attention.run_log import (
     BadLog,
@@ -20,7 +22,6 @@ from hnf_attention.run_log import (
     database,
     fragments,
     metrics,
-    places,
     writer,
 )
 
@@ -114,6 +115,64 @@ def test_what_happens_while_a_log_step_waits_is_kept(tmp_path, kind):
     out.close()
     with RunLog(tmp_path / "run.db") as log:
         assert [event.step for event in log.events if event.kind == "intervention"] == [12]
+
+
+def test_a_resumed_run_that_notes_less_replaces_all_that_it_does_again(tmp_path, kind):
+    path = tmp_path / "run.db"
+    for noted, value in ((range(1, 31), 1.0), ((12, 22), 2.0)):  # at last from a checkpoint after step 11
+        out = RunLogWriter(path)
+        for step in noted:
+            out.note(step, loss=value)
+        out.note(0, parameters=value)
+        for step in (10, 15, 30) if value == 1.0 else (30,):
+            out.write(at(step, a={}))
+        out.close()
+    with RunLog(path) as log:
+        assert log.steps.tolist() == [10, 30] and log.scalars()["parameters"][1].tolist() == [2.0]
+        steps, values = log.scalars()["loss"]
+        assert steps.tolist() == [*range(1, 12), 12, 22] and values.tolist() == [1.0] * 11 + [2.0] * 2
+
+
+def test_what_is_added_to_a_run_that_was_leaves_the_rest(tmp_path, kind):
+    path = tmp_path / "run.db"
+    write(path, diagnoses())
+    with RunLog(path) as log:
+        told = [event for event in log.events]
+    for action in ("first", "second"):
+        out = RunLogWriter(path)
+        out.event(15, "remark", action=action)
+        out.note(0, parameters=1.0)
+        out.close()
+    with RunLog(path) as log:
+        assert log.steps.tolist() == [10, 20, 30]
+        assert [event for event in log.events if event.kind == "issue"] == told
+        assert [x.detail["action"] for x in log.events if x.kind == "remark"] == ["first", "second"]
+
+
+def test_numbers_of_other_libraries_are_steps(tmp_path, kind):
+    out = RunLogWriter(tmp_path / "run.db")
+    out.note(np.int64(9), loss=1.0)
+    out.event(torch.tensor(9), "checkpoint")
+    out.write(diagnoses()[0])
+    for tell in (lambda: out.note(9.5, loss=1.0), lambda: out.event("9", "checkpoint")):
+        with pytest.raises(TypeError):
+            tell()
+    out.close()
+    with RunLog(tmp_path / "run.db") as log:
+        assert log.steps.tolist() == [10] and log.scalars()["loss"][0].tolist() == [9]
+        assert [event.step for event in log.events if event.kind == "checkpoint"] == [9]
+
+
+def test_a_first_log_step_is_written_where_earlier_issues_cannot_be_read(tmp_path, monkeypatch, caplog):
+    def busy(*_):
+        raise sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr(database, "active_issues", busy)
+    monkeypatch.setattr(errors, "_reported", set())
+    write(tmp_path / "run.db", diagnoses())
+    with RunLog(tmp_path / "run.db") as log:
+        assert log.steps.tolist() == [10, 20, 30]
+    assert "could not be read, and count as new" in caplog.text
 
 
 def test_issues_come_and_go(tmp_path):
@@ -321,30 +380,3 @@ def test_there_has_to_be_a_log(tmp_path):
     with pytest.raises(OSError, match="run.db"):
         (tmp_path / "run.db").mkdir()
         RunLogWriter(tmp_path / "run.db")
-
-
-MOUNTS = r"""22 1 8:1 / / rw - ext4 /dev/sda1 rw
-40 22 0:33 / /net rw shared:1 - nfs4 server:/x rw
-41 40 8:2 / /net/local\040disk rw - xfs /dev/sdb rw
-42 22 0:44 / /fuse rw - fuse.sshfs host: rw
-43 22 0:45 / /ntfs rw - fuse.ntfs /dev/sdc rw
-broken line
-"""
-
-
-@pytest.mark.parametrize(
-    ("folder", "kind"),
-    [
-        ("/home", None),
-        ("/net/runs/a", "nfs4"),
-        ("/net/local disk/a", None),
-        ("/network", None),
-        ("/fuse/x", "fuse.sshfs"),
-        ("/ntfs/x", None),
-    ],
-)
-def test_network_file_systems_are_known(tmp_path, folder, kind):
-    mounts = tmp_path / "mountinfo"
-    mounts.write_text(MOUNTS)
-    assert places.network_file_system(places.Path(folder), mounts) == kind
-    assert places.network_file_system(places.Path(folder), tmp_path / "none") is None

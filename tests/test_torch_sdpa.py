@@ -4,6 +4,7 @@ PyTorch calls the operators for CUDA only. Here they are registered for the CPU,
 """
 
 import importlib
+import itertools
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hnf_attention import MultiheadAttention, instrument
+from hnf_attention.engine import library
 from hnf_attention.nn import row_stats
 from hnf_attention.reference import attention as reference
 from hnf_attention.reference.options import Options
@@ -108,6 +110,32 @@ def test_results_have_the_strides_that_a_compiled_graph_expects(on_cpu):
     out = operator(q, k, v)[0]
     assert out.stride() == torch.empty_like(q).stride()
     assert torch.autograd.grad(out.sum(), q)[0].stride() == torch.empty_like(q).stride()
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_backward_takes_what_was_allowed_when_the_forward_ran(on_cpu, monkeypatch, copied):
+    chosen, given, original = [], qkv(), torch_sdpa.engines.backward
+    hooks = torch.autograd.graph.saved_tensors_hooks(torch.clone if copied else lambda x: x, lambda x: x)
+
+    def backward(call, inputs, mask_gradient, choice):
+        chosen.append(choice)
+        return original(call, inputs, mask_gradient, choice)
+
+    monkeypatch.setattr(torch_sdpa.engines, "backward", backward)
+    with sdpa_kernel(SDPBackend.MATH), hooks:
+        wanted = library.choice()
+        out = operator(*given, 0.0, True)[0]
+    torch.autograd.grad(out.sum(), given)
+    # A copy of what was saved tells nothing, so what is in force now counts.
+    assert wanted != library.choice() and chosen == [library.choice() if copied else wanted]
+
+
+@pytest.mark.parametrize("flags", [*itertools.product([False, True], repeat=3)])
+def test_a_seed_says_what_was_allowed(flags):
+    choice = library.Choice(*flags)
+    seed = torch_sdpa._seed_of(choice, torch.device("cpu"))
+    assert seed.shape == (2,) and torch_sdpa._choice_of(seed) == choice
+    assert torch_sdpa._choice_of(torch.zeros(2, dtype=torch.uint64)) == library.choice()  # one of PyTorch's
 
 
 @pytest.mark.slow

@@ -60,6 +60,14 @@ def test_a_failing_step_is_traced_with_document_and_reproduction(folder, capsys)
     assert "NOT FINITE" in capsys.readouterr().out
 
 
+def test_what_the_users_code_prints_is_no_part_of_the_document(folder, capsys):
+    script = "print('imported')\n" + SCRIPT + "\ndef loud():\n    print('step')\n    return healthy()\n"
+    (folder / "loud.py").write_text(script)
+    assert main(["trace", "loud.py:loud", "--no-wide", "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    assert not json.loads(captured.out)["found"] and captured.err.startswith("imported\nstep\n")
+
+
 def test_a_healthy_step_gives_zero_and_a_dict_is_a_step_too(capsys):
     assert main(["trace", "train.py:healthy", "--no-wide"]) == 0
     assert capsys.readouterr().out.startswith("everything is finite")

@@ -19,9 +19,6 @@ from hnf_attention.reference.options import Options
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings(
-        "ignore:.*torch.jit.script:DeprecationWarning"
-    ),  # PyTorch's, at its first dual level
-    pytest.mark.filterwarnings(
         "ignore:Attempted to insert a get_attr Node:UserWarning"
     ),  # PyTorch's, in linearize
 ]

@@ -13,9 +13,6 @@ from hnf_attention.engine import engines
 ON_CARD = torch.cuda.is_available()
 pytestmark = [
     pytest.mark.usefixtures("kernels"),
-    pytest.mark.filterwarnings(
-        "ignore:.*torch.jit.script:DeprecationWarning"
-    ),  # PyTorch's, at its first dual level
     *([] if ON_CARD else [pytest.mark.slow]),
 ]
 # The interpreter adds up the bits of bf16 as integers.

@@ -12,9 +12,6 @@ from hnf_attention.engine import plain
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings(
-        "ignore:.*torch.jit.script:DeprecationWarning"
-    ),  # PyTorch's, at its first dual level
 ]
 
 

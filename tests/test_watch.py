@@ -89,6 +89,23 @@ def test_low_numbers_are_the_worst_where_low_is_bad(tmp_path):
     assert lines_of(tmp_path / "run.db", 80, metric=metric)[1].endswith("0.1")
 
 
+@pytest.mark.parametrize(
+    ("numbers", "legend"),
+    [
+        ([np.nan, np.nan], "no number"),
+        ([4.0, np.nan], f"{LEVELS[4]} 4 nats"),
+        ([4.0, 5.0], f"{LEVELS[0]} 4 to {LEVELS[-1]} 5 nats"),
+    ],
+)
+def test_the_legend_has_the_numbers_that_there_are(tmp_path, numbers, legend):
+    out = RunLogWriter(tmp_path / "run.db")
+    out.write(AttentionDiagnosis([], {"a": head_stats(2, max_logit=numbers, min_logit=0.0)}, 1))
+    out.close()
+    lines = lines_of(tmp_path / "run.db", 80)
+    assert lines[2] == f"range of a row's scores, largest: {legend}"
+    assert [line[12] for line in lines if line.startswith("a ")] == [legend[0] if "nats" in legend else "×"]
+
+
 def test_names_from_a_file_reach_no_terminal_as_they_are(tmp_path):
     path = run_of(tmp_path / "run.db", name=HOSTILE + "{}")
     assert not any("\x1b" in line for line in lines_of(path, 120))
@@ -106,6 +123,38 @@ def test_a_run_that_grows_is_followed(tmp_path):
             watched.update(log)
         assert watched.steps == [10, 20] and watched.verdict == "no issues"
     out.close()
+
+
+@pytest.mark.parametrize("steps", [(20, 30), (20, 30, 40), (15, 25)])
+def test_steps_that_a_resumed_run_does_again_are_read_again(tmp_path, steps):
+    path = tmp_path / "run.db"
+    watched = Watched(METRIC)
+
+    def write(steps, size):
+        out = RunLogWriter(path)
+        for step in steps:
+            out.write(AttentionDiagnosis([], {"a": head_stats(2, max_logit=size + step, min_logit=0)}, step))
+        out.close()
+
+    write((10, 20, 30), 0.0)
+    with RunLog(path) as log:
+        watched.update(log)
+        write(steps, 1024.0)
+        watched.update(log)
+        done = [10, *steps]
+        assert watched.steps == done and watched.worst == [10.0, *(1024.0 + step for step in steps)]
+        watched.update(log)
+        assert watched.steps == done
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_stream_that_lacks_our_characters_gets_others(tmp_path, monkeypatch, encoding):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    path = run_of(tmp_path / "run.db", steps=2)
+    monkeypatch.setattr("sys.stdout", stream)
+    assert main(["watch", str(path), "--once"]) in (0, 1)
+    stream.flush()
+    assert b"range of a row's scores, largest: ? " in stream.buffer.getvalue()
 
 
 def test_watch_says_it_all_as_json_too(tmp_path, capsys):
@@ -147,6 +196,18 @@ def test_json_lines_hold_the_whole_run(tmp_path, capsys):
     last = [line for line in found if line["kind"] == "snapshot"][-1]
     assert last["layers"]["layers.2.attn"]["max_logit"][5] == pytest.approx(4 * math.exp(1.5), rel=1e-3)
     assert last["layers"]["layers.0.attn"]["max_logit"][0] is None
+
+
+def test_json_lines_go_to_standard_output_for_a_dash(tmp_path, monkeypatch, capsys):
+    path = run_of(tmp_path / "run.db", steps=3)
+    assert main(["export", str(path), "-o", str(tmp_path / "run.jsonl")]) == 0
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "run.db", "-o", "-", "--json", "document"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == (tmp_path / "run.jsonl").read_text() and not (tmp_path / "-").exists()
+    assert captured.err == "3 log steps: standard output\n"
+    assert json.loads((tmp_path / "document").read_text())["bytes"] is None
 
 
 def test_parquet_has_a_row_for_each_head_and_log_step(tmp_path):

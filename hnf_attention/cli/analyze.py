@@ -17,13 +17,13 @@ from .analysis import analyze
 from .devices import device_of
 from .exit_codes import FOUND, HEALTHY
 from .loading import Loading
-from .output import check_target, for_people, make_folder, write_document
+from .output import check_targets, for_people, make_folder, write_document
 from .progress import shown_progress
 from .thresholds import read_thresholds
 
 
 def run(options: argparse.Namespace) -> int:
-    check_target(options.json, "--json")
+    check_targets({"--json": options.json}, [options.text])
     thresholds = read_thresholds(options.threshold)
     loading = loading_of(options)
     if options.figures is not None:

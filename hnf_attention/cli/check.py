@@ -17,7 +17,7 @@ from ..report.designs import CheckedDesign, lengths, short_names, side_by_side
 from .exit_codes import FOUND, HEALTHY
 from .failures import has_weights
 from .loading import Loading, config_of_numbers, load_config, load_model, locate, quiet_transformers
-from .output import check_figure, check_target, for_people, write_document
+from .output import check_figure, check_targets, for_people, shown, write_document, write_figure
 from .progress import shown_progress
 
 if TYPE_CHECKING:
@@ -30,9 +30,10 @@ _PASSING = {"unstable": ("stable", "marginal"), "marginal": ("stable",)}  # --fa
 
 
 def run(options: argparse.Namespace) -> int:
-    check_target(options.json, "--json")
     check_figure(options.region, "--region")
-    console = for_people(options.json)
+    targets = {"--json": options.json, "--region": options.region}
+    check_targets(targets, options.designs)
+    console = for_people(*targets.values())
     plan = {"warmup": options.warmup} if options.warmup is not None else {}
     if options.learning_rate is not None:
         plan["learning_rate"] = options.learning_rate
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     console.print(side_by_side(compared) if several else verdict(reports[0], names[0]))
     if options.region is not None:
         _draw(names, [config for _, config in found], options)
-        console.print(f"figure: {options.region}", highlight=False, markup=False)
+        console.print(f"figure: {shown(options.region)}", highlight=False, markup=False)
     document = {"schema_version": SCHEMA_VERSION, "designs": [each.to_dict() for each in compared]}
     write_document(options.json, document if several else reports[0].to_dict())
     return HEALTHY if all(report["verdict"] in _PASSING[options.fail_on] for report in reports) else FOUND
@@ -79,16 +80,16 @@ def _draw(names: Sequence[str], configs: Sequence[Config], options: argparse.Nam
         except ValueError as error:
             raise InputError(f"{name}: no region: {error}") from error
     if len(regions) == 1:
-        regions[0].plot(options.region)
+        write_figure(options.region, regions[0].plot())
         return
-    from ..figures.canvas import new_row, save
+    from ..figures.canvas import new_row
 
     panels = new_row(len(regions), 7.2, 4.4)
     for name, region, panel in zip(short_names(names), regions, panels):
         region.plot(ax=panel)
         name = name.replace("$", r"\$")  # no formula
         panel.set_title(f"{name}\n{panel.get_title(loc='left')}", loc="left", fontsize=9)
-    save(panels[0], options.region)
+    write_figure(options.region, panels[0])
 
 
 def check(

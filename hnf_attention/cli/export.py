@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from ..errors import InputError
 from ..run_log.export import to_jsonl, to_parquet
 from .exit_codes import HEALTHY
-from .output import check_target, for_people, write_document
+from .output import STANDARD, check_targets, for_people, shown, write_document
 from .progress import shown_progress
 from .run_logs import open_log
 
@@ -17,24 +18,33 @@ _WRITERS = {".parquet": to_parquet, ".jsonl": to_jsonl}
 
 
 def run(options: argparse.Namespace) -> int:
-    check_target(options.json, "--json")
-    check_target(options.out, "--out")
-    target = Path(options.out)
-    writer = _WRITERS.get(target.suffix)
-    if writer is None:
+    check_targets({"--out": options.out, "--json": options.json}, [options.run])
+    to_standard = options.out == STANDARD
+    if not to_standard and Path(options.out).suffix not in _WRITERS:
         raise InputError(f"expected --out to end in {' or '.join(_WRITERS)}, got {options.out}")
     with open_log(options.run) as log, shown_progress() as show:
         steps = log.steps
-        try:
-            writer(log, target, lambda done, total: show("log steps", done, total))
-        except OSError as error:
-            raise InputError(f"cannot write {target}: {error.strerror or error}") from error
-    size = target.stat().st_size
-    for_people(options.json).print(f"{len(steps)} log steps: {target}, {size:,} bytes", highlight=False)
+
+        def progress(done: int, total: int) -> None:
+            show("log steps", done, total)
+
+        if to_standard:
+            to_jsonl(log, sys.stdout, progress)
+        else:
+            try:
+                _WRITERS[Path(options.out).suffix](log, options.out, progress)
+            except OSError as error:
+                raise InputError(f"cannot write {options.out}: {error.strerror or error}") from error
+    size = None if to_standard else Path(options.out).stat().st_size
+    screen = for_people(options.out, options.json)
+    screen.print(
+        f"{len(steps)} log steps: {shown(options.out)}{'' if size is None else f', {size:,} bytes'}",
+        highlight=False,
+    )
     document = {
         "schema_version": SCHEMA_VERSION,
         "log_steps": len(steps),
-        "file": str(target),
+        "file": options.out,
         "bytes": size,
     }
     write_document(options.json, document)

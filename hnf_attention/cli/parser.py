@@ -173,7 +173,7 @@ def _add_demo(demo: Parser) -> None:
     _add_device(demo)
     demo.add_argument(
         "--out",
-        type=Path,
+        type=_folder,
         default=Path("hnf-attention-demo"),
         metavar="DIR",
         help="folder for figures, JSON, run logs and a report (default hnf-attention-demo)",
@@ -192,7 +192,7 @@ def _add_analyze(analyze: Parser) -> None:
         help="judge by another threshold; repeat for more (names: docs/thresholds.md)",
     )
     analyze.add_argument(
-        "--figures", type=Path, metavar="DIR", help="folder for figures of entropy and curvature"
+        "--figures", type=_folder, metavar="DIR", help="folder for figures of entropy and curvature"
     )
     analyze.add_argument(
         "--fail-on",
@@ -222,7 +222,7 @@ def _add_trace(trace: Parser) -> None:
     trace.add_argument(
         "-o",
         "--out",
-        type=Path,
+        type=_folder,
         metavar="DIR",
         help="write a minimal reproduction there: tensors and a script",
     )
@@ -235,10 +235,9 @@ def _add_report(report: Parser) -> None:
     report.add_argument(
         "-o",
         "--out",
-        type=Path,
-        default=Path("report.html"),
+        default="report.html",
         metavar="FILE",
-        help="where the page goes (default report.html)",
+        help="where the page goes; - for standard output (default report.html)",
     )
     report.add_argument("--title", metavar="TEXT", help="of the page (default: the runs' names)")
     report.add_argument(
@@ -269,7 +268,11 @@ def _add_watch(watch: Parser) -> None:
 def _add_export(export: Parser) -> None:
     _add_run(export)
     export.add_argument(
-        "-o", "--out", required=True, metavar="FILE", help="the file to write, ending in .parquet or .jsonl"
+        "-o",
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="the file to write, ending in .parquet or .jsonl; - for JSON lines on standard output",
     )
 
 
@@ -338,7 +341,9 @@ def _add_check(check: Parser) -> None:
         help="load the checkpoint, too: the largest scores that its heads allow, and those on random tokens",
     )
     check.add_argument(
-        "--region", metavar="PATH", help="draw the stable temperatures there, as .png, .svg or .pdf"
+        "--region",
+        metavar="PATH",
+        help="draw the stable temperatures there, as .png, .svg or .pdf; - for PNG on standard output",
     )
     check.add_argument(
         "--fail-on",
@@ -350,6 +355,12 @@ def _add_check(check: Parser) -> None:
 
 def _add_device(command: Parser) -> None:
     command.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps (default cpu)")
+
+
+def _folder(text: str) -> Path:
+    if text == "-":
+        raise argparse.ArgumentTypeError("expected a folder, got - (./- is a folder of that name)")
+    return Path(text)
 
 
 def _seed(text: str) -> int:

@@ -34,10 +34,11 @@ class _Scale(NamedTuple):
     logarithmic: bool
 
     @staticmethod
-    def of(values: np.ndarray) -> _Scale:
+    def of(values: np.ndarray) -> _Scale | None:
+        """That of these numbers; None if none of them is finite."""
         finite = values[np.isfinite(values)]
         if not finite.size:
-            return _Scale(0.0, 1.0, False)
+            return None
         low, high = float(finite.min()), float(finite.max())
         return _Scale(low, high, bool(low > 0 and high > 20 * low))
 
@@ -63,18 +64,23 @@ class Watched:
         self.events: list[Event] = []
         self.issues: list[dict] = []
         self.missed: dict[str, str] = {}
+        self._written = 0.0  # when the last of the steps was
 
     def update(self, log: RunLog) -> None:
         """Read what was written since the last time."""
         log.refresh()
         self.name = str(log.path)
-        last = self.steps[-1] if self.steps else -1
-        known = log.steps
-        if len(known) and known[-1] < last:  # the run was resumed from an earlier step
-            last = -1
-            self.steps.clear()
-            self.worst.clear()
-        for record in log.records(after=last):
+        records = log.records()
+        if self.steps:
+            records = log.records(after=self.steps[-1] - 1)
+            again = next(records, None)
+            if again is None or (again.step, again.time) != (self.steps[-1], self._written):
+                # The run was resumed from an earlier step, and does these again.
+                self.steps.clear()
+                self.worst.clear()
+                records = log.records()
+        for record in records:
+            self._written = record.time
             self.latest = record_values(record, self.metric.name)
             values = np.concatenate([*self.latest.values(), np.empty(0, np.float32)])
             finite = values[np.isfinite(values)]
@@ -150,9 +156,14 @@ def _legend(watched: Watched, width: int) -> Text:
     metric, scale = watched.metric, _Scale.of(np.concatenate([*watched.latest.values(), np.empty(0)]))
     unit = f" {metric.unit}" if metric.unit else ""
     text = Text(f"{metric.label}: ")
-    text.append(LEVELS[0], _COLOURS[0]).append(f" {scale.low:.4g} to ")
-    text.append(LEVELS[-1], _COLOURS[-1]).append(f" {scale.high:.4g}{unit}")
-    text.append(", log scale" if scale.logarithmic else "")
+    if scale is None:
+        text.append("no number")
+    elif scale.low == scale.high:
+        text.append(*_cell(scale.low, scale)).append(f" {scale.low:.4g}{unit}")
+    else:
+        text.append(*_cell(scale.low, scale)).append(f" {scale.low:.4g} to ")
+        text.append(*_cell(scale.high, scale)).append(f" {scale.high:.4g}{unit}")
+        text.append(", log scale" if scale.logarithmic else "")
     text.truncate(width, overflow="ellipsis")
     return text
 
@@ -210,9 +221,9 @@ def _worst(values: np.ndarray, metric: Metric) -> float:
     return float(values.min() if metric.low_is_bad else values.max())
 
 
-def _cell(value: float, scale: _Scale) -> tuple[str, str]:
+def _cell(value: float, scale: _Scale | None) -> tuple[str, str]:
     """A character and its style. Its height says what its colour says."""
-    if not np.isfinite(value):
+    if scale is None or not np.isfinite(value):
         return _NOT_FINITE, "bold red"
     level = scale.level(value)
     return LEVELS[level], _COLOURS[level]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import redirect_stdout
 
 from rich.text import Text
 
@@ -11,7 +12,7 @@ from ..replay import trace_non_finite
 from ..versions import versions
 from .exit_codes import FOUND, HEALTHY
 from .messages import one_line
-from .output import check_target, for_people, write_document
+from .output import check_targets, for_people, write_document
 from .progress import shown_progress
 from .trace_target import is_function, step_of_function, step_of_model
 
@@ -19,9 +20,11 @@ SCHEMA_VERSION = 1
 
 
 def run(options: argparse.Namespace) -> int:
-    check_target(options.json, "--json")
+    file = options.target.rpartition(":")[0] or None
+    check_targets({"--json": options.json}, [options.text, options.inputs, file])
     screen = for_people(options.json)
-    with shown_progress() as show:
+    # What the user's own code prints does not belong into the document.
+    with redirect_stdout(screen.file), shown_progress() as show:
         step = step_of_function(options) if is_function(options.target) else step_of_model(options, show)
         try:
             trace = trace_non_finite(**step, wide=not options.no_wide, folder=options.out, progress=show)

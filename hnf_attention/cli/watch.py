@@ -15,7 +15,7 @@ from ..run_log import RunLog
 from ..run_log.metrics import METRICS
 from ..run_log.records import plain
 from .exit_codes import FOUND, HEALTHY
-from .output import check_target, console, for_people, write_document
+from .output import check_targets, console, for_people, write_document
 from .progress import shown_progress
 from .run_logs import open_log
 from .terminal import Watched, view
@@ -24,7 +24,7 @@ SCHEMA_VERSION = 1
 
 
 def run(options: argparse.Namespace) -> int:
-    check_target(options.json, "--json")
+    check_targets({"--json": options.json}, [options.run])
     metric = next((metric for metric in METRICS if metric.name == options.metric), None)
     if metric is None:
         names = ", ".join(metric.name for metric in METRICS)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import let_out
 from ..reference import attention as reference
 from ..reference import sampling
 from ..reference.options import Options
@@ -95,6 +96,7 @@ def backward(
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
+        let_out(error)
         # cuDNN and FlashAttention refuse some calls when they run. The forward has been ours: the step must go on.
         instead = choose(STATISTICS_BACKWARD, call)
         if instead.name == engine.name:

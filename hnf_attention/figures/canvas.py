@@ -20,9 +20,7 @@ class ShownAxes(Axes):
     """The axes of a figure of their own. As the last value of a notebook's cell they show it, once."""
 
     def _repr_png_(self) -> bytes:
-        stream = BytesIO()
-        save(self, stream)
-        return stream.getvalue()
+        return png(self)
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -49,12 +47,23 @@ def axes_for(ax: Axes | None, width: float, height: float) -> Axes:
     return new_figure(width, height)[1] if ax is None else ax
 
 
-def save(axes: Axes, target: str | PathLike[str] | BytesIO) -> None:
-    """Write the whole figure of these axes to a file, in the format of its name; to a stream as PNG."""
+def save(axes: Axes, target: str | PathLike[str]) -> None:
+    """Write the whole figure of these axes to a file, in the format of its name."""
+    _figure_of(axes).savefig(target)
+
+
+def png(axes: Axes) -> bytes:
+    """The whole figure of these axes as a PNG file."""
+    stream = BytesIO()
+    _figure_of(axes).savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def _figure_of(axes: Axes) -> Figure:
     figure = axes.get_figure(root=True)
     if figure is None:
         raise ValueError("expected axes of a figure, got axes that were removed from theirs")
-    figure.savefig(target, format="png" if isinstance(target, BytesIO) else None)
+    return figure
 
 
 def dress(axes: Axes, xlabel: str, ylabel: str, title: str, title_size: float = 10) -> None:

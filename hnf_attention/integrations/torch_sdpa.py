@@ -102,7 +102,7 @@ class Registration:
             module = next(running_modules(), None)
             if module is not None:
                 rows.keep(module, found)
-        seed = torch.zeros(2, dtype=torch.uint64, device=query.device)
+        seed = _seed_of(library.choice(), query.device)
         offset = torch.zeros((), dtype=torch.uint64, device=query.device)
         mask = query.new_empty(0)
         lengths = query.shape[2], key.shape[2]
@@ -135,7 +135,7 @@ class Registration:
         # Nobody reads the entropy without its cotangent.
         inputs = BackwardInputs(out, logsumexp, logsumexp, grad_out, None, None)
         with torch.no_grad():
-            found = engines.backward(call, inputs, False, library.choice())
+            found = engines.backward(call, inputs, False, _choice_of(random[0]))
         return tuple(_like(x, gradient) for x, gradient in zip((query, key, value), found[:3]))
 
     def _original(self, name: str, dropout_p: float) -> Any:
@@ -169,6 +169,24 @@ def _call(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: flo
         sinks=None,
     )
     return Call(query, key, value, options)
+
+
+# The operators save tensors alone, and to read a number in one is to wait for the device. So the size of the seed's
+# memory says what the user allowed when the forward ran.
+_SEED = 2  # numbers that the operator's seed has
+
+
+def _seed_of(chosen: library.Choice, device: torch.device) -> Tensor:
+    """The operator's seed, uint64 (2,), in memory for as many numbers more as `chosen` is: 1 and its bits."""
+    code = 1 + sum(bool(flag) << place for place, flag in enumerate(chosen))
+    return torch.zeros(_SEED + code, dtype=torch.uint64, device=device).resize_(_SEED)
+
+
+def _choice_of(seed: Tensor) -> library.Choice:
+    """What `_seed_of` was given. What is in force now for the seed of another forward, and for a copy of a seed."""
+    code = seed.untyped_storage().nbytes() // seed.element_size() - _SEED - 1
+    flags = [bool(code >> place & 1) for place in range(len(library.Choice._fields))]
+    return library.Choice(*flags) if 0 <= code < 1 << len(flags) else library.choice()
 
 
 def _like(x: Tensor, result: Any) -> Tensor:

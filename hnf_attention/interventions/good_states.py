@@ -41,6 +41,9 @@ class GoodStates:
     waits for the copy on the device; the host does not wait. At most keep + 2 states take host memory: see `bytes`. A
     state that holds NaN or inf is never restored.
 
+    A rewind gives up steps, and `step` counts on. `done` counts what the weights have learnt: a run that is to have its
+    planned length trains until `done` reaches it.
+
     every: a state is kept at each step that this number divides. keep: how many. The run can be taken back by at least
         (keep - 1) * every steps, which must not be less than `margin`.
     scheduler: one, or a list. With it, learning rates, betas, momenta and weight decays of the optimizers' groups go
@@ -91,7 +94,7 @@ class GoodStates:
         me = weakref.ref(self)
         self._hooks = [x.register_step_pre_hook(lambda *_: _settle(me)) for x in optimizers]
         _of_models[unwrapped(model)] = me
-        self._step = step
+        self._step = self._done = step
         self._take(step)
 
     def __repr__(self) -> str:
@@ -124,6 +127,11 @@ class GoodStates:
         return self._step
 
     @property
+    def done(self) -> int:
+        """How many steps led to the present weights: `step`, less those that rewinds gave up."""
+        return self._done
+
+    @property
     def schedulers(self) -> list[Any]:
         """The schedulers whose states are kept. With one, a rewind restores the learning rates, too."""
         return list(self._state.schedulers)
@@ -133,6 +141,8 @@ class GoodStates:
 
         A monitor that was given these states does it.
         """
+        # A count that went back with the run goes on from there.
+        self._done += step - self._step if step >= self._step else 1
         self._step = step
         if not self._slots or (step % self.every == 0 and step not in self.steps):
             self._take(step)
@@ -142,7 +152,7 @@ class GoodStates:
         for slot in self._slots:
             slot.wait()
         self._spare += self._slots
-        self._slots, self._before, self._step = [], None, step
+        self._slots, self._before, self._step, self._done = [], None, step, step
 
     def settle(self) -> None:
         """Have the device finish all copies before the work that is queued after this; the host does not wait."""
@@ -161,10 +171,11 @@ class GoodStates:
         chosen = self._choose(before)
         self.settle()
         left = self._before or self._free_slot()
-        self._state.save(left, self._step)
+        self._state.save(left, self._step, self._done)
         left.wait()
         self._before = left
         self._state.load(chosen)
+        self._done = chosen.done
         self.jumps += 1
         self._spare += [slot for slot in self._slots if slot.step > chosen.step]
         self._slots = [slot for slot in self._slots if slot.step <= chosen.step]
@@ -199,6 +210,7 @@ class GoodStates:
         self.settle()
         step = self._before.step
         self._state.load(self._before)
+        self._done = self._before.done
         self.jumps += 1
         self._spare.append(self._before)
         self._before = None
@@ -227,7 +239,7 @@ class GoodStates:
         if len(self._slots) >= self.keep:
             self._spare.append(self._slots.pop(0))
         slot = self._free_slot()
-        self._state.save(slot, step)
+        self._state.save(slot, step, self._done)
         self._slots.append(slot)
 
     def _free_slot(self) -> Slot:

@@ -36,10 +36,13 @@ class _Kept(NamedTuple):
 
 
 class Slot:
-    """One state on the host. Its memory is used again for a later one."""
+    """One state on the host. Its memory is used again for a later one.
+
+    step: when it was taken. done: how many steps led to it.
+    """
 
     def __init__(self) -> None:
-        self.step = 0
+        self.step = self.done = 0
         self.kept: dict[Hashable, _Kept] = {}
         self.others: dict[str, Any] = {}
         self._norms: list[Tensor] = []
@@ -97,9 +100,9 @@ class TrainingState:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @torch.no_grad()
-    def save(self, slot: Slot, step: int) -> None:
+    def save(self, slot: Slot, step: int, done: int) -> None:
         """Start to copy the state into the slot. Weights must not change before the device is through."""
-        slot.step = step
+        slot.step, slot.done = step, done
         old, slot.kept = slot.kept, {}
         by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         for key, place, changing in self._places():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import compat
+from ..errors import let_out
 from ..instrumentation import witness
 from . import norms, trial_inputs
 from .projections import Projections
@@ -74,7 +75,8 @@ def known_disproof(
     if key not in verdicts:
         try:
             verdicts[key] = _Trial(model, place, num_heads, read, spread).lengths()
-        except Exception:  # of any kind: the class is known
+        except Exception as error:  # of any kind: the class is known
+            let_out(error)
             verdicts[key] = None
     return verdicts[key]
 
@@ -90,10 +92,12 @@ def _try(
     try:
         trial = _Trial(model, place, num_heads, read, spread)
     except Exception as error:  # of any kind: what cannot be tried is refused
+        let_out(error)
         return f"a trial of {kind} could not be prepared: {_short(error)}"
     try:
         return trial.scores() or trial.lengths()
     except Exception as error:  # likewise
+        let_out(error)
         return f"a trial of {kind} on random inputs failed: {_short(error)}"
 
 

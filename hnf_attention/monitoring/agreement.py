@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 
 from ..compat import default_store
+from ..errors import let_out
 from .process_groups import ProcessGroups, Reading, SharedFault
 
 _log = logging.getLogger("hnf_attention")
@@ -121,6 +122,7 @@ class Together:
         except Exception as error:  # of the store or of a collective operation, of whatever kind
             why = f"{type(error).__name__}: {error}"
             self.leave(f"process {dist.get_rank()} failed: {why}" if dist.is_initialized() else why)
+            let_out(error)
         self.lost = why
         _log.warning(
             "the attention monitor goes on with the measurements of each process alone: %s. Process 0 writes "
@@ -136,5 +138,6 @@ class Together:
         self.lost = why
         try:
             self._agreement.leave(why)
-        except Exception:  # the store is gone, with the process that held it
+        except Exception as error:  # the store is gone, with the process that held it
+            let_out(error)
             _log.debug("could not tell the other processes: %s", why, exc_info=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +28,7 @@ from ..statistics.heads import Mark, Snapshot
 from . import state
 from .history import HISTORY_BYTES
 from .lines import log_transitions
-from .notes import Notes, hand_over_at_end
+from .notes import Notes
 from .parts import MonitorStatus, Parts
 from .ranks import AUTO, Ranks, resolve
 from .recorder import NothingMeasured, Recorder
@@ -134,8 +133,6 @@ class AttentionStabilityMonitor:
             # A monitor that is dropped without `restore` leaves, too.
             weakref.finalize(self, self._together.leave, _ended()).atexit = False
         self._notes = Notes(writers if self._leads else ())
-        # At the end of the process, too, writers get what was kept since the last log step. Theirs ends later.
-        weakref.finalize(self, hand_over_at_end, weakref.ref(self._notes), os.getpid())
         self._tracker = IssueTracker()
         #: What may fail without ending the run.
         self.parts = Parts(log_every)

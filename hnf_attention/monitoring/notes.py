@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import let_out
 from ..instrumentation.sharded import is_sharded
 from ..interventions import Applied
+from ..tracing import captured, without_dispatch_modes
 
 _log = logging.getLogger("hnf_attention")
 
@@ -37,9 +38,32 @@ class Notes:
     """Numbers of training steps, without a wait for the device before the next log step."""
 
     def __init__(self, writers: Iterable[object]) -> None:
-        self._writers = [writer for writer in writers if isinstance(writer, NoteWriter)]
         self._kept: deque[tuple[int, str, float | Tensor]] = deque(maxlen=MOST_STEPS)
+        self._process = os.getpid()
+        self._writers = [writer for writer in writers if isinstance(writer, NoteWriter)]
         self._told: dict[int, int] = {}  # sentences that were handed on, by the intervention's id
+        # At the end of the process, too, writers get what was kept. They were made before, so theirs comes later.
+        # Weak, because a writer may hold the monitor, which would then live as long as the process.
+        weakref.finalize(self, _call, weakref.WeakMethod(self.end))
+
+    def __del__(self) -> None:
+        # Not by a weak reference: the garbage collector clears those within a reference cycle before all else.
+        self.end()
+
+    def end(self) -> None:
+        """`hand_over` of a monitor that is dropped; whatever fails then is logged.
+
+        A process that was forked from the monitor's ends without a word: the losses are the other one's.
+        """
+        if not self._kept or os.getpid() != self._process:
+            return
+        try:
+            if captured() and any(isinstance(value, Tensor) and value.is_cuda for _, _, value in self._kept):
+                raise RuntimeError("the garbage collector ran within the capture of a CUDA graph")
+            with without_dispatch_modes():  # of whatever the garbage collector interrupts
+                self.hand_over()
+        except Exception:
+            _log.warning("the losses since the last log step are lost", exc_info=True)
 
     def keep(self, step: int, values: Mapping[str, float | Tensor | None]) -> None:
         """Keep numbers or 0-dimensional tensors of a step; None for one that is not known.
@@ -69,13 +93,12 @@ class Notes:
         """Give the writers what was kept: one copy from each device. Raises the first error of a writer, at the end."""
         kept, values = list(self._kept), dict[int, float]()
         self._kept.clear()
-        by_device: dict[torch.device, list[int]] = {}
+        by_device: dict[torch.device, dict[int, Tensor]] = {}
         for place, (_, _, value) in enumerate(kept):
             if isinstance(value, Tensor):
-                by_device.setdefault(value.device, []).append(place)
-        for places in by_device.values():
-            numbers = torch.stack([torch.as_tensor(kept[place][2]).float() for place in places])
-            values.update(zip(places, numbers.tolist()))
+                by_device.setdefault(value.device, {})[place] = value.float()
+        for found in by_device.values():
+            values.update(zip(found, torch.stack(list(found.values())).tolist()))
 
         def tell(writer: NoteWriter) -> None:
             for place, (step, name, value) in enumerate(kept):
@@ -116,17 +139,7 @@ class Notes:
             raise errors[0]
 
 
-def hand_over_at_end(notes: weakref.ref[Notes], process: int) -> None:
-    """`Notes.hand_over` of a monitor that is dropped; whatever fails then is logged.
-
-    notes: weak, because a writer may hold the monitor, which would then live as long as the process.
-    process: the monitor's. One that was forked from it ends without a word: the losses are the other one's.
-    """
-    if os.getpid() != process:
-        return
-    try:
-        found = notes()
-        if found is not None:
-            found.hand_over()
-    except Exception:
-        _log.warning("the losses since the last log step are lost", exc_info=True)
+def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
+    alive = method()
+    if alive is not None:
+        alive()

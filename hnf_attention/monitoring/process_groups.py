@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ..compat import flattened
+from ..errors import let_out
 from ..statistics.fields import NUM_FIELDS, NUM_SUMS, SUM_FIELDS
 from ..statistics.heads import Forwards, HeadStats
 
@@ -147,13 +148,18 @@ class ProcessGroups:
         """
         reading = Reading([], Forwards())
         fault: str | None = None
+        failed: Exception | None = None
         try:
             reading = read()
         except Exception as error:
+            failed = error
             fault = f"process {dist.get_rank()}: {type(error).__name__}: {error}"
         for group, shared in ((self.queries, _OF_SEQUENCES), (self.heads, None), (self.batch, ())):
             if group is not None:
                 reading, fault = _joined(reading, fault, group, shared)
+        if failed is not None:
+            let_out(failed)
+            failed = None  # its traceback holds this frame
         if fault is not None:
             raise SharedFault(fault)
         return reading

@@ -11,6 +11,7 @@ import numpy as np
 import torch.distributed as dist
 from torch import nn
 
+from ..errors import let_out
 from ..names import display_name, named_modules
 from .agreement import Together
 from .process_groups import ProcessGroups
@@ -89,8 +90,10 @@ def _different_models(model: nn.Module) -> str | None:
         mine = _sample(model)
     except Exception as error:  # of any kind: the others wait for this process in the collective operation
         mine = f"{type(error).__name__}: {error}"
-    samples: list[Mapping[str, np.ndarray] | str] = [""] * dist.get_world_size()
-    dist.all_gather_object(samples, mine)
+        samples = _gathered(mine)
+        let_out(error)
+    else:
+        samples = _gathered(mine)
     first: dict[str, tuple[int, np.ndarray]] = {}
     for rank, theirs in enumerate(samples):
         if isinstance(theirs, str):
@@ -102,6 +105,13 @@ def _different_models(model: nn.Module) -> str | None:
                     f"processes {other} and {rank} hold different weights in the layer {display_name(name)}"
                 )
     return None
+
+
+def _gathered(mine: Mapping[str, np.ndarray] | str) -> list[Mapping[str, np.ndarray] | str]:
+    """What each process gives."""
+    found: list[Mapping[str, np.ndarray] | str] = [""] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
 
 
 def _sample(model: nn.Module) -> dict[str, np.ndarray]:

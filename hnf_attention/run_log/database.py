@@ -48,6 +48,8 @@ SCRIPTS = (
     """,
 )
 VERSION = len(SCRIPTS)
+#: What `on_step` notes of the steps that a run does. Users note other numbers at whatever step, such as once at 0.
+_OF_STEPS = ("loss", "grad_norm")
 _JOINED_AT_ONCE = 32  # pairs of log steps that one transaction joins
 _WAIT = 10.0  # seconds for another process's transaction
 
@@ -86,10 +88,25 @@ def _use_wal(connection: sqlite3.Connection) -> None:
             time.sleep(0.02)
 
 
-def connect_to_read(path: Path) -> sqlite3.Connection:
-    """Open a run log that may be written meanwhile. Raises BadLog or OSError."""
+def connect_to_read(path: Path) -> tuple[sqlite3.Connection, bool]:
+    """Open a run log that may be written meanwhile. Raises BadLog or OSError.
+
+    Returns, too, whether what is written is seen: not in a folder where this process may make no files.
+    """
     path.stat()  # OSError with the file's name
-    connection = _open(f"{path.absolute().as_uri()}?mode=ro", path)
+    try:
+        return _opened_to_read(path, "mode=ro"), True
+    except OSError:
+        # Beside a file with a write-ahead log even a reader makes files, which it may not do in each folder. Where
+        # nobody writes, it can do without.
+        ahead = path.with_name(f"{path.name}-wal")
+        if ahead.exists() and ahead.stat().st_size:
+            raise
+        return _opened_to_read(path, "mode=ro&immutable=1"), False
+
+
+def _opened_to_read(path: Path, how: str) -> sqlite3.Connection:
+    connection = _open(f"{path.absolute().as_uri()}?{how}", path)
     with _closed_if_bad(connection, path):
         found = _version(connection, path)
         if found != VERSION:
@@ -172,6 +189,8 @@ def add(connection: sqlite3.Connection, session: int, number: int, record: Recor
         if number <= received:
             return
         connection.execute("UPDATE sessions SET received = ? WHERE id = ?", (number, session))
+        if number > 1 and not _has_log_step(connection, session):  # what it told before is told again
+            connection.execute("DELETE FROM events WHERE session = ?", (session,))
         _drop_later(connection, record, begins=number == 1)
         if record.layout.layers:
             _add_snapshot(connection, session, record)
@@ -212,18 +231,29 @@ def _add_snapshot(connection: sqlite3.Connection, session: int, record: Record) 
     )
 
 
+def _has_log_step(connection: sqlite3.Connection, session: int) -> bool:
+    """Whether a session that writes now has written a log step: it is the latest one then."""
+    latest = connection.execute("SELECT session FROM snapshots ORDER BY step DESC LIMIT 1").fetchone()
+    return latest is not None and latest[0] == session
+
+
 def _drop_later(connection: sqlite3.Connection, record: Record, begins: bool) -> None:
     """Drop what was written of this log step and of later ones.
 
-    begins: the record is its session's first. It then stands for the steps since the first scalar in it, too.
+    begins: the record is its session's first. It then stands for the steps since the first loss in it, too. One without
+    a log step and a loss stands for none: somebody adds to a run that was.
     """
-    first = min([record.step, *(step for pairs in record.scalars.values() for step, _ in pairs if begins)])
+    own = [step for name in _OF_STEPS for step, _ in record.scalars.get(name, ()) if begins]
+    if not (own or record.layout.layers):
+        return
+    first = min([record.step, *own])
     earlier = "SELECT coalesce(max(step), -1) FROM snapshots WHERE step < ?"
     (last,) = connection.execute(earlier, (first,)).fetchone()
     connection.execute("DELETE FROM snapshots WHERE step >= ?", (first,))
     connection.execute("DELETE FROM events WHERE step > ?", (last,))
     for name in record.scalars:
-        connection.execute("DELETE FROM scalars WHERE name = ? AND step > ?", (name, record.step))
+        since = first if begins else record.step + 1
+        connection.execute("DELETE FROM scalars WHERE name = ? AND step >= ?", (name, since))
 
 
 def active_issues(connection: sqlite3.Connection, step: int) -> list[dict[str, Any]]:

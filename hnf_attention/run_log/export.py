@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
@@ -20,14 +20,20 @@ Progress = Callable[[int, int], None]
 _NUMBERS_AT_ONCE = 1 << 20  # rows of a Parquet group, which a program reads at once
 
 
-def to_jsonl(log: RunLog, path: str | PathLike[str], progress: Progress = lambda done, total: None) -> None:
+def to_jsonl(
+    log: RunLog, target: str | PathLike[str] | TextIO, progress: Progress = lambda done, total: None
+) -> None:
     """One line for each log step, event and scalar, told apart by "kind"; the first one describes the run.
 
-    A "snapshot" has {layer: {metric: [a number per head]}}, null for NaN and infinities. Raises OSError.
+    A "snapshot" has {layer: {metric: [a number per head]}}, null for NaN and infinities. target: a file, or a stream
+    of text. Raises OSError.
     """
-    with Path(path).open("w", encoding="utf-8") as file:
-        for line in _lines(log, progress):
-            file.write(f"{json.dumps(plain(line), allow_nan=False)}\n")
+    if isinstance(target, (str, PathLike)):
+        with Path(target).open("w", encoding="utf-8") as file:
+            to_jsonl(log, file, progress)
+        return
+    for line in _lines(log, progress):
+        target.write(f"{json.dumps(plain(line), allow_nan=False)}\n")
 
 
 def _lines(log: RunLog, progress: Progress) -> Iterator[dict[str, Any]]:

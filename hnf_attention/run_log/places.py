@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 #: File systems over a network, as Linux names them. Their locks and shared memory are not those that a write-ahead log
@@ -45,4 +46,4 @@ def network_file_system(folder: Path, mounts: Path = _MOUNTS) -> str | None:
 
 def _unescaped(text: str) -> str:
     """Blanks in mountinfo are octal: \\040."""
-    return text.encode("latin-1", "replace").decode("unicode_escape") if "\\" in text else text
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)

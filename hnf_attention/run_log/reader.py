@@ -47,6 +47,7 @@ class RunLog:
     def __init__(self, path: str | PathLike[str]):
         self.path = Path(path)
         self._connection: sqlite3.Connection | None = None
+        self._sees_more = True  # whether the connection sees what is written later
         self._fragments = not self.path.is_file() and fragments.folder_of(self.path).is_dir()
         self.refresh()
 
@@ -56,13 +57,14 @@ class RunLog:
         return f"RunLog({str(self.path)!r}): {len(steps)} log steps, {span}, {len(self.layers)} layers"
 
     def refresh(self) -> None:
-        """Take in what was written since; only fragments need it."""
+        """Take in what was written since; only fragments, and a file in a folder that may not be written, need it."""
         if self._fragments:
             if self._connection is None:
                 self._connection = database.in_memory()
             fragments.gather(self.path, self._connection)
-        elif self._connection is None:
-            self._connection = database.connect_to_read(self.path)
+        elif self._connection is None or not self._sees_more:
+            self.close()
+            self._connection, self._sees_more = database.connect_to_read(self.path)
 
     def close(self) -> None:
         """Let go of the file."""

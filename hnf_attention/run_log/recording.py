@@ -63,7 +63,7 @@ class Recording:
     def rest(self, time: float) -> Record | None:
         """The last log step's record again, with what was noted after it; None if nothing was.
 
-        Without a log step it is a record of that time without layers.
+        Without a log step it is a record of that time without layers. The first log step tells all of it again.
         """
         last = self._last
         if not (self._scalars or self._events):
@@ -77,4 +77,7 @@ class Recording:
             name: [*last.scalars.get(name, []), *self._scalars.get(name, [])]
             for name in {**last.scalars, **self._scalars}
         }
-        return replace(last, scalars=scalars, events=[*last.events, *self._events])
+        found = replace(last, scalars=scalars, events=[*last.events, *self._events])
+        if self._last is not None:
+            self._last, self._scalars, self._events = found, {}, []
+        return found

@@ -14,6 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
+from operator import index
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -70,14 +71,20 @@ class RunLogWriter:
         self._about = plain({"run": dict(about or {}), "environment": _environment()})
         self._max_bytes = max_bytes
         self._running: list[_Thread] = []  # none after `close`
+        self._end: weakref.finalize | None = None
+        self._thread: _Thread
         self._open()
-        # At the end of the process, too, what waits is written. What was made first ends last: monitors, which hand
-        # over their last numbers at their own end, come before this writer, also if an earlier one has closed it.
-        weakref.finalize(self, _finish, self._running)
 
     def _open(self) -> None:
-        self._thread = _Thread(self.path, self._about, self._max_bytes)
+        # In a reference cycle that holds a monitor and this writer, the writer ends first: it goes on for the monitor's
+        # last numbers, and ends again.
+        ended = self._thread if self._end is not None and not self._end.alive else None
+        self._thread = _Thread(self.path, self._about, self._max_bytes, ended)
         self._running.append(self._thread)
+        # At the end of the process, too, what waits is written. What was made first ends last: monitors, which hand
+        # over their last numbers at their own end, come before this writer, also if an earlier one has closed it.
+        if self._end is None or not self._end.alive:
+            self._end = weakref.finalize(self, _finish, self._running)
 
     def _take(self, item: tuple[Any, ...]) -> None:
         if not self._running:  # closed by an earlier monitor
@@ -96,14 +103,14 @@ class RunLogWriter:
 
     def note(self, step: int, **scalars: float) -> None:
         """Keep numbers of a training step, such as loss=2.3; written with the next log step, or at the end."""
-        self._take(("scalars", step, {name: float(value) for name, value in scalars.items()}))
+        self._take(("scalars", index(step), {name: float(value) for name, value in scalars.items()}))
 
     def event(self, step: int, kind: str, **detail: Any) -> None:
         """Keep something that happened, such as an intervention; written with the next log step, or at the end."""
-        self._take(("event", step, {"kind": kind, "step": step} | plain(detail)))
+        self._take(("event", index(step), {"kind": kind, "step": index(step)} | plain(detail)))
 
     def flush(self, timeout: float = _PATIENCE) -> bool:
-        """Wait until all that was taken is written. Returns whether it is."""
+        """Wait until every log step that was taken is written. Returns whether it is."""
         return self._thread.flush(timeout)
 
     def close(self) -> None:
@@ -117,9 +124,14 @@ def _finish(running: list[_Thread]) -> None:
 
 
 class _Thread(threading.Thread):
-    """waiting: what was handed over. kept: records that could not be written yet, with their numbers."""
+    """waiting: what was handed over. kept: records that could not be written yet, with their numbers.
 
-    def __init__(self, path: Path, about: Mapping[str, Any], max_bytes: int):
+    ended: the thread whose session goes on; None for a session of its own.
+    """
+
+    def __init__(
+        self, path: Path, about: Mapping[str, Any], max_bytes: int, ended: _Thread | None = None
+    ) -> None:
         super().__init__(name="hnf-attention run log", daemon=True)
         self.waiting: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self.kept: deque[tuple[int, Record]] = deque()
@@ -127,11 +139,14 @@ class _Thread(threading.Thread):
         self._lost = self._missed = 0
         self._given = self._taken = 0  # log steps that were put in the line, and taken out of it
         self._process = os.getpid()
-        self._recording = Recording()
         self._failed: str | None = None
         self._left_out = False  # whether the last attempt left a log step out
         self._max_bytes = max_bytes
-        uid, started = uuid.uuid4().hex, time.time()
+        self._recording, self._number = Recording(), 0
+        self._session = uuid.uuid4().hex, time.time()
+        if ended is not None and not ended.is_alive():
+            self._recording, self._number, self._session = ended._recording, ended._number, ended._session
+        uid, started = self._session
         kind = network_file_system(path.parent)
         self._sink: _Database | Fragment
         if kind is None:
@@ -139,7 +154,6 @@ class _Thread(threading.Thread):
         else:
             self._sink = Fragment(path, uid, started, about)
             _log.info("the run log %s lies on %s, so it is written as %s", path, kind, self._sink.path)
-        self._number = 0
         self.start()
 
     def take(self, item: tuple[Any, ...]) -> None:
@@ -174,7 +188,7 @@ class _Thread(threading.Thread):
                 if kind == "diagnosis":
                     self._taken += 1
                     if self._number == 0:
-                        self._recording.know(self._sink.active_before(rest[0].step))
+                        self._know(rest[0].step)
                     self._number += 1
                     self.kept.append((self._number, self._recording.record(*rest)))
                     self._write()
@@ -193,13 +207,21 @@ class _Thread(threading.Thread):
         try:
             record = self._recording.rest(time.time())
             if record is not None:
-                self.kept.append((self._number + 1, record))
+                self._number += 1
+                self.kept.append((self._number, record))
             self._write()
             self._sink.close()
         except Exception:
             self._leave_out("what came after the last log step")
         if self.kept:
             _log.warning("the run log ends with %d log steps that could not be written", len(self.kept))
+
+    def _know(self, step: int) -> None:
+        """Take in the issues of an earlier session. Without them, they are new ones: no log step is lost for that."""
+        try:
+            self._recording.know(self._sink.active_before(step))
+        except Exception as error:
+            report("the issues before this log step could not be read, and count as new", error)
 
     def _leave_out(self, what: str) -> None:
         """Say that something is not written: once, until something is."""

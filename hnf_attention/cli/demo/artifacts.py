@@ -105,6 +105,7 @@ def _smoothed(losses: Sequence[float], window: int = 10) -> list[float]:
 def _run(run: Run) -> dict[str, Any]:
     return {
         "losses": [loss if math.isfinite(loss) else None for loss in run.losses],
+        "held_out_loss": run.held_out_loss if math.isfinite(run.held_out_loss) else None,
         "first_issue": _diagnosis(run.first_issue),
         "first_error": _diagnosis(run.first_error),
         "last_diagnosis": _diagnosis(run.last_diagnosis),

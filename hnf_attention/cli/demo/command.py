@@ -20,9 +20,8 @@ from ...report.tables import STYLES, issue_list
 from ...run_log import RunLog, RunLogWriter
 from ..devices import device_of
 from ..exit_codes import FOUND, HEALTHY
-from ..output import check_target, for_people, make_folder, write_document
+from ..output import check_targets, for_people, make_folder, write_document
 from . import artifacts
-from .loss import FINAL_WINDOW
 from .outcome import HINDSIGHT_GAP, Outcome, judge
 from .training import QUICK, Config, Run, train
 from .view import View, describe
@@ -33,7 +32,7 @@ _RUNS = {False: "untreated.db", True: "treated.db"}  # names of the run logs
 
 
 def run(options: argparse.Namespace) -> int:
-    check_target(options.json, "--json")
+    check_targets({"--json": options.json})
     recipe = QUICK if options.quick else Config()
     config = replace(
         recipe,
@@ -149,8 +148,10 @@ def _print_verdict(
         kinds = "; ".join(dict.fromkeys(describe(intervention) for _, intervention in interventions))
         times = "once" if len(interventions) == 1 else f"at {len(interventions)} steps"
         lines.append(f"Treated from step {interventions[0][0]} on, {times}: {kinds}.")
+    if outcome.lost_steps:
+        lines.append(f"It trained {outcome.lost_steps} steps more, in place of those that it gave up.")
     lines.append(
-        f"Final loss (mean of {FINAL_WINDOW} steps): untreated {outcome.untreated_loss:.2f}, treated "
+        f"Final loss on held-out text: untreated {outcome.untreated_loss:.2f}, treated "
         f"{outcome.treated_loss:.2f} nats per byte."
     )
     console.print(Text("\nVerdict", style="bold"))

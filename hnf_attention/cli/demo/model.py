@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sysconfig
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,9 @@ from torch import Tensor, nn
 from ...errors import InputError
 
 VOCABULARY = 256  # bytes
-TEXT_BYTES = 2_000_000
+TEXT_BYTES = 2_000_000  # that runs train on
+HELD_OUT_BYTES = 100_000  # after those
+HELD_OUT_WINDOWS, _HELD_OUT_BATCH, _HELD_OUT_SEED = 1_536, 128, 1
 
 
 class Attention(nn.Module):
@@ -94,3 +98,15 @@ def batches(text: Tensor, batch_size: int, context: int, seed: int) -> Iterator[
         starts = torch.randint(len(text) - context, (batch_size, 1), generator=generator)
         windows = text[starts + offsets].long()
         yield windows[:, :-1], windows[:, 1:]
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, text: Tensor, context: int) -> float:
+    """Mean loss in nats per byte over HELD_OUT_WINDOWS windows of a text, (bytes,) uint8: the same for all models."""
+    device = next(model.parameters()).device
+    windows = batches(text, _HELD_OUT_BATCH, context, _HELD_OUT_SEED)
+    found = []
+    for inputs, targets in islice(windows, HELD_OUT_WINDOWS // _HELD_OUT_BATCH):
+        logits = model(inputs.to(device))
+        found.append(F.cross_entropy(logits.flatten(0, 1), targets.to(device).flatten()).item())
+    return fmean(found)

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .loss import LossSign, falls_behind, final, first_sign
+from .loss import LossSign, falls_behind, first_sign
 from .training import Run
 
 PROMISED_GAP = 0.25  # nats by which the treated run must end below the untreated one
@@ -15,7 +15,7 @@ HINDSIGHT_GAP = 0.1  # nats behind the treated run that are visible with hindsig
 
 @dataclass(frozen=True)
 class Outcome:
-    """The judgement of two runs. Losses are means over the last steps, in nats. Steps count from 1."""
+    """The judgement of two runs. Losses are those at the end on held-out text, in nats. Steps count from 1."""
 
     warning_step: int | None  # first issue of the untreated run
     alarm_step: int | None  # its first issue of severity error
@@ -25,6 +25,7 @@ class Outcome:
     untreated_loss: float
     treated_loss: float
     intervention_step: int | None
+    lost_steps: int  # that rewinds gave up, and that the treated run made up for
 
     @property
     def lead(self) -> int | None:
@@ -76,6 +77,7 @@ class Outcome:
             "treated_final_loss": _finite(self.treated_loss),
             "gap_nats": _finite(self.gap),
             "intervention_step": self.intervention_step,
+            "lost_steps": self.lost_steps,
             "broken_promises": self.broken_promises,
         }
 
@@ -88,9 +90,10 @@ def judge(untreated: Run, treated: Run) -> Outcome:
         sign=first_sign(untreated.losses),
         treated_sign=first_sign(treated.losses),
         hindsight_step=falls_behind(untreated.losses, treated.losses, HINDSIGHT_GAP),
-        untreated_loss=final(untreated.losses),
-        treated_loss=final(treated.losses),
+        untreated_loss=untreated.held_out_loss,
+        treated_loss=treated.held_out_loss,
         intervention_step=treated.interventions[0][0] if treated.interventions else None,
+        lost_steps=treated.lost_steps,
     )
 
 

@@ -66,10 +66,11 @@ class View:
             self._sign = sign_now(run.losses)
             if self._sign is not None:
                 self._print_sign(run, self._sign)
-        self._progress.update(self._task, completed=step, description=f"loss {loss:.3f}")
+        total = self._steps + run.lost_steps
+        self._progress.update(self._task, total=total, completed=step, description=f"loss {loss:.3f}")
         if self._live is not None:
             self._live.update(Group(self.table, self._progress))
-        elif run.last_diagnosis is not None and (step % _PLAIN_EVERY == 0 or step == self._steps):
+        elif run.last_diagnosis is not None and (step % _PLAIN_EVERY == 0 or step == total):
             scores = [stats.max_abs_logit.max() for stats in run.last_diagnosis.stats.values()]
             self._console.print(
                 f"step {step:4d}  loss {loss:.3f}  largest |score| of any head {max(scores):.4g}"

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ...engine.card import current_device
 from ..exit_codes import FOUND, HEALTHY
-from ..output import check_target, for_people, write_document
+from ..output import check_targets, for_people, write_document
 from ..progress import shown_progress
 from . import calls, machine, warm
 from .low_scores import SCORE, LowScores, low_scores
@@ -23,7 +23,7 @@ SCHEMA_VERSION = 1
 
 def run(options: argparse.Namespace) -> int:
     """Print everything; the exit code says whether the self-tests passed."""
-    check_target(options.json, "--json")
+    check_targets({"--json": options.json})
     warm.check(options)
     screen = for_people(options.json)
     _print_machine(screen)

@@ -18,6 +18,7 @@ from torch.nn.attention import flex_attention as flex
 
 from ... import compat
 from ...compat import dynamo
+from ...errors import let_out
 from ..call import AttentionCall, Unmeasurable
 from ..flex_call import Mod, described
 from . import layers, operators, tracer
@@ -90,6 +91,7 @@ def _read(context: Any) -> None:
         frame = dynamo.Frame(context)
         frame.assign(_functions_of(frame))
     except Exception as error:  # another version of Dynamo
+        let_out(error)
         _log.warning("hnf-attention does not reach flex_attention in this compiled graph", exc_info=error)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ... import compat
 from ...compat import dynamo
+from ...errors import let_out
 from .. import observer
 from ..coverage import is_attention
 from . import graphed, layers, operators
@@ -97,6 +98,7 @@ def _find(context: Any) -> None:
         if not asked.is_exported():
             asked.assign(_found(asked))
     except Exception as error:  # another version of Dynamo; the model compiles as it is
+        let_out(error)
         _log.warning("hnf-attention does not reach attention in this compiled graph", exc_info=error)
 
 

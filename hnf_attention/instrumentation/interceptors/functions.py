@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ...compat import dynamo
+from ...errors import let_out
 from ...tracing import traced, transformed
 from .. import observer
 from ..call import AttentionCall
@@ -107,6 +108,7 @@ def _write(context: Any) -> None:
         ast.literal_eval(text)
         frame.assign({"text": dynamo.constant(text)})
     except Exception as error:
+        let_out(error)
         _log.debug("hnf-attention does not describe this call in its compiled graph", exc_info=error)
 
 

@@ -131,7 +131,8 @@ def page_of(runs: Sequence[Run], names: Sequence[str], title: str | None, wanted
     described = []
     for metric in shown:
         values = [each[metric.name] for each in tables]
-        if not any(np.isfinite(each).any() for each in values) and len(shown) > 1:
+        numbers = any(np.isfinite(each).any() for each in values)
+        if not numbers and len(shown) > 1:
             continue
         scale = Scale.of(np.concatenate([each.reshape(-1) for each in values]))
         for number, each in enumerate(values):
@@ -141,6 +142,7 @@ def page_of(runs: Sequence[Run], names: Sequence[str], title: str | None, wanted
             "name": metric.name,
             "label": metric.label,
             "unit": metric.unit,
+            "numbers": numbers,
             "scale": {"low": scale.low, "high": scale.high, "log": scale.log},
             "limits": limits(metric.name),
             "worse": worse(metric.name),
@@ -168,7 +170,7 @@ def _nothing(
         planes[f"plane-{number}-{metric.name}"] = pack(scale.codes(each[metric.name]))
     return {
         "name": metric.name, "label": metric.label, "unit": metric.unit, "limits": [], "worse": worse(metric.name),
-        "scale": {"low": 0.0, "high": 1.0, "log": False},
+        "numbers": False, "scale": {"low": 0.0, "high": 1.0, "log": False},
     }  # fmt: skip
 
 

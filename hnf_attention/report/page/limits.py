@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...diagnosis.thresholds import THRESHOLDS
+from ...run_log.metrics import METRICS
 
 #: Statistic to (threshold, what it is multiplied with, short name): scores are judged by half of a row's range.
 _LIMITS: dict[str, tuple[tuple[str, float, str], ...]] = {
@@ -24,13 +25,7 @@ _LIMITS: dict[str, tuple[tuple[str, float, str], ...]] = {
     "saturated_share": (("high_saturation", 1.0, "high"), ("collapsed_saturation", 1.0, "collapsed")),
     "jacobian_trace_bound": (("weak_gradient", 1.0, "weak"), ("lost_gradient", 1.0, "lost")),
 }
-_LOW_IS_BAD = (
-    "normalized_entropy",
-    "normalized_entropy_min",
-    "normalized_entropy_p10",
-    "entropy",
-    "jacobian_trace_bound",
-)
+_LOW_IS_BAD = {metric.name for metric in METRICS if metric.low_is_bad}
 #: Statistic that shows an issue of a type best.
 SHOWS = {
     "overflow_risk": "logit_range_max",

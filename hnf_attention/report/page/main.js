@@ -224,8 +224,10 @@ class Page {
     context.putImageData(image, 0, 0);
     const { scale } = metric;
     const names = this.report.runs.map((each) => each.name);
-    byId("scale-low").textContent = difference ? `${names[1]} lower` : withUnit(scale.low, metric.unit);
-    byId("scale-high").textContent = difference ? `${names[1]} higher` : withUnit(scale.high, metric.unit);
+    const [low, high] = difference ? [`${names[1]} lower`, `${names[1]} higher`] : scaleEnds(metric);
+    byId("scale-low").textContent = low;
+    byId("scale-high").textContent = high;
+    bar.hidden = !metric.numbers;
     byId("scale-kind").textContent = difference ? "difference" : scale.log ? "log scale" : "";
     for (const [id, count] of Object.entries(countMarks(bits, this.report.heads))) byId(`count-${id}`).textContent = count;
   }

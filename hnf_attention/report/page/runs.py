@@ -91,6 +91,8 @@ def of_log(log: RunLog, metrics: Sequence[str]) -> Run:
         nonlocal training
         placed: dict[Layout, np.ndarray] = {}
         for record in log.records():
+            if record.step > steps[-1]:  # written since, perhaps with layers that are not in `counts`
+                return
             training = record.training
             if record.layout not in placed:
                 placed[record.layout] = _columns(record.layout, starts)

@@ -23,10 +23,10 @@ def _points(steps: np.ndarray, values: np.ndarray) -> dict[str, list[Any]]:
 
 
 def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most _MOST_POINTS points: the lowest and the highest of each stretch, and every first NaN of one."""
+    """At most _MOST_POINTS points: the ends, the lowest and the highest of each stretch, and every first NaN of one."""
     if len(steps) <= _MOST_POINTS:
         return steps, values
-    kept: set[int] = set()
+    kept = {0, len(steps) - 1}
     for part in np.array_split(np.arange(len(steps)), _MOST_POINTS // 3):
         found = values[part]
         finite = np.isfinite(found)

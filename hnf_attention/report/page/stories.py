@@ -94,7 +94,8 @@ class Story:
             found = f"helped: the issue has been a note since step {self.calm:,}"
         else:
             found = "did not end it: the issue is still there"
-        checked = f" Checked later: {self.checks[-1]['text']}." if self.checks else ""
+        later = [check["text"] for check in self.checks if check["step"] > last["step"]]
+        checked = f" Checked later: {later[-1]}." if later else ""
         return f"{last['action']} at step {last['step']:,} {found}.{checked}"
 
     def to_dict(self, layers: Mapping[str, int]) -> dict[str, Any]:

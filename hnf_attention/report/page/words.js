@@ -16,6 +16,11 @@ function withUnit(value, unit) {
   return unit && text !== "no number" ? `${text} ${unit}` : text;
 }
 
+// The ends of a statistic's scale; a statistic without a number has none.
+function scaleEnds({ scale, unit, numbers }) {
+  return numbers ? [withUnit(scale.low, unit), withUnit(scale.high, unit)] : ["no number", ""];
+}
+
 function plural(count, noun) {
   return `${count.toLocaleString("en-US")} ${noun}${count === 1 ? "" : "s"}`;
 }
