@@ -7,9 +7,10 @@
 Every part runs in processes of its own, one for each card. A part that fails or takes too long is reported, and the
 others run. Everything is compared with one process on the whole batch or sequence, on the same kind of device.
 
-- statistics: the plain monitor under DDP, FSDP2 and tensor parallelism
+- statistics: the plain monitor under DDP, FSDP2, tensor parallelism and the last two together
 - leaving: process 1 ends its monitor, or comes too late to log steps
-- interventions: QKClip, QK-norm, rewind, and one clip that is reverted, under the same three
+- interventions: QKClip, QK-norm, rewind, and one clip that is reverted, under the same four, and on a LLaMA by
+  transformers' own plan for tensor parallelism
 - rings: PyTorch's context_parallel and examples/ring_attention.py
 - cost: the every-step tier and log steps of a 1B LLaMA under DDP, and the collectives of a log step; needs transformers
 """

@@ -12,7 +12,6 @@ from attention_models import Direct
 from sharded_models import (
     BROKEN,
     CLIP,
-    HEADS,
     INPUTS,
     LENGTH,
     MASK,
@@ -94,7 +93,7 @@ def fsdp_treated(rank, size):
 
 
 def layouts(rank, size):
-    """Clipped in shards, taken back, and refused."""
+    """Clipped in shards, taken back, and clipped again when FSDP2 has gathered them."""
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("dp",))
     model = Layouts()
     fully_shard(model.low, mesh=mesh)  # one group of parameters has one dtype
@@ -109,14 +108,9 @@ def layouts(rank, size):
         for p, b in zip(model.parameters(), before)
     )
     model.unshard()
-    return after, back, refusal(model, "separate")
-
-
-def refusal(model, layer):
-    try:
-        return apply_intervention(None, CLIP | {"layers": {layer: [100.0] * HEADS}}, model)
-    except ValueError as error:
-        return str(error)
+    apply_intervention(None, CLIP, model)
+    again = all(torch.equal(whole(p), after[name]) for name, p in model.named_parameters())
+    return after, back, again
 
 
 def tensor_parallel(rank, size):
@@ -131,9 +125,7 @@ def tensor_parallel(rank, size):
     x = share(INPUTS, rank // 2, size // 2)
     out = model(x).detach().clone()  # which waits for the last sum over processes
     monitor.on_step()
-    if size > 2:
-        model.reshard()
-    return snapshots(monitor)[0], out, refusal(model, "0")
+    return snapshots(monitor)[0], out
 
 
 # DTensor has rules for the operators of the math backend; for the CPU's own it searches for minutes.

@@ -5,8 +5,11 @@ import torch
 import torch.distributed as dist
 from attention_models import Model
 from compat_helpers import carried_by
+from sharded_models import SeparateAttention
 
 from hnf_attention import ProcessGroups, compat
+from hnf_attention.interventions import layout
+from hnf_attention.interventions.shards import HeadPart
 from hnf_attention.monitoring.agreement import Agreement
 from hnf_attention.names import named_modules
 
@@ -58,6 +61,44 @@ def test_the_ring_of_context_parallelism_is_measured(tmp_path):
             assert handle.coverage.measured == {"": "probe (context_parallel)"}
     finally:
         dist.destroy_process_group()
+
+
+@pytest.fixture
+def split(four_processes):
+    """An attention layer whose four heads lie in four processes."""
+    from processes_split import PLAN
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    return parallelize_module(SeparateAttention(), dist.init_device_mesh("cpu", (4,)), PLAN)
+
+
+@carried_by("splits_module")
+def test_weights_that_pytorch_split_are_found_without_a_hook_of_others(split):
+    assert layout.find(split, "", 4).part == HeadPart(0, 4)
+    split.q_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="a forward or hooks of its own"):
+        layout.find(split, "", 4)
+
+
+def test_heads_that_cannot_be_split_alike_are_refused(split):
+    with pytest.raises(
+        ValueError, match="expected heads in 4 equal parts, as tensor parallelism splits them, got 6"
+    ):
+        layout.find(split, "", 6)
+
+
+@pytest.mark.slow
+@carried_by("splits_layer")
+def test_weights_that_transformers_split_are_found(four_processes):
+    parallel = pytest.importorskip("transformers.distributed.tensor_parallel")
+    mesh, layer = dist.init_device_mesh("cpu", (4,)), SeparateAttention()
+    styles = dict.fromkeys(("q_proj", "k_proj", "v_proj"), parallel.ColwiseParallel())
+    for name, style in {**styles, "o_proj": parallel.RowwiseParallel()}.items():
+        projection = layer.get_submodule(name)
+        for parameter in ("weight", "bias"):
+            style.shard_param(projection, parameter, mesh)
+        style.install_forward(projection, mesh)
+    assert layout.find(layer, "", 4).part == HeadPart(0, 4)
 
 
 @carried_by("fsdp_wrapped")

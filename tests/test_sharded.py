@@ -110,10 +110,9 @@ def test_every_layout_is_clipped_in_shards_exactly_as_whole(found):
     model = Layouts()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     apply_intervention(None, CLIP, model)
-    for after, back, refused in found["layouts"]:
-        assert back
+    for after, back, again in found["layouts"]:
+        assert back and again
         assert all(torch.equal(after[name], p) for name, p in model.named_parameters())
-        assert "expected the weights of layer 'separate' in their shards, got whole ones" in refused
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert {name.split(".")[0] for name in changed} == set(CLIP["layers"])
 
@@ -121,11 +120,9 @@ def test_every_layout_is_clipped_in_shards_exactly_as_whole(found):
 def test_tensor_parallel_heads_get_their_global_numbers(found):
     out, layers = alone(stack(), INPUTS)
     size = len(found["tensor_parallel"])
-    for rank, (theirs, part, refused) in enumerate(found["tensor_parallel"]):
+    for rank, (theirs, part) in enumerate(found["tensor_parallel"]):
         torch.testing.assert_close(part, out.chunk(size // 2)[rank // 2], rtol=1e-4, atol=1e-5)
         same(theirs, layers)
-        reason = "expected the weights of layer '0' to be sharded by FSDP2 alone"
-        assert (reason if size > 2 else "DTensor (merge adapters, gather shards") in refused
 
 
 def test_attention_over_dtensors_is_measured_where_its_parts_are_whole_heads(found):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -21,19 +22,12 @@ def _optimizer(spread: Spread) -> torch.optim.Optimizer:
 def _states(spread: Spread, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Weights and momenta, whole."""
     momenta = [
-        whole(state["momentum_buffer"])
+        whole(state[name])
         for p in spread.model.parameters()
-        if (state := optimizer.state.get(p)) and state.get("momentum_buffer") is not None
+        for name in ("momentum_buffer", "exp_avg")
+        if (state := optimizer.state.get(p)) and state.get(name) is not None
     ]
     return weights(spread.model) + momenta
-
-
-def _joined(states: list[Tensor], expected: list[Tensor]) -> list[Tensor]:
-    """With the parts of all processes joined, where a tensor is of this process's heads alone, as a gain of QK-norm."""
-    return [
-        x if x.shape == whole.shape else torch.cat([y.to(x.device) for y in gathered(x.cpu())])
-        for x, whole in zip(states, expected, strict=True)
-    ]
 
 
 def standing_clip(spread: Spread) -> tuple[list[Tensor], bool]:
@@ -44,12 +38,26 @@ def standing_clip(spread: Spread) -> tuple[list[Tensor], bool]:
 
 
 def qk_norm(spread: Spread) -> tuple[list[Tensor], bool]:
-    optimizer = _optimizer(spread)
+    return _normed(spread, _optimizer(spread))
+
+
+def qk_norm_adam(spread: Spread) -> tuple[list[Tensor], bool]:
+    """By AdamW over all tensors at once, where they are of one kind."""
+    alike = len({hasattr(p, "placements") for p in spread.model.parameters()}) == 1
+    return _normed(spread, torch.optim.AdamW(spread.model.parameters(), lr=1e-3, eps=1e-4, foreach=alike))
+
+
+def _normed(spread: Spread, optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], bool]:
+    """The states of 4 steps with QK-norm. Second: whether a step after its revert has the parameters of before."""
+    names = [name for name, _ in spread.model.named_parameters()]
     start = start_qk_norm(spread.model, optimizer)
     train(spread, optimizer, 4)
-    if not start.started:
+    if start.refused or not start.started:
         raise ValueError("; ".join(f"{name}: {why}" for name, why in start.refused.items()))
-    return _states(spread, optimizer), True
+    states = _states(spread, optimizer)
+    start.revert()
+    train(spread, optimizer, 1)
+    return states, names == [name for name, _ in spread.model.named_parameters()]
 
 
 def rewind(spread: Spread) -> tuple[list[Tensor], bool]:
@@ -89,6 +97,7 @@ def clip_and_revert(spread: Spread) -> tuple[list[Tensor], bool]:
 SCENARIOS: dict[str, Callable[[Spread], tuple[list[Tensor], bool]]] = {
     "QKClip, 4 steps": standing_clip,
     "QK-norm, 4 steps": qk_norm,
+    "QK-norm with AdamW, 4 steps": qk_norm_adam,
     "rewind, 2 steps": rewind,
     "one clip, reverted": clip_and_revert,
 }
@@ -102,15 +111,64 @@ def run(setting: Setting) -> dict[str, Any]:
         for name, way in WAYS.items():
             try:
                 states, exact = act(way(setting, net(setting)))
-                mine: Any = (difference(_joined(states, expected), expected), exact)
+                mine: Any = (difference(states, expected), exact)
             except ValueError as error:  # a refusal; every process raises the same one
                 mine = str(error)
-            everyone = gathered(mine)
-            if any(isinstance(x, str) for x in everyone):
-                found[f"{scenario}, {name}"] = {"refused": next(x for x in everyone if isinstance(x, str))}
-                continue
-            found[f"{scenario}, {name}"] = {
-                "difference": max(x[0] for x in everyone),
-                "exact": all(x[1] for x in everyone),
-            }
+            found[f"{scenario}, {name}"] = _of_all(gathered(mine))
+    found["QKClip and QK-norm, a LLaMA by its own plan"] = llama(setting)
     return found
+
+
+def _of_all(everyone: list[Any]) -> dict[str, Any]:
+    refusals = [x for x in everyone if isinstance(x, str)]
+    if refusals:
+        return {"refused": refusals[0]}
+    return {"difference": max(x[0] for x in everyone), "exact": all(x[1] for x in everyone)}
+
+
+def llama(setting: Setting) -> dict[str, Any]:
+    """A LLaMA that transformers splits, against a whole one: 2 steps with QKClip, then 2 with QK-norm."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers.distributed import DistributedConfig
+    except ImportError as error:
+        return {"refused": f"no transformers that splits models: {error}"}
+    heads = 2 * setting.size
+    with tempfile.TemporaryDirectory() as own:
+        folder = gathered(own)[0]
+        if setting.rank == 0:
+            torch.manual_seed(0)
+            sizes = {"hidden_size": 8 * heads, "intermediate_size": 8 * heads, "vocab_size": 64}
+            config = LlamaConfig(num_hidden_layers=2, num_attention_heads=heads, **sizes)
+            LlamaForCausalLM(config).save_pretrained(folder)
+        gathered(None)  # all wait for the file
+        expected = _clipped_and_normed(LlamaForCausalLM.from_pretrained(folder).to(setting.device))
+        plan = DistributedConfig(tp_size=setting.size)
+        try:
+            model = LlamaForCausalLM.from_pretrained(folder, distributed_config=plan)
+            mine: Any = (difference(_clipped_and_normed(model), expected), True)
+        except ValueError as error:
+            mine = str(error)
+        return _of_all(gathered(mine))
+
+
+def _clipped_and_normed(model: torch.nn.Module) -> list[Tensor]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    tokens = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(2))
+    tokens = tokens.to(next(model.parameters()).device)
+
+    def steps() -> None:
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(tokens, labels=tokens).loss.backward()
+            optimizer.step()
+
+    clip = QKClip(model.train(), 0.05).attach(optimizer)
+    steps()
+    clip.remove()
+    start = start_qk_norm(model, optimizer)
+    steps()
+    refused = {**clip.refused, **start.refused}
+    if refused:
+        raise ValueError("; ".join(f"{name}: {why}" for name, why in refused.items()))
+    return weights(model)

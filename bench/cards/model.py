@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -112,20 +113,42 @@ def fsdp2(setting: Setting, model: Net) -> Spread:
     return Spread(model, batch(setting).chunk(setting.size)[setting.rank], ProcessGroups.of_mesh(mesh))
 
 
+def _plan() -> dict[str, Any]:
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    return {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), ColwiseParallel()), "o_proj": RowwiseParallel()}
+
+
 def tensor_parallel(setting: Setting, model: Net) -> Spread:
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor.parallel import parallelize_module
 
     mesh = init_device_mesh(setting.device.type, (setting.size,), mesh_dim_names=("tp",))
-    plan: dict[str, Any] = dict.fromkeys(("q_proj", "k_proj", "v_proj"), ColwiseParallel())
     for layer in model.layers:
-        parallelize_module(layer, mesh, plan | {"o_proj": RowwiseParallel()})
+        parallelize_module(layer, mesh, _plan())
     return Spread(model, batch(setting), ProcessGroups.of_mesh(mesh, heads="tp"))
+
+
+def both(setting: Setting, model: Net) -> Spread:
+    """Heads in pairs of processes, FSDP2 over the pairs. An odd number of processes has FSDP2 alone."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    parts = math.gcd(setting.size, 2)
+    shares = setting.size // parts
+    mesh = init_device_mesh(setting.device.type, (shares, parts), mesh_dim_names=("dp", "tp"))
+    for layer in model.layers:
+        parallelize_module(layer, mesh["tp"], _plan())
+        fully_shard(layer, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    mine = batch(setting).chunk(shares)[setting.rank // parts]
+    return Spread(model, mine, ProcessGroups.of_mesh(mesh, heads="tp"))
 
 
 WAYS: dict[str, Callable[[Setting, Net], Spread]] = {
     "DDP": ddp,
     "FSDP2": fsdp2,
     "tensor parallel": tensor_parallel,
+    "FSDP2 and tensor parallel": both,
 }
 
 

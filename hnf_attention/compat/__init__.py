@@ -45,6 +45,7 @@ from .torch import (
     saves_elsewhere,
     script_as,
     script_no_longer,
+    splits_module,
     version,
     vmap_in_operators,
     without_dispatch_modes,
@@ -58,6 +59,7 @@ from .transformers import (
     initialise,
     loaded_flash_functions,
     set_attention_implementation,
+    splits_layer,
     takes_boolean_masks,
 )
 from .xformers import local_window
@@ -108,6 +110,8 @@ __all__ = [
     "script_as",
     "script_no_longer",
     "set_attention_implementation",
+    "splits_layer",
+    "splits_module",
     "takes_boolean_masks",
     "version",
     "vmap_in_operators",

@@ -280,6 +280,14 @@ def forward_hooks(module: nn.Module) -> list[Any]:
     return [hook for hooks in kept for hook in hooks.values()]
 
 
+def splits_module(hook: Any) -> bool:
+    """Whether a hook is one by which `parallelize_module` splits a module over processes.
+
+    It puts its inputs and outputs into DTensors, and takes them out. Missing: False. QK-clip then refuses such layers.
+    """
+    return getattr(hook, "__module__", None) == "torch.distributed.tensor._api"
+
+
 def learned(tensor: Tensor) -> bool:
     """Whether the tensor is a parameter or a view of one, as its transpose is. Missing: views of one count as none."""
     return isinstance(tensor, nn.Parameter) or isinstance(getattr(tensor, "_base", None), nn.Parameter)

@@ -93,6 +93,14 @@ def device_mesh(model: nn.Module) -> Any:
     return getattr(model, "_device_mesh", None)
 
 
+def splits_layer(forward: Any) -> bool:
+    """Whether a forward is one that transformers puts around a layer's own, where its plan splits it over processes.
+
+    It puts inputs and outputs into DTensors, and takes them out. Missing: False. QK-clip then refuses such layers.
+    """
+    return getattr(forward, "__module__", None) == "transformers.distributed.tensor_parallel"
+
+
 @torch.no_grad()
 def initialise(model: nn.Module, fields: Mapping[str, Any]) -> None:
     """Give a Hugging Face model new random weights, as if its configuration had these fields.

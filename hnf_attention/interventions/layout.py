@@ -11,12 +11,14 @@ from ..compat import own_parameter
 from ..names import named_modules
 from . import known_classes, orders, trial
 from .projections import Projections, Reader
-from .shards import Shards
+from .shards import Spread
 
 QK_NORM = re.compile(r"(^|_)(q|k|qk|query|key)(_|$)")
 
 
-def find(model: nn.Module, layer: str, num_heads: int, *, scaling: bool = True) -> Projections:
+def find(
+    model: nn.Module, layer: str, num_heads: int, *, scaling: bool = True, own: bool = False
+) -> Projections:
     """The query and key projections of the attention layer with that name.
 
     They are looked for in the module and, if it has none, in the one around it.
@@ -24,27 +26,32 @@ def find(model: nn.Module, layer: str, num_heads: int, *, scaling: bool = True) 
         follow them: by the module's class where that is known, else by a trial of the module. In either case the
         lengths of a copy's queries and keys have to be those at its projections, where these can be seen. Sharded
         weights are found too, as factors in place of values.
+    own: `num_heads` is of this process alone, where tensor parallelism splits the heads; what is found is so anyway.
     Raises ValueError if there is no such module, if its layout is not known for certain, if its weights are not
     there (meta device), and for weights to be scaled that are frozen, shared with others or wrapped.
     """
     modules = dict(named_modules(model))
     module = _attention_module(modules, layer)
     around = modules[layer.rpartition(".")[0]]
-    for place in (module, around):
+    for name, place in ((layer, module), (layer.rpartition(".")[0], around)):
+        if not orders.candidates(place, num_heads):
+            continue
+        spread = Spread.of(modules, name) if scaling else None
+        if spread is not None and not own:
+            num_heads = len(range(num_heads)[spread.part.of(num_heads)])
         candidates = orders.candidates(place, num_heads)
         if not scaling or known_classes.includes(place):
             candidates = candidates[:1]
         reasons: list[ValueError] = []
         for number, read in enumerate(candidates):
             try:
-                found = read(Reader(layer, Shards.of(model, layer) if scaling else None, changing=scaling))
-                if scaling:
-                    _prove(model, place, layer, found, number)
+                found = read(Reader(layer, spread, changing=scaling))
+                if spread is not None:
+                    _prove(model, place, layer, found, number, spread)
                 return found
             except ValueError as reason:
                 reasons.append(reason.with_traceback(None))
-        if reasons:
-            raise reasons[0]
+        raise reasons[0]
     raise ValueError(
         f"expected layer {layer!r} to hold query and key projections in a known layout (q_proj/k_proj, "
         f"query/key, c_attn, qkv, in_proj_weight, ...), got {type(module).__name__} with "
@@ -66,10 +73,12 @@ def _attention_module(modules: Mapping[str, nn.Module], layer: str) -> nn.Module
     )
 
 
-def _prove(model: nn.Module, place: nn.Module, layer: str, found: Projections, number: int) -> None:
+def _prove(
+    model: nn.Module, place: nn.Module, layer: str, found: Projections, number: int, spread: Spread
+) -> None:
     """Raise ValueError unless scaling these weights is proved to scale the scores of this layer, and nothing else.
 
-    number: of the candidate that they were read by.
+    number: of the candidate that they were read by. spread: how the weights of `place` lie over processes.
     """
     _refuse_shared(model, layer, found)
     if not found.rest:  # latent attention has norms before these projections
@@ -85,9 +94,9 @@ def _prove(model: nn.Module, place: nn.Module, layer: str, found: Projections, n
         return _read(tried, layer, heads, number)
 
     if known:
-        reason = trial.known_disproof(model, place, heads, read)
+        reason = trial.known_disproof(model, place, heads, read, spread)
     else:
-        reason = trial.disproof(model, place, (heads, number), read)
+        reason = trial.disproof(model, place, (heads, number), read, spread)
     if reason is not None:
         raise ValueError(
             f"expected proof that the scores of layer {layer!r} follow the weights that are named like its query "

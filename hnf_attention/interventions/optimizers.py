@@ -27,21 +27,32 @@ def as_list(
     return found
 
 
-def vector_group(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+def vector_group(optimizers: Sequence[torch.optim.Optimizer], gain: Tensor | None = None) -> dict[str, Any]:
     """The parameter group for new gains: one that holds vectors already, with the least weight decay.
 
-    A group keeps the rate and the schedule of the model for what joins it. Muon takes matrices only.
+    A group keeps the rate and the schedule of the model for what joins it. Muon takes matrices only. With foreach=True
+    or fused=True, one group holds either DTensors or plain tensors: `gain` says which of them the new ones are.
     Raises ValueError if no optimizer can take a vector.
     """
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    groups = [
+        group
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        if gain is None
+        or not (group.get("foreach") or group.get("fused"))
+        or any(hasattr(p, "placements") == hasattr(gain, "placements") for p in group["params"])
+    ]
     holders = [group for group in groups if any(p.dim() < 2 for p in group["params"])]
     if not holders:
         muon = getattr(torch.optim, "Muon", ())
-        holders = [g for one in optimizers if not isinstance(one, muon or ()) for g in one.param_groups]
+        taken = [g for one in optimizers if isinstance(one, muon or ()) for g in one.param_groups]
+        holders = [group for group in groups if not any(group is one for one in taken)]
     if not holders:
         raise ValueError(
             "expected an optimizer that takes vectors for the gains of QK-norm, got "
-            f"{[type(one).__name__ for one in optimizers]} (give the one that trains biases and norms, too)"
+            f"{[type(one).__name__ for one in optimizers]} (give the one that trains biases and norms, too; groups "
+            "with foreach=True or fused=True take no plain gains beside DTensors, and none that are DTensors beside "
+            "plain tensors)"
         )
     return min(holders, key=lambda group: group.get("weight_decay", 0.0))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import compat
-from .shards import Shards, own_class
+from .shards import HeadPart, Shards, Spread, own_class, own_part
 
 #: Forwards of transformers that multiply the input by the weight, add the bias, and do nothing else.
 KNOWN_FORWARDS = (
@@ -27,6 +27,7 @@ class Projections:
     Scaling both, or the query side alone, scales every score before bias and soft-cap.
     parameters: those that the views lie in.
     shards: where FSDP2 keeps the weights in parts, the factors that stand for their rows here; else None.
+    part: of the layer's heads, those that tensor parallelism gave this process. All others here are these heads.
     rest: query weights whose keys all heads share, as the rotary part of latent attention: they take both factors.
     width: of the module's input, where it is not that of the projections.
     """
@@ -39,6 +40,12 @@ class Projections:
     shards: Shards | None = None
     rest: list[Tensor] = field(default_factory=list)
     width: int | None = None
+    part: HeadPart = HeadPart()
+
+    @property
+    def whole(self) -> bool:
+        """Whether this process holds all of the weights."""
+        return self.shards is None and self.part.count == 1
 
     @property
     def keys_shared(self) -> bool:
@@ -69,16 +76,20 @@ class Projections:
 
 @dataclass
 class Reader:
-    """Reads one layer's weights, as values or, where `shards` holds them, as factors that stand for them.
+    """Reads one layer's weights, as values or, where FSDP2 keeps them in shards, as factors that stand for them.
 
+    spread: how they lie over processes; None reads whole weights alone.
     changing: the weights are to be changed. A weight that cannot be changed for good is then refused.
     parameters: what was read so far.
     """
 
     layer: str
-    shards: Shards | None = None
+    spread: Spread | None = None
     changing: bool = False
     parameters: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._shards = Shards() if self.spread is not None and self.spread.fsdp else None
 
     def linear(self, module: nn.Module, name: str) -> list[Tensor]:
         """Weight (outputs, inputs) and, where there is one, bias (outputs,) of a plain linear projection.
@@ -115,10 +126,11 @@ class Reader:
             )
         if self.changing:
             _check_changeable(parameter, where)
-        if self.shards is None and type(parameter.data) is not Tensor:
+        values = parameter.detach()
+        if type(values if self.spread is None else own_part(values)) is not Tensor:
             raise _not_its_own(where, parameter.data)
         self.parameters.append(parameter)
-        return parameter.detach() if self.shards is None else self.shards.rows(parameter, dim)
+        return values if self.spread is None else self.spread.rows(parameter, dim, self._shards)
 
     def by_head(
         self, query: Sequence[Tensor], key: Sequence[Tensor], num_heads: int, num_key_heads: int
@@ -139,19 +151,26 @@ class Reader:
     ) -> Projections:
         """What was read, from tensors whose first dimension is the heads. num_heads: where two dimensions are."""
         heads = len(query[0]) if num_heads is None else num_heads
-        return Projections(query, key, heads, len(key[0]), self.parameters, self.shards, list(rest), width)
+        part = HeadPart() if self.spread is None else self.spread.part
+        return Projections(
+            query, key, heads, len(key[0]), self.parameters, self._shards, list(rest), width, part
+        )
 
 
 def _computes_plainly(projection: nn.Module) -> bool:
-    """Whether the forward is that of nn.Linear or one of KNOWN_FORWARDS, and no hook may change what it returns."""
+    """Whether the forward is that of nn.Linear or one of KNOWN_FORWARDS, and no hook may change what it returns.
+
+    Tensor parallelism puts hooks or a forward around it, which move numbers between processes.
+    """
     cls = type(projection)
     linear = cls.forward is nn.Linear.forward
     written = f"{cls.forward.__module__}.{cls.forward.__qualname__}"
     known = written in KNOWN_FORWARDS
-    hooked = (
-        any(compat.forward_hooks(projection)) and own_class(projection) is cls
-    )  # FSDP2's hooks gather weights
-    return (linear or known) and "forward" not in vars(projection) and not hooked
+    hooked = own_class(projection) is cls and not all(  # FSDP2's hooks gather weights
+        compat.splits_module(hook) for hook in compat.forward_hooks(projection)
+    )
+    replaced = vars(projection).get("forward")
+    return (linear or known) and not hooked and (replaced is None or compat.splits_layer(replaced))
 
 
 def _check_changeable(parameter: Tensor, where: str) -> None:

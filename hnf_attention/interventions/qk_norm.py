@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,9 +24,10 @@ from ..names import display_name, named_modules, unwrapped
 from . import good_states
 from . import optimizers as optim
 from .action import Action, Preview, Reading, Verdict
+from .gains import Gains
 from .intervention import Intervention, check_positive
 from .layout import QK_NORM
-from .shards import Shards
+from .shards import HeadPart, Spread, own_part
 
 _log = logging.getLogger("hnf_attention")
 
@@ -55,8 +55,8 @@ class QKNorm:
         **named: Any,
     ) -> Any:
         """Attend with queries and keys whose root mean square is their head's gain."""
-        query = _normed(query, module.get_parameter(QUERY))
-        return attend(query, _normed(key, module.get_parameter(KEY)), value, *rest, **named)
+        query = _normed(query, own_part(module.get_parameter(QUERY)))
+        return attend(query, _normed(key, own_part(module.get_parameter(KEY))), value, *rest, **named)
 
 
 def _normed(x: Tensor, gain: Tensor) -> Tensor:
@@ -89,8 +89,9 @@ class QKNormStart:
         self.refused: dict[str, str] = {}
         self.started = False
         self._model, self._optimizers, self._wanted = model, optimizers, layers
-        self._least, self._most = max(bounds[0], EPS), bounds[1]
+        self._gains = Gains(max(bounds[0], EPS), bounds[1])
         self._names = {module: name for name, module in named_modules(model)}
+        self._spreads: dict[str, Spread] = {}
         self._change = QKNorm()
         self._undo: list[Callable[[], Any]] = []
 
@@ -105,11 +106,17 @@ class QKNormStart:
 
     def listen(self) -> None:
         """Measure in the next forward of the model."""
+        self.spread()
         patches = interceptors(self._model.modules())
         self._undo += [patch.release for patch in patches]
         treating.finders.append(self)
         hook = self._model.register_forward_hook(self._ended, always_call=True)
         self._undo += [lambda: treating.finders.remove(self), hook.remove]
+
+    def spread(self) -> None:
+        """Look how the layers' weights lie over processes: a forward does not show where FSDP2 keeps them."""
+        modules = dict(named_modules(self._model))
+        self._spreads = {name: Spread.of(modules, name) for name in modules}
 
     def found(self, module: nn.Module, query: Tensor, key: Tensor) -> Call | None:
         """A call of `module` is seen. Its gains are measured in it, and used."""
@@ -121,11 +128,11 @@ class QKNormStart:
             if reason is not None:
                 self.refused[name] = reason
                 return None
-            with torch.no_grad():
-                measured = (
-                    _together(_mean_rms(x)).clamp(self._least, self._most) for x in (query, _once(key))
-                )
-                self._attach(name, module, *measured)
+            gains = self._gains.measured(self._spreads[name].part, query, key)
+            if isinstance(gains, str):
+                self.refused[name] = gains
+                return None
+            self._attach(name, module, *gains)
         # The module's own hook did not see this call begin.
         running = treating.thread.running
         return None if running and running[-1].module is module else Call(module, [self._change])
@@ -133,23 +140,22 @@ class QKNormStart:
     def _why_not(self, module: nn.Module, name: str, query: Tensor, key: Tensor) -> str | None:
         if query.dim() != 4 or key.dim() != 4 or type(query) is not Tensor or type(key) is not Tensor:
             return f"its queries are a {type(query).__name__} of {query.dim()} dimensions, not a tensor (B, H, M, D)"
-        if Shards.of(self._model, name) is not None:
-            return "FSDP2 shards it, and does not take in parameters that come later"
-        if any(hasattr(p, "placements") for p in module.parameters()):
-            return "tensor parallelism splits its heads, and gains are averaged over all processes"
+        if any(getattr(p, "tensor_model_parallel", False) for p in module.parameters()):  # Megatron's mark
+            return (
+                "its heads are split over processes, and its weights, which are no DTensors, do not say how"
+            )
+        try:
+            optim.vector_group(self._optimizers, self._spreads[name].by_head(torch.ones(1)))
+        except ValueError as reason:
+            return str(reason)
         norms = [child for child, _ in module.named_children() if QK_NORM.search(child) and "norm" in child]
         if norms or getattr(module, QUERY, None) is not None:
             return f"it has QK-norm already ({', '.join(norms) or QUERY})"
         return None
 
     def _attach(self, name: str, module: nn.Module, query: Tensor, key: Tensor) -> None:
-        with torch.inference_mode(False):
-            for where, values in ((QUERY, query), (KEY, key)):
-                gain = nn.Parameter(values.detach().clone())
-                if _processes() > 1:
-                    # Data parallelism averages the gradients of the parameters that it knew at its start.
-                    gain.register_post_accumulate_grad_hook(_average)
-                module.register_parameter(where, gain)
+        for where, values in ((QUERY, query), (KEY, key)):
+            module.register_parameter(where, self._gains.make(self._spreads[name], values))
         Treated.add(module, self._change)
         self.layers[name] = module
 
@@ -168,7 +174,8 @@ class QKNormStart:
                 f"for QK-norm, got none in its forward{'; refused: ' if self.refused else ''}{self._reasons()}"
             )
         if self._optimizers:
-            optim.vector_group(self._optimizers)["params"].extend(self.gains)
+            for gain in self.gains:
+                optim.vector_group(self._optimizers, gain)["params"].append(gain)
         states = good_states.of_model(self._model)
         if states is not None:
             states.join(self.gains)
@@ -178,12 +185,16 @@ class QKNormStart:
     @property
     def description(self) -> str:
         """What was done, in words."""
-        values = [float(gain.detach().max()) for gain in self.gains]
+        values = [float(own_part(gain.detach()).max()) for gain in self.gains]
         text = f"QK-norm in {', '.join(map(display_name, self.layers))}: gains up to {max(values, default=0.0):.2f}"
         return text + (f"; not in {self._reasons()}" if self.refused else "")
 
     def _reasons(self) -> str:
         return "; ".join(f"{display_name(name)}: {why}" for name, why in self.refused.items())
+
+    def part(self, layer: str) -> HeadPart:
+        """Of a layer's heads, those whose gains this process holds."""
+        return self._spreads[layer].part
 
     def revert(self) -> None:
         """Take the norm away, with its gains and their optimizer state. A second call does nothing.
@@ -228,7 +239,8 @@ def start_qk_norm(
     gains: a state dict of a model with QK-norm. The layers and values come from it, for a checkpoint that is resumed:
         call this before `model.load_state_dict` and `optimizer.load_state_dict`.
 
-    Each process of torch.distributed starts from the mean over all of them, and averages the gains' gradients.
+    Each process of torch.distributed starts from the mean over those that hold the same heads, and averages the gains'
+    gradients over them. Beside weights that are DTensors the gains are such, of all heads.
     Copies of the model that were made before do not have the gains: make an EMA copy anew.
 
     Raises ValueError for a model whose attention cannot be reached, TypeError for wrong arguments, and has then changed
@@ -316,10 +328,14 @@ class StartQKNorm(Action):
             stats = reading.get(name)
             if stats is None:
                 return Verdict(None, f"layer {display_name(name)} was not measured")
-            if not module.get_parameter(KEY).isfinite().all() or np.isnan(stats.key_length).all():
+            gains, lengths = own_part(module.get_parameter(KEY).detach()), stats.key_length
+            every_head = module.get_parameter(QUERY).shape[0]
+            if len(lengths) == every_head:  # a reading of several processes
+                lengths = lengths[self.started.part(name).of(every_head)]
+            if not gains.isfinite().all() or np.isnan(lengths).all():
                 return Verdict(None, f"the gains or the keys of {display_name(name)} are not finite numbers")
-            most = float(module.get_parameter(KEY).detach().abs().max()) * stats.head_dim**0.5
-            found = float(np.fmax.reduce(stats.key_length, initial=0.0))
+            most = float(gains.abs().max()) * stats.head_dim**0.5
+            found = float(np.fmax.reduce(lengths, initial=0.0))
             holds &= found <= (1 + ONE_STEP) * most
             said.append(f"{display_name(name)}: keys of length {found:.2f}, {most:.2f} by their gain")
         return Verdict(holds, "; ".join(said))
@@ -346,6 +362,7 @@ def _is_compiled(model: nn.Module) -> bool:
 
 def _resume(start: QKNormStart, model: nn.Module, state: Mapping[str, Tensor]) -> None:
     modules = dict(named_modules(model))
+    start.spread()
     for name, values in state.items():
         layer, _, last = name.rpartition(".")
         if last != QUERY:
@@ -354,7 +371,9 @@ def _resume(start: QKNormStart, model: nn.Module, state: Mapping[str, Tensor]) -
         if layer not in modules or key is None:
             raise ValueError(f"expected a module {layer!r} and its {KEY} for the state's {name!r}, got none")
         device = next((p.device for p in modules[layer].parameters()), values.device)
-        start._attach(layer, modules[layer], values.to(device), key.to(device))
+        whole = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (values, key))
+        mine = start.part(layer)
+        start._attach(layer, modules[layer], *(x[mine.of(len(x))].to(device) for x in whole))
     if not start.layers:
         raise ValueError(f"expected a state dict with entries named {QUERY!r}, got none")
     start.start()
@@ -365,35 +384,3 @@ def _known(model: nn.Module, layers: Collection[str]) -> set[str]:
     if isinstance(layers, str) or not set(layers) <= names:
         raise ValueError(f"expected names of modules of the model, got {layers!r}")
     return set(layers)
-
-
-def _mean_rms(x: Tensor) -> Tensor:
-    """(H,) fp32: the mean over rows of the root mean square of (B, H, M, D)."""
-    return x.detach().float().square().mean(-1).sqrt().mean((0, 2)).nan_to_num(1.0)
-
-
-def _once(key: Tensor) -> Tensor:
-    """(B, H_kv, N, D) of keys that may be repeated for groups of query heads."""
-    heads = key.shape[1]
-    for group in (g for g in range(heads, 1, -1) if heads % g == 0):
-        parts = key.detach().unflatten(1, (-1, group))
-        if bool((parts == parts[:, :, :1]).all()):
-            return parts[:, :, 0]
-    return key
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _together(values: Tensor) -> Tensor:
-    if _processes() > 1:
-        dist.all_reduce(values)
-        values /= _processes()
-    return values
-
-
-def _average(parameter: Tensor) -> None:
-    assert parameter.grad is not None  # a hook that runs when it is there
-    dist.all_reduce(parameter.grad)
-    parameter.grad /= _processes()

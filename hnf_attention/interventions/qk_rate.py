@@ -39,8 +39,10 @@ class QKRates(BesideSteps):
             if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
                 raise ValueError(f"expected the number of heads of layer {layer!r}, got {heads!r}")
             self._found[layer] = layout.find(model, layer, heads)
-            if self._found[layer].shards is not None:
-                raise ValueError(f"expected whole weights in layer {layer!r}, got some that FSDP2 shards")
+            if not self._found[layer].whole:
+                raise ValueError(
+                    f"expected whole weights in layer {layer!r}, got some in parts (FSDP2, DTensors)"
+                )
         self._old: list[Tensor] = []
 
     def preview(self) -> Preview:

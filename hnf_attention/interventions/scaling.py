@@ -17,6 +17,7 @@ from ..names import display_name
 from . import good_states, layout
 from .action import Action, Preview, Reading, Verdict
 from .projections import Projections
+from .shards import own_part
 
 #: How far a size may be from the predicted one at the next reading, of it: other batches and some steps lie between.
 TOLERANCE = 0.25
@@ -27,7 +28,10 @@ _reversible: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[ScaleHeads]]]
 
 @dataclass(frozen=True)
 class LayerScaling:
-    """Factors for one layer's weights: query (H,), key (H,), or None to leave the keys alone."""
+    """Factors for one layer's weights: query (H,), key (H,), or None to leave the keys alone.
+
+    Of all heads, also where tensor parallelism splits them: each process scales its own.
+    """
 
     layer: str
     query: Tensor
@@ -37,6 +41,16 @@ class LayerScaling:
         """The layer's weights. Raises ValueError if they are not to be scaled."""
         return layout.find(model, self.layer, len(self.query))
 
+    def multiply(self, model: nn.Module) -> None:
+        """Scale the weights. Raises ValueError as `find`."""
+        found = self.find(model)
+        mine = found.part.of(len(self.query))
+        found.multiply(self.query[mine], None if self.key is None else self.key[mine])
+
+    def inverse(self) -> LayerScaling:
+        """What takes it back, to rounding."""
+        return LayerScaling(self.layer, 1 / self.query, None if self.key is None else 1 / self.key)
+
 
 class _Layer:
     """One layer that was scaled: its weights before, on the host, and how often they had been written to after it."""
@@ -44,11 +58,11 @@ class _Layer:
     def __init__(self, scaling: LayerScaling, model: nn.Module):
         self._scaling, self._model = scaling, model
         self.parameters = scaling.find(model).parameters
-        self.old: list[Tensor] | None = [_local(p).to("cpu", copy=True) for p in self.parameters]
+        self.old: list[Tensor] | None = [own_part(p.detach()).to("cpu", copy=True) for p in self.parameters]
         self.versions: list[int] = []
 
     def multiply(self) -> None:
-        self._scaling.find(self._model).multiply(self._scaling.query, self._scaling.key)
+        self._scaling.multiply(self._model)
 
     def untouched(self) -> bool:
         """Whether nobody wrote to the weights since, as autograd counts it."""
@@ -64,20 +78,18 @@ class _Layer:
     def put_back(self) -> None:
         """The old weights, bit for bit, if the weights are what they were multiplied to. Else divide them."""
         if self.old is not None:
-            now = [_local(p).clone() for p in self.parameters]
+            now = [own_part(p.detach()).clone() for p in self.parameters]
             self.restore()
             self.multiply()
-            same = all(torch.equal(_local(p), x) for p, x in zip(self.parameters, now))
+            same = all(torch.equal(own_part(p.detach()), x) for p, x in zip(self.parameters, now))
             self._write(self.old if same else now)
             if same:
                 return
-        scaling = self._scaling
-        key = None if scaling.key is None else 1 / scaling.key
-        scaling.find(self._model).multiply(1 / scaling.query, key)
+        self._scaling.inverse().multiply(self._model)
 
     def _write(self, values: Sequence[Tensor]) -> None:
         for parameter, value in zip(self.parameters, values):
-            _local(parameter).copy_(value)
+            own_part(parameter.detach()).copy_(value)
 
 
 class ScaleHeads(Action):
@@ -230,9 +242,3 @@ def refuse_masters(layer: str, parameters: Iterable[Tensor], optimizer: torch.op
                 "themselves, got one with other tensors in fp32: its master weights would undo the change "
                 "(hand over the model that holds them)"
             )
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """The parameter's memory in this process."""
-    own = parameter.detach()
-    return own.to_local() if hasattr(own, "placements") else own  # type: ignore[attr-defined]

@@ -89,8 +89,10 @@ class StartSigmaReparam(Action):
             if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
                 raise ValueError(f"expected the number of heads of layer {layer!r}, got {heads!r}")
             found = layout.find(model, layer, heads)
-            if found.shards is not None:
-                raise ValueError(f"expected whole weights in layer {layer!r}, got some that FSDP2 shards")
+            if not found.whole:
+                raise ValueError(
+                    f"expected whole weights in layer {layer!r}, got some in parts (FSDP2, DTensors)"
+                )
             self._places += self._holders(model, layer, [found.query[0], found.key[0]])
 
     @staticmethod

@@ -7,7 +7,7 @@ the query and key weights of the head are each multiplied by sqrt(t / S).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from ..instrumentation.treated import Treated
 from ..names import display_name, named_modules, unwrapped
-from . import good_states, layout
+from . import good_states, layout, peers
 from .action import Action, Preview, Reading, Verdict
 from .clip_now import ClipNow, ModelForward
 from .intervention import check_positive
 from .projections import Projections
 from .scaling import refuse_masters
+from .shards import Spread, own_part
 from .sizes import MEASURES, ScoreSizes
 
 THRESHOLD = 100.0  # nats; of Kimi K2
@@ -51,8 +52,9 @@ class QKClip:
         optimizer adds. The gradient takes the factors for constants. It takes layers that call
         scaled_dot_product_attention, not in a compiled graph; others are clipped after the step alone. False clips
         after the step alone, and leaves layers that are far below the threshold alone at seven steps of eight.
-    group: the processes that hold the same weights, whole or in shards, and see other data; None for all processes of
-        torch.distributed. Their largest sizes are put together at each step.
+    group: the processes that hold the same heads, whole or in shards, and see other data; None for all processes of
+        torch.distributed or, where tensor parallelism splits the heads (DTensors), those with the heads of this one.
+        Their largest sizes are put together at each step.
 
     Factors are computed and multiplied in on the device. The host never waits for it, unless FSDP2 shards the weights.
     Sizes are those of the step's own forward. They are exact for every head that may be over the threshold, in layers
@@ -86,6 +88,7 @@ class QKClip:
         #: How many steps were ended.
         self.steps = 0
         self._model, self._group = unwrapped(model), group
+        self._know_group = group is not None
         self._optimizers: list[torch.optim.Optimizer] = []
         self._hooks: list[Any] = []
         self._found: dict[str, tuple[tuple[int, ...], Projections]] = {}
@@ -126,10 +129,13 @@ class QKClip:
                 "expected a training forward of the model before QKClip.step(), got none whose attention was measured: "
                 f"{self._sizes.handle.coverage}"
             )
+        if not self._know_group:
+            self._group = self._peers(layers)
+            self._know_group = True
         by_device: dict[torch.device, list[str]] = {}
         for name, layer in layers.items():
             # Another process may have seen what this one has left alone.
-            if layer.seen or self._processes > 1:
+            if layer.seen or peers.processes(self._group) > 1:
                 by_device.setdefault(layer.largest.device, []).append(name)
         for names in by_device.values():
             largest = self._together(torch.cat([layers[name].largest for name in names]))
@@ -180,14 +186,19 @@ class QKClip:
                 attached.append((module, change))
                 self._sizes.within.add(name)
 
-    @property
-    def _processes(self) -> int:
-        there = dist.is_available() and dist.is_initialized()
-        return dist.get_world_size(self._group) if there else 1
+    def _peers(self, layers: Iterable[str]) -> Any:
+        """The processes that hold the heads of this one, None for all."""
+        if peers.processes() == 1:
+            return None
+        modules = dict(named_modules(self._model))
+        parts = {Spread.of(modules, name).part for name in layers if name in modules}
+        split = frozenset(part for part in parts if part.count > 1)
+        # Where no layer is split here, none is elsewhere, and there is no need to ask.
+        return peers.group_of(peers.gathered(split)) if split else None
 
     def _together(self, largest: Tensor) -> Tensor:
         """The sizes over all processes; inf in place of NaN, which a maximum may lose."""
-        if self._processes > 1:
+        if peers.processes(self._group) > 1:
             largest = torch.where(largest.isnan(), torch.inf, largest)
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
         return largest
@@ -200,7 +211,7 @@ class QKClip:
         if known is not None and known[0] == _places(known[1]):
             return known[1]
         try:
-            found = layout.find(self._model, layer, heads)
+            found = layout.find(self._model, layer, heads, own=True)
             for optimizer in self._optimizers:
                 refuse_masters(layer, found.parameters, optimizer)
         except ValueError as reason:
@@ -213,7 +224,9 @@ class QKClip:
 
 
 def _places(found: Projections) -> tuple[int, ...]:
-    return tuple([x.data_ptr() if found.shards is None else id(x) for x in found.parameters])
+    if found.shards is not None:
+        return tuple(map(id, found.parameters))
+    return tuple([own_part(x.detach()).data_ptr() for x in found.parameters])
 
 
 class StandingClip(Action):

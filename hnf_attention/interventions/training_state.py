@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .shards import own_part
+
 #: What schedules change in a parameter group. The rest of it belongs to the run, as an epsilon that was raised.
 _SCHEDULED = ("lr", "betas", "momentum", "weight_decay")
 
@@ -74,7 +76,7 @@ class Slot:
 
         optimizer: the number of the one that trains it.
         """
-        numbers = _local(parameter).to("cpu", copy=True)
+        numbers = own_part(parameter.detach()).to("cpu", copy=True)
         self.kept[id(parameter)] = _Kept(_Place(parameter), numbers)
         self.others["states"].append((optimizer, parameter, {}))
 
@@ -104,7 +106,7 @@ class TrainingState:
         old, slot.kept = slot.kept, {}
         by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         for key, place, changing in self._places():
-            source = _local(place.tensor)
+            source = own_part(place.tensor.detach())
             known = old.get(key)
             numbers = None if known is None else known.numbers
             if numbers is None or numbers.shape != source.shape or numbers.dtype != source.dtype:
@@ -157,7 +159,7 @@ class TrainingState:
         held = [{id(p) for group in one.param_groups for p in group["params"]} for one in self._optimizers]
         for place, numbers in slot.kept.values():
             if place.parameter is None:
-                _local(buffers.get(place.buffer, place.tensor)).copy_(numbers)
+                own_part(buffers.get(place.buffer, place.tensor).detach()).copy_(numbers)
                 continue
             if (
                 id(place.parameter) not in held[place.optimizer]
@@ -165,10 +167,10 @@ class TrainingState:
                 continue
             state = self._optimizers[place.optimizer].state[place.parameter]
             there = state.get(place.name)
-            if isinstance(there, Tensor) and _local(there).shape == numbers.shape:
-                _local(there).copy_(numbers)
+            if isinstance(there, Tensor) and own_part(there).shape == numbers.shape:
+                own_part(there.detach()).copy_(numbers)
             else:
-                _local(place.tensor).copy_(numbers)
+                own_part(place.tensor.detach()).copy_(numbers)
                 state[place.name] = place.tensor
             kept_states.setdefault((place.optimizer, id(place.parameter)), set()).add(place.name)
         for number, parameter, plain in slot.others["states"]:
@@ -250,9 +252,3 @@ def _norms(tensors: Sequence[Tensor]) -> Tensor:
         if x.is_floating_point() and x.element_size() > 1 and x.numel()
     ]
     return torch.stack(found) if found else torch.zeros(1)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The tensor itself, or this process's part of one that is sharded."""
-    tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "placements") else tensor  # type: ignore[attr-defined]

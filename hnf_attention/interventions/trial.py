@@ -20,7 +20,7 @@ from ..errors import let_out
 from ..instrumentation import witness
 from . import norms, trial_inputs
 from .projections import Projections
-from .shards import own_class
+from .shards import Spread, own_class
 
 #: Scores (B, H, M, N) before the softmax, in fp64, and the output of one run.
 Run = Callable[[], tuple[Tensor, Tensor]]
@@ -35,12 +35,16 @@ _of_classes: weakref.WeakKeyDictionary[nn.Module, dict[Any, str | None]] = weakr
 
 
 def disproof(
-    model: nn.Module, place: nn.Module, what: tuple[int, int], read: Callable[[nn.Module], Projections]
+    model: nn.Module,
+    place: nn.Module,
+    what: tuple[int, int],
+    read: Callable[[nn.Module], Projections],
+    spread: Spread,
 ) -> str | None:
     """Why the projections of `place` are not proved to be what `read` takes them for; None if they are.
 
     place: the module that holds them, in `model`. what: the number of heads, and of the candidate that `read` tries.
-    read: finds them in a copy of the module. Each candidate is tried once.
+    read: finds them in a copy of the module. Each candidate is tried once. spread: how they lie over processes.
     """
     num_heads = what[0]
     key = (
@@ -50,12 +54,16 @@ def disproof(
     )
     verdicts = _verdicts.setdefault(place, {})
     if key not in verdicts:
-        verdicts[key] = _try(model, place, num_heads, read)
+        verdicts[key] = _try(model, place, num_heads, read, spread)
     return verdicts[key]
 
 
 def known_disproof(
-    model: nn.Module, place: nn.Module, num_heads: int, read: Callable[[nn.Module], Projections]
+    model: nn.Module,
+    place: nn.Module,
+    num_heads: int,
+    read: Callable[[nn.Module], Projections],
+    spread: Spread,
 ) -> str | None:
     """As `disproof`, by lengths alone, for a module whose class is known: its forward may have been replaced.
 
@@ -66,7 +74,7 @@ def known_disproof(
     verdicts = _of_classes.setdefault(model, {})
     if key not in verdicts:
         try:
-            verdicts[key] = _Trial(model, place, num_heads, read).lengths()
+            verdicts[key] = _Trial(model, place, num_heads, read, spread).lengths()
         except Exception as error:  # of any kind: the class is known
             let_out(error)
             verdicts[key] = None
@@ -74,11 +82,15 @@ def known_disproof(
 
 
 def _try(
-    model: nn.Module, place: nn.Module, num_heads: int, read: Callable[[nn.Module], Projections]
+    model: nn.Module,
+    place: nn.Module,
+    num_heads: int,
+    read: Callable[[nn.Module], Projections],
+    spread: Spread,
 ) -> str | None:
     kind = type(place).__name__
     try:
-        trial = _Trial(model, place, num_heads, read)
+        trial = _Trial(model, place, num_heads, read, spread)
     except Exception as error:  # of any kind: what cannot be tried is refused
         let_out(error)
         return f"a trial of {kind} could not be prepared: {_short(error)}"
@@ -93,10 +105,15 @@ class _Trial:
     """A copy of a module with random weights, and what it runs on."""
 
     def __init__(
-        self, model: nn.Module, place: nn.Module, num_heads: int, read: Callable[[nn.Module], Projections]
+        self,
+        model: nn.Module,
+        place: nn.Module,
+        num_heads: int,
+        read: Callable[[nn.Module], Projections],
+        spread: Spread,
     ):
         self._heads = num_heads
-        self._tried = _random_copy(model, place).eval()
+        self._tried = _random_copy(model, place, spread).eval()
         self._projections = read(self._tried)
         self._inputs, self._named = trial_inputs.of(place, self._tried, self._projections)
 
@@ -236,18 +253,31 @@ def _products(query: Tensor, key: Tensor, **options: Any) -> Tensor:
     return query.double() @ key.double().transpose(-1, -2)
 
 
-def _random_copy(model: nn.Module, place: nn.Module) -> nn.Module:
+def _random_copy(model: nn.Module, place: nn.Module, spread: Spread) -> nn.Module:
     """A copy of a module without hooks, whose floating-point parameters are random; it shares the rest of the model.
 
-    Random weights show what a weight of zero hides. A parameter in shards becomes a whole one.
+    Random weights show what a weight of zero hides. Of a DTensor it has what a process holds during a forward: the
+    rows of its own heads, and all of what FSDP2 keeps in shards.
     """
     inside = set(place.modules())
     memo: dict[int, Any] = {id(module): module for module in model.modules() if module not in inside}
-    memo |= {id(p): _random(p, seed) for seed, p in enumerate(place.parameters()) if _is_plain(p)}
+    memo |= {
+        id(p): _random(p, spread.own_shape(p), seed)
+        for seed, p in enumerate(place.parameters())
+        if _is_plain(p)
+    }
     for module in inside:
         memo |= {id(hooks): type(hooks)() for hooks in compat.hooks(module)}
         kept = (value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf)
         memo |= {id(value): value.detach() for value in kept}  # such tensors cannot be copied
+    copied = _copy(place, memo)
+    for module in copied.modules():
+        if compat.splits_layer(vars(module).get("forward")):  # it would run the module that was copied
+            del vars(module)["forward"]
+    return copied
+
+
+def _copy(place: nn.Module, memo: dict[int, Any]) -> nn.Module:
     cls = own_class(place)
     if cls is type(place):
         return copy.deepcopy(place, memo)
@@ -267,14 +297,10 @@ def _is_plain(parameter: Tensor) -> bool:
     )
 
 
-def _random(parameter: Tensor, seed: int) -> nn.Parameter:
-    if parameter.dim() < 2:  # biases and gains
-        values = 1 + 0.25 * trial_inputs.normal(tuple(parameter.shape), parameter, seed).clamp(-2, 2)
-    else:
-        values = (
-            trial_inputs.normal(tuple(parameter.shape), parameter, seed)
-            * (parameter.shape[0] / parameter.numel()) ** 0.5
-        )
+def _random(parameter: Tensor, shape: tuple[int, ...], seed: int) -> nn.Parameter:
+    values = trial_inputs.normal(shape, parameter, seed)
+    is_matrix = len(shape) > 1  # others are biases and gains
+    values = values * (shape[0] / values.numel()) ** 0.5 if is_matrix else 1 + 0.25 * values.clamp(-2, 2)
     return nn.Parameter(values, requires_grad=parameter.requires_grad)
 
 

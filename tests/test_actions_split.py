@@ -1,0 +1,69 @@
+"""Actions where heads are split over processes, alone and with FSDP2: what one process does with the whole batch."""
+
+import pickle
+
+import processes_split
+import pytest
+import torch
+from processes import start
+from processes_split import SCENARIOS, alone
+from sharded_models import LLAMA
+
+pytest.importorskip("transformers.distributed", reason="needs a transformers that splits models itself")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+        reason="needs torch.distributed with gloo",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With a LLaMA, then with what each process found."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("split")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(folder)
+    start(processes_split.main, (4, str(folder)), 4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """By scenario, what each process found."""
+    each = [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(4)]
+    return {name: [process[name] for process in each] for name in each[0]}
+
+
+def same(processes, expected):
+    """Up to the last digits, which differ between matrix products of other shapes."""
+    for process in processes:
+        assert not isinstance(process, str), process
+        assert process.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(process[name], processes[0][name]), name
+            torch.testing.assert_close(
+                process[name], value, rtol=2e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+@pytest.mark.parametrize("name", list(SCENARIOS))
+def test_split_heads_are_treated_as_in_one_process(found, name):
+    same(found[name], SCENARIOS[name][0](alone))
+
+
+def test_keys_of_several_processes_are_refused_before_anything_changes(found):
+    for (norm, clip), unchanged in found["refused"]:
+        assert unchanged
+        assert norm == "tensor parallelism splits its queries, and several processes hold the same keys"
+        assert (
+            "layer '' to be split by rows into 4 parts, as ColwiseParallel splits them, got a whole one"
+            in clip
+        )
+
+
+def test_a_llama_that_its_own_plan_splits_is_treated_as_in_one_process(found, folder):
+    same(found["llama"], processes_split.llama(folder))
