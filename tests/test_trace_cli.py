@@ -80,7 +80,7 @@ def test_a_healthy_step_gives_zero_and_a_dict_is_a_step_too(capsys):
         ("train.py:number", "expected train.py:number to return (model, batch) or a dict of model and batch"),
         ("train.py:strange", "got a dict of model, data"),
         ("train.py:fails", "train.py:fails failed: KeyError: 'tokens'"),
-        ("train.py:wrong_shape", "train.py:wrong_shape: the step failed: RuntimeError: mat1 and mat2"),
+        ("train.py:wrong_shape", "train.py:wrong_shape: the step failed: RuntimeError: "),
         ("train.py:nothing", "expected a function nothing in train.py, got none"),
         ("train.py:SCRIPT", "expected a function SCRIPT in train.py, got none"),
         ("other.py:step", "cannot import other.py: FileNotFoundError"),
