@@ -149,6 +149,16 @@ def test_what_is_added_to_a_run_that_was_leaves_the_rest(tmp_path, kind):
         assert [x.detail["action"] for x in log.events if x.kind == "remark"] == ["first", "second"]
 
 
+def test_log_steps_without_layers_keep_their_events(tmp_path, kind):
+    out = RunLogWriter(tmp_path / "run.db")
+    for step in (10, 20, 30):
+        out.event(step, "checkpoint")
+        out.write(AttentionDiagnosis([], {}, step))
+    out.close()
+    with RunLog(tmp_path / "run.db") as log:
+        assert [event.step for event in log.events] == [10, 20, 30]
+
+
 def test_numbers_of_other_libraries_are_steps(tmp_path, kind):
     out = RunLogWriter(tmp_path / "run.db")
     out.note(np.int64(9), loss=1.0)

@@ -189,8 +189,13 @@ def add(connection: sqlite3.Connection, session: int, number: int, record: Recor
         if number <= received:
             return
         connection.execute("UPDATE sessions SET received = ? WHERE id = ?", (number, session))
-        if number > 1 and not _has_log_step(connection, session):  # what it told before is told again
-            connection.execute("DELETE FROM events WHERE session = ?", (session,))
+        if number > 1 and not _has_log_step(connection, session):
+            # A session that ended without a log step, and goes on, tells its events again. It may have had log steps
+            # without layers, whose events are told once.
+            connection.executemany(
+                "DELETE FROM events WHERE session = ? AND detail = ?",
+                [(session, json.dumps(event)) for event in record.events],
+            )
         _drop_later(connection, record, begins=number == 1)
         if record.layout.layers:
             _add_snapshot(connection, session, record)
