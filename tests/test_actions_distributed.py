@@ -1,20 +1,16 @@
 """Actions under data parallelism: every process does the same, and it is what one process does with the whole batch."""
 
-import pickle
 import socket
 
 import processes_actions
 import pytest
 import torch
-from processes import start
+from processes import by_scenario, needs_gloo, start
 from processes_actions import SCENARIOS, X
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-        reason="needs torch.distributed with gloo",
-    ),
+    needs_gloo,
 ]
 
 
@@ -26,8 +22,7 @@ def found(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         (folder / "port").write_text(str(free.getsockname()[1]))
     start(processes_actions.main, (2, str(folder)), 2)
-    each = [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(2)]
-    return {name: [process[name] for process in each] for name in SCENARIOS}
+    return by_scenario(folder, 2)
 
 
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "one clip, fsdp"])

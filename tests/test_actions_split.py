@@ -1,21 +1,16 @@
 """Actions where heads are split over processes, alone and with FSDP2: what one process does with the whole batch."""
 
-import pickle
-
 import processes_split
 import pytest
 import torch
-from processes import start
+from processes import by_scenario, needs_gloo, start
 from processes_split import SCENARIOS, alone
 from sharded_models import LLAMA
 
 pytest.importorskip("transformers.distributed", reason="needs a transformers that splits models itself")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-        reason="needs torch.distributed with gloo",
-    ),
+    needs_gloo,
 ]
 
 
@@ -34,8 +29,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(folder):
     """By scenario, what each process found."""
-    each = [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(4)]
-    return {name: [process[name] for process in each] for name in each[0]}
+    return by_scenario(folder, 4)
 
 
 def same(processes, expected):

@@ -5,8 +5,7 @@ import pickle
 import numpy as np
 import processes_monitor
 import pytest
-import torch
-from processes import start
+from processes import needs_gloo, start
 from processes_monitor import INPUTS, LIMIT, SIZE, sharp_model
 
 from hnf_attention import AttentionStabilityMonitor
@@ -15,10 +14,7 @@ from hnf_attention.statistics.heads import Forwards
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-        reason="needs torch.distributed with gloo",
-    ),
+    needs_gloo,
 ]
 ROWS, MINE = 8 * 20, 2 * 20  # of the whole batch, and of one process
 

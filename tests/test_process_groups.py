@@ -8,17 +8,14 @@ import pytest
 import torch
 from attention_models import Model
 from heads import FakeInstrumentation
-from processes import start
+from processes import needs_gloo, start
 from processes_groups import BATCH, INPUTS, SIZE
 
 import hnf_attention
 from hnf_attention import AttentionStabilityMonitor, ProcessGroups
 from hnf_attention.monitoring.recorder import Recorder
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-    reason="needs torch.distributed with gloo",
-)
+pytestmark = needs_gloo
 
 
 @pytest.fixture(scope="module", params=[pytest.param("spawned", marks=pytest.mark.slow)])

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from processes import start
+from processes import needs_gloo, start
 from processes_rings import LONG, MASK, Flex, Full, SeparateAttention, X, causal, main, run, sharp, watched
 from rings import places
 from sharded_models import EXAMPLE, HEADS
@@ -15,10 +15,7 @@ from hnf_attention.statistics.fields import NUM_FIELDS, SUM_FIELDS
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-        reason="needs torch.distributed with gloo",
-    ),
+    needs_gloo,
 ]
 # Blocks of 64 rows begin anew in each process, and each finds the sinks of its own queries.
 EXACT = np.array(

@@ -1,6 +1,5 @@
 """Models split over two and four processes: what they report is what one process reports of the whole batch."""
 
-import pickle
 import re
 
 import numpy as np
@@ -8,7 +7,7 @@ import processes_sharded
 import pytest
 import torch
 from attention_models import Direct
-from processes import start
+from processes import by_scenario, needs_gloo, start
 from sharded_models import (
     BROKEN,
     CLIP,
@@ -33,10 +32,7 @@ from hnf_attention.statistics.fields import NUM_FIELDS, SUM_FIELDS
 pytest.importorskip("transformers.distributed", reason="needs a transformers that splits models itself")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-        reason="needs torch.distributed with gloo",
-    ),
+    needs_gloo,
 ]
 # Two more processes for one test. tests/test_actions_distributed.py clips shards, too.
 of_two = pytest.mark.parametrize("found", [pytest.param(2, marks=pytest.mark.exhaustive)], indirect=True)
@@ -53,8 +49,7 @@ def found(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     _llama().save_pretrained(folder)
     start(processes_sharded.main, (request.param, str(folder)), request.param)
-    each = [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(request.param)]
-    return {scenario: [process[scenario] for process in each] for scenario in each[0]}
+    return by_scenario(folder, request.param)
 
 
 def _llama():

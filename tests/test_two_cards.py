@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from processes import needs_gloo
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "two_cards.py"
 if not SCRIPT.is_file():
@@ -14,10 +14,7 @@ if not SCRIPT.is_file():
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.exhaustive,
-    pytest.mark.skipif(
-        not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-        reason="needs torch.distributed with gloo",
-    ),
+    needs_gloo,
 ]
 
 

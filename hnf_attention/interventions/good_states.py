@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..names import unwrapped
+from . import peers
 from .optimizers import as_list
 from .training_state import Slot, TrainingState
 
@@ -250,11 +250,7 @@ class GoodStates:
 
     def _good(self, slots: Sequence[Slot]) -> list[Slot]:
         """Those without NaN and inf, and there, in every process. All processes have to ask."""
-        mine = {slot.step: slot.finite for slot in slots}
-        everyone = [mine]
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            everyone = [mine] * dist.get_world_size()
-            dist.all_gather_object(everyone, mine)
+        everyone = peers.gathered({slot.step: slot.finite for slot in slots})
         return [slot for slot in slots if all(theirs.get(slot.step, False) for theirs in everyone)]
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import torch.distributed as dist
 from torch import nn
 
 from ..errors import let_out
+from ..interventions import peers
 from ..names import display_name, named_modules
 from .agreement import Together
 from .process_groups import ProcessGroups
@@ -85,15 +85,14 @@ def _different_models(model: nn.Module) -> str | None:
 
     Stages of a pipeline that number their layers alike, and heads that are split by hand, would be added up.
     """
-    mine: Mapping[str, np.ndarray] | str
+    samples: Sequence[Mapping[str, np.ndarray] | str]
     try:
         mine = _sample(model)
     except Exception as error:  # of any kind: the others wait for this process in the collective operation
-        mine = f"{type(error).__name__}: {error}"
-        samples = _gathered(mine)
+        samples = peers.gathered(f"{type(error).__name__}: {error}")
         let_out(error)
     else:
-        samples = _gathered(mine)
+        samples = peers.gathered(mine)
     first: dict[str, tuple[int, np.ndarray]] = {}
     for rank, theirs in enumerate(samples):
         if isinstance(theirs, str):
@@ -105,13 +104,6 @@ def _different_models(model: nn.Module) -> str | None:
                     f"processes {other} and {rank} hold different weights in the layer {display_name(name)}"
                 )
     return None
-
-
-def _gathered(mine: Mapping[str, np.ndarray] | str) -> list[Mapping[str, np.ndarray] | str]:
-    """What each process gives."""
-    found: list[Mapping[str, np.ndarray] | str] = [""] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return found
 
 
 def _sample(model: nn.Module) -> dict[str, np.ndarray]:
