@@ -103,6 +103,18 @@ def broken(line: dict) -> bool:
     return "fault" in line or any(not error <= 1 for error in line.get("errors", {}).values())
 
 
+def as_json(known: dict, lines: list[dict]) -> str:
+    """The result's file, a case a line."""
+    rounded = [
+        line | {"errors": {name: float(f"{x:.4g}") for name, x in line["errors"].items()}}
+        if "errors" in line
+        else line
+        for line in lines
+    ]
+    head = json.dumps(known, indent=1).removesuffix("\n}")
+    return f'{head},\n "lines": [\n' + ",\n".join(map(json.dumps, rounded)) + "\n]}\n"
+
+
 def planned(jobs: list[list[Job]]) -> dict[str, int]:
     """How many jobs each rule has."""
     found: dict[str, int] = defaultdict(int)
@@ -132,8 +144,8 @@ def main() -> None:
 
     def write() -> None:
         if given.out:
-            result = {"machine": machine(), "planned": counts, "lines": lines, "seconds": time.time() - begin}
-            Path(given.out).write_text(json.dumps(result, indent=1))
+            known = {"machine": machine(), "planned": counts, "seconds": round(time.time() - begin)}
+            Path(given.out).write_text(as_json(known, lines))
 
     while len(lines) < sum(counts.values()) and time.time() - begin < given.seconds:
         try:
