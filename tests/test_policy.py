@@ -9,7 +9,7 @@ from torch import nn
 
 from hnf_attention import apply_intervention
 from hnf_attention.diagnosis import diagnose
-from hnf_attention.interventions import GoodStates, InterventionPolicy
+from hnf_attention.interventions import InterventionPolicy
 from hnf_attention.statistics.heads import Snapshot
 
 t = transformers
@@ -220,105 +220,3 @@ def test_layers_that_are_no_modules_are_not_proposed(model):
     extra = {f"a [{n} heads of 8, float32]": s.layers["a"] for n, s in enumerate(history)}
     history[-1].layers.update(extra)
     assert list(proposal(model, history)["layers"]) == ["a"]
-
-
-class Attends(nn.Module):
-    """One layer by scaled_dot_product_attention, with a norm for the optimizer's group of vectors."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.qkv = nn.LayerNorm(32), nn.Linear(32, 96)
-
-    def forward(self, x):
-        q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in self.qkv(self.norm(x)).chunk(3, -1))
-        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-class Root(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = Attends()
-
-    def forward(self, x):
-        return self.a(x)
-
-
-def _kept(steps=(0, 50, 100)):
-    """A model, its optimizer and its good states, one every 50 steps; the weights differ from state to state."""
-    model = Root()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    states = GoodStates(model, optimizer, every=50, keep=3)
-    for step in steps[1:]:
-        with torch.no_grad():
-            model.a.qkv.weight.fill_(step)
-        states.on_step(step)
-    return model, optimizer, states
-
-
-def _steps(history, last):
-    """The history with its last snapshot at that step."""
-    return [Snapshot(shot.step * last // history[-1].step, shot.layers) for shot in history]
-
-
-def test_with_good_states_an_error_is_answered_by_a_restart():
-    model, optimizer, states = _kept()
-    policy = InterventionPolicy(model)
-    diagnosis = diagnose(_steps(growing(a=20_000.0), 120))  # the alarm is at step 120
-    wanted = policy.propose(diagnosis)
-    assert wanted["action"] == "rewind" and wanted["before"] == 120 and "laboratory" in wanted["reason"]
-    assert [step["action"] for step in wanted["then"]] == ["qk_norm", "reduce_lr"]
-    assert policy.propose(diagnosis) == wanted  # asked again about the same diagnosis
-    applied = apply_intervention(optimizer, wanted)
-    model(torch.randn(2, 6, 32))
-    assert (model.a.qkv.weight == 50).all() and optimizer.param_groups[0]["lr"] == 2.5e-3
-    assert len(optimizer.param_groups[0]["params"]) == 6  # the gains are among them
-    later = diagnose(_steps(growing(a=20_000.0), 130))
-    assert policy.propose(later) is None  # too soon
-    applied.revert()
-    assert (model.a.qkv.weight == 100).all() and optimizer.param_groups[0]["lr"] == 1e-2
-    del states
-
-
-def test_a_second_restart_lowers_the_rate_again_and_there_are_three_at_most():
-    model, _, states = _kept()
-    policy = InterventionPolicy(model)
-    found = []
-    for last in (120, 300, 600, 1200):
-        wanted = policy.propose(diagnose(_steps(growing(a=20_000.0), last)))
-        found.append([step["action"] for step in wanted.get("then", [])])
-        loaded = InterventionPolicy(model)
-        loaded.load_state_dict(policy.state_dict())
-        policy = loaded
-    assert found == [["qk_norm", "reduce_lr"], ["reduce_lr"], ["reduce_lr"], []]
-    del states
-
-
-def test_warnings_and_runs_without_a_state_old_enough_are_not_restarted():
-    model, _, states = _kept((0,))
-    assert InterventionPolicy(model).propose(diagnose(growing(a=20_000.0))) is not None  # back to step 0
-    model, _, states = _kept()
-    states._slots = [slot for slot in states._slots if slot.step == 100]
-    wanted = InterventionPolicy(model).propose(diagnose(_steps(growing(a=20_000.0), 120)))
-    assert wanted is None or wanted["action"] != "rewind"
-    history = [snapshot(10 * s, first={"max_logit": 5.0}, a={"max_logit": 12.0 * s}) for s in range(1, 11)]
-    assert diagnose(history).warnings and not diagnose(history).errors
-    assert InterventionPolicy(model).propose(diagnose(history)) is None
-
-
-def test_nan_is_answered_by_a_restart_where_training_may_have_made_it():
-    model, _, states = _kept()
-    broken = [snapshot(s, a={"max_logit": 5.0}) for s in range(1, 10)]
-    broken.append(snapshot(10, a={"max_logit": 5.0, "nonfinite_rows": 3}))
-    wanted = InterventionPolicy(model).propose(diagnose(_steps(broken, 120)))
-    assert wanted["action"] == "rewind" and [x["action"] for x in wanted["then"]] == ["qk_norm", "reduce_lr"]
-    del states
-
-
-def test_after_three_restarts_the_usual_fixes_are_proposed():
-    model, _, states = _kept()
-    policy = InterventionPolicy(model)
-    found = [
-        policy.propose(diagnose(_steps(growing(a=20_000.0), last))) for last in (120, 300, 600, 630, 1200)
-    ]
-    assert [x and x["action"] for x in found] == ["rewind", "rewind", "rewind", None, "qk_clip"]
-    del states

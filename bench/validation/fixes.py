@@ -23,8 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hnf_attention import AttentionStabilityMonitor
-
 from . import pool, runs
 from .clock import OutOfTime
 from .harm import final
@@ -35,6 +33,7 @@ from .single import Training
 
 CASES = Path(__file__).with_name("cases.json")
 RATES = (1.0, 0.5, 0.25, 0.125, 0.0625)  # of the recipe's own, for the reference
+TOGETHER = 2  # recipes whose references train side by side
 RESOLVED = 0.25  # nats above the reference
 SMALL = ("untreated", "W: rewind + QK-norm + rate x 0.5")
 NOT_FINITE = 1e3  # nats; stands for inf
@@ -71,8 +70,8 @@ def treat(job: Job, device: str, deadline: float) -> dict[str, Any]:
     policy, recipe = POLICIES[job.policy], job.recipe.twin if job.stable else job.recipe
     run = Training(recipe, device)
     logging.getLogger("hnf_attention").setLevel(logging.CRITICAL)
-    with AttentionStabilityMonitor(run.model, log_every=recipe.log_every) as monitor:
-        case, after = Case(run, monitor), None
+    case, after = Case(run), None
+    with case.monitor as monitor:
         while run.step < recipe.steps:
             if time.monotonic() > deadline:
                 raise OutOfTime(f"{recipe.name}, {job.policy}")
@@ -87,7 +86,6 @@ def treat(job: Job, device: str, deadline: float) -> dict[str, Any]:
                     after = policy.act(case, diagnosis)
             elif after is not None:
                 after(diagnosis)
-            case.states.on_step(run.step)
     return {"final": _finite(final(run.loss_array())), "acted": case.acted, "done": case.done}
 
 
@@ -130,7 +128,10 @@ def main() -> None:
     recipes = (_small() if given.small else read_cases(given.cases))[: given.most]
     cases = {x.name: {"recipe": x.to_dict(), "policies": {}, "stable": {}} for x in recipes}
     # References first; then policy by policy, so that those that are done are done on all cases.
-    tasks: list[Any] = [list(group) for _, group in groupby(recipes, key=lambda x: x.shape)]
+    tasks: list[Any] = []
+    for _, group in groupby(recipes, key=lambda x: x.shape):
+        alike = list(group)  # a few at once, so that the processes have as much to do
+        tasks += [alike[n : n + TOGETHER] for n in range(0, len(alike), TOGETHER)]
     tasks += [Job(recipe, policy) for policy in given.policies for recipe in recipes]
     tasks += [Job(recipe, policy, True) for policy in given.stable for recipe in recipes]
     for done in pool.run(_work, tasks, device, given.processes, given.seconds):

@@ -24,18 +24,26 @@ class Case:
     done: what was done to it, in words. acted: the step of the first action.
     """
 
-    def __init__(self, run: Training, monitor: AttentionStabilityMonitor) -> None:
-        self.run, self.monitor = run, monitor
+    def __init__(self, run: Training) -> None:
+        self.run = run
+        self.states = GoodStates(run.model, run.optimizers, STATES_EVERY, STATES_KEPT)
+        self.monitor = AttentionStabilityMonitor(
+            run.model, log_every=run.recipe.log_every, good_states=self.states
+        )
         self.done: list[str] = []
         self.acted: int | None = None
-        self.states = GoodStates(run.model, run.optimizers, STATES_EVERY, STATES_KEPT)
 
     def rewind(self) -> None:
         """Go back to the newest state that is 40 steps old, or to the first one; go on with fresh batches."""
-        now = self.run.step
+        now = self.states.step
         step = self.states.rewind(before=now)
-        self.run.went_back(step)
+        self.go_on()
         self.done.append(f"step {now}: back to step {step}")
+
+    def go_on(self) -> None:
+        """After a rewind: the run goes on from the step that its weights have, and has its planned length."""
+        if self.states.done < self.run.step:
+            self.run.went_back(self.states.done)
 
 
 #: What a fix does at the alarm. It returns what to do after each later step, given the diagnosis of a log step.
@@ -64,6 +72,7 @@ def _product(case: Case, diagnosis: AttentionDiagnosis) -> After:
         intervention = case.monitor.get_intervention(found)
         if intervention:
             done = apply_intervention(case.run.optimizer, intervention, scheduler=[])
+            case.go_on()
             case.done.append(f"step {found.step}: {done.description}")
 
     after(diagnosis)

@@ -6,29 +6,24 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from torch import nn
 
 from ..diagnosis import AttentionDiagnosis, StabilityIssue
 from ..diagnosis.heads import concatenate_heads
-from ..diagnosis.measured import CLIP_FIX, CUT_FIX, RESTART_FIX, help_text
+from ..diagnosis.measured import CLIP_FIX, CUT_FIX, help_text
 from ..diagnosis.origin import NOT_LEARNED, find_origin
 from ..diagnosis.thresholds import overridden, threshold
 from ..diagnosis.trends import clip_size, score_size
 from ..statistics.heads import Snapshot
-from . import dropout, good_states, layout, learning_rate, qk_clip, qk_norm, rewind, temperature
-from .apply import plan_intervention
+from . import dropout, layout, learning_rate, qk_clip, temperature
 from .intervention import Intervention
+from .restarts import Restarts
 
 # Applied at the first warning to 16 unstable runs of our own: QK-clip at 30 with the learning rate halved
 # resolved 69 % of them, QK-clip at 30 alone 38 %, a temperature of 8 times 38 %, the halved rate alone 25 %.
 CLIP_AT = 30.0
 LR_FACTOR = 0.5
 TEMPERATURE_FACTOR = 8.0
-# Started at an alarm of 10 failing runs of the laboratory (docs/validation.md), at a half and a quarter of the rate.
-RESTART_RATE = 0.25
-RESTARTS = 3  # at most
-RESTART_REST = 50  # steps in which a restarted run is let alone, as in the laboratory
 
 GROWTH = ("overflow_risk", "entropy_collapse", "vanishing_gradient", "one_hot_attention")
 
@@ -41,9 +36,9 @@ class InterventionPolicy:
     layers' layout allows.
 
     If `GoodStates` are kept of the model, an error of growing heads, or NaN and inf that training may have made, is
-    answered by a restart: back to a good state, QK-norm from there on, a quarter of the learning rate. After a first
-    restart the rate is cut again, and three restarts are the most. Nothing else is proposed for 50 steps after one,
-    unless NaN or inf come again.
+    answered by a restart: back to a state from before the first warning, and on at a lower learning rate, with QK-norm
+    unless that is step 0. After a first restart the rate is cut again, and three restarts are the most. Nothing else is
+    proposed for 50 steps after one, unless NaN or inf come again.
 
     Without such states, in a run of several processes, after three restarts, or where no state is old enough:
 
@@ -65,10 +60,16 @@ class InterventionPolicy:
         self._clipping = False
         self._proposed: dict[tuple[str, str], int] = {}  # (action, layer) -> step
         self._cuts = learning_rate.Cuts()
-        self._restarts: list[int] = []  # their steps
+        self._restarts = Restarts(model)
+
+    def see(self, diagnosis: AttentionDiagnosis) -> None:
+        """Take note of a diagnosis. Those between, for which nothing is asked, tell when a trouble began."""
+        with overridden(diagnosis.thresholds):
+            self._restarts.see(diagnosis, bool(_broken(diagnosis) or _acting(diagnosis)))
 
     def propose(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
         """The fix for this diagnosis, None for none."""
+        self.see(diagnosis)
         with overridden(diagnosis.thresholds):
             proposed = self._choose(diagnosis)
         if proposed is not None:
@@ -76,14 +77,14 @@ class InterventionPolicy:
         return proposed
 
     def _choose(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
-        broken = [issue for issue in diagnosis.errors if issue.issue_type == "non_finite"]
+        broken = _broken(diagnosis)
         if broken:
             return self._rescue(diagnosis, broken[0])
         acting = _acting(diagnosis)
-        if self._states() is not None:
+        if self._restarts.states() is not None:
             errors = [issue for issue in acting if issue.severity == "error"]
-            restart = self._restart(diagnosis, errors[0].evidence) if errors else None
-            if restart is not None or not errors or self._is_let_alone(diagnosis):
+            restart = self._restarts.propose(diagnosis, errors[0].evidence) if errors else None
+            if restart is not None or not errors or self._restarts.rests(diagnosis):
                 return restart
         if not acting and not self._clipping:
             return None
@@ -99,62 +100,15 @@ class InterventionPolicy:
         origin = find_origin(list(diagnosis.history) or [Snapshot(diagnosis.step, diagnosis.stats)])
         if origin is None or origin.cause in NOT_LEARNED or not getattr(origin.snapshot, "training", True):
             return None
-        if self._states() is not None:
-            restart = self._restart(diagnosis, broken.evidence, at_once=True)
-            if restart is not None or self._is_let_alone(diagnosis):
+        if self._restarts.states() is not None:
+            restart = self._restarts.propose(diagnosis, broken.evidence, at_once=True)
+            if restart is not None or self._restarts.rests(diagnosis):
                 return restart
         return self._cut_rate(
             diagnosis,
             f"{broken.evidence}. The weights may be corrupt already: restore the last checkpoint "
             "with finite weights before going on at the lower rate",
         )
-
-    def _restart(self, diagnosis: AttentionDiagnosis, why: str, at_once: bool = False) -> Intervention | None:
-        """Back to a good state of the run, and on from there with QK-norm and a lower rate; None if that cannot be.
-
-        at_once: however short a time ago the last restart was. The numbers of a reading are of steps after it.
-        """
-        states = self._states()
-        again = diagnosis.step in self._restarts
-        late = at_once or not self._is_let_alone(diagnosis)
-        if states is None or not (again or (late and len(self._restarts) < RESTARTS)):
-            return None
-        first = not self._restarts or self._restarts[0] == diagnosis.step
-        wanted = rewind.propose(diagnosis.step, f"{why}. {help_text(RESTART_FIX)}")
-        slower = learning_rate.propose(
-            self._restart_rate(diagnosis, states), "a run that failed at this rate"
-        )
-        normed = [qk_norm.propose("scores that cannot grow by longer queries and keys")] if first else []
-        for then in ([*normed, slower], [slower]):
-            wanted["then"] = [dict(step) for step in then]
-            try:
-                plan_intervention(states.optimizers, wanted, self._model)
-            except ValueError:  # no state that is old enough, or a model that cannot have QK-norm
-                continue
-            if not again:
-                self._restarts.append(diagnosis.step)
-            return wanted
-        return None
-
-    def _states(self) -> good_states.GoodStates | None:
-        """The states that a restart may go back to.
-
-        None in a run of several processes: they choose a state together, and a proposal may be asked for in one alone.
-        """
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        return None if several else good_states.of_model(self._model)
-
-    def _restart_rate(self, diagnosis: AttentionDiagnosis, states: good_states.GoodStates) -> float:
-        """What the rate is multiplied with: with schedulers, the rate comes back that the state had before any cut."""
-        try:
-            lost = sum(states.chosen(diagnosis.step) <= x < diagnosis.step for x in self._restarts)
-        except ValueError:  # no state that is old enough
-            lost = 0
-        return float(RESTART_RATE ** (1 + (lost if states.schedulers else 0)))
-
-    def _is_let_alone(self, diagnosis: AttentionDiagnosis) -> bool:
-        """Whether the last restart was so short a time ago that nothing is proposed."""
-        return bool(self._restarts) and diagnosis.step < self._restarts[-1] + RESTART_REST
 
     def _cut_rate(self, diagnosis: AttentionDiagnosis, why: str) -> Intervention | None:
         wanted = learning_rate.propose(LR_FACTOR, f"{why}. {help_text(CUT_FIX)}")
@@ -240,7 +194,7 @@ class InterventionPolicy:
             "clipping": self._clipping,
             "proposed": proposed,
             "cuts": self._cuts.state_dict(),
-            "restarts": list(self._restarts),
+            "restarts": self._restarts.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -248,7 +202,13 @@ class InterventionPolicy:
         self._clipping = bool(state["clipping"])
         self._proposed = {(action, layer): step for action, layer, step in state["proposed"]}
         self._cuts.load_state_dict(state["cuts"])
-        self._restarts = list(state.get("restarts", ()))  # states of before have none
+        if isinstance(state.get("restarts"), Mapping):  # states of before have a list, or none
+            self._restarts.load_state_dict(state["restarts"])
+
+
+def _broken(diagnosis: AttentionDiagnosis) -> list[StabilityIssue]:
+    """Errors of NaN and inf."""
+    return [issue for issue in diagnosis.errors if issue.issue_type == "non_finite"]
 
 
 def _acting(diagnosis: AttentionDiagnosis) -> list[StabilityIssue]:
