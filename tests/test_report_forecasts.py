@@ -81,7 +81,7 @@ def test_a_page_says_how_often_such_issues_meant_harm_while_a_model_trains():
     found = json.loads(Parts(text).scripts["report"])["runs"][0]["stories"]
     (story,) = [each for each in found if each["type"] == "overflow_risk"]
     assert story["measured"].startswith(
-        "In 86% of such runs the loss suffered (19 of 22 in the laboratory). Source: "
+        "In 88% of such runs the loss suffered (45 of 51 in the laboratory). Source: "
     )
     assert len(story["forecasts"]) == 4 and story["forecast"].startswith(
         "Head 0. At step 60: passes 100 nats to either side near "

@@ -1,8 +1,8 @@
 """The figures of docs/validation.md.
 
-    python -m bench.validation.charts VERDICTS.json FIXES.json FOLDER
+    python -m bench.validation.charts VERDICTS.json FOLDER FIXES.json [...]
 
-VERDICTS.json: of `judge --out`. FIXES.json: of `fixes`. FOLDER gets lead.svg, phases.svg and fixes.svg.
+VERDICTS.json: of `judge --out`. FIXES.json: of `fixes`, one or several. FOLDER gets lead.svg, phases.svg and fixes.svg.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def _figure(width: float, height: float) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("verdicts", type=Path)
-    parser.add_argument("fixes", type=Path)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("fixes", type=Path, nargs="+")
     given = parser.parse_args()
     verdicts = [
         v for v in json.loads(given.verdicts.read_text()) if Recipe.from_dict(v["recipe"]).kind != "fault"
@@ -108,7 +108,11 @@ def main() -> None:
     given.folder.mkdir(parents=True, exist_ok=True)
     leads(verdicts).savefig(given.folder / "lead.svg")
     phases(verdicts).savefig(given.folder / "phases.svg")
-    fixes(json.loads(given.fixes.read_text())).savefig(given.folder / "fixes.svg")
+    cases: dict[str, dict[str, Any]] = {}
+    for path in given.fixes:
+        for name, case in json.loads(path.read_text()).items():
+            cases.setdefault(name, case)["policies"] |= case["policies"]
+    fixes(cases).savefig(given.folder / "fixes.svg")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """Experiment 3: theory against observation in real models, and the patterns of their heads by depth.
 
-    python -m bench.validation.real_models FOLDER [NAME ...] [--small] [--text FILE]
+    python -m bench.validation.real_models FOLDER [NAME ...] [--small] [--text FILE] [--trained RECIPE ...]
 
 NAME: a model of the Hugging Face hub or a local folder with its tokenizer: gpt2, meta-llama/Llama-3.2-1B,
 mistralai/Mistral-7B-v0.3, sentence-transformers/all-MiniLM-L6-v2. Without names: GPT-2, LLaMA and Mistral
-architectures are trained here from scratch on the standard library's sources, and full-size configurations are
-measured at initialisation. FOLDER gets real_models.json and a figure of each model. --small: tiny models on the CPU.
+architectures are trained here from scratch on the standard library's sources, and on a card full-size configurations
+are measured at initialisation. FOLDER gets real_models.json and a figure of each model. --trained: which of the
+ordinary recipes. --small: tiny models on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,11 +44,12 @@ class Subject(NamedTuple):
     sample: Tensor
 
 
-def trained_here(small: bool, device: torch.device) -> Iterator[Subject]:
-    """Ordinary recipes, trained to their end on this device."""
-    found = ordinary.recipes(small)
-    chosen = [x for x in found if small or any(x.name.endswith(name) for name in _TRAINED)]
-    for recipe in [x for x in chosen if x.architecture in ("gpt2", "llama", "mistral")]:
+def trained_here(names: Sequence[str], small: bool, device: torch.device) -> Iterator[Subject]:
+    """Ordinary recipes whose names end so, trained to their end on this device; of small ones, those of _TRAINED."""
+    kinds = tuple(name.partition("-")[0] for name in _TRAINED)
+    for recipe in ordinary.recipes(small):
+        if not (recipe.architecture in kinds if small else recipe.name.endswith(tuple(names))):
+            continue
         model = ordinary.build(recipe).to(device)
         losses, _ = ordinary.fit(model, recipe)
         held_out = text("python", held_out=True)
@@ -101,14 +103,14 @@ def look(subject: Subject) -> dict[str, Any]:
     alone = check_attention_stability(config=subject.config, seq_len=length)
     weights = check_attention_stability(subject.model, config=subject.config, seq_len=length)
     measured = check_attention_stability(subject.model, subject.sample, subject.config)
-    errors: dict[str, np.ndarray] = {}
+    errors: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     with AttentionAnalyzer(subject.model) as analyzer:
         record = analyzer.instrumentation.on_measure
 
         def both(measurement: Measurement) -> None:
             record(measurement)
             if measurement.query is not None:
-                errors[measurement.layer] = weight_error(measurement)
+                errors[measurement.layer] = errors_of(measurement)
 
         analyzer.instrumentation.on_measure = both
         subject.model(subject.sample)
@@ -137,7 +139,7 @@ def _layer(
     stats: HeadStats,
     theories: list[dict[str, Any]],
     seen: dict[str, Any],
-    error: np.ndarray | None,
+    errors: tuple[np.ndarray, np.ndarray] | None,
 ) -> dict[str, Any]:
     low = replace(stats, dtype=LOW)
     rows = {
@@ -155,8 +157,8 @@ def _layer(
         "required_bits": stats.required_bits,
         "error_bound": low.error_bound,
     }
-    if error is not None:
-        heads["error"] = error
+    if errors is not None:
+        heads["error"], heads["storage_error"] = errors
     rows, plain = (
         {key: [_finite(x) for x in values] for key, values in part.items()} for part in (rows, heads)
     )
@@ -167,19 +169,24 @@ def _finite(number: float) -> float | None:
     return float(number) if np.isfinite(number) else None
 
 
-def weight_error(measurement: Measurement) -> np.ndarray:
-    """What rounding q and k to LOW costs, (H,): the largest sum over keys of |change of a weight| of any row.
+def errors_of(measurement: Measurement) -> tuple[np.ndarray, np.ndarray]:
+    """Two errors in LOW, (H,) each, the largest of any row: of the forward pass, and of storing q and k.
 
-    It is the largest change of an output, in units of the largest |v|, for the values that suffer most.
+    The first is that of one output, in units of the largest |v|, given inputs in LOW: what `error_bound` limits. The
+    second is the sum over keys of |change of a weight| by the rounding of q and k: the largest change of an output,
+    in the same units, for the values that suffer most.
     """
     query, key, options = measurement.query, measurement.key, measurement.options
-    groups = query.shape[1] // key.shape[1]
-    weights = []
-    for kind in (torch.float64, getattr(torch, LOW)):
-        q, k = query.to(kind).double(), key.to(kind).double().repeat_interleave(groups, 1)
-        identity = torch.eye(k.shape[2], dtype=torch.float64, device=k.device).expand(*k.shape[:2], -1, -1)
-        weights.append(api.attend(q, k, identity, options)[0])
-    return (weights[1] - weights[0]).abs().sum(-1).amax((0, 2)).cpu().numpy()
+    rounded = [x.to(getattr(torch, LOW)) for x in (query, key)]
+
+    def weights(query: Tensor, key: Tensor) -> Tensor:
+        keys = torch.eye(key.shape[2], dtype=key.dtype, device=key.device).expand(*key.shape[:2], -1, -1)
+        return api.attend(query, key, keys, options)[0].double()
+
+    low, exact = weights(*rounded), weights(*(x.double() for x in rounded))
+    before = weights(query.double(), key.double())
+    found = (low - exact).abs().amax((0, 2, 3)), (exact - before).abs().sum(-1).amax((0, 2))
+    return found[0].cpu().numpy(), found[1].cpu().numpy()
 
 
 def figure(found: dict[str, Any], path: Path) -> None:
@@ -215,8 +222,9 @@ def figure(found: dict[str, Any], path: Path) -> None:
     panels[1, 0].legend()
     panel = panels[1, 1]
     for key, label in (
-        ("error_bound", f"proved bound of the error in {LOW}"),
-        ("error", "observed error of the weights"),
+        ("error_bound", f"proved bound of the error in {LOW}, q and k given"),
+        ("error", "observed error"),
+        ("storage_error", f"observed change by q and k in {LOW}"),
     ):
         tops = [max(values, default=np.nan) for values in heads(key)]
         panel.semilogy(depth, tops, marker="o", label=label)
@@ -242,10 +250,15 @@ def summary(found: dict[str, Any]) -> str:
     off = np.median(np.abs(rows[..., :2] / rows[..., 2:] - 1.0), axis=0)
     sinks = np.concatenate([np.array(layer["heads"]["sink_mass"], dtype=float) for layer in found["layers"]])
     bits = max(max(x or 0.0 for x in layer["heads"]["typical_bits"]) for layer in found["layers"])
+    errors = [layer["heads"] for layer in found["layers"] if "error" in layer["heads"]]
+    close = max(
+        (x / y for each in errors for x, y in zip(each["error"], each["error_bound"])), default=np.nan
+    )
     return (
         f"{found['name']} ({found['origin']}): spread off by {off[0, 0]:.0%} from the configuration, {off[0, 1]:.0%} "
         f"from the weights; largest score by {off[1, 0]:.0%}, {off[1, 1]:.0%}; {(sinks > 0.3).mean():.0%} of heads "
-        f"with a sink; {bits:.0f} bits usually enough; {found['verdicts']['measured']}, {len(found['issues'])} issues"
+        f"with a sink; {bits:.0f} bits usually enough; error at most {close:.0%} of its bound; "
+        f"{found['verdicts']['measured']}, {len(found['issues'])} issues"
     )
 
 
@@ -254,16 +267,20 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--text", type=Path)
+    parser.add_argument("--trained", nargs="+", default=_TRAINED, metavar="RECIPE")
     parser.add_argument("--small", action="store_true")
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and not given.small else "cpu")
     given.folder.mkdir(parents=True, exist_ok=True)
-    subjects = named(given.names, given.text, device) if given.names else trained_here(given.small, device)
+    if given.names:
+        subjects = named(given.names, given.text, device)
+    else:
+        subjects = trained_here(given.trained, given.small, device)
     found = []
     for subject in subjects:
         found.append(look(subject))
         print(summary(found[-1]), flush=True)
-    if not given.names and not given.small:
+    if not given.names and device.type == "cuda":
         for subject in at_initialisation(device):
             found.append(look(subject))
             print(summary(found[-1]), flush=True)

@@ -14,12 +14,12 @@ from ..thresholds import THRESHOLDS, threshold
 
 SHORT_CLIP = "QK-clip at 30"
 CLIP = f"apply {SHORT_CLIP} after the optimizer step"
-SHORT_RESTART = "go back, QK-norm, a quarter of the rate"
+SHORT_RESTART = "go back, a lower rate"
 _RESTART, _CLIP_AND_SLOW = (RESOLVED[fix] for fix in (RESTART_FIX, CLIP_FIX))
 RESTART = (
-    "go back to a state from before the growth, start QK-norm, and train on at a quarter of the learning rate: it "
-    f"resolved {_RESTART.count} of {_RESTART.total} such runs in the laboratory, and get_intervention proposes it to a "
-    f"monitor with good_states. Without such a state it proposes {SHORT_CLIP} and half the rate, which resolved "
+    "go back to a state from before the first warning, and train on at a lower learning rate: get_intervention proposes"
+    f" it to a monitor with good_states, and it resolved {_RESTART.count} of {_RESTART.total} such runs in the "
+    f"laboratory. Without such a state it proposes {SHORT_CLIP} and half the rate, which resolved "
     f"{_CLIP_AND_SLOW.count} of {_CLIP_AND_SLOW.total}"
 )
 
