@@ -16,7 +16,7 @@ from ..diagnosis.origin import NOT_LEARNED, find_origin
 from ..diagnosis.thresholds import overridden, threshold
 from ..diagnosis.trends import clip_size, score_size
 from ..statistics.heads import Snapshot
-from . import dropout, good_states, layout, learning_rate, qk_clip, qk_norm, rewind, temperature
+from . import dropout, good_states, layout, learning_rate, qk_clip, qk_norm_action, rewind, temperature
 from .apply import plan_intervention
 from .intervention import Intervention
 
@@ -124,7 +124,9 @@ class InterventionPolicy:
         slower = learning_rate.propose(
             self._restart_rate(diagnosis, states), "a run that failed at this rate"
         )
-        normed = [qk_norm.propose("scores that cannot grow by longer queries and keys")] if first else []
+        normed = (
+            [qk_norm_action.propose("scores that cannot grow by longer queries and keys")] if first else []
+        )
         for then in ([*normed, slower], [slower]):
             wanted["then"] = [dict(step) for step in then]
             try:
