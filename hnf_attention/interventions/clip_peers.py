@@ -150,10 +150,11 @@ class ClipPeers:
     @staticmethod
     def _check_held(missing: Mapping[int, Sequence[str]]) -> None:
         lacking = {number: names for number, names in missing.items() if names}
-        for names in lacking.values():
+        if lacking:
+            layer = next(iter(lacking.values()))[0]
             raise ValueError(
                 "expected processes that hold the same layers for QKClip, got none of the name "
-                f"{display_name(names[0])} in {peers.named(list(lacking))}: in a pipeline, give group=, the processes "
+                f"{display_name(layer)} in {peers.named(list(lacking))}: in a pipeline, give group=, the processes "
                 "of one stage"
             )
 

@@ -19,7 +19,7 @@ T = TypeVar("T")
 def together(model: nn.Module, layer: str, check: Callable[[], T]) -> T:
     """What `check` gives. Every process that holds a part of the layer has to ask.
 
-    Raises ValueError in all of them if it raises one in one of them. A layer that is no DTensor asks this process alone.
+    Raises ValueError in all of them if it raises one in one of them. A layer without DTensors asks this process alone.
     """
     modules = dict(named_modules(model))
     weight = Spread.of(modules, layer).weight if layer in modules else None
@@ -41,5 +41,5 @@ def together(model: nn.Module, layer: str, check: Callable[[], T]) -> T:
 
 
 def find(model: nn.Module, layer: str, num_heads: int) -> Projections:
-    """The layer's weights to be scaled, as `layout.find`. Raises ValueError in all of its processes if one refuses it."""
+    """The layer's weights to be scaled, as `layout.find`, if none of the processes that hold parts of it refuses it."""
     return together(model, layer, lambda: layout.find(model, layer, num_heads))

@@ -101,9 +101,10 @@ class ScaleHeads(Action):
     sizes, predicted: the size of each head by layer, nats, before and after it; None where it is not known.
 
     Reverting restores the old weights bit for bit if nothing was learnt since, and no later scaling is in force. Else
-    it divides by the factors, and keeps what was learnt. Where processes hold parts of a layer, all of them apply it, and
-    none does if one refuses. The old weights stay on the host until the next scaling of
+    it divides by the factors, and keeps what was learnt. The old weights stay on the host until the next scaling of
     weights that were trained meanwhile.
+
+    Where processes hold parts of a layer (DTensors), each of them applies it, and none does if one refuses.
     """
 
     def __init__(
