@@ -326,6 +326,7 @@ def check_bounds(least: Any, most: Any) -> tuple[float, float]:
 
 
 def is_compiled(model: nn.Module) -> bool:
+    """Whether a part of the model is compiled."""
     return any(dynamo.is_wrapper(module) for module in model.modules())
 
 
@@ -349,6 +350,7 @@ def _resume(start: QKNormStart, model: nn.Module, state: Mapping[str, Tensor]) -
 
 
 def known_layers(model: nn.Module, layers: Collection[str]) -> set[str]:
+    """These names. Raises ValueError if one is that of no module."""
     names = {name for name, _ in named_modules(model)}
     if isinstance(layers, str) or not set(layers) <= names:
         raise ValueError(f"expected names of modules of the model, got {layers!r}")

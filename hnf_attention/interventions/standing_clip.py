@@ -58,7 +58,8 @@ class QKClip:
         8, ... they say which layers they saw and refuse; a layer whose first forward comes between is clipped from the
         next of these on. A process without a forward takes part, and clips by what the others saw.
 
-    Factors are computed and multiplied in on the device. The host never waits for it, unless FSDP2 shards the weights.
+    Factors are computed and multiplied in on the device. The host does not wait, unless FSDP2 shards the weights;
+    with other processes it waits at steps 1, 2, 4, 8, ...
     Sizes are those of the step's own forward. They are exact for every head that may be over the threshold, in layers
     that may be over half of it: see `ScoreSizes` for the others.
     Where several query heads share a key head, the queries take the whole factor.
