@@ -197,6 +197,49 @@ def qk_norm_verified(way):
     return {name: torch.tensor(len(stats.max_logit)) for name, stats in diagnosis.stats.items()}
 
 
+class Stage(nn.Module):
+    """Of a pipeline: one layer, whose name is its number in the whole model."""
+
+    def __init__(self, number):
+        super().__init__()
+        layer = Net().layers[number]
+        self.layers = nn.ModuleDict({str(number): layer})
+
+    def forward(self, x):
+        return next(iter(self.layers.values()))(x)
+
+
+def staged(stage, x, group=None):
+    """The weights of a stage after a clip, then two steps with QK-norm."""
+    optimizer = torch.optim.SGD(stage.parameters(), lr=0.01)
+    clip = QKClip(stage, 20.0, within_step=len(x) == len(X), group=group).attach(optimizer)
+    train(stage, optimizer, x, 1)
+    clip.remove()
+    start = start_qk_norm(stage, optimizer, group=group)
+    train(stage, optimizer, x, 2)
+    assert not clip.refused and not start.refused, (clip.refused, start.refused)
+    return whole(stage)
+
+
+def pipeline():
+    """Of two stages in two processes each: copies with half of the data each, and heads that are split."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "inside"))
+    number, index = mesh.get_coordinate()
+    stage, x = Stage(number), X
+    if number == 1:
+        parallelize_module(stage.layers["1"], mesh["inside"], PLAN)
+    else:
+        x = X[index::2]
+        for parameter in stage.parameters():  # as data parallelism does
+            parameter.register_hook(partial(_mean, group=mesh["inside"].get_group()))
+    return number, staged(stage, x, mesh["inside"].get_group())
+
+
+def _mean(gradient, group):
+    dist.all_reduce(gradient, group=group)
+    return gradient / 2
+
+
 SCENARIOS = {
     f"{scenario.__name__}, {way.__name__}": (scenario, way)
     for scenario in (standing_clip, one_clip, qk_norm, qk_norm_resumed, qk_norm_verified)
@@ -259,7 +302,12 @@ def main(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     scenarios = {name: partial(scenario, way) for name, (scenario, way) in SCENARIOS.items()}
     found = {}
-    for name, scenario in {**scenarios, "llama": partial(llama, folder), "refused": refused}.items():
+    for name, scenario in {
+        **scenarios,
+        "llama": partial(llama, folder),
+        "refused": refused,
+        "pipeline": pipeline,
+    }.items():
         try:
             found[name] = scenario()
         except Exception as error:

@@ -59,5 +59,12 @@ def test_keys_of_several_processes_are_refused_before_anything_changes(found):
         )
 
 
+def test_a_pipeline_with_one_split_stage_is_treated_as_each_stage_in_one_process(found):
+    for stage in range(2):
+        both = [each[1] for each in found["pipeline"] if each[0] == stage]
+        assert len(both) == 2, found["pipeline"]
+        same(both, processes_split.staged(processes_split.Stage(stage), processes_split.X))
+
+
 def test_a_llama_that_its_own_plan_splits_is_treated_as_in_one_process(found, folder):
     same(found["llama"], processes_split.llama(folder))

@@ -105,6 +105,17 @@ def test_done_counts_the_steps_behind_the_weights_through_rewinds_and_reverts():
     assert states.done == 40
 
 
+def test_a_resumed_run_goes_on_counting_done_from_its_checkpoint():
+    model, optimizer, states = training(step=118, done=110)
+    assert (states.step, states.done) == (118, 110)
+    train(model, optimizer, states, range(119, 131))
+    assert states.done == 122 and states.rewind(before=130) == 120 and states.done == 112
+    states.restart(40, 32)
+    assert (states.step, states.done) == (40, 32)
+    with pytest.raises(ValueError, match="expected done to be an int >= 0, got -1"):
+        training(done=-1)
+
+
 def test_done_follows_a_count_that_goes_back_with_the_run():
     model, optimizer, states = training()
     train(model, optimizer, states, range(1, 19))

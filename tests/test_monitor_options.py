@@ -267,6 +267,7 @@ def test_a_run_that_resumes_goes_on_as_if_it_had_not_stopped(model, caplog, tmp_
         lambda s: s.update(policy={}),
         lambda s: s.update(repeated=None),
         lambda s: s.update(issues=[3]),
+        lambda s: s.update(done=-1),
     ],
 )
 def test_a_state_that_is_none_is_refused_and_changes_nothing(model, change):

@@ -1,5 +1,6 @@
 """A monitor that is given good states: what it keeps, proposes and carries out, and what it says became of it."""
 
+import json
 import logging
 
 import pytest
@@ -255,3 +256,20 @@ def test_logging_goes_on_when_a_state_cannot_be_kept(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         run.until(10)
     assert run.monitor.status.off["good_states"].failures and len(run.monitor.history) == 2
+
+
+def test_a_checkpoint_of_the_monitor_keeps_what_rewinds_gave_up():
+    run = Run()
+    run.until(60)
+    assert run.states.rewind(before=60) == 20 and run.states.done == 20
+    run.until(63)
+    saved = json.loads(json.dumps(run.monitor.state_dict()))
+    resumed = Run()
+    resumed.monitor.load_state_dict(saved)
+    assert (resumed.states.step, resumed.states.done) == (63, 23)
+    resumed.until(65)
+    assert resumed.states.done == 25
+    for without in ({**saved, "done": None}, {k: v for k, v in saved.items() if k != "done"}):
+        other = Run()  # its checkpoint is of a run without good states, or of an older version
+        other.monitor.load_state_dict(without)
+        assert (other.states.step, other.states.done) == (63, 63)

@@ -19,7 +19,7 @@ from .layer_precision import LayerPrecision
 from .learning_rate import ReduceRate
 from .optimizers import as_list
 from .prune import PruneHeads
-from .qk_norm import StartQKNorm
+from .qk_norm_action import StartQKNorm
 from .qk_rate import QKRates
 from .rewarm import Rewarm
 from .rewind import Rewind
@@ -37,6 +37,7 @@ class _Run:
     optimizers: list[torch.optim.Optimizer]
     given_model: nn.Module | None
     scheduler: Any
+    group: Any = None
 
     def rates(self, factor: float, action: str) -> ReduceRate:
         """The action on learning rates."""
@@ -81,8 +82,12 @@ _BUILDERS: dict[str, Callable[[_Run, Mapping[str, Any]], list[Action]]] = {
     "increase_dropout": lambda run, wanted: [RaiseDropout(run.model(wanted), wanted)],
     "qk_clip": _qk_clip,
     "temperature": _temperature,
-    "standing_qk_clip": lambda run, wanted: [StandingClip(run.model(wanted), run.optimizers, wanted)],
-    "qk_norm": lambda run, wanted: [StartQKNorm(unwrapped(run.model(wanted)), run.optimizers, wanted)],
+    "standing_qk_clip": lambda run, wanted: [
+        StandingClip(run.model(wanted), run.optimizers, wanted, run.group)
+    ],
+    "qk_norm": lambda run, wanted: [
+        StartQKNorm(unwrapped(run.model(wanted)), run.optimizers, wanted, run.group)
+    ],
     "rewind": lambda run, wanted: [Rewind(run.model(wanted), wanted)],
     "rewarm_lr": lambda run, wanted: [Rewarm(run.optimizers, wanted)],
     "qk_rate": lambda run, wanted: [QKRates(run.model(wanted), run.optimizers, wanted)],
@@ -143,6 +148,7 @@ def plan_intervention(
     model: nn.Module | None = None,
     *,
     scheduler: Any = None,
+    group: Any = None,
 ) -> list[Action]:
     """The actions that `apply_intervention` would carry out, checked and not applied: see `Action.preview`.
 
@@ -154,10 +160,10 @@ def plan_intervention(
     if not isinstance(more, (list, tuple)) or not all(isinstance(one, Mapping) for one in more):
         raise ValueError(f"expected 'then' to be a list of interventions, got {more!r}")
     known = getattr(intervention, "model", None) if model is None else model
-    run = _Run(as_list(optimizer), known, _kept_schedulers(known) if scheduler is None else scheduler)
+    run = _Run(as_list(optimizer), known, _kept_schedulers(known) if scheduler is None else scheduler, group)
     actions = _BUILDERS[intervention["action"]](run, intervention)
     for one in more:
-        actions += plan_intervention(optimizer, one, known, scheduler=scheduler)
+        actions += plan_intervention(optimizer, one, known, scheduler=scheduler, group=group)
     return actions
 
 
@@ -167,6 +173,7 @@ def apply_intervention(
     model: nn.Module | None = None,
     *,
     scheduler: Any = None,
+    group: Any = None,
 ) -> Applied:
     """Carry out an intervention: one of a monitor, or a dict of the same shape (see `Intervention`).
 
@@ -196,13 +203,15 @@ def apply_intervention(
         others.
     scheduler: one, or a list of them, whose base rates are scaled along. None takes those that the model's
         `GoodStates` know.
+    group: for qk_norm and standing_qk_clip in several processes, those that hold the same layers, as for
+        `start_qk_norm` and `QKClip`.
 
     Returns an `Applied`, whose `verify()` compares it with a later reading, and whose `revert()` takes it back. Raises
     ValueError, and then has changed nothing, for an unknown action, missing or wrong items, an unknown layer, or one
     that cannot be treated: its weights are frozen, shared, wrapped, of 8 bits or fewer, or not proved to be its queries
     and keys.
     """
-    actions = plan_intervention(optimizer, intervention, model, scheduler=scheduler)
+    actions = plan_intervention(optimizer, intervention, model, scheduler=scheduler, group=group)
     said: list[str] = []
     try:
         for action in actions:

@@ -10,7 +10,7 @@ from ..diagnosis import AttentionDiagnosis
 from ..diagnosis.issue import grouped, headline
 from ..statistics.heads import HeadStats
 from .apply import Applied
-from .qk_norm import StartQKNorm
+from .qk_norm_action import StartQKNorm
 from .scaling import ScaleHeads
 
 _log = logging.getLogger("hnf_attention")

@@ -48,7 +48,8 @@ class GoodStates:
         (keep - 1) * every steps, which must not be less than `margin`.
     scheduler: one, or a list. With it, learning rates, betas, momenta and weight decays of the optimizers' groups go
         back too; else they stay what they are at the rewind.
-    step: how many steps were done before. The state at the construction is kept too.
+    step: how many steps were done before. done: how many of them led to the weights; None for all. A resumed run
+        takes both from its checkpoint. The state at the construction is kept too.
 
     Raises ValueError or TypeError for wrong arguments.
     """
@@ -64,6 +65,7 @@ class GoodStates:
         scheduler: Any = None,
         rng: bool = False,
         step: int = 0,
+        done: int | None = None,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
@@ -72,6 +74,7 @@ class GoodStates:
             ("keep", keep, 1),
             ("margin", margin, 0),
             ("step", step, 0),
+            ("done", step if done is None else done, 0),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"expected {name} to be an int >= {least}, got {value!r}")
@@ -94,7 +97,7 @@ class GoodStates:
         me = weakref.ref(self)
         self._hooks = [x.register_step_pre_hook(lambda *_: _settle(me)) for x in optimizers]
         _of_models[unwrapped(model)] = me
-        self._step = self._done = step
+        self._step, self._done = step, step if done is None else done
         self._take(step)
 
     def __repr__(self) -> str:
@@ -147,12 +150,16 @@ class GoodStates:
         if not self._slots or (step % self.every == 0 and step not in self.steps):
             self._take(step)
 
-    def restart(self, step: int) -> None:
-        """Forget all states: the run goes on from a checkpoint of that step. The next step's state is kept."""
+    def restart(self, step: int, done: int | None = None) -> None:
+        """Forget all states: the run goes on from a checkpoint of that step. The next step's state is kept.
+
+        done: how many steps led to the checkpoint's weights; None for all of them.
+        """
         for slot in self._slots:
             slot.wait()
         self._spare += self._slots
-        self._slots, self._before, self._step, self._done = [], None, step, step
+        self._slots, self._before = [], None
+        self._step, self._done = step, step if done is None else done
 
     def settle(self) -> None:
         """Have the device finish all copies before the work that is queued after this; the host does not wait."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..compat import child
+from ..compat import child, own_parameter
 from .projections import Projections, Reader
 from .shards import own_class
 
@@ -65,6 +65,17 @@ def candidates(module: nn.Module, num_heads: int) -> list[Reading]:
         if _is_module(module, name):
             return _fused_orders(module, num_heads, name, by_kind_first=True)
     return []
+
+
+def key_weights(module: nn.Module) -> list[Tensor]:
+    """The weights that make a module's keys, alone or beside others, by the names of its projections."""
+    if isinstance(module, nn.MultiheadAttention):
+        found = module.in_proj_weight if module.in_proj_weight is not None else module.k_proj_weight
+        return [] if found is None else [found]
+    names = ("kv_b_proj", *(key for _, key in SEPARATE), *INTERLEAVED, *FUSED)
+    projections = [projection for name in names if (projection := child(module, name)) is not None]
+    weights = [own_parameter(projection, "weight") for projection in projections]
+    return [weight for weight in weights if weight is not None]
 
 
 def _fused_orders(module: nn.Module, num_heads: int, name: str, by_kind_first: bool) -> list[Reading]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,11 +20,11 @@ from ..compat import dynamo
 from ..instrumentation import treating
 from ..instrumentation.treated import Call, Treated, interceptors
 from ..names import display_name, named_modules, unwrapped
-from . import good_states
+from . import good_states, orders, peers
 from . import optimizers as optim
-from .action import Action, Preview, Reading, Verdict
-from .gains import Gains
-from .intervention import Intervention, check_positive
+from .gains import Gains, once
+from .intervention import check_positive
+from .key_weights import KeyWeights
 from .layout import QK_NORM
 from .shards import HeadPart, Spread, own_part
 
@@ -35,8 +34,6 @@ QUERY, KEY = "qk_norm_query", "qk_norm_key"  # names of the gains in a module's 
 #: Gains start at no more than this: two such give scores of up to 64 * sqrt(D) nats, which a softmax can still leave.
 MOST = 8.0
 EPS = 1e-6
-#: By what a key may be longer than its gain says, of it: the gain has learned for a step since the reading's forward.
-ONE_STEP = 0.5
 
 
 class QKNorm:
@@ -84,14 +81,16 @@ class QKNormStart:
         optimizers: list[torch.optim.Optimizer],
         layers: Collection[str] | None,
         bounds: tuple[float, float],
+        group: Any = None,
     ):
         self.layers: dict[str, nn.Module] = {}
         self.refused: dict[str, str] = {}
         self.started = False
         self._model, self._optimizers, self._wanted = model, optimizers, layers
-        self._gains = Gains(max(bounds[0], EPS), bounds[1])
+        self._gains = Gains(max(bounds[0], EPS), bounds[1], group)
         self._names = {module: name for name, module in named_modules(model)}
         self._spreads: dict[str, Spread] = {}
+        self._keys: dict[str, KeyWeights] = {}
         self._change = QKNorm()
         self._undo: list[Callable[[], Any]] = []
 
@@ -105,7 +104,10 @@ class QKNormStart:
         return [module.get_parameter(name) for module in self.layers.values() for name in (QUERY, KEY)]
 
     def listen(self) -> None:
-        """Measure in the next forward of the model."""
+        """Measure in the next forward of the model. Raises ValueError if the processes hold different layers."""
+        self._gains.check_layers(
+            name for module, name in self._names.items() if "att" in name.lower() or orders.holds(module)
+        )
         self.spread()
         patches = interceptors(self._model.modules())
         self._undo += [patch.release for patch in patches]
@@ -117,6 +119,7 @@ class QKNormStart:
         """Look how the layers' weights lie over processes: a forward does not show where FSDP2 keeps them."""
         modules = dict(named_modules(self._model))
         self._spreads = {name: Spread.of(modules, name) for name in modules}
+        self._keys = {name: KeyWeights.of(modules, name, spread) for name, spread in self._spreads.items()}
 
     def found(self, module: nn.Module, query: Tensor, key: Tensor) -> Call | None:
         """A call of `module` is seen. Its gains are measured in it, and used."""
@@ -125,10 +128,8 @@ class QKNormStart:
             return None
         if module not in self.layers.values():
             reason = self._why_not(module, name, query, key)
-            if reason is not None:
-                self.refused[name] = reason
-                return None
-            gains = self._gains.measured(self._spreads[name].part, query, key)
+            with self._or_not_at_all():
+                gains = self._gains.measured(name, self._spreads[name].part, query, key, reason)
             if isinstance(gains, str):
                 self.refused[name] = gains
                 return None
@@ -151,18 +152,34 @@ class QKNormStart:
         norms = [child for child, _ in module.named_children() if QK_NORM.search(child) and "norm" in child]
         if norms or getattr(module, QUERY, None) is not None:
             return f"it has QK-norm already ({', '.join(norms) or QUERY})"
+        if self._keys[name].shared(once(key).shape[1], key.shape[3]):
+            return "tensor parallelism splits its queries, and several processes hold the same keys"
         return None
 
     def _attach(self, name: str, module: nn.Module, query: Tensor, key: Tensor) -> None:
         for where, values in ((QUERY, query), (KEY, key)):
-            module.register_parameter(where, self._gains.make(self._spreads[name], values))
+            module.register_parameter(where, self._gains.make(name, self._spreads[name], values))
         Treated.add(module, self._change)
         self.layers[name] = module
 
     def _ended(self, *_: Any) -> None:
-        """The first forward of the model has ended."""
-        if self.started or not self.layers:
+        """A forward of the model has ended, the first one or one in which no layer was found."""
+        if self.started or not self._undo:
             return
+        with self._or_not_at_all():
+            self._gains.end()
+        if self.layers:
+            self.start()
+
+    def resume(self, found: Mapping[str, tuple[Tensor, Tensor]], reason: str | None) -> None:
+        """Start from gains of queries and keys by layer. Raises ValueError in every process if one has a reason to."""
+        self._gains.resume({layer: self.part(layer) for layer in found}, reason)
+        modules = {name: module for module, name in self._names.items()}
+        for layer, gains in found.items():
+            device = next((p.device for p in modules[layer].parameters()), gains[0].device)
+            whole = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in gains)
+            mine = self.part(layer)
+            self._attach(layer, modules[layer], *(x[mine.of(len(x))].to(device) for x in whole))
         self.start()
 
     def start(self) -> None:
@@ -209,6 +226,15 @@ class QKNormStart:
                 delattr(module, name)
         self.layers.clear()
 
+    @contextlib.contextmanager
+    def _or_not_at_all(self) -> Iterator[None]:
+        """The processes agree on what is done inside, or QK-norm does not start in any of them."""
+        try:
+            yield
+        except ValueError:
+            self.revert()
+            raise
+
     def _stop_listening(self) -> None:
         while self._undo:
             self._undo.pop()()
@@ -223,6 +249,7 @@ def start_qk_norm(
     gains: Mapping[str, Tensor] | None = None,
     most: float = MOST,
     least: float = 0.0,
+    group: Any = None,
 ) -> QKNormStart:
     """Normalise the queries and keys of a model's attention from now on.
 
@@ -239,31 +266,41 @@ def start_qk_norm(
     gains: a state dict of a model with QK-norm. The layers and values come from it, for a checkpoint that is resumed:
         call this before `model.load_state_dict` and `optimizer.load_state_dict`.
 
-    Each process of torch.distributed starts from the mean over those that hold the same heads, and averages the gains'
-    gradients over them. Beside weights that are DTensors the gains are such, of all heads.
+    group: the processes that hold the same layers, whole, in shards or split by heads; None for all processes of
+        torch.distributed. In a pipeline, those of one stage. All of them call this, and run the next forward.
+
+    Each process of a group starts from the mean over those that hold the same heads, and averages the gains' gradients
+    over them. A layer that one process has to refuse is refused in all; `refused` says which process has the reason.
+    Beside weights that are DTensors the gains are such, of all heads.
     Copies of the model that were made before do not have the gains: make an EMA copy anew.
 
-    Raises ValueError for a model whose attention cannot be reached, TypeError for wrong arguments, and has then changed
-    nothing.
+    Raises ValueError for a model whose attention cannot be reached, and in all processes of a group that hold different
+    layers. TypeError for wrong arguments. It has then changed nothing.
     """
     inner, found = unwrapped(model), optim.as_list(optimizer)
-    bounds = _bounds(least, most)
-    if gains is None and not found:
-        raise ValueError("expected an optimizer that the gains of QK-norm join, got None")
-    if found:
-        optim.vector_group(found)
-    wanted = None if layers is None else _known(inner, layers)
-    start = QKNormStart(inner, found, wanted, bounds)
+    peers.check_group(group)
+    bounds = check_bounds(least, most)
+    compiled = is_compiled(model)
+    reason = None
     try:
-        if gains is not None:
-            _resume(start, inner, gains)
-            return start
-        compiled = _is_compiled(model)
-        if compiled and forward is None:
+        wanted = None if layers is None else known_layers(inner, layers)
+        if found:
+            optim.vector_group(found)
+        if gains is None and not found:
+            raise ValueError("expected an optimizer that the gains of QK-norm join, got None")
+        if gains is None and compiled and forward is None:
             raise ValueError(
                 "expected forward=, which runs one forward of the model, for a compiled model, got None: "
                 "a graph cannot be measured while it runs"
             )
+    except ValueError as error:
+        reason = str(error)
+    peers.raise_together(reason, group)
+    start = QKNormStart(inner, found, wanted, bounds, group)
+    try:
+        if gains is not None:
+            _resume(start, inner, gains)
+            return start
         start.listen()
         if forward is not None:
             devices = {p.device for p in inner.parameters() if p.is_cuda}
@@ -280,75 +317,7 @@ def start_qk_norm(
     return start
 
 
-def propose(reason: str) -> Intervention:
-    """QK-norm in every layer that can have it, from the next forward on."""
-    return Intervention({"action": "qk_norm", "reason": reason})
-
-
-class StartQKNorm(Action):
-    """`start_qk_norm` as an action. Reverting takes the norm and its gains away; other weights keep what they learnt.
-
-    Where nothing was learnt since, the model computes bit for bit what it computed before.
-    """
-
-    name = "qk_norm"
-
-    def __init__(
-        self, model: nn.Module, optimizers: list[torch.optim.Optimizer], intervention: Mapping[str, Any]
-    ):
-        super().__init__()
-        layers = intervention.get("layers")
-        if layers is not None and not isinstance(layers, (list, tuple)):
-            raise ValueError(f"expected 'layers' to be a list of names of modules, got {layers!r}")
-        self._least, self._most = _bounds(intervention.get("least", 0.0), intervention.get("most", MOST))
-        self._model, self._optimizers = model, optimizers
-        self._layers = None if layers is None else _known(model, layers)
-        optim.vector_group(optimizers)
-        if _is_compiled(model):
-            raise ValueError(
-                "expected a model that is not compiled for the action qk_norm, got a compiled one: call "
-                "start_qk_norm(model, optimizer, forward=...), which measures the gains without the graphs"
-            )
-        self.started: QKNormStart | None = None
-
-    def preview(self) -> Preview:
-        """As `Action.preview`: gains are measured in the next forward."""
-        where = "every layer that can have it" if self._layers is None else ", ".join(sorted(self._layers))
-        text = f"QK-norm in {where}, gains to be measured in the next forward, at most {self._most:g}"
-        return Preview(
-            text, {"layers": None if self._layers is None else sorted(self._layers), "most": self._most}
-        )
-
-    def verify(self, reading: Reading) -> Verdict:
-        """Whether every key is as short as its gain makes it: gain * sqrt(D)."""
-        if self.started is None or not self.started.started:
-            return Verdict(None, "the gains are not measured yet")
-        said, holds = [], True
-        for name, module in self.started.layers.items():
-            stats = reading.get(name)
-            if stats is None:
-                return Verdict(None, f"layer {display_name(name)} was not measured")
-            gains, lengths = own_part(module.get_parameter(KEY).detach()), stats.key_length
-            every_head = module.get_parameter(QUERY).shape[0]
-            if len(lengths) == every_head:  # a reading of several processes
-                lengths = lengths[self.started.part(name).of(every_head)]
-            if not gains.isfinite().all() or np.isnan(lengths).all():
-                return Verdict(None, f"the gains or the keys of {display_name(name)} are not finite numbers")
-            most = float(gains.abs().max()) * stats.head_dim**0.5
-            found = float(np.fmax.reduce(lengths, initial=0.0))
-            holds &= found <= (1 + ONE_STEP) * most
-            said.append(f"{display_name(name)}: keys of length {found:.2f}, {most:.2f} by their gain")
-        return Verdict(holds, "; ".join(said))
-
-    def _do(self, undo: list[Callable[[], Any]]) -> str:
-        self.started = start_qk_norm(
-            self._model, self._optimizers, layers=self._layers, most=self._most, least=self._least
-        )
-        undo.append(self.started.revert)
-        return self.preview().text
-
-
-def _bounds(least: Any, most: Any) -> tuple[float, float]:
+def check_bounds(least: Any, most: Any) -> tuple[float, float]:
     """Both as floats. Raises ValueError unless 0 <= least <= most, and most > 0."""
     upper = check_positive("most", most)
     if isinstance(least, bool) or not isinstance(least, (int, float)) or not 0 <= least <= upper:
@@ -356,30 +325,32 @@ def _bounds(least: Any, most: Any) -> tuple[float, float]:
     return float(least), upper
 
 
-def _is_compiled(model: nn.Module) -> bool:
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a part of the model is compiled."""
     return any(dynamo.is_wrapper(module) for module in model.modules())
 
 
 def _resume(start: QKNormStart, model: nn.Module, state: Mapping[str, Tensor]) -> None:
     modules = dict(named_modules(model))
     start.spread()
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    reason = None
     for name, values in state.items():
         layer, _, last = name.rpartition(".")
         if last != QUERY:
             continue
         key = state.get(f"{layer}.{KEY}" if layer else KEY)
         if layer not in modules or key is None:
-            raise ValueError(f"expected a module {layer!r} and its {KEY} for the state's {name!r}, got none")
-        device = next((p.device for p in modules[layer].parameters()), values.device)
-        whole = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (values, key))
-        mine = start.part(layer)
-        start._attach(layer, modules[layer], *(x[mine.of(len(x))].to(device) for x in whole))
-    if not start.layers:
-        raise ValueError(f"expected a state dict with entries named {QUERY!r}, got none")
-    start.start()
+            reason = f"expected a module {layer!r} and its {KEY} for the state's {name!r}, got none"
+            break
+        found[layer] = values, key
+    if not found and reason is None:
+        reason = f"expected a state dict with entries named {QUERY!r}, got none"
+    start.resume(found, reason)
 
 
-def _known(model: nn.Module, layers: Collection[str]) -> set[str]:
+def known_layers(model: nn.Module, layers: Collection[str]) -> set[str]:
+    """These names. Raises ValueError if one is that of no module."""
     names = {name for name, _ in named_modules(model)}
     if isinstance(layers, str) or not set(layers) <= names:
         raise ValueError(f"expected names of modules of the model, got {layers!r}")

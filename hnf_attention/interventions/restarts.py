@@ -10,7 +10,7 @@ from torch import nn
 
 from ..diagnosis import AttentionDiagnosis
 from ..diagnosis.measured import RESTART_FIX, help_text
-from . import good_states, learning_rate, qk_norm, rewind
+from . import good_states, learning_rate, qk_norm_action, rewind
 from .apply import plan_intervention
 from .intervention import Intervention
 
@@ -106,7 +106,9 @@ class Restarts:
         wanted = rewind.propose(origin, why)
         slower = learning_rate.propose(total, "a run that failed at this rate")
         norm = bool(chosen or before) and not any(made.normed for made in before)
-        normed = [qk_norm.propose("scores that cannot grow by longer queries and keys")] if norm else []
+        normed = (
+            [qk_norm_action.propose("scores that cannot grow by longer queries and keys")] if norm else []
+        )
         for then in ([*normed, slower], [slower]):
             wanted["then"] = [dict(step) for step in then]
             try:

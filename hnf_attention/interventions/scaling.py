@@ -5,7 +5,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from .. import compat
 from ..diagnosis.trends import clip_size
 from ..names import display_name
-from . import good_states, layout
+from . import good_states, holders, layout
 from .action import Action, Preview, Reading, Verdict
 from .projections import Projections
 from .shards import own_part
+
+T = TypeVar("T")
 
 #: How far a size may be from the predicted one at the next reading, of it: other batches and some steps lie between.
 TOLERANCE = 0.25
@@ -100,6 +103,8 @@ class ScaleHeads(Action):
     Reverting restores the old weights bit for bit if nothing was learnt since, and no later scaling is in force. Else
     it divides by the factors, and keeps what was learnt. The old weights stay on the host until the next scaling of
     weights that were trained meanwhile.
+
+    Where processes hold parts of a layer (DTensors), each of them applies it, and none does if one refuses.
     """
 
     def __init__(
@@ -170,15 +175,22 @@ class ScaleHeads(Action):
         return False
 
     def refuse_masters(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        """Raise ValueError if an optimizer seems to keep copies of these weights."""
+        """Raise ValueError if an optimizer seems to keep copies of these weights, in all processes that hold parts."""
+        held = list(optimizers)
+        for scaling in self._plan:
+            self._together(scaling, partial(self._refuse_masters, scaling, held))
+
+    def _refuse_masters(self, scaling: LayerScaling, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        parameters = scaling.find(self._model).parameters
         for optimizer in optimizers:
-            for scaling in self._plan:
-                refuse_masters(scaling.layer, scaling.find(self._model).parameters, optimizer)
+            refuse_masters(scaling.layer, parameters, optimizer)
 
     def _do(self, undo: list[Callable[[], Any]]) -> str:
         good_states.settle(self._model)
         earlier = self._earlier()
-        self._layers = [_Layer(scaling, self._model) for scaling in self._plan]
+        self._layers = [
+            self._together(scaling, partial(_Layer, scaling, self._model)) for scaling in self._plan
+        ]
         learnt: list[bool] = []
 
         def note_earlier() -> None:
@@ -187,8 +199,8 @@ class ScaleHeads(Action):
 
         undo.append(note_earlier)
         try:
-            for layer in self._layers:
-                layer.multiply()
+            for scaling, layer in zip(self._plan, self._layers):
+                self._together(scaling, layer.multiply)
         except BaseException:
             for layer in self._layers:
                 layer.restore()
@@ -200,6 +212,10 @@ class ScaleHeads(Action):
         self.note()
         _reversible.setdefault(self._model, []).append(weakref.ref(self))
         return self.preview().text
+
+    def _together(self, scaling: LayerScaling, act: Callable[[], T]) -> T:
+        """What it gives, if it raises in none of the processes that hold parts of the layer."""
+        return holders.together(self._model, scaling.layer, act)
 
     def note(self) -> None:
         """The weights are now what this and later scalings made of them."""

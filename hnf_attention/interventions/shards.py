@@ -131,6 +131,10 @@ class Spread:
             return own_part(parameter.detach())
         return shards.rows(cast("DTensor", parameter.detach()), dim, parameter.shape[dim] // count)
 
+    def splits(self, parameter: Tensor) -> bool:
+        """Whether a weight is split over processes into as many parts as the layer's heads are."""
+        return hasattr(parameter, "placements") and _part(cast("DTensor", parameter), self.fsdp) == self.part
+
     def own_shape(self, parameter: Tensor) -> tuple[int, ...]:
         """The shape of what tensor parallelism gives this process of a parameter, FSDP2's shards put together."""
         shape = list(parameter.shape)

@@ -229,6 +229,11 @@ class ScoreSizes:
             known = self.layers[name] = LayerSizes(heads, device)
         return known
 
+    def expect(self, name: str, heads: int, device: torch.device) -> None:
+        """Have a layer that no forward here has shown yet."""
+        with self._lock:
+            self._layer(name, heads, device)
+
     @torch.no_grad()
     def _on_kept(self, kept: KeptForward) -> None:
         if not kept.forward.training:

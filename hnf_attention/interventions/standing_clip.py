@@ -7,22 +7,22 @@ the query and key weights of the head are each multiplied by sqrt(t / S).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..instrumentation.treated import Treated
 from ..names import display_name, named_modules, unwrapped
-from . import good_states, layout, peers
+from . import good_states, layout
 from .action import Action, Preview, Reading, Verdict
 from .clip_now import ClipNow, ModelForward
+from .clip_peers import ClipPeers
 from .intervention import check_positive
 from .projections import Projections
 from .scaling import refuse_masters
-from .shards import Spread, own_part
+from .shards import own_part
 from .sizes import MEASURES, ScoreSizes
 
 THRESHOLD = 100.0  # nats; of Kimi K2
@@ -52,18 +52,22 @@ class QKClip:
         optimizer adds. The gradient takes the factors for constants. It takes layers that call
         scaled_dot_product_attention, not in a compiled graph; others are clipped after the step alone. False clips
         after the step alone, and leaves layers that are far below the threshold alone at seven steps of eight.
-    group: the processes that hold the same heads, whole or in shards, and see other data; None for all processes of
-        torch.distributed or, where tensor parallelism splits the heads (DTensors), those with the heads of this one.
-        Their largest sizes are put together at each step.
+    group: the processes that hold the same layers, whole, in shards, or split by heads (DTensors); None for all of
+        torch.distributed. In a pipeline, those of one stage. All of them step equally often. The largest size of a
+        head over all of them counts, and a layer that one of them has to refuse is clipped in none. At steps 1, 2, 4,
+        8, ... they say which layers they saw and refuse; a layer whose first forward comes between is clipped from the
+        next of these on. A process without a forward takes part, and clips by what the others saw.
 
-    Factors are computed and multiplied in on the device. The host never waits for it, unless FSDP2 shards the weights.
+    Factors are computed and multiplied in on the device. The host does not wait, unless FSDP2 shards the weights;
+    with other processes it waits at steps 1, 2, 4, 8, ...
     Sizes are those of the step's own forward. They are exact for every head that may be over the threshold, in layers
     that may be over half of it: see `ScoreSizes` for the others.
     Where several query heads share a key head, the queries take the whole factor.
 
     A layer is clipped only on proof that its scores, and nothing else, follow the weights: see `apply_intervention`.
-    Others are listed in `refused`, and a warning says so once. If no layer can be clipped, the first `step()` raises
-    ValueError.
+    Others are listed in `refused`, and a warning says so once. If no layer can be clipped, or the processes of the
+    group hold different layers, the first `step()` raises ValueError in all of them. If none has run a forward, it
+    raises RuntimeError.
 
     Raises ValueError or TypeError for wrong arguments.
     """
@@ -87,8 +91,8 @@ class QKClip:
         self.refused: dict[str, str] = {}
         #: How many steps were ended.
         self.steps = 0
-        self._model, self._group = unwrapped(model), group
-        self._know_group = group is not None
+        self._model = unwrapped(model)
+        self._peers = ClipPeers(self._model, group)
         self._optimizers: list[torch.optim.Optimizer] = []
         self._hooks: list[Any] = []
         self._found: dict[str, tuple[tuple[int, ...], Projections]] = {}
@@ -123,38 +127,17 @@ class QKClip:
         """Clip by what the training forwards since the last step showed. Call it after `optimizer.step()`."""
         self.steps += 1
         good_states.settle(self._model)
-        layers = self._sizes.layers
-        if not layers:
-            raise RuntimeError(
-                "expected a training forward of the model before QKClip.step(), got none whose attention was measured: "
-                f"{self._sizes.handle.coverage}"
-            )
-        if not self._know_group:
-            self._group = self._peers(layers)
-            self._know_group = True
-        by_device: dict[torch.device, list[str]] = {}
-        for name, layer in layers.items():
-            # Another process may have seen what this one has left alone.
-            if layer.seen or peers.processes(self._group) > 1:
-                by_device.setdefault(layer.largest.device, []).append(name)
-        for names in by_device.values():
-            largest = self._together(torch.cat([layers[name].largest for name in names]))
-            over = largest.isfinite() & (largest > self.threshold)
-            whole = torch.where(over, self.threshold / largest, 1.0)
-            lengths = [len(layers[name].largest) for name in names]
-            for name, mine, factor, root in zip(
-                names, largest.split(lengths), whole.split(lengths), whole.sqrt().split(lengths)
-            ):
-                if layers[name].seen:
-                    self._last[name] = mine
-                found = self._projections(name, len(mine))
-                if found is not None:
-                    shared = found.keys_shared
-                    found.multiply(factor if shared else root, None if shared else root)
+        # Whether a layer can be clipped is known here, or by all processes together: at steps 1, 2, 4, 8, ...
+        settled = self._peers.alone or self.steps & (self.steps - 1) == 0
+        if settled:
+            for name, reason in self._peers.meet(self._sizes, self._why_not).items():
+                self._refuse(name, reason)
+        # Another process may have seen what this one has left alone.
+        self._clip([x for x in self._peers.held if self._sizes.layers[x].seen or not self._peers.alone])
         self._sizes.restart()
         if self._within is not None:
             self._clip_within(self._within)
-        if not self._found:
+        if settled and not self._found:
             reasons = "; ".join(f"{display_name(name)}: {why}" for name, why in self.refused.items())
             raise ValueError(f"expected a model with a layer that QK-clip can treat, got none ({reasons})")
 
@@ -186,41 +169,59 @@ class QKClip:
                 attached.append((module, change))
                 self._sizes.within.add(name)
 
-    def _peers(self, layers: Iterable[str]) -> Any:
-        """The processes that hold the heads of this one, None for all."""
-        if peers.processes() == 1:
-            return None
-        modules = dict(named_modules(self._model))
-        parts = {Spread.of(modules, name).part for name in layers if name in modules}
-        split = frozenset(part for part in parts if part.count > 1)
-        # Where no layer is split here, none is elsewhere, and there is no need to ask.
-        return peers.group_of(peers.gathered(split)) if split else None
-
-    def _together(self, largest: Tensor) -> Tensor:
-        """The sizes over all processes; inf in place of NaN, which a maximum may lose."""
-        if peers.processes(self._group) > 1:
-            largest = torch.where(largest.isnan(), torch.inf, largest)
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
-        return largest
+    def _clip(self, names: list[str]) -> None:
+        """Bring the heads of these layers back to the threshold."""
+        layers = self._sizes.layers
+        by_device: dict[torch.device, list[str]] = {}
+        for name in names:
+            by_device.setdefault(layers[name].largest.device, []).append(name)
+        for together in by_device.values():
+            found = {name: self._projections(name, self._peers.held[name].own_heads) for name in together}
+            sizes = self._peers.largest(together, self._sizes, set(self.refused))
+            largest = torch.cat(sizes)
+            over = largest.isfinite() & (largest > self.threshold)
+            whole = torch.where(over, self.threshold / largest, 1.0)
+            lengths = list(map(len, sizes))
+            for name, mine, factor, root in zip(
+                together, largest.split(lengths), whole.split(lengths), whole.sqrt().split(lengths)
+            ):
+                if layers[name].seen:
+                    self._last[name] = mine
+                weights = found[name]
+                if weights is not None:
+                    shared = weights.keys_shared
+                    weights.multiply(factor if shared else root, None if shared else root)
 
     def _projections(self, layer: str, heads: int) -> Projections | None:
-        """The layer's weights, found once, and again when their memory has moved; None if it cannot be clipped."""
+        """The layer's weights; None if it cannot be clipped."""
+        reason = self._why_not(layer, heads)
+        if reason is None:
+            return self._found[layer][1]
+        self._refuse(layer, reason)
+        return None
+
+    def _why_not(self, layer: str, heads: int) -> str | None:
+        """Why this process cannot clip a layer. Its weights are found once, and again when their memory has moved."""
         if layer in self.refused:
-            return None
+            return self.refused[layer]
         known = self._found.get(layer)
         if known is not None and known[0] == _places(known[1]):
-            return known[1]
+            return None
         try:
             found = layout.find(self._model, layer, heads, own=True)
             for optimizer in self._optimizers:
                 refuse_masters(layer, found.parameters, optimizer)
         except ValueError as reason:
-            self.refused[layer] = str(reason)
-            self._found.pop(layer, None)
-            _log.warning("QK-clip leaves layer %s alone: %s", display_name(layer), self.refused[layer])
-            return None
+            return str(reason)
         self._found[layer] = _places(found), found
-        return found
+        return None
+
+    def _refuse(self, layer: str, reason: str) -> None:
+        """Leave a layer alone from now on."""
+        self._found.pop(layer, None)
+        if layer not in self.refused:
+            _log.warning("QK-clip leaves layer %s alone: %s", display_name(layer), reason)
+        self.refused[layer] = reason
 
 
 def _places(found: Projections) -> tuple[int, ...]:
@@ -230,12 +231,16 @@ def _places(found: Projections) -> tuple[int, ...]:
 
 
 class StandingClip(Action):
-    """`QKClip` as an action. Reverting ends it; the weights stay as they were trained under it."""
+    """`QKClip` as an action. Reverting ends it; the weights stay as they were trained under it. group: of `QKClip`."""
 
     name = "standing_qk_clip"
 
     def __init__(
-        self, model: nn.Module, optimizers: list[torch.optim.Optimizer], intervention: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        intervention: Mapping[str, Any],
+        group: Any = None,
     ):
         super().__init__()
         if not optimizers:
@@ -244,7 +249,7 @@ class StandingClip(Action):
         self._measure = intervention.get("measure", "range")
         if self._measure not in MEASURES:
             raise ValueError(f"expected 'measure' in {MEASURES}, got {self._measure!r}")
-        self._model, self._optimizers = model, optimizers
+        self._model, self._optimizers, self._group = model, optimizers, group
         self.clip: QKClip | None = None
 
     def preview(self) -> Preview:
@@ -274,7 +279,7 @@ class StandingClip(Action):
 
     def _do(self, undo: list[Callable[[], Any]]) -> str:
         last = self._optimizers[-1:] if len(self._optimizers) == 1 else self._holders()
-        self.clip = QKClip(self._model, self._threshold, self._measure)
+        self.clip = QKClip(self._model, self._threshold, self._measure, group=self._group)
         undo.append(self.clip.remove)
         self.clip.attach(*last)
         return self.preview().text

@@ -278,10 +278,14 @@ class AttentionStabilityMonitor:
         self._writers = []
 
     def state_dict(self) -> dict[str, Any]:
-        """What the monitor knows, as JSON types, for a checkpoint: steps, history, reported issues, advice given."""
+        """What the monitor knows, as JSON types, for a checkpoint: steps, history, reported issues, advice given.
+
+        With good states, also how many steps led to the weights: their `done`.
+        """
         return {
             "format": STATE_FORMAT,
             "step": self.step,
+            "done": self._treatment.done,
             "fields": state.fields(),
             "history": [state.dump(snapshot) for snapshot in self.history],
             "repeated": sorted(self._recorder.repeated),
@@ -293,6 +297,7 @@ class AttentionStabilityMonitor:
         """Go on from what `state_dict` gave in an earlier run; call it before the first step.
 
         A history of another version of this package, whose statistics have other fields, is left out with a warning.
+        Good states that the monitor was given begin anew, at the step and with the `done` of the earlier run's.
         Raises ValueError for a dict that is no such state; the monitor is as it was then.
         """
         given = state_dict.get("format") if isinstance(state_dict, Mapping) else type(state_dict).__name__
@@ -304,11 +309,12 @@ class AttentionStabilityMonitor:
             tracker, policy = IssueTracker(), InterventionPolicy(self.model)
             tracker.load_state_dict(state_dict["issues"])
             policy.load_state_dict(state_dict["policy"])
+            done = state.checked_done(state_dict.get("done"))
             self._recorder.resume(state_dict["step"], history, state_dict["repeated"])
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"expected a state_dict of a monitor, got one with {error!r}") from None
         self._tracker, self._treatment.policy = tracker, policy
-        self._treatment.resume(self.step)
+        self._treatment.resume(self.step, done)
         if not readable:
             _log.warning("the attention monitor's history is of another version, so it starts anew")
 

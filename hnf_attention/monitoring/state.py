@@ -40,6 +40,13 @@ def load(state: Mapping[str, Any]) -> Snapshot:
     return Snapshot(state["step"], layers, state["training"], Forwards(*state["forwards"]), jumped)
 
 
+def checked_done(done: Any) -> int | None:
+    """The `done` of a state's good states, None for a state without. Raises ValueError for anything else."""
+    if done is not None and (isinstance(done, bool) or not isinstance(done, int) or done < 0):
+        raise ValueError(f"expected 'done' to be an int >= 0 or None, got {done!r}")
+    return done
+
+
 def _dump_layer(stats: HeadStats) -> dict[str, Any]:
     kind = f"<f{stats.values.itemsize}"
     return {

@@ -46,10 +46,15 @@ class Treatment:
         if self._states is not None:
             self._states.on_step(step)
 
-    def resume(self, step: int) -> None:
-        """The run goes on from a checkpoint of that step."""
+    @property
+    def done(self) -> int | None:
+        """How many steps led to the weights, as the good states count them; None without such states."""
+        return None if self._states is None else self._states.done
+
+    def resume(self, step: int, done: int | None) -> None:
+        """The run goes on from a checkpoint of that step. done: as the states of the run before counted it."""
         if self._states is not None:
-            self._states.restart(step)
+            self._states.restart(step, done)
 
     def jumped(self) -> bool:
         """Whether the run was taken to another state since this was last asked, or its learning rate was cut by half.
