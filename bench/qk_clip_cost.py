@@ -10,7 +10,7 @@ A step is forward, loss, backward, AdamW and zero_grad. The variants share one m
 - bound: every layer's bound is just below half of the threshold, so it is computed at every step
 - near: every head is close to the threshold, so its exact size is computed at every step
 - few near: the same for one query head of each layer, which is made four times as long; the others are far below
-- default, ...: with `within_step=True`, where each forward of a layer looks at its own sizes
+- default, ...: with `within_step=True`, where each forward of a layer that is not calm looks at its own sizes
 - steps that clip cost the same as "near": factors are multiplied in whether they are 1 or not
 
 The learning rate is 0: sizes stay where the thresholds were chosen for them.
@@ -34,7 +34,7 @@ from timing import repeat, timed
 
 from hnf_attention.interventions import QKClip
 
-WARMUP = 4  # until the way of measuring is chosen and the bounds have been read
+WARMUP = 12  # until the way of measuring is chosen, the bounds have been read, and layers far below are calm
 FAR, BOUND, NEAR = 1e6, 2.2, 1.05  # nats; of the largest bound; of the largest size
 LONGER = 4.0
 STEPS = 8  # in a row: as many as a layer that is far below is looked at once in

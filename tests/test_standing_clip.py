@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from hnf_attention import AttentionStabilityMonitor, instrument
 from hnf_attention.engine import engines
 from hnf_attention.interventions import QKClip
-from hnf_attention.interventions.sizes import MOST_REST, bounds_of_sizes
+from hnf_attention.interventions.sizes import CALM_LOOKS, MOST_REST, LayerSizes, bounds_of_sizes
 
 
 def sizes(model, run, measure="range", grad=False):
@@ -234,6 +234,47 @@ def test_within_the_step_leaves_what_is_below_and_evaluation_alone():
     assert sizes(model, lambda: model(X))["0"].max() <= 50.01
     clip.remove()
     assert not any(hook for hook in model[0]._forward_hooks.values())
+
+
+def test_a_calm_layer_is_looked_at_after_the_step_alone_until_it_grows():
+    torch.manual_seed(0)
+    model = nn.Sequential(Fused()).train()
+    limit = 6 * sizes_by_bound(model)
+    clip = QKClip(model, limit)
+
+    def seen(factor=1.0):
+        """The largest range that the softmax sees in a training step, before which queries grow by the factor."""
+        with torch.no_grad():
+            model[0].qkv.weight[:32] *= factor
+        found = float(sizes(model, lambda: model(X), grad=True)["0"].max())
+        clip.step()
+        return found
+
+    for _ in range(CALM_LOOKS + 2):
+        usual = seen()
+    layer = clip._sizes.layers["0"]
+    assert layer.calm(limit) and usual < limit / 2
+    assert seen(100.0) > limit  # nobody expects that in one step
+    assert seen() <= limit * (1 + 1e-5)  # it was clipped after the step
+    assert not layer.calm(limit)  # the bound has been read by now
+    for _ in range(2):
+        assert seen(100.0) <= limit * (1 + 1e-5)
+    assert clip.sizes["0"] and not clip.refused
+    clip.remove()
+
+
+def test_a_layer_that_grows_is_not_calm():
+    layer = LayerSizes(2, torch.device("cpu"))
+    layer.kept = True
+    for step in range(20):
+        layer.note(0.001 * 2**step, threshold=100.0)
+        # 0.001 * 2^13 grows to 33 within two steps, and the next one to 66.
+        assert layer.calm(100.0) == (CALM_LOOKS - 1 <= step <= 13)
+    for _ in range(20):
+        layer.note(20.0, threshold=100.0)
+    assert layer.calm(100.0)  # what it did long ago is forgotten
+    layer.kept = False
+    assert not layer.calm(100.0)
 
 
 @pytest.mark.parametrize("shape", [(0, 20, 32), (2, 0, 32)])

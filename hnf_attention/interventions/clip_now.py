@@ -58,7 +58,8 @@ class ClipNow:
         **named: Any,
     ) -> Any:
         """As `Change.run`: heads over the threshold get shorter queries."""
-        if module.training and not torch.compiler.is_compiling() and self._forward.trains:
+        looks = not torch.compiler.is_compiling() and not self._sizes.calm(self._threshold)
+        if module.training and looks and self._forward.trains:
             factors = self._factors(query, key, value, *rest, **named)
             if factors is not None:
                 query = query * factors.view(-1, 1, 1).to(query.dtype)

@@ -85,13 +85,17 @@ def _has_more(options: Options) -> bool:
 
 #: The most steps that a layer is left alone.
 MOST_REST = 7
+#: A layer is calm if its bound, grown twice more by what it grew by at most of late, stays below half of the threshold.
+CALM_LOOKS = 8  # bounds that were read, at least
+CALM_GROWTH = 1.25  # in a step, at least: what batches differ by
+_FORGET = 0.9  # of a growth, what is left of it a step later
 
 
 class LayerSizes:
     """One layer. largest: (H,) fp32 on its device, -inf for nothing yet. bound: of its size, as last read, nats.
 
     top: the largest bound since the last step, on the device. rest: for how many steps the layer is left alone.
-    seen: whether a call was taken in since the last step.
+    seen: whether a call was taken in since the last step. kept: whether its calls are kept until the forward ends.
     """
 
     def __init__(self, heads: int, device: torch.device):
@@ -100,7 +104,16 @@ class LayerSizes:
             self.top = torch.full((), -torch.inf, device=device)
         self.bound = float("inf")
         self.rest = 0
-        self.seen = False
+        self.seen = self.kept = False
+        self._looks, self._growth = 0, 1.0
+
+    def calm(self, threshold: float) -> bool:
+        """Whether no head is expected to pass the threshold at the next step, so that a look after it is enough.
+
+        It changes between steps alone.
+        """
+        expected = self.bound * max(self._growth, CALM_GROWTH) ** 2
+        return self.kept and self._looks >= CALM_LOOKS and expected < threshold / 2
 
     def raise_to(self, sizes: Tensor) -> None:
         """Take in the sizes of a call."""
@@ -141,6 +154,9 @@ class LayerSizes:
 
     def note(self, bound: float, threshold: float) -> None:
         """Take in a bound that was read, and say for how long doubling keeps the layer below half of the limit."""
+        grew = bound / self.bound if 0 < self.bound < math.inf else 1.0
+        self._growth = max(grew, 1.0 + _FORGET * (self._growth - 1.0))
+        self._looks += 1
         self.bound = bound
         below = threshold / 2 / bound if bound > 0 else float("inf")
         self.rest = min(MOST_REST, int(math.log2(below))) if 1 <= below < float("inf") else 0
@@ -183,6 +199,8 @@ class ScoreSizes:
     layer that is further below is left alone for as many steps, at most MOST_REST, as it takes to reach half of the
     threshold by doubling at each step.
 
+    Layers that clip their own forwards look at their sizes there, unless they are calm.
+
     layers: the sizes since `restart`, by layer. measure: "range" or "max_logit", see `QKClip`.
     holder: as for `instrument`.
     """
@@ -218,6 +236,8 @@ class ScoreSizes:
             every_one_is_kept = self._measured <= self._kept
             self.handle.measuring = not every_one_is_kept
             self.handle.keeping = every_one_is_kept
+            for name, layer in self.layers.items():
+                layer.kept = every_one_is_kept and name in self._kept
 
     def restore(self) -> None:
         """End the measuring."""
@@ -243,10 +263,13 @@ class ScoreSizes:
                 self._readings = {device: x for device, x in self._readings.items() if not x.arrived()}
             for call, (query, key, _, _) in zip(kept.calls, kept.tensors):
                 self._kept.add(call.layer)
-                if call.layer in self.within or (self.handle.measuring and call.layer in self._measured):
-                    continue
                 layer = self._layer(call.layer, call.heads, call.device)
-                if layer.rest == 0:
+                within = call.layer in self.within
+                if within and not layer.calm(self._threshold):
+                    continue
+                if self.handle.measuring and call.layer in self._measured:
+                    continue
+                if within or layer.rest == 0:
                     left_out = None if call.left_out is None else call.left_out[:, None]
                     layer.take_in(query, key, call.options, left_out, self._measure, self._threshold)
 

@@ -49,9 +49,11 @@ class QKClip:
         Either is measured on scale * q.k, which follows the weights. An additive bias and a soft-cap are left out.
     within_step: from the second step on, the factors of a training forward are applied to its own queries too, before
         their scores are formed: no softmax of the training sees a head over the threshold, however much one step of the
-        optimizer adds. The gradient takes the factors for constants. It takes layers that call
-        scaled_dot_product_attention, not in a compiled graph; others are clipped after the step alone. False clips
-        after the step alone, and leaves layers that are far below the threshold alone at seven steps of eight.
+        optimizer adds to it. The gradient takes the factors for constants. It takes layers that call
+        scaled_dot_product_attention, not in a compiled graph; others are clipped after the step alone. So are calm
+        layers, which saves time: those whose sizes would stay below half of the threshold if they grew twice more by
+        what they grew by at most of late. False clips after the step alone, and leaves layers that are far below the
+        threshold alone at seven steps of eight.
     group: the processes that hold the same layers, whole, in shards, or split by heads (DTensors); None for all of
         torch.distributed. In a pipeline, those of one stage. All of them step equally often. The largest size of a
         head over all of them counts, and a layer that one of them has to refuse is clipped in none. At steps 1, 2, 4,
