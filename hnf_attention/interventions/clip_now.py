@@ -58,12 +58,18 @@ class ClipNow:
         **named: Any,
     ) -> Any:
         """As `Change.run`: heads over the threshold get shorter queries."""
-        looks = not torch.compiler.is_compiling() and not self._sizes.calm(self._threshold)
-        if module.training and looks and self._forward.trains:
+        if module.training and self._forward.trains and self._looks(query):
             factors = self._factors(query, key, value, *rest, **named)
             if factors is not None:
                 query = query * factors.view(-1, 1, 1).to(query.dtype)
         return attend(query, key, value, *rest, **named)
+
+    def _looks(self, query: Tensor) -> bool:
+        """Whether this call looks at its sizes. One that is captured in a CUDA graph stands for later steps, too."""
+        if torch.compiler.is_compiling():
+            return False
+        captured = query.is_cuda and torch.cuda.is_current_stream_capturing()
+        return captured or not self._sizes.calm(self._threshold)
 
     @torch.no_grad()
     def _factors(self, *args: Any, **named: Any) -> Tensor | None:
@@ -79,5 +85,6 @@ class ClipNow:
             return None
         given = call.query, call.key, options, None
         sizes = self._sizes.take_in(*given, self._measure, self._threshold)
+        self._sizes.clipped += 1
         over = sizes.isfinite() & (sizes > self._threshold)
         return torch.where(over, self._threshold / sizes, 1.0)

@@ -89,6 +89,8 @@ MOST_REST = 7
 CALM_LOOKS = 8  # bounds that were read, at least
 CALM_GROWTH = 1.25  # in a step, at least: what batches differ by
 _FORGET = 0.9  # of a growth, what is left of it a step later
+_MOST_GROWTH = 1e6  # so that it is forgotten
+_LATE = 2  # steps; a bound that is older tells nothing of the next one
 
 
 class LayerSizes:
@@ -96,16 +98,21 @@ class LayerSizes:
 
     top: the largest bound since the last step, on the device. rest: for how many steps the layer is left alone.
     seen: whether a call was taken in since the last step. kept: whether its calls are kept until the forward ends.
+    clipped: how many calls since the last step were taken in by their own forward, and not yet met among the kept ones.
     """
 
     def __init__(self, heads: int, device: torch.device):
+        self.begin(heads, device)
+
+    def begin(self, heads: int, device: torch.device) -> None:
+        """Know nothing of the layer."""
         with torch.inference_mode(False):
             self.largest = torch.full((heads,), -torch.inf, device=device)
             self.top = torch.full((), -torch.inf, device=device)
         self.bound = float("inf")
-        self.rest = 0
+        self.rest = self.clipped = 0
         self.seen = self.kept = False
-        self._looks, self._growth = 0, 1.0
+        self._looks, self._age, self._growth = 0, 0, 1.0
 
     def calm(self, threshold: float) -> bool:
         """Whether no head is expected to pass the threshold at the next step, so that a look after it is enough.
@@ -113,7 +120,8 @@ class LayerSizes:
         It changes between steps alone.
         """
         expected = self.bound * max(self._growth, CALM_GROWTH) ** 2
-        return self.kept and self._looks >= CALM_LOOKS and expected < threshold / 2
+        known = self.kept and self._looks >= CALM_LOOKS and self._age <= _LATE
+        return known and expected < threshold / 2
 
     def raise_to(self, sizes: Tensor) -> None:
         """Take in the sizes of a call."""
@@ -147,6 +155,8 @@ class LayerSizes:
     def restart(self) -> None:
         """Begin anew, after a step."""
         self.rest = max(0, self.rest - 1)
+        self._age += 1
+        self.clipped = 0
         if self.seen:
             self.largest.fill_(-torch.inf)
             self.top.fill_(-torch.inf)
@@ -154,10 +164,12 @@ class LayerSizes:
 
     def note(self, bound: float, threshold: float) -> None:
         """Take in a bound that was read, and say for how long doubling keeps the layer below half of the limit."""
-        grew = bound / self.bound if 0 < self.bound < math.inf else 1.0
-        self._growth = max(grew, 1.0 + _FORGET * (self._growth - 1.0))
+        if self.bound < math.inf:
+            grew = bound / self.bound if self.bound else math.inf
+            kept = 1.0 + _FORGET * (self._growth - 1.0)
+            self._growth = min(max(grew if bound else 1.0, kept), _MOST_GROWTH)
         self._looks += 1
-        self.bound = bound
+        self._age, self.bound = 0, bound
         below = threshold / 2 / bound if bound > 0 else float("inf")
         self.rest = min(MOST_REST, int(math.log2(below))) if 1 <= below < float("inf") else 0
 
@@ -182,8 +194,8 @@ class _Reading:
         if self._event is not None and not self._event.query():
             return False
         for layer, number in zip(self._layers, self._numbers.tolist()):
-            if number > -torch.inf:
-                layer.note(number, self._threshold)
+            if number != -torch.inf:
+                layer.note(math.inf if math.isnan(number) else number, self._threshold)
         return True
 
 
@@ -199,7 +211,7 @@ class ScoreSizes:
     layer that is further below is left alone for as many steps, at most MOST_REST, as it takes to reach half of the
     threshold by doubling at each step.
 
-    Layers that clip their own forwards look at their sizes there, unless they are calm.
+    Forwards that clip themselves look at their sizes, and are not looked at again.
 
     layers: the sizes since `restart`, by layer. measure: "range" or "max_logit", see `QKClip`.
     holder: as for `instrument`.
@@ -245,8 +257,10 @@ class ScoreSizes:
 
     def _layer(self, name: str, heads: int, device: torch.device) -> LayerSizes:
         known = self.layers.get(name)
-        if known is None or len(known.largest) != heads or known.largest.device != device:
+        if known is None:
             known = self.layers[name] = LayerSizes(heads, device)
+        elif len(known.largest) != heads or known.largest.device != device:
+            known.begin(heads, device)  # the same object, which the layer's own forwards know
         return known
 
     def expect(self, name: str, heads: int, device: torch.device) -> None:
@@ -264,12 +278,12 @@ class ScoreSizes:
             for call, (query, key, _, _) in zip(kept.calls, kept.tensors):
                 self._kept.add(call.layer)
                 layer = self._layer(call.layer, call.heads, call.device)
-                within = call.layer in self.within
-                if within and not layer.calm(self._threshold):
+                if layer.clipped:
+                    layer.clipped -= 1
                     continue
                 if self.handle.measuring and call.layer in self._measured:
                     continue
-                if within or layer.rest == 0:
+                if call.layer in self.within or layer.rest == 0:
                     left_out = None if call.left_out is None else call.left_out[:, None]
                     layer.take_in(query, key, call.options, left_out, self._measure, self._threshold)
 

@@ -203,11 +203,12 @@ class QKClip:
         return None
 
     def _why_not(self, layer: str, heads: int) -> str | None:
-        """Why this process cannot clip a layer. Its weights are found once, and again when their memory has moved."""
+        """Why this process cannot clip a layer. Its weights are found once, and again when
+        their memory has moved or the number of heads is another."""
         if layer in self.refused:
             return self.refused[layer]
         known = self._found.get(layer)
-        if known is not None and known[0] == _places(known[1]):
+        if known is not None and known[0] == _places(known[1]) and known[1].num_heads == heads:
             return None
         try:
             found = layout.find(self._model, layer, heads, own=True)
