@@ -223,7 +223,7 @@ def test_the_demo_says_what_happened_and_leaves_it_on_disk(tmp_path):
     printed = stream.getvalue()
     assert "\x1b" not in printed  # not a terminal
     assert f"step {outcome.warning_step}: EARLY WARNING" in printed
-    assert "applied a rewind, QK-norm, learning rate x 0.25" in printed
+    assert "applied a rewind, learning rate x 0.1" in printed
     assert f"untreated {outcome.untreated_loss:.2f}, treated {outcome.treated_loss:.2f}" in printed
     for broken in outcome.broken_promises:
         assert broken in " ".join(printed.split())

@@ -112,8 +112,12 @@ def test_a_resumed_run_goes_on_counting_done_from_its_checkpoint():
     assert states.done == 122 and states.rewind(before=130) == 120 and states.done == 112
     states.restart(40, 32)
     assert (states.step, states.done) == (40, 32)
+    states.restart(40)  # a checkpoint of before says nothing
+    assert states.done == 32
     with pytest.raises(ValueError, match="expected done to be an int >= 0, got -1"):
         training(done=-1)
+    with pytest.raises(ValueError, match="done to be at most step, got done 9 and step 8"):
+        training(step=8, done=9)
 
 
 def test_done_follows_a_count_that_goes_back_with_the_run():

@@ -1,12 +1,14 @@
 """When a run is restarted, from which state, and how it goes on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from heads import snapshot
 from test_policy import growing
 from torch import nn
 
-from hnf_attention import apply_intervention
+from hnf_attention import AttentionStabilityMonitor, apply_intervention
 from hnf_attention.diagnosis import diagnose
 from hnf_attention.interventions import GoodStates, InterventionPolicy
 from hnf_attention.statistics.heads import Snapshot
@@ -111,7 +113,7 @@ def test_without_a_state_from_before_the_warning_it_goes_back_to_before_the_erro
     policy = InterventionPolicy(model)
     policy.see(diagnose(_steps(growing(a=20_000.0), 80)))
     wanted = policy.propose(diagnose(_steps(growing(a=20_000.0), 120)))
-    assert wanted["before"] == 120 and wanted["then"][-1]["factor"] == pytest.approx(0.3)
+    assert wanted["before"] == 120 and wanted["then"][-1]["factor"] == pytest.approx(0.2)
 
 
 def test_a_run_that_was_taken_back_to_its_start_is_normed_at_its_second_restart():
@@ -126,12 +128,64 @@ def test_a_run_that_was_taken_back_to_its_start_is_normed_at_its_second_restart(
     del states
 
 
-def test_a_state_of_an_earlier_version_is_read():
+def test_restarts_of_an_earlier_version_count():
+    model, _, states = _kept()
+    found = []
+    for earlier in ([], [10], [10, 20, 30]):
+        policy = InterventionPolicy(model)
+        policy.load_state_dict(policy.state_dict() | {"restarts": earlier})
+        wanted = policy.propose(diagnose(_steps(growing(a=20_000.0), 120)))
+        found.append(([x["action"] for x in wanted.get("then", [])], wanted["action"]))
+    assert found == [
+        (["qk_norm", "reduce_lr"], "rewind"),
+        (["reduce_lr"], "rewind"),
+        ([], "qk_clip"),
+    ]
+    del states
+
+
+def test_what_could_not_be_judged_or_is_old_does_not_end_a_trouble():
     model, _, states = _kept()
     policy = InterventionPolicy(model)
-    policy.load_state_dict(policy.state_dict() | {"restarts": [120]})
-    assert policy.propose(diagnose(_steps(growing(a=20_000.0), 120))) is not None
+    policy.see(diagnose(_steps(growing(a=20_000.0), 60)))
+    policy.see(replace(diagnose(_steps(CALM, 70)), not_judged={"growth": "a fault"}))
+    evaluation = [replace(shot, training=False) for shot in _steps(CALM, 80)]
+    policy.see(diagnose(evaluation))
+    policy.see(diagnose(_steps(CALM, 40)))
+    assert policy.propose(diagnose(_steps(growing(a=20_000.0), 120)))["before"] == 60
     del states
+
+
+def test_it_does_not_give_up_a_long_run_for_a_warning_of_long_ago():
+    model, _, states = _kept((0, 50, 100))
+    policy = InterventionPolicy(model)
+    policy.see(diagnose(_steps(growing(a=20_000.0), 60)))
+    assert policy.propose(diagnose(_steps(growing(a=20_000.0), 10_000)))["before"] == 9_500
+    del states
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_the_rate_that_a_restart_left_is_cut_again_where_the_state_brings_the_older_one_back(scheduled):
+    model, optimizer, _ = _kept()
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0) if scheduled else None
+    states = GoodStates(model, optimizer, every=50, keep=3, scheduler=scheduler)
+    policy = InterventionPolicy(model)
+    found = [policy.propose(diagnose(_steps(growing(a=20_000.0), last))) for last in (120, 300)]
+    assert [x["then"][-1]["factor"] for x in found] == pytest.approx([0.3, 0.3 / 4 if scheduled else 1 / 4])
+    del states
+
+
+def test_a_monitor_tells_its_policy_of_every_diagnosis(monkeypatch):
+    model, optimizer, states = _kept((0,))
+    seen = []
+    monitor = AttentionStabilityMonitor(model, log_every=1, good_states=states)
+    monkeypatch.setattr(monitor._treatment.policy, "see", lambda diagnosis: seen.append(diagnosis.step))
+    for _ in range(3):
+        model(torch.randn(2, 20, 32)).sum().backward()
+        optimizer.step()
+        monitor.on_step()
+    monitor.restore()
+    assert seen == [1, 2, 3]
 
 
 def test_a_second_restart_lowers_the_rate_again_and_there_are_three_at_most():

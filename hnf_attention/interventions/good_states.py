@@ -78,6 +78,8 @@ class GoodStates:
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"expected {name} to be an int >= {least}, got {value!r}")
+        if done is not None and done > step:
+            raise ValueError(f"expected done to be at most step, got done {done} and step {step}")
         if (keep - 1) * every < margin:
             raise ValueError(
                 f"expected (keep - 1) * every >= margin, so that one state is always {margin} steps old, got "
@@ -153,13 +155,16 @@ class GoodStates:
     def restart(self, step: int, done: int | None = None) -> None:
         """Forget all states: the run goes on from a checkpoint of that step. The next step's state is kept.
 
-        done: how many steps led to the checkpoint's weights; None for all of them.
+        done: how many steps led to the checkpoint's weights. None for all of them, or for the `done` that these states
+        were made with for this very step.
         """
         for slot in self._slots:
             slot.wait()
         self._spare += self._slots
         self._slots, self._before = [], None
-        self._step, self._done = step, step if done is None else done
+        if done is None:
+            done = self._done if step == self._step else step
+        self._step, self._done = step, done
 
     def settle(self) -> None:
         """Have the device finish all copies before the work that is queued after this; the host does not wait."""

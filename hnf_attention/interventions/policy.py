@@ -63,9 +63,15 @@ class InterventionPolicy:
         self._restarts = Restarts(model)
 
     def see(self, diagnosis: AttentionDiagnosis) -> None:
-        """Take note of a diagnosis. Those between, for which nothing is asked, tell when a trouble began."""
+        """Take note of a diagnosis. Those between, for which nothing is asked, tell when a trouble began.
+
+        One that could not be judged whole, or of evaluation forwards alone, tells nothing.
+        """
+        if diagnosis.not_judged or (diagnosis.history and not diagnosis.history[-1].training):
+            return
         with overridden(diagnosis.thresholds):
-            self._restarts.see(diagnosis, bool(_broken(diagnosis) or _acting(diagnosis)))
+            broken = bool(_broken(diagnosis)) and _training_made_it(diagnosis)
+            self._restarts.see(diagnosis, broken or bool(_acting(diagnosis)))
 
     def propose(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
         """The fix for this diagnosis, None for none."""
@@ -97,8 +103,7 @@ class InterventionPolicy:
 
     def _rescue(self, diagnosis: AttentionDiagnosis, broken: StabilityIssue) -> Intervention | None:
         """Against NaN and inf: a lower rate, where the training may have made them."""
-        origin = find_origin(list(diagnosis.history) or [Snapshot(diagnosis.step, diagnosis.stats)])
-        if origin is None or origin.cause in NOT_LEARNED or not getattr(origin.snapshot, "training", True):
+        if not _training_made_it(diagnosis):
             return None
         if self._restarts.states() is not None:
             restart = self._restarts.propose(diagnosis, broken.evidence, at_once=True)
@@ -202,13 +207,26 @@ class InterventionPolicy:
         self._clipping = bool(state["clipping"])
         self._proposed = {(action, layer): step for action, layer, step in state["proposed"]}
         self._cuts.load_state_dict(state["cuts"])
-        if isinstance(state.get("restarts"), Mapping):  # states of before have a list, or none
-            self._restarts.load_state_dict(state["restarts"])
+        restarts = state.get("restarts", ())  # earlier versions gave steps, or nothing
+        if isinstance(restarts, Mapping):
+            self._restarts.load_state_dict(restarts)
+        else:
+            self._restarts.load_steps(restarts)
 
 
 def _broken(diagnosis: AttentionDiagnosis) -> list[StabilityIssue]:
     """Errors of NaN and inf."""
     return [issue for issue in diagnosis.errors if issue.issue_type == "non_finite"]
+
+
+def _training_made_it(diagnosis: AttentionDiagnosis) -> bool:
+    """Whether NaN and inf may come from the training, and not from a mask or a number format."""
+    origin = find_origin(list(diagnosis.history) or [Snapshot(diagnosis.step, diagnosis.stats)])
+    return (
+        origin is not None
+        and origin.cause not in NOT_LEARNED
+        and bool(getattr(origin.snapshot, "training", True))
+    )
 
 
 def _acting(diagnosis: AttentionDiagnosis) -> list[StabilityIssue]:

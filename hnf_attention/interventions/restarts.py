@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -20,6 +20,7 @@ AGE = 400  # steps from the start to the first warning, of a run that goes on at
 LEAST, MOST = 0.1, 0.5  # of the rate
 AGAIN = 0.25  # of the rate, at each later restart
 RESTARTS = 3  # at most
+FURTHEST = 500  # steps from a diagnosis back to the warning that counts, as long as the laboratory's runs
 REST = 50  # steps in which a restarted run is let alone, as in the laboratory
 
 
@@ -39,18 +40,26 @@ class Restarts:
     """The restarts of the run of one model, whose `GoodStates` are kept.
 
     A restart goes back to a state from before the first warning of the trouble that it answers, or before the error if
-    no such state is left. The first one lowers the learning rate by how soon the trouble came. It starts QK-norm,
+    no such state is left. The first one lowers the learning rate by how soon that warning came. It starts QK-norm,
     but not at step 0: queries and keys of initial weights are short, and gains of their lengths hold scores back.
-    A later one lowers the rate to a quarter, with QK-norm if the run has none.
+    (A fine-tuning run begins at step 0, too. It gets its QK-norm at a second restart.) A later one lowers the
+    rate to a quarter, with QK-norm if none came with an earlier one.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._made: list[Restart] = []
         self._since: int | None = None  # the step of the first warning of the present trouble
+        self._seen = -1  # the step of the latest diagnosis
 
     def see(self, diagnosis: AttentionDiagnosis, trouble: bool) -> None:
-        """Take note of a diagnosis. trouble: whether heads are growing or collapsing, or numbers are not finite."""
+        """Take note of a diagnosis. trouble: whether heads are growing or collapsing, or numbers are not finite.
+
+        One of an earlier step than the latest tells nothing.
+        """
+        if diagnosis.step < self._seen:
+            return
+        self._seen = diagnosis.step
         answered = [made.step for made in self._made if made.step < diagnosis.step]
         if self._since is not None and (not trouble or self._since <= max(answered, default=-1)):
             self._since = None
@@ -75,8 +84,9 @@ class Restarts:
         late = at_once or not self.rests(diagnosis)
         if states is None or (same is None and not (late and len(self._made) < RESTARTS)):
             return None
-        origins = [diagnosis.step if self._since is None else self._since, diagnosis.step]
-        for origin in origins if same is None else [same.origin]:
+        since = diagnosis.step if self._since is None else self._since
+        origins = [max(since, diagnosis.step - FURTHEST), diagnosis.step] if same is None else [same.origin]
+        for origin in origins:
             found = self._from(states, diagnosis.step, origin, f"{why}. {help_text(RESTART_FIX)}")
             if found is not None:
                 wanted, made = found
@@ -98,11 +108,12 @@ class Restarts:
         except ValueError:
             return None
         before = [made for made in self._made if made.step < step]
-        factor = AGAIN if before else min(max(LEAST, origin / AGE), MOST)
+        warned = origin if self._since is None else min(self._since, origin)
+        factor = AGAIN if before else min(max(LEAST, warned / AGE), MOST)
         total = factor
         if states.schedulers:  # the rate comes back that the state had before any cut
             for made in before:
-                total *= made.factor if made.step > chosen else 1.0
+                total *= made.factor if made.step >= chosen else 1.0
         wanted = rewind.propose(origin, why)
         slower = learning_rate.propose(total, "a run that failed at this rate")
         norm = bool(chosen or before) and not any(made.normed for made in before)
@@ -126,3 +137,7 @@ class Restarts:
         """Go on from what `state_dict` gave."""
         self._made = [Restart(*made) for made in state["made"]]
         self._since = state["since"]
+
+    def load_steps(self, steps: Sequence[int]) -> None:
+        """Go on from what earlier versions gave: the steps of restarts to a quarter of the rate, with QK-norm."""
+        self._made = [Restart(step, step, AGAIN, number == 0) for number, step in enumerate(steps)]
