@@ -1,4 +1,4 @@
-"""Which forwards QK-clip leaves to the look after the step: those of calm layers, and those that cannot clip themselves."""
+"""The forwards that QK-clip leaves to the look after the step: those of calm layers, and those it cannot change."""
 
 import pytest
 import torch
