@@ -39,7 +39,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.11",  # what is tested: docs/support.md
+    python_requires=">=3.10",  # what is tested: docs/support.md
     # kernels/ lies at the top of the repository but is installed inside the package: a top-level
     # importable `kernels` would shadow the Hugging Face package of that name.
     packages=[
@@ -79,6 +79,7 @@ setup(
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
