@@ -16,7 +16,7 @@ from torch import nn
 from hnf_attention.instrumentation import treating
 from hnf_attention.interventions import apply_intervention, layout, plan_intervention, start_qk_norm
 from hnf_attention.interventions.clip_peers import ClipPeers
-from hnf_attention.interventions.projections import Projections
+from hnf_attention.interventions.scaling import LayerScaling
 
 FEW = {**CLIP, "layers": {"layers.1": [20.0, 10.0, 9.0, 3.0]}}
 OTHER = {**CLIP, "layers": {"layers.0": [120.0, 10.0, 90.0, 31.0]}}
@@ -68,6 +68,25 @@ def broken_forward(ranks):
         hook.remove()
     model(X)
     return said, left, start.started, start.listening, len(model._forward_hooks), changed(before, model)
+
+
+def broken_layer():
+    """As `broken_forward` in process 1, where the model is the layer: what is said, and what is left."""
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(32, 4, batch_first=True)
+    before, x = whole(model), torch.randn(2, 5, 32)
+    hook = model.register_forward_hook(lambda *_: 1 / 0) if dist.get_rank() == 1 else None
+    start = start_qk_norm(model, sgd(model))
+    said = None
+    try:
+        model(x, x, x, need_weights=False)
+    except (ValueError, ZeroDivisionError) as error:
+        said = type(error).__name__
+    left = changed(before, model)
+    if hook is not None:
+        hook.remove()
+    model(x, x, x, need_weights=False)
+    return said, left, start.listening, len(model._forward_hooks) + len(model._forward_pre_hooks)
 
 
 def asked(*each):
@@ -124,11 +143,11 @@ def spread_over_devices():
     numbers = torch.arange(6.0).view(3, 2) * (1 if dist.get_rank() else -1)
     sizes = SimpleNamespace(layers={n: SimpleNamespace(largest=row) for n, row in zip("abc", numbers)})
     peers = ClipPeers(model, None)
-    lost = "c" if dist.get_rank() else ""
-    peers.meet(sizes, lambda layer, heads: None)
+    moved = []
+    peers.meet(sizes, lambda layer, heads: "it has moved" if layer in moved else None)
+    moved += ["c"] * dist.get_rank()
     found = []
     for _ in range(2):
-        peers._look = lambda layer, heads: "moved" if layer == lost else None
         for together in [["a", "c"], ["b"]] if dist.get_rank() == 0 else [["a"], ["b", "c"]]:
             found += zip(together, (x.tolist() for x in peers.largest(together, sizes, set())))
     return dict(found), len(found)
@@ -139,6 +158,7 @@ SCENARIOS = {
     "evaluation by one, nothing is seen": partial(evaluated_by_one, Written),
     "a forward fails in one": partial(broken_forward, [1]),
     "a forward fails in both": partial(broken_forward, [0, 1]),
+    "a layer fails in one": broken_layer,
     "other layers": partial(asked, CLIP, OTHER),
     "fewer layers": partial(asked, BOTH, CLIP),
     "other actions": partial(asked, CLIP, SLOWER),
@@ -148,7 +168,7 @@ SCENARIOS = {
     "whole layers, one alone": partial(alone, copies, apply_intervention),
     "a plan of parts, one alone": partial(alone, parts, plan_intervention),
     "out of memory in a plan": partial(out_of_memory, layout, "find"),
-    "out of memory in a change": partial(out_of_memory, Projections, "multiply"),
+    "out of memory in a change": partial(out_of_memory, LayerScaling, "multiply"),
     "other devices": spread_over_devices,
 }
 

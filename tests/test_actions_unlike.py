@@ -34,6 +34,11 @@ def test_a_forward_that_fails_in_one_process_starts_qk_norm_in_none(found):
     assert left == also_left == [[], False, False, 0, []]
 
 
+def test_so_does_that_of_a_model_which_is_the_layer(found):
+    rest = [], False, 0
+    assert found["a layer fails in one"] == [("ValueError", *rest), ("ZeroDivisionError", *rest)]
+
+
 def test_a_forward_that_fails_in_all_leaves_it_to_the_next(found):
     for said, left, started, listening, _, changed in found["a forward fails in both"]:
         assert said == "RuntimeError: the forward's own error"

@@ -70,12 +70,13 @@ def test_the_error_of_a_forward_comes_out_and_the_next_one_is_taken(place):
 
 def test_so_does_that_of_a_model_which_is_the_layer():
     model = nn.MultiheadAttention(32, 4, batch_first=True)
-    start = start_qk_norm(model, sgd(model))
-    model.out_proj.register_forward_pre_hook(lambda *_: None)
     hook = model.register_forward_hook(lambda *_: 1 / 0)
+    start = start_qk_norm(model, sgd(model))
     with pytest.raises(ZeroDivisionError):
         model(X, X, X, need_weights=False)
     hook.remove()
+    assert start.listening
     model(X, X, X, need_weights=False)
+    assert start.started
     start.revert()
     assert not treating.finders and not hooks(model)
