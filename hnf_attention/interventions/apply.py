@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..names import unwrapped
-from . import good_states, qk_clip, temperature
+from . import good_states, holders, qk_clip, temperature
 from .action import Action, Reading, Verdict
 from .dropout import RaiseDropout
 from .epsilon import SetEpsilon
@@ -152,7 +153,8 @@ def plan_intervention(
 ) -> list[Action]:
     """The actions that `apply_intervention` would carry out, checked and not applied: see `Action.preview`.
 
-    Same arguments and errors.
+    Same arguments and errors. It asks this process alone, also where several hold parts of a layer (DTensors). Every
+    process that holds a part of it has to call this then, before all of them apply the actions in this order.
     """
     if intervention.get("action") not in _BUILDERS:
         raise ValueError(f"expected intervention['action'] in {ACTIONS}, got {intervention.get('action')!r}")
@@ -165,6 +167,14 @@ def plan_intervention(
     for one in more:
         actions += plan_intervention(optimizer, one, known, scheduler=scheduler, group=group)
     return actions
+
+
+def _asked(intervention: Mapping[str, Any]) -> str:
+    """All items but the reasons, as a text. Layers count in their order, in which processes meet."""
+    items = {name: value for name, value in sorted(intervention.items()) if name not in ("reason", "then")}
+    then = intervention.get("then")
+    more = then if isinstance(then, (list, tuple)) else ()
+    return ", then ".join([str(items), *(_asked(one) for one in more if isinstance(one, Mapping))])
 
 
 def apply_intervention(
@@ -206,12 +216,21 @@ def apply_intervention(
     group: for qk_norm and standing_qk_clip in several processes, those that hold the same layers, as for
         `start_qk_norm` and `QKClip`.
 
+    Where processes hold parts of the model's weights (DTensors: FSDP2, tensor parallelism), every process that holds a
+    part has to call this, with the same intervention: they wait for each other. It is done in all of them or in none.
+
     Returns an `Applied`, whose `verify()` compares it with a later reading, and whose `revert()` takes it back. Raises
     ValueError, and then has changed nothing, for an unknown action, missing or wrong items, an unknown layer, or one
     that cannot be treated: its weights are frozen, shared, wrapped, of 8 bits or fewer, or not proved to be its queries
-    and keys.
+    and keys. So in every process that holds a part if one has a reason to, or if they are given different ones. An
+    error of another kind, in one process, is a RuntimeError in the others.
     """
-    actions = plan_intervention(optimizer, intervention, model, scheduler=scheduler, group=group)
+    known = getattr(intervention, "model", None) if model is None else model
+    actions = holders.agreed(
+        holders.meshes(known, as_list(optimizer) if known is None else ()),
+        _asked(intervention),
+        partial(plan_intervention, optimizer, intervention, model, scheduler=scheduler, group=group),
+    )
     said: list[str] = []
     try:
         for action in actions:

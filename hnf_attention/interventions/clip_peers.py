@@ -52,6 +52,8 @@ class ClipPeers:
         self._model, self._group = model, group
         self.held: dict[str, _Held] = {}
         self._refused: set[str] = set()
+        self._look: Callable[[str, int], str | None] = lambda layer, heads: None
+        self._largest: dict[str, Tensor] = {}  # of the step that runs, those that were not asked for yet
 
     @property
     def alone(self) -> bool:
@@ -66,6 +68,7 @@ class ClipPeers:
         Raises RuntimeError in every process if none has seen a layer, and ValueError in every process if one does not
         hold a layer of another.
         """
+        self._look, self._largest = look, {}
         if self.alone:
             self.held = {name: _Held(len(layer.largest), HeadPart()) for name, layer in sizes.layers.items()}
             self._check_seen(self.held, sizes)
@@ -104,25 +107,33 @@ class ClipPeers:
     def largest(self, names: Sequence[str], sizes: ScoreSizes, refused: set[str]) -> list[Tensor]:
         """The sizes of this process's heads by layer, over all processes; inf for heads that one of them cannot judge.
 
-        names: of layers on one device. refused: layers that this process cannot clip any more.
+        names: of layers on one device; each is asked for once a step. refused: layers that this process cannot clip any
+            more.
+        Processes may spread their layers over different devices, so all layers share one reduction on one device.
         """
         if self.alone:
             return [sizes.layers[name].largest for name in names]
-        rows = []
-        for name in names:
-            held, largest = self.held[name], sizes.layers[name].largest
-            lost = name in refused and name not in self._refused
-            if lost or len(largest) != held.own_heads:
-                rows.append(largest.new_full((held.heads,), torch.inf))
-                continue
+        if any(name not in self._largest for name in names):
+            others = [name for name in self.held if name not in names and name not in refused]
+            lost = {name for name in others if self._look(name, self.held[name].own_heads) is not None}
+            self._largest = self._over_all(sizes, (refused | lost) - self._refused)
+        return [self._largest.pop(name).to(sizes.layers[name].largest.device) for name in names]
+
+    def _over_all(self, sizes: ScoreSizes, lost: Collection[str]) -> dict[str, Tensor]:
+        """The sizes of this process's heads, over all processes, of all layers. lost: that it cannot clip any more."""
+        rows: list[Tensor] = []
+        for name, held in self.held.items():
+            largest = sizes.layers[name].largest
             row = largest.new_full((held.heads,), -torch.inf)
-            # A maximum may lose a NaN.
-            row[held.mine] = torch.where(largest.isnan(), torch.inf, largest)
-            rows.append(row)
+            if name in lost or len(largest) != held.own_heads:
+                row.fill_(torch.inf)
+            else:  # a maximum may lose a NaN
+                row[held.mine] = torch.where(largest.isnan(), torch.inf, largest)
+            rows.append(row.to(rows[0].device) if rows else row)
         together = torch.cat(rows)
         dist.all_reduce(together, dist.ReduceOp.MAX, group=self._group)
-        split = together.split([self.held[name].heads for name in names])
-        return [row[self.held[name].mine] for name, row in zip(names, split)]
+        split = together.split([held.heads for held in self.held.values()])
+        return {name: row[held.mine] for (name, held), row in zip(self.held.items(), split)}
 
     def _take_in(self, name: str, seen: set[_Seen], part: HeadPart, sizes: ScoreSizes) -> str | None:
         """Hold a layer from now on, also if this process has not seen it. Returns why no process can clip it."""

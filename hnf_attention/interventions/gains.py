@@ -14,6 +14,9 @@ from ..names import display_name
 from . import peers
 from .shards import HeadPart, Spread, own_part
 
+#: What a process calls whose forward an error ended, in place of a layer.
+_AN_ERROR = "an error"
+
 
 class Gains:
     """Makes the gains of layers, query (H,) and key (H_kv,), fp32, between `least` and `most`.
@@ -61,9 +64,12 @@ class Gains:
         means = [torch.tensor(x).mean(0) for x in zip(*same)]
         return [x.to(mine[0].device).clamp(self._least, self._most) for x in means]
 
-    def end(self) -> None:
-        """The forward is over. Raises ValueError if another process called a further layer in it."""
-        self._at(None, None)
+    def end(self, *, failed: bool = False) -> None:
+        """The forward is over. failed: by an error.
+
+        Raises ValueError if another process called a further layer in it, or if it failed in some of them alone.
+        """
+        self._at(_AN_ERROR if failed else None, None)
 
     def resume(self, parts: Mapping[str, HeadPart], reason: str | None) -> None:
         """Take in the layers that a state has gains of. Raises ValueError in every process if one has a reason to."""
@@ -89,7 +95,10 @@ class Gains:
         return gain
 
     def _at(self, layer: str | None, found: Any) -> dict[int, Any]:
-        """What every process found in its call of the layer, by number; None for the end of its forward."""
+        """What every process found in its call of the layer, by number; None for the end of its forward.
+
+        Raises ValueError in every process if they do not call the same layer.
+        """
         everyone = peers.numbered((layer, found), self._group)
         layers = {number: theirs for number, (theirs, _) in everyone.items()}
         if len(set(layers.values())) > 1:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import holders
+from . import layout
 from .intervention import Intervention, numbers_by_layer, positive
 from .scaling import LayerScaling
 
@@ -42,7 +42,7 @@ def plan(model: nn.Module, intervention: Mapping[str, Any]) -> list[LayerScaling
     limit = positive(intervention, "threshold")
     scalings = []
     for layer, largest in numbers_by_layer(intervention).items():
-        found = holders.find(model, layer, len(largest))
+        found = layout.find(model, layer, len(largest))
         sizes = torch.tensor([math.nan if size is None else size for size in largest], dtype=torch.float64)
         # A head without a finite number is left alone: no factor would make it right.
         gamma = torch.where(sizes.isfinite() & (sizes > limit), limit / sizes, 1.0)

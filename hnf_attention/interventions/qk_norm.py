@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compat import dynamo
@@ -26,53 +26,20 @@ from .gains import Gains, once
 from .intervention import check_positive
 from .key_weights import KeyWeights
 from .layout import QK_NORM
+from .normed_call import EPS, KEY, QUERY, QKNorm
 from .shards import HeadPart, Spread, own_part
 
 _log = logging.getLogger("hnf_attention")
 
-QUERY, KEY = "qk_norm_query", "qk_norm_key"  # names of the gains in a module's state dict
 #: Gains start at no more than this: two such give scores of up to 64 * sqrt(D) nats, which a softmax can still leave.
 MOST = 8.0
-EPS = 1e-6
-
-
-class QKNorm:
-    """The change of one module's call. Its gains are parameters of the module: query (H,), key (H_kv,), fp32."""
-
-    name, sdpa_only, optional = "QK-norm", False, False
-
-    def run(
-        self,
-        module: nn.Module,
-        attend: Callable[..., Any],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *rest: Any,
-        **named: Any,
-    ) -> Any:
-        """Attend with queries and keys whose root mean square is their head's gain."""
-        query = _normed(query, own_part(module.get_parameter(QUERY)))
-        return attend(query, _normed(key, own_part(module.get_parameter(KEY))), value, *rest, **named)
-
-
-def _normed(x: Tensor, gain: Tensor) -> Tensor:
-    if x.shape[1] != len(gain):
-        x, rows = _regrouped(x, len(gain))
-        return _regrouped(_normed(x, gain), rows)[0]
-    return (F.rms_norm(x, x.shape[-1:], eps=EPS) * gain.view(-1, 1, 1).to(x.dtype)).to(x.dtype)
-
-
-def _regrouped(x: Tensor, heads: int) -> tuple[Tensor, int]:
-    """(B, heads, any, D) of (B, others, any, D): key heads that were repeated, or query heads packed into rows."""
-    return x.reshape(x.shape[0], heads, -1, x.shape[3]), x.shape[1]
 
 
 class QKNormStart:
     """QK-norm on the layers of a model, made by `start_qk_norm`.
 
     layers: names of the layers that have it. refused: layers that cannot have it, and why.
-    started: whether the gains were measured. Until then the model is as it was.
+    started: whether the gains were measured. Until then the model is as it was. listening: whether they still will be.
     """
 
     def __init__(
@@ -92,28 +59,43 @@ class QKNormStart:
         self._spreads: dict[str, Spread] = {}
         self._keys: dict[str, KeyWeights] = {}
         self._change = QKNorm()
-        self._undo: list[Callable[[], Any]] = []
+        self._listening: list[Callable[[], Any]] = []  # what ends it
+        self._hooks: list[Callable[[], Any]] = []  # what removes those of the model
+        self._at_once = False
 
     def __repr__(self) -> str:
-        state = "started" if self.started else "to start in the next forward"
+        waits = "to start in the next forward" if self.listening else "not started"
+        state = "started" if self.started else waits
         return f"QKNormStart({len(self.layers)} layers, {len(self.refused)} refused, {state})"
+
+    @property
+    def listening(self) -> bool:
+        """Whether the next forward of the model is to be measured."""
+        return bool(self._listening)
 
     @property
     def gains(self) -> list[nn.Parameter]:
         """The gains of all layers: of queries and keys by turns."""
         return [module.get_parameter(name) for module in self.layers.values() for name in (QUERY, KEY)]
 
-    def listen(self) -> None:
-        """Measure in the next forward of the model. Raises ValueError if the processes hold different layers."""
+    def listen(self, at_once: bool) -> None:
+        """Measure in the next forward of the model. Raises ValueError if the processes hold different layers.
+
+        at_once: the caller runs that forward, and calls `start` if it has not started anything.
+        """
+        self._at_once = at_once
         self._gains.check_layers(
             name for module, name in self._names.items() if "att" in name.lower() or orders.holds(module)
         )
         self.spread()
         patches = interceptors(self._model.modules())
-        self._undo += [patch.release for patch in patches]
         treating.finders.append(self)
-        hook = self._model.register_forward_hook(self._ended, always_call=True)
-        self._undo += [lambda: treating.finders.remove(self), hook.remove]
+        self._listening += [*(patch.release for patch in patches), lambda: treating.finders.remove(self)]
+        self._hooks += [
+            self._model.register_forward_pre_hook(self._begun).remove,
+            self._model.register_forward_hook(self._ended).remove,
+            self._model.register_forward_hook(self._failed, always_call=True).remove,
+        ]
 
     def spread(self) -> None:
         """Look how the layers' weights lie over processes: a forward does not show where FSDP2 keeps them."""
@@ -162,14 +144,36 @@ class QKNormStart:
         Treated.add(module, self._change)
         self.layers[name] = module
 
+    def _begun(self, *_: Any) -> None:
+        """Hook before a forward of the model."""
+        if not self.listening:
+            self._remove_hooks()
+
     def _ended(self, *_: Any) -> None:
-        """A forward of the model has ended, the first one or one in which no layer was found."""
-        if self.started or not self._undo:
+        """Hook after the first forward that raised nothing. It is the last one that is listened to."""
+        if not self.listening:
             return
         with self._or_not_at_all():
             self._gains.end()
         if self.layers:
             self.start()
+            return
+        self.revert()
+        if not self._at_once:
+            _log.warning("QK-norm was not started: %s", self.why_none)
+
+    def _failed(self, *_: Any) -> None:
+        """Hook after any forward. If an error ended it, the next one goes on, or all processes give up.
+
+        PyTorch goes through the model's hooks then, and they cannot be removed.
+        """
+        if not self.listening:
+            return
+        try:
+            self._gains.end(failed=True)
+        except ValueError as error:  # the forward's own error is the one to be raised
+            self._take_back()
+            _log.warning("QK-norm was not started: %s", error)
 
     def resume(self, found: Mapping[str, tuple[Tensor, Tensor]], reason: str | None) -> None:
         """Start from gains of queries and keys by layer. Raises ValueError in every process if one has a reason to."""
@@ -185,11 +189,9 @@ class QKNormStart:
     def start(self) -> None:
         """Bring the gains into the optimizer. Raises ValueError if no layer was found."""
         self._stop_listening()
+        self._remove_hooks()
         if not self.layers:
-            raise ValueError(
-                "expected a model with attention by scaled_dot_product_attention, or by a function of transformers, "
-                f"for QK-norm, got none in its forward{'; refused: ' if self.refused else ''}{self._reasons()}"
-            )
+            raise ValueError(self.why_none)
         if self._optimizers:
             for gain in self.gains:
                 optim.vector_group(self._optimizers, gain)["params"].append(gain)
@@ -206,6 +208,14 @@ class QKNormStart:
         text = f"QK-norm in {', '.join(map(display_name, self.layers))}: gains up to {max(values, default=0.0):.2f}"
         return text + (f"; not in {self._reasons()}" if self.refused else "")
 
+    @property
+    def why_none(self) -> str:
+        """Why no layer has it, in words, after a forward."""
+        return (
+            "expected a model with attention by scaled_dot_product_attention, or by a function of transformers, "
+            f"for QK-norm, got none in its forward{'; refused: ' if self.refused else ''}{self._reasons()}"
+        )
+
     def _reasons(self) -> str:
         return "; ".join(f"{display_name(name)}: {why}" for name, why in self.refused.items())
 
@@ -218,10 +228,19 @@ class QKNormStart:
 
         All other weights are as they are now. If nothing was learnt since, the model computes what it computed before.
         """
+        self._take_back()
+        self._remove_hooks()
+
+    def _take_back(self) -> None:
+        """As `revert`, but the model keeps its hooks. They do nothing any more."""
         self._stop_listening()
         optim.leave(self._optimizers, self.gains)
         for module in self.layers.values():
-            Treated.remove(module, self._change)
+            remove = partial(Treated.remove, module, self._change)
+            if module is self._model:
+                self._hooks.append(remove)
+            else:
+                remove()
             for name in (QUERY, KEY):
                 delattr(module, name)
         self.layers.clear()
@@ -236,8 +255,12 @@ class QKNormStart:
             raise
 
     def _stop_listening(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        while self._listening:
+            self._listening.pop()()
+
+    def _remove_hooks(self) -> None:
+        while self._hooks:
+            self._hooks.pop()()
 
 
 def start_qk_norm(
@@ -257,7 +280,9 @@ def start_qk_norm(
     but at most `most` and at least `least`. Scores keep their size on average and cannot grow by longer queries or
     keys. The gains are learned, at the rate and with the weight decay of the group that holds the model's vectors.
 
-    The gains are measured in the next forward of the model, and used in it already. Call this between two steps.
+    The gains are measured in the next forward of the model, and used in it already. Call this between two steps. If no
+    layer of that forward can have the norm, the model stays as it is, and a warning says why. A forward that raises is
+    none: the next one is taken, unless another process has ended its own.
 
     optimizer: what the gains join, one or several; None only with `gains`, for a model that is not trained.
     layers: names of the attention modules; None takes all that call `scaled_dot_product_attention` or a function of
@@ -301,7 +326,7 @@ def start_qk_norm(
         if gains is not None:
             _resume(start, inner, gains)
             return start
-        start.listen()
+        start.listen(forward is not None)
         if forward is not None:
             devices = {p.device for p in inner.parameters() if p.is_cuda}
             eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()

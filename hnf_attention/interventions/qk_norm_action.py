@@ -13,7 +13,8 @@ from ..names import display_name
 from . import optimizers as optim
 from .action import Action, Preview, Reading, Verdict
 from .intervention import Intervention
-from .qk_norm import KEY, MOST, QUERY, QKNormStart, check_bounds, is_compiled, known_layers, start_qk_norm
+from .normed_call import KEY, QUERY
+from .qk_norm import MOST, QKNormStart, check_bounds, is_compiled, known_layers, start_qk_norm
 from .shards import own_part
 
 #: By what a key may be longer than its gain says, of it: the gain has learned for a step since the reading's forward.
@@ -67,7 +68,8 @@ class StartQKNorm(Action):
     def verify(self, reading: Reading) -> Verdict:
         """Whether every key is as short as its gain makes it: gain * sqrt(D)."""
         if self.started is None or not self.started.started:
-            return Verdict(None, "the gains are not measured yet")
+            waits = self.started is None or self.started.listening
+            return Verdict(None, "the gains are not measured yet" if waits else "no layer has the norm")
         said, holds = [], True
         for name, module in self.started.layers.items():
             stats = reading.get(name)

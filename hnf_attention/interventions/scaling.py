@@ -175,15 +175,12 @@ class ScaleHeads(Action):
         return False
 
     def refuse_masters(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        """Raise ValueError if an optimizer seems to keep copies of these weights, in all processes that hold parts."""
+        """Raise ValueError if an optimizer seems to keep copies of these weights."""
         held = list(optimizers)
         for scaling in self._plan:
-            self._together(scaling, partial(self._refuse_masters, scaling, held))
-
-    def _refuse_masters(self, scaling: LayerScaling, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        parameters = scaling.find(self._model).parameters
-        for optimizer in optimizers:
-            refuse_masters(scaling.layer, parameters, optimizer)
+            parameters = scaling.find(self._model).parameters
+            for optimizer in held:
+                refuse_masters(scaling.layer, parameters, optimizer)
 
     def _do(self, undo: list[Callable[[], Any]]) -> str:
         good_states.settle(self._model)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import holders
+from . import layout
 from .intervention import Intervention, check_positive, numbers_by_layer
 from .scaling import LayerScaling
 
@@ -28,7 +28,7 @@ def plan(model: nn.Module, intervention: Mapping[str, Any]) -> list[LayerScaling
     """
     scalings = []
     for layer, values in numbers_by_layer(intervention).items():
-        holders.find(model, layer, len(values))
+        layout.find(model, layer, len(values))
         factors = [check_positive(f"the temperature factors of {layer!r}", value) for value in values]
         scalings.append(LayerScaling(layer, 1 / torch.tensor(factors, dtype=torch.float64), None))
     return scalings
