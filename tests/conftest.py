@@ -1,9 +1,11 @@
 """Kernels run on the GPU where there is one, else through Triton's interpreter on the CPU."""
 
+import gc
 import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 ON_GPU = torch.cuda.is_available()
 # Tensors are tiny, so a second thread costs more time than it saves, here and in processes that tests start.
@@ -38,6 +40,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def functions_are_given_back():
+    """A monitor that a test drops in a cycle replaces functions until it is collected. The next test would see that."""
+    plain = F.scaled_dot_product_attention
+    yield
+    if F.scaled_dot_product_attention is not plain:
+        gc.collect()
 
 
 @pytest.fixture
