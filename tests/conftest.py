@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 ON_GPU = torch.cuda.is_available()
+PLAIN = F.scaled_dot_product_attention
 # Tensors are tiny, so a second thread costs more time than it saves, here and in processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
@@ -45,9 +46,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def functions_are_given_back():
     """A monitor that a test drops in a cycle replaces functions until it is collected. The next test would see that."""
-    plain = F.scaled_dot_product_attention
-    yield
-    if F.scaled_dot_product_attention is not plain:
+    if F.scaled_dot_product_attention is not PLAIN:
         gc.collect()
 
 
