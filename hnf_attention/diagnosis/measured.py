@@ -36,7 +36,7 @@ HARMED: dict[str, Count] = {
     "error": Count(45, 51, _HELD_OUT),
     "warning": Count(48, 59, _HELD_OUT),
 }
-RESTART_FIX = "a restart from before the first warning, at a lower rate"
+RESTART_FIX = "a restart from before the first warning at a lower rate"
 CUT_FIX = "a lower rate alone"
 CLIP_FIX = "QK-clip at log steps and half the rate"
 #: Fix to the failing runs in which it was tried, and those that ended less than 0.25 nat above the best that their

@@ -213,7 +213,7 @@ class AttentionStabilityMonitor:
         for writer in self._writers if self._leads else ():
             writer.take(diagnosis)
             parts.run(writer.name, writer.write)
-        parts.run("restarts", self._treatment.see, diagnosis)
+        parts.run("restarts", self._treatment.policy.see, diagnosis)
         if self._treatment.auto and not diagnosis.not_judged:
             parts.run("auto_intervene", self._treatment.act, diagnosis)
             parts.run("accounts", self._notes.account, self.step, self.applied)

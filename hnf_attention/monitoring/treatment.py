@@ -66,10 +66,6 @@ class Treatment:
         cut = 0 < self._rate <= CUT * rate
         return self._jumps != jumps or cut
 
-    def see(self, diagnosis: AttentionDiagnosis) -> None:
-        """Take note of a diagnosis, whether or not a fix is asked for."""
-        self.policy.see(diagnosis)
-
     def propose(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
         """The fix for a diagnosis; what is left of it if it was treated."""
         if self._left_over is not None and self._left_over[0] is diagnosis:
