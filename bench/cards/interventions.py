@@ -12,7 +12,24 @@ from torch import Tensor
 from hnf_attention import apply_intervention
 from hnf_attention.interventions import GoodStates, QKClip, start_qk_norm
 
-from .model import WAYS, Setting, Spread, alone, difference, gathered, net, train, weights, whole
+from .model import (
+    WAYS,
+    Net,
+    Setting,
+    Spread,
+    alone,
+    bf16_alone,
+    bf16_over_fp32,
+    difference,
+    gathered,
+    net,
+    train,
+    weights,
+    whole,
+)
+
+#: A rounding of bf16. Batches of other sizes are multiplied in another order.
+BF16 = torch.finfo(torch.bfloat16).eps / 2
 
 
 def _optimizer(spread: Spread) -> torch.optim.Optimizer:
@@ -94,7 +111,9 @@ def clip_and_revert(spread: Spread) -> tuple[list[Tensor], bool]:
     return clipped, all(map(torch.equal, weights(model), before))
 
 
-SCENARIOS: dict[str, Callable[[Spread], tuple[list[Tensor], bool]]] = {
+Scenario = Callable[[Spread], tuple[list[Tensor], bool]]
+Way = Callable[[Setting, Net], Spread]
+SCENARIOS: dict[str, Scenario] = {
     "QKClip, 4 steps": standing_clip,
     "QK-norm, 4 steps": qk_norm,
     "QK-norm with AdamW, 4 steps": qk_norm_adam,
@@ -109,14 +128,20 @@ def run(setting: Setting) -> dict[str, Any]:
     for scenario, act in SCENARIOS.items():
         expected, _ = act(alone(setting, net(setting)))
         for name, way in WAYS.items():
-            try:
-                states, exact = act(way(setting, net(setting)))
-                mine: Any = (difference(states, expected), exact)
-            except ValueError as error:  # a refusal; every process raises the same one
-                mine = str(error)
-            found[f"{scenario}, {name}"] = _of_all(gathered(mine))
+            found[f"{scenario}, {name}"] = _compared(setting, act, way, expected)
+        in_bf16 = _compared(setting, act, bf16_over_fp32, act(bf16_alone(setting, net(setting)))[0])
+        found[f"{scenario}, FSDP2 in bf16"] = in_bf16 | {"limit": BF16}
     found["QKClip and QK-norm, a LLaMA by its own plan"] = llama(setting)
     return found
+
+
+def _compared(setting: Setting, act: Scenario, way: Way, expected: list[Tensor]) -> dict[str, Any]:
+    try:
+        states, exact = act(way(setting, net(setting)))
+        mine: Any = (difference(states, expected), exact)
+    except ValueError as error:  # a refusal; every process raises the same one
+        mine = str(error)
+    return _of_all(gathered(mine))
 
 
 def _of_all(everyone: list[Any]) -> dict[str, Any]:
@@ -153,7 +178,8 @@ def llama(setting: Setting) -> dict[str, Any]:
 
 
 def _clipped_and_normed(model: torch.nn.Module) -> list[Tensor]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    # Some weights are DTensors, others are not.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, foreach=False)
     tokens = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(2))
     tokens = tokens.to(next(model.parameters()).device)
 

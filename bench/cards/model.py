@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from hnf_attention import ProcessGroups
 
-#: Of the head statistics. A ring's process looks for sinks among its own queries: `sink_mass` is told apart there.
+#: Of the head statistics.
 COMPARED = (
     "rows",
     "entropy",
@@ -104,13 +104,37 @@ def ddp(setting: Setting, model: Net) -> Spread:
 
 
 def fsdp2(setting: Setting, model: Net) -> Spread:
+    mesh = init_device_mesh(setting.device.type, (setting.size,), mesh_dim_names=("dp",))
+    _shard(model, mesh)
+    return Spread(model, batch(setting).chunk(setting.size)[setting.rank], ProcessGroups.of_mesh(mesh))
+
+
+def bf16_over_fp32(setting: Setting, model: Net) -> Spread:
+    """FSDP2 that computes in bf16. Its shards are the masters, in fp32."""
+    mesh = init_device_mesh(setting.device.type, (setting.size,), mesh_dim_names=("dp",))
+    _shard(model, mesh, mp_policy=_bf16())
+    return Spread(model, batch(setting).chunk(setting.size)[setting.rank], ProcessGroups.of_mesh(mesh))
+
+
+def bf16_alone(setting: Setting, model: Net) -> Spread:
+    """The same with all shards in one process."""
+    mesh = init_device_mesh(setting.device.type, (setting.size, 1), mesh_dim_names=("others", "dp"))
+    _shard(model, mesh["dp"], mp_policy=_bf16())
+    return Spread(model, batch(setting), None)
+
+
+def _bf16() -> Any:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
+
+
+def _shard(model: Net, mesh: Any, **options: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(setting.device.type, (setting.size,), mesh_dim_names=("dp",))
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return Spread(model, batch(setting).chunk(setting.size)[setting.rank], ProcessGroups.of_mesh(mesh))
+        fully_shard(layer, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
 
 
 def _plan() -> dict[str, Any]:
@@ -130,7 +154,6 @@ def tensor_parallel(setting: Setting, model: Net) -> Spread:
 
 def both(setting: Setting, model: Net) -> Spread:
     """Heads in pairs of processes, FSDP2 over the pairs. An odd number of processes has FSDP2 alone."""
-    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import parallelize_module
 
     parts = math.gcd(setting.size, 2)
@@ -138,8 +161,7 @@ def both(setting: Setting, model: Net) -> Spread:
     mesh = init_device_mesh(setting.device.type, (shares, parts), mesh_dim_names=("dp", "tp"))
     for layer in model.layers:
         parallelize_module(layer, mesh["tp"], _plan())
-        fully_shard(layer, mesh=mesh["dp"])
-    fully_shard(model, mesh=mesh["dp"])
+    _shard(model, mesh["dp"])
     mine = batch(setting).chunk(shares)[setting.rank // parts]
     return Spread(model, mine, ProcessGroups.of_mesh(mesh, heads="tp"))
 
