@@ -9,7 +9,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from hnf_attention.engine import fold
-from hnf_attention.kernels.measure import beside, columns, extremes, mask_map, rows_asked
+from hnf_attention.kernels.measure import beside, clip, columns, extremes, longest, mask_map, rows_asked
 from hnf_attention.kernels.measure import fold as fold_kernel
 from hnf_attention.kernels.portable import backward, forward, probe
 from hnf_attention.kernels.shared import launch, packing
@@ -67,6 +67,19 @@ def compile_all(case: Case) -> None:
     columns.column_weights(q, k, rows[0][:, :, :32], options, 32, index)
     if mask is None and sinks is None:
         compile_gated(calls[0], options)
+        compile_clip(q, k, options)
+
+
+def compile_clip(q, k, options) -> None:
+    """The launches of QK-clip within a forward."""
+    top, *largest = torch.zeros(1 + q.shape[1])
+    sizes = clip.CallSizes(longest.longest_squares(q, k), 0.1, 30.0, True, top, torch.stack(largest))
+    for exact in (False, True):
+        sizes.bounds(exact)
+    for left_out in (None, torch.zeros(q.shape[0], q.shape[2], dtype=torch.bool)):
+        sizes.rows(q, k, options, left_out)
+    for out in (q, torch.empty_like(q)):
+        clip.scaled(q, sizes.factors, out)
 
 
 def compile_gated(call: extremes.Tensors, options) -> None:

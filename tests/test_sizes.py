@@ -7,11 +7,17 @@ import torch
 from cases import Case
 
 from hnf_attention.engine import engines
-from hnf_attention.engine.sizes import extreme_scores, longest_rows
-from hnf_attention.interventions.sizes import bounds_of_sizes, sizes_of_rows, sizes_over
+from hnf_attention.engine.scaled import scaled_queries
+from hnf_attention.engine.sizes import (
+    Raised,
+    bounds_of_sizes,
+    clip_factors,
+    longest_rows,
+    sizes_of_rows,
+    sizes_over,
+)
 from hnf_attention.reference import attention as reference
 
-probe = engines.kernel("portable.probe")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -24,6 +30,10 @@ def way(request, monkeypatch):
     return request.param
 
 
+# The interpreter cuts bf16 off, where a card rounds.
+ROUNDED = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16][: 3 if DEVICE == "cuda" else 2]
+)
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 
 
@@ -64,9 +74,7 @@ def test_numbers_that_are_huge_or_tiny():
     assert float(longest) == pytest.approx(4e18) and float(none) == 0
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16][: 3 if DEVICE == "cuda" else 2]
-)
+@ROUNDED
 @pytest.mark.parametrize("window", [None, 20])
 def test_heads_over_the_threshold_are_exact_and_the_others_have_their_bound(window, dtype):
     case = Case(2, 3, 2, 150, 150, 16, 16, is_causal=True, window_size=window)
@@ -86,20 +94,109 @@ def test_heads_over_the_threshold_are_exact_and_the_others_have_their_bound(wind
     assert torch.equal(found[others], bounds[others])
 
 
-def test_no_head_is_wanted_and_none_is_computed(monkeypatch, way):
-    if way != "kernels":
-        return  # plain PyTorch computes every head
-    case = Case(1, 2, 1, 70, 70, 16, 16)
+def nothing_yet(heads):
+    return Raised(torch.full((), -torch.inf, device=DEVICE), torch.full((heads,), -torch.inf, device=DEVICE))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("measure", ["range", "max_logit"])
+@pytest.mark.parametrize("hides", [False, True])
+def test_factors_bring_the_heads_of_a_call_to_the_threshold(exact, measure, hides):
+    case = Case(2, 3, 2, 150, 150, 16, 16, is_causal=True, window_size=40 if hides else None)
+    q, k, v, *_ = case.tensors(torch.float16 if measure == "max_logit" else torch.float32, DEVICE)
+    q[:, [1, 4]] *= 6.0
+    options = case.options(q, k, v, None, None)
+    left_out = skipped = None
+    if hides:  # the longest query of one head does not count
+        q[1, 4, 70] *= 10.0
+        left_out = torch.zeros(2, 150, dtype=torch.bool, device=DEVICE)
+        left_out[1, 70] = True
+        skipped = left_out[:, None]
+    bounds = bounds_of_sizes(q, k, options.scale, measure)
+    rows = reference.attention(q.double(), k.double(), None, options)[1]
+    expected = bounds.clone()
+    threshold = float(bounds[[1, 4]].min()) * 0.3
+    if exact:
+        over = bounds > threshold
+        expected[over] = sizes_of_rows(rows.max_logit, rows.min_logit, skipped, measure)[over]
+        assert (expected[[1, 4]] < bounds[[1, 4]]).all()
+    raised = nothing_yet(6)
+    raised.largest[3] = 1e5
+    named = {"measure": measure, "threshold": threshold, "exact": exact}
+    sizes, factors = clip_factors(q, k, options, left_out, raised, **named)
+    torch.testing.assert_close(sizes, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(factors, (threshold / expected).clamp(max=1.0), rtol=1e-5, atol=0)
+    assert (factors[[1, 4]] < 1).all() and float(raised.top) == pytest.approx(float(bounds.max()))
+    assert raised.largest[3] == 1e5 and torch.equal(raised.largest[[0, 1, 2, 4, 5]], sizes[[0, 1, 2, 4, 5]])
+    # What is less raises nothing.
+    clip_factors(q * 0.5, k, options, left_out, raised, **named)
+    assert raised.largest[3] == 1e5 and torch.equal(raised.largest[[0, 1, 2, 4, 5]], sizes[[0, 1, 2, 4, 5]])
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_a_bound_that_is_not_finite_gives_no_factor_and_is_remembered(number):
+    case = Case(1, 2, 1, 40, 40, 16, 16)
     q, k, v, *_ = case.tensors(torch.float32, DEVICE)
-    none = torch.zeros(2, dtype=torch.bool, device=DEVICE)
-    made = probe.new_rows
+    broken, options, raised = q.clone(), case.options(q, k, v, None, None), nothing_yet(2)
+    broken[0, 1, 7, 3] = number
+    named = {"measure": "range", "threshold": 1e-3, "exact": False}
+    for query in (broken, q):
+        sizes, factors = clip_factors(query, k, options, None, raised, **named)
+        assert 0 < factors[0] < 1 and raised.largest.isfinite().tolist() == [True, False]
+        assert (factors[1] < 1) == sizes[1].isfinite() and raised.top == torch.inf
 
-    def filled(*args, **named):
-        rows = made(*args, **named)
-        for x in rows[:4]:
-            x.fill_(7.0)
-        return rows
 
-    monkeypatch.setattr(probe, "new_rows", filled)
-    found = extreme_scores(q, k, case.options(q, k, v, None, None), none)
-    assert all((x == 7.0).all() for x in found)
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_rows_that_do_not_count_may_hold_anything(number):
+    case = Case(1, 2, 1, 40, 40, 16, 16)
+    q, k, v, *_ = case.tensors(torch.float32, DEVICE)
+    options, left_out = (
+        case.options(q, k, v, None, None),
+        torch.zeros(1, 40, dtype=torch.bool, device=DEVICE),
+    )
+    rows = reference.attention(q.double(), k.double(), None, options)[1]
+    q[0, 1, 7], left_out[0, 7] = number, True
+    expected = sizes_of_rows(rows.max_logit, rows.min_logit, left_out[:, None], "range").float()
+    named = {"measure": "range", "threshold": 1e-3, "exact": True}
+    sizes, factors = clip_factors(q, k, options, left_out, nothing_yet(2), **named)
+    torch.testing.assert_close(sizes, expected, rtol=1e-5, atol=1e-5)
+    assert (factors < 1).all()
+
+
+LAYOUTS = {
+    "(B, H, M, D)": lambda: torch.randn(2, 3, 150, 24, device=DEVICE),
+    "(B, M, H, D)": lambda: torch.randn(2, 150, 3, 24, device=DEVICE).transpose(1, 2),
+    "fused": lambda: torch.randn(2, 150, 3, 3, 24, device=DEVICE)[:, :, 1].transpose(1, 2),
+    "no unit stride": lambda: torch.randn(2, 3, 24, 150, device=DEVICE).transpose(2, 3),
+    "no rows": lambda: torch.randn(2, 3, 0, 24, device=DEVICE),
+}
+
+
+@ROUNDED
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_queries_times_factors_are_rounded_once_and_so_are_gradients(layout, dtype):
+    raw = LAYOUTS[layout]().to(dtype)
+    factors = torch.tensor([1.0, 0.337, 0.91], device=DEVICE)
+    query = raw.detach().requires_grad_()
+    out = scaled_queries(query, factors)
+    weight = torch.randn_like(raw)
+
+    def product(x):
+        return (x.double() * factors.double()[:, None, None]).to(dtype)
+
+    torch.testing.assert_close(out, product(raw), rtol=1e-7 if dtype == torch.float32 else 0, atol=0)
+    assert torch.equal(out[:, 0], raw[:, 0]) and out.dtype == dtype
+    given = []
+    out.register_hook(lambda grad: given.append(grad.clone()))
+    for _ in range(2):
+        (found,) = torch.autograd.grad((out * weight).sum(), query, retain_graph=True)
+        torch.testing.assert_close(found, product(weight), rtol=1e-7 if dtype == torch.float32 else 0, atol=0)
+    assert all(torch.equal(x, weight) for x in given)
+
+
+def test_second_derivatives_pass_queries_times_factors():
+    factors = torch.tensor([1.0, 0.337], device=DEVICE)
+    query = torch.randn(1, 2, 5, 8, device=DEVICE, requires_grad=True)
+    (first,) = torch.autograd.grad(scaled_queries(query, factors).square().sum(), query, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), query)
+    torch.testing.assert_close(second, (2 * factors.square())[:, None, None].expand_as(query))

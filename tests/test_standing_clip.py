@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from hnf_attention import AttentionStabilityMonitor, instrument
 from hnf_attention.engine import engines
+from hnf_attention.engine.sizes import bounds_of_sizes
 from hnf_attention.interventions import QKClip
-from hnf_attention.interventions.sizes import MOST_REST, bounds_of_sizes
+from hnf_attention.interventions.sizes import MOST_REST
 
 
 def sizes(model, run, measure="range", grad=False):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.scaled import scaled_queries
 from ..instrumentation.call import Unmeasurable
 from ..instrumentation.interceptors import sdpa
 from .sizes import LayerSizes
@@ -61,7 +62,7 @@ class ClipNow:
         if module.training and self._forward.trains and self._looks(query):
             factors = self._factors(query, key, value, *rest, **named)
             if factors is not None:
-                query = query * factors.view(-1, 1, 1).to(query.dtype)
+                query = scaled_queries(query, factors)
         return attend(query, key, value, *rest, **named)
 
     def _looks(self, query: Tensor) -> bool:
@@ -84,7 +85,6 @@ class ClipNow:
         if len(self._sizes.largest) != heads or heads % call.key.shape[1]:
             return None
         given = call.query, call.key, options, None
-        sizes = self._sizes.take_in(*given, self._measure, self._threshold)
+        factors = self._sizes.take_in(*given, self._measure, self._threshold)
         self._sizes.clipped += 1
-        over = sizes.isfinite() & (sizes > self._threshold)
-        return torch.where(over, self._threshold / sizes, 1.0)
+        return factors

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.sizes import extreme_scores, longest_rows
+from ..engine.sizes import Raised, clip_factors, extreme_scores, product_options, sizes_of_rows
 from ..instrumentation import instrument
 from ..reference.options import Options
 
@@ -19,62 +19,6 @@ if TYPE_CHECKING:
     from ..instrumentation.measurement import Measurement
 
 MEASURES = ("range", "max_logit")
-
-
-def product_options(options: Options) -> Options:
-    """The options whose scores are scale * q.k over the visible keys: no bias, no soft-cap, no sink.
-
-    Factors of the weights change this part alone.
-    """
-    mask = options.attn_mask
-    if mask is not None and mask.is_floating_point():
-        mask = mask > -torch.inf
-    return options._replace(attn_mask=mask, softcap=None, sinks=None)
-
-
-@torch.no_grad()
-def sizes_of_rows(max_logit: Tensor, min_logit: Tensor, left_out: Tensor | None, measure: str) -> Tensor:
-    """(H,) fp32, nats: the largest row of each head; max_logit, min_logit (B, H, M). -inf for heads without rows.
-
-    left_out: boolean, broadcastable to (B, H, M): rows that are not judged.
-    """
-    sizes = max_logit - min_logit if measure == "range" else max_logit
-    if sizes.numel() == 0:
-        return torch.full(sizes.shape[1:2], -torch.inf, device=sizes.device)
-    if left_out is not None:
-        sizes = sizes.masked_fill(left_out, -torch.inf)
-    return sizes.float().amax((0, 2))
-
-
-@torch.no_grad()
-def bounds_of_sizes(query: Tensor, key: Tensor, scale: float, measure: str) -> Tensor:
-    """(H,) fp32, nats: an upper bound of `sizes_of_rows` of queries (B, H, M, D) and keys (B, H_kv, N, D).
-
-    It comes from the lengths of queries and keys (Cauchy and Schwarz), and reads both once. That costs a few percent of
-    what the scores cost. inf or NaN for heads with a NaN or inf.
-    """
-    longest, longest_keys = longest_rows(query, key)
-    lengths = longest.view(len(longest_keys), -1) * longest_keys[:, None]
-    return lengths.flatten() * (abs(scale) * (2 if measure == "range" else 1))
-
-
-@torch.no_grad()
-def sizes_over(
-    bounds: Tensor,
-    threshold: float,
-    query: Tensor,
-    key: Tensor,
-    options: Options,
-    left_out: Tensor | None,
-    measure: str,
-) -> Tensor:
-    """`sizes_of_rows` of the heads whose bound passes the threshold, from all of their scores; the others' bounds.
-
-    bounds: of `bounds_of_sizes`, for the same tensors.
-    """
-    wanted = ~(bounds <= threshold)
-    rows = extreme_scores(query.detach(), key.detach(), product_options(options), wanted)
-    return torch.where(wanted, sizes_of_rows(*rows, left_out, measure), bounds)
 
 
 def _has_more(options: Options) -> bool:
@@ -138,19 +82,17 @@ class LayerSizes:
         measure: str,
         threshold: float,
     ) -> Tensor:
-        """Take in a call. Returns its sizes (H,): exact where they pass the threshold, else exact or upper bounds.
+        """Take in a call. Returns the factors (H,) that bring its heads down to the threshold, 1 for heads within it.
 
-        An empty call has no scores: its sizes are -inf.
+        Sizes are exact where they pass the threshold, else exact or upper bounds. An empty call has no scores.
         """
         if query.numel() == 0 or key.numel() == 0:
-            return torch.full_like(self.largest, -torch.inf)
-        sizes = bounds_of_sizes(query, key, options.scale, measure)
-        torch.maximum(self.top, sizes.amax(), out=self.top)
+            return torch.ones_like(self.largest)
+        self.seen = True
         # This bound changes between steps alone: the second forward of a checkpoint goes the way of the first.
-        if self.bound >= threshold / 2:
-            sizes = sizes_over(sizes, threshold, query, key, options, left_out, measure)
-        self.raise_to(sizes)
-        return sizes
+        exact, raised = self.bound >= threshold / 2, Raised(self.top, self.largest)
+        given = query.detach(), key.detach(), options, left_out, raised
+        return clip_factors(*given, measure=measure, threshold=threshold, exact=exact)[1]
 
     def restart(self) -> None:
         """Begin anew, after a step."""
@@ -284,8 +226,8 @@ class ScoreSizes:
                 if self.handle.measuring and call.layer in self._measured:
                     continue
                 if call.layer in self.within or layer.rest == 0:
-                    left_out = None if call.left_out is None else call.left_out[:, None]
-                    layer.take_in(query, key, call.options, left_out, self._measure, self._threshold)
+                    given = query, key, call.options, call.left_out
+                    layer.take_in(*given, self._measure, self._threshold)
 
     @torch.no_grad()
     def _on_measure(self, measurement: Measurement) -> None:
@@ -303,5 +245,5 @@ class ScoreSizes:
                 left_out = left_out[:, None]
             extremes = rows.max_logit, rows.min_logit
             if options is not None and _has_more(options) and query is not None and key is not None:
-                extremes = extreme_scores(query.detach(), key.detach(), product_options(options))
+                extremes = extreme_scores(query, key, product_options(options))
             layer.raise_to(sizes_of_rows(*extremes, left_out, self._measure))

@@ -19,7 +19,7 @@ from .extremes_kernel import (
     single_extremes_kernel,
 )
 
-__all__ = ["FIELDS", "Launch", "SingleLaunch", "Tensors", "block_rows"]
+__all__ = ["FIELDS", "Launch", "SingleLaunch", "Tensors", "block_rows", "single_plan", "strides_of"]
 
 # Elements of the output that a program holds, which leaves room for four programs, and tiles that it checks.
 _TILE_ELEMENTS, _TILES = 2048, 4
@@ -73,7 +73,8 @@ def _plan(
     )
 
 
-def _strides(call: Tensors) -> tuple[int, ...]:
+def strides_of(call: Tensors) -> tuple[int, ...]:
+    """Of the batch, the heads and the rows of each tensor, as `OneCall` has them."""
     query, key, value, out = call
     of_out = (0, 0, 0) if out is None else out.stride()[:3]
     return *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *of_out
@@ -98,6 +99,15 @@ def _programs(call: Tensors, plan: ExtremesPlan) -> int:
     return batch * heads * (1 + ceil_div(checked, plan.chunk))
 
 
+def single_plan(call: Tensors, options: Options, leaves_out: bool) -> tuple[ExtremesPlan, Tiles]:
+    """The plan of a kernel that takes one call as `OneCall`. leaves_out: whether queries may be left out."""
+    query, key, value, out = call
+    tiles = probe_tiles(query.shape[3], query.dtype, options)
+    widths, group = (query.shape[3], value.shape[3]), query.shape[1] // key.shape[1]
+    scores = score_plan(options)
+    return _plan(scores, leaves_out, out is not None, group, widths, tiles, 1, single=True), tiles
+
+
 class SingleLaunch:
     """The extremes of single calls of one shape, if `shared.control` asks for them. A CUDA graph may replay the launch.
 
@@ -105,15 +115,11 @@ class SingleLaunch:
     """
 
     def __init__(self, call: Tensors, options: Options, leaves_out: bool = False) -> None:
-        query, key, value, out = call
-        batch, heads, _, head_dim = query.shape
-        tiles = probe_tiles(head_dim, query.dtype, options)
-        widths, group = (head_dim, value.shape[3]), heads // key.shape[1]
-        self._plan = _plan(
-            score_plan(options), leaves_out, out is not None, group, widths, tiles, 1, single=True
-        )
-        self._tiles, self._device = tiles, query.device
-        self._strides = _strides(call)
+        query, key = call[:2]
+        batch, heads = query.shape[:2]
+        self._plan, self._tiles = single_plan(call, options, leaves_out)
+        self._device = query.device
+        self._strides = strides_of(call)
         self._call = None if options.attn_mask is not None else call_of(query, key, options)
         self._window, self._probes = options.window_size or 0, batch * heads
         self._grid = _programs(call, self._plan), 1, 1
@@ -183,7 +189,7 @@ class Launch:
         batch, heads, num_queries, head_dim = query.shape
         self._device, self._results = query.device, results
         self._tiles = probe_tiles(head_dim, query.dtype, options)
-        strides = [_strides(call) for call in calls]
+        strides = [strides_of(call) for call in calls]
         self._fixed = tuple(
             number for result, own in zip(results, strides) for number in (result.data_ptr(), *own)
         )

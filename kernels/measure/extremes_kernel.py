@@ -96,6 +96,12 @@ def ordered(x):
 
 
 @triton.jit
+def unordered(number):
+    """The fp32 numbers that `ordered` made int32."""
+    return (number ^ ((number >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _tensor(row, like, FIELD: tl.constexpr, STRIDES: tl.constexpr, batch, head, PLAN: tl.constexpr):
     """A pointer to one (batch, head) of a tensor of the table, or of `OneCall`, and the stride of its rows."""
     if PLAN.single:
@@ -150,7 +156,7 @@ def _walk_keys(
 
 
 @triton.jit
-def _scores(row, like, left_out, call, window, batch, head, start_m, PLAN: tl.constexpr):
+def block_extremes(row, like, left_out, call, window, batch, head, start_m, PLAN: tl.constexpr):
     """The largest score of a block of rows, and the largest range within one of them; -inf where no row counts."""
     q_ptr, q_stride = _tensor(row, like, _QUERY, _QUERY_B, batch, head, PLAN)
     k_ptr, k_stride = _tensor(row, like, _KEY, _KEY_B, batch, head // PLAN.group, PLAN)
@@ -295,7 +301,7 @@ def _look(row, result_ptr, like, left_out, call, window, program, number, phase,
         shift = (batch.to(tl.int64) * _BATCH_STEP + head.to(tl.int64) * _HEAD_STEP) & 0xFFFFFFFF
         block = (phase + ((shift * blocks) >> 32)) % blocks
         start_m = block.to(tl.int32) * PLAN.block_m
-        high, wide = _scores(row, like, left_out, call, window, batch, head, start_m, PLAN)
+        high, wide = block_extremes(row, like, left_out, call, window, batch, head, start_m, PLAN)
         if high > -float("inf"):
             tl.atomic_max(result_ptr + _MAX_LOGIT * call.heads + head, ordered(high), sem="relaxed")
             tl.atomic_max(result_ptr + _LOGIT_RANGE * call.heads + head, ordered(wide), sem="relaxed")

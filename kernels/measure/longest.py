@@ -55,8 +55,8 @@ def _longest_kernel(squares_ptr, q, k, batch, heads, num_queries, num_keys, PLAN
         _raise_to(squares_ptr + head, k, head - heads, batch, num_keys, PLAN)
 
 
-def longest_rows(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The length of the longest query (H,) and of the longest key (H_kv,) of each head, fp32; inf beside NaN or inf.
+def longest_squares(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The squared lengths of the longest query and key of each head, (H + H_kv,) fp32; inf beside NaN or inf.
 
     query (B, H, M, D), key (B, H_kv, N, D); D <= 256; fp16, bf16 or fp32; any strides, but an inner stride other than 1
     is copied. 0 for heads without rows.
@@ -77,4 +77,4 @@ def longest_rows(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, 
             {"batch": batch, "heads": heads, "num_queries": num_queries, "num_keys": num_keys},
             num_warps=4,
         )
-    return squares.sqrt().split([heads, kv_heads])
+    return squares

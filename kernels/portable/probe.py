@@ -115,7 +115,6 @@ def _probe_kernel(
     parts_ptr,
     sink_ptr,
     control_ptr,
-    wanted_ptr,
     call,
     row_length,
     window,
@@ -131,9 +130,6 @@ def _probe_kernel(
     if bh >= call.num_bh:
         return
     batch, head = bh // call.heads, bh % call.heads
-    if wanted_ptr is not None:  # noqa: SIM102  # as above
-        if tl.load(wanted_ptr + head) == 0:
-            return
     tile = start_m // PLAN.block_m
     keys = call.num_keys
     if PLAN.is_sampled:
@@ -209,7 +205,6 @@ def probe(
     sample: tuple[int, int] | None = None,
     parts: int | None = None,
     control: torch.Tensor | None = None,
-    wanted: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """(lse, entropy, max_logit, min_logit, more, row_index); `more` as in `forward`.
 
@@ -217,8 +212,7 @@ def probe(
     (B, H, M). sample: (period, phase) of `sampling.row_index`, with a period of at most the number of blocks; M_s
     rows then stand for M, and row_index is theirs. Without a sample it is None. parts: over how many programs keys
     are split. That takes a second launch; extended statistics are never split. control: see `shared.control`; what it
-    does not ask for is left as it is in memory. None for a probe that always runs. wanted: boolean (H,), None for all
-    heads: the rows of the others may hold anything.
+    does not ask for is left as it is in memory. None for a probe that always runs.
     """
     batch, heads, num_queries, head_dim = query.shape
     period, phase = sample or (1, 0)
@@ -250,7 +244,6 @@ def probe(
             "parts_ptr": partial,
             "sink_ptr": options.sinks,
             "control_ptr": control,
-            "wanted_ptr": None if wanted is None else wanted.view(torch.uint8),
             "call": call_of(query, key, options),
             "row_length": row_length,
         },
