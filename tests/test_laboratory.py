@@ -14,6 +14,7 @@ if not (ROOT / "bench" / "validation").is_dir():
     pytest.skip("the laboratory is in the checkout only", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
+from bench.validation.finished import severities  # noqa: E402
 from bench.validation.harm import harm, onset  # noqa: E402
 from bench.validation.recipes import Recipe  # noqa: E402
 from bench.validation.record import Record, read, record_of  # noqa: E402
@@ -143,6 +144,12 @@ def test_recorded_ordinary_runs_hear_no_alarm():
     found = [judged(record) for record in read([RESULTS / "ordinary_h200.zip"])]
     assert len(found) == 20
     assert {verdict.first["warning"] for verdict in found} == {None}
+
+
+@pytest.mark.slow
+def test_ordinary_models_have_no_error_at_the_end_and_next_to_no_warning():
+    found = [severities(record) for record in read([RESULTS / "ordinary_h200.zip"])]
+    assert sum("warning" in x for x in found) <= 1 and not any("error" in x for x in found)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def _sharp(step: int, heads: Heads, low: np.ndarray, collapsed: np.ndarray) -> I
     tenth, saturated = stats.normalized_entropy_p10, stats.saturated_share
     sink, rest = stats.sink_mass, stats.rest_normalized_entropy
     gradient, weight = stats.jacobian_trace_bound, stats.max_weight
-    severity = severities(heads, low, collapsed)
+    severity = severities(heads, low, collapsed, collapsed)
     alike = np.where(collapsed, heads.in_layer(collapsed), heads.in_layer(low))
     for head in np.flatnonzero(low).tolist():
         place = heads.places[head]

@@ -22,7 +22,7 @@ def rule(history: Sequence[Snapshot], heads: Heads) -> Iterator[StabilityIssue]:
     if not one_hot.any():
         return
     stderr, scores = stats.max_weight_stderr, Scores(heads)
-    severity = severities(heads, one_hot, np.zeros_like(one_hot))
+    severity = severities(heads, one_hot, np.zeros_like(one_hot), one_hot)
     for head in np.flatnonzero(one_hot).tolist():
         place, value = heads.places[head], weight[head]
         evidence = (
