@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-KERNELS = """_beside_kernel _bounds_kernel _columns_kernel _forward_kernel _join_kernel _prepare_rows_kernel
-_probe_kernel _rows_asked_kernel _scan_mask_kernel dkv_kernel dq_kernel extremes_kernel fold_kernel
-single_extremes_kernel"""
+KERNELS = """_beside_kernel _bounds_kernel _columns_kernel _forward_kernel _join_kernel _largest_rows_kernel
+_longest_kernel _prepare_rows_kernel _probe_kernel _rows_asked_kernel _scaled_kernel _scan_mask_kernel
+_settle_kernel _size_bounds_kernel dkv_kernel dq_kernel extremes_kernel fold_kernel single_extremes_kernel"""
 
 
 @pytest.mark.slow

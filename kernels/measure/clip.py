@@ -51,7 +51,7 @@ def _raise(number_ptr, number, mask=None):
 
 
 @triton.jit(do_not_specialize=["heads", "group"])
-def _bounds_kernel(
+def _size_bounds_kernel(
     squares_ptr,
     found_ptr,
     sizes_ptr,
@@ -83,7 +83,9 @@ def _bounds_kernel(
 
 
 @triton.jit(do_not_specialize=["window", "is_range"])
-def _rows_kernel(found_ptr, wanted_ptr, tensors, left_out, call, window, is_range, PLAN: tl.constexpr):
+def _largest_rows_kernel(
+    found_ptr, wanted_ptr, tensors, left_out, call, window, is_range, PLAN: tl.constexpr
+):
     """The largest row of wanted heads, `ordered`, by all of their scores."""
     start_m, bh = scheduled_block(call.num_queries, PLAN.block_m, True)
     if bh >= call.num_bh:
@@ -138,7 +140,7 @@ class CallSizes:
         """Have bounds as sizes, and factors by them. exact: find `wanted` heads in place of factors."""
         heads = len(self._largest)
         launch(
-            _bounds_kernel,
+            _size_bounds_kernel,
             (1, 1, 1),
             SizesPlan(triton.next_power_of_2(heads), exact),
             self._squares.device,
@@ -172,7 +174,7 @@ class CallSizes:
             skipped = LeftOut(left_out.view(torch.uint8), *left_out.stride())
         blocks = ceil_div(query.shape[2], tiles.block_m)
         launch(
-            _rows_kernel,
+            _largest_rows_kernel,
             (grid_1d(blocks, query.shape[0] * heads), 1, 1),
             plan,
             device,
