@@ -100,8 +100,10 @@ def run_part(part: str, arguments: argparse.Namespace) -> dict:
 
 def row(part: str, name: str, numbers: dict, tiny: bool) -> tuple[str, bool | None]:
     """(the numbers as text, whether the promise holds): None where nothing is promised."""
+    if "missing" in numbers:
+        return f"not run: {numbers['missing']}"[:90], None
     if "refused" in numbers:
-        return f"refused: {numbers['refused']}"[:90], None
+        return f"refused: {numbers['refused']}"[:90], False
     if part == "leaving":
         told = max(numbers["messages_by_rank"])
         return f"longest on_step of others {numbers['longest_of_others']:.2f} s, messages {told}", told == 1

@@ -1,10 +1,14 @@
 """Sizes of the scores: the longest rows by a kernel, bounds, and exact scores of the heads that need them."""
 
 import contextlib
+from unittest import mock
 
 import pytest
 import torch
 from cases import Case
+from compat_helpers import carried_by
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from hnf_attention.engine import engines
 from hnf_attention.engine.scaled import scaled_queries
@@ -12,10 +16,10 @@ from hnf_attention.engine.sizes import (
     Raised,
     bounds_of_sizes,
     clip_factors,
-    longest_rows,
     sizes_of_rows,
     sizes_over,
 )
+from hnf_attention.interventions.sizes import LayerSizes
 from hnf_attention.reference import attention as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,41 +41,72 @@ ROUNDED = pytest.mark.parametrize(
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 
 
+def nothing_yet(heads):
+    found = torch.full((1 + heads,), -torch.inf, dtype=torch.float32, device=DEVICE)
+    return Raised(found[0].clone(), found[1:].clone())
+
+
+def bounds_of(query, key, options=None, **named):
+    """Bounds by whichever way the test has."""
+    options = options or Case(1, 1, 1, 1, 1, 1, 1).options(*[torch.ones(1, 1, 1, 1)] * 3, None, None)
+    named = {"measure": "max_logit", "threshold": 1.0, "exact": False} | named
+    return clip_factors(query, key, options._replace(scale=1.0), None, nothing_yet(query.shape[1]), **named)[
+        0
+    ]
+
+
 def lengths(x):
     return torch.linalg.vector_norm(x.double(), dim=-1).amax((0, 2))
 
 
 @FLOATS
 @pytest.mark.parametrize("shape", [(2, 2, 2, 150, 37, 24), (1, 1, 4, 1, 130, 80), (2, 1, 2, 300, 300, 64)])
-def test_the_longest_rows_are_those_of_plain_pytorch(shape, dtype):
+def test_a_bound_is_the_product_of_the_longest_rows(shape, dtype):
     batch, kv_heads, group, queries, keys, head_dim = shape
     query = torch.randn(batch, queries, kv_heads * group, head_dim, device=DEVICE).to(dtype).transpose(1, 2)
     key = torch.randn(batch, kv_heads, head_dim, keys, device=DEVICE).to(dtype).transpose(2, 3)
-    for got, x in zip(longest_rows(query, key), (query, key)):
-        torch.testing.assert_close(got.double(), lengths(x), rtol=1e-5, atol=0)
+    expected = lengths(query) * lengths(key).repeat_interleave(group)
+    torch.testing.assert_close(bounds_of(query, key).double(), expected, rtol=1e-5, atol=0)
 
 
 def test_fp64_and_wide_heads_are_computed_without_a_kernel():
     for dtype, head_dim in ((torch.float64, 8), (torch.float32, 300)):
-        query, key = (torch.randn(1, 2, 5, head_dim, dtype=dtype) for _ in "qk")
-        for got, x in zip(longest_rows(query, key), (query, key)):
-            torch.testing.assert_close(got.double(), lengths(x), rtol=1e-5, atol=0)
+        query, key = (torch.randn(1, 2, 5, head_dim, dtype=dtype, device=DEVICE) for _ in "qk")
+        expected = lengths(query) * lengths(key)
+        torch.testing.assert_close(bounds_of(query, key).double(), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_head_with_a_number_that_is_not_finite_has_no_finite_length(side, number):
+def test_a_head_with_a_number_that_is_not_finite_has_no_finite_bound(side, number):
     tensors = [torch.randn(2, 3, 40, 16, device=DEVICE) for _ in "qk"]
     tensors[side][1, 2, 39, 15] = number
-    found = longest_rows(*tensors)
-    assert found[side].isfinite().tolist() == [True, True, False] and found[1 - side].isfinite().all()
+    assert bounds_of(*tensors).tolist()[2] == torch.inf and bounds_of(*tensors)[:2].isfinite().all()
 
 
 def test_numbers_that_are_huge_or_tiny():
     query = torch.full((1, 1, 3, 16), 1e18, device=DEVICE)
     key = torch.zeros(1, 1, 3, 16, device=DEVICE)
-    longest, none = longest_rows(query, key)
-    assert float(longest) == pytest.approx(4e18) and float(none) == 0
+    assert float(bounds_of(query, key)) == 0
+    key[0, 0, 1, 3] = 1e-15
+    assert float(bounds_of(query, key)) == pytest.approx(4e3)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("exact", [False, True])
+def test_numbers_are_fp32_whatever_the_default_is(default, exact):
+    case = Case(1, 2, 1, 70, 70, 16, 16)
+    q, k, v, *_ = case.tensors(torch.float32, DEVICE)
+    options = case.options(q, k, v, None, None)
+    named = {"measure": "range", "threshold": 1e-3, "exact": exact}
+    expected = clip_factors(q, k, options, None, nothing_yet(2), **named)
+    torch.set_default_dtype(default)
+    try:
+        layer = LayerSizes(2, torch.device(DEVICE))
+        found = clip_factors(q, k, options, None, Raised(layer.top, layer.largest), **named)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected)) and torch.equal(layer.largest, expected[0])
 
 
 @ROUNDED
@@ -92,10 +127,6 @@ def test_heads_over_the_threshold_are_exact_and_the_others_have_their_bound(wind
     torch.testing.assert_close(found[over], exact[over], rtol=1e-5, atol=1e-5)
     others = [0, 2, 3, 5]
     assert torch.equal(found[others], bounds[others])
-
-
-def nothing_yet(heads):
-    return Raised(torch.full((), -torch.inf, device=DEVICE), torch.full((heads,), -torch.inf, device=DEVICE))
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -134,16 +165,30 @@ def test_factors_bring_the_heads_of_a_call_to_the_threshold(exact, measure, hide
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
-def test_a_bound_that_is_not_finite_gives_no_factor_and_is_remembered(number):
-    case = Case(1, 2, 1, 40, 40, 16, 16)
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("where", ["query", "key", "all queries"])
+def test_a_head_that_is_not_finite_has_no_factor_and_is_remembered(where, exact, number):
+    case = Case(1, 2, 1, 140, 140, 16, 16, is_causal=True)
     q, k, v, *_ = case.tensors(torch.float32, DEVICE)
-    broken, options, raised = q.clone(), case.options(q, k, v, None, None), nothing_yet(2)
-    broken[0, 1, 7, 3] = number
-    named = {"measure": "range", "threshold": 1e-3, "exact": False}
-    for query in (broken, q):
-        sizes, factors = clip_factors(query, k, options, None, raised, **named)
+    broken, options, raised = [q.clone(), k.clone()], case.options(q, k, v, None, None), nothing_yet(2)
+    broken[where == "key"][0, 1, slice(None) if "all" in where else 7, 3] = number
+    named = {"measure": "range", "threshold": 1e-3, "exact": exact}
+    for query, key in (broken, (q, k)):
+        sizes, factors = clip_factors(query, key, options, None, raised, **named)
         assert 0 < factors[0] < 1 and raised.largest.isfinite().tolist() == [True, False]
         assert (factors[1] < 1) == sizes[1].isfinite() and raised.top == torch.inf
+    assert sizes[1].isfinite()
+
+
+def test_a_key_that_no_row_sees_may_hold_anything():
+    case = Case(1, 1, 1, 140, 140, 16, 16, mask="bool")
+    q, k, v, mask, _ = case.tensors(torch.float32, DEVICE)
+    mask[..., 9] = False
+    options = case.options(q, k, v, mask, None)
+    named = {"measure": "range", "threshold": 1e-3, "exact": True}
+    expected = clip_factors(q, k, options, None, nothing_yet(1), **named)[0]
+    k[0, 0, 9] = torch.nan
+    torch.testing.assert_close(clip_factors(q, k, options, None, nothing_yet(1), **named)[0], expected)
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
@@ -200,3 +245,60 @@ def test_second_derivatives_pass_queries_times_factors():
     (first,) = torch.autograd.grad(scaled_queries(query, factors).square().sum(), query, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), query)
     torch.testing.assert_close(second, (2 * factors.square())[:, None, None].expand_as(query))
+
+
+def test_a_gradient_that_others_hold_is_left_to_them():
+    factors = torch.tensor([1.0, 0.337], device=DEVICE)
+    query = torch.randn(1, 2, 5, 8, device=DEVICE, requires_grad=True)
+    scaled = scaled_queries(query, factors)
+    weight = torch.randn_like(query)
+    of_scaled, of_query = torch.autograd.grad((scaled * weight).sum(), [scaled, query])
+    assert torch.equal(of_scaled, weight)
+    torch.testing.assert_close(of_query, weight * factors[:, None, None])
+    beside = torch.zeros_like(query, requires_grad=True) * 1.0
+    scaled = scaled_queries(query, factors) + beside
+    found = torch.autograd.grad((scaled * weight).sum(), [beside, query])
+    assert torch.equal(found[0], weight)
+    torch.testing.assert_close(found[1], weight * factors[:, None, None])
+
+
+@carried_by("uses")
+@pytest.mark.parametrize("layout", ["(B, H, M, D)", "(B, M, H, D)", "fused"])
+def test_the_gradient_that_attention_made_is_changed_in_place(layout, way):
+    if way != "kernels":
+        return
+    query = LAYOUTS[layout]().requires_grad_()
+    factors = torch.tensor([1.0, 0.337, 0.91], device=DEVICE)
+    places = []
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            made = torch.ones_like(grad)
+            places.append(made.data_ptr())
+            return made
+
+    kernel = engines.kernel("measure.clip")
+    with mock.patch.object(kernel, "scaled", wraps=kernel.scaled) as launched:
+        Attention.apply(scaled_queries(query, factors)).sum().backward()
+    x, _, out = launched.call_args.args
+    assert x is out and x.data_ptr() == places[0]
+
+
+@pytest.mark.parametrize("counts", ["forward", "backward"])
+def test_a_checkpoint_may_run_one_of_its_passes_under_a_dispatch_mode(counts):
+    factors = torch.tensor([1.0, 0.337], device=DEVICE)
+    query = torch.randn(1, 2, 5, 8, device=DEVICE, requires_grad=True)
+
+    def mode(here):
+        return FlopCounterMode(display=False) if here == counts else contextlib.nullcontext()
+
+    with mode("forward"):
+        out = checkpoint(lambda x: scaled_queries(x, factors).square(), query, use_reentrant=False)
+    with mode("backward"):
+        out.sum().backward()
+    torch.testing.assert_close(query.grad, 2 * query.detach() * factors.square()[:, None, None])

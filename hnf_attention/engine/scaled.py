@@ -17,13 +17,14 @@ def scaled_queries(query: Tensor, factors: Tensor) -> Tensor:
 
     The factors are constants of the gradient.
     """
-    if engines.kernels_cover(query, None) and query.stride(3) == 1 and query.numel() and untraced(query):
+    fits = query.dim() == 4 and query.shape[1] == len(factors) and query.stride(3) == 1 and query.numel() > 0
+    if fits and engines.kernels_cover(query, None) and untraced(query):
         return _Scaled.apply(query, factors)
-    return _product(query, factors)
+    return _product(query, factors[:, None, None])
 
 
 def _product(x: Tensor, factors: Tensor) -> Tensor:
-    return (x * factors[:, None, None]).to(x.dtype)
+    return (x * factors).to(x.dtype)
 
 
 def _kernel(x: Tensor, factors: Tensor, out: Tensor) -> Tensor:
@@ -32,17 +33,26 @@ def _kernel(x: Tensor, factors: Tensor, out: Tensor) -> Tensor:
 
 
 class _Scaled(torch.autograd.Function):
-    """By a kernel. The gradient that attention has just made is changed in place, in heads with a factor below 1."""
+    """By a kernel. A gradient that nothing else holds is changed in place, in heads with a factor below 1."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, factors: Tensor) -> Tensor:
-        ctx.factors = factors
+        # A checkpoint may compute the product the other time: it saves the same.
+        ctx.save_for_backward(factors[:, None, None])
         return _kernel(query, factors, torch.empty_like(query))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (factors,) = ctx.saved_tensors
+        alone = compat.uses(grad) == 1
         # Autograd enables gradients in a backward whose own derivative is wanted (create_graph=True).
         differentiated = torch.is_grad_enabled() or not untraced(grad) or compat.in_gradient_batch(grad)
-        if differentiated or not (grad.is_contiguous() or grad.transpose(1, 2).is_contiguous()):
-            return _product(grad, ctx.factors), None
-        return _kernel(grad, ctx.factors, grad), None
+        if differentiated or grad.stride(3) != 1:
+            return _product(grad, factors), None
+        out = grad if alone and _dense(grad) else torch.empty_like(grad)
+        return _kernel(grad, factors.flatten(), out), None
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether every number of x (B, H, M, D) has a place of its own, in one of the orders that attention gives."""
+    return any(x.permute(order).is_contiguous() for order in ((0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)))

@@ -85,10 +85,9 @@ def sizes_of_rows(max_logit: Tensor, min_logit: Tensor, left_out: Tensor | None,
 def bounds_of_sizes(query: Tensor, key: Tensor, scale: float, measure: str) -> Tensor:
     """(H,) fp32, nats: an upper bound of `sizes_of_rows` of queries (B, H, M, D) and keys (B, H_kv, N, D).
 
-    It comes from the lengths of queries and keys (Cauchy and Schwarz), and reads both once. That costs a few percent of
-    what the scores cost. inf for heads with a NaN or inf.
+    It comes from the lengths of queries and keys (Cauchy and Schwarz). inf for heads with a NaN or inf.
     """
-    longest, longest_keys = longest_rows(query, key)
+    longest, longest_keys = _longest(query), _longest(key)
     lengths = longest.view(len(longest_keys), -1) * longest_keys[:, None]
     bounds = lengths.flatten() * (abs(scale) * (2 if measure == "range" else 1))
     return bounds.nan_to_num(torch.inf, torch.inf)
@@ -113,25 +112,14 @@ def sizes_over(
     return torch.where(bounds > threshold, sizes_of_rows(*rows, skipped, measure), bounds)
 
 
-def longest_rows(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """The length of the longest query (H,) and of the longest key (H_kv,) of each head, fp32.
-
-    query (B, H, M, D), key (B, H_kv, N, D), at least one row each. A head with NaN or inf gets inf or NaN.
-    """
-    if engines.kernels_cover(query, None):
-        with engines.on_device(query):
-            squares = engines.kernel("measure.longest").longest_squares(query, key)
-        return squares.sqrt().split([query.shape[1], key.shape[1]])
-    return _longest(query), _longest(key)
-
-
 def _longest(x: Tensor) -> Tensor:
+    """The length of the longest row of each head, (H,) fp32."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.linalg.vector_norm(x, dim=-1, dtype=dtype).amax((0, 2)).float()
 
 
 def extreme_scores(query: Tensor, key: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """The largest and the smallest score of each row, (B, H, M) fp32. Tensors as for `longest_rows`."""
+    """The largest and the smallest score of each row, (B, H, M) fp32. Tensors as for `clip_factors`."""
     if engines.kernels_cover(query, None) and key.shape[2] > 0:
         with engines.on_device(query):
             return engines.kernel("portable.probe").probe(query, key, options)[2:4]

@@ -51,8 +51,8 @@ class LayerSizes:
     def begin(self, heads: int, device: torch.device) -> None:
         """Know nothing of the layer."""
         with torch.inference_mode(False):
-            self.largest = torch.full((heads,), -torch.inf, device=device)
-            self.top = torch.full((), -torch.inf, device=device)
+            self.largest = torch.full((heads,), -torch.inf, dtype=torch.float32, device=device)
+            self.top = torch.full((), -torch.inf, dtype=torch.float32, device=device)
         self.bound = float("inf")
         self.rest = self.clipped = 0
         self.seen = self.kept = False

@@ -15,7 +15,7 @@ from ..shared.tiles import block_dim, ceil_div, grid_1d, scheduled_block
 from .extremes import Tensors, single_plan, strides_of
 from .extremes_kernel import LeftOut, OneCall, block_extremes, ordered, unordered
 
-_BLOCK = 128  # rows that a program scales at once
+_BLOCK, _BYTES = 128, 65536  # rows that a program scales at once, and bytes: more would spill
 _NOTHING = tl.constexpr(-0x7F800001)  # -inf, `ordered`
 
 
@@ -84,9 +84,9 @@ def _size_bounds_kernel(
 
 @triton.jit(do_not_specialize=["window", "is_range"])
 def _largest_rows_kernel(
-    found_ptr, wanted_ptr, tensors, left_out, call, window, is_range, PLAN: tl.constexpr
+    found_ptr, sizes_ptr, wanted_ptr, tensors, left_out, call, window, is_range, PLAN: tl.constexpr
 ):
-    """The largest row of wanted heads, `ordered`, by all of their scores."""
+    """The largest row of wanted heads, `ordered`, by all of their scores; inf where a row that counts has a NaN."""
     start_m, bh = scheduled_block(call.num_queries, PLAN.block_m, True)
     if bh >= call.num_bh:
         return
@@ -94,7 +94,10 @@ def _largest_rows_kernel(
     if tl.load(wanted_ptr + head) == 0:
         return
     like = tensors.query_ptr
-    high, wide = block_extremes(tensors, like, left_out, call, window, batch, head, start_m, PLAN)
+    if tl.load(sizes_ptr + head) < float("inf"):
+        high, wide = block_extremes(tensors, like, left_out, call, window, batch, head, start_m, PLAN)
+    else:  # a query or a key is not finite
+        high, wide = block_extremes(tensors, like, left_out, call, window, batch, head, start_m, PLAN, True)
     tl.atomic_max(found_ptr + head, ordered(tl.where(is_range != 0, wide, high)), sem="relaxed")
 
 
@@ -132,7 +135,8 @@ class CallSizes:
         self._squares, self._top = squares, top
         self._scale = abs(scale) * (2.0 if is_range else 1.0)
         self._is_range, self._threshold, self._largest = is_range, threshold, largest
-        self.sizes, self.factors = torch.empty(2, len(largest), device=squares.device).unbind()
+        sizes = torch.empty(2, len(largest), dtype=torch.float32, device=squares.device)
+        self.sizes, self.factors = sizes.unbind()
         self._found = torch.empty(len(largest), dtype=torch.int32, device=squares.device)
         self.wanted = torch.empty(len(largest), dtype=torch.uint8, device=squares.device)
 
@@ -180,6 +184,7 @@ class CallSizes:
             device,
             {
                 "found_ptr": self._found,
+                "sizes_ptr": self.sizes,
                 "wanted_ptr": self.wanted,
                 "tensors": OneCall(query, key, key, None, *strides_of(call)),
                 "left_out": skipped,
@@ -225,8 +230,10 @@ def _scaled_kernel(x, out, factors_ptr, heads, num_rows, PLAN: tl.constexpr):
 
 
 @functools.cache
-def _scaled_plan(head_dim: int, in_place: bool) -> ScaledPlan:
-    return ScaledPlan(head_dim, _BLOCK, block_dim(head_dim), in_place)
+def _scaled_plan(head_dim: int, size: int, in_place: bool) -> ScaledPlan:
+    """size: bytes of a number."""
+    width = block_dim(head_dim)
+    return ScaledPlan(head_dim, min(_BLOCK, _BYTES // (width * size)), width, in_place)
 
 
 def scaled(x: torch.Tensor, factors: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -235,10 +242,11 @@ def scaled(x: torch.Tensor, factors: torch.Tensor, out: torch.Tensor) -> torch.T
     If out is x, heads with a factor of 1 are not touched.
     """
     batch, heads, num_rows, head_dim = x.shape
+    plan = _scaled_plan(head_dim, x.element_size(), x is out)
     launch(
         _scaled_kernel,
-        (batch * heads, ceil_div(num_rows, _BLOCK), 1),
-        _scaled_plan(head_dim, x is out),
+        (batch * heads, ceil_div(num_rows, plan.block), 1),
+        plan,
         x.device,
         {"x": strided(x), "out": strided(out), "factors_ptr": factors},
         {"heads": heads, "num_rows": num_rows},

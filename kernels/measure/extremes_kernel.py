@@ -142,6 +142,7 @@ def _walk_keys(
     mask_ptr,
     PLAN: tl.constexpr,
     MASKED: tl.constexpr,
+    NAN_IS_INF: tl.constexpr,
 ):
     """The largest and the smallest score of rows with the keys of one range, tiles = (first, end)."""
     first, end = tiles
@@ -150,14 +151,30 @@ def _walk_keys(
         k = _load(k_ptr, k_stride, offs_n, call.num_keys, PLAN.head_dim, PLAN.block_d)
         s = tl.dot(q, k.T, input_precision="ieee") * call.scale
         s, seen, _ = cap_and_mask(s, offs_m[:, None], offs_n[None, :], call, window, mask_ptr, PLAN, MASKED)
+        if NAN_IS_INF:
+            s = tl.where(s == s, s, float("inf"))
         high = tl.maximum(high, tl.max(s, 1))
         low = tl.minimum(low, tl.min(tl.where(seen, s, float("inf")) if MASKED else s, 1))
     return high, low
 
 
 @triton.jit
-def block_extremes(row, like, left_out, call, window, batch, head, start_m, PLAN: tl.constexpr):
-    """The largest score of a block of rows, and the largest range within one of them; -inf where no row counts."""
+def block_extremes(
+    row,
+    like,
+    left_out,
+    call,
+    window,
+    batch,
+    head,
+    start_m,
+    PLAN: tl.constexpr,
+    NAN_IS_INF: tl.constexpr = False,
+):
+    """The largest score of a block of rows, and the largest range within one of them; -inf where no row counts.
+
+    NAN_IS_INF: whether a score that is NaN counts as inf. A maximum drops it otherwise.
+    """
     q_ptr, q_stride = _tensor(row, like, _QUERY, _QUERY_B, batch, head, PLAN)
     k_ptr, k_stride = _tensor(row, like, _KEY, _KEY_B, batch, head // PLAN.group, PLAN)
     offs_m = start_m + tl.arange(0, PLAN.block_m)
@@ -186,7 +203,19 @@ def block_extremes(row, like, left_out, call, window, batch, head, start_m, PLAN
         # As in `attend`: some plans leave no tile of a side.
         if (side == 2) or (side == 1 and not PLAN.has_mask) or (side == 0 and PLAN.hides_both_ends):
             high, low = _walk_keys(
-                high, low, q, k_ptr, k_stride, tiles, offs_m, call, window, mask_ptr, PLAN, side != 1
+                high,
+                low,
+                q,
+                k_ptr,
+                k_stride,
+                tiles,
+                offs_m,
+                call,
+                window,
+                mask_ptr,
+                PLAN,
+                side != 1,
+                NAN_IS_INF,
             )
     counts = (offs_m < call.num_queries) & (high > -float("inf"))
     if PLAN.has_left_out:
