@@ -152,6 +152,18 @@ def test_check_prints_verdict_margins_and_formats(tmp_path, capsys):
         assert said in printed, said
 
 
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no folder of open files")
+def test_check_reads_a_pipe_as_shells_give_it(capsys):
+    reading, writing = os.pipe()
+    os.write(writing, b'{"d_model": 128, "n_heads": 8, "seq_len": 256}')
+    os.close(writing)
+    try:
+        assert main(["check", f"/dev/fd/{reading}"]) == 0
+    finally:
+        os.close(reading)
+    assert " stable: sigma" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("designs", [1, 2])
 def test_the_region_goes_to_standard_output_for_a_dash(tmp_path, monkeypatch, capsysbinary, designs):
     monkeypatch.chdir(tmp_path)

@@ -108,7 +108,8 @@ def check(
     model = None
     config: Config
     path = Path(name).expanduser()
-    if path.is_file() or (path.suffix == ".json" and not path.is_dir()):  # no name on the hub ends like this
+    # A file, a pipe (`<(...)` of a shell), or nothing: no name on the hub ends like this.
+    if not path.is_dir() and (path.exists() or path.suffix == ".json"):
         config = read_json(path)
         if with_weights:
             raise InputError(f"expected a model's folder or name for --weights, got the file {name}")
@@ -140,14 +141,15 @@ def read_json(path: Path) -> Config:
     Raises InputError for a file that is not a JSON object.
     """
     try:
-        size = path.stat().st_size
-        config = json.loads(path.read_text(encoding="utf-8")) if size <= LARGEST else None
+        with path.open("rb") as file:
+            read = file.read(LARGEST + 1)
+        config = json.loads(read.decode("utf-8")) if len(read) <= LARGEST else None
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # JSON's and UTF-8's
         raise InputError(f"expected a JSON configuration in {path}, got something else: {error}") from error
-    if size > LARGEST:
-        raise InputError(f"expected a configuration of at most {LARGEST:,} bytes in {path}, got {size:,}")
+    if len(read) > LARGEST:
+        raise InputError(f"expected a configuration of at most {LARGEST:,} bytes in {path}, got more")
     if not isinstance(config, dict):
         raise InputError(f"expected a JSON object in {path}, got a {type(config).__name__}")
     if "model_type" not in config:
