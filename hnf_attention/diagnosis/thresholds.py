@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 from ..errors import InputError
 from ..statistics.fields import SATURATED_ENTROPY
@@ -209,6 +211,22 @@ def checked_thresholds(thresholds: Mapping[str, float] | None) -> dict[str, floa
             raise InputError(f"expected threshold {name!r} to be a finite number, got {value!r}")
         checked[name] = float(value)
     return checked
+
+
+def differing(thresholds: Mapping[str, Any]) -> dict[str, float]:
+    """Those among these numbers by name that are thresholds, finite, and other than the table's.
+
+    A file may hold anything under such a name: whatever else it is, is left out.
+    """
+    return {
+        name: float(value)
+        for name, value in thresholds.items()
+        if name in THRESHOLDS
+        and isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max  # a whole number may be too large for `math.isfinite`
+        and value != THRESHOLDS[name].value
+    }
 
 
 @contextmanager

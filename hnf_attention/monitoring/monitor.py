@@ -349,7 +349,14 @@ class AttentionStabilityMonitor:
         """The numbers alone, for those who keep them."""
         outage = self.parts.off.get("diagnosis")
         why = {"all": "judging failed" if outage is None else outage.reason}
-        return AttentionDiagnosis([], dict(snapshot.layers), snapshot.step, [snapshot], not_judged=why)
+        return AttentionDiagnosis(
+            [],
+            dict(snapshot.layers),
+            snapshot.step,
+            [snapshot],
+            thresholds=self._thresholds,
+            not_judged=why,
+        )
 
     def _note_lost_processes(self) -> None:
         if self._together is None or self._together.lost is None or "ranks" in self.parts.off:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..diagnosis.thresholds import differing
 from . import blocks, metrics
 from .blocks import BadLog
 from .records import Layout, Record
@@ -199,11 +200,12 @@ def add(connection: sqlite3.Connection, session: int, number: int, record: Recor
         _drop_later(connection, record, begins=number == 1)
         if record.layout.layers:
             _add_snapshot(connection, session, record)
+        events = [event for event in record.events if not _is_known(connection, event)]
         connection.executemany(
             "INSERT INTO events (step, session, kind, change, detail) VALUES (?, ?, ?, ?, ?)",
             [
                 *((record.step, session, "issue", how, json.dumps(issue)) for how, issue in record.changes),
-                *((record.step, session, event["kind"], None, json.dumps(event)) for event in record.events),
+                *((record.step, session, event["kind"], None, json.dumps(event)) for event in events),
             ],
         )
         connection.executemany(
@@ -259,6 +261,24 @@ def _drop_later(connection: sqlite3.Connection, record: Record, begins: bool) ->
     for name in record.scalars:
         since = first if begins else record.step + 1
         connection.execute("DELETE FROM scalars WHERE name = ? AND step >= ?", (name, since))
+
+
+def _is_known(connection: sqlite3.Connection, event: Mapping[str, Any]) -> bool:
+    """Whether an event tells the thresholds that the log tells already: each session tells its own."""
+    return event["kind"] == "thresholds" and event.get("values") == thresholds(connection)
+
+
+def thresholds(connection: sqlite3.Connection) -> dict[str, float]:
+    """What the last log step was judged with in place of the table's. A text that is no such account is left out."""
+    rows = connection.execute(
+        "SELECT detail FROM events WHERE kind = 'thresholds' ORDER BY step DESC, id DESC"
+    )
+    for (text,) in rows:
+        try:
+            return differing(json.loads(text)["values"])
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            continue
+    return {}
 
 
 def active_issues(connection: sqlite3.Connection, step: int) -> list[dict[str, Any]]:

@@ -141,6 +141,16 @@ class RunLog:
             raise BadLog(f"expected a whole run log, got one with {error!r}: {self.path}") from None
 
     @property
+    def thresholds(self) -> dict[str, float]:
+        """What the last log step was judged with in place of the table's numbers, by name. An older log has none."""
+        if self._connection is None:
+            return {}
+        try:
+            return database.thresholds(self._connection)
+        except sqlite3.DatabaseError as error:
+            raise BadLog(f"expected a whole run log, got one with {error!r}: {self.path}") from None
+
+    @property
     def not_measured(self) -> dict[str, str]:
         """Attention that was seen and not measured, as of the last log step: layer to reason."""
         rows = self._rows("SELECT not_measured FROM snapshots ORDER BY step DESC LIMIT 1")

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from ..diagnosis import AttentionDiagnosis, StabilityIssue
+from ..diagnosis.thresholds import differing
 from ..monitoring.transitions import HOLD, IssueTracker
 from . import blocks, metrics
 from .records import Layout, Record, issue_dict
@@ -20,6 +21,7 @@ class Recording:
         self._scalars: dict[str, list[tuple[int, float]]] = {}
         self._events: list[dict[str, Any]] = []
         self._last: Record | None = None
+        self._thresholds: dict[str, float] | None = None  # those of the last log step; None before the first
 
     def know(self, issues: Iterable[Mapping[str, Any]]) -> None:
         """Issues that were reported before this process began: they are not new."""
@@ -42,6 +44,12 @@ class Recording:
         news = self._tracker.update(diagnosis.issues, judged=not diagnosis.not_judged)
         changes = [(how, issue_dict(issue)) for how, issues in news._asdict().items() for issue in issues]
         snapshot = diagnosis.history[-1] if diagnosis.history else None
+        thresholds = differing(diagnosis.thresholds)
+        # What was told of steps that are done again is dropped from the log.
+        again = self._last is not None and diagnosis.step <= self._last.step
+        if thresholds != self._thresholds or again:
+            self._thresholds = thresholds
+            self.happened({"kind": "thresholds", "step": diagnosis.step, "values": thresholds})
         scalars, self._scalars = self._scalars, {}
         events, self._events = self._events, []
         forwards = (0, 0, 0) if snapshot is None else snapshot.forwards

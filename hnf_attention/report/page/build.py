@@ -18,7 +18,7 @@ import numpy as np
 
 from ...diagnosis import AttentionDiagnosis
 from ...diagnosis.measured import HARMED, harm_text
-from ...diagnosis.thresholds import threshold
+from ...diagnosis.thresholds import overridden, threshold
 from ...errors import InputError
 from ...figures.labels import layer_labels
 from ...run_log import RunLog
@@ -128,6 +128,7 @@ def page_of(runs: Sequence[Run], names: Sequence[str], title: str | None, wanted
     tables = [_aligned(run, layers) for run in runs]
     shown = [metric for metric in METRICS if metric.name in wanted]
     shown.sort(key=lambda metric: list(wanted).index(metric.name))
+    judged_with = [(name, run.thresholds) for name, run in zip(names, runs)]
     described = []
     for metric in shown:
         values = [each[metric.name] for each in tables]
@@ -144,7 +145,7 @@ def page_of(runs: Sequence[Run], names: Sequence[str], title: str | None, wanted
             "unit": metric.unit,
             "numbers": numbers,
             "scale": {"low": scale.low, "high": scale.high, "log": scale.log},
-            "limits": limits(metric.name),
+            "limits": limits(metric.name, judged_with),
             "worse": worse(metric.name),
         })  # fmt: skip
     described = described or [_nothing(shown[0], planes, tables)]
@@ -155,8 +156,9 @@ def page_of(runs: Sequence[Run], names: Sequence[str], title: str | None, wanted
         "runs": [_run(*each, places) for each in zip(runs, names, told, tables)],
         "comparison": comparison(runs, told, verdicts) if len(runs) > 1 else None,
     }
-    for number, own in enumerate(tables):
-        planes[f"plane-{number}-marks"] = pack(_marks(own))
+    for number, (run, own) in enumerate(zip(runs, tables)):
+        with overridden(run.thresholds):
+            planes[f"plane-{number}-marks"] = pack(_marks(own))
     heading = title or " and ".join(names)
     return Page(_filled(report, planes, verdicts, names, heading), verdicts)
 

@@ -85,13 +85,16 @@ function drawLines(plot, options, [low, high]) {
   }
   // Names come last, with a rim in the colour of the page, so that lines which cross them leave them readable.
   let lastY = Infinity;
+  let end = 0;
   for (const { value, name } of shown) {
     const y = plot.valToPos(value, "y", true);
     const near = Math.abs(y - lastY) < 14 * ratio; // two names must not lie on each other
     lastY = near ? Infinity : y;
     ctx.textAlign = "left";
     ctx.textBaseline = y - top < 14 * ratio ? "top" : "bottom";
-    const place = [name, left + (near ? 64 : 4) * ratio, y + (ctx.textBaseline === "top" ? 2 : -2) * ratio];
+    const start = near ? end + 12 * ratio : left + 4 * ratio;
+    end = start + ctx.measureText(name).width;
+    const place = [name, start, y + (ctx.textBaseline === "top" ? 2 : -2) * ratio];
     ctx.setLineDash([]);
     ctx.strokeStyle = look.surface;
     ctx.lineWidth = 4 * ratio;

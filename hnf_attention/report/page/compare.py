@@ -82,8 +82,8 @@ def _worst(values: np.ndarray, worst: Any) -> str:
 
 
 def _settings(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """What the last sessions say of themselves, where it differs."""
-    found = [_flat(run.sessions[-1]) if run.sessions else {} for run in runs]
+    """What the last sessions say of themselves, and the thresholds that runs set, where it differs."""
+    found = [_flat({**(run.sessions[-1:] or [{}])[0], "threshold": run.thresholds}) for run in runs]
     for each in found:
         for name in ("started", "environment.process"):
             each.pop(name, None)

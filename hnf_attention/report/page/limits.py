@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...diagnosis.thresholds import THRESHOLDS
@@ -36,12 +38,23 @@ SHOWS = {
 }
 
 
-def limits(metric: str) -> list[dict[str, Any]]:
-    """The lines of a chart: value, name, source."""
+def limits(metric: str, own: Sequence[tuple[str, Mapping[str, float]]] = (("", {}),)) -> list[dict[str, Any]]:
+    """The lines of a chart: value, name, source.
+
+    own: of each run its name, and the thresholds that it was judged with in place of the table's; where they changed
+    during the run, the latest. A line that differs between the runs is drawn for each, with the run's name.
+    """
     found = []
     for name, factor, short in _LIMITS.get(metric, ()):
         entry = THRESHOLDS[name]
-        found.append({"value": entry.value * factor, "name": short, "source": entry.source})
+        values = [thresholds.get(name, entry.value) for _, thresholds in own]
+        same = len(set(values)) == 1
+        for (run, _), value in list(zip(own, values))[: 1 if same else None]:
+            if not math.isfinite(value * factor):  # a number as large as that turns a rule off
+                continue
+            source = entry.source if value == entry.value else "set by this run"
+            label = short if same else f"{short}, {run}"
+            found.append({"value": value * factor, "name": label, "source": source})
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...diagnosis import AttentionDiagnosis
+from ...diagnosis.thresholds import differing
 from ...errors import InputError
 from ...run_log import RunLog
 from ...run_log.metrics import NAMES, joined, table
@@ -46,7 +47,8 @@ class Run:
 
     layers: name to (heads, what the layer is) in the order of the heads. steps: rising. not_measured: layer to reason.
     sessions: what the processes that wrote said of themselves. joined: whether log steps were joined.
-    training: whether the model trained at the last log step.
+    training: whether the model trained at the last log step. thresholds: what the run was judged with in place of the
+    table's numbers; where they changed meanwhile, the latest.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Run:
     sessions: list[dict[str, Any]] = field(default_factory=list)
     joined: bool = False
     training: bool = True
+    thresholds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def heads(self) -> int:
@@ -115,6 +118,7 @@ def of_log(log: RunLog, metrics: Sequence[str]) -> Run:
         log.sessions,
         len(kept) < len(steps),
         training,
+        log.thresholds,
     )
 
 
@@ -147,6 +151,7 @@ def of_diagnosis(diagnosis: AttentionDiagnosis, metrics: Sequence[str]) -> Run:
         not_measured=dict(diagnosis.not_measured),
         joined=len(kept) < len(snapshots),
         training=last is None or last.training,
+        thresholds=differing(diagnosis.thresholds),
     )
 
 

@@ -211,6 +211,8 @@ def _done(event: Event) -> dict[str, Any] | None:
     if event.kind == "issue":
         return None
     detail = {key: value for key, value in event.detail.items() if key not in ("kind", "step")}
+    if event.kind == "thresholds" and isinstance(detail.get("values"), Mapping):
+        detail = dict(detail["values"]) or {"text": "the default ones"}
     action = str(detail.pop("action", event.kind))
     layers = detail.pop("layers", None)
     named = list(layers) if isinstance(layers, (list, tuple, Mapping)) else []
