@@ -23,6 +23,10 @@ KERNELS: dict[str, frozenset[str]] = {
     "columns_kernel": FLOATS,
     "extremes_kernel": FLOATS,
     "longest_kernel": FLOATS,
+    "size_bounds_kernel": frozenset({"float32"}),
+    "largest_rows_kernel": FLOATS,
+    "settle_kernel": frozenset({"float32", "uint8"}),
+    "scaled_kernel": FLOATS,
     "single_extremes_kernel": FLOATS,
     "beside_kernel": frozenset({"float32"}),
     "rows_asked_kernel": frozenset({"float32", "uint8"}),  # rows that do not count are read as bytes
@@ -48,6 +52,12 @@ IMPOSSIBLE: dict[tuple[str, str], bool] = {
     # Each of the two is the other's case.
     ("extremes_kernel", "single"): True,
     ("single_extremes_kernel", "single"): False,
+    # It knows no output, and its scores are scale * q.k alone.
+    ("largest_rows_kernel", "has_bias"): True,
+    ("largest_rows_kernel", "has_out"): True,
+    ("largest_rows_kernel", "has_softcap"): True,
+    ("largest_rows_kernel", "single"): False,
+    ("settle_kernel", "exact"): False,  # bounds alone need no second launch
 }
 # The sm_90 forward takes none of these.
 IMPOSSIBLE |= {

@@ -16,6 +16,7 @@ from hnf_attention.engine.sizes import (
     Raised,
     bounds_of_sizes,
     clip_factors,
+    product_options,
     sizes_of_rows,
     sizes_over,
 )
@@ -162,6 +163,28 @@ def test_factors_bring_the_heads_of_a_call_to_the_threshold(exact, measure, hide
     # What is less raises nothing.
     clip_factors(q * 0.5, k, options, left_out, raised, **named)
     assert raised.largest[3] == 1e5 and torch.equal(raised.largest[[0, 1, 2, 4, 5]], sizes[[0, 1, 2, 4, 5]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mask": "bool"},
+        {"mask": "additive", "softcap": 20.0, "is_causal": True},
+        {"seqlens": (0, 10, 70, 150), "is_causal": True},
+        {"seqlens": (0, 10, 70, 150), "window_size": 9, "sinks": True},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_exact_sizes_are_those_of_the_product_alone(options, dtype):
+    case = Case(1, 2, 2, 150, 150, 16, 16, **options)
+    q, k, v, mask, sinks = case.tensors(dtype, DEVICE)
+    given = product_options(case.options(q, k, v, mask, sinks))
+    rows = reference.attention(q.double(), k.double(), None, given)[1]
+    expected = sizes_of_rows(rows.max_logit, rows.min_logit, None, "range")
+    named = {"measure": "range", "threshold": 1e-3, "exact": True}
+    found = clip_factors(q, k, case.options(q, k, v, mask, sinks), None, nothing_yet(4), **named)[0]
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
