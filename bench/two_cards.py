@@ -130,15 +130,20 @@ def row(part: str, name: str, numbers: dict, tiny: bool) -> tuple[str, bool | No
     return text, holds
 
 
-def table(results: dict, tiny: bool) -> None:
+def table(results: dict, tiny: bool) -> bool:
+    """Print what was found. Returns whether every promise holds."""
+    kept = True
     words = {True: "holds", False: "FAILS", None: ""}
     for part, found in results.items():
         if "error" in found:
             print(f"{part:40} {found['error'].strip().splitlines()[-1]:88} FAILS")
+            kept = False
             continue
         for name, numbers in found.items():
             text, holds = row(part, name, numbers, tiny)
             print(f"{part + ': ' + name:46} {text:82} {words[holds]}")
+            kept &= holds is not False
+    return kept
 
 
 def main() -> None:
@@ -166,7 +171,7 @@ def main() -> None:
         if arguments.out is not None:  # after each part, so that a later one loses nothing
             described = {"machine": machine(), "backend": backend, **settings, "results": results}
             arguments.out.write_text(json.dumps(described, indent=1) + "\n")
-    table(results, arguments.tiny)
+    sys.exit(not table(results, arguments.tiny))
 
 
 if __name__ == "__main__":

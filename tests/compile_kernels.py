@@ -78,8 +78,7 @@ def compile_clip(q, k, options) -> None:
         sizes.bounds(exact)
     for left_out in (None, torch.zeros(q.shape[0], q.shape[2], dtype=torch.bool)):
         sizes.rows(q, k, options, left_out)
-    for out in (q, torch.empty_like(q)):
-        clip.scaled(q, sizes.factors, out)
+    clip.scaled(q, sizes.factors)
 
 
 def compile_gated(call: extremes.Tensors, options) -> None:

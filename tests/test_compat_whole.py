@@ -19,7 +19,6 @@ FILES += [
     "test_every_step_faults.py",
     "test_every_step_compiled.py",
     "test_torch_sdpa.py",
-    "test_sizes.py",
     "test_transformers_attention.py",
 ]
 HERE = Path(__file__).parent

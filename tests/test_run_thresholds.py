@@ -16,6 +16,7 @@ from hnf_attention.diagnosis.thresholds import THRESHOLDS
 from hnf_attention.monitoring import monitor
 from hnf_attention.report.page import limits
 from hnf_attention.run_log import RunLog, RunLogWriter, export, writer
+from hnf_attention.run_log.recording import Recording
 
 WATCH = {"watch_logit": 40.0}
 
@@ -98,17 +99,19 @@ def test_a_monitor_s_thresholds_stay_while_judging_fails(tmp_path, monkeypatch):
     assert len(calls) >= 3 and told(tmp_path / "run.db") == ([(1, WATCH)], WATCH)
 
 
-def test_an_event_of_the_same_kind_is_left_alone(tmp_path):
+@pytest.mark.parametrize("told_by_itself", ["thresholds", "issue"])
+def test_an_event_of_a_kind_that_log_steps_tell_is_refused(tmp_path, told_by_itself):
     out = RunLogWriter(tmp_path / "run.db")
-    out.write(at(10, WATCH))
-    out.event(12, "thresholds", of="a user")
-    out.event(13, "thresholds", values=7)
-    out.write(at(20, WATCH))
+    with pytest.raises(ValueError, match="expected another kind of event than issue and thresholds, got"):
+        out.event(12, told_by_itself, values=7)
     out.close()
-    with RunLog(tmp_path / "run.db") as log:
-        assert log.thresholds == WATCH
-        assert [event.step for event in log.events if event.kind == "thresholds"] == [10, 12, 13]
-        report.html(log)
+
+
+def test_every_log_step_tells_its_thresholds_for_another_may_be_lost():
+    recording = Recording()
+    for step, own in ((10, WATCH), (20, WATCH), (30, {})):
+        (event,) = recording.record(at(step, own), 0.0).events
+        assert event == {"kind": "thresholds", "step": step, "values": own}
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,9 @@ def test_no_collapse_is_announced(first, fall, scores):
 def test_one_hot_attention():
     issues = found([finished(1, a=only(1, max_weight=0.96))], "one_hot_attention")
     assert set(issues) == {1} and issues[1].severity == "note" and issues[1].value == pytest.approx(0.96)
-    assert found([finished(1, a={"max_weight": 0.96})], "one_hot_attention")[0].severity == "warning"
+    assert found([finished(1, a={"max_weight": 0.96})], "one_hot_attention")[0].severity == "note"
+    grown = {"max_weight": 0.96, "max_logit": 120.0, "min_logit": -120.0}
+    assert found([finished(1, a=grown)], "one_hot_attention")[0].severity == "warning"
     assert not found([finished(1, a={"max_weight": 0.95})], "one_hot_attention")
     assert not found([finished(1, a={"max_weight": 0.99, "sink_mass": 0.5})], "one_hot_attention")
 
@@ -265,7 +267,7 @@ def test_one_hot_attention():
     "share, heads, score, severity",
     [
         (0.06, 4, 5, None),
-        (0.04, 4, 5, "warning"),
+        (0.04, 4, 5, "note"),
         (0.004, 1, 5, "note"),
         (0.004, 4, 5, "warning"),
         (0.004, 1, 150, "warning"),

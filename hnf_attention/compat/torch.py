@@ -80,12 +80,6 @@ in_gradient_batch: Callable[[Tensor], bool] = _find(
 Missing: False. Gradients of attention() that are asked for in a batch then raise an error of PyTorch's.
 """
 
-uses: Callable[[Tensor], int] = _find("Tensor._use_count", lambda tensor: 0)
-"""How many parts of PyTorch hold a tensor: 1 for a gradient that autograd hands to one node and does not keep.
-
-Missing: 0. `QKClip` within the step then writes gradients to new tensors.
-"""
-
 forward_mode_enabled: Callable[[], bool] = _find("_C._is_fwd_grad_enabled", lambda: True)
 """Whether forward-mode differentiation follows the operators of the call.
 

@@ -27,32 +27,25 @@ def _product(x: Tensor, factors: Tensor) -> Tensor:
     return (x * factors).to(x.dtype)
 
 
-def _kernel(x: Tensor, factors: Tensor, out: Tensor) -> Tensor:
+def _kernel(x: Tensor, factors: Tensor) -> Tensor:
     with engines.on_device(x):
-        return engines.kernel("measure.clip").scaled(x, factors, out)
+        return engines.kernel("measure.clip").scaled(x, factors)
 
 
 class _Scaled(torch.autograd.Function):
-    """By a kernel. A gradient that nothing else holds is changed in place, in heads with a factor below 1."""
+    """By a kernel."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, factors: Tensor) -> Tensor:
         # A checkpoint may compute the product the other time: it saves the same.
         ctx.save_for_backward(factors[:, None, None])
-        return _kernel(query, factors, torch.empty_like(query))
+        return _kernel(query, factors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (factors,) = ctx.saved_tensors
-        alone = compat.uses(grad) == 1
         # Autograd enables gradients in a backward whose own derivative is wanted (create_graph=True).
         differentiated = torch.is_grad_enabled() or not untraced(grad) or compat.in_gradient_batch(grad)
         if differentiated or grad.stride(3) != 1:
             return _product(grad, factors), None
-        out = grad if alone and _dense(grad) else torch.empty_like(grad)
-        return _kernel(grad, factors.flatten(), out), None
-
-
-def _dense(x: Tensor) -> bool:
-    """Whether every number of x (B, H, M, D) has a place of its own, in one of the orders that attention gives."""
-    return any(x.permute(order).is_contiguous() for order in ((0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)))
+        return _kernel(grad, factors.flatten()), None

@@ -22,7 +22,6 @@ AGAIN = 0.25  # of the rate, at each later restart
 RESTARTS = 3  # at most
 FURTHEST = 500  # steps from a diagnosis back to the warning that counts, as long as the laboratory's runs
 REST = 50  # steps in which a restarted run is let alone, as in the laboratory
-PAUSE = 50  # steps from a warning to one that belongs to the same trouble, though readings between had none
 
 
 class Restart(NamedTuple):
@@ -51,10 +50,6 @@ class Restarts:
         self._model = model
         self._made: list[Restart] = []
         self._since: int | None = None  # the step of the first warning of the present trouble
-        self._late, self._paused = (
-            -1,
-            False,
-        )  # the step of its latest warning; whether readings since had none
         self._seen = -1  # the step of the latest diagnosis
 
     def see(self, diagnosis: AttentionDiagnosis, trouble: bool) -> None:
@@ -65,14 +60,11 @@ class Restarts:
         if diagnosis.step < self._seen:
             return
         self._seen = diagnosis.step
-        if not trouble:
-            self._paused = True
-            return
-        answered = max((made.step for made in self._made if made.step < diagnosis.step), default=-1)
-        over = self._paused and diagnosis.step - self._late > PAUSE
-        if self._since is None or over or self._since <= answered:
+        answered = [made.step for made in self._made if made.step < diagnosis.step]
+        if self._since is not None and (not trouble or self._since <= max(answered, default=-1)):
+            self._since = None
+        if trouble and self._since is None:
             self._since = diagnosis.step
-        self._late, self._paused = diagnosis.step, False
 
     def states(self) -> good_states.GoodStates | None:
         """The states that a restart may go back to.
@@ -139,18 +131,12 @@ class Restarts:
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON types."""
-        trouble = {"since": self._since, "late": self._late, "paused": self._paused}
-        return {"made": [list(made) for made in self._made], **trouble}
+        return {"made": [list(made) for made in self._made], "since": self._since}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self._made = [Restart(*made) for made in state["made"]]
         self._since = state["since"]
-        self._late = -1 if self._since is None else self._since
-        self._late, self._paused = (
-            state.get("late", self._late),
-            state.get("paused", False),
-        )  # not kept earlier
 
     def load_steps(self, steps: Sequence[int]) -> None:
         """Go on from what earlier versions gave: the steps of restarts to a quarter of the rate, with QK-norm."""

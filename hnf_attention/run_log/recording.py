@@ -12,6 +12,9 @@ from ..monitoring.transitions import HOLD, IssueTracker
 from . import blocks, metrics
 from .records import Layout, Record, issue_dict
 
+#: Kinds of events that a log step tells by itself.
+TOLD = ("issue", "thresholds")
+
 
 class Recording:
     """What a log step's record holds beside its diagnosis: the news since the one before, and what was noted."""
@@ -21,7 +24,7 @@ class Recording:
         self._scalars: dict[str, list[tuple[int, float]]] = {}
         self._events: list[dict[str, Any]] = []
         self._last: Record | None = None
-        self._thresholds: dict[str, float] | None = None  # those of the last log step; None before the first
+        self._told = False  # whether a log step had thresholds of its own
 
     def know(self, issues: Iterable[Mapping[str, Any]]) -> None:
         """Issues that were reported before this process began: they are not new."""
@@ -45,10 +48,9 @@ class Recording:
         changes = [(how, issue_dict(issue)) for how, issues in news._asdict().items() for issue in issues]
         snapshot = diagnosis.history[-1] if diagnosis.history else None
         thresholds = differing(diagnosis.thresholds)
-        # What was told of steps that are done again is dropped from the log.
-        again = self._last is not None and diagnosis.step <= self._last.step
-        if thresholds != self._thresholds or again:
-            self._thresholds = thresholds
+        # Every log step tells its own, since another one may be given up. The log keeps what is new to it.
+        if thresholds or self._told or self._last is None:
+            self._told = bool(thresholds) or self._told
             self.happened({"kind": "thresholds", "step": diagnosis.step, "values": thresholds})
         scalars, self._scalars = self._scalars, {}
         events, self._events = self._events, []

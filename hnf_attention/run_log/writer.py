@@ -25,7 +25,7 @@ from ..versions import versions
 from . import database
 from .fragments import Fragment
 from .places import network_file_system
-from .recording import Recording
+from .recording import TOLD, Recording
 from .records import Record, plain
 
 _log = logging.getLogger("hnf_attention")
@@ -106,7 +106,12 @@ class RunLogWriter:
         self._take(("scalars", index(step), {name: float(value) for name, value in scalars.items()}))
 
     def event(self, step: int, kind: str, **detail: Any) -> None:
-        """Keep something that happened, such as an intervention; written with the next log step, or at the end."""
+        """Keep something that happened, such as an intervention; written with the next log step, or at the end.
+
+        Raises ValueError for the kinds that a log step tells by itself, "issue" and "thresholds".
+        """
+        if kind in TOLD:
+            raise ValueError(f"expected another kind of event than {' and '.join(TOLD)}, got {kind!r}")
         self._take(("event", index(step), {"kind": kind, "step": index(step)} | plain(detail)))
 
     def flush(self, timeout: float = _PATIENCE) -> bool:

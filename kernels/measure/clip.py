@@ -34,7 +34,6 @@ class ScaledPlan(Plan):
     head_dim: int
     block: int
     block_d: int
-    in_place: bool
 
 
 @triton.jit
@@ -217,32 +216,28 @@ def _scaled_kernel(x, out, factors_ptr, heads, num_rows, PLAN: tl.constexpr):
     """out = x times the factor of the head, rounded once."""
     head = tl.program_id(0) % heads
     factor = tl.load(factors_ptr + head)
-    if (factor != 1.0) | (not PLAN.in_place):
-        batch = (tl.program_id(0) // heads).to(tl.int64)
-        row = tl.program_id(1).to(tl.int64) * PLAN.block + tl.arange(0, PLAN.block)
-        column = tl.arange(0, PLAN.block_d)
-        inside = (row < num_rows)[:, None] & (column < PLAN.head_dim)[None, :]
-        from_row = x.ptr + batch * x.stride_b + head.to(tl.int64) * x.stride_h + row * x.stride_m
-        number = tl.load(from_row[:, None] + column[None, :], mask=inside)
-        to_row = out.ptr + batch * out.stride_b + head.to(tl.int64) * out.stride_h + row * out.stride_m
-        scaled = (number.to(tl.float32) * factor).to(number.dtype)
-        tl.store(to_row[:, None] + column[None, :], scaled, mask=inside)
+    batch = (tl.program_id(0) // heads).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64) * PLAN.block + tl.arange(0, PLAN.block)
+    column = tl.arange(0, PLAN.block_d)
+    inside = (row < num_rows)[:, None] & (column < PLAN.head_dim)[None, :]
+    from_row = x.ptr + batch * x.stride_b + head.to(tl.int64) * x.stride_h + row * x.stride_m
+    number = tl.load(from_row[:, None] + column[None, :], mask=inside)
+    to_row = out.ptr + batch * out.stride_b + head.to(tl.int64) * out.stride_h + row * out.stride_m
+    scaled = (number.to(tl.float32) * factor).to(number.dtype)
+    tl.store(to_row[:, None] + column[None, :], scaled, mask=inside)
 
 
 @functools.cache
-def _scaled_plan(head_dim: int, size: int, in_place: bool) -> ScaledPlan:
+def _scaled_plan(head_dim: int, size: int) -> ScaledPlan:
     """size: bytes of a number."""
     width = block_dim(head_dim)
-    return ScaledPlan(head_dim, min(_BLOCK, _BYTES // (width * size)), width, in_place)
+    return ScaledPlan(head_dim, min(_BLOCK, _BYTES // (width * size)), width)
 
 
-def scaled(x: torch.Tensor, factors: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """out, filled with x (B, H, M, D) times factors (H,) fp32; both have an inner stride of 1.
-
-    If out is x, heads with a factor of 1 are not touched.
-    """
+def scaled(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """x (B, H, M, D), which has an inner stride of 1, times factors (H,) fp32."""
     batch, heads, num_rows, head_dim = x.shape
-    plan = _scaled_plan(head_dim, x.element_size(), x is out)
+    out, plan = torch.empty_like(x), _scaled_plan(head_dim, x.element_size())
     launch(
         _scaled_kernel,
         (batch * heads, ceil_div(num_rows, plan.block), 1),

@@ -32,7 +32,7 @@ def _sharp(step: int, heads: Heads, low: np.ndarray, collapsed: np.ndarray) -> I
     tenth, saturated = stats.normalized_entropy_p10, stats.saturated_share
     sink, rest = stats.sink_mass, stats.rest_normalized_entropy
     gradient, weight = stats.jacobian_trace_bound, stats.max_weight
-    severity = severities(heads, low, collapsed, collapsed)
+    severity = severities(heads, low, collapsed)
     alike = np.where(collapsed, heads.in_layer(collapsed), heads.in_layer(low))
     for head in np.flatnonzero(low).tolist():
         place = heads.places[head]
@@ -44,30 +44,36 @@ def _sharp(step: int, heads: Heads, low: np.ndarray, collapsed: np.ndarray) -> I
             f"{weight[head]:.2f}, at most {gradient[head]:.2g} of the softmax gradient gets through; {company}; "
             f"{scores.text(head)}{' and rising' if heads.rising[head] else ''}{_sink(sink[head], rest[head])}"
         )
-        suggestion, cure = _advice(severity[head], heads.grown[head])
+        suggestion, cure = _advice(severity[head], heads.grown[head], heads.finished)
         rows = f", {saturated[head]:.0%} of rows saturated" if saturated[head] >= 0.005 else ""
         brief = f"normalized entropy {entropy[head]:.3f}{rows}, {scores.short(head)} -> {cure}"
         yield make_issue("entropy_collapse", severity[head], place, value, name, evidence, suggestion, brief)
 
 
-def _advice(severity: str, grown: bool) -> tuple[str, str]:
+def _advice(severity: str, grown: bool, finished: bool) -> tuple[str, str]:
     """What to do about a sharp head, whole and in a few words."""
     if severity == "error":
         return (
             f"{CLIP}, or raise this head's attention temperature (get_intervention proposes one)",
             SHORT_CLIP,
         )
-    if severity == "note":
-        return (
-            "nothing to do while its scores do not grow: trained heads that follow one pattern (the previous "
-            "token, an earlier copy) are this sharp",
-            "nothing to do while its scores do not grow",
-        )
     if grown:
         return f"{CLIP} if the entropy falls further", f"{SHORT_CLIP} if it falls further"
+    if finished and severity == "note":
+        return (
+            "nothing to do: many trained models have heads that are this sharp (previous token, an earlier copy), and "
+            "layers of them",
+            "nothing to do, common in trained models",
+        )
+    if finished:
+        return (
+            "check on other data whether these heads differ, and that the weights belong to this architecture",
+            "check on other data",
+        )
     return (
-        "watch whether the scores rise; in a finished model, check on other data whether these heads differ",
-        "watch its scores",
+        "nothing to do while its scores do not grow: trained heads that follow one pattern (the previous "
+        "token, an earlier copy) are this sharp",
+        "nothing to do while its scores do not grow",
     )
 
 

@@ -22,16 +22,14 @@ def rule(history: Sequence[Snapshot], heads: Heads) -> Iterator[StabilityIssue]:
     if not one_hot.any():
         return
     stderr, scores = stats.max_weight_stderr, Scores(heads)
-    severity = severities(heads, one_hot, np.zeros_like(one_hot), one_hot)
+    severity = severities(heads, one_hot, np.zeros_like(one_hot))
     for head in np.flatnonzero(one_hot).tolist():
         place, value = heads.places[head], weight[head]
         evidence = (
             f"{head_name(place)}: the largest weight of a row is {value:.3f}{plus_minus(stderr[head])} "
             f"on average at step {history[-1].step}; {scores.text(head)}"
         )
-        suggestion = (
-            "watch whether the scores rise; a head may do so on purpose, most heads of a layer rarely do"
-        )
+        suggestion = "watch whether the scores rise; a trained head may do so on purpose"
         brief = f"largest weight of a row {value:.3f}, {scores.short(head)} -> watch its scores"
         yield make_issue(
             "one_hot_attention", severity[head], place, value, "one_hot_weight", evidence, suggestion, brief

@@ -25,7 +25,7 @@ def rule(history: Sequence[Snapshot], heads: Heads) -> Iterator[StabilityIssue]:
         Scores(heads),
     )
     lost = weak & (share < threshold("lost_gradient"))
-    severity = severities(heads, weak, lost, weak)
+    severity = severities(heads, weak, lost)
     for head in np.flatnonzero(weak).tolist():
         place, value = heads.places[head], share[head]
         name = "lost_gradient" if lost[head] else "weak_gradient"
