@@ -10,6 +10,7 @@ from odd_layers import Fused
 from test_standing_clip import X, sizes, sizes_by_bound
 from torch import nn
 
+from hnf_attention import restore
 from hnf_attention.interventions import QKClip
 from hnf_attention.interventions.sizes import CALM_LOOKS, LayerSizes
 
@@ -143,3 +144,25 @@ def test_a_layer_that_grows_is_not_calm():
     assert layer.calm(100.0)  # what it did long ago is forgotten
     layer.kept = False
     assert not layer.calm(100.0)
+
+
+def test_restore_ends_it_and_a_later_one_takes_over(caplog):
+    torch.manual_seed(0)
+    model = nn.Sequential(Fused()).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    first = QKClip(model, 5.0).attach(optimizer)
+
+    def step():
+        model(X).square().sum().backward()
+        optimizer.step()
+
+    step()
+    second = QKClip(model, 5.0).attach(optimizer)  # a notebook cell that runs twice
+    assert "a new QKClip of this model takes over" in caplog.text
+    step()
+    assert (first.steps, second.steps) == (1, 1) and second.sizes
+    restore(model)
+    step()
+    assert second.steps == 1
+    model[0].qkv.weight.data.mul_(10.0)
+    assert sizes(model, lambda: model(X), grad=True)["0"].max() > 50.0  # no forward clips itself

@@ -162,6 +162,11 @@ def run(**values):
             "NaN or inf in b head 1 began at step 9 after signs from step 5 on, and the log",
         ),
         ([issue(5, "new", "note"), issue(8, "worse", "error")], "at risk", "and was serious from step 8"),
+        (
+            [issue(5, "new"), done(9, action="x"), done(30, action="x", outcome="kept")],
+            "at risk",
+            "and x at step 9 holds so far, kept at step 30",
+        ),
         ([issue(5, "new"), issue(8, "gone")], "recovered", "and it ended by step 8"),
         (
             [issue(5, "new"), issue(8, "better", "note"), issue(9, "better", "note")],

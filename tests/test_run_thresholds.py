@@ -148,7 +148,7 @@ def test_a_report_draws_the_thresholds_of_the_run(tmp_path):
         pages = report.html(log), report.html(at(20, WATCH))
     for page in pages:
         found = lines(page, "logit_range_max")
-        assert found["watch"] == (80.0, "set by this run")
+        assert found["watch"] == (80.0, "set by this run: watch_logit 40 to either side")
         assert found["alarm"] == (200.0, THRESHOLDS["alarm_logit"].source)  # the latest ones count
 
 
@@ -167,8 +167,11 @@ def test_a_line_that_differs_is_drawn_for_each_run(tmp_path):
     page = report.html(first, at(10, {"alarm_logit": 70.0}), names=["run-a", "run-b"])
     found = lines(page, "logit_range_max")
     assert list(found) == ["watch, run-a", "watch, run-b", "alarm", "loss suffers", "diverges"]
-    assert found["watch, run-a"] == (80.0, "set by this run") and found["watch, run-b"][0] == 120.0
-    assert found["alarm"] == (140.0, "set by this run")
+    assert (
+        found["watch, run-a"] == (80.0, "set by this run: watch_logit 40 to either side")
+        and found["watch, run-b"][0] == 120.0
+    )
+    assert found["alarm"] == (140.0, "set by this run: alarm_logit 70 to either side")
     rows = {row["name"]: row for row in json.loads(Parts(page.text).scripts["report"])["comparison"]}
     assert rows["threshold.watch_logit"] == {
         "name": "threshold.watch_logit",

@@ -111,10 +111,15 @@ class Plots:
     ) -> Axes:
         """Draw when a head will break, with the interval, beside its history.
 
-        issue: one of this diagnosis with a forecast; None takes the first. Raises ValueError if there is none.
+        issue: one of this diagnosis with a forecast; None takes the first. Raises ValueError if there is none, and
+        TypeError for anything else.
         """
         from .. import figures
 
+        if issue is not None and not isinstance(issue, StabilityIssue):
+            raise TypeError(
+                f"expected issue to be a StabilityIssue or None, got {type(issue).__name__}: give path="
+            )
         if issue is None:
             issue = next((each for each in self.issues if each.forecast is not None), None)
         if issue is None or issue.forecast is None or issue.head is None:

@@ -293,7 +293,7 @@ def watched_by(module: nn.Module) -> Watched | None:
 
 
 def restore(model: nn.Module) -> None:
-    """End every instrumentation, monitor and analyzer of `model`, or of a model that shares modules with it.
+    """End every instrumentation, monitor, analyzer and `QKClip` of `model`, or of a model that shares modules with it.
 
     The model and every replaced function are as before. Nothing happens where nothing measures the model. No handle is
     needed: in a notebook, the last error may keep one alive that has no name any more.

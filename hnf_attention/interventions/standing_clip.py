@@ -154,6 +154,10 @@ class QKClip:
         while self._forward_hooks:
             self._forward_hooks.pop().remove()
 
+    def restore(self) -> None:
+        """The same as `remove`: `hnf_attention.restore(model)` and a later `QKClip` of the model end this one."""
+        self.remove()
+
     def _clip_within(self, attached: list[tuple[nn.Module, ClipNow]]) -> None:
         """Have the layers that were found clip their own forwards, those that do not yet."""
         if not self._forward_hooks:

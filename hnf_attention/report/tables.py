@@ -81,7 +81,8 @@ def issue_list(
         lines.append(indented(f"threshold {number(worst.threshold)}: {worst.source}", style="dim"))
         lines.append(indented(f"-> {worst.suggestion}"))
     if limit is not None and len(groups) > limit:
-        lines.append(Text(f"... and {len(groups) - limit} more groups of issues", style="dim"))
+        more = len(groups) - limit
+        lines.append(Text(f"... and {more} more group{'s' * (more != 1)} of issues", style="dim"))
     return Group(*lines)
 
 

@@ -132,7 +132,10 @@ class RunLog:
 
     @property
     def issues(self) -> list[dict[str, Any]]:
-        """The issues that were there at the last log step."""
+        """The issues that are still open at the last log step, each as it was last reported.
+
+        One is open until it was away at three log steps in a row or more.
+        """
         if self._connection is None or not len(steps := self.steps):
             return []
         try:

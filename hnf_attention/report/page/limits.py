@@ -52,7 +52,9 @@ def limits(metric: str, own: Sequence[tuple[str, Mapping[str, float]]] = (("", {
         for (run, _), value in list(zip(own, values))[: 1 if same else None]:
             if not math.isfinite(value * factor):  # a number as large as that turns a rule off
                 continue
-            source = entry.source if value == entry.value else "set by this run"
+            source = entry.source
+            if value != entry.value:
+                source = f"set by this run: {name} {value:g}" + (" to either side" if factor == 2.0 else "")
             label = short if same else f"{short}, {run}"
             found.append({"value": value * factor, "name": label, "source": source})
     return found

@@ -92,11 +92,19 @@ class Story:
             found = f"helped: the issue went at step {self.gone:,}"
         elif self.calm is not None and self.calm > last["step"]:
             found = f"helped: the issue has been a note since step {self.calm:,}"
+        elif self.kept is not None:
+            found = f"holds so far: kept at step {self.kept:,}, but the issue was not away for long enough to be over"
         else:
             found = "did not end it: the issue is still there"
         later = [check["text"] for check in self.checks if check["step"] > last["step"]]
         checked = f" Checked later: {later[-1]}." if later else ""
         return f"{last['action']} at step {last['step']:,} {found}.{checked}"
+
+    @property
+    def kept(self) -> int | None:
+        """The step at which a monitor found that what was done last is worth keeping; None if it found otherwise."""
+        later = [check for check in self.checks if self.done and check["step"] > self.done[-1]["step"]]
+        return later[-1]["step"] if later and later[-1]["outcome"] == "kept" else None
 
     def to_dict(self, layers: Mapping[str, int]) -> dict[str, Any]:
         """As JSON types for the page. layers: name to its place in the page."""
@@ -219,7 +227,8 @@ def _done(event: Event) -> dict[str, Any] | None:
     if isinstance(detail.get("layer"), str):
         named.append(detail["layer"])
     # A monitor's account: its later sentences tell what became of an intervention.
-    checked = event.kind == "intervention" and detail.pop("outcome", "open") != "open"
+    outcome = detail.pop("outcome", "open") if event.kind == "intervention" else "open"
+    checked = outcome != "open"
     text = (
         detail.pop("text", None)
         or detail.pop("description", None)
@@ -231,6 +240,7 @@ def _done(event: Event) -> dict[str, Any] | None:
         "action": action.replace("_", " "),
         "text": str(text) if checked else _deed(action.replace("_", " "), str(text)),
         "layers": [str(name) for name in named],
+        "outcome": str(outcome),
     }
 
 

@@ -66,6 +66,8 @@ def _treated(story: Story) -> str:
     if story.done:
         last = story.done[-1]
         what = f"{last['action']} at step {last['step']:,}"
+        if end is None and story.kept is not None:
+            return f", and {what} holds so far, kept at step {story.kept:,}"
         return f", and {what} has not ended it" if end is None else f", and {what} {how} by step {end:,}"
     if end is None:
         return ", and the log has no intervention against it"
