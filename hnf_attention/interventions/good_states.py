@@ -172,7 +172,9 @@ class GoodStates:
             slot.settle()
 
     def rewind(self, before: int) -> int:
-        """Restore the newest good state that is at least `margin` steps older than step `before`. Returns its step.
+        """Restore the newest good state that is at least `margin` steps older than step `before`, or that of step 0.
+
+        Returns its step.
 
         The state before the first step of all, step 0, is old enough for any alarm.
         Every tensor keeps its identity and its memory. Later states are dropped. Gains of QK-norm that came to the
