@@ -223,10 +223,10 @@ def apply_intervention(
     part has to call this, with the same intervention: they wait for each other. It is done in all of them or in none.
 
     Returns an `Applied`, whose `verify()` compares it with a later reading, and whose `revert()` takes it back. Raises
-    ValueError, and then has changed nothing, for an unknown action, missing, wrong or misspelt items, an unknown layer, or one
-    that cannot be treated: its weights are frozen, shared, wrapped, of 8 bits or fewer, or not proved to be its queries
-    and keys. So in every process that holds a part if one has a reason to, or if they are given different ones. An
-    error of another kind, in one process, is a RuntimeError in the others.
+    ValueError, and then has changed nothing, for an unknown action, for missing, wrong or misspelt items, for an
+    unknown layer, or one that cannot be treated: its weights are frozen, shared, wrapped, of 8 bits or fewer, or not
+    proved to be its queries and keys. So in every process that holds a part if one has a reason to, or if they are
+    given different ones. An error of another kind, in one process, is a RuntimeError in the others.
     """
     known = getattr(intervention, "model", None) if model is None else model
     actions = holders.agreed(

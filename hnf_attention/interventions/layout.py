@@ -52,7 +52,7 @@ def find(
             except ValueError as reason:
                 reasons.append(reason.with_traceback(None))
         declared = orders.declared_heads(place)
-        if spread is None and declared not in (
+        if (spread is None or spread.part.count == 1) and declared not in (
             None,
             num_heads,
         ):  # what it refuses is likely the number of heads

@@ -24,6 +24,9 @@ _log = logging.getLogger("hnf_attention")
 #: another cure, and learns little at a lower rate.
 FLOOR = 1.0 / 16.0
 
+#: How far a rate may lie above its schedule's, of it: schedulers that multiply the last rate round at each step.
+TOLERANCE = 1e-4
+
 
 class Trouble(NamedTuple):
     """What a cut of the learning rate should lessen.
@@ -122,7 +125,7 @@ class ReduceRate(Action):
         if scheduled is not None:
             allowed = [max(own, self._factor * rate) for own, rate in zip(self._set, scheduled)]
             text += f"; the schedule alone would give ({_listed(scheduled)})"
-        return Verdict(all(now <= most * (1 + 1e-6) for now, most in zip(rates, allowed)), text)
+        return Verdict(all(now <= most * (1 + TOLERANCE) for now, most in zip(rates, allowed)), text)
 
     def _do(self, undo: list[Callable[[], Any]]) -> str:
         if self._scheduler is None and any("initial_lr" in group for group in self._groups):
