@@ -344,11 +344,6 @@ def inner_schedulers(scheduler: object) -> list[Any]:
     return list(getattr(scheduler, "_schedulers", ()))
 
 
-def set_inner_schedulers(scheduler: Any, inner: list[Any]) -> None:
-    """Put other schedulers in place of those that `inner_schedulers` gives. Missing: nothing is to be replaced."""
-    scheduler._schedulers = inner
-
-
 def flattened(mesh: DeviceMesh) -> DeviceMesh:
     """The processes of all dimensions of a mesh as one dimension.
 

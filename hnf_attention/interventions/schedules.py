@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..compat import inner_schedulers, set_inner_schedulers
+from ..compat import inner_schedulers
 
 
 def parts_of(scheduler: Any) -> list[Any]:
@@ -72,14 +72,15 @@ def _copies(
     twins = {id(group): _copied(group) for group in groups}
 
     def copied(scheduler: Any) -> Any:
-        twin = copy.copy(scheduler)
+        twin, inner = copy.copy(scheduler), {id(part): copied(part) for part in inner_schedulers(scheduler)}
         for name, value in vars(scheduler).items():
-            setattr(twin, name, copy.copy(value) if isinstance(value, (list, dict)) else value)
+            if isinstance(value, list) or (inner and isinstance(value, tuple)):
+                setattr(twin, name, [inner.get(id(each), each) for each in value])
+            elif isinstance(value, dict):
+                setattr(twin, name, copy.copy(value))
         if hasattr(scheduler, "optimizer"):
             own = [twins.setdefault(id(x), _copied(x)) for x in scheduler.optimizer.param_groups]
             twin.optimizer = SimpleNamespace(param_groups=own, step=None)
-        if inner_schedulers(scheduler):
-            set_inner_schedulers(twin, [copied(part) for part in inner_schedulers(scheduler)])
         return twin
 
     return [copied(each) for each in schedulers], [twins[id(group)] for group in groups]
@@ -94,10 +95,8 @@ def _copied(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _count(scheduler: Any) -> int:
-    """How many steps it made."""
+    """How many steps it made. A ChainedScheduler counts none itself."""
     inner = inner_schedulers(scheduler)
-    return (
-        int(getattr(scheduler, "last_epoch", 0))
-        if not inner or hasattr(scheduler, "last_epoch")
-        else _count(inner[0])
-    )
+    if inner and not hasattr(scheduler, "last_epoch"):
+        return _count(inner[0])
+    return int(getattr(scheduler, "last_epoch", 0))
