@@ -12,7 +12,8 @@ from attention_layers import GPT2, LLAMA, SIZES, TOKENS, Multihead, PlainBlock, 
 from torch import nn
 
 from hnf_attention import apply_intervention
-from hnf_attention.interventions import Applied, Intervention, dropout, layout, learning_rate, qk_clip
+from hnf_attention.interventions import Applied, Intervention, dropout, items, layout, learning_rate, qk_clip
+from hnf_attention.interventions.apply import ACTIONS
 from hnf_attention.interventions.projections import Projections
 
 t = transformers
@@ -154,7 +155,20 @@ CLIP = {"action": "qk_clip", "threshold": 30.0, "layers": {"qkv": [1.0]}, "reaso
         ({**CLIP, "layers": {}}, "'layers' to map layer names"),
         ({**CLIP, "layers": {"qkv": 3.0}}, "one number per head for layer 'qkv', got 3.0"),
         ({**CLIP, "layers": {"nowhere": [1.0]}}, "name of a module of the model, got 'nowhere'"),
-        ({**CLIP, "lr_factor": 2.0}, "an optimizer for qk_clip"),
+        ({**CLIP, "lr_factor": 0.5}, "an optimizer for qk_clip"),
+        ({**CLIP, "lr_factor": 2.0}, "'lr_factor' to be above 0 and at most 1, got 2.0"),
+        ({"action": "reduce_lr", "factor": 2.0}, "'factor' to be above 0 and at most 1, got 2.0"),
+        ({"action": "reduce_lr", "factor": 0.5, "than": []}, "got 'than': is 'then' meant?"),
+        ({"action": "standing_qk_clip", "treshold": 30.0}, "got 'treshold': is 'threshold' meant?"),
+        ({**CLIP, "lr_factr": 0.5}, "items of qk_clip in .*got 'lr_factr': is 'lr_factor' meant?"),
+        ({"action": "reduce_lr", "factor": 0.5, 3: 4}, "items of reduce_lr in .*got 3$"),
+        (
+            {"action": "reduce_lr", "factor": 0.5, "then": [{"action": "set_eps", "eps": 1.0, "esp": 1}]},
+            "got 'esp': is 'eps' meant?",
+        ),
+        (None, r"expected an intervention \(a dict with an 'action'\), got None"),
+        ([1], r"expected an intervention \(a dict with an 'action'\), got \[1\]"),
+        ({"action": ["reduce_lr"]}, r"got \['reduce_lr'\]"),
         (
             {"action": "temperature", "layers": {"attn": [0.0, 1, 1, 1]}},
             "factors of 'attn' to be a number > 0",
@@ -165,7 +179,7 @@ CLIP = {"action": "qk_clip", "threshold": 30.0, "layers": {"qkv": [1.0]}, "reaso
 )
 def test_bad_interventions(wanted, message):
     model = nn.ModuleDict({"attn": PlainBlock("qkv")})
-    optimizer = None if "lr_factor" in wanted else torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = None if wanted and "lr_factor" in wanted else torch.optim.SGD(model.parameters(), lr=0.1)
     before = weights(model)
     with pytest.raises(ValueError, match=message):
         apply_intervention(optimizer, wanted, model)
@@ -176,6 +190,25 @@ def test_bad_interventions(wanted, message):
 def test_a_missing_model(wanted):
     with pytest.raises(ValueError, match=f"expected a model for {wanted['action']}, got None"):
         apply_intervention(None, wanted)
+
+
+@pytest.mark.parametrize("head_dim", [None, 8])
+def test_the_wrong_number_of_numbers(head_dim):
+    model = nn.ModuleDict({"attn": PlainBlock("qkv")})
+    model["attn"].num_heads = 4
+    if head_dim is not None:
+        model["attn"].head_dim = head_dim
+    message = r"expected 4 heads in layer 'attn' \(one number per head\), got 2"
+    for wanted in (
+        {**CLIP, "layers": {"attn": [50.0, 60.0]}},
+        {"action": "temperature", "layers": {"attn": [2.0] * 2}},
+    ):
+        with pytest.raises(ValueError, match=message):
+            apply_intervention(None, wanted, model)
+
+
+def test_every_action_has_its_items():
+    assert tuple(items.ITEMS) == ACTIONS
 
 
 def test_a_missing_optimizer():

@@ -366,3 +366,12 @@ def test_what_left_the_optimizer_stays_out():
     del optimizer.state[gain]
     states.rewind(before=3)
     assert gain not in optimizer.state and optimizer.state_dict()["state"].keys() == {0, 1}
+
+
+@pytest.mark.parametrize("step", ["1", 1.0, None, True])
+def test_a_step_is_a_whole_number(step):
+    _, _, states = training()
+    for ask in (states.on_step, states.restart, states.rewind):
+        with pytest.raises(ValueError, match=f"expected a step number, got {step!r}"):
+            ask(step)
+    assert states.steps == [0] and states.step == 0

@@ -156,6 +156,7 @@ def test_thresholds_of_the_caller_decide_and_are_told():
         ({"clip_logit": "1"}, "'clip_logit' to be a finite number, got '1'"),
         ({"clip_logit": True}, "got True"),
         ({"clip_logit": math.nan}, "got nan"),
+        ([20], "expected thresholds to be a dict of numbers by name, got list"),
     ],
 )
 def test_other_thresholds_are_refused(thresholds, words):

@@ -12,7 +12,7 @@ from odd_layers import Fused, Separate
 from torch import nn
 
 from hnf_attention import AttentionStabilityMonitor, apply_intervention
-from hnf_attention.interventions import AttentionPenalty, loss_change, plan_intervention
+from hnf_attention.interventions import AttentionPenalty, dropout, loss_change, plan_intervention
 
 X = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(0))
 
@@ -183,6 +183,30 @@ def test_wrong_items(wanted, message):
 
 def test_a_softcap_needs_attention_without_dropout():
     model = nn.Sequential(Multihead(dropout=0.1)).train()
+    layer = "0.attention"
+    softcap = {"action": "softcap", "layers": [layer]}
+    with pytest.raises(
+        ValueError, match="to have no attention dropout for a soft-cap, got dropout 0.1 of its"
+    ):
+        apply_intervention(None, softcap, model)
+    model(X)
+    model[0].attention.dropout = 0.0
+    raised = {"action": "increase_dropout", "layer": layer}
+    with pytest.raises(ValueError, match="free of a soft-cap, which knows no dropout"):
+        apply_intervention(None, {**softcap, "then": [raised]}, model)
+    with pytest.raises(ValueError, match="to have no attention dropout for a soft-cap"):
+        apply_intervention(None, {**raised, "then": [softcap]}, model)
+    assert model[0].attention.dropout == 0.0 and dropout.raisable(model, layer)
+    applied = apply_intervention(None, softcap, model)
+    model(X)
+    assert not dropout.raisable(model, layer)
+    applied.revert()
+    assert dropout.raisable(model, layer)
+
+
+def test_a_softcap_finds_dropout_that_no_attribute_names_in_the_forward():
+    model = nn.Sequential(Multihead()).train()
     apply_intervention(None, {"action": "softcap", "layers": ["0.attention"]}, model)
+    model[0].attention.dropout = 0.1
     with pytest.raises(RuntimeError, match="attention without dropout for a soft-cap"):
         model(X)

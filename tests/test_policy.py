@@ -7,7 +7,7 @@ from attention_layers import SIZES, PlainBlock, Strange
 from heads import head_stats, snapshot
 from torch import nn
 
-from hnf_attention import apply_intervention
+from hnf_attention import AttentionStabilityMonitor, apply_intervention
 from hnf_attention.diagnosis import diagnose
 from hnf_attention.interventions import InterventionPolicy
 from hnf_attention.statistics.heads import Snapshot
@@ -220,3 +220,9 @@ def test_layers_that_are_no_modules_are_not_proposed(model):
     extra = {f"a [{n} heads of 8, float32]": s.layers["a"] for n, s in enumerate(history)}
     history[-1].layers.update(extra)
     assert list(proposal(model, history)["layers"]) == ["a"]
+
+
+def test_there_is_no_fix_for_no_diagnosis(caplog):
+    with AttentionStabilityMonitor(nn.Sequential(PlainBlock("qkv")), log_every=2) as monitor:
+        assert monitor.get_intervention(monitor.on_step()) is None
+    assert not caplog.records

@@ -202,6 +202,10 @@ def threshold(name: str) -> float:
 
 def checked_thresholds(thresholds: Mapping[str, float] | None) -> dict[str, float]:
     """The numbers by name. Raises InputError for a name that is not in THRESHOLDS, and for what is no finite number."""
+    if thresholds is not None and not isinstance(thresholds, Mapping):
+        raise InputError(
+            f"expected thresholds to be a dict of numbers by name, got {type(thresholds).__name__}"
+        )
     checked: dict[str, float] = {}
     for name, value in (thresholds or {}).items():
         if name not in THRESHOLDS:

@@ -24,12 +24,13 @@ class Change(Protocol):
     """What happens in the attention of a module. It keeps what is learned in the module, not in itself.
 
     name: what messages call it. sdpa_only: it needs the options of scaled_dot_product_attention. optional: a call that
-        it cannot change may run as it is; of others, the module raises RuntimeError.
+        it cannot change may run as it is; of others, the module raises RuntimeError. dropout: it works with dropout.
     """
 
     name: str
     sdpa_only: bool
     optional: bool
+    dropout: bool
 
     def run(
         self,
@@ -57,6 +58,12 @@ class Treated:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"changes": self.changes, "hooks": self.hooks, "_patches": None}  # a copy installs its own
+
+    @staticmethod
+    def of(module: nn.Module) -> list[Change]:
+        """The changes of a module's attention that are in force."""
+        treated: Treated | None = vars(module).get(ATTRIBUTE)
+        return [] if treated is None else list(treated.changes)
 
     @staticmethod
     def add(module: nn.Module, change: Change) -> None:

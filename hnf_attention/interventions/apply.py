@@ -15,7 +15,8 @@ from . import good_states, holders, qk_clip, temperature
 from .action import Action, Reading, Verdict
 from .dropout import RaiseDropout
 from .epsilon import SetEpsilon
-from .intervention import numbers_by_layer, positive, shortened
+from .intervention import numbers_by_layer, share, shortened
+from .items import check_items
 from .layer_precision import LayerPrecision
 from .learning_rate import ReduceRate
 from .optimizers import as_list
@@ -56,13 +57,13 @@ class _Run:
 
 
 def _reduce_lr(run: _Run, wanted: Mapping[str, Any]) -> list[Action]:
-    return [run.rates(positive(wanted, "factor"), "reduce_lr")]
+    return [run.rates(share(wanted, "factor"), "reduce_lr")]
 
 
 def _qk_clip(run: _Run, wanted: Mapping[str, Any]) -> list[Action]:
     cut: list[Action] = []
     if "lr_factor" in wanted:
-        cut = [run.rates(positive(wanted, "lr_factor"), "qk_clip")]
+        cut = [run.rates(share(wanted, "lr_factor"), "qk_clip")]
     model = run.model(wanted)
     plan = qk_clip.plan(model, wanted)
     scale = ScaleHeads("qk_clip", model, plan, numbers_by_layer(wanted), qk_clip.predicted(wanted))
@@ -156,25 +157,27 @@ def plan_intervention(
     Same arguments and errors. It asks this process alone, also where several hold parts of a layer (DTensors). Every
     process that holds a part of it has to call this then, before all of them apply the actions in this order.
     """
-    if intervention.get("action") not in _BUILDERS:
-        raise ValueError(f"expected intervention['action'] in {ACTIONS}, got {intervention.get('action')!r}")
-    more = intervention.get("then", [])
-    if not isinstance(more, (list, tuple)) or not all(isinstance(one, Mapping) for one in more):
-        raise ValueError(f"expected 'then' to be a list of interventions, got {more!r}")
+    check_items(intervention)
     known = getattr(intervention, "model", None) if model is None else model
     run = _Run(as_list(optimizer), known, _kept_schedulers(known) if scheduler is None else scheduler, group)
     actions = _BUILDERS[intervention["action"]](run, intervention)
-    for one in more:
+    for one in intervention.get("then", ()):
         actions += plan_intervention(optimizer, one, known, scheduler=scheduler, group=group)
     return actions
 
 
-def _asked(intervention: Mapping[str, Any]) -> str:
+def _asked(intervention: Any) -> str:
     """All items but the reasons, as a text. Layers count in their order, in which processes meet."""
-    items = {name: value for name, value in sorted(intervention.items()) if name not in ("reason", "then")}
+    if not isinstance(intervention, Mapping):
+        return repr(intervention)
+    items = {
+        name: value
+        for name, value in sorted(intervention.items(), key=lambda item: str(item[0]))
+        if name not in ("reason", "then")
+    }
     then = intervention.get("then")
     more = then if isinstance(then, (list, tuple)) else ()
-    return ", then ".join([str(items), *(_asked(one) for one in more if isinstance(one, Mapping))])
+    return ", then ".join([str(items), *(_asked(one) for one in more)])
 
 
 def apply_intervention(
@@ -220,10 +223,10 @@ def apply_intervention(
     part has to call this, with the same intervention: they wait for each other. It is done in all of them or in none.
 
     Returns an `Applied`, whose `verify()` compares it with a later reading, and whose `revert()` takes it back. Raises
-    ValueError, and then has changed nothing, for an unknown action, missing or wrong items, an unknown layer, or one
-    that cannot be treated: its weights are frozen, shared, wrapped, of 8 bits or fewer, or not proved to be its queries
-    and keys. So in every process that holds a part if one has a reason to, or if they are given different ones. An
-    error of another kind, in one process, is a RuntimeError in the others.
+    ValueError, and then has changed nothing, for an unknown action, for missing, wrong or misspelt items, for an
+    unknown layer, or one that cannot be treated: its weights are frozen, shared, wrapped, of 8 bits or fewer, or not
+    proved to be its queries and keys. So in every process that holds a part if one has a reason to, or if they are
+    given different ones. An error of another kind, in one process, is a RuntimeError in the others.
     """
     known = getattr(intervention, "model", None) if model is None else model
     actions = holders.agreed(

@@ -40,7 +40,7 @@ class ModelForward:
 class ClipNow:
     """The change of one module's call. sizes: take in what the forwards would have without it."""
 
-    name, sdpa_only, optional = "QK-clip within the step", True, True
+    name, sdpa_only, optional, dropout = "QK-clip within the step", True, True, True
 
     def __init__(self, sizes: LayerSizes, threshold: float, measure: str, forward: ModelForward):
         self._sizes, self._threshold, self._measure, self._forward = sizes, threshold, measure, forward

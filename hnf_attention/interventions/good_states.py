@@ -144,8 +144,9 @@ class GoodStates:
     def on_step(self, step: int) -> None:
         """End a training step: call it after `optimizer.step()`, and after whatever else changes weights.
 
-        A monitor that was given these states does it.
+        A monitor that was given these states does it. Raises ValueError for what is no whole number.
         """
+        _check_step(step)
         # A count that went back with the run goes on from there.
         self._done += step - self._step if step >= self._step else 1
         self._step = step
@@ -157,7 +158,9 @@ class GoodStates:
 
         done: how many steps led to the checkpoint's weights. None for all of them, or for the `done` that these states
         were made with for this very step.
+        Raises ValueError for what is no whole number.
         """
+        _check_step(step)
         for slot in self._slots:
             slot.wait()
         self._spare += self._slots
@@ -182,6 +185,7 @@ class GoodStates:
         two steps; every process of torch.distributed must.
         Raises ValueError if there is no such state, and has then changed nothing.
         """
+        _check_step(before)
         chosen = self._choose(before)
         self.settle()
         left = self._before or self._free_slot()
@@ -294,6 +298,12 @@ def name_checkpoint(steps: Iterable[int], before: int, why: str, margin: int = M
             f"expected a checkpoint at least {margin} steps before step {before:,}, got those of steps {kept}"
         )
     return f"step {old[-1]:,}, before {why}"
+
+
+def _check_step(step: Any) -> None:
+    """Raise ValueError unless it is a whole number, also one of NumPy or in a tensor."""
+    if isinstance(step, bool) or not hasattr(step, "__index__"):
+        raise ValueError(f"expected a step number, got {step!r}")
 
 
 def _settle(reference: weakref.ref[GoodStates]) -> None:

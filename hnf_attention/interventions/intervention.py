@@ -12,13 +12,13 @@ from torch import nn
 class Intervention(dict[str, Any]):
     """A proposed fix, JSON-able. A monitor's own also knows its `model`, which is not an item.
 
-    reduce_lr: {'action', 'factor', 'reason'}.
+    reduce_lr: {'action', 'factor' (at most 1), 'reason'}.
     increase_dropout: {'action', 'layer', 'reason'} and optionally 'amount' (added probability).
     qk_clip: {'action', 'threshold', 'layers': {layer: [largest |score| of each head]}, 'reason'}, and
         'lr_factor' where the learning rate should fall as well.
     temperature: {'action', 'layers': {layer: [factor of each head]}, 'reason'}.
     standing_qk_clip: {'action', 'reason'} and optionally 'threshold' and 'measure', as for `QKClip`.
-    qk_norm: {'action', 'reason'} and optionally 'layers' (a list of names) and 'most', as for `start_qk_norm`.
+    qk_norm: {'action', 'reason'} and optionally 'layers' (a list of names), 'least' and 'most', as for `start_qk_norm`.
     rewind: {'action', 'before' (the step of the alarm), 'reason'}; the model needs a `GoodStates`.
     rewarm_lr: {'action', 'reason'} and optionally 'steps' (100) and 'floor' (0.1, of the rate).
     qk_rate: {'action', 'factor', 'layers': {layer: number of heads}, 'reason'}.
@@ -27,7 +27,7 @@ class Intervention(dict[str, Any]):
     softcap: {'action', 'layers' (a list of names), 'reason'} and optionally 'cap' (50, nats).
     precision: {'action', 'layers' (a list of names), 'reason'}.
     prune_heads: {'action', 'layers': {layer: [numbers of heads]}, 'reason'}.
-    Each may have 'then': a list of further ones, which are carried out after it, as one.
+    Each may have 'then': a list of further ones, which are carried out after it, as one. Other items are refused.
     """
 
     def __init__(self, items: Mapping[str, Any], model: nn.Module | None = None):
@@ -61,6 +61,14 @@ def numbers_by_layer(intervention: Mapping[str, Any]) -> Mapping[str, Sequence[f
 def positive(intervention: Mapping[str, Any], name: str, default: float | None = None) -> float:
     """The item of that name. Raises ValueError unless it is a finite number > 0."""
     return check_positive(repr(name), intervention.get(name, default))
+
+
+def share(intervention: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """The item of that name. Raises ValueError unless it is a number above 0 and at most 1."""
+    value = positive(intervention, name, default)
+    if value > 1:
+        raise ValueError(f"expected {name!r} to be above 0 and at most 1, got {value!r}")
+    return value
 
 
 def check_positive(what: str, value: Any) -> float:

@@ -16,7 +16,7 @@ from .on_calls import OnCalls, layers_of
 class _InPrecision:
     """The change of one module's call."""
 
-    name, sdpa_only, optional = "higher precision", True, False
+    name, sdpa_only, optional, dropout = "higher precision", True, False, True
 
     def run(
         self,

@@ -51,6 +51,14 @@ def find(
                 return found
             except ValueError as reason:
                 reasons.append(reason.with_traceback(None))
+        declared = orders.declared_heads(place)
+        if (spread is None or spread.part.count == 1) and declared not in (
+            None,
+            num_heads,
+        ):  # what it refuses is likely the number of heads
+            raise ValueError(
+                f"expected {declared} heads in layer {layer!r} (one number per head), got {num_heads}"
+            ) from reasons[0]
         raise reasons[0]
     raise ValueError(
         f"expected layer {layer!r} to hold query and key projections in a known layout (q_proj/k_proj, "

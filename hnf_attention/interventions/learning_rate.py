@@ -11,18 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compat import inner_schedulers
 from ..diagnosis.thresholds import threshold
 from ..diagnosis.trends import score_size
 from ..statistics.heads import Snapshot
 from .action import Action, Preview, Reading, Verdict
 from .intervention import Intervention
+from .schedules import Schedule, with_base_rates
 
 _log = logging.getLogger("hnf_attention")
 
 #: The least share of the first rate that proposed cuts leave, four halvings: a run that is still unstable there needs
 #: another cure, and learns little at a lower rate.
 FLOOR = 1.0 / 16.0
+
+#: How far a rate may lie above its schedule's, of it: schedulers that multiply the last rate round at each step.
+TOLERANCE = 1e-4
 
 
 class Trouble(NamedTuple):
@@ -104,12 +107,9 @@ class ReduceRate(Action):
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], factor: float, scheduler: Any):
         super().__init__()
         self._groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self._factor, self._rescheduled, self._given = (
-            factor,
-            _with_base_rates(scheduler),
-            scheduler is not None,
-        )
+        self._factor, self._scheduler = factor, scheduler
         self._set: list[float] = []
+        self._schedule: Schedule | None = None
 
     def preview(self) -> Preview:
         """As `Action.preview`."""
@@ -118,24 +118,28 @@ class ReduceRate(Action):
         return Preview(text, {"before": rates, "after": [rate * self._factor for rate in rates]})
 
     def verify(self, reading: Reading) -> Verdict:
-        """Whether a schedule has kept the rates at or below what they were set to."""
+        """Whether the rates are at most what they were set to, or the factor times what the schedule would give."""
         rates = [float(group["lr"]) for group in self._groups]
-        kept = all(now <= then * (1 + 1e-6) for now, then in zip(rates, self._set))
-        said = ", ".join(f"{rate:g}" for rate in rates), ", ".join(f"{rate:g}" for rate in self._set)
-        return Verdict(kept, f"learning rates are ({said[0]}), set to ({said[1]})")
+        text = f"learning rates are ({_listed(rates)}), set to ({_listed(self._set)})"
+        allowed, scheduled = self._set, self._schedule.rates() if self._schedule is not None else None
+        if scheduled is not None:
+            allowed = [max(own, self._factor * rate) for own, rate in zip(self._set, scheduled)]
+            text += f"; the schedule alone would give ({_listed(scheduled)})"
+        return Verdict(all(now <= most * (1 + TOLERANCE) for now, most in zip(rates, allowed)), text)
 
     def _do(self, undo: list[Callable[[], Any]]) -> str:
-        if not self._given and any("initial_lr" in group for group in self._groups):
+        if self._scheduler is None and any("initial_lr" in group for group in self._groups):
             _log.warning(
                 "this optimizer has a learning-rate scheduler, which may undo the change at its next step (LambdaLR "
                 "computes rates from its own base_lrs); hand it to apply_intervention as scheduler="
             )
         said = self.preview().text
+        self._schedule = Schedule(self._scheduler, self._groups)
         for group in self._groups:
             for name in ("lr", "initial_lr"):
                 if group.get(name) is not None:
                     undo.append(self._multiply(group, name))
-        for part in self._rescheduled:
+        for part in with_base_rates(self._scheduler):
             undo.append(self._multiply_all(part))
         self._set = [float(group["lr"]) for group in self._groups]
         return said
@@ -162,22 +166,12 @@ class ReduceRate(Action):
         return back
 
 
+def _listed(rates: Sequence[float]) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)
+
+
 def _put(group: dict[str, Any], name: str, rate: Any) -> None:
     if isinstance(group[name], Tensor):  # a captured CUDA graph reads this very tensor
         group[name].fill_(rate)
     else:
         group[name] = rate
-
-
-def _with_base_rates(scheduler: Any) -> list[Any]:
-    """The schedulers that keep base rates, of one scheduler or a list of them.
-
-    Schedulers made of others (SequentialLR, ChainedScheduler) and Accelerate's wrapper are looked into.
-    """
-    if isinstance(scheduler, (list, tuple)):
-        parts = scheduler
-    else:
-        wrapped = [scheduler.scheduler] if hasattr(scheduler, "scheduler") else []
-        parts = inner_schedulers(scheduler) or wrapped
-    inner = [part for each in parts for part in _with_base_rates(each)]
-    return [*inner, scheduler] if hasattr(scheduler, "base_lrs") else inner

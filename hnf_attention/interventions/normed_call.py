@@ -17,7 +17,7 @@ EPS = 1e-6
 class QKNorm:
     """The change of one module's call. Its gains are parameters of the module: query (H,), key (H_kv,), fp32."""
 
-    name, sdpa_only, optional = "QK-norm", False, False
+    name, sdpa_only, optional, dropout = "QK-norm", False, False, True
 
     def run(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ NOT_FUSED = ("GPTBigCodeAttention", "CodeGenAttention", "MiniMaxLightningAttenti
 KEY_HEADS = (
     "num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads", "n_head_kv", "n_query_groups", "num_query_groups"
 )  # fmt: skip
+QUERY_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 LATENT_QUERIES = ("q_b_proj", "q_proj")  # with and without a latent of the queries
 
 #: Reads the weights of a module by one order of rows.
@@ -114,11 +115,14 @@ def _fused(module: nn.Module, num_heads: int, name: str, reader: Reader) -> Proj
         size = _head_size(reader.layer, len(fused[0]), num_heads + 2 * key_heads)
         start, expected = num_heads * size, (num_heads + 2 * key_heads) * size
         query_rows = [rows[:start] for rows in fused]
-    if len(fused[0]) != expected or getattr(module, "head_dim", size) != size:
+    declared = getattr(module, "head_dim", size)
+    if declared != size:
         raise ValueError(
-            f"expected {expected} outputs (heads of {getattr(module, 'head_dim', size)}) of {reader.layer}.{name}, "
-            f"got {len(fused[0])}"
+            f"expected heads of {declared} in {reader.layer}.{name}, got {num_heads} heads of {size} in its "
+            f"{len(fused[0])} outputs"
         )
+    if len(fused[0]) != expected:
+        raise ValueError(f"expected {expected} outputs of {reader.layer}.{name}, got {len(fused[0])}")
     stop = start + key_heads * size
     return reader.by_head(query_rows, [rows[start:stop] for rows in fused], num_heads, key_heads)
 
@@ -217,13 +221,23 @@ def _head_size(layer: str, rows: int, heads: int) -> int:
     return rows // heads
 
 
+def declared_heads(module: nn.Module) -> int | None:
+    """The number of query heads that a module or its config names, None for none."""
+    return _declared(module, QUERY_HEADS)
+
+
 def _key_heads(module: nn.Module, num_heads: int) -> int:
+    declared = _declared(module, KEY_HEADS)
+    return num_heads if declared is None else declared
+
+
+def _declared(module: nn.Module, names: Sequence[str]) -> int | None:
     for holder in (module, getattr(module, "config", None)):
-        for name in KEY_HEADS:
+        for name in names:
             value = getattr(holder, name, None)
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
-    return num_heads
+    return None
 
 
 def _is_module(module: nn.Module, name: str) -> bool:

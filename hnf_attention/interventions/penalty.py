@@ -36,7 +36,7 @@ class AttentionPenalty:
     Raises ValueError or TypeError for wrong arguments.
     """
 
-    name, sdpa_only, optional = "a penalty on attention", True, False
+    name, sdpa_only, optional, dropout = "a penalty on attention", True, False, True
 
     def __init__(
         self,

@@ -73,8 +73,10 @@ class InterventionPolicy:
             broken = bool(_broken(diagnosis)) and _training_made_it(diagnosis)
             self._restarts.see(diagnosis, broken or bool(_acting(diagnosis)))
 
-    def propose(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
-        """The fix for this diagnosis, None for none."""
+    def propose(self, diagnosis: AttentionDiagnosis | None) -> Intervention | None:
+        """The fix for this diagnosis, None for none, and for none of a step that is not a log step."""
+        if diagnosis is None:
+            return None
         self.see(diagnosis)
         with overridden(diagnosis.thresholds):
             proposed = self._choose(diagnosis)

@@ -16,7 +16,7 @@ from .on_calls import OnCalls, layers_of
 class _Pruned:
     """The change of one module's call."""
 
-    name, sdpa_only, optional = "pruned heads", True, False
+    name, sdpa_only, optional, dropout = "pruned heads", True, False, True
 
     def __init__(self, heads: list[int]):
         self._heads = heads

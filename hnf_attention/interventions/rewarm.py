@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .action import Preview
 from .beside_steps import BesideSteps
-from .intervention import positive
+from .intervention import positive, share
 
 
 class Rewarm(BesideSteps):
@@ -23,9 +23,7 @@ class Rewarm(BesideSteps):
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], intervention: Mapping[str, Any]):
         super().__init__(optimizers)
-        self._steps, self._floor = positive(intervention, "steps", 100), positive(intervention, "floor", 0.1)
-        if self._floor > 1:
-            raise ValueError(f"expected 'floor' to be at most 1, got {self._floor!r}")
+        self._steps, self._floor = positive(intervention, "steps", 100), share(intervention, "floor", 0.1)
         self._done: dict[int, int] = {}
         self._rates: dict[int, list[Any]] = {}
 

@@ -12,6 +12,7 @@ from ..instrumentation import observer
 from ..instrumentation.call import AttentionCall
 from ..instrumentation.interceptors import sdpa
 from ..names import display_name
+from . import dropout
 from .action import Preview, Reading, Verdict
 from .intervention import positive
 from .on_calls import OnCalls, layers_of
@@ -20,7 +21,7 @@ from .on_calls import OnCalls, layers_of
 class _Capped:
     """The change of one module's call: our attention, which knows soft-caps, takes the place of PyTorch's."""
 
-    name, sdpa_only, optional = "a soft-cap", True, False
+    name, sdpa_only, optional, dropout = "a soft-cap", True, False, False
 
     def __init__(self, cap: float):
         self._cap = cap
@@ -59,13 +60,14 @@ class Softcap(OnCalls):
     """Caps the scores of layers that call scaled_dot_product_attention, without attention dropout.
 
     intervention: 'layers' (a list of names) and optionally 'cap' (50 nats, Gemma 2's). No score is larger than the cap
-    from then on. Raises ValueError for wrong items.
+    from then on. Raises ValueError for wrong items, and for a layer that has an attention dropout, in evaluation too.
     """
 
     name = "softcap"
 
     def __init__(self, model: nn.Module, intervention: Mapping[str, Any]):
         self._cap, self._names = positive(intervention, "cap", 50.0), layers_of(model, intervention)
+        self._check()
         super().__init__(model, {name: _Capped(self._cap) for name in self._names})
 
     def preview(self) -> Preview:
@@ -73,6 +75,19 @@ class Softcap(OnCalls):
         names = list(self._names)
         text = f"scores of {', '.join(map(display_name, names))} soft-capped at {self._cap:g} nats"
         return Preview(text, {"layers": names, "cap": self._cap})
+
+    def _do(self, undo: list[Callable[[], Any]]) -> str:
+        self._check()  # an action that was planned with this one may have raised a dropout
+        return super()._do(undo)
+
+    def _check(self) -> None:
+        for layer, module in self._names.items():
+            for holder, name in dropout.places(module):
+                if getattr(holder, name) > 0:
+                    raise ValueError(
+                        f"expected layer {layer!r} to have no attention dropout for a soft-cap, got "
+                        f"{name} {getattr(holder, name):g} of its {type(holder).__name__}: set it to 0 first"
+                    )
 
     def verify(self, reading: Reading) -> Verdict:
         """Whether every score lies within the cap."""

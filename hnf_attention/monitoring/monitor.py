@@ -219,12 +219,13 @@ class AttentionStabilityMonitor:
             parts.run("accounts", self._notes.account, self.step, self.applied)
         return diagnosis
 
-    def get_intervention(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
+    def get_intervention(self, diagnosis: AttentionDiagnosis | None) -> Intervention | None:
         """The fix for a diagnosis of this monitor, as a dict that `apply_intervention` takes; None for none.
 
-        With auto_intervene, what is left to do by hand. None if `ranks.heads` splits layers: the diagnosis then
-        numbers heads over all processes, and this one holds the weights of some. None, too, once the processes'
-        statistics are not put together any more: each would change its copy of the weights in another way.
+        None for None, which `on_step` gives between log steps. With auto_intervene, what is left to do by hand.
+        None if `ranks.heads` splits layers: the diagnosis then numbers heads over all processes, and this one holds
+        the weights of some. None, too, once the processes' statistics are not put together any more: each would
+        change its copy of the weights in another way.
         """
         if self._together is not None and (self._together.groups.heads or self._together.lost):
             return None

@@ -66,7 +66,7 @@ class Treatment:
         cut = 0 < self._rate <= CUT * rate
         return self._jumps != jumps or cut
 
-    def propose(self, diagnosis: AttentionDiagnosis) -> Intervention | None:
+    def propose(self, diagnosis: AttentionDiagnosis | None) -> Intervention | None:
         """The fix for a diagnosis; what is left of it if it was treated."""
         if self._left_over is not None and self._left_over[0] is diagnosis:
             return self._left_over[1]
