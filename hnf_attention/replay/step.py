@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +47,8 @@ class Step:
             outcome.scaled = done.scaled
             outcome.outputs = dict(_tensors(result))
             loss = outcome.loss = _loss_of(result)
+            if not done.went_back:
+                _look_at(result, outcome)
             scaler = None if plain or loss is None else self._scaler(loss.device)
             outcome.scaler = scaler
             if loss is not None and loss.requires_grad and not done.went_back:
@@ -77,13 +80,32 @@ class Step:
 
 @dataclass
 class Outcome:
-    """What a step gave. scaled: whether the closure used a scaler. error: what ended it, None if nothing did."""
+    """What a step gave. scaled: whether the closure used a scaler. error: what ended it, None if nothing did.
+
+    instead: what came where a loss or outputs were expected, None if they came. notes: what was not run, and why.
+    """
 
     outputs: dict[str, Tensor] | None = None
     loss: Tensor | None = None
     scaler: torch.amp.GradScaler | None = None
     scaled: bool = False
     error: Exception | None = None
+    instead: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise TypeError if the step gave nothing to look at, ValueError if that is so for want of the model's data.
+
+        A model that is offloaded has its data on the meta device between runs only.
+        """
+        meta = next((name for name, x in _named_tensors(model) if x.is_meta), None)
+        given = [*(self.outputs or {}).values(), *([] if self.loss is None else [self.loss])]
+        if meta is not None and (any(x.is_meta for x in given) or "meta" in str(self.error)):
+            raise ValueError(
+                f"expected a model with data, got parameters on the meta device: {meta}"
+            ) from self.error
+        if self.instead is not None:
+            raise TypeError(f"expected a loss tensor, got {self.instead}")
 
 
 def make_step(
@@ -136,9 +158,37 @@ def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
         yield from _tensors(inner, f"{name}[{key}]" if name else f"{key}")
 
 
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _place_of_loss(result: Any) -> Any:
+    """What stands where a closure returns its loss."""
+    if isinstance(result, (tuple, list)) and result:
+        return result[0]
+    return result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", result)
+
+
+def _look_at(result: Any, outcome: Outcome) -> None:
+    """Keep what is wrong with what a closure returned that has not run the backward itself."""
+    place, loss = _place_of_loss(result), outcome.loss
+    if not outcome.outputs and loss is None:
+        number = isinstance(place, Number)
+        outcome.instead = f"a tensor of {place.dtype}" if isinstance(place, Tensor) else type(result).__name__
+        outcome.instead = type(place).__name__ if number else outcome.instead
+    elif isinstance(place, Number):
+        outcome.notes.append(
+            f"the loss is of type {type(place).__name__}, no tensor, so it was not looked at and no backward was run"
+        )
+    elif loss is not None and not loss.requires_grad:
+        outcome.notes.append(
+            "the loss requires no gradient (it is detached, or nothing trainable made it), so no backward was run: the "
+            "forward alone was traced"
+        )
+
+
 def _loss_of(result: Any) -> Tensor | None:
     """The loss in what a closure returned; None if there is none."""
-    loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", result)
-    if isinstance(result, (tuple, list)) and result:
-        loss = result[0]
+    loss = _place_of_loss(result)
     return loss if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point() else None
