@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .. import compat
+
 Closure = Callable[[], Any]
 
 
@@ -93,17 +95,8 @@ class Outcome:
     instead: str | None = None
     notes: list[str] = field(default_factory=list)
 
-    def check(self, model: nn.Module) -> None:
-        """Raise TypeError if the step gave nothing to look at, ValueError if that is so for want of the model's data.
-
-        A model that is offloaded has its data on the meta device between runs only.
-        """
-        meta = next((name for name, x in _named_tensors(model) if x.is_meta), None)
-        given = [*(self.outputs or {}).values(), *([] if self.loss is None else [self.loss])]
-        if meta is not None and (any(x.is_meta for x in given) or "meta" in str(self.error)):
-            raise ValueError(
-                f"expected a model with data, got parameters on the meta device: {meta}"
-            ) from self.error
+    def check(self) -> None:
+        """Raise TypeError if the step gave nothing to look at."""
         if self.instead is not None:
             raise TypeError(f"expected a loss tensor, got {self.instead}")
 
@@ -115,7 +108,10 @@ def make_step(
     optimizer: torch.optim.Optimizer | None,
     scaler: torch.amp.GradScaler | None,
 ) -> Step:
-    """The step of a batch or of a closure; see `trace_non_finite`. Raises TypeError for anything else."""
+    """The step of a batch or of a closure; see `trace_non_finite`.
+
+    Raises TypeError for anything else, ValueError for a model on the meta device.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
@@ -124,6 +120,7 @@ def make_step(
         raise TypeError(f"expected scaler to be a torch.amp.GradScaler, got {type(scaler).__name__}")
     if loss is not None and not callable(loss):
         raise TypeError(f"expected loss to be None or a callable that takes the output, got {loss!r}")
+    _check_data(model)
     call: Closure
     if isinstance(batch, Tensor):
         inputs, call = {"the input": batch}, lambda: model(batch)
@@ -158,9 +155,15 @@ def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
         yield from _tensors(inner, f"{name}[{key}]" if name else f"{key}")
 
 
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+def _check_data(model: nn.Module) -> None:
+    """Raise ValueError for a model with parameters or buffers that hold no data."""
+    for prefix, module in model.named_modules():
+        if compat.offloaded(module):
+            continue
+        for name, x in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if x.is_meta:
+                found = f"{prefix}.{name}" if prefix else name
+                raise ValueError(f"expected a model with data, got parameters on the meta device: {found}")
 
 
 def _place_of_loss(result: Any) -> Any:

@@ -144,7 +144,7 @@ def _record(run: Step, kept: Kept) -> tuple[Record, Outcome]:
     names = _names(run, recorder)
     with recorder:
         outcome = run.run(recorder)
-    outcome.check(run.model)
+    outcome.check()
     kept.scaler_ran = outcome.scaled
     names |= _states(run, recorder)
     seen = [(recorder.add(x, name), name) for name, x in _visible(run, outcome)]
