@@ -192,6 +192,8 @@ ANALYZE = {
 CHECK = {
     "": "the following arguments are required: CONFIG_OR_MODEL",
     "good.json more": "got more: there is no such folder",
+    "x" * 300: f"got {'x' * 80}... (300 characters): File name too long",
+    f"good.json --json {'x' * 300}": "(300 characters): File name too long",
     "good.json --seq-len 0": "expected an integer of at least 1, got '0'",
     "good.json --seq-len 99999999999999999999": "expected an integer of at least 1",
     "good.json --dtype int3": "expected a dtype among",
@@ -273,6 +275,10 @@ NO_COMMAND = {
     "--verbose": "unrecognized arguments: --verbose",
     "--json a.json doctor": "",
     "Check good.json": "invalid choice: 'Check'",
+    "report empty -o page.html": "expected a run log, got the folder empty",
+    "watch empty --once": "expected a run log, got the folder empty",
+    f"trace {'x' * 300}": "(300 characters): File name too long",
+    f"analyze {'x' * 300}": "(300 characters): File name too long",
 }
 COMMANDS = {"analyze": ANALYZE, "check": CHECK, "demo": DEMO, "doctor": DOCTOR, "": NO_COMMAND}
 CASES = [

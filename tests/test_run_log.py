@@ -387,6 +387,10 @@ def test_there_has_to_be_a_log(tmp_path):
         RunLog(tmp_path / "nothing.db")
     with pytest.raises(ValueError, match="max_bytes to be an int >= 1, got 0"):
         RunLogWriter(tmp_path / "run.db", max_bytes=0)
-    with pytest.raises(OSError, match="run.db"):
-        (tmp_path / "run.db").mkdir()
+    with pytest.raises(TypeError, match="expected about to be a dict, got str"):
+        RunLogWriter(tmp_path / "run.db", about="7B")
+    (tmp_path / "run.db").mkdir()
+    with pytest.raises(OSError, match=r"expected a run log, got the folder .*run.db"):
         RunLogWriter(tmp_path / "run.db")
+    with pytest.raises(BadLog, match=r"expected a run log, got the folder .*run.db"):
+        RunLog(tmp_path / "run.db")

@@ -30,6 +30,10 @@ def healthy():
 def number():
     return 3
 
+def no_loss():
+    model, run = failing()
+    return model, lambda: run().item()
+
 def strange():
     return {"model": nn.Linear(4, 1), "data": 3}
 
@@ -77,6 +81,10 @@ def test_a_healthy_step_gives_zero_and_a_dict_is_a_step_too(capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        ("train.py", "expected a function of the file, as in train.py:FUNCTION, got train.py"),
+        ("train.py:", "expected a function of the file, as in train.py:FUNCTION, got train.py:"),
+        ("missing.py", "expected a function of the file, as in missing.py:FUNCTION, got missing.py"),
+        ("train.py:no_loss", "expected a loss tensor, got float"),
         ("train.py:number", "expected train.py:number to return (model, batch) or a dict of model and batch"),
         ("train.py:strange", "got a dict of model, data"),
         ("train.py:fails", "train.py:fails failed: KeyError: 'tokens'"),

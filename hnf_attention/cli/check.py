@@ -18,6 +18,7 @@ from .exit_codes import FOUND, HEALTHY
 from .failures import has_weights
 from .loading import Loading, config_of_numbers, load_config, load_model, locate, quiet_transformers
 from .output import check_figure, check_targets, for_people, shown, write_document, write_figure
+from .paths import exists, is_folder
 from .progress import shown_progress
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def check(
     config: Config
     path = Path(name).expanduser()
     # A file, a pipe (`<(...)` of a shell), or nothing: no name on the hub ends like this.
-    if not path.is_dir() and (path.exists() or path.suffix == ".json"):
+    if not is_folder(path) and (exists(path) or path.suffix == ".json"):
         config = read_json(path)
         if with_weights:
             raise InputError(f"expected a model's folder or name for --weights, got the file {name}")
@@ -128,7 +129,7 @@ def check(
         # The library names its argument, the command line its option.
         message = str(error).replace("give seq_len", "give --seq-len N")
         raise InputError(f"{name}: {message}") from error
-    if not with_weights and path.is_dir() and has_weights(path):
+    if not with_weights and is_folder(path) and has_weights(path):
         report["notes"].append(
             f"{name} has weights: --weights reads each head's spread of scores, and the largest score of any input"
         )

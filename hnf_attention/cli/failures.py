@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import InputError
 from .messages import nearest, one_line
+from .paths import is_file
 
 ADAPTER, CONFIG, PIPELINE = "adapter_config.json", "config.json", "model_index.json"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the names that transformers gives to files of weights
@@ -24,11 +25,11 @@ _TOKENIZER = ("*token*", "*vocab*", "*.model", "merges.txt", "spiece*")  # what 
 def check_folder(folder: Path) -> None:
     """Raise InputError, which says what the folder holds instead, unless it may hold a whole model."""
     adapter = folder / ADAPTER
-    if adapter.is_file() and not ((folder / CONFIG).is_file() and has_weights(folder)):
+    if is_file(adapter) and not (is_file(folder / CONFIG) and has_weights(folder)):
         raise InputError(f"{folder} {_is_an_adapter(_base_of(adapter))}")
-    if (folder / CONFIG).is_file():
+    if is_file(folder / CONFIG):
         return
-    if (folder / PIPELINE).is_file():
+    if is_file(folder / PIPELINE):
         raise InputError(
             f"{folder} is a pipeline of several models; give the folder of one, such as text_encoder"
         )

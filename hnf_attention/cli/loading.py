@@ -13,6 +13,7 @@ import torch
 from ..errors import InputError
 from ..precheck.configuration import refuse_depth
 from .failures import adapter_on_the_hub, check_folder, check_model_type, check_tokenizer, explained
+from .paths import is_file, is_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -50,12 +51,12 @@ def locate(name: str, revision: str | None = None) -> Place:
     Raises InputError for a file, for a path that does not exist, and for a revision of a folder.
     """
     path = Path(name).expanduser()
-    if name and path.is_dir():
+    if name and is_folder(path):
         if revision is not None:
             raise InputError(f"expected --revision for a name on the Hugging Face hub, got the folder {name}")
         return Place(str(path), is_folder=True)
     expected = "expected a model's name on the Hugging Face hub or its folder, got"
-    if path.is_file():
+    if is_file(path):
         raise InputError(f"{expected} the file {name}: give the folder that holds it")
     if not name or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise InputError(f"{expected} {name or 'an empty name'}: no such folder")

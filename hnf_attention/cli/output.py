@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console
 
 from ..errors import InputError
+from .paths import exists, is_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,10 +75,10 @@ def check_targets(targets: Mapping[str, str | None], inputs: Iterable[str | Path
 
 
 def _check_file(path: Path, option: str) -> None:
-    if not path.parent.is_dir():
+    if not is_folder(path.parent):
         raise InputError(f"expected {option} in an existing folder, got {path}")
-    place = path if path.exists() else path.parent
-    if path.is_dir() or not os.access(place, os.W_OK):
+    place = path if exists(path) else path.parent
+    if is_folder(path) or not os.access(place, os.W_OK):
         raise InputError(f"expected {option} to be a file that can be written, got {path}")
 
 
@@ -85,7 +86,7 @@ def _same(target: str, other: str | Path) -> bool:
     if STANDARD in (target, other):
         return target == other
     one, two = Path(target), Path(other)
-    return one.samefile(two) if one.exists() and two.exists() else one.resolve() == two.resolve()
+    return one.samefile(two) if exists(one) and exists(two) else one.resolve() == two.resolve()
 
 
 def check_figure(target: str | None, option: str) -> None:

@@ -19,6 +19,7 @@ from .analysis import check_language_model, check_vocabulary
 from .analyze import loading_of
 from .loading import load_config, load_model, load_tokenizer, locate, quiet_transformers
 from .messages import one_line
+from .paths import is_folder
 from .progress import Progress
 from .texts import SAMPLE, SAMPLE_NAME, read_text, split, window_length
 
@@ -38,7 +39,13 @@ _OF_MODELS = {
 
 
 def is_function(target: str) -> bool:
-    """Whether the target is FILE.py:FUNCTION or MODULE:FUNCTION; names of models hold no colon."""
+    """Whether the target is FILE.py:FUNCTION or MODULE:FUNCTION; names of models hold no colon.
+
+    Raises InputError for a file of Python without a function.
+    """
+    file = target.removesuffix(":")
+    if file.endswith(".py") and not is_folder(Path(file)):
+        raise InputError(f"expected a function of the file, as in {file}:FUNCTION, got {target}")
     return ":" in target
 
 

@@ -1,4 +1,4 @@
-"""Every private name of torch, transformers and xformers that this project uses, one function or constant each.
+"""Every private name of other libraries that this project uses, one function or constant each.
 
 A private name may change in any release. Each entry therefore says what it answers, and what happens in a version
 without it. The tests ran with torch 2.11 and 2.13 and with transformers 5. Importing this imports torch alone.
@@ -7,6 +7,7 @@ without it. The tests ran with torch 2.11 and 2.13 and with transformers 5. Impo
 `dynamo` is imported by its own name: it holds what only torch.compile's tracer needs.
 """
 
+from .accelerate import offloaded
 from .torch import (
     DispatchMode,
     Memory,
@@ -99,6 +100,7 @@ __all__ = [
     "lowered_graph",
     "module_call_code",
     "next_node_number",
+    "offloaded",
     "other_flash",
     "own_parameter",
     "parameters_of",

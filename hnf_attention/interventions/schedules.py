@@ -40,6 +40,9 @@ class Schedule:
 
     def rates(self) -> list[float] | None:
         """The rate of each group at the step that the schedulers have reached; None if that cannot be told."""
+        # Steps of others than PyTorch's own may do more than to set rates.
+        if not all(type(each).__module__.startswith("torch.optim") for each in _all(self._now)):
+            return None
         schedulers, twins = _copies(*self._kept)
         waits = [_count(now) - _count(then) for now, then in zip(self._now, schedulers)]
         if not waits or min(waits) < 0:
@@ -54,6 +57,11 @@ class Schedule:
             except TypeError:  # it goes by a number that each step is given
                 return None
         return [float(twin["lr"]) for twin in twins]
+
+
+def _all(schedulers: Sequence[Any]) -> list[Any]:
+    """These schedulers, and those that they are made of."""
+    return [x for each in schedulers for x in (each, *_all(inner_schedulers(each)))]
 
 
 def _leading(scheduler: Any) -> list[Any]:

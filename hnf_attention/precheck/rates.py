@@ -13,6 +13,7 @@ from typing import Any
 
 from .design import Design, positive
 from .predict import MARGINAL, STABLE, UNSTABLE
+from .rounding import rounded_down
 
 #: Log odds of harm, by logistic regression on 239 runs of the laboratory (docs/validation.md), of which 94 were harmed.
 #: AUROC 0.94, cross-validated over architectures. Widths 64 to 192, rates 3e-4 to 3e-2, warmups 5 to 200 steps.
@@ -68,8 +69,28 @@ def largest_clean_rate(design: Design, warmup: int) -> float | None:
     return math.exp((odds - _constant(design, warmup)) / BY_RATE)
 
 
-def verdict(probability: float) -> str:
-    """As the verdict on a spread: stable where harm is unlikely, unstable where it is likelier than not."""
+def counted_harm(design: Design, plan: TrainingPlan) -> float | None:
+    """How often attention harmed runs at the plan's rate, where the verdict on the design counts that.
+
+    None without a rate, and for models wider than WIDEST.
+    """
+    if plan.learning_rate is None or design.d_model > WIDEST:
+        return None
+    return harm_probability(design, plan.learning_rate, plan.warmup)
+
+
+def printed(rate: float) -> str:
+    """The largest clean rate as people read it: never above the rate, so that it is clean as printed, too."""
+    return f"{rounded_down(rate):.3g}"
+
+
+def verdict(probability: float | None) -> str:
+    """As the verdict on a spread: stable where harm is unlikely, unstable where it is likelier than not.
+
+    Stable for None, where the rate is not counted.
+    """
+    if probability is None:
+        return STABLE
     return STABLE if probability <= CLEAN_ODDS else MARGINAL if probability <= 0.5 else UNSTABLE
 
 

@@ -62,6 +62,7 @@ def summarise(
     design: Design, evidence: Evidence, tolerance: float, plan: rates.TrainingPlan | None = None
 ) -> StabilityReport:
     """The report of `check_attention_stability`."""
+    plan = plan or rates.TrainingPlan()
     if not evidence.known:
         evidence.found = [replace(scores, source=_PLAIN) for scores in evidence.found]
     found = evidence.found
@@ -80,8 +81,10 @@ def summarise(
         what = "number formats are not judged" if known else "not known"
         evidence.notes.insert(0, f"{what}: {evidence.unknown}")
     formats = format_verdicts(design, heaviest, tolerance, known=norms_known)
-    near = neighbours(design, ratio, largest, trained=evidence.trained) if known else []
+    near = neighbours(design, ratio, largest, trained=evidence.trained, plan=plan) if known else []
     half = formats["float16"]
+    without_rate = _verdict(evidence, ratio, largest)
+    harm = None if without_rate == NOT_KNOWN else rates.counted_harm(design, plan)
     report = StabilityReport(
         expected_logit_max=max(scores.expected_logit_max for scores in found),
         curvature_bound=2.0**log2_curvature if log2_curvature < 1024 else math.inf,
@@ -89,8 +92,11 @@ def summarise(
         precision_bits_needed=half["sound_bits"],
         typical_bits_needed=half["typical_bits"],
         float16_safe=half["status"] in (SAFE, USUALLY_SAFE) if norms_known else None,
-        recommendations=_recommendations(design, worst, near, evidence, formats, tolerance),
-        verdict=_verdict(evidence, ratio, largest),
+        recommendations=_recommendations(
+            design, worst, near, evidence, formats, tolerance, _rate_advice(design, plan, harm)
+        ),
+        verdict=without_rate if harm is None else max(without_rate, rates.verdict(harm), key=VERDICTS.index),
+        rate_verdict=None if harm is None else rates.verdict(harm),
         sigma_ratio=ratio,
         margin=SAFE_RATIO / ratio if ratio > 0 else math.inf,
         max_abs_logit=largest,
@@ -104,7 +110,7 @@ def summarise(
         notes=evidence.notes,
         sources=_sources(design, worst, evidence),
     )
-    _judge_rate(report, design, plan or rates.TrainingPlan())
+    _add_rate(report, design, plan)
     if evidence.weights:
         report["weight_logit_bound"] = max(float(layer.bound.max()) for layer in evidence.weights)
     if evidence.typical:
@@ -112,30 +118,33 @@ def summarise(
     return report
 
 
-def _judge_rate(report: StabilityReport, design: Design, plan: rates.TrainingPlan) -> None:
+def _add_rate(report: StabilityReport, design: Design, plan: rates.TrainingPlan) -> None:
     """Add what the learning rate does, as far as it is known."""
-    largest = rates.largest_clean_rate(design, plan.warmup)
+    report |= {"learning_rate": plan.learning_rate, "warmup": plan.warmup}
     report["largest_clean_rate"] = report["harm_probability"] = None
     if report["verdict"] == NOT_KNOWN:
         return
-    report["largest_clean_rate"] = largest
+    report["largest_clean_rate"] = rates.largest_clean_rate(design, plan.warmup)
     report["sources"]["largest_clean_rate"] = rates.SOURCE
     if plan.learning_rate is None:
         return
-    harm = rates.harm_probability(design, plan.learning_rate, plan.warmup)
-    report["harm_probability"] = harm
+    report["harm_probability"] = rates.harm_probability(design, plan.learning_rate, plan.warmup)
     if design.d_model > rates.WIDEST:
         report["notes"].append(
             f"the verdict leaves the learning rate out: what is known of rates comes from much narrower models than "
             f"{design.d_model}"
         )
-        return
-    report["verdict"] = max(report["verdict"], rates.verdict(harm), key=VERDICTS.index)
-    if largest is not None and harm > rates.CLEAN_ODDS:
-        report["recommendations"].append(
-            f"at a learning rate of {plan.learning_rate:.2g} with {plan.warmup} steps of warmup, attention harmed "
-            f"{harm:.0%} of such runs: train at {largest:.2g} or less, or normalise queries and keys (QK-norm)"
-        )
+
+
+def _rate_advice(design: Design, plan: rates.TrainingPlan, harm: float | None) -> str:
+    """What to do about the learning rate; "" if it is clean or not counted. harm: how often it harmed such runs."""
+    largest = rates.largest_clean_rate(design, plan.warmup)
+    if harm is None or largest is None or rates.verdict(harm) == STABLE:
+        return ""
+    return (
+        f"at a learning rate of {plan.learning_rate:g} with {plan.warmup} steps of warmup, attention harmed {harm:.0%} "
+        f"of such runs: train at {rates.printed(largest)} or less, or normalise queries and keys (QK-norm)"
+    )
 
 
 def _verdict(evidence: Evidence, ratio: float, largest: float) -> str:
@@ -189,10 +198,14 @@ def _recommendations(
     evidence: Evidence,
     formats: dict[str, dict[str, Any]],
     tolerance: float,
+    rate_advice: str,
 ) -> list[str]:
     texts = []
     if evidence.known and worst.sigma_ratio > SAFE_RATIO:
         texts.append(explanation(design, worst.sigma_ratio, worst.keys))
+    if rate_advice:
+        texts.append(rate_advice)
+    if texts:
         texts += map(str, near)
     for issue in [] if evidence.diagnosis is None else evidence.diagnosis.errors[:3]:
         texts.append(f"{issue.evidence} -> {issue.suggestion}")

@@ -67,8 +67,9 @@ def trace_non_finite(
     run without compilation. Afterwards weights, buffers, gradients, the optimizer's states and the random numbers are
     as they were, to the last bit. Memory: a copy of these, and for `wide` the weights in double precision.
 
-    Raises TypeError for a batch, model, loss, optimizer or scaler of another kind, ValueError if the folder holds other
-    files, and ImportError if safetensors is missing. An error of the step itself comes out if all was finite before it.
+    Raises TypeError for a batch, model, loss, optimizer or scaler of another kind, and for a step that gives neither a
+    loss tensor nor outputs nor gradients; ValueError for a model on the meta device, and if the folder holds other
+    files; and ImportError if safetensors is missing. An error of the step itself comes out if all was finite before it.
     """
     run = make_step(unwrapped_of(model), batch, loss, optimizer, scaler)
     target = None if folder is None else check_folder(Path(folder))
@@ -80,7 +81,7 @@ def trace_non_finite(
         if root is None:
             if outcome.error is not None:
                 raise outcome.error
-            return _untraced(record, step) if record.symptoms else _nothing(record, outcome, step)
+            return _untraced(record, outcome, step) if record.symptoms else _nothing(record, outcome, step)
         outcome.error = None  # with what its frames hold
         progress("copying the tensors of one operation", 1, total)
         captured = _capture(run, kept, root, record)
@@ -111,7 +112,7 @@ def trace_non_finite(
         suggestion=SUGGESTIONS[cause],
         wide=replayed,
         symptoms=tuple(record.symptoms.values()),
-        notes=tuple(notes),
+        notes=(*notes, *outcome.notes),
         step=step,
     )
     if target is None or captured is None:
@@ -143,6 +144,7 @@ def _record(run: Step, kept: Kept) -> tuple[Record, Outcome]:
     names = _names(run, recorder)
     with recorder:
         outcome = run.run(recorder)
+    outcome.check()
     kept.scaler_ran = outcome.scaled
     names |= _states(run, recorder)
     seen = [(recorder.add(x, name), name) for name, x in _visible(run, outcome)]
@@ -284,18 +286,23 @@ def _versions(root: Root) -> str:
     return ", ".join(texts)
 
 
-def _untraced(record: Record, step: int | None) -> NonFiniteTrace:
+def _untraced(record: Record, outcome: Outcome, step: int | None) -> NonFiniteTrace:
     symptoms = tuple(record.symptoms.values())
     evidence = f"NaN or inf in {symptoms[0]}, which no operation was seen to write or to read"
     return NonFiniteTrace(
-        UNTRACED, evidence=evidence, suggestion=SUGGESTIONS[UNTRACED], symptoms=symptoms, step=step
+        UNTRACED,
+        evidence=evidence,
+        suggestion=SUGGESTIONS[UNTRACED],
+        symptoms=symptoms,
+        notes=tuple(outcome.notes),
+        step=step,
     )
 
 
 def _nothing(record: Record, outcome: Outcome, step: int | None) -> NonFiniteTrace:
     passing = [x for x in record.operations if any(not y.finite and not y.hidden_only for y in x.outputs)]
     loss = "" if outcome.loss is None else f", loss {float(outcome.loss.detach()):.6g}"
-    notes = []
+    notes = list(outcome.notes)
     if passing:
         first, many = passing[0], len(passing)
         where = "" if first.module is None else f" in {display_name(first.module)}"

@@ -42,6 +42,8 @@ def verdict(report: StabilityReport, name: str) -> RenderableType:
     parts += [Text(line, style="dim") for line in report.overflows_elsewhere()]
     if report["margins"]:
         parts.append(_margins(report))
+    if report.about_rate():
+        parts.append(Text(report.about_rate()))
     for text in report["recommendations"]:
         parts.append(indented(f"-> {text}"))
     assumed = [
@@ -52,9 +54,8 @@ def verdict(report: StabilityReport, name: str) -> RenderableType:
     if assumed:
         parts.append(Text(f"assumed: {', '.join(assumed)}", style="dim"))
     parts += [Text(f"note: {note}", style="yellow") for note in report["notes"]]
-    ratio = f"sigma / sigma_c {report['sigma_ratio']:.2f}, margin {report['margin']:.2f}"
-    source = report["sources"]["sigma_ratio"]
-    parts.append(Text(f"\n{report['verdict']}: {ratio} ({source})", style=VERDICT_STYLES[report["verdict"]]))
+    said, source = report["verdict"], report["sources"]["sigma_ratio"]
+    parts.append(Text(f"\n{said}: {report.reason()} ({source})", style=VERDICT_STYLES[said]))
     return Group(*parts)
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from ..precheck import StabilityReport
 from ..precheck.costs import Cost
 from ..precheck.predict import STABLE
+from ..precheck.rates import printed
 from .check import VERDICT_STYLES
 from .fitted import Column, FittedTable
 from .numbers import number
@@ -54,8 +55,9 @@ def side_by_side(designs: Sequence[CheckedDesign]) -> RenderableType:
     parts.append(Text(""))
     for each in designs:
         verdict, mark = each.report["verdict"], " (largest margin)" if each is best else ""
-        ratio = f"sigma / sigma_c {each.report['sigma_ratio']:.2f}, margin {each.report['margin']:.2f}"
-        parts.append(Text(f"{verdict}: {each.name}, {ratio}{mark}", style=VERDICT_STYLES[verdict]))
+        parts.append(
+            Text(f"{verdict}: {each.name}, {each.report.reason()}{mark}", style=VERDICT_STYLES[verdict])
+        )
     return Group(*parts)
 
 
@@ -88,8 +90,9 @@ def _margins(designs: Sequence[CheckedDesign]) -> FittedTable:
 
     def rate(report: StabilityReport) -> str:
         found = report["largest_clean_rate"]
-        return "" if found is None else f"{found:.2g}"
+        return "" if found is None else printed(found)
 
+    rated = any(each.report["harm_probability"] is not None for each in designs)
     verdicts = [
         Text(each.report["verdict"], style=VERDICT_STYLES[each.report["verdict"]]) for each in designs
     ]
@@ -106,6 +109,11 @@ def _margins(designs: Sequence[CheckedDesign]) -> FittedTable:
             column("bits,\nusual", lambda report: f"{report['typical_bits_needed']:.0f}", 3),
             column("bits,\nproved", lambda report: f"{report['precision_bits_needed']:.0f}", 4),
             column("largest\nclean rate", rate, 5),
+            *(
+                [column("harm at\nthe rate", lambda report: _harm(report["harm_probability"]), 5)]
+                if rated
+                else []
+            ),
         ],
     )
 
@@ -124,12 +132,16 @@ def _stable(designs: Sequence[CheckedDesign]) -> FittedTable:
             text = "none" if not math.isfinite(lowest) else f"from {lowest:.3g}"
             cells.append(Text(f"{text} ({keys:,})", style="green" if each.temperature >= lowest else "red"))
         columns.append(Column(title, cells, 0 if place == 1 else 2))
-    return FittedTable("Stable temperatures T / sqrt(head_dim), by visible keys", columns)
+    return FittedTable(
+        "Temperatures T / sqrt(head_dim) with a stable spread of scores, by visible keys", columns
+    )
 
 
 def _changes(designs: Sequence[CheckedDesign]) -> FittedTable:
     rows = [(each.name, change) for each in designs for change in each.report["neighbours"][:_CHANGES]]
     verdicts = [Text(change["verdict"], style=VERDICT_STYLES[change["verdict"]]) for _, change in rows]
+    harms = [change["harm_probability"] for _, change in rows]
+    rated = any(harm is not None for harm in harms)
     return FittedTable(
         "Advised changes, and what they cost",
         [
@@ -137,6 +149,11 @@ def _changes(designs: Sequence[CheckedDesign]) -> FittedTable:
             Column("change", [Text(change["change"]) for _, change in rows], justify="left"),
             Column("then", verdicts, 1, justify="left"),
             Column("sigma /\nsigma_c", [Text(number(change["sigma_ratio"])) for _, change in rows], 2),
+            *([Column("harm at\nthe rate", [Text(_harm(harm)) for harm in harms], 2)] if rated else []),
             Column("cost", [Text(str(Cost(**change["cost"]))) for _, change in rows], justify="left"),
         ],
     )
+
+
+def _harm(probability: float | None) -> str:
+    return "" if probability is None else f"{probability:.0%}"

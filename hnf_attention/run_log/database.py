@@ -57,6 +57,8 @@ _WAIT = 10.0  # seconds for another process's transaction
 
 def connect(path: Path) -> sqlite3.Connection:
     """Open a run log for writing; a new file gets the schema, an older one the rest of it. Raises BadLog or OSError."""
+    if path.is_dir():
+        raise IsADirectoryError(f"expected a run log, got the folder {path}")
     connection = _open(f"{path.absolute().as_uri()}?mode=rwc", path)
     with _closed_if_bad(connection, path):
         if _version(connection, path) == 0:
@@ -95,6 +97,8 @@ def connect_to_read(path: Path) -> tuple[sqlite3.Connection, bool]:
     Returns, too, whether what is written is seen: not in a folder where this process may make no files.
     """
     path.stat()  # OSError with the file's name
+    if path.is_dir():
+        raise BadLog(f"expected a run log, got the folder {path}")
     try:
         return _opened_to_read(path, "mode=ro"), True
     except OSError:

@@ -54,7 +54,8 @@ class RunLogWriter:
     max_bytes: past this size older log steps are joined in pairs: maxima and minima are kept, means are averaged.
 
     A disk that is full or away costs no training step: log steps wait in memory, and one line is logged.
-    Raises BadLog for a file that is no run log, OSError for one that cannot be written, ValueError for a bad max_bytes.
+    Raises BadLog for a file that is no run log, OSError for one that cannot be written, ValueError for a bad max_bytes,
+    TypeError for an `about` that is no mapping.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class RunLogWriter:
     ):
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
             raise ValueError(f"expected max_bytes to be an int >= 1, got {max_bytes!r}")
+        if about is not None and not isinstance(about, Mapping):
+            raise TypeError(f"expected about to be a dict, got {type(about).__name__}")
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._about = plain({"run": dict(about or {}), "environment": _environment()})
