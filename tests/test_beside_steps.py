@@ -123,7 +123,7 @@ def test_epsilon_is_set_and_set_back():
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (dict(action="rewarm_lr", floor=2), "'floor' to be at most 1, got 2"),
+        (dict(action="rewarm_lr", floor=2), "'floor' to be above 0 and at most 1, got 2"),
         (dict(action="rewarm_lr", steps=0), "'steps' to be a number > 0, got 0"),
         (
             dict(action="qk_rate", factor=0.5),

@@ -20,6 +20,7 @@ FILES += [
     "test_every_step_compiled.py",
     "test_torch_sdpa.py",
     "test_transformers_attention.py",
+    "test_triage_slips.py",
 ]
 HERE = Path(__file__).parent
 PACKAGE = Path(hnf_attention.__file__).parent

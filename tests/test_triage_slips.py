@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from compat_helpers import carried_by
 from torch import nn
 
 from hnf_attention import trace_non_finite
@@ -87,6 +88,7 @@ def test_a_model_on_the_meta_device_is_refused(names, closure):
         trace_non_finite(model, batch)
 
 
+@carried_by("offloaded")
 def test_an_offloaded_model_is_traced():
     accelerate = pytest.importorskip("accelerate")
     model = model_with_nan()

@@ -158,6 +158,10 @@ def test_what_is_not_proved_is_refused_before_anything_changes(build, message, a
 def test_more_or_fewer_heads_than_there_are_prove_nothing():
     model = nn.ModuleDict({"attn": Fused()})
     for heads in (2, 8):
+        with pytest.raises(ValueError, match=r"expected 4 heads in layer 'attn' .*, got"):
+            apply_intervention(None, temperature.propose({"attn": [2.0] * heads}, ""), model)
+    del model.attn.num_heads  # nor where the layer does not say how many there are
+    for heads in (2, 8):
         with pytest.raises(ValueError, match="expected proof"):
             apply_intervention(None, temperature.propose({"attn": [2.0] * heads}, ""), model)
 
