@@ -86,7 +86,7 @@ def test_every_option(case, dtype, device):
 
 
 @pytest.mark.slow
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(case=random_cases())
 def test_anywhere(case):
     tensors = case.tensors(device=DEVICE)

@@ -57,7 +57,7 @@ def test_forward_matches_the_oracle(case, dtype, device):
 
 
 @pytest.mark.slow
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(case=random_cases(), dtype=st.sampled_from(DTYPES))
 def test_forward_matches_the_oracle_anywhere(case, dtype):
     _check_forward(case, dtype, "cuda" if ON_GPU else "cpu")
@@ -153,7 +153,7 @@ def test_backward_matches_the_reference(case, dtype, device):
 
 
 @pytest.mark.slow
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=7, deadline=None, derandomize=True)
 @given(case=random_cases())
 def test_backward_matches_the_reference_anywhere(case):
     tensors = case.tensors(device="cuda" if ON_GPU else "cpu")

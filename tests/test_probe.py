@@ -46,7 +46,7 @@ def test_all_rows_match_the_oracle(case, dtype, device):
 
 
 @pytest.mark.slow
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=7, deadline=None, derandomize=True)
 @given(case=random_cases())
 def test_all_rows_match_the_oracle_anywhere(case):
     _check(case, torch.float32, DEVICE)
@@ -171,7 +171,7 @@ def test_a_sample_matches_the_reference(change, period, phase, device):
 
 
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(
     case=random_cases(), num_queries=st.integers(1, 300), period=st.integers(1, 5), phase=st.integers(0, 9)
 )

@@ -142,14 +142,17 @@ def read_json(path: Path) -> Config:
     Raises InputError for a file that is not a JSON object.
     """
     try:
-        with path.open("rb") as file:
-            read = file.read(LARGEST + 1)
-        config = json.loads(read.decode("utf-8")) if len(read) <= LARGEST else None
+        size = path.stat().st_size  # 0 for a pipe
+        if size <= LARGEST:
+            with path.open("rb") as file:
+                read = file.read(LARGEST + 1)
+            size = len(read)
+        config = json.loads(read.decode("utf-8")) if size <= LARGEST else None
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # JSON's and UTF-8's
         raise InputError(f"expected a JSON configuration in {path}, got something else: {error}") from error
-    if len(read) > LARGEST:
+    if size > LARGEST:
         raise InputError(f"expected a configuration of at most {LARGEST:,} bytes in {path}, got more")
     if not isinstance(config, dict):
         raise InputError(f"expected a JSON object in {path}, got a {type(config).__name__}")
