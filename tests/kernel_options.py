@@ -57,7 +57,6 @@ IMPOSSIBLE: dict[tuple[str, str], bool] = {
     ("largest_rows_kernel", "has_out"): True,
     ("largest_rows_kernel", "has_softcap"): True,
     ("largest_rows_kernel", "single"): False,
-    ("settle_kernel", "exact"): False,  # bounds alone need no second launch
 }
 # The sm_90 forward takes none of these.
 IMPOSSIBLE |= {

@@ -20,8 +20,8 @@ _NOTHING = tl.constexpr(-0x7F800001)  # -inf, `ordered`
 
 
 @dataclass(frozen=True, repr=False)
-class SizesPlan(Plan):
-    """What the kernels that take all heads at once are compiled for."""
+class BoundsPlan(Plan):
+    """What the kernel of the bounds is compiled for."""
 
     block: int  # heads
     exact: bool  # sizes of wanted heads come from their rows
@@ -102,10 +102,10 @@ def _largest_rows_kernel(
 
 @triton.jit(do_not_specialize=["heads"])
 def _settle_kernel(
-    found_ptr, sizes_ptr, wanted_ptr, factors_ptr, largest_ptr, threshold, heads, PLAN: tl.constexpr
+    found_ptr, sizes_ptr, wanted_ptr, factors_ptr, largest_ptr, threshold, heads, BLOCK: tl.constexpr
 ):
     """Sizes of wanted heads as their rows have them, the bound for the others, and factors of all."""
-    head = tl.arange(0, PLAN.block)
+    head = tl.arange(0, BLOCK)
     inside = head < heads
     wanted = tl.load(wanted_ptr + head, mask=inside, other=0) != 0
     exact = unordered(tl.load(found_ptr + head, mask=inside, other=0))
@@ -145,7 +145,7 @@ class CallSizes:
         launch(
             _size_bounds_kernel,
             (1, 1, 1),
-            SizesPlan(triton.next_power_of_2(heads), exact),
+            BoundsPlan(triton.next_power_of_2(heads), exact),
             self._squares.device,
             {
                 "squares_ptr": self._squares,
@@ -196,7 +196,7 @@ class CallSizes:
         launch(
             _settle_kernel,
             (1, 1, 1),
-            SizesPlan(triton.next_power_of_2(heads), True),
+            triton.next_power_of_2(heads),
             device,
             {
                 "found_ptr": self._found,
