@@ -3,7 +3,8 @@
     git archive OLD kernels | tar x -C /some/folder
     python bench/hopper_versions.py now=kernels old=/some/folder/kernels --out bench/results/NAME.json
 
-bf16, B * N = 16k tokens, model width 2048. Each number is the median of 25 timings of two launches.
+bf16, B * N = 16k tokens, model width 2048: causal and full, causal windows and packs (which cuDNN does not compute).
+Each number is the median of 25 timings of two launches. Outputs and row statistics must agree.
 """
 
 from __future__ import annotations
@@ -21,15 +22,30 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import torch
+from hopper_intervals import EVEN, RAGGED, drawn
 from machine import machine
-from suite import HEADS, TOKENS, Case
+from suite import HEADS, TOKENS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from hnf_attention.engine.call import check
 
-LENGTHS, ROUNDS = (1024, 4096, 8192, 16384), 25
-LARGEST_ERROR = 5e-3  # of the output, relative to cuDNN's: both round to bf16
+LENGTHS, ROUNDS = (1024, 2048, 4096, 8192, 16384), 25
+WINDOWS = ((8192, 1024), (8192, 4096))  # length, window
+LARGEST_ERROR = 5e-3  # of the output, relative to the first call's: both round to bf16
+LARGEST_ROW_ERROR = 1e-4  # of the row statistics
+
+
+def cases():
+    """(name, length, keywords of a call)."""
+    for is_causal in (True, False):
+        for length in LENGTHS:
+            yield f"N={length} {'causal' if is_causal else 'full'}", length, {"is_causal": is_causal}
+    for length, window in WINDOWS:
+        yield f"N={length} window {window}", length, {"is_causal": True, "window_size": window}
+    for name, edges in (("8 x 2k", EVEN), ("ragged", RAGGED)):
+        seqlens = torch.tensor(edges, dtype=torch.int32, device="cuda")
+        yield f"pack of {name}", TOKENS, {"is_causal": True, "seqlens": seqlens}
 
 
 def forward_of(name: str, folder: str):
@@ -56,32 +72,30 @@ def milliseconds(call) -> float:
     return begin.elapsed_time(end) / 2
 
 
-def compare(case: Case, forwards: dict) -> dict[str, float]:
+def error(got, wanted) -> float:
+    return float((got.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+def compare(name: str, head_dim: int, length: int, given: dict, forwards: dict) -> dict[str, float]:
     """Median times in ms."""
-    q, k, v = case.inputs("cuda")
-    options = check(
-        q,
-        k,
-        v,
-        attn_mask=None,
-        is_causal=case.is_causal,
-        scale=None,
-        window_size=None,
-        softcap=None,
-        sinks=None,
-    )
-    calls = {"cudnn": functools.partial(cudnn, q, k, v, case.is_causal)}
-    wanted = calls["cudnn"]().float()
-    for name, forward in forwards.items():
-        error = (forward(q, k, v, options)[0].float() - wanted).norm() / wanted.norm()
-        if not error < LARGEST_ERROR:
-            raise SystemExit(f"{name} at {case.label}: the output is off by {error:.1e}")
-        calls[name] = functools.partial(forward, q, k, v, options)
-    times = {name: [] for name in calls}
+    q, k, v = drawn(TOKENS // length, HEADS[head_dim], length, head_dim)
+    rest = dict.fromkeys(("attn_mask", "scale", "window_size", "softcap", "sinks", "seqlens"))
+    options = check(q, k, v, **rest | given)
+    calls = {version: functools.partial(forward, q, k, v, options) for version, forward in forwards.items()}
+    wanted = next(iter(calls.values()))()[:5]
+    for version, call in calls.items():
+        out, *rows = (error(*pair) for pair in zip(call()[:5], wanted))
+        if not (out < LARGEST_ERROR and max(rows) < LARGEST_ROW_ERROR):
+            raise SystemExit(f"{version} at {name}: off by {out:.1e}, {max(rows):.1e}")
+    if given.keys() == {"is_causal"}:
+        calls["cudnn"] = functools.partial(cudnn, q, k, v, given["is_causal"])
+        if not error(calls["cudnn"](), wanted[0]) < LARGEST_ERROR:
+            raise SystemExit(f"at {name} cuDNN gives another output")
+    times = {version: [] for version in calls}
     for _ in range(ROUNDS):
-        for name in random.sample(list(calls), len(calls)):
-            times[name].append(milliseconds(calls[name]))
-    return {name: statistics.median(found) for name, found in times.items()}
+        for version in random.sample(list(calls), len(calls)):
+            times[version].append(milliseconds(calls[version]))
+    return {version: statistics.median(found) for version, found in times.items()}
 
 
 def main() -> None:
@@ -97,15 +111,15 @@ def main() -> None:
     random.seed(0)
     document = {"machine": machine(), "cases": []}
     for head_dim in (128, 64):
-        for is_causal in (True, False):
-            for length in LENGTHS:
-                case = Case(head_dim, HEADS[head_dim], HEADS[head_dim], length, is_causal)
-                found = compare(case, forwards)
-                document["cases"].append({"case": case.label, "tokens": TOKENS, "ms": found})
-                ratios = (f"{name} {ms / found['cudnn']:.3f}" for name, ms in found.items())
-                print(f"{case.label:26} cuDNN {found['cudnn']:.3f} ms, of that:", *ratios, flush=True)
-                if given.out is not None:
-                    given.out.write_text(json.dumps(document, indent=1) + "\n")
+        for name, length, keywords in cases():
+            found = compare(name, head_dim, length, keywords, forwards)
+            label = f"D={head_dim} {name}"
+            document["cases"].append({"case": label, "tokens": TOKENS, "ms": found})
+            base = "cudnn" if "cudnn" in found else list(forwards)[-1]
+            ratios = (f"{version} {ms / found[base]:.3f}" for version, ms in found.items())
+            print(f"{label:26} {base} {found[base]:.3f} ms, of that:", *ratios, flush=True)
+            if given.out is not None:
+                given.out.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

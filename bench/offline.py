@@ -123,6 +123,12 @@ def compile_tree(tree: Path) -> dict:
     return {"triton": triton.__version__, "torch": torch.__version__, "variants": found}
 
 
+def halves(host, causal: bool) -> dict:
+    """What a plan of the tree is told about halves of tiles, if it knows them."""
+    known = "halves" in inspect.signature(host.plan).parameters
+    return {"halves": (causal, False)} if known else {}
+
+
 def is_flat() -> bool:
     """Whether the tree that is compiled has the flat layout."""
     return not (Path(sys.path[0]) / "kernels" / "portable").is_dir()
@@ -151,7 +157,9 @@ def calls(torch):
                 label = f"D={head_dim} D_v={value_dim} N={length} {'causal' if causal else 'full'}"
                 yield f"hopper, {label}", lambda q=q, k=k, v=v, o=options: host.forward(q, k, v, o)
                 if head_dim == value_dim != 80:
-                    plan = host.plan(head_dim, value_dim, causal, length % 128 > 0, False)
+                    plan = host.plan(
+                        head_dim, value_dim, causal, length % 128 > 0, False, **halves(host, causal)
+                    )
                     yield (
                         f"hopper without statistics, {label}",
                         lambda q=q, k=k, v=v, o=options, p=plan: host.forward(q, k, v, o, p),

@@ -109,7 +109,9 @@ def _lse_only(q, k, v, is_causal):
     reason = engines.hopper_supports(Call(q, k, v, options), card_of(q.device))
     if reason is not None:
         raise Unavailable(f"only the Hopper kernel is compiled without statistics: {reason}")
-    plan = host.plan(q.shape[3], v.shape[3], is_causal, k.shape[2] % host.BLOCK_N > 0, False)
+    ragged = k.shape[2] % host.BLOCK_N > 0
+    halves = is_causal and q.shape[2] <= k.shape[2], False
+    plan = host.plan(q.shape[3], v.shape[3], is_causal, ragged, False, halves=halves)
     return host.forward(q, k, v, options, plan)[:2]
 
 

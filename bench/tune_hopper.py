@@ -40,10 +40,11 @@ CASES = [
 
 def plans(head_dim, is_causal):
     """The candidates, and the tuned plan without statistics."""
-    tuned = host.plan(head_dim, head_dim, is_causal, False, True)
+    tuned = host.plan(head_dim, head_dim, is_causal, False, True, halves=(is_causal, False))
     yield replace(tuned, stats=False)
-    for early in (True, False):
-        yield replace(tuned, early=early)
+    booleans = True, False
+    for early, parted, parts, in_turn in itertools.product(booleans, booleans, (1, 2, 4), booleans):
+        yield replace(tuned, early=early, parted=parted, parts=parts, in_turn=in_turn)
 
 
 def inputs(head_dim, heads, batch, tokens, seed=0):

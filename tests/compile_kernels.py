@@ -1,5 +1,6 @@
 """Compile the kernels for a card that is not there; run by tests/test_compile_kernels.py in a process of its own."""
 
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -9,6 +10,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from hnf_attention.engine import fold
+from hnf_attention.kernels.hopper import host
 from hnf_attention.kernels.measure import beside, clip, columns, extremes, longest, mask_map, rows_asked
 from hnf_attention.kernels.measure import fold as fold_kernel
 from hnf_attention.kernels.portable import backward, forward, probe
@@ -101,6 +103,23 @@ def compile_gated(call: extremes.Tensors, options) -> None:
     fold_kernel.fold(accumulator, q, k, rows, options, context, fold.kernel_layout(), control)
 
 
+# One of each form of the sm_90 forward, at each width.
+HOPPER = (
+    Case(1, 2, 2, 256, 256, 64, 64, is_causal=True),
+    Case(1, 2, 2, 256, 256, 64, 64, is_causal=True, window_size=128),
+    Case(1, 2, 2, 256, 256, 128, 128, is_causal=True, seqlens=(0, 100, 200), sinks=True),
+    Case(1, 1, 2, 256, 256, 64, 128, mask="bool"),
+    Case(1, 1, 2, 256, 256, 256, 256, seqlens=(0, 100, 200), window_size=50),
+)
+
+
+def compile_hopper(case: Case) -> None:
+    tensors = case.tensors(torch.bfloat16)
+    card = SimpleNamespace(multi_processor_count=132)
+    with mock.patch.object(torch.cuda, "get_device_properties", lambda device: card):
+        host.forward(*tensors[:3], case.options(*tensors))
+
+
 def main() -> None:
     compiled = set()
     run = JITFunction.run
@@ -116,6 +135,8 @@ def main() -> None:
     ):
         for case in CASES:
             compile_all(case)
+        for case in HOPPER:
+            compile_hopper(case)
         for integers in (torch.int32, torch.int64):
             packing.sequence_bounds(torch.tensor([0, 10, 40], dtype=integers), 40)
     print(*sorted(compiled))

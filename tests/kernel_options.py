@@ -32,12 +32,12 @@ KERNELS: dict[str, frozenset[str]] = {
     "rows_asked_kernel": frozenset({"float32", "uint8"}),  # rows that do not count are read as bytes
     "scan_mask_kernel": frozenset({"uint8", "float32"}),  # boolean masks are read as bytes
     "bounds_kernel": frozenset({"int32", "int64"}),
-    "pack_kernel": frozenset({"int32"}),
+    "places_kernel": frozenset({"int32", "int64"}),
     "mask_rows_kernel": frozenset({"int32", "uint8"}),
     "mask_kernel": frozenset({"int32"}),
 }
 #: Kernels that only a test launches.
-OF_TESTS = frozenset({"list_blocks", "list_spans", "finish_rows"})
+OF_TESTS = frozenset({"list_blocks", "list_spans"})
 #: Kernel and option: the value that no caller can ask for.
 IMPOSSIBLE: dict[tuple[str, str], bool] = {
     (
@@ -45,7 +45,7 @@ IMPOSSIBLE: dict[tuple[str, str], bool] = {
         "has_d_scores",
     ): True,  # the gradient of a mask is written once, beside that of the queries
     ("scan_mask_kernel", "has_mask"): False,
-    ("pack_kernel", "is_packed"): False,
+    ("places_kernel", "is_packed"): False,
     ("mask_kernel", "has_mask"): False,
     ("mask_kernel", "is_packed"): True,
     ("longest_kernel", "has_padding"): True,  # it reads every row
@@ -61,10 +61,10 @@ IMPOSSIBLE: dict[tuple[str, str], bool] = {
 # The sm_90 forward takes none of these.
 IMPOSSIBLE |= {
     (kernel, option): True
-    for kernel in ("pack_kernel", "mask_kernel")
+    for kernel in ("places_kernel", "mask_kernel")
     for option in ("has_softcap", "has_bias")
 }
-IMPOSSIBLE |= {("pack_kernel", "has_mask"): True}
+IMPOSSIBLE |= {("places_kernel", "has_mask"): True}
 # It corrects the sm_90 forward, which takes none of these.
 IMPOSSIBLE |= {
     ("huge_rows_kernel", option): True

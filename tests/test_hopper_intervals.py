@@ -133,6 +133,16 @@ def test_padding_matches_the_oracle(host, head_dim, length, name, is_causal, dty
     agree(host, case, (q, k, v, padding_masks(5, length)[name], sinks))
 
 
+@pytest.mark.parametrize("seqlens", [None, (0, 300, 500)])
+def test_the_smallest_of_equal_scores_is_not_above_the_largest(host, seqlens):
+    """A score times the unit, less the same number rounded, may be more than 0."""
+    case = Case(1, 4, 2, 500, 500, 64, 64, seqlens=seqlens, is_causal=True)
+    q, k, v, *_ = tensors = case.tensors(torch.bfloat16, "cuda")
+    k[:] = k[:, :, :1]
+    _, _, _, largest, smallest, _ = host.forward(q, k, v, case.options(*tensors))
+    assert (smallest <= largest).all() and (largest - smallest <= 2e-6 * largest.abs()).all()
+
+
 def test_a_pack_of_several_chunks(host):
     """Blocks are sorted in chunks of 128."""
     edges = (0, 900, 5000, 5001, 12000, 16300, 17000, 19000)

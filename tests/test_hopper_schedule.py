@@ -44,13 +44,19 @@ def taken(num_heads, num_blocks, programs, together):
     return [[tuple(pair) for pair in row[:n].tolist()] for row, n in zip(pairs, turns.tolist(), strict=True)]
 
 
-def by_formula(num_heads, num_blocks, programs, together):
-    """What `taken` returns, written once more: the interpreter is too slow for large shapes."""
+def line_of(num_heads, num_blocks, together):
+    """All (head, block) pairs, in the order in which programs take them."""
     stretches = [range(g, min(g + together, num_heads)) for g in range(0, num_heads, together)]
     line = []
     for left, heads in enumerate(reversed(stretches)):
         blocks = range(num_blocks) if left % 2 else reversed(range(num_blocks))
         line[:0] = [(head, block) for block in blocks for head in heads]
+    return line
+
+
+def by_formula(num_heads, num_blocks, programs, together):
+    """What `taken` returns, written once more: the interpreter is too slow for large shapes."""
+    line = line_of(num_heads, num_blocks, together)
     found = [[] for _ in range(programs)]
     turns = [line[k : k + programs] for k in range(0, len(line), programs)]
     for left, turn in enumerate(reversed(turns)):

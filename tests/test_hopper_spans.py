@@ -1,13 +1,10 @@
 """Which tiles of keys the Hopper forward walks for each block of queries, against the mask of every row and key."""
 
-import heapq
 import random
 
 import pytest
 import torch
 from cases import Case
-
-from hnf_attention.reference import masks as reference
 
 pytest.importorskip("triton", reason="Triton kernels need Linux")
 import triton
@@ -15,9 +12,7 @@ import triton.language as tl
 
 from hnf_attention.kernels.hopper import records
 from hnf_attention.kernels.hopper.plan import BLOCK_M, BLOCK_N, WIDE_BLOCK_N
-from hnf_attention.kernels.hopper.schedule import heads_together
 from hnf_attention.kernels.hopper.spans import span_of_rows
-from hnf_attention.kernels.shared.packing import sequence_bounds
 from hnf_attention.kernels.shared.plan import score_plan
 
 
@@ -103,95 +98,6 @@ def test_windows_walk_the_tiles_of_their_keys(tile, is_causal, count):
         assert_span(found, rows_seen(start, last, num_keys, is_causal, window), tile, is_causal)
 
 
-def drawn_pack(draw, length):
-    """Edges of sequences in `length` positions; some are empty, and the last positions may belong to none."""
-    edges = [0]
-    while edges[-1] < length and len(edges) < 40:
-        edges.append(
-            min(length, edges[-1] + draw.choice([0, 1, 5, 64, 128, 130, 256, draw.randrange(1, 700)]))
-        )
-    return tuple(edges if draw.random() < 0.5 else (*edges[:-1], length)) if len(edges) > 1 else (0, length)
-
-
-def records_of_pack(case, tile=BLOCK_N):
-    """(records, bounds, options, tensors) of a pack, by the kernels."""
-    tensors = case.tensors()
-    options = case.options(*tensors)
-    bounds = sequence_bounds(options.seqlens, case.num_keys)
-    shape = (1, case.kv_heads * case.group, case.num_queries, case.num_keys)
-    found, same = records.tables_of(shape, options, bounds, tile)
-    assert same is bounds
-    return found.tolist(), bounds, options, tensors
-
-
-def check_pack(case, tile=BLOCK_N):
-    found, _, options, _ = records_of_pack(case, tile)
-    rows, keys = torch.arange(case.num_queries)[:, None], torch.arange(case.num_keys)[None, :]
-    seen = reference.sees(rows, keys, case.num_keys, options)
-    blocks = -(-case.num_queries // BLOCK_M)
-    assert sorted(record[0] for record in found) == list(range(blocks))
-    for block, lo, full_lo, full_hi, hi, refused, row, part in found:
-        assert (refused, row, part) == (0, 0, case.num_keys)
-        rows = slice(block * BLOCK_M, (block + 1) * BLOCK_M)
-        assert_span((lo, full_lo, full_hi, hi), seen[rows], tile, case.is_causal)
-    for begin in range(0, blocks, records.CHUNK):
-        costs = [record[4] - record[1] for record in found[begin : begin + records.CHUNK]]
-        assert costs == sorted(costs, reverse=begin // records.CHUNK % 2 == 1)
-
-
-PACKS = [
-    Case(1, 1, 1, 700, 700, seqlens=(0, 130, 130, 500, 650), is_causal=True),
-    Case(1, 1, 1, 300, 300, seqlens=(0, 120, 300), window_size=30),
-]
-
-
-@pytest.mark.parametrize(("case", "tile"), [*zip(PACKS, (BLOCK_N, WIDE_BLOCK_N))])
-def test_records_of_packs(case, tile):
-    check_pack(case, tile)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [5, pytest.param(60, marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize("is_windowed", [False, True])
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_records_of_drawn_packs(is_causal, is_windowed, count):
-    draw = random.Random(count)
-    for _ in range(count):
-        length = draw.choice([129, 256, 1000, draw.randrange(1, 2500)])
-        window = drawn_window(draw, length) if is_windowed else None
-        pack = drawn_pack(draw, length)
-        case = Case(1, 1, 1, length, length, is_causal=is_causal, window_size=window, seqlens=pack)
-        check_pack(case, draw.choice((BLOCK_N, WIDE_BLOCK_N)))
-
-
-def greedy(costs, programs):
-    loads = [0] * programs
-    for cost in sorted(costs, reverse=True):
-        heapq.heapreplace(loads, loads[0] + cost)
-    return max(loads)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("num_heads", [8, 16, 32])
-@pytest.mark.parametrize("mean", [500, 2000, 5000])
-def test_programs_are_evenly_loaded_by_a_pack(mean, num_heads):
-    """The longest share is at most 6% longer than that of a greedy choice, and one block."""
-    from test_hopper_schedule import by_formula
-
-    draw = random.Random(mean)
-    edges, length = [0], 32768
-    while edges[-1] < length:
-        edges.append(min(length, edges[-1] + draw.randrange(64, 2 * mean)))
-    case = Case(1, 1, 1, length, length, head_dim=1, value_dim=1, is_causal=True, seqlens=tuple(edges))
-    found = records_of_pack(case)[0]
-    costs = [record[4] - record[1] + 2 for record in found]
-    for cached in (2, 8):
-        together = heads_together(num_heads, len(found), True, cached)
-        taken = by_formula(num_heads, len(found), 132, together)
-        loads = [sum(costs[block] for _, block in program) for program in taken]
-        assert max(loads) <= 1.06 * greedy(costs * num_heads, 132) + max(costs)
-
-
 def interval_mask(draw, batch, heads, rows, num_keys, holes=()):
     """A boolean mask of one interval a row, some of them empty; rows of `holes` have a hole."""
     mask = torch.zeros(batch, heads, rows, num_keys, dtype=torch.bool)
@@ -209,7 +115,7 @@ def check_mask(case, mask, holes, tile):
     q, k = tensors[:2]
     options = case.options(*tensors[:3], mask, None)
     batch, heads, num_queries, num_keys = case.batch, q.shape[1], case.num_queries, case.num_keys
-    found, bounds = records.tables_of((batch, heads, num_queries, num_keys), options, None, tile)
+    found, bounds = records.records_of((batch, heads, num_queries, num_keys), options, tile)
     blocks = -(-num_queries // BLOCK_M)
     by_positions = rows_seen(0, num_queries - 1, num_keys, case.is_causal, case.window_size)
     full = mask.expand(batch, heads, num_queries, num_keys) & by_positions

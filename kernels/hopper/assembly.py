@@ -48,3 +48,13 @@ ZERO_WHERE_EQUAL = gl.constexpr("""{
     setp.eq.f32 p, $1, $2;
     selp.f32 $0, 0f00000000, $1, p;
     }""")
+
+
+def _named_barrier(action: str, number: int) -> gl.constexpr:
+    """Triton takes the barriers from 0 on, one for each part of a kernel and a few more; there are 16."""
+    return gl.constexpr(f"bar.{action} {number}, 256; mov.b32 $0, $1;")
+
+
+# Half of the 256 threads wait at a barrier, the others announce themselves.
+WAIT_FIRST, WAIT_SECOND = _named_barrier("sync", 14), _named_barrier("sync", 15)
+GIVE_FIRST, GIVE_SECOND = _named_barrier("arrive", 14), _named_barrier("arrive", 15)

@@ -10,21 +10,27 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..portable import huge_rows
 from ..shared import descriptors
 from ..shared.launch import launch
-from ..shared.packing import sequence_bounds
-from ..shared.plan import Options
+from ..shared.plan import Options, score_plan
 from ..shared.results import empty_output, new_rows
 from ..shared.softmax import LOG2_E
 from ..shared.tiles import block_dim, ceil_div
 from .kernel import hopper_kernel
-from .plan import BLOCK_M, BLOCK_N, HALF_M, NO_TABLE, Plan
-from .records import CHUNK, table_of, tables_of
+from .places import CHUNK, places_of
+from .plan import BLOCK_M, BLOCK_N, HALF_M, MASK_TABLE, NO_TABLE, PACK_TABLE, Plan
+from .records import records_of
 from .schedule import order_of
 
 _LOG2_E = LOG2_E.value
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 FLOOR = -(2.0**40)  # log2 units; scores below it are huge, and computed again by `huge_rows`
 _CACHED_BYTES = 32 << 20  # of the 50 MiB of L2 of an H100 or H200
-_EARLY = {(64, True)}  # widths and causalities at which Plan.early won in bench/tune_hopper.py
+# The last fields of a `Plan` where others than the defaults were faster, by width, causality, window and table (see
+# bench/tune_hopper.py). A change of the kernel can change this: the assembler orders the same instructions otherwise.
+_TUNED = {
+    (64, False, False, NO_TABLE): {"early": True, "parted": False},
+    (64, True, False, NO_TABLE): {"parted": False, "parts": 2, "in_turn": True},
+    (64, True, True, NO_TABLE): {"parted": False},
+}
 
 
 @functools.cache
@@ -46,14 +52,17 @@ def plan(
     has_sinks: bool = False,
     is_windowed: bool = False,
     table: int = NO_TABLE,
+    halves: tuple[bool, bool] = (False, False),
 ) -> Plan:
     """What the kernel is compiled for."""
     widths = _width(head_dim), _width(value_dim)
-    early = (max(widths), is_causal) in _EARLY
     stages = 2 if max(widths) == 128 or widths[1] == 256 else 3
-    found = Plan(early, is_causal, ragged, stats, *widths, stages, has_sinks, is_windowed, table)
-    # Where rows have two bounds, every last tile is masked.
-    return replace(found, ragged=False) if found.intervals else found
+    found = Plan(is_causal, ragged, stats, *widths, stages, has_sinks, is_windowed, table, *halves)
+    if found.is_wide:
+        found = replace(found, half_last=False, half_first=False)
+    if found.bounded:  # rows have bounds of their own, and every last tile is masked
+        found = replace(found, ragged=False)
+    return replace(found, **_TUNED.get((max(widths), is_causal, is_windowed, table), {}))
 
 
 @functools.cache
@@ -79,6 +88,26 @@ def _cached_heads(key: torch.Tensor, value: torch.Tensor, heads: int, options: O
     return (max(1, _CACHED_BYTES * heads // used),)
 
 
+def _table_of(options: Options) -> int:
+    if options.attn_mask is not None:
+        return MASK_TABLE
+    return NO_TABLE if options.seqlens is None else PACK_TABLE
+
+
+def _rows_of(out: torch.Tensor, table: int) -> tuple[torch.Tensor, int, int, int] | None:
+    """`out` of `output.store_output`, for a pack."""
+    if table != PACK_TABLE:
+        return None
+    return out, out.stride(1) // 8, out.stride(2) // 8, out.shape[3] // 8
+
+
+def _halves(options: Options, num_queries: int, num_keys: int) -> tuple[bool, bool]:
+    """`Plan.half_last` and `Plan.half_first`: where blocks of queries and tiles of keys begin at the same places."""
+    window = options.window_size
+    last = options.is_causal and options.attn_mask is None and num_queries <= num_keys
+    return last, last and window is not None and window % BLOCK_N == 0
+
+
 def forward(query, key, value, options, chosen=None):
     """`forward.forward` for the calls that the Hopper engine supports; `chosen` takes the place of the tuned plan."""
     batch, heads, num_queries, head_dim = query.shape
@@ -87,7 +116,7 @@ def forward(query, key, value, options, chosen=None):
     out = empty_output(query, value_dim)
     num_heads, num_blocks = batch * heads, ceil_div(num_queries, BLOCK_M)
     programs = min(_multiprocessors(query.device), num_heads * num_blocks)
-    window, table = options.window_size, table_of(options)
+    window, table = options.window_size, _table_of(options)
     chosen = chosen or plan(
         head_dim,
         value_dim,
@@ -97,11 +126,15 @@ def forward(query, key, value, options, chosen=None):
         options.sinks is not None,
         window is not None,
         table,
+        _halves(options, num_queries, num_keys),
     )
     uneven = options.is_causal or table != NO_TABLE
     order = order_of(num_heads, num_blocks, programs, uneven, *_cached_heads(key, value, heads, options))
-    bounds = sequence_bounds(options.seqlens, num_keys)
-    tables = tables_of((batch, heads, num_queries, num_keys), options, bounds, chosen.block_n)
+    records, bounds = None, None
+    if table == PACK_TABLE:
+        records, bounds = places_of(options.seqlens, num_keys, score_plan(options), window, chosen.block_n)
+    elif table == MASK_TABLE:
+        records, bounds = records_of((batch, heads, num_queries, num_keys), options, chosen.block_n)
     unit = options.scale * _LOG2_E
     launch(
         hopper_kernel,
@@ -113,7 +146,7 @@ def forward(query, key, value, options, chosen=None):
             "k_desc": _describe(key, chosen.block_n, chosen.block_d),
             "v_desc": _describe(value, chosen.block_n, chosen.block_dv),
             "out_desc": _describe(out, HALF_M, chosen.block_out),
-            "pointers": (*rows[:4], options.sinks, *tables),
+            "pointers": (*rows[:4], options.sinks, records, bounds, _rows_of(out, table)),
             "units": (unit, options.scale, FLOOR / unit),
         },
         {
@@ -130,5 +163,6 @@ def forward(query, key, value, options, chosen=None):
         num_warps=4,
     )
     if chosen.stats:
-        huge_rows.compute_again(query, key, value, options, out, rows, bounds)
+        of_rows = bounds if table == PACK_TABLE else None
+        huge_rows.compute_again(query, key, value, options, out, rows, of_rows)
     return out, *rows[:5]

@@ -28,11 +28,11 @@ from ..shared import softmax as shared
 from ..shared.softmax import State, Units
 from . import steps
 from .channel import barriers, new_channel
-from .names import copy_out
+from .output import store_output
 from .plan import HALF_ROWS
 from .producer import produce
 from .schedule import Order
-from .turns import FIELDS, bounds_of, load_record, num_turns, span_of_block, turn_of
+from .turns import SLOTS, bounds_of, extent_of, new_slots, read_slot, span_of_block
 
 _FIRST = gl.constexpr(0)
 _SECOND = gl.constexpr(1)
@@ -47,62 +47,108 @@ def _again(number):
 
 
 @gluon.jit
-def _first_tile(s, offs_m, tile, bounds, sizes, units, PLAN: gl.constexpr, P_L: gl.constexpr):
-    """The state and exp2(t) of rows after the first tile. There is nothing yet to rescale."""
+def _unless_hidden(x, other, offs_m, first_key, num_keys, PLAN: gl.constexpr, RIGHT: gl.constexpr):
+    """x of keys from first_key on, `other` where a row does not see the key. RIGHT: all rows see the left half."""
+    if RIGHT:
+        left, right = steps.halves_of(x)
+        right = _unless_hidden(right, other, offs_m, first_key + right.shape[1], num_keys, PLAN, False)
+        return steps.join_halves(left, right)
+    else:
+        offs_n = gl.expand_dims(first_key + gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout)), 0)
+        seen = offs_n < num_keys
+        if PLAN.is_causal:
+            rows = gl.convert_layout(offs_m, gl.SliceLayout(1, x.type.layout), assert_trivial=True)
+            seen = seen & (offs_n <= gl.expand_dims(rows, 1))
+        return gl.where(seen, x, other)
+
+
+@gluon.jit
+def _first_tile(
+    HALF: gl.constexpr, s, offs_m, tile, bounds, sizes, pointers, units, PLAN: gl.constexpr, P_L: gl.constexpr
+):
+    """The state and exp2(t) of rows after the first tile. There is nothing yet to rescale.
+
+    Where `Plan.half_last`, the upper rows look at its left half alone.
+    """
     unit, _to_natural, floor = units
+    never = sizes[3] < 0, pointers[0]
     S_L: gl.constexpr = s.type.layout
     l_i = gl.full([HALF_ROWS, 4], 0.0, gl.float32, P_L)
     w_i = gl.full([HALF_ROWS, 4], 0.0, gl.float32, P_L)
     low = gl.full([HALF_ROWS, 4], 0.0, gl.float32, P_L)
-    if PLAN.intervals:
+    HALVED: gl.constexpr = PLAN.half_last and HALF == 0
+    first_key = tile * PLAN.block_n
+    if HALVED:
+        s, rest = steps.halves_of(s)
+    if PLAN.bounded:
         m_i = gl.full([HALF_ROWS], 0.0, gl.float32, gl.SliceLayout(1, S_L)) + floor
-        s = steps.hide(s, bounds, tile, PLAN)
-        state, p, _alpha = steps.softmax(s, (m_i, l_i, w_i, low + float("inf")), unit, floor, PLAN, True, P_L)
-        return state, p
+        MASKED: gl.constexpr = steps.RIGHT if PLAN.half_left_seen and HALF == 1 else steps.ALL
+        s = steps.hide(s, bounds, first_key, MASKED)
+        state = (m_i, l_i, w_i, low + float("inf"))
+        state, p, _alpha = steps.softmax(s, state, unit, floor, never, PLAN, MASKED, P_L)
     else:
-        offs_n = tile * PLAN.block_n + gl.arange(0, PLAN.block_n, gl.SliceLayout(0, S_L))
         # Every row sees a key of this tile.
-        seen = gl.expand_dims(offs_n, 0) < sizes[3]
-        if PLAN.is_causal:
-            seen = seen & (gl.expand_dims(offs_n, 0) <= gl.expand_dims(offs_m, 1))
-        if PLAN.is_causal or PLAN.ragged:
-            s = gl.where(seen, s, -float("inf"))
+        HIDES: gl.constexpr = PLAN.is_causal or PLAN.ragged
+        RIGHT: gl.constexpr = PLAN.half_last and HALF == 1
+        if HIDES:
+            s = _unless_hidden(s, -float("inf"), offs_m, first_key, sizes[3], PLAN, RIGHT)
         m_i = gl.max(s, 1)
         t = s * unit - gl.expand_dims(m_i * unit, 1)
         p = gl.exp2(t)
-        if PLAN.is_causal or PLAN.ragged:
-            t = gl.where(seen, t, 0.0)  # 0 * inf is NaN: right for a visible score that is infinite
+        if HIDES:  # 0 * inf is NaN: right for a visible score that is infinite
+            t = _unless_hidden(t, 0.0, offs_m, first_key, sizes[3], PLAN, RIGHT)
         l_i, w_i, low = steps.count(l_i, w_i, low, p, t, PLAN, P_L)
-        return (m_i, l_i, w_i, low), p
+        state = (gl.convert_layout(m_i, gl.SliceLayout(1, S_L), assert_trivial=True), l_i, w_i, low)
+    if HALVED:
+        p = steps.join_halves(p, steps.none_of(rest, never[0]))
+    return state, p
 
 
 @gluon.jit
 def _step(walk, HALF: gl.constexpr, turn, tile, lo, bounds, given, PLAN: gl.constexpr, MASKED: gl.constexpr):
     """One tile of keys: the scores of it, the output of the tile before. lo: the last tile of the turn. Only a masked
     step needs bounds."""
-    buffers, channel, read, sizes, pointers, units = given
+    buffers, channel, read, _slots, sizes, pointers, units = given
     state, p, alpha, acc, step = walk
     A_L: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
     P_L: gl.constexpr = state[1].type.layout
     a = gl.convert_layout(p.to(buffers[0].dtype), A_L, assert_trivial=True)
+    if PLAN.in_turn:
+        step = steps.wait_for_turn(step, HALF)
     scores = steps.scores(HALF, buffers, turn, step, p, PLAN)
     acc = steps.rescale(acc, alpha, PLAN)  # while the scores are computed
     product = steps.output(buffers, step, a, acc, PLAN)
     s = warpgroup_mma_wait(1, [scores])
+    if PLAN.in_turn:
+        step = steps.give_turn(step, HALF)
     if PLAN.is_wide:  # noqa: SIM102  # the compiler drops this branch, and not an `and`
         if tile == lo:
             mbarrier.arrive(read.index(0), count=1)
     step += 1
     if PLAN.early:
         channel.wait_full(step)
+    # Where `Plan.half_first`, the lower rows look at the right half alone, and the upper ones see all keys of it.
+    HALVED: gl.constexpr = PLAN.half_first and MASKED and HALF == 1
+    HIDES: gl.constexpr = steps.LEFT if PLAN.half_first and HALF == 0 else steps.ALL
+    SOME: gl.constexpr = HIDES if MASKED else steps.NONE
+    first_key = tile * PLAN.block_n
+    never = sizes[3] < 0, pointers[0]
+    if HALVED:
+        rest, s = steps.halves_of(s)
+        first_key += s.shape[1]
     if MASKED:
-        s = steps.hide(s, bounds, tile, PLAN)
-    state, p, alpha = steps.softmax(s, state, units[0], units[2], PLAN, MASKED, P_L)
+        s = steps.hide(s, bounds, first_key, SOME)
+    state, p, alpha = steps.softmax(s, state, units[0], units[2], never, PLAN, SOME, P_L)
+    if HALVED:
+        p = steps.join_halves(steps.none_of(rest, never[0]), p)
     # A branch, always or never taken, keeps the assembler from moving the wait for the product in among
     # the exponentials.
-    if PLAN.early:
-        if sizes[3] < 0:
-            gl.store(pointers[0], 0.0)
+    if not PLAN.parted:
+        if not PLAN.early:
+            channel.wait_full(step)
+    elif PLAN.early:
+        if never[0]:
+            gl.store(never[1], 0.0)
     elif sizes[3] > 0:
         channel.wait_full(step)
     acc = warpgroup_mma_wait(0, [product])
@@ -117,13 +163,13 @@ def _finish(state, bounds, place, head, sizes, pointers, units, record, PLAN: gl
     m_i, l_i, w_i, low = state
     unit, to_natural, _floor = units
     row, inside = place
-    lse_ptr, entropy_ptr, max_ptr, min_ptr, sink_ptr, _records_ptr, _bounds_ptr = pointers
+    lse_ptr, entropy_ptr, max_ptr, min_ptr, sink_ptr, _table_ptr, _bounds_ptr, _out = pointers
     ROW: gl.constexpr = m_i.type.layout
     total = gl.convert_layout(gl.sum(l_i, 1), ROW, assert_trivial=True)
-    if PLAN.stats or PLAN.has_sinks or PLAN.intervals:
+    if PLAN.stats or PLAN.has_sinks or PLAN.bounded:
         weighted = gl.convert_layout(gl.sum(w_i, 1), ROW, assert_trivial=True)
         least = gl.convert_layout(gl.min(low, 1), ROW, assert_trivial=True)
-        if PLAN.intervals:
+        if PLAN.bounded:
             # A row's first tile has left its minimum without the bound of 0.
             least = m_i + gl.minimum(least, 0.0) / unit
             empty = bounds[1] == 0
@@ -153,91 +199,92 @@ def _finish(state, bounds, place, head, sizes, pointers, units, record, PLAN: gl
 
 
 @gluon.jit
-def _consumer(
-    HALF: gl.constexpr, descriptors, buffers, channel, read, sizes, pointers, units, PLAN: gl.constexpr
-):
-    _q_desc, _k_desc, _v_desc, out_desc = descriptors
-    q_s, _k_s, _v_s, out_s = buffers
-    heads, _group, num_queries, _num_keys, _window, order = sizes
-    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PLAN.block_n, 16])
+def _rows_of_block(walk, HALF: gl.constexpr, turn, block, given, out_desc, staged, PLAN: gl.constexpr):
+    """The rows of one consumer in a block of queries. walk: scores of its first tile, and the step of their keys."""
+    buffers, channel, read, slots, sizes, pointers, units = given
+    s, step = walk
+    heads, _group, num_queries = sizes[0], sizes[1], sizes[2]
+    S_L: gl.constexpr = s.type.layout
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PLAN.block_dv, 16])
     P_L: gl.constexpr = gl.DistributedLinearLayout(
         [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
     )
     A_L: gl.constexpr = gl.DotOperandLayout(0, O_L, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S_L)
-    dtype: gl.constexpr = q_s.dtype
-    staged = out_s.index(HALF)
-    given = (buffers, channel, read, sizes, pointers, units)
+    dtype: gl.constexpr = buffers[0].dtype
+    span = span_of_block(block, sizes, PLAN)
+    if PLAN.is_wide:  # noqa: SIM102  # the compiler drops this branch, and not an `and`
+        if span.hi - span.lo == 1:
+            mbarrier.arrive(read.index(0), count=1)
+    offs_m = block.start + HALF * HALF_ROWS + gl.arange(0, HALF_ROWS, ROW)
+    bounds = ()
+    if PLAN.bounded:
+        bounds = bounds_of(offs_m, sizes, pointers[6], block, PLAN)
+    state, p = _first_tile(HALF, s, offs_m, span.hi - 1, bounds, sizes, pointers, units, PLAN, P_L)
+    acc = gl.full([HALF_ROWS, PLAN.block_dv], 0.0, gl.float32, O_L)
+    alpha = gl.full([HALF_ROWS], 1.0, gl.float32, ROW)
+    step += 1
+    channel.wait_full(step)
+    walk = (state, p, alpha, acc, step)
+    if PLAN.many_last:
+        for j in range(span.hi - 1 - span.full_hi):
+            walk = _step(walk, HALF, turn, span.hi - 2 - j, span.lo, bounds, given, PLAN, True)
+    for j in range(span.full_lo, span.full_hi):
+        tile = span.full_hi - 1 - (j - span.full_lo)
+        walk = _step(walk, HALF, turn, tile, span.lo, bounds, given, PLAN, False)
+    # What follows is read or computed anew: it takes no register in the loop above.
+    block = read_slot(slots, _again(turn), PLAN)
+    start_m = block.start + HALF * HALF_ROWS
+    offs_m = start_m + gl.arange(0, HALF_ROWS, ROW)
+    if PLAN.bounded:
+        bounds = bounds_of(offs_m, sizes, pointers[6], block, PLAN)
+    if PLAN.intervals:
+        span = span_of_block(block, sizes, PLAN)
+        for j in range(span.full_lo - span.lo):
+            walk = _step(walk, HALF, turn, span.full_lo - 1 - j, span.lo, bounds, given, PLAN, True)
+    state, p, alpha, acc, step = walk
+    a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
+    acc = steps.rescale(acc, alpha, PLAN)
+    product = steps.output(buffers, step, a, acc, PLAN)
+    # The next rows' first scores are computed while these rows are finished. After the last turn
+    # the same product runs once more on what lies in the buffers, and nobody reads it.
+    donor = gl.full([HALF_ROWS, PLAN.block_n], 0.0, gl.float32, S_L)
+    scores = steps.scores(HALF, buffers, turn + 1, step, donor, PLAN)
 
-    step = 0
+    origin, num_rows, _num_keys = extent_of(block, sizes, PLAN)
+    batch, head = block.batch, block.head
+    place = (batch * heads + head).to(gl.int64) * num_queries + origin + offs_m, offs_m < num_rows
+    normalise = _finish(state, bounds, place, head, sizes, pointers, units, block.record, PLAN)
+    acc = warpgroup_mma_wait(1, [product])
+    x = (acc * steps.per_row(normalise, acc)).to(dtype)
+    store_output(x, staged, out_desc, batch, head, origin + start_m, num_rows - start_m, pointers[7], PLAN)
+    s = warpgroup_mma_wait(0, [scores])
+    channel.release(step)
+    return s, step
+
+
+@gluon.jit
+def _consumer(
+    HALF: gl.constexpr, descriptors, buffers, channel, read, slots, sizes, pointers, units, PLAN: gl.constexpr
+):
+    out_desc, staged = descriptors[3], buffers[3].index(HALF)
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PLAN.block_n, 16])
+    given = (buffers, channel, read, slots, sizes, pointers, units)
     channel.wait_full(0)
     donor = gl.full([HALF_ROWS, PLAN.block_n], 0.0, gl.float32, S_L)
     scores = steps.scores(HALF, buffers, 0, 0, donor, PLAN)
     s = warpgroup_mma_wait(0, [scores])
     channel.release(0)
-    for turn in range(num_turns(order)):
-        batch, head, _kv_head, block_m, span, index, record = turn_of(turn, sizes, pointers[5], PLAN)
-        if PLAN.is_wide:  # noqa: SIM102  # the compiler drops this branch, and not an `and`
-            if span.hi - span.lo == 1:
-                mbarrier.arrive(read.index(0), count=1)
-        start_m = block_m + HALF * HALF_ROWS
-        offs_m = start_m + gl.arange(0, HALF_ROWS, ROW)
-        bounds = ()
-        if PLAN.intervals:
-            bounds = bounds_of(offs_m, sizes, pointers[6], record, PLAN)
-        state, p = _first_tile(s, offs_m, span.hi - 1, bounds, sizes, units, PLAN, P_L)
-        acc = gl.full([HALF_ROWS, PLAN.block_dv], 0.0, gl.float32, O_L)
-        alpha = gl.full([HALF_ROWS], 1.0, gl.float32, ROW)
-        step += 1
-        channel.wait_full(step)
-        walk = (state, p, alpha, acc, step)
-        if PLAN.many_last:
-            for j in range(span.hi - 1 - span.full_hi):
-                walk = _step(walk, HALF, turn, span.hi - 2 - j, span.lo, bounds, given, PLAN, True)
-        for j in range(span.full_lo, span.full_hi):
-            tile = span.full_hi - 1 - (j - span.full_lo)
-            walk = _step(walk, HALF, turn, tile, span.lo, bounds, given, PLAN, False)
-        if PLAN.intervals:
-            # Nothing of this takes a register in the loop above.
-            if PLAN.table:
-                record = load_record(pointers[5] + _again(index) * FIELDS)
-                block_m = record.block * (2 * HALF_ROWS)
-            else:
-                block_m = _again(block_m)
-            start_m = block_m + HALF * HALF_ROWS
-            offs_m = start_m + gl.arange(0, HALF_ROWS, ROW)
-            span = span_of_block(block_m, record, sizes, PLAN)
-            bounds = bounds_of(offs_m, sizes, pointers[6], record, PLAN)
-            for j in range(span.full_lo - span.lo):
-                walk = _step(walk, HALF, turn, span.full_lo - 1 - j, span.lo, bounds, given, PLAN, True)
-        state, p, alpha, acc, step = walk
-        a = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
-        acc = steps.rescale(acc, alpha, PLAN)
-        product = steps.output(buffers, step, a, acc, PLAN)
-        # The next rows' first scores are computed while these rows are finished. After the last turn
-        # the same product runs once more on what lies in the buffers, and nobody reads it.
-        donor = gl.full([HALF_ROWS, PLAN.block_n], 0.0, gl.float32, S_L)
-        scores = steps.scores(HALF, buffers, turn + 1, step, donor, PLAN)
-
-        place = (batch * heads + head).to(gl.int64) * num_queries + offs_m, offs_m < num_queries
-        normalise = _finish(state, bounds, place, head, sizes, pointers, units, record, PLAN)
-        acc = warpgroup_mma_wait(1, [product])
-        if PLAN.is_wide:
-            parts = steps.columns_of_64((acc * steps.per_row(normalise, acc)).to(dtype))
-            for part in gl.static_range(PLAN.block_dv // 64):
-                tma.store_wait(pendings=0)
-                staged.reshape([HALF_ROWS, 64]).store(parts[part])
-                fence_async_shared()
-                copy_out(out_desc, [batch, head, start_m, part * 64], staged)
-        else:
-            tma.store_wait(pendings=0)
-            normalised = acc * steps.per_row(normalise, acc)
-            staged.reshape([HALF_ROWS, PLAN.block_dv]).store(normalised.to(dtype))
-            fence_async_shared()
-            copy_out(out_desc, [batch, head, start_m, 0], staged)
-        s = warpgroup_mma_wait(0, [scores])
-        channel.release(step)
+    step = gl.to_tensor(0)
+    if PLAN.in_turn and HALF == 1:
+        step = steps.give_turn(step, HALF)
+    walk = (s, step)
+    turn = gl.to_tensor(0)
+    block = read_slot(slots, turn, PLAN)
+    while block.batch >= 0:
+        walk = _rows_of_block(walk, HALF, turn, block, given, out_desc, staged, PLAN)
+        turn += 1
+        block = read_slot(slots, turn, PLAN)
     tma.store_wait(pendings=0)
 
 
@@ -272,7 +319,8 @@ def hopper_kernel(
     window,
     PLAN: gl.constexpr,
 ):
-    """pointers: of lse, entropy, largest and smallest score, sinks, records, bounds. units: score units to log2 units
+    """pointers: of lse, entropy, largest and smallest score, sinks, table of blocks, bounds; `out` of `store_output`.
+    The table of a pack (see `places`) tells how many blocks there are. units: score units to log2 units
     and to nats, and the maximum of rows that have seen no key, in score units."""
     dtype: gl.constexpr = q_desc.dtype
     buffers = (
@@ -287,15 +335,20 @@ def hopper_kernel(
     read = channel.empty
     if PLAN.is_wide:
         read = barriers(1, 2)
+    gl.static_assert(PLAN.stages < SLOTS)
+    slots = new_slots()
     descriptors = (q_desc, k_desc, v_desc, out_desc)
-    order = Order(num_heads, gl.cdiv(num_queries, 2 * HALF_ROWS), together, stretches, turns)
+    num_blocks = gl.cdiv(num_queries, 2 * HALF_ROWS)
+    if PLAN.is_pack:
+        num_blocks = gl.load(pointers[5])
+    order = Order(num_heads, num_blocks, together, stretches, turns)
     sizes = (heads, group, num_queries, num_keys, window, order)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consumer, (_FIRST, descriptors, buffers, channel, read, sizes, pointers, units, PLAN)),
-            (_consumer, (_SECOND, descriptors, buffers, channel, read, sizes, pointers, units, PLAN)),
-            (produce, (descriptors, buffers, channel, read, sizes, pointers[5], PLAN)),
+            (_consumer, (_FIRST, descriptors, buffers, channel, read, slots, sizes, pointers, units, PLAN)),
+            (_consumer, (_SECOND, descriptors, buffers, channel, read, slots, sizes, pointers, units, PLAN)),
+            (produce, (descriptors, buffers, channel, read, slots, sizes, pointers[5], PLAN)),
         ],
         [4, 1],
         [240, 24],

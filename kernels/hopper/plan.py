@@ -9,15 +9,14 @@ BLOCK_M = 2 * HALF_M
 BLOCK_N = 128  # keys of a tile
 WIDE, WIDE_BLOCK_N = 128, 64  # head dimensions above the first take the second
 HALF_ROWS = gl.constexpr(HALF_M)
-# Where bounds of rows come from, beside the causal mask and the window: see `records`.
+# Where bounds of rows come from, beside the causal mask and the window: see `places` and `records`.
 NO_TABLE, PACK_TABLE, MASK_TABLE = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a compiled kernel is made for; the first was tuned."""
+    """Everything that a compiled kernel is made for; the last four fields change its speed alone."""
 
-    early: bool  # wait for the next keys before the exponentials, not after them
     is_causal: bool
     ragged: bool  # the keys are no multiple of BLOCK_N
     stats: bool
@@ -27,6 +26,14 @@ class Plan:
     has_sinks: bool = False
     is_windowed: bool = False
     table: int = NO_TABLE
+    # Halves of tiles that one consumer need not look at, since none of its rows sees a key there: the right half of a
+    # block's last tile for its upper rows, the left half of its first one for its lower rows.
+    half_last: bool = False
+    half_first: bool = False
+    early: bool = False  # wait for the next keys before the exponentials, not after them
+    parted: bool = True  # a branch keeps the wait for a product from moving in among the exponentials
+    parts: int = 1  # of a tile's exponentials and sums, see `steps.softmax`
+    in_turn: bool = False  # a consumer starts its products when the other one's scores are there
 
     def __repr__(self) -> str:  # part of the kernel's name
         return "plan_" + "_".join(str(int(x)).replace("-", "m") for x in vars(self).values())
@@ -53,8 +60,18 @@ class Plan:
 
     @property
     def intervals(self) -> bool:
-        """Whether rows have two bounds: visible keys may begin after the first key or be none, or tiles are small."""
-        return self.is_windowed or self.table != NO_TABLE or self.is_wide
+        """Whether rows have two bounds in more than a block's last tile, or tiles are small."""
+        return self.is_windowed or self.is_masked or self.is_wide
+
+    @property
+    def bounded(self) -> bool:
+        """Whether some rows may see no key, or not the first keys of their last tile."""
+        return self.intervals or self.is_pack
+
+    @property
+    def half_left_seen(self) -> bool:
+        """Whether the lower rows of a block see every key of the left half of its last tile."""
+        return self.half_last and not self.is_pack and self.is_windowed == self.half_first
 
     @property
     def is_pack(self) -> bool:
@@ -70,5 +87,5 @@ class Plan:
 
         Where blocks of queries and tiles of keys are equally long, the causal mask cuts one tile.
         """
-        one = self.is_causal and self.table != MASK_TABLE and not self.is_wide
+        one = self.is_causal and not self.is_masked and not self.is_wide
         return self.intervals and not one

@@ -1,4 +1,4 @@
-"""Tables for the sm_90 forward: what it reads of each block of queries under a pack or a boolean mask.
+"""Tables for the sm_90 forward: what it reads of each block of queries under a boolean mask.
 
 A record of a block is eight int32: its place among the blocks, its `Span`, 1 if the kernel refuses it, and where the
 bounds of its rows lie. The kernel cannot compute a block with a row whose visible keys have holes between them: it
@@ -14,29 +14,28 @@ import triton
 import triton.language as tl
 
 from ..shared.launch import launch
-from ..shared.masks import load_bounds, mask_of
+from ..shared.masks import mask_of
 from ..shared.plan import Options, ScorePlan, score_plan
 from ..shared.tiles import ceil_div
-from .plan import BLOCK_M, MASK_TABLE, NO_TABLE, PACK_TABLE
-from .spans import Span, row_bounds, span_of, span_of_rows
+from .plan import BLOCK_M
+from .spans import Span, row_bounds, span_of
 
 FIELDS = 8
-CHUNK = 128  # blocks of a pack that are sorted together; a head's keys of so many fit the L2 cache
 _SCAN = 1024  # keys of a mask that are read at once
-_FIELDS, _CHUNK = tl.constexpr(FIELDS), tl.constexpr(CHUNK)
+_FIELDS = tl.constexpr(FIELDS)
 _ROWS = tl.constexpr(BLOCK_M)
 _LARGEST = tl.constexpr((1 << 31) - 1)
 
 
 @dataclass(frozen=True, repr=False)
 class TablePlan(ScorePlan):
-    """What the kernels of tables are compiled for."""
+    """What a kernel of tables is compiled for."""
 
     block_n: int  # keys of a tile
 
 
 @functools.cache
-def _table_plan(scores: ScorePlan, block_n: int) -> TablePlan:
+def table_plan(scores: ScorePlan, block_n: int) -> TablePlan:
     return TablePlan(**vars(scores), block_n=block_n)
 
 
@@ -66,41 +65,6 @@ def store_record(pointers, record, inside):
 def load_record(pointer):
     span = Span(tl.load(pointer + 1), tl.load(pointer + 2), tl.load(pointer + 3), tl.load(pointer + 4))
     return Record(tl.load(pointer), span, tl.load(pointer + 5), tl.load(pointer + 6), tl.load(pointer + 7))
-
-
-@triton.jit(do_not_specialize=["length", "window"])
-def _pack_kernel(records_ptr, bounds_ptr, length, window, PLAN: tl.constexpr):
-    """Records of one chunk of a pack's blocks, sorted by their number of tiles.
-
-    Costs rise along every second chunk and fall along the others, so that neighbours cost about the same everywhere.
-    """
-    chunk = tl.program_id(0)
-    blocks = tl.cdiv(length, _ROWS)
-    inner = tl.arange(0, _CHUNK)
-    block = chunk * _CHUNK + inner
-    inside = block < blocks
-    start = tl.minimum(block * _ROWS, length - 1)
-    last = tl.minimum(start + _ROWS, length) - 1
-    span = span_of_rows(
-        start,
-        last,
-        load_bounds(bounds_ptr, start, length),
-        load_bounds(bounds_ptr, last, length),
-        length,
-        window,
-        PLAN,
-        PLAN.block_n,
-    )
-    cost = tl.where(inside, span.hi - span.lo, _LARGEST)
-    before = (cost[None, :] < cost[:, None]) | (
-        (cost[None, :] == cost[:, None]) & (inner[None, :] < inner[:, None])
-    )
-    rank = tl.sum(before.to(tl.int32), 1)
-    if chunk % 2 == 1:
-        rank = tl.minimum(blocks - chunk * _CHUNK, _CHUNK) - 1 - rank
-    zero = tl.zeros([_CHUNK], tl.int32)
-    pointers = records_ptr + (chunk * _CHUNK + rank) * _FIELDS
-    store_record(pointers, Record(block, span, zero, zero, zero + length), inside)
 
 
 @triton.jit(do_not_specialize=["mask_heads", "mask_rows", "num_queries", "num_keys"])
@@ -177,50 +141,14 @@ def _mask_kernel(
     store_record(pointer, Record(block, Span(lo, full_lo, full_hi, hi), refused, row, size), True)
 
 
-class Tables(NamedTuple):
-    """What the kernel reads beside its tensors; None and None without a table."""
+def records_of(
+    shape: tuple[int, int, int, int], options: Options, block_n: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(records, bounds) of a call of `shape` (B, H, M, N) with a boolean mask, computed on the device.
 
-    records: torch.Tensor | None  # int32 (blocks, FIELDS), or (B * H * blocks, FIELDS) under a mask
-    bounds: torch.Tensor | None  # int32: of rows their first keys, `part` numbers later their ends
-
-
-def table_of(options: Options) -> int:
-    """Which table a call needs."""
-    if options.attn_mask is not None:
-        return MASK_TABLE
-    return NO_TABLE if options.seqlens is None else PACK_TABLE
-
-
-def tables_of(
-    shape: tuple[int, int, int, int], options: Options, bounds: torch.Tensor | None, block_n: int
-) -> Tables:
-    """The tables of one call of `shape` (B, H, M, N), computed on the device.
-
-    bounds: of `packing.sequence_bounds`, of a pack. block_n: keys of a tile.
+    records: int32 (B * H * blocks, FIELDS). bounds: int32, of rows their first keys, `part` numbers later their ends.
+    block_n: keys of a tile.
     """
-    if options.attn_mask is not None:
-        return _mask_tables(shape, options, block_n)
-    if bounds is not None:
-        return Tables(_pack_records(bounds, shape[2], options, block_n), bounds)
-    return Tables(None, None)
-
-
-def _pack_records(bounds: torch.Tensor, length: int, options: Options, block_n: int) -> torch.Tensor:
-    blocks = ceil_div(length, BLOCK_M)
-    records = torch.empty((blocks, FIELDS), dtype=torch.int32, device=bounds.device)
-    launch(
-        _pack_kernel,
-        (ceil_div(blocks, CHUNK), 1, 1),
-        _table_plan(score_plan(options), block_n),
-        bounds.device,
-        {"records_ptr": records, "bounds_ptr": bounds},
-        {"length": length, "window": options.window_size or 0},
-        num_warps=4,
-    )
-    return records
-
-
-def _mask_tables(shape: tuple[int, int, int, int], options: Options, block_n: int) -> Tables:
     batch, heads, num_queries, num_keys = shape
     attn_mask = options.attn_mask
     mask_batch, mask_heads, mask_rows = attn_mask.shape[:3]
@@ -249,7 +177,7 @@ def _mask_tables(shape: tuple[int, int, int, int], options: Options, block_n: in
     launch(
         _mask_kernel,
         (blocks, 1, 1),
-        _table_plan(score_plan(options), block_n),
+        table_plan(score_plan(options), block_n),
         attn_mask.device,
         {"records_ptr": records, "bounds_ptr": bounds, "holes_ptr": holes},
         {
@@ -263,4 +191,4 @@ def _mask_tables(shape: tuple[int, int, int, int], options: Options, block_n: in
         },
         num_warps=4,
     )
-    return Tables(records, bounds)
+    return records, bounds

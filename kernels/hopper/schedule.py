@@ -2,10 +2,10 @@
 
 (head, block) pairs stand in one line, and the programs take them in turns. A few heads share a stretch of the line, so
 that their keys and values stay in the L2 cache. Under a causal mask the cost of a block falls along one stretch and
-rises along the next one. (Blocks of a pack are sorted for that, see `records`.) Neighbours in the line therefore cost
-about the same. Every second turn goes through the
+rises along the next one. Neighbours in the line therefore cost about the same. Every second turn goes through the
 programs backwards: what a program got too much of in one turn, it gets too little of in the next. The last stretch ends
-with the cheapest blocks.
+with the cheapest blocks. (The blocks of a pack are sorted, see `places`, and programs take them from the line as they
+become free.)
 """
 
 from typing import Any, NamedTuple
@@ -69,7 +69,12 @@ def block_of_turn(turn, order):
     """(batch * heads + head, block of queries) of this program in one turn."""
     programs, program = tl.num_programs(0), tl.program_id(0)
     backwards = (order.turns - turn) % 2 == 1
-    place = turn * programs + tl.where(backwards, programs - 1 - program, program)
+    return block_at(turn * programs + tl.where(backwards, programs - 1 - program, program), order)
+
+
+@triton.jit
+def block_at(place, order):
+    """(batch * heads + head, block of queries) at a place in the line."""
     size = order.together * order.num_blocks
     stretch = place // size
     first = stretch * order.together

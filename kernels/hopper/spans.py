@@ -57,3 +57,13 @@ def span_of_rows(
     least_first, least_end = row_bounds(start, first_bounds[0], first_bounds[1], window, PLAN)
     last_first, last_end = row_bounds(last, last_bounds[0], last_bounds[1], window, PLAN)
     return span_of(least_first, last_first, least_end, last_end, num_keys, TILE)
+
+
+@triton.jit
+def span_of_place(place, window, PLAN: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):
+    """The span of a block of a pack (`places.Place`), ROWS rows long. No tile of a mixed block is bare."""
+    every = (0, place.length)
+    last = tl.minimum(place.start + ROWS, place.length) - 1
+    span = span_of_rows(place.start, last, every, every, place.length, window, PLAN, TILE)
+    full_lo = tl.where(place.mixed > 0, span.lo, span.full_lo)
+    return Span(span.lo, full_lo, tl.where(place.mixed > 0, span.lo, span.full_hi), span.hi)

@@ -5,15 +5,22 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 from .assembly import (
+    GIVE_FIRST,
+    GIVE_SECOND,
     HIDDEN,
     HIDE_UNLESS_LESS,
     RESCALE_32,
     RESCALE_32_OPERANDS,
     RESCALE_64,
     RESCALE_64_OPERANDS,
+    WAIT_FIRST,
+    WAIT_SECOND,
     ZERO_WHERE_EQUAL,
 )
 from .plan import HALF_ROWS
+
+# Which halves of a tile may hold keys that a row does not see.
+NONE, LEFT, RIGHT, ALL = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2), gl.constexpr(3)
 
 
 @gluon.jit
@@ -53,11 +60,47 @@ def _per_part(number, P_L: gl.constexpr):
 
 
 @gluon.jit
-def hide(s, bounds, tile, PLAN: gl.constexpr):
-    """The scores of a tile of keys, HIDDEN where a row does not see the key; bounds: the first key that each row sees,
-    and how many it sees. A key before the first one is far behind it as an unsigned number."""
+def _halves(x):
+    """The left and the right half of the columns of x; a thread holds columns of both."""
+    rows: gl.constexpr = x.shape[0]
+    width: gl.constexpr = x.shape[1]
+    return x.reshape([rows, 2, width // 2]).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def halves_of(x):
+    """The left and the right half of a tile of scores (64, 128), in the layout of a smaller product."""
+    left, right = _halves(x)
+    H_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, x.shape[1] // 2, 16])
+    left = gl.convert_layout(left, H_L, assert_trivial=True)
+    return left, gl.convert_layout(right, H_L, assert_trivial=True)
+
+
+@gluon.jit
+def join_halves(left, right):
+    """The tile of two halves."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * left.shape[1], 16])
+    both = gl.join(left, right).permute((0, 2, 1)).reshape([left.shape[0], 2 * left.shape[1]])
+    return gl.convert_layout(both, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def none_of(half, never):
+    """0 in place of all scores of a half.
+
+    never: false, which the compiler does not know. For plain zeros it takes the registers of the unused scores away,
+    and then serialises every product (its remark C7511).
+    """
+    return gl.where(never, half, 0.0)
+
+
+@gluon.jit
+def _hide(s, bounds, first_key):
     first, number = bounds
-    columns = tile * PLAN.block_n + gl.arange(0, PLAN.block_n, gl.SliceLayout(0, s.type.layout))
+    ROW: gl.constexpr = gl.SliceLayout(1, s.type.layout)
+    columns = first_key + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
+    first = gl.convert_layout(first, ROW, assert_trivial=True)
+    number = gl.convert_layout(number, ROW, assert_trivial=True)
     distance = gl.expand_dims(columns, 0) - gl.expand_dims(first, 1)
     return gl.inline_asm_elementwise(
         HIDE_UNLESS_LESS, "=f,f,r,r", [s, distance, gl.expand_dims(number, 1)], gl.float32, True, 1
@@ -65,17 +108,81 @@ def hide(s, bounds, tile, PLAN: gl.constexpr):
 
 
 @gluon.jit
-def softmax(s, state, unit, floor, PLAN: gl.constexpr, MASKED: gl.constexpr, P_L: gl.constexpr):
+def hide(s, bounds, first_key, MASKED: gl.constexpr):
+    """The scores of keys from first_key on, HIDDEN where a row does not see the key.
+
+    bounds: the first key that each row sees, and how many it sees. A key before the first one is far behind it as an
+    unsigned number. MASKED: which halves may hold such keys.
+    """
+    if MASKED == ALL:
+        return _hide(s, bounds, first_key)
+    else:
+        left, right = halves_of(s)
+        if MASKED == LEFT:
+            left = _hide(left, bounds, first_key)
+        else:
+            right = _hide(right, bounds, first_key + right.shape[1])
+        return join_halves(left, right)
+
+
+@gluon.jit
+def _zero(t, hidden):
+    """t, and 0 where it is that of a HIDDEN score."""
+    hidden = gl.convert_layout(hidden, gl.SliceLayout(1, t.type.layout), assert_trivial=True)
+    return gl.inline_asm_elementwise(
+        ZERO_WHERE_EQUAL, "=f,f,f", [t, gl.expand_dims(hidden, 1)], gl.float32, True, 1
+    )
+
+
+@gluon.jit
+def _weights(
+    s,
+    shift,
+    sums,
+    unit,
+    never,
+    PLAN: gl.constexpr,
+    MASKED: gl.constexpr,
+    PARTS: gl.constexpr,
+    P_L: gl.constexpr,
+):
+    """exp2(t) of scores, t = s * unit - shift, and the sums (l, w, low) with them.
+
+    PARTS: the scores are taken in so many parts, one after another. The assembler would take all exponentials first,
+    and their unit would have nothing to do afterwards. A branch that is never taken keeps it from that.
+    """
+    if PARTS > 1 or (MASKED != NONE and MASKED != ALL):
+        left, right = halves_of(s)
+        MASKED_LEFT: gl.constexpr = ALL if MASKED & LEFT else NONE
+        MASKED_RIGHT: gl.constexpr = ALL if MASKED & RIGHT else NONE
+        p_left, sums = _weights(left, shift, sums, unit, never, PLAN, MASKED_LEFT, PARTS // 2, P_L)
+        if PARTS > 1:  # noqa: SIM102  # the compiler drops this branch, and not an `and`
+            if never[0]:
+                gl.store(never[1], 0.0)
+        p_right, sums = _weights(right, shift, sums, unit, never, PLAN, MASKED_RIGHT, PARTS // 2, P_L)
+        return join_halves(p_left, p_right), sums
+    else:
+        l_i, w_i, low = sums
+        shift = gl.convert_layout(shift, gl.SliceLayout(1, s.type.layout), assert_trivial=True)
+        t = s * unit - gl.expand_dims(shift, 1)
+        p = gl.exp2(t)
+        if MASKED:
+            # Of a visible score of -inf, 0 * inf is NaN, as it should be.
+            t = _zero(t, gl.full([HALF_ROWS], 0.0, gl.float32, shift.type.layout) + HIDDEN * unit)
+        return p, count(l_i, w_i, low, p, t, PLAN, P_L)
+
+
+@gluon.jit
+def softmax(s, state, unit, floor, never, PLAN: gl.constexpr, MASKED: gl.constexpr, P_L: gl.constexpr):
     """One tile of raw scores into the state (m, l, w, low); also exp2(t) and what rescales the output.
 
-    MASKED: scores may be HIDDEN. A row that has seen no key has m = floor, far below any score, and low = inf: both
-    make the next step right without a case of its own.
+    MASKED: which halves may hold HIDDEN scores. A row that has seen no key has m = floor, far below any score, and
+    low = inf: both make the next step right without a case of its own.
+    never: a condition that is false, which the compiler does not know, and an address.
     """
     m_i, l_i, w_i, low = state
     best = gl.max(_partial(s, 4, True, P_L), 1)
-    m_new = gl.maximum(m_i, gl.convert_layout(best, gl.SliceLayout(1, s.type.layout), assert_trivial=True))
-    t = s * unit - gl.expand_dims(m_new * unit, 1)
-    p = gl.exp2(t)
+    m_new = gl.maximum(m_i, gl.convert_layout(best, m_i.type.layout, assert_trivial=True))
     d = (m_i - m_new) * unit
     alpha = gl.exp2(d)
     a = _per_part(alpha, P_L)
@@ -83,13 +190,9 @@ def softmax(s, state, unit, floor, PLAN: gl.constexpr, MASKED: gl.constexpr, P_L
         d = _per_part(d, P_L)
         w_i = a * (w_i + l_i * d)
         low += d
-    if MASKED:
-        # Of a visible score of -inf, 0 * inf is NaN, as it should be.
-        hidden = gl.full([HALF_ROWS], 0.0, gl.float32, m_new.type.layout) + HIDDEN * unit
-        t = gl.inline_asm_elementwise(
-            ZERO_WHERE_EQUAL, "=f,f,f", [t, gl.expand_dims(hidden, 1)], gl.float32, True, 1
-        )
-    l_i, w_i, low = count(l_i * a, w_i, low, p, t, PLAN, P_L)
+    sums = (l_i * a, w_i, low)
+    p, sums = _weights(s, m_new * unit, sums, unit, never, PLAN, MASKED, PLAN.parts, P_L)
+    l_i, w_i, low = sums
     if MASKED:
         low = gl.where(_per_part(m_new, P_L) == floor, float("inf"), low)
     return (m_new, l_i, w_i, low), p, alpha
@@ -132,11 +235,26 @@ def output(buffers, step, a, acc, PLAN: gl.constexpr):
 
 
 @gluon.jit
-def _halves(x):
-    """The left and the right half of the columns of x; a thread holds columns of both."""
-    rows: gl.constexpr = x.shape[0]
-    width: gl.constexpr = x.shape[1]
-    return x.reshape([rows, 2, width // 2]).permute((0, 2, 1)).split()
+def _at_barrier(step, TEXT: gl.constexpr):
+    return gl.inline_asm_elementwise(TEXT, "=r,r", [step], gl.int32, False, 1)
+
+
+@gluon.jit
+def wait_for_turn(step, HALF: gl.constexpr):
+    """Until the other consumer has given its turn away. The step passes through, so that the call keeps its place."""
+    if HALF == 0:
+        return _at_barrier(step, WAIT_FIRST)
+    else:
+        return _at_barrier(step, WAIT_SECOND)
+
+
+@gluon.jit
+def give_turn(step, HALF: gl.constexpr):
+    """Let the other consumer start its products."""
+    if HALF == 0:
+        return _at_barrier(step, GIVE_SECOND)
+    else:
+        return _at_barrier(step, GIVE_FIRST)
 
 
 @gluon.jit

@@ -7,41 +7,61 @@ import triton.language as tl
 from .launch import launch
 from .tiles import ceil_div
 
-_BLOCK = 256
+BLOCK = 256  # positions of a program
+_BLOCK = tl.constexpr(BLOCK)
 
 
 @triton.jit
-def _clamp(edge, length):
+def clamp(edge, length):
+    """An edge of a sequence, whatever the caller's tensor holds: int32 within 0 .. length."""
     return tl.minimum(tl.maximum(edge, 0), length).to(tl.int32)
 
 
-# Every step brings a pack of other lengths, so the kernel is not specialised on its numbers.
-@triton.jit(do_not_specialize=["num_sequences", "steps", "length"])
-def _bounds_kernel(bounds_ptr, seqlens_ptr, num_sequences, steps, length, BLOCK: tl.constexpr):
-    offs = tl.arange(0, BLOCK)
-    position = tl.program_id(0) * BLOCK + offs
-    # Bisection: the number of sequences that end at or before a position is the index of the one that holds it.
-    low = tl.zeros([BLOCK], tl.int32)
-    high = low + num_sequences
+@triton.jit
+def count_at_most(pointer, size, value, steps):
+    """How many of `size` numbers in rising order are at most `value`, by bisection. steps: the bits of `size`."""
+    low = tl.zeros_like(value)
+    high = low + size
     for _ in tl.range(0, steps):
         searching = low < high
         middle = (low + high) // 2
-        ended = tl.load(seqlens_ptr + 1 + middle, mask=searching, other=0) <= position
-        low = tl.where(searching & ended, middle + 1, low)
-        high = tl.where(searching & (ended == 0), middle, high)
-    first = _clamp(tl.load(seqlens_ptr + low), length)
-    end = _clamp(tl.load(seqlens_ptr + tl.minimum(low + 1, num_sequences)), length)
+        counts = tl.load(pointer + middle, mask=searching, other=0) <= value
+        low = tl.where(searching & counts, middle + 1, low)
+        high = tl.where(searching & (counts == 0), middle, high)
+    return low
+
+
+@triton.jit
+def store_bounds(bounds_ptr, seqlens_ptr, part, num_sequences, steps, length):
+    """The bounds of BLOCK positions; the first part stores the number of sequences, too."""
+    offs = tl.arange(0, _BLOCK)
+    position = part * _BLOCK + offs
+    # As many sequences end at or before a position as come before the one that holds it.
+    index = count_at_most(seqlens_ptr + 1, num_sequences, position, steps)
+    first = clamp(tl.load(seqlens_ptr + index), length)
+    end = clamp(tl.load(seqlens_ptr + tl.minimum(index + 1, num_sequences)), length)
     tl.store(bounds_ptr + position, first, mask=position < length)
     tl.store(bounds_ptr + length + position, end, mask=position < length)
-    if tl.program_id(0) == 0:
-        held = tl.zeros([BLOCK], tl.int32)
-        for start in tl.range(0, num_sequences, BLOCK):
+    if part == 0:
+        held = tl.zeros([_BLOCK], tl.int32)
+        for start in tl.range(0, num_sequences, _BLOCK):
             inside = start + offs < num_sequences
             # New names: a variable that a loop assigns must keep its type, and `first` and `end` have another one.
             begins = tl.load(seqlens_ptr + start + offs, mask=inside, other=0)
             ends = tl.load(seqlens_ptr + start + offs + 1, mask=inside, other=0)
-            held += (_clamp(ends, length) > _clamp(begins, length)).to(tl.int32)
+            held += (clamp(ends, length) > clamp(begins, length)).to(tl.int32)
         tl.store(bounds_ptr + 2 * length, tl.sum(held, 0))
+
+
+# Every step brings a pack of other lengths, so the kernel is not specialised on its numbers.
+@triton.jit(do_not_specialize=["num_sequences", "steps", "length"])
+def _bounds_kernel(bounds_ptr, seqlens_ptr, num_sequences, steps, length, BLOCKS: tl.constexpr):
+    store_bounds(bounds_ptr, seqlens_ptr, tl.program_id(0), num_sequences, steps, length)
+
+
+def new_bounds(seqlens: torch.Tensor, length: int) -> torch.Tensor:
+    """Memory for what `sequence_bounds` returns."""
+    return torch.empty(2 * length + 1, dtype=torch.int32, device=seqlens.device)
 
 
 def sequence_bounds(seqlens: torch.Tensor | None, length: int) -> torch.Tensor | None:
@@ -52,12 +72,12 @@ def sequence_bounds(seqlens: torch.Tensor | None, length: int) -> torch.Tensor |
     """
     if seqlens is None:
         return None
-    bounds = torch.empty(2 * length + 1, dtype=torch.int32, device=seqlens.device)
+    bounds = new_bounds(seqlens, length)
     num_sequences = len(seqlens) - 1
     launch(
         _bounds_kernel,
-        (ceil_div(length, _BLOCK), 1, 1),
-        _BLOCK,
+        (ceil_div(length, BLOCK), 1, 1),
+        BLOCK,
         seqlens.device,
         {"bounds_ptr": bounds, "seqlens_ptr": seqlens.contiguous()},
         {"num_sequences": num_sequences, "steps": num_sequences.bit_length(), "length": length},
