@@ -23,6 +23,7 @@ from .spans import span_of_place
 CHUNK = 128  # blocks that are sorted together; a head's keys of so many fit the L2 cache
 HEADER = 2  # numbers before the places: how many there are, and a counter of those that are taken
 FIELDS = 4  # of a place
+_MOST_SORTERS = 32
 _HEADER, _FIELDS, _CHUNK = tl.constexpr(HEADER), tl.constexpr(FIELDS), tl.constexpr(CHUNK)
 _ROWS = tl.constexpr(BLOCK_M)
 _BLOCK = tl.constexpr(BLOCK)
@@ -107,7 +108,7 @@ def _place_of(block, begins_ptr, firsts_ptr, num_sequences, steps, length):
     return Place(origin, tl.where(lonely, 0, rows), until - origin, mixed.to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["num_sequences", "steps", "length", "window", "capacity"])
+@triton.jit(do_not_specialize=["num_sequences", "steps", "length", "window", "capacity", "sorters"])
 def _places_kernel(
     bounds_ptr,
     places_ptr,
@@ -117,14 +118,16 @@ def _places_kernel(
     length,
     window,
     capacity,
+    sorters,
     PLAN: tl.constexpr,
 ):
-    """The first program stores the places, sorted by their tiles in chunks; the others store the bounds of rows.
+    """The first programs store the places, sorted by their tiles in chunks; the others store the bounds of rows.
 
     Costs rise along every second chunk and fall along the others, so that neighbours cost about the same everywhere.
+    Each sorter counts all blocks: programs cannot wait for each other, and all write the same numbers.
     """
-    if tl.program_id(0) > 0:
-        store_bounds(bounds_ptr, seqlens_ptr, tl.program_id(0) - 1, num_sequences, steps, length)
+    if tl.program_id(0) >= sorters:
+        store_bounds(bounds_ptr, seqlens_ptr, tl.program_id(0) - sorters, num_sequences, steps, length)
     else:
         begins_ptr = places_ptr + _HEADER + capacity * _FIELDS
         firsts_ptr = begins_ptr + num_sequences + 2
@@ -133,7 +136,7 @@ def _places_kernel(
         tl.store(places_ptr + 1, 0)
         tl.debug_barrier()  # what some threads stored, others read
         inner = tl.arange(0, _CHUNK)
-        for begin in tl.range(0, blocks, _CHUNK):
+        for begin in tl.range(tl.program_id(0) * _CHUNK, blocks, sorters * _CHUNK):
             block = begin + inner
             inside = block < blocks
             place = _place_of(
@@ -169,13 +172,14 @@ def places_of(
     """
     num_sequences = len(seqlens) - 1
     capacity = ceil_div(length, BLOCK_M) + num_sequences + 1
+    sorters = min(ceil_div(capacity, CHUNK), _MOST_SORTERS)
     bounds = new_bounds(seqlens, length)
     places = torch.empty(
         HEADER + FIELDS * capacity + 2 * num_sequences + 3, dtype=torch.int32, device=seqlens.device
     )
     launch(
         _places_kernel,
-        (1 + ceil_div(length, BLOCK), 1, 1),
+        (sorters + ceil_div(length, BLOCK), 1, 1),
         table_plan(scores, block_n),
         seqlens.device,
         {"bounds_ptr": bounds, "places_ptr": places, "seqlens_ptr": seqlens.contiguous()},
@@ -185,6 +189,7 @@ def places_of(
             "length": length,
             "window": window or 0,
             "capacity": capacity,
+            "sorters": sorters,
         },
         num_warps=4,
     )
