@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import torch
-from hopper_intervals import EVEN, RAGGED, drawn
+from hopper_intervals import EVEN, RAGGED, drawn, error
 from machine import machine
 from suite import HEADS, TOKENS
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -70,10 +70,6 @@ def milliseconds(call) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 2
-
-
-def error(got, wanted) -> float:
-    return float((got.float() - wanted.float()).norm() / wanted.float().norm())
 
 
 def compare(name: str, head_dim: int, length: int, given: dict, forwards: dict) -> dict[str, float]:

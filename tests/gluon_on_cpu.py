@@ -48,14 +48,26 @@ class Value(torch.Tensor):
 
 
 _UINT32 = object()
+LAYOUTS = [
+    "SliceLayout",
+    "NVMMADistributedLayout",
+    "DistributedLinearLayout",
+    "DotOperandLayout",
+    "BlockedLayout",
+    "SwizzledSharedLayout",
+]
 
 
-def value(x):
-    if isinstance(x, bool | int):
-        return torch.tensor(int(x)).as_subclass(Value)
-    if isinstance(x, float):
-        return torch.tensor(x).as_subclass(Value)
-    return x.as_subclass(Value) if isinstance(x, torch.Tensor) else x
+def value(number):
+    """A scalar of a kernel."""
+    return torch.tensor(int(number)).as_subclass(Value)
+
+
+def run_together(threads):
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 class Pointer:
@@ -67,20 +79,20 @@ class Pointer:
     def __add__(self, offset):
         return Pointer(self.tensor, self.offset + offset)
 
+    def places(self):
+        """The whole memory of the tensor in one line, and where in it this points."""
+        size = self.tensor.untyped_storage().nbytes() // self.tensor.element_size()
+        flat = torch.as_strided(self.tensor, (size,), (1,), 0)
+        return flat, torch.as_tensor(self.offset) + self.tensor.storage_offset()
+
     def load(self, mask=None, other=0):
-        flat = torch.as_strided(
-            self.tensor, (self.tensor.untyped_storage().nbytes() // self.tensor.element_size(),), (1,), 0
-        )
-        offset = torch.as_tensor(self.offset) + self.tensor.storage_offset()
+        flat, offset = self.places()
         if mask is None:
             return flat[offset].clone().as_subclass(Value)
         return torch.where(mask, flat[torch.where(mask, offset, 0)], other).as_subclass(Value)
 
     def store(self, number, mask=None):
-        flat = torch.as_strided(
-            self.tensor, (self.tensor.untyped_storage().nbytes() // self.tensor.element_size(),), (1,), 0
-        )
-        offset = torch.as_tensor(self.offset) + self.tensor.storage_offset()
+        flat, offset = self.places()
         number = torch.as_tensor(number).to(self.tensor.dtype).expand(offset.shape)
         if mask is not None:
             mask = torch.as_tensor(mask).expand(offset.shape)
@@ -161,13 +173,8 @@ class Program:
                 raise RuntimeError("another part failed")
 
     def run_parts(self, parts, *_):
-        threads = [
-            threading.Thread(target=self.guarded, args=(*part, number)) for number, part in enumerate(parts)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        numbered = enumerate(parts)
+        run_together([threading.Thread(target=self.guarded, args=(*part, i)) for i, part in numbered])
 
     def guarded(self, function, arguments, part=None):
         self.part.number = part
@@ -283,10 +290,7 @@ def namespace(program):
         inline_asm_elementwise=program.assembly,
         allocate_shared_memory=program.allocate,
         warp_specialize=program.run_parts,
-        **dict.fromkeys(
-            ("SliceLayout", "NVMMADistributedLayout", "DistributedLinearLayout", "DotOperandLayout"), nothing
-        ),
-        **dict.fromkeys(("BlockedLayout", "SwizzledSharedLayout"), nothing),
+        **dict.fromkeys(LAYOUTS, nothing),
     )
     mbarrier = types.SimpleNamespace(
         MBarrierLayout=lambda: "barriers",
@@ -335,9 +339,7 @@ def function_of(kernel, stand_ins):
     kept = []
 
     def run(*arguments, **keywords):
-        if (
-            not kept
-        ):  # its globals are found at its first call: functions may be defined behind those that call them
+        if not kept:  # at its first call: functions may be defined behind those that call them
             names = dict(fn.__globals__)
             for name in set(fn.__code__.co_names) & names.keys():
                 names[name] = stand_ins[name] if name in stand_ins else plain(names[name], stand_ins)
@@ -372,10 +374,7 @@ class Launch:
             )
             for program in programs
         ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        run_together(threads)
         if self.errors:
             raise self.errors[0]
 

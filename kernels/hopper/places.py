@@ -127,7 +127,9 @@ def _places_kernel(
     Each sorter counts all blocks: programs cannot wait for each other, and all write the same numbers.
     """
     if tl.program_id(0) >= sorters:
-        store_bounds(bounds_ptr, seqlens_ptr, tl.program_id(0) - sorters, num_sequences, steps, length)
+        store_bounds(
+            bounds_ptr, seqlens_ptr, tl.program_id(0) - sorters, num_sequences, steps, length, _BLOCK
+        )
     else:
         begins_ptr = places_ptr + _HEADER + capacity * _FIELDS
         firsts_ptr = begins_ptr + num_sequences + 2

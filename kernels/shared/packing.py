@@ -8,7 +8,6 @@ from .launch import launch
 from .tiles import ceil_div
 
 BLOCK = 256  # positions of a program
-_BLOCK = tl.constexpr(BLOCK)
 
 
 @triton.jit
@@ -32,10 +31,10 @@ def count_at_most(pointer, size, value, steps):
 
 
 @triton.jit
-def store_bounds(bounds_ptr, seqlens_ptr, part, num_sequences, steps, length):
+def store_bounds(bounds_ptr, seqlens_ptr, part, num_sequences, steps, length, BLOCK: tl.constexpr):
     """The bounds of BLOCK positions; the first part stores the number of sequences, too."""
-    offs = tl.arange(0, _BLOCK)
-    position = part * _BLOCK + offs
+    offs = tl.arange(0, BLOCK)
+    position = part * BLOCK + offs
     # As many sequences end at or before a position as come before the one that holds it.
     index = count_at_most(seqlens_ptr + 1, num_sequences, position, steps)
     first = clamp(tl.load(seqlens_ptr + index), length)
@@ -43,8 +42,8 @@ def store_bounds(bounds_ptr, seqlens_ptr, part, num_sequences, steps, length):
     tl.store(bounds_ptr + position, first, mask=position < length)
     tl.store(bounds_ptr + length + position, end, mask=position < length)
     if part == 0:
-        held = tl.zeros([_BLOCK], tl.int32)
-        for start in tl.range(0, num_sequences, _BLOCK):
+        held = tl.zeros([BLOCK], tl.int32)
+        for start in tl.range(0, num_sequences, BLOCK):
             inside = start + offs < num_sequences
             # New names: a variable that a loop assigns must keep its type, and `first` and `end` have another one.
             begins = tl.load(seqlens_ptr + start + offs, mask=inside, other=0)
@@ -55,8 +54,8 @@ def store_bounds(bounds_ptr, seqlens_ptr, part, num_sequences, steps, length):
 
 # Every step brings a pack of other lengths, so the kernel is not specialised on its numbers.
 @triton.jit(do_not_specialize=["num_sequences", "steps", "length"])
-def _bounds_kernel(bounds_ptr, seqlens_ptr, num_sequences, steps, length, BLOCKS: tl.constexpr):
-    store_bounds(bounds_ptr, seqlens_ptr, tl.program_id(0), num_sequences, steps, length)
+def _bounds_kernel(bounds_ptr, seqlens_ptr, num_sequences, steps, length, BLOCK: tl.constexpr):
+    store_bounds(bounds_ptr, seqlens_ptr, tl.program_id(0), num_sequences, steps, length, BLOCK)
 
 
 def new_bounds(seqlens: torch.Tensor, length: int) -> torch.Tensor:
