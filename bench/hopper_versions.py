@@ -3,7 +3,8 @@
     git archive OLD kernels | tar x -C /some/folder
     python bench/hopper_versions.py now=kernels old=/some/folder/kernels --out bench/results/NAME.json
 
-bf16, B * N = 16k tokens, model width 2048: causal and full, causal windows and packs (which cuDNN does not compute).
+bf16, B * N = 16k tokens, model width 2048: causal and full, causal windows and packs (which cuDNN does not compute),
+and causal calls all of whose scores are negative.
 Each number is the median of 25 timings of two launches. Outputs and row statistics must agree.
 """
 
@@ -36,11 +37,15 @@ LARGEST_ERROR = 5e-3  # of the output, relative to the first call's: both round 
 LARGEST_ROW_ERROR = 1e-4  # of the row statistics
 
 
+NEGATIVE = "negative scores"
+
+
 def cases():
     """(name, length, keywords of a call)."""
     for is_causal in (True, False):
         for length in LENGTHS:
             yield f"N={length} {'causal' if is_causal else 'full'}", length, {"is_causal": is_causal}
+    yield f"N={LENGTHS[-1]} causal, {NEGATIVE}", LENGTHS[-1], {"is_causal": True}
     for length, window in WINDOWS:
         yield f"N={length} window {window}", length, {"is_causal": True, "window_size": window}
     for name, edges in (("8 x 2k", EVEN), ("ragged", RAGGED)):
@@ -75,6 +80,8 @@ def milliseconds(call) -> float:
 def compare(name: str, head_dim: int, length: int, given: dict, forwards: dict) -> dict[str, float]:
     """Median times in ms."""
     q, k, v = drawn(TOKENS // length, HEADS[head_dim], length, head_dim)
+    if NEGATIVE in name:
+        q, k = q.abs(), -k.abs()
     rest = dict.fromkeys(("attn_mask", "scale", "window_size", "softcap", "sinks", "seqlens"))
     options = check(q, k, v, **rest | given)
     calls = {version: functools.partial(forward, q, k, v, options) for version, forward in forwards.items()}

@@ -4,7 +4,7 @@
 
 Every candidate and the library run interleaved, one event-timed launch each, in shuffled order: the card
 changes its clock under load, so only ratios of neighbours mean anything. The winners go into
-`kernels/host.py` by hand: nothing is tuned at run time.
+`kernels/hopper/host.py` by hand: nothing is tuned at run time.
 """
 
 import itertools
@@ -42,9 +42,8 @@ def plans(head_dim, is_causal):
     """The candidates, and the tuned plan without statistics."""
     tuned = host.plan(head_dim, head_dim, is_causal, False, True, halves=(is_causal, False))
     yield replace(tuned, stats=False)
-    booleans = True, False
-    for early, parted, parts, in_turn in itertools.product(booleans, booleans, (1, 2, 4), booleans):
-        yield replace(tuned, early=early, parted=parted, parts=parts, in_turn=in_turn)
+    for early, by_threes in itertools.product((True, False), repeat=2):
+        yield replace(tuned, early=early, by_threes=by_threes)
 
 
 def inputs(head_dim, heads, batch, tokens, seed=0):

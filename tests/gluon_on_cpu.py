@@ -162,7 +162,6 @@ class Program:
     def __init__(self, number, launch):
         self.number, self.launch = number, launch
         self.meeting = threading.Condition()
-        self.named = {}
         self.part = threading.local()  # its number
 
     def until(self, condition, what):
@@ -215,18 +214,21 @@ class Program:
             return torch.where(arguments[0] == arguments[1], 0.0, arguments[0])
         if text in (assembly.RESCALE_32.value, assembly.RESCALE_64.value):
             return arguments[0] * arguments[1]
-        if text.startswith("bar."):
-            number, arrives = int(text.split()[1].strip(",")), "arrive" in text
-            with self.meeting:
-                self.named[number] = self.named.get(number, 0) + (1 if arrives else 0)
-                self.meeting.notify_all()
-            if not arrives:
-                self.until(lambda: self.named.get(number, 0) > 0, "its turn")
-                with self.meeting:
-                    self.named[number] -= 1
-        else:
-            assert text == "mov.b32 $0, $1;", text
+        if text in (assembly.LARGEST_32.value, assembly.LARGEST_64.value):
+            return largest(*arguments)
+        if text in (assembly.LEAST_32.value, assembly.LEAST_64.value):
+            return arguments[0].amin(1, keepdim=True).expand_as(arguments[0])
+        assert text == "mov.b32 $0, $1;", text
         return arguments[0]
+
+
+def largest(s, m):
+    """The largest of each row and of m: among integers, where m has no sign in all 16 rows of a warp."""
+    numbers = torch.cat([s, m], 1)
+    as_integers = numbers.view(torch.int32).amax(1, keepdim=True).clamp(max=0x7F800000).view(torch.float32)
+    as_numbers = numbers.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).amax(1, keepdim=True)
+    signs = (m.view(torch.int32) < 0).reshape(-1, 16).any(1).repeat_interleave(16)
+    return torch.where(signs[:, None], as_numbers, as_integers).expand_as(s)
 
 
 def matrix(x):

@@ -75,6 +75,23 @@ def test_scores_that_rise_from_tile_to_tile(host, rise, head_dim):
     agree(host, case, (q, k, v, mask, sinks))
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("signs", ["negative", "positive", "by row", "by tile", "by tile, rising"])
+def test_scores_of_one_sign(host, signs, is_causal):
+    """The largest scores of warps whose rows have had none that is not negative are found in another way."""
+    case = Case(1, 2, 2, 700, 900, 64, 64, is_causal=is_causal, spread=0.5)
+    q, k, v, mask, sinks = case.tensors(torch.bfloat16, "cuda")
+    q, k = q.abs(), k.abs()
+    rows, tiles = torch.arange(700, device="cuda"), torch.arange(900, device="cuda") // 128
+    if signs == "negative":
+        k = -k
+    elif signs == "by row":
+        q = torch.where((rows % 5 > 0)[:, None], q, -q)
+    elif signs != "positive":  # the last tile is walked first
+        k = torch.where((tiles % 3 == (0 if "rising" in signs else 1))[:, None], k, -k)
+    agree(host, case, (q, k, v, mask, sinks))
+
+
 def test_output_rows_that_are_no_multiple_of_16_bytes_take_another_path(host):
     case = Case(1, 2, 1, 200, 200, 64, 20)
     q, k, v, *_ = case.tensors(torch.bfloat16, "cuda")

@@ -103,17 +103,15 @@ def test_widths(forward, widths, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("in_turn", [False, True])
-@pytest.mark.parametrize("parts", [1, 2, 4])
-@pytest.mark.parametrize("parted", [False, True])
+@pytest.mark.parametrize("by_threes", [False, True])
 @pytest.mark.parametrize("early", [False, True])
-def test_what_tunes_a_plan_changes_nothing(forward, early, parted, parts, in_turn):
+def test_what_tunes_a_plan_changes_nothing(forward, early, by_threes):
     case = Case(1, 2, 1, 400, 400, 64, 64, window_size=128, is_causal=True)
     q, k, v, *_ = tensors = case.tensors(torch.float16)
     options = case.options(*tensors)
     tuned = host.plan(64, 64, True, True, True, False, True, halves=(True, True))
     out, *rows = forward(q, k, v, options)[:5]
-    other = replace(tuned, early=early, parted=parted, parts=parts, in_turn=in_turn)
+    other = replace(tuned, early=early, by_threes=by_threes)
     assert isinstance(other, Plan)
     for got, wanted in zip(forward(q, k, v, options, other), (out, *rows), strict=False):
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)

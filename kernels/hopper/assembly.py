@@ -30,6 +30,73 @@ def _rescaling(count: int) -> tuple[gl.constexpr, gl.constexpr]:
 
 RESCALE_32, RESCALE_32_OPERANDS = _rescaling(32)
 RESCALE_64, RESCALE_64_OPERANDS = _rescaling(64)
+
+
+def _chained(operation: str, result: str, numbers: list[str]) -> list[str]:
+    """PTX that folds numbers into `result`, in two chains: the second one ends in `{result}_2`."""
+    second = f"{result}_2"
+    chains = result, second
+    steps = [f"{operation} {chains[i % 2]}, {chains[i % 2]}, {x};" for i, x in enumerate(numbers[1:])]
+    return [f"mov.b32 {second}, {numbers[0]};", *steps, f"{operation} {result}, {result}, {second};"]
+
+
+def _largest(count: int) -> tuple[gl.constexpr, gl.constexpr]:
+    """In place of a thread's `count` numbers the largest of those of their row, and of one number more of the row.
+
+    Of integers an instruction compares three, of floating numbers two. Where the number more has no sign in all rows
+    of a warp, floating numbers compare as integers do; NaN then comes out as infinity.
+    """
+    as_integers, as_numbers = [], []
+    for row in range(2):
+        places = [i for i in range(count) if i // 2 % 2 == row]
+        as_integers += _chained("max.s32", f"i{row}", [f"x{i}" for i in places])
+        as_integers += [f"min.s32 i{row}, i{row}, 0x7F800000;", f"mov.b32 f{row}, i{row};"]
+        as_numbers += _chained("max.f32", f"f{row}", [f"${count + i}" for i in places])
+    text = f"""{{
+    .reg .s32 x<{count}>, i0, i1, i0_2, i1_2;
+    .reg .f32 f0, f1, f0_2, f1_2;
+    .reg .pred p;
+    {" ".join(f"mov.b32 x{i}, ${count + i};" for i in range(count))}
+    mov.b32 f0, ${2 * count};
+    mov.b32 f1, ${2 * count + 2};
+    mov.b32 i0, f0;
+    mov.b32 i1, f1;
+    min.s32 i0_2, i0, i1;
+    setp.lt.s32 p, i0_2, 0;
+    vote.sync.any.pred p, p, 0xffffffff;
+    @p bra NUMBERS;
+    {" ".join(as_integers)}
+    bra.uni DONE;
+    NUMBERS:
+    {" ".join(as_numbers)}
+    DONE:
+    {" ".join(f"mov.b32 ${i}, f{i // 2 % 2};" for i in range(count))}
+    }}"""
+    return gl.constexpr(text), gl.constexpr(",".join(["=f"] * count + ["f"] * (2 * count)))
+
+
+def _least(count: int) -> tuple[gl.constexpr, gl.constexpr]:
+    """In place of a thread's `count` numbers, all <= 0, the smallest of those of their row.
+
+    Its bits are the largest unsigned integer.
+    """
+    steps = []
+    for row in range(2):
+        places = [f"x{i}" for i in range(count) if i // 2 % 2 == row]
+        steps += [f"mov.b32 i{row}, 0;", *_chained("max.u32", f"i{row}", places)]
+    text = f"""{{
+    .reg .u32 x<{count}>, i0, i1, i0_2, i1_2;
+    {" ".join(f"mov.b32 x{i}, ${count + i};" for i in range(count))}
+    {" ".join(steps)}
+    {" ".join(f"mov.b32 ${i}, i{i // 2 % 2};" for i in range(count))}
+    }}"""
+    return gl.constexpr(text), gl.constexpr(",".join(["=f"] * count + ["f"] * count))
+
+
+LARGEST_32, LARGEST_32_OPERANDS = _largest(32)
+LARGEST_64, LARGEST_64_OPERANDS = _largest(64)
+LEAST_32, LEAST_32_OPERANDS = _least(32)
+LEAST_64, LEAST_64_OPERANDS = _least(64)
 # In place of a hidden score: no sum of rounded products gives this number. Times the unit it is so large that it stays
 # the same when any maximum is subtracted, so that what it gives can be told from what other scores give. If rounding
 # made them differ, the row's smallest score would come out huge, and the row would be computed again.
@@ -48,13 +115,3 @@ ZERO_WHERE_EQUAL = gl.constexpr("""{
     setp.eq.f32 p, $1, $2;
     selp.f32 $0, 0f00000000, $1, p;
     }""")
-
-
-def _named_barrier(action: str, number: int) -> gl.constexpr:
-    """Triton takes the barriers from 0 on, one for each part of a kernel and a few more; there are 16."""
-    return gl.constexpr(f"bar.{action} {number}, 256; mov.b32 $0, $1;")
-
-
-# Half of the 256 threads wait at a barrier, the others announce themselves.
-WAIT_FIRST, WAIT_SECOND = _named_barrier("sync", 14), _named_barrier("sync", 15)
-GIVE_FIRST, GIVE_SECOND = _named_barrier("arrive", 14), _named_barrier("arrive", 15)

@@ -24,13 +24,9 @@ _LOG2_E = LOG2_E.value
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 FLOOR = -(2.0**40)  # log2 units; scores below it are huge, and computed again by `huge_rows`
 _CACHED_BYTES = 32 << 20  # of the 50 MiB of L2 of an H100 or H200
-# The last fields of a `Plan` where others than the defaults were faster, by width, causality, window and table (see
-# bench/tune_hopper.py). A change of the kernel can change this: the assembler orders the same instructions otherwise.
-_TUNED = {
-    (64, False, False, NO_TABLE): {"early": True, "parted": False},
-    (64, True, False, NO_TABLE): {"parted": False, "parts": 2, "in_turn": True},
-    (64, True, True, NO_TABLE): {"parted": False},
-}
+# The last fields of a `Plan` where others than the defaults were faster, by width (see bench/tune_hopper.py). A change
+# of the kernel can change this: the assembler orders the same instructions otherwise.
+_TUNED = {64: {"early": True, "by_threes": True}}
 
 
 @functools.cache
@@ -62,7 +58,7 @@ def plan(
         found = replace(found, half_last=False, half_first=False)
     if found.bounded:  # rows have bounds of their own, and every last tile is masked
         found = replace(found, ragged=False)
-    return replace(found, **_TUNED.get((max(widths), is_causal, is_windowed, table), {}))
+    return replace(found, **_TUNED.get(max(widths), {}))
 
 
 @functools.cache

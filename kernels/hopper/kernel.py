@@ -28,6 +28,7 @@ from ..shared import softmax as shared
 from ..shared.softmax import State, Units
 from . import steps
 from .channel import barriers, new_channel
+from .first_tile import first_tile
 from .output import store_output
 from .plan import HALF_ROWS
 from .producer import produce
@@ -47,64 +48,6 @@ def _again(number):
 
 
 @gluon.jit
-def _unless_hidden(x, other, offs_m, first_key, num_keys, PLAN: gl.constexpr, RIGHT: gl.constexpr):
-    """x of keys from first_key on, `other` where a row does not see the key. RIGHT: all rows see the left half."""
-    if RIGHT:
-        left, right = steps.halves_of(x)
-        right = _unless_hidden(right, other, offs_m, first_key + right.shape[1], num_keys, PLAN, False)
-        return steps.join_halves(left, right)
-    else:
-        offs_n = gl.expand_dims(first_key + gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout)), 0)
-        seen = offs_n < num_keys
-        if PLAN.is_causal:
-            rows = gl.convert_layout(offs_m, gl.SliceLayout(1, x.type.layout), assert_trivial=True)
-            seen = seen & (offs_n <= gl.expand_dims(rows, 1))
-        return gl.where(seen, x, other)
-
-
-@gluon.jit
-def _first_tile(
-    HALF: gl.constexpr, s, offs_m, tile, bounds, sizes, pointers, units, PLAN: gl.constexpr, P_L: gl.constexpr
-):
-    """The state and exp2(t) of rows after the first tile. There is nothing yet to rescale.
-
-    Where `Plan.half_last`, the upper rows look at its left half alone.
-    """
-    unit, _to_natural, floor = units
-    never = sizes[3] < 0, pointers[0]
-    S_L: gl.constexpr = s.type.layout
-    l_i = gl.full([HALF_ROWS, 4], 0.0, gl.float32, P_L)
-    w_i = gl.full([HALF_ROWS, 4], 0.0, gl.float32, P_L)
-    low = gl.full([HALF_ROWS, 4], 0.0, gl.float32, P_L)
-    HALVED: gl.constexpr = PLAN.half_last and HALF == 0
-    first_key = tile * PLAN.block_n
-    if HALVED:
-        s, rest = steps.halves_of(s)
-    if PLAN.bounded:
-        m_i = gl.full([HALF_ROWS], 0.0, gl.float32, gl.SliceLayout(1, S_L)) + floor
-        MASKED: gl.constexpr = steps.RIGHT if PLAN.half_left_seen and HALF == 1 else steps.ALL
-        s = steps.hide(s, bounds, first_key, MASKED)
-        state = (m_i, l_i, w_i, low + float("inf"))
-        state, p, _alpha = steps.softmax(s, state, unit, floor, never, PLAN, MASKED, P_L)
-    else:
-        # Every row sees a key of this tile.
-        HIDES: gl.constexpr = PLAN.is_causal or PLAN.ragged
-        RIGHT: gl.constexpr = PLAN.half_last and HALF == 1
-        if HIDES:
-            s = _unless_hidden(s, -float("inf"), offs_m, first_key, sizes[3], PLAN, RIGHT)
-        m_i = gl.max(s, 1)
-        t = s * unit - gl.expand_dims(m_i * unit, 1)
-        p = gl.exp2(t)
-        if HIDES:  # 0 * inf is NaN: right for a visible score that is infinite
-            t = _unless_hidden(t, 0.0, offs_m, first_key, sizes[3], PLAN, RIGHT)
-        l_i, w_i, low = steps.count(l_i, w_i, low, p, t, PLAN, P_L)
-        state = (gl.convert_layout(m_i, gl.SliceLayout(1, S_L), assert_trivial=True), l_i, w_i, low)
-    if HALVED:
-        p = steps.join_halves(p, steps.none_of(rest, never[0]))
-    return state, p
-
-
-@gluon.jit
 def _step(walk, HALF: gl.constexpr, turn, tile, lo, bounds, given, PLAN: gl.constexpr, MASKED: gl.constexpr):
     """One tile of keys: the scores of it, the output of the tile before. lo: the last tile of the turn. Only a masked
     step needs bounds."""
@@ -113,14 +56,10 @@ def _step(walk, HALF: gl.constexpr, turn, tile, lo, bounds, given, PLAN: gl.cons
     A_L: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
     P_L: gl.constexpr = state[1].type.layout
     a = gl.convert_layout(p.to(buffers[0].dtype), A_L, assert_trivial=True)
-    if PLAN.in_turn:
-        step = steps.wait_for_turn(step, HALF)
     scores = steps.scores(HALF, buffers, turn, step, p, PLAN)
     acc = steps.rescale(acc, alpha, PLAN)  # while the scores are computed
     product = steps.output(buffers, step, a, acc, PLAN)
     s = warpgroup_mma_wait(1, [scores])
-    if PLAN.in_turn:
-        step = steps.give_turn(step, HALF)
     if PLAN.is_wide:  # noqa: SIM102  # the compiler drops this branch, and not an `and`
         if tile == lo:
             mbarrier.arrive(read.index(0), count=1)
@@ -132,25 +71,20 @@ def _step(walk, HALF: gl.constexpr, turn, tile, lo, bounds, given, PLAN: gl.cons
     HIDES: gl.constexpr = steps.LEFT if PLAN.half_first and HALF == 0 else steps.ALL
     SOME: gl.constexpr = HIDES if MASKED else steps.NONE
     first_key = tile * PLAN.block_n
-    never = sizes[3] < 0, pointers[0]
+    never = sizes[3] < 0
     if HALVED:
         rest, s = steps.halves_of(s)
         first_key += s.shape[1]
     if MASKED:
         s = steps.hide(s, bounds, first_key, SOME)
-    state, p, alpha = steps.softmax(s, state, units[0], units[2], never, PLAN, SOME, P_L)
+    state, p, alpha = steps.softmax(s, state, units[0], units[2], PLAN, SOME, P_L)
     if HALVED:
-        p = steps.join_halves(steps.none_of(rest, never[0]), p)
-    # A branch, always or never taken, keeps the assembler from moving the wait for the product in among
-    # the exponentials.
-    if not PLAN.parted:
-        if not PLAN.early:
+        p = steps.join_halves(steps.none_of(rest, never), p)
+    if not PLAN.early:  # noqa: SIM102  # the compiler drops this branch, and not an `and`
+        # A branch that is always taken keeps the assembler from moving the wait for the product in among the
+        # exponentials.
+        if sizes[3] > 0:
             channel.wait_full(step)
-    elif PLAN.early:
-        if never[0]:
-            gl.store(never[1], 0.0)
-    elif sizes[3] > 0:
-        channel.wait_full(step)
     acc = warpgroup_mma_wait(0, [product])
     channel.release(step - 1)
     return state, p, alpha, acc, step
@@ -217,10 +151,12 @@ def _rows_of_block(walk, HALF: gl.constexpr, turn, block, given, out_desc, stage
         if span.hi - span.lo == 1:
             mbarrier.arrive(read.index(0), count=1)
     offs_m = block.start + HALF * HALF_ROWS + gl.arange(0, HALF_ROWS, ROW)
-    bounds = ()
+    bounds, mixed = (), 0
     if PLAN.bounded:
         bounds = bounds_of(offs_m, sizes, pointers[6], block, PLAN)
-    state, p = _first_tile(HALF, s, offs_m, span.hi - 1, bounds, sizes, pointers, units, PLAN, P_L)
+    if PLAN.is_pack:
+        mixed = block.record.mixed
+    state, p = first_tile(HALF, s, offs_m, span.hi - 1, bounds, mixed, sizes[3], units, PLAN, P_L)
     acc = gl.full([HALF_ROWS, PLAN.block_dv], 0.0, gl.float32, O_L)
     alpha = gl.full([HALF_ROWS], 1.0, gl.float32, ROW)
     step += 1
@@ -275,10 +211,7 @@ def _consumer(
     scores = steps.scores(HALF, buffers, 0, 0, donor, PLAN)
     s = warpgroup_mma_wait(0, [scores])
     channel.release(0)
-    step = gl.to_tensor(0)
-    if PLAN.in_turn and HALF == 1:
-        step = steps.give_turn(step, HALF)
-    walk = (s, step)
+    walk = (s, gl.to_tensor(0))
     turn = gl.to_tensor(0)
     block = read_slot(slots, turn, PLAN)
     while block.batch >= 0:

@@ -4,19 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
-from .assembly import (
-    GIVE_FIRST,
-    GIVE_SECOND,
-    HIDDEN,
-    HIDE_UNLESS_LESS,
-    RESCALE_32,
-    RESCALE_32_OPERANDS,
-    RESCALE_64,
-    RESCALE_64_OPERANDS,
-    WAIT_FIRST,
-    WAIT_SECOND,
-    ZERO_WHERE_EQUAL,
-)
+from . import assembly
 from .plan import HALF_ROWS
 
 # Which halves of a tile may hold keys that a row does not see.
@@ -39,21 +27,6 @@ def _partial(x, CHAINS: gl.constexpr, LARGEST: gl.constexpr, P_L: gl.constexpr):
 
 
 @gluon.jit
-def count(l_i, w_i, low, p, t, PLAN: gl.constexpr, P_L: gl.constexpr):
-    """Add columns to the state. `t` is 0 where a key is hidden, and p with it.
-
-    Of numbers <= 0 the smallest is the one whose bits are the largest unsigned integer: integer maxima are
-    taken while the exponentials keep the float units waiting.
-    """
-    l_i += _partial(p, 2, False, P_L)
-    if PLAN.stats:
-        w_i += _partial(p * t, 2, False, P_L)
-        bits = _partial(t.to(gl.uint32, bitcast=True), 2, True, P_L)
-        low = gl.minimum(low, bits.to(gl.float32, bitcast=True))
-    return l_i, w_i, low
-
-
-@gluon.jit
 def _per_part(number, P_L: gl.constexpr):
     """A number per row, against the partials of its four threads."""
     return gl.expand_dims(gl.convert_layout(number, gl.SliceLayout(1, P_L), assert_trivial=True), 1)
@@ -65,6 +38,63 @@ def _halves(x):
     rows: gl.constexpr = x.shape[0]
     width: gl.constexpr = x.shape[1]
     return x.reshape([rows, 2, width // 2]).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def _first_held(x, P_L: gl.constexpr):
+    """(64, keys) to (64, 4): of the columns that one thread holds the first."""
+    if x.shape[1] > 8:
+        return _first_held(_halves(x)[0], P_L)
+    else:
+        first, _second = x.reshape([64, 4, 2]).split()
+        return gl.convert_layout(first, P_L, assert_trivial=True)
+
+
+@gluon.jit
+def _largest_by_threes(s, m_i, P_L: gl.constexpr):
+    """(64, keys) to (64, 4): the largest of m and the columns that one thread holds."""
+    operands = [s, per_row(m_i, s)]
+    if s.shape[1] == 64:
+        found = gl.inline_asm_elementwise(
+            assembly.LARGEST_32, assembly.LARGEST_32_OPERANDS, operands, gl.float32, True, 32
+        )
+    else:
+        found = gl.inline_asm_elementwise(
+            assembly.LARGEST_64, assembly.LARGEST_64_OPERANDS, operands, gl.float32, True, 64
+        )
+    return _first_held(found, P_L)
+
+
+@gluon.jit
+def _least_by_threes(t, P_L: gl.constexpr):
+    """(64, keys) to (64, 4): the smallest of the columns that one thread holds, all <= 0."""
+    if t.shape[1] == 64:
+        found = gl.inline_asm_elementwise(
+            assembly.LEAST_32, assembly.LEAST_32_OPERANDS, [t], gl.float32, True, 32
+        )
+    else:
+        found = gl.inline_asm_elementwise(
+            assembly.LEAST_64, assembly.LEAST_64_OPERANDS, [t], gl.float32, True, 64
+        )
+    return _first_held(found, P_L)
+
+
+@gluon.jit
+def count(l_i, w_i, low, p, t, PLAN: gl.constexpr, P_L: gl.constexpr):
+    """Add columns to the state. `t` is 0 where a key is hidden, and p with it.
+
+    Of numbers <= 0 the smallest is the one whose bits are the largest unsigned integer: integer maxima are
+    taken while the exponentials keep the float units waiting.
+    """
+    l_i += _partial(p, 2, False, P_L)
+    if PLAN.stats:
+        w_i += _partial(p * t, 2, False, P_L)
+        if PLAN.by_threes:
+            least = _least_by_threes(t, P_L)
+        else:
+            least = _partial(t.to(gl.uint32, bitcast=True), 2, True, P_L).to(gl.float32, bitcast=True)
+        low = gl.minimum(low, least)
+    return l_i, w_i, low
 
 
 @gluon.jit
@@ -103,7 +133,7 @@ def _hide(s, bounds, first_key):
     number = gl.convert_layout(number, ROW, assert_trivial=True)
     distance = gl.expand_dims(columns, 0) - gl.expand_dims(first, 1)
     return gl.inline_asm_elementwise(
-        HIDE_UNLESS_LESS, "=f,f,r,r", [s, distance, gl.expand_dims(number, 1)], gl.float32, True, 1
+        assembly.HIDE_UNLESS_LESS, "=f,f,r,r", [s, distance, gl.expand_dims(number, 1)], gl.float32, True, 1
     )
 
 
@@ -130,36 +160,19 @@ def _zero(t, hidden):
     """t, and 0 where it is that of a HIDDEN score."""
     hidden = gl.convert_layout(hidden, gl.SliceLayout(1, t.type.layout), assert_trivial=True)
     return gl.inline_asm_elementwise(
-        ZERO_WHERE_EQUAL, "=f,f,f", [t, gl.expand_dims(hidden, 1)], gl.float32, True, 1
+        assembly.ZERO_WHERE_EQUAL, "=f,f,f", [t, gl.expand_dims(hidden, 1)], gl.float32, True, 1
     )
 
 
 @gluon.jit
-def _weights(
-    s,
-    shift,
-    sums,
-    unit,
-    never,
-    PLAN: gl.constexpr,
-    MASKED: gl.constexpr,
-    PARTS: gl.constexpr,
-    P_L: gl.constexpr,
-):
-    """exp2(t) of scores, t = s * unit - shift, and the sums (l, w, low) with them.
-
-    PARTS: the scores are taken in so many parts, one after another. The assembler would take all exponentials first,
-    and their unit would have nothing to do afterwards. A branch that is never taken keeps it from that.
-    """
-    if PARTS > 1 or (MASKED != NONE and MASKED != ALL):
+def _weights(s, shift, sums, unit, PLAN: gl.constexpr, MASKED: gl.constexpr, P_L: gl.constexpr):
+    """exp2(t) of scores, t = s * unit - shift, and the sums (l, w, low) with them."""
+    if MASKED != NONE and MASKED != ALL:
         left, right = halves_of(s)
-        MASKED_LEFT: gl.constexpr = ALL if MASKED & LEFT else NONE
-        MASKED_RIGHT: gl.constexpr = ALL if MASKED & RIGHT else NONE
-        p_left, sums = _weights(left, shift, sums, unit, never, PLAN, MASKED_LEFT, PARTS // 2, P_L)
-        if PARTS > 1:  # noqa: SIM102  # the compiler drops this branch, and not an `and`
-            if never[0]:
-                gl.store(never[1], 0.0)
-        p_right, sums = _weights(right, shift, sums, unit, never, PLAN, MASKED_RIGHT, PARTS // 2, P_L)
+        MASKED_LEFT: gl.constexpr = ALL if MASKED == LEFT else NONE
+        MASKED_RIGHT: gl.constexpr = ALL if MASKED == RIGHT else NONE
+        p_left, sums = _weights(left, shift, sums, unit, PLAN, MASKED_LEFT, P_L)
+        p_right, sums = _weights(right, shift, sums, unit, PLAN, MASKED_RIGHT, P_L)
         return join_halves(p_left, p_right), sums
     else:
         l_i, w_i, low = sums
@@ -168,21 +181,24 @@ def _weights(
         p = gl.exp2(t)
         if MASKED:
             # Of a visible score of -inf, 0 * inf is NaN, as it should be.
-            t = _zero(t, gl.full([HALF_ROWS], 0.0, gl.float32, shift.type.layout) + HIDDEN * unit)
+            t = _zero(t, gl.full([HALF_ROWS], 0.0, gl.float32, shift.type.layout) + assembly.HIDDEN * unit)
         return p, count(l_i, w_i, low, p, t, PLAN, P_L)
 
 
 @gluon.jit
-def softmax(s, state, unit, floor, never, PLAN: gl.constexpr, MASKED: gl.constexpr, P_L: gl.constexpr):
+def softmax(s, state, unit, floor, PLAN: gl.constexpr, MASKED: gl.constexpr, P_L: gl.constexpr):
     """One tile of raw scores into the state (m, l, w, low); also exp2(t) and what rescales the output.
 
     MASKED: which halves may hold HIDDEN scores. A row that has seen no key has m = floor, far below any score, and
     low = inf: both make the next step right without a case of its own.
-    never: a condition that is false, which the compiler does not know, and an address.
     """
     m_i, l_i, w_i, low = state
-    best = gl.max(_partial(s, 4, True, P_L), 1)
-    m_new = gl.maximum(m_i, gl.convert_layout(best, m_i.type.layout, assert_trivial=True))
+    if PLAN.by_threes:
+        best = gl.max(_largest_by_threes(s, m_i, P_L), 1)
+        m_new = gl.convert_layout(best, m_i.type.layout, assert_trivial=True)
+    else:
+        best = gl.max(_partial(s, 4, True, P_L), 1)
+        m_new = gl.maximum(m_i, gl.convert_layout(best, m_i.type.layout, assert_trivial=True))
     d = (m_i - m_new) * unit
     alpha = gl.exp2(d)
     a = _per_part(alpha, P_L)
@@ -191,7 +207,7 @@ def softmax(s, state, unit, floor, never, PLAN: gl.constexpr, MASKED: gl.constex
         w_i = a * (w_i + l_i * d)
         low += d
     sums = (l_i * a, w_i, low)
-    p, sums = _weights(s, m_new * unit, sums, unit, never, PLAN, MASKED, PLAN.parts, P_L)
+    p, sums = _weights(s, m_new * unit, sums, unit, PLAN, MASKED, P_L)
     l_i, w_i, low = sums
     if MASKED:
         low = gl.where(_per_part(m_new, P_L) == floor, float("inf"), low)
@@ -212,9 +228,13 @@ def rescale(acc, alpha, PLAN: gl.constexpr):
     if PLAN.block_dv == 256:  # its products take longer than this
         return acc * per_row(alpha, acc)
     elif PLAN.block_dv == 64:
-        return gl.inline_asm_elementwise(RESCALE_32, RESCALE_32_OPERANDS, operands, gl.float32, False, 32)
+        return gl.inline_asm_elementwise(
+            assembly.RESCALE_32, assembly.RESCALE_32_OPERANDS, operands, gl.float32, False, 32
+        )
     else:
-        return gl.inline_asm_elementwise(RESCALE_64, RESCALE_64_OPERANDS, operands, gl.float32, False, 64)
+        return gl.inline_asm_elementwise(
+            assembly.RESCALE_64, assembly.RESCALE_64_OPERANDS, operands, gl.float32, False, 64
+        )
 
 
 @gluon.jit
@@ -232,29 +252,6 @@ def output(buffers, step, a, acc, PLAN: gl.constexpr):
     _q_s, _k_s, v_s, _out_s = buffers
     v = v_s.index(step % PLAN.stages).reshape([PLAN.block_n, PLAN.block_dv])
     return warpgroup_mma(a, v, acc, is_async=True)
-
-
-@gluon.jit
-def _at_barrier(step, TEXT: gl.constexpr):
-    return gl.inline_asm_elementwise(TEXT, "=r,r", [step], gl.int32, False, 1)
-
-
-@gluon.jit
-def wait_for_turn(step, HALF: gl.constexpr):
-    """Until the other consumer has given its turn away. The step passes through, so that the call keeps its place."""
-    if HALF == 0:
-        return _at_barrier(step, WAIT_FIRST)
-    else:
-        return _at_barrier(step, WAIT_SECOND)
-
-
-@gluon.jit
-def give_turn(step, HALF: gl.constexpr):
-    """Let the other consumer start its products."""
-    if HALF == 0:
-        return _at_barrier(step, GIVE_SECOND)
-    else:
-        return _at_barrier(step, GIVE_FIRST)
 
 
 @gluon.jit

@@ -19,7 +19,7 @@ from .forward import block_arguments, forward_block
 
 # Scores from 2^27 on need the coarse unit. Huge scores are stored with an error, so the limit is half of that.
 _LIMIT = tl.constexpr(67108864.0)  # 2^26
-_ROWS = tl.constexpr(1024)  # that are read at once
+_ROWS = tl.constexpr(4096)  # that are read at once
 
 
 @functools.cache
