@@ -1,12 +1,15 @@
 """One call of every kernel on a few awkward shapes, to run under compute-sanitizer.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python bench/sanitize.py
-    compute-sanitizer --tool racecheck --error-exitcode 1 python bench/sanitize.py [HEAD_DIM|masks|packed|control ...]
+    compute-sanitizer --tool racecheck --error-exitcode 1 python bench/sanitize.py [PART ...]
+
+PART is a head dimension, hopper, masks, packed or control.
 
 Without PyTorch's cache every tensor is an allocation of its own, so that an access just outside of one is
 seen. Lengths are no multiples of a tile, heads are grouped, and strides are not those of a fresh tensor.
 """
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +45,7 @@ def inputs(head_dim: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
 
 
 def options_of(*tensors: Tensor, **keywords):
-    names = ("attn_mask", "scale", "window_size", "softcap", "sinks")
+    names = ("attn_mask", "scale", "window_size", "softcap", "sinks", "seqlens")
     return check(*tensors, **(dict.fromkeys(names) | {"is_causal": False} | keywords))
 
 
@@ -94,6 +97,28 @@ def plain(head_dim: int) -> None:
             done(action, *inputs(head_dim), **keywords)
 
 
+def hopper() -> None:
+    """The forward alone, by every path of the Hopper one."""
+    edges = torch.tensor([0, 37, 37, 200, QUERIES - 9], dtype=torch.int32, device="cuda")
+    keys = torch.arange(KEYS, device="cuda")
+    padding = torch.stack([keys >= 70, keys < 200])[:, None, None]
+    calls: dict[str, dict] = {
+        "full": {},
+        "causal": {"is_causal": True},
+        "sinks": {"is_causal": True, "sinks": torch.zeros(HEADS, device="cuda")},
+        "window": {"window_size": 70},
+        "window of whole tiles": {"is_causal": True, "window_size": 128},
+        "pack": {"is_causal": True, "seqlens": edges},
+        "pack with a window": {"is_causal": True, "seqlens": edges, "window_size": 70},
+        "padding": {"is_causal": True, "attn_mask": padding},
+    }
+    for head_dim, (name, keywords) in itertools.product((64, 128, 256), calls.items()):
+        tensors = [x.detach()[: 1 if "seqlens" in keywords else 2] for x in inputs(head_dim)]
+        call = Call(*tensors, options_of(*tensors, **keywords))
+        print(f"D={head_dim}, {name}: {engines.choose(engines.FORWARD, call).name}", flush=True)
+        done(forward, *tensors, **keywords)
+
+
 def masks() -> None:
     for mask in (
         torch.rand(QUERIES, KEYS, device="cuda") > 0.3,
@@ -115,8 +140,10 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("expected a CUDA card")
         return 2
-    for part in sys.argv[1:] or (*HEAD_DIMS, "masks", "packed"):
-        if part == "masks":
+    for part in sys.argv[1:] or (*HEAD_DIMS, "hopper", "masks", "packed"):
+        if part == "hopper":
+            hopper()
+        elif part == "masks":
             masks()
         elif part == "packed":
             packed()
