@@ -141,6 +141,9 @@ SIGNATURES = {
 def compute(given):
     """(out, lse) of a call, from its arguments by name."""
     assert not given.get("dropout_p")
+    if given.get("q", given.get("qkv")).dtype == torch.float8_e4m3fn:
+        out, lse = compute(given | dequantised(given))
+        return out.bfloat16(), lse
     words = {
         "scale": "softmax_scale",
         "window": "window_size",
@@ -169,6 +172,23 @@ def compute(given):
         keep = torch.cat([torch.arange(n) + a for a, n in zip(starts[1].tolist(), used)])
         k, v, starts = k[keep], v[keep], (starts[0], torch.tensor([0, *used]).cumsum(0))
     return packed(q, k, v, *starts, **shape)
+
+
+def dequantised(given):
+    """The 8-bit tensors of a call times their scales (sequences, key heads), fp32; of no other dtype."""
+    starts = {"q": given.get("cu_seqlens_q"), "k": given.get("cu_seqlens_k"), "v": given.get("cu_seqlens_k")}
+    found = {f"{x}_descale": None for x in "qkv"}
+    for x in "qkv":
+        name = x if x == "q" or "k_cache" not in given else f"{x}_cache"
+        tensor, descale = given[name].float(), given[f"{x}_descale"]
+        for sequence in range(0 if descale is None else len(descale)):
+            of_heads = descale[sequence].repeat_interleave(tensor.shape[-2] // descale.shape[1])[:, None]
+            if starts[x] is None:
+                tensor[sequence] *= of_heads
+            else:
+                tensor[starts[x][sequence] : starts[x][sequence + 1]] *= of_heads
+        found[name] = tensor
+    return found
 
 
 def parts_of(given):

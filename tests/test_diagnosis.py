@@ -152,6 +152,7 @@ def test_a_mask_fill_is_no_product():
         ("bfloat16", 250.0, False),
         ("float16", 520.0, False),
         ("float32", 1e5, False),
+        ("float8_e4m3fn", 55.0, False),  # its kernels store no scores
     ],
 )
 def test_scores_that_a_format_rounds_are_a_note(dtype, score, told):

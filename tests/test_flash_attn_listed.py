@@ -25,8 +25,8 @@ def libraries(monkeypatch):
         (
             "flash_attn_interface",
             "flash_attn_func",
-            {"q_descale": torch.ones(2, 2)},
-            "argument q_descale is not",
+            {"qv": torch.ones(2, 9, 4, 8), "attention_chunk": 3},
+            "its argument attention_chunk is not",
         ),
         (
             "flash_attn.cute",

@@ -156,6 +156,58 @@ def test_tensor_cores_truncate():
     assert (truncating > plain).all() and (truncating < 2.5 * plain).all()
 
 
+@pytest.mark.parametrize("weight_scale", [1.0, 256.0])
+def test_attention_of_8_bit_numbers_errs_by_no_more_than_its_bound(weight_scale):
+    """As FlashAttention 3 computes it: fp32 scores, weights times 2^8 in 8 bits, output in bf16."""
+    eight_bit = replace(theory.flash("fp8"), output=theory.FORMATS["bfloat16"], weight_scale=weight_scale)
+    rng, ratios = np.random.default_rng(0), []
+    for n, std in ((40, 1.0), (200, 3.0), (1000, 0.3)):
+        q, k, v = (
+            torch.from_numpy(x * rng.normal(size=(rows, 32))).to(torch.float8_e4m3fn)
+            for x, rows in ((8.0 * std, 20), (8.0, n), (8.0, n))
+        )
+        scale = 0.11 * 0.13 * 32**-0.5  # of queries, keys, and scores
+        products = q.double() @ k.double().T
+        s = (products * scale).numpy()
+        size = scale * (q.double().abs() @ k.double().abs().T).numpy()
+        t = (products.float() * scale).numpy()
+        weights = np.exp(t - t.max(-1, keepdims=True), dtype=np.float32)
+        stored = torch.from_numpy(weights * np.float32(weight_scale)).to(torch.float8_e4m3fn).double()
+        out = (
+            stored
+            @ v.double()
+            / weight_scale
+            * 0.2
+            / torch.from_numpy(weights.astype(np.float64).sum(-1))[:, None]
+        )
+        exact = torch.from_numpy(s).softmax(-1) @ v.double() * 0.2
+        error = (out.bfloat16().double() - exact).abs().numpy()
+        bound, coarse = (
+            theory.forward_error_bound(s, size, v.double().numpy() * 0.2, 32, a)
+            for a in (eight_bit, eight_bit.on_tensor_cores)
+        )
+        assert (error <= bound).all() and (bound < coarse).all()
+        ratios.append(np.median(bound / np.maximum(error, 1e-12)))
+    assert max(ratios) < 100  # of a thousand weights, whose roundings have random signs
+
+
+def test_a_scale_of_the_weights_matters_where_they_become_small():
+    s, v = np.concatenate([[0.0], np.full(500, -8.0)]), np.concatenate([[0.0], np.ones(500)])[:, None]
+    plain = theory.flash("fp8")
+    bounds = [
+        theory.forward_error_bound(s, np.abs(s), v, 32, replace(plain, weight_scale=x)) for x in (1.0, 256.0)
+    ]
+    lost = 500 * np.exp(-8.0) / (1.0 + 500 * np.exp(-8.0))  # each weight is below half the smallest number
+    assert bounds[0] >= lost > 0.1 and bounds[1] < 0.2 * bounds[0]
+
+
+def test_sums_of_8_bit_products_hold_few_keys():
+    eight_bit = theory.flash("fp8").on_tensor_cores
+    assert eight_bit.accumulation == theory.EIGHT_BIT_TENSOR_CORE_UNIT
+    with pytest.raises(ValueError, match=r"fewer keys than such sums can hold \(4096\), got 5000"):
+        theory.forward_error_bound_from_norms(1.0, 1.0, 1.0, 64, 5000, eight_bit)
+
+
 def test_refuses():
     s, size, v = row()
     with pytest.raises(ValueError, match=r"value \(..., N, D_v\), got \(1, 12\)"):
@@ -164,7 +216,7 @@ def test_refuses():
         theory.expected_error(s, size, v, theory.flash("fp32"))
     with pytest.raises(ValueError, match="expected a dtype among .* got 'int8'"):
         theory.flash("int8")
-    with pytest.raises(ValueError, match="fp32 sums can hold"):
+    with pytest.raises(ValueError, match="such sums can hold"):
         theory.forward_error_bound_from_norms(1.0, 1.0, 1.0, 64, 10**8, ALL[0])
 
 

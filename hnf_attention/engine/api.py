@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..reference.options import Options
+from ..statistics.eight_bit import as_numbers
 from ..statistics.rows import RowStats
 from .call import Call, check_sample, prepare
 from .run import run, run_sample
@@ -83,6 +84,8 @@ def attention_stats(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     seqlens: Tensor | None = None,
+    query_descale: Tensor | None = None,
+    key_descale: Tensor | None = None,
     extended: bool = False,
     sample: tuple[int, int] | None = None,
 ) -> RowStats:
@@ -90,6 +93,10 @@ def attention_stats(
 
     Same arguments, errors and differentiability (`lse` and `entropy`) as `attention`, and
 
+    query, key: also both of 8 bits, `torch.float8_e4m3fn` or `torch.float8_e5m2`. Such tensors are copied: to bf16,
+        which holds their numbers, or with a scale to fp32.
+    query_descale, key_descale: what 8-bit numbers are multiplied by, (B, H_kv), of packed sequences (S, H_kv), as
+        FlashAttention 3 takes them; None is 1. Query heads that share a key head share its scale.
     sample: (period, phase), ints >= 1 and >= 0: measure one of every `period` consecutive blocks of 64 query
         rows; a sequence with fewer blocks gives one block. Consecutive phases take different blocks.
         `period` of them cover every row, exactly once if there are at least `period` blocks. Each (batch,
@@ -97,6 +104,7 @@ def attention_stats(
         their borders.
         The result is compact, (B, H, M_s) with `row_index` saying which rows, and not differentiable.
     """
+    query, key = as_numbers(query, key, query_descale, key_descale, seqlens)
     call = prepare(
         query,
         key,

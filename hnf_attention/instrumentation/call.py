@@ -61,6 +61,7 @@ class AttentionCall:
     lse_of: makes lse (B, H, M), in nats, of what the model's own attention returns; it, or what it makes, is None
         where that is not known. It is compared with ours, once per layer.
     max_logit_of: likewise makes the largest score of each head over the batch and its queries, (H,).
+    stored: the dtype of what the model's attention got, where query and key are copies in a wider one.
     """
 
     query: Tensor
@@ -86,6 +87,7 @@ class AttentionCall:
     copied: bool = False
     lse_of: Callable[[Any], Tensor | None] | None = None
     max_logit_of: Callable[[Any], Tensor | None] | None = None
+    stored: torch.dtype | None = None
 
     def __repr__(self) -> str:
         names = ("is_causal", "scale", "window_size", "softcap")
@@ -97,6 +99,11 @@ class AttentionCall:
             f"AttentionCall of {self.interceptor}: query {tuple(self.query.shape)}, key {tuple(self.key.shape)}, "
             + ", ".join([str(self.query.dtype).removeprefix("torch."), *shown])
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the queries that the model's attention computes with."""
+        return self.stored or self.query.dtype
 
     @property
     def why_left(self) -> str | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..statistics.checks import FLOAT_DTYPES
+from ..statistics.eight_bit import EIGHT_BIT_DTYPES, scaled, widened
 from . import packs
 from .call import AttentionCall, Unmeasurable, require_plain, why_not_fused
 from .positions import Positions, place
@@ -24,8 +25,7 @@ KEEPS = "flash_attn's kernel is left as it is"
 #: Arguments that change no score and no output.
 _SILENT = {
     "deterministic", "num_splits", "pack_gqa", "sm_margin", "scheduler_metadata", "min_seqlen_k", "score_mod_bwd",
-    "block_sparse_tensors_bwd", "rotary_interleaved", "disable_scheduler_metadata", "seqlen_k_per_split", "v_descale",
-    "fa_version",
+    "block_sparse_tensors_bwd", "rotary_interleaved", "disable_scheduler_metadata", "seqlen_k_per_split", "fa_version",
 }  # fmt: skip
 _RETURNS = ("return_attn_probs", "return_softmax_lse", "return_lse")
 
@@ -63,8 +63,11 @@ def described(library: str, signature: inspect.Signature, *args: Any, **kwargs: 
     given = Arguments(signature, args, kwargs)
     query, key, value = _tensors(given)
     require_plain(query=query, key=key, value=value)
-    if query.dtype not in FLOAT_DTYPES:
-        raise Unmeasurable(f"its queries are of dtype {str(query.dtype).removeprefix('torch.')}")
+    stored = query.dtype
+    eight_bit = stored in EIGHT_BIT_DTYPES
+    descales = [given.take(f"{x}_descale") for x in "qkv"]  # without meaning beside other dtypes
+    if stored not in FLOAT_DTYPES and not eight_bit:
+        raise Unmeasurable(f"its queries are of dtype {str(stored).removeprefix('torch.')}")
     softcap, dropout = given.take("softcap", default=0.0), given.take("dropout_p", default=0.0)
     asked = [bool(given.take(name)) for name in _RETURNS]
     writes, deterministic = given.take("out") is not None, bool(given.take("deterministic"))
@@ -72,12 +75,20 @@ def described(library: str, signature: inspect.Signature, *args: Any, **kwargs: 
     qv, scale, sinks = given.take("qv"), given.take("softmax_scale"), given.take("learnable_sink", "s_aux")
     left, right = _window(given)
     slopes, whole_cache = given.take("alibi_slopes"), "k_cache" in signature.parameters
+    if eight_bit:
+        not_fused = not_fused or "its inputs are of 8 bits"
+        query, key, value = (widened(x) for x in (query, key, value))
     if qv is not None:
+        if eight_bit:
+            raise Unmeasurable("its argument qv comes with 8-bit queries")
         if key is value:
             raise Unmeasurable("its argument qv comes with keys that are the values")
         query = torch.cat((query, qv), -1)
     part = packs.part_of(given.take, query, key, value, whole_cache)
     given.refuse_others()
+    if any(descale is not None for descale in descales) and eight_bit:
+        tensors = zip((part.query, part.key, part.value), descales, strict=True)
+        part.query, part.key, part.value = (scaled(x, descale, part.seqlens) for x, descale in tensors)
     if qv is not None:  # scores are q.k + qv.v
         part.key = torch.cat((part.key, part.value), -1)
     pairs = "return_lse" in signature.parameters  # this version always returns its lse, or None in its place
@@ -106,7 +117,8 @@ def described(library: str, signature: inspect.Signature, *args: Any, **kwargs: 
         if qv is not None or (slopes is not None and right == 0)
         else functools.partial(_lse, part),
         casts=False,
-        copied=qv is not None or part.copied,
+        copied=qv is not None or eight_bit or part.copied,
+        stored=stored,
     )
     place(call, Positions(left, right, *part.lengths, slopes))
     if call.modify is not None:

@@ -260,7 +260,7 @@ class Measurer:
         if rows is None:
             measurement = self._probe(layer, state, call, options)
         else:
-            measurement = Measurement(layer, rows, query.shape[3], query.dtype, 1, query, key, options)
+            measurement = Measurement(layer, rows, query.shape[3], call.dtype, 1, query, key, options)
         if measurement.beside is None:
             measurement.context = self._context(layer, call, options, measurement.rows, output)
         else:
@@ -284,7 +284,7 @@ class Measurer:
             rows = api.attend(query, key, None, options)[1]
         else:
             rows = api.attend_sample(query, key, options, (period, phase))
-        return Measurement(layer, rows, query.shape[3], query.dtype, period, query, key, options)
+        return Measurement(layer, rows, query.shape[3], call.dtype, period, query, key, options)
 
     @torch.no_grad()
     def _context(

@@ -115,7 +115,7 @@ def modified(
         score_kind=OTHER,
         left_out=rows.left_out,
     )
-    return Measurement(layer, statistics, head_dim, query.dtype, period, beside=beside)
+    return Measurement(layer, statistics, head_dim, call.dtype, period, beside=beside)
 
 
 class _Rows(NamedTuple):

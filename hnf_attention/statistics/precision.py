@@ -76,7 +76,7 @@ class HeadPrecision:
 
         `theory.forward_error_bound_from_norms` of `theory.flash(dtype).on_tensor_cores`, for values from -1
         to 1. NaN where q or k was not seen, with a soft-cap or learned sinks, for fp64, and for more keys than
-        fp32 sums can hold: the theory says nothing there.
+        the kernel's sums can hold: the theory says nothing there.
         """
         size, kind = self.score_magnitude, self._max("score_kind")
         keys = int(np.nan_to_num(self._max("num_keys")).max(initial=0.0))

@@ -1,6 +1,15 @@
 """Theory: curvature, forward errors, required bits, and scores before training. fp64, no model in sight."""
 
-from .arithmetic import FORMATS, TENSOR_CORE_UNIT, Arithmetic, Format, eager, flash, number_format
+from .arithmetic import (
+    EIGHT_BIT_TENSOR_CORE_UNIT,
+    FORMATS,
+    TENSOR_CORE_UNIT,
+    Arithmetic,
+    Format,
+    eager,
+    flash,
+    number_format,
+)
 from .bits import TOLERANCE, required_bits, required_bits_of_row, rounding_spread, typical_bits
 from .curvature import hnf_curvature, hnf_curvature_bound
 from .error import expected_error, forward_error_bound, forward_error_bound_from_norms
@@ -18,6 +27,7 @@ from .weights import HeadWeights, Norm, fold_norm, weight_logit_bound, weight_sc
 
 __all__ = [
     "FORMATS",
+    "EIGHT_BIT_TENSOR_CORE_UNIT",
     "TENSOR_CORE_UNIT",
     "TOLERANCE",
     "Arithmetic",

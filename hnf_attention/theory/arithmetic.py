@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 FP32_UNIT = 2.0**-24
 # Tensor cores truncate where they add (Fasi, Higham, Mikaitis, Pranesh, PeerJ CS 2021): twice the rounding.
 TENSOR_CORE_UNIT = 2.0**-23
+# Hopper's sums of 8-bit products keep about 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2): a measurement.
+EIGHT_BIT_TENSOR_CORE_UNIT = 2.0**-13
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class Format:
     @property
     def unit(self) -> float:
         return 2.0**-self.bits
+
+    @property
+    def is_eight_bit(self) -> bool:
+        return self.name.startswith("float8")
 
 
 FORMATS = {
@@ -72,8 +78,11 @@ class Arithmetic:
     score_roundings: how often a score is rounded to `storage` (none where it stays in fp32).
     normalised: whether weights are rounded after they were divided by their sum (eager), or before (flash).
     block: keys per step of the online softmax; 0 where the row is taken at once.
-    accumulation: relative error of one addition in the matrix products, FP32_UNIT or TENSOR_CORE_UNIT.
+    accumulation: relative error of one addition in the matrix products: FP32_UNIT, TENSOR_CORE_UNIT, or
+        EIGHT_BIT_TENSOR_CORE_UNIT.
     output: of the result; None means storage. fp32 leaves the last rounding out.
+    weight_scale: what weights are multiplied by before they are rounded, a power of two. FlashAttention 3 takes 2^8
+        for 8-bit ones, so that fewer become 0.
     """
 
     storage: Format
@@ -82,6 +91,7 @@ class Arithmetic:
     block: int
     accumulation: float = FP32_UNIT
     output: Format | None = None
+    weight_scale: float = 1.0
 
     @property
     def output_format(self) -> Format:
@@ -94,7 +104,8 @@ class Arithmetic:
 
     @property
     def on_tensor_cores(self) -> Arithmetic:
-        return replace(self, accumulation=TENSOR_CORE_UNIT)
+        unit = EIGHT_BIT_TENSOR_CORE_UNIT if self.storage.is_eight_bit else TENSOR_CORE_UNIT
+        return replace(self, accumulation=unit)
 
     def blocks(self, keys: int) -> int:
         return 1 if self.block == 0 else -(-keys // self.block)

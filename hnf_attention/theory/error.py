@@ -46,14 +46,15 @@ def forward_error_bound(
     u_j is the weights' rounding. A flash weight that must round to 1 (the maximum's) errs only by its distance
     from 1. tau is half the smallest number of the format, tau' = tau + 2^-126. w multiplies an absolute error
     of a weight: 1 where weights are normalised first, else 1 / sum e^z, at most
-    min(1, p_max e^(2 max eta)). The tanh is total variation under bounded errors of the scores.
-    Covers both usual orders: scale, then subtract the maximum (|m| does not enter), and one fused
+    min(1, p_max e^(2 max eta)). A `weight_scale` divides tau. The tanh is total variation under bounded errors of the
+    scores. Covers both usual orders: scale, then subtract the maximum (|m| does not enter), and one fused
     multiply-add with scale * log2(e) folded in, whose rounded product with m differs between blocks.
     Every exponential errs by at most two ulps (4u), also one that rescales earlier blocks.
 
     The error grows linearly in |s| until it saturates at the spread of v. Overflow is another matter, see
     `overflow_paths`. Never inf or NaN for finite scores up to 1e30 and beyond. A row without a visible key
-    has bound 0. Raises ValueError for shapes that do not fit, and beyond 4e6 keys.
+    has bound 0. For 8-bit inputs with scales, scores, magnitude and value are those of the scaled numbers.
+    Raises ValueError for shapes that do not fit, and beyond 4e6 keys (4e3 for sums of 8-bit products).
 
     Source: own derivation; Higham, Accuracy and Stability of Numerical Algorithms, 2002, for gamma and sums.
     """
@@ -248,7 +249,9 @@ def _relative(unit: np.ndarray, keys: int, arithmetic: Arithmetic) -> tuple[np.n
     """rel and g of `forward_error_bound`."""
     additions = (keys + 3 * arithmetic.blocks(keys) + 3) * arithmetic.accumulation
     if additions >= 0.5:
-        raise ValueError(f"expected fewer keys than fp32 sums can hold (about 4e6), got {keys}")
+        raise ValueError(
+            f"expected fewer keys than such sums can hold ({0.5 / arithmetic.accumulation:.0f}), got {keys}"
+        )
     g = additions / (1.0 - additions)
     return (1.0 + unit) * (1.0 + g) ** 2 * (1.0 + 2.0 * _U) / (1.0 - g) - 1.0, g
 
@@ -260,7 +263,8 @@ def _floor(
     share: float | np.ndarray = 1.0
     if not arithmetic.normalised:
         share = np.where(eta > 1.0, 1.0, np.minimum(1.0, p_max * np.exp(2.0 * np.minimum(eta, 1.0))))
-    return (arithmetic.storage.smallest / 2.0 + _FLUSH) * total * share * (1.0 + 2.0 * g)
+    smallest = arithmetic.storage.smallest / arithmetic.weight_scale
+    return (smallest / 2.0 + _FLUSH) * total * share * (1.0 + 2.0 * g)
 
 
 def _weighted(weights: np.ndarray, values: np.ndarray) -> np.ndarray:

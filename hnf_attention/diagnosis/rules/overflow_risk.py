@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -100,10 +101,10 @@ def _crossing(heads: Heads, head: int, step: int) -> Crossing | None:
 def _formats(stats: HeadStats) -> _Formats:
     largest = product_size(stats)
     half = stats.dtype == "float16"
-    try:
-        unit = 2.0 ** -number_format(stats.dtype).bits
-    except ValueError:  # a format that the theory does not know
-        unit = 0.0
+    unit = 0.0
+    with contextlib.suppress(ValueError):  # a format that the theory does not know
+        form = number_format(stats.dtype)
+        unit = 0.0 if form.is_eight_bit else form.unit  # attention of 8-bit numbers keeps its scores in fp32
     return _Formats(largest * stats.head_dim**0.5 if half else np.zeros_like(largest), unit * largest)
 
 
