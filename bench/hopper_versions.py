@@ -35,9 +35,7 @@ LENGTHS, ROUNDS = (1024, 2048, 4096, 8192, 16384), 25
 WINDOWS = ((8192, 1024), (8192, 4096))  # length, window
 LARGEST_ERROR = 5e-3  # of the output, relative to the first call's: both round to bf16
 LARGEST_ROW_ERROR = 1e-4  # of the row statistics
-
-
-NEGATIVE = "negative scores"
+NEGATIVE = "negative scores"  # in a case's name: all of them are
 
 
 def cases():

@@ -106,6 +106,8 @@ def compile_gated(call: extremes.Tensors, options) -> None:
 # One of each form of the sm_90 forward, at each width.
 HOPPER = (
     Case(1, 2, 2, 256, 256, 64, 64, is_causal=True),
+    Case(1, 2, 2, 256, 256, 64, 64, is_causal=True, seqlens=(0, 100, 200)),
+    Case(1, 1, 2, 256, 256, 64, 64, is_causal=True, window_size=128),
     Case(1, 2, 2, 256, 256, 128, 128, is_causal=True, seqlens=(0, 100, 200), sinks=True),
     Case(1, 1, 2, 256, 256, 64, 128, mask="bool"),
     Case(1, 1, 2, 256, 256, 256, 256, seqlens=(0, 100, 200), window_size=50),

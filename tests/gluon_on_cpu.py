@@ -10,9 +10,10 @@ import threading
 import types
 from collections import namedtuple
 
+import gluon_assembly
 import torch
 
-from hnf_attention.kernels.hopper import assembly, channel
+from hnf_attention.kernels.hopper import channel
 
 WAIT = 20.0  # seconds until a part that cannot go on is a failure
 _Type = namedtuple("_Type", "layout")
@@ -206,30 +207,6 @@ class Program:
         target = descriptor.part(place)
         target.copy_(memory.content[0, 0, : target.shape[0], : target.shape[1]])
 
-    def assembly(self, text, _constraints, arguments, *_):
-        if text == assembly.HIDE_UNLESS_LESS.value:
-            s, distance, number = arguments
-            return torch.where((distance & 0xFFFFFFFF) < number, s, assembly.HIDDEN.value)
-        if text == assembly.ZERO_WHERE_EQUAL.value:
-            return torch.where(arguments[0] == arguments[1], 0.0, arguments[0])
-        if text in (assembly.RESCALE_32.value, assembly.RESCALE_64.value):
-            return arguments[0] * arguments[1]
-        if text in (assembly.LARGEST_32.value, assembly.LARGEST_64.value):
-            return largest(*arguments)
-        if text in (assembly.LEAST_32.value, assembly.LEAST_64.value):
-            return arguments[0].amin(1, keepdim=True).expand_as(arguments[0])
-        assert text == "mov.b32 $0, $1;", text
-        return arguments[0]
-
-
-def largest(s, m):
-    """The largest of each row and of m: among integers, where m has no sign in all 16 rows of a warp."""
-    numbers = torch.cat([s, m], 1)
-    as_integers = numbers.view(torch.int32).amax(1, keepdim=True).clamp(max=0x7F800000).view(torch.float32)
-    as_numbers = numbers.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).amax(1, keepdim=True)
-    signs = (m.view(torch.int32) < 0).reshape(-1, 16).any(1).repeat_interleave(16)
-    return torch.where(signs[:, None], as_numbers, as_integers).expand_as(s)
-
 
 def matrix(x):
     return x.content.float() if isinstance(x, Memory) else x.float()
@@ -289,7 +266,7 @@ def namespace(program):
         static_assert=nothing,
         static_range=range,
         range=range,
-        inline_asm_elementwise=program.assembly,
+        inline_asm_elementwise=gluon_assembly.run,
         allocate_shared_memory=program.allocate,
         warp_specialize=program.run_parts,
         **dict.fromkeys(LAYOUTS, nothing),

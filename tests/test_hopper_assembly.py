@@ -74,10 +74,11 @@ def run(text, operands):
             continue
         kind = operation.split(".")[-1]
         if operation.startswith("vote"):
-            registers[names[0]] = registers[names[1]].any().expand(LANES)
+            of_warp = {"any": torch.any, "all": torch.all}[operation.split(".")[2]]
+            registers[names[0]] = of_warp(registers[names[1]]).expand(LANES)
         elif operation.startswith("setp"):
             a, b = (VIEWS[kind](read(x)) for x in names[1:])
-            compared = {"lt": a < b, "gt": a > b, "eq": a == b, "neu": a != b}
+            compared = {"lt": a < b, "eq": a == b, "neu": a != b}
             registers[names[0]] = compared[operation.split(".")[1]]
         elif operation == "or.pred":
             registers[names[0]] = registers[names[1]] | registers[names[2]]
@@ -122,13 +123,15 @@ def test_the_largest_of_each_row(text, more, sign):
         assert all(torch.equal(x, wanted) for x in rows_of(found)[row])
 
 
+@pytest.mark.parametrize("text", [assembly.LARGEST_32, assembly.LARGEST_64], ids=["32", "64"])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_nan_is_no_largest_number(sign):
+def test_nan_is_no_largest_number(text, sign):
     """Among floating numbers it is passed over, among integers it is infinity: its row is NaN by its weight."""
-    numbers = drawn(32)
+    count = 32 if text is assembly.LARGEST_32 else 64
+    numbers = drawn(count)
     numbers[5] = torch.full((LANES,), NAN).copysign(torch.tensor(float(sign)))
-    for more, wanted in ((1.0, INF if sign > 0 else None), (-1.0, None)):
-        found = run(assembly.LARGEST_32.value, [None] * 32 + numbers + [torch.full((LANES,), more)] * 32)
+    for more, wanted in ((1.0, INF if sign > 0 else None), (-1.0, None), (NAN, INF)):
+        found = run(text.value, [None] * count + numbers + [torch.full((LANES,), more)] * count)
         held = rows_of(numbers)[0].nan_to_num(-INF).amax(0).clamp(min=more)
         assert torch.equal(found[0], held if wanted is None else torch.full((LANES,), wanted))
 

@@ -7,6 +7,8 @@ from cases import Case
 from hnf_attention.reference import attention as reference
 
 pytest.importorskip("triton", reason="Triton kernels need Linux")
+import triton.language as tl
+
 from hnf_attention.kernels.portable import forward, huge_rows
 from hnf_attention.kernels.shared.results import Rows
 from hnf_attention.kernels.shared.tiles import forward_tiles, loads_by_pointers
@@ -58,6 +60,18 @@ def test_only_blocks_with_huge_rows_are_computed_again(dtype, options, broken, d
     for name, mine, wanted in zip(FIELDS, found, right):
         assert torch.equal(mine[0][again], wanted[0][again]), name
         assert (mine[0][~again] == 0.5).all(), name
+
+
+@pytest.mark.parametrize("row", [0, 31, 32, 63, 127, 149])
+def test_every_part_of_the_rows_is_looked_at(row, device, monkeypatch):
+    """A program reads its rows in parts; here they are few."""
+    monkeypatch.setattr(huge_rows, "_ROWS", tl.constexpr(32))
+    monkeypatch.setattr(huge_rows, "_programs", lambda device: 2)
+    tensors, given, right = _tensors(torch.float32, device, (row,))
+    found = [torch.full_like(x, 0.5) for x in right]
+    found[3][0, 1, row] = torch.inf
+    huge_rows.compute_again(*tensors, given, found[0], Rows(*found[1:], None, 0))
+    assert torch.equal(found[0][0, 1, row], right[0][0, 1, row])
 
 
 def test_without_huge_rows_nothing_is_touched(device):

@@ -1,4 +1,4 @@
-"""Steps of the sm_90 forward that Gluon has no words for: a branch of a warp around a product, and a comparison.
+"""Steps of the sm_90 forward that Gluon has no words for: branches of a warp, maxima of three, and masks.
 
 A thread holds two rows, r and r + 8, of the 16 of its warp; every thread of a warp takes the same branch.
 """
@@ -41,10 +41,10 @@ def _chained(operation: str, result: str, numbers: list[str]) -> list[str]:
 
 
 def _largest(count: int) -> tuple[gl.constexpr, gl.constexpr]:
-    """In place of a thread's `count` numbers the largest of those of their row, and of one number more of the row.
+    """In place of a thread's `count` numbers the largest of those of their row, and of m, the row's maximum so far.
 
-    Of integers an instruction compares three, of floating numbers two. Where the number more has no sign in all rows
-    of a warp, floating numbers compare as integers do; NaN then comes out as infinity.
+    Where m >= +0 in all rows of a warp, bits compare as integers: an instruction takes three of those. Otherwise
+    floating numbers are compared, two at once. NaN comes out as infinity, or is passed over among floating numbers.
     """
     as_integers, as_numbers = [], []
     for row in range(2):
@@ -76,10 +76,7 @@ def _largest(count: int) -> tuple[gl.constexpr, gl.constexpr]:
 
 
 def _least(count: int) -> tuple[gl.constexpr, gl.constexpr]:
-    """In place of a thread's `count` numbers, all <= 0, the smallest of those of their row.
-
-    Its bits are the largest unsigned integer.
-    """
+    """In place of a thread's `count` numbers, all <= 0, the smallest of those of their row (see `steps.count`)."""
     steps = []
     for row in range(2):
         places = [f"x{i}" for i in range(count) if i // 2 % 2 == row]

@@ -1,4 +1,4 @@
-"""The first tile of keys that the rows of an sm_90 consumer walk: it is masked, and there is nothing yet to rescale."""
+"""The first tile of keys that the rows of an sm_90 consumer walk. Most masks hide keys of it."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -51,7 +51,7 @@ def _again(number):
 def _step(walk, HALF: gl.constexpr, turn, tile, lo, bounds, given, PLAN: gl.constexpr, MASKED: gl.constexpr):
     """One tile of keys: the scores of it, the output of the tile before. lo: the last tile of the turn. Only a masked
     step needs bounds."""
-    buffers, channel, read, _slots, sizes, pointers, units = given
+    buffers, channel, read, _slots, sizes, _pointers, units = given
     state, p, alpha, acc, step = walk
     A_L: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
     P_L: gl.constexpr = state[1].type.layout

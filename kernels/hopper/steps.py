@@ -51,31 +51,46 @@ def _first_held(x, P_L: gl.constexpr):
 
 
 @gluon.jit
+def _of_threads(
+    operands,
+    PURE: gl.constexpr,
+    OF_32: gl.constexpr,
+    OPERANDS_32: gl.constexpr,
+    OF_64: gl.constexpr,
+    OPERANDS_64: gl.constexpr,
+):
+    """Assembly over all numbers of the first operand that a thread holds: 32, or 64."""
+    if operands[0].shape[1] == 64:
+        return gl.inline_asm_elementwise(OF_32, OPERANDS_32, operands, gl.float32, PURE, 32)
+    else:
+        return gl.inline_asm_elementwise(OF_64, OPERANDS_64, operands, gl.float32, PURE, 64)
+
+
+@gluon.jit
 def _largest_by_threes(s, m_i, P_L: gl.constexpr):
     """(64, keys) to (64, 4): the largest of m and the columns that one thread holds."""
-    operands = [s, per_row(m_i, s)]
-    if s.shape[1] == 64:
-        found = gl.inline_asm_elementwise(
-            assembly.LARGEST_32, assembly.LARGEST_32_OPERANDS, operands, gl.float32, True, 32
-        )
-    else:
-        found = gl.inline_asm_elementwise(
-            assembly.LARGEST_64, assembly.LARGEST_64_OPERANDS, operands, gl.float32, True, 64
-        )
+    found = _of_threads(
+        [s, per_row(m_i, s)],
+        True,
+        assembly.LARGEST_32,
+        assembly.LARGEST_32_OPERANDS,
+        assembly.LARGEST_64,
+        assembly.LARGEST_64_OPERANDS,
+    )
     return _first_held(found, P_L)
 
 
 @gluon.jit
 def _least_by_threes(t, P_L: gl.constexpr):
     """(64, keys) to (64, 4): the smallest of the columns that one thread holds, all <= 0."""
-    if t.shape[1] == 64:
-        found = gl.inline_asm_elementwise(
-            assembly.LEAST_32, assembly.LEAST_32_OPERANDS, [t], gl.float32, True, 32
-        )
-    else:
-        found = gl.inline_asm_elementwise(
-            assembly.LEAST_64, assembly.LEAST_64_OPERANDS, [t], gl.float32, True, 64
-        )
+    found = _of_threads(
+        [t],
+        True,
+        assembly.LEAST_32,
+        assembly.LEAST_32_OPERANDS,
+        assembly.LEAST_64,
+        assembly.LEAST_64_OPERANDS,
+    )
     return _first_held(found, P_L)
 
 
@@ -224,16 +239,16 @@ def per_row(factor, acc):
 
 @gluon.jit
 def rescale(acc, alpha, PLAN: gl.constexpr):
-    operands = [acc, per_row(alpha, acc)]
     if PLAN.block_dv == 256:  # its products take longer than this
         return acc * per_row(alpha, acc)
-    elif PLAN.block_dv == 64:
-        return gl.inline_asm_elementwise(
-            assembly.RESCALE_32, assembly.RESCALE_32_OPERANDS, operands, gl.float32, False, 32
-        )
     else:
-        return gl.inline_asm_elementwise(
-            assembly.RESCALE_64, assembly.RESCALE_64_OPERANDS, operands, gl.float32, False, 64
+        return _of_threads(
+            [acc, per_row(alpha, acc)],
+            False,
+            assembly.RESCALE_32,
+            assembly.RESCALE_32_OPERANDS,
+            assembly.RESCALE_64,
+            assembly.RESCALE_64_OPERANDS,
         )
 
 
