@@ -176,19 +176,26 @@ def compute(given):
 
 def dequantised(given):
     """The 8-bit tensors of a call times their scales (sequences, key heads), fp32; of no other dtype."""
-    starts = {"q": given.get("cu_seqlens_q"), "k": given.get("cu_seqlens_k"), "v": given.get("cu_seqlens_k")}
-    found = {f"{x}_descale": None for x in "qkv"}
-    for x in "qkv":
-        name = x if x == "q" or "k_cache" not in given else f"{x}_cache"
-        tensor, descale = given[name].float(), given[f"{x}_descale"]
+    names = [x for x in ("q", "k", "v", "qkv", "k_cache", "v_cache") if given.get(x) is not None]
+    copies = {name: given[name].float() for name in names}
+    starts = (
+        given.get("cu_seqlens_q", given.get("cu_seqlens")),
+        given.get("cu_seqlens_k", given.get("cu_seqlens")),
+    )
+    views = (
+        dict(zip("qkv", parts_of(copies | {"num_heads_q": given.get("num_heads_q")})))
+        if "qkv" in copies
+        else copies
+    )
+    for name, tensor in views.items():
+        descale, borders = given[f"{name[0]}_descale"], starts[name[0] != "q"]
         for sequence in range(0 if descale is None else len(descale)):
             of_heads = descale[sequence].repeat_interleave(tensor.shape[-2] // descale.shape[1])[:, None]
-            if starts[x] is None:
+            if borders is None:
                 tensor[sequence] *= of_heads
             else:
-                tensor[starts[x][sequence] : starts[x][sequence + 1]] *= of_heads
-        found[name] = tensor
-    return found
+                tensor[borders[sequence] : borders[sequence + 1]] *= of_heads
+    return copies | {f"{x}_descale": None for x in "qkv"}
 
 
 def parts_of(given):

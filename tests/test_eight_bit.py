@@ -1,12 +1,12 @@
-"""8-bit queries and keys with their scales: what `attention_stats` and a monitored FlashAttention 3 make of them."""
+"""8-bit queries and keys with their scales: what `attention_stats` makes of them."""
 
-import flash_standins
+import re
+
 import pytest
 import torch
 from flash_standins import STATISTICS, scores_of, statistics_of
-from test_flash_attn import Caller, first
 
-from hnf_attention import attention, attention_stats, instrument
+from hnf_attention import attention, attention_stats
 
 FORMATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 G = torch.Generator().manual_seed(0)
@@ -31,13 +31,15 @@ def test_without_scales_they_are_those_of_the_same_numbers(dtype, sample):
 
 
 @pytest.mark.parametrize("which", ["both", "query", "key"])
-def test_scales_of_heads(which):
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64, torch.bfloat16])
+def test_scales_of_heads(which, precision):
     q, k = draw(2, 4, 9, 16), draw(2, 2, 13, 16)
-    scales = {f"{x}_descale": descale(2, 2) for x in ("query", "key") if which in (x, "both")}
-    got = attention_stats(q, k, scale=0.3, **scales)
+    scales = {f"{x}_descale": descale(2, 2).to(precision) for x in ("query", "key") if which in (x, "both")}
+    with torch.autocast("cpu", torch.bfloat16):
+        got = attention_stats(q, k, scale=0.3, **scales)
     for b in range(2):
-        of_query = scales.get("query_descale", torch.ones(2, 2))[b].repeat_interleave(2)
-        of_key = scales.get("key_descale", torch.ones(2, 2))[b]
+        of_query = scales.get("query_descale", torch.ones(2, 2))[b].double().repeat_interleave(2)
+        of_key = scales.get("key_descale", torch.ones(2, 2))[b].double()
         queries, keys = q[b].double() * of_query[:, None, None], k[b].double() * of_key[:, None, None]
         wanted = statistics_of(*scores_of(queries.transpose(0, 1), keys.transpose(0, 1), 0.3))
         for name in STATISTICS:
@@ -59,105 +61,63 @@ def test_scales_of_packed_sequences():
     assert (got.lse[:, :, 13:] == -torch.inf).all()
 
 
-def test_refuses():
+def test_no_sequence_and_no_head():
+    q, k, none = draw(1, 4, 9, 16), draw(1, 2, 9, 16), torch.tensor([0])
+    assert (attention_stats(q, k, seqlens=none, key_descale=torch.ones(0, 2)).lse == -torch.inf).all()
+    q, k = draw(1, 0, 9, 16), draw(1, 0, 9, 16)
+    assert attention_stats(q, k, key_descale=torch.ones(1, 0)).lse.shape == (1, 0, 9)
+
+
+def test_an_additive_mask_of_another_dtype():
+    q, k, mask = draw(1, 2, 9, 16), draw(1, 2, 9, 16), torch.randn(9, 9, generator=G).bfloat16()
+    got = attention_stats(q, k, attn_mask=mask, query_descale=torch.full((1, 2), 0.25))
+    wanted = attention_stats(q.float() * 0.25, k.float(), attn_mask=mask.float())
+    torch.testing.assert_close(got.lse, wanted.lse)
+
+
+SHAPE = r"of shape \(batch, key heads\) = \(2, 2\), got "
+REFUSED = [
+    ({"key_descale": torch.ones(2)}, ValueError, "key_descale " + SHAPE + r"\(2,\)"),
+    ({"query_descale": torch.ones(2, 4)}, ValueError, "query_descale " + SHAPE + r"\(2, 4\)"),
+    ({"key_descale": torch.ones(2, 2, dtype=torch.int32)}, TypeError, "key_descale of a floating dtype"),
+    ({"key_descale": 0.5}, TypeError, "key_descale to be a torch.Tensor or None, got float"),
+    ({"key_descale": torch.ones(2, 2, device="meta")}, ValueError, "on the key's device cpu, got meta"),
+]
+
+
+@pytest.mark.parametrize("scales, error, words", REFUSED)
+def test_refuses_scales_that_do_not_fit(scales, error, words):
+    with pytest.raises(error, match=words):
+        attention_stats(draw(2, 4, 9, 16), draw(2, 2, 13, 16), **scales)
+
+
+def test_refuses_other_dtypes():
     q, k = draw(2, 4, 9, 16), draw(2, 2, 13, 16)
-    for scales, error, words in (
-        (
-            {"key_descale": torch.ones(2)},
-            ValueError,
-            r"key_descale of shape \(batch, key heads\) = \(2, 2\), got \(2,\)",
-        ),
-        ({"query_descale": torch.ones(2, 4)}, ValueError, r"query_descale of shape .* got \(2, 4\)"),
-        ({"key_descale": torch.ones(2, 2, dtype=torch.int32)}, TypeError, "key_descale of a floating dtype"),
-        ({"key_descale": 0.5}, TypeError, "key_descale to be a torch.Tensor or None, got float"),
-        ({"key_descale": torch.ones(2, 2, device="meta")}, ValueError, "on the key's device cpu, got meta"),
-    ):
-        with pytest.raises(error, match=words):
-            attention_stats(q, k, **scales)
+    both = "query and key both of 8 bits, or neither, got torch.float8_e4m3fn and torch.float32"
     with pytest.raises(
         TypeError, match="query_descale beside 8-bit queries and keys only, got torch.float32"
     ):
         attention_stats(q.float(), k.float(), query_descale=torch.ones(2, 2))
-    with pytest.raises(ValueError, match="heads"):
-        attention_stats(q[:, :3], k, key_descale=torch.ones(2, 2))
-    with pytest.raises((TypeError, ValueError), match="float8"):
-        attention(q, k, k)
-    with pytest.raises((TypeError, ValueError), match="float8|dtype"):
+    with pytest.raises(TypeError, match=both):
         attention_stats(q, k.float())
+    with pytest.raises(TypeError, match="floating dtype of 16 to 64 bits, got torch.float8_e4m3fn"):
+        attention(q, k, k)
 
 
-CALLS = {
-    "batch": (
-        "flash_attn_func",
-        lambda: (draw(2, 9, 4, 8), draw(2, 13, 2, 8), draw(2, 13, 2, 8)),
-        {"causal": True},
-        2,
-    ),
-    "pack": (
-        "flash_attn_varlen_func",
-        lambda: (draw(20, 4, 8), draw(20, 2, 8), draw(20, 2, 8)),
-        {
-            "cu_seqlens_q": torch.tensor([0, 7, 20]),
-            "cu_seqlens_k": torch.tensor([0, 7, 20]),
-            "max_seqlen_q": 13,
-            "max_seqlen_k": 13,
-            "causal": True,
-        },
-        2,
-    ),
-    "apart": (
-        "flash_attn_varlen_func",
-        lambda: (draw(12, 4, 8), draw(20, 2, 8), draw(20, 2, 8)),
-        {
-            "cu_seqlens_q": torch.tensor([0, 5, 12]),
-            "cu_seqlens_k": torch.tensor([0, 7, 20]),
-            "max_seqlen_q": 7,
-            "max_seqlen_k": 13,
-        },
-        2,
-    ),
+WRONG = {
+    "heads": lambda q, k: ((q[:, :3], k), {}),
+    "batch": lambda q, k: ((q[:1], k), {}),
+    "dimensions": lambda q, k: ((q[0], k), {}),
+    "a list of lengths": lambda q, k: ((q[:1], k[:1, :, :9]), {"seqlens": [0, 9]}),
+    "no edges": lambda q, k: ((q[:1], k[:1, :, :9]), {"seqlens": torch.tensor(9)}),
+    "edges of two": lambda q, k: ((q[:1], k[:1, :, :9]), {"seqlens": torch.tensor([[0, 9]])}),
 }
 
 
-@pytest.mark.parametrize("scales", [(), ("q",), ("q", "k", "v")], ids=str)
-@pytest.mark.parametrize("kind", CALLS)
-def test_a_call_of_flash_attention_3(kind, scales, monkeypatch):
-    flash_standins.put_in_place(monkeypatch)
-    function, make, options, sequences = CALLS[kind]
-    tensors = make()
-    given = options | {f"{x}_descale": descale(sequences, 2) for x in scales} | {"return_attn_probs": True}
-    model = Caller("flash_attn_interface", function)
-    plain, lse = model(*tensors, **given)
-    with instrument(model, strict=True) as handle:
-        assert torch.equal(first(model(*tensors, **given)), plain)
-    found = handle.latest[""]
-    assert (
-        handle.coverage.measured[""].startswith("probe") and "its lse agrees" in handle.coverage.measured[""]
-    )
-    assert found.dtype is torch.float8_e4m3fn
-    rows = found.rows.lse
-    if kind == "apart":
-        rows = torch.cat([rows[b, :, :n] for b, n in enumerate((5, 7))], 1)
-    torch.testing.assert_close(rows.reshape(lse.shape), lse, rtol=1e-5, atol=1e-5)
-
-
-def test_what_cannot_be_measured_is_listed(monkeypatch):
-    flash_standins.put_in_place(monkeypatch)
-    model, q, k = Caller("flash_attn_interface", "flash_attn_func"), draw(2, 9, 4, 8), draw(2, 9, 2, 8)
-    with instrument(model) as handle:
-        monkeypatch.setattr(flash_standins, "compute", lambda given: (q.bfloat16(), torch.zeros(2, 4, 9)))
-        model(q, k, k.clone(), qv=torch.ones(2, 9, 4, 8))
-        assert "its argument qv comes with 8-bit queries" in handle.coverage.not_measured[""]
-
-
-def test_scales_beside_other_dtypes_have_no_meaning(monkeypatch):
-    """The package does not look at them then."""
-    flash_standins.put_in_place(monkeypatch)
-    model, q, k = (
-        Caller("flash_attn_interface", "flash_attn_func"),
-        torch.randn(2, 9, 4, 8),
-        torch.randn(2, 9, 2, 8),
-    )
-    with instrument(model, strict=True) as handle:
-        model(q, k, k.clone(), q_descale=torch.full((2, 2), 3.0))
-    assert torch.equal(handle.latest[""].rows.lse, attention_stats(q.transpose(1, 2), k.transpose(1, 2)).lse)
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_other_faults_are_told_as_without_scales(wrong):
+    tensors, options = wrong(draw(2, 4, 9, 16), draw(2, 2, 13, 16))
+    with pytest.raises((TypeError, ValueError)) as plain:
+        attention_stats(*tensors, **options)
+    with pytest.raises(plain.type, match=re.escape(str(plain.value))):
+        attention_stats(*tensors, **options, key_descale=torch.ones(2, 2))

@@ -250,7 +250,9 @@ def test_a_merge_with_denominators_leads_the_gradient_to_lse(device):
 def test_integers_mixed_dtypes_and_other_devices_are_clear_errors(device):
     q = torch.randn(1, 2, 3, 8, device=device)
     mask = torch.zeros(3, 3)
-    with pytest.raises(TypeError, match="expected query of a floating dtype, got torch.int32"):
+    with pytest.raises(
+        TypeError, match="expected query of a floating dtype of 16 to 64 bits, got torch.int32"
+    ):
         attention(q.int(), q.int(), q.int())
     with pytest.raises(TypeError, match="expected key of the query's dtype torch.float32, got torch.float64"):
         attention(q, q.double(), q)

@@ -124,7 +124,7 @@ def test_dtypes_and_devices():
     q, k, v = _qkv()
     with pytest.raises(TypeError, match="query's dtype torch.float32, got torch.float16"):
         attention(q, k.half(), v)
-    with pytest.raises(TypeError, match="floating dtype, got torch.int64"):
+    with pytest.raises(TypeError, match="floating dtype of 16 to 64 bits, got torch.int64"):
         attention(q.long(), k.long(), v.long())
     with pytest.raises(TypeError, match="value to be a torch.Tensor, got list"):
         attention(q, k, [1.0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..reference.options import Options
-from ..statistics.eight_bit import as_numbers
+from ..statistics.eight_bit import check_descale, check_kinds, scaled, widened
 from ..statistics.rows import RowStats
 from .call import Call, check_sample, prepare
 from .run import run, run_sample
@@ -104,10 +104,11 @@ def attention_stats(
         their borders.
         The result is compact, (B, H, M_s) with `row_index` saying which rows, and not differentiable.
     """
-    query, key = as_numbers(query, key, query_descale, key_descale, seqlens)
+    descales = {"query_descale": query_descale, "key_descale": key_descale}
+    check_kinds(query, key, descales)
     call = prepare(
-        query,
-        key,
+        widened(query),
+        widened(key),
         None,
         attn_mask=attn_mask,
         is_causal=is_causal,
@@ -118,7 +119,25 @@ def attention_stats(
         seqlens=seqlens,
         extended=extended,
     )
+    given = {name: descale for name, descale in descales.items() if descale is not None}
+    if given:
+        for name, descale in given.items():
+            check_descale(name, descale, call.key, call.options.seqlens)
+        call = _scaled(call, query_descale, key_descale)
     return run(call)[1] if sample is None else run_sample(call, check_sample(sample))
+
+
+def _scaled(call: Call, query_descale: Tensor | None, key_descale: Tensor | None) -> Call:
+    """The call with scaled queries and keys, in fp32, also under autocast."""
+    options = call.options
+    mask = options.attn_mask
+    if mask is not None and mask.is_floating_point():
+        mask = mask.float()
+    query, key = (
+        scaled(x, descale, options.seqlens)
+        for x, descale in ((call.query, query_descale), (call.key, key_descale))
+    )
+    return call._replace(query=query, key=key, options=options._replace(attn_mask=mask))
 
 
 def attend(

@@ -71,7 +71,7 @@ def _check_tensor(name: str, tensor: Tensor, query: Tensor) -> None:
     if tensor.dim() != 4:
         raise expected(f"{name} of shape (batch, heads, length, head_dim)", tuple(tensor.shape))
     if tensor.dtype not in FLOAT_DTYPES:
-        raise expected(f"{name} of a floating dtype", tensor.dtype, TypeError)
+        raise expected(f"{name} of a floating dtype of 16 to 64 bits", tensor.dtype, TypeError)
     if tensor.dtype != query.dtype:
         raise expected(f"{name} of the query's dtype {query.dtype}", tensor.dtype, TypeError)
     if tensor.device != query.device:

@@ -17,6 +17,7 @@ from ..statistics.rows import RowStats
 from .shared_masks import once
 
 EAGER, COMPILED = "eager", "compiled"  # the places where a call may run
+EIGHT_BIT = "its inputs are of 8 bits"
 FAILED_IN_GRAPH = "measuring failed in a compiled graph"
 FIRST_IN_CAPTURE = (
     "its first measured call is inside the capture of a CUDA graph: run the model once before it"
@@ -97,7 +98,7 @@ class AttentionCall:
         shown += [f"{name} {tuple(value.shape)}" for name, value in tensors.items() if value is not None]
         return (
             f"AttentionCall of {self.interceptor}: query {tuple(self.query.shape)}, key {tuple(self.key.shape)}, "
-            + ", ".join([str(self.query.dtype).removeprefix("torch."), *shown])
+            + ", ".join([str(self.dtype).removeprefix("torch."), *shown])
         )
 
     @property

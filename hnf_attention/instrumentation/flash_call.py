@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..statistics.checks import FLOAT_DTYPES
-from ..statistics.eight_bit import EIGHT_BIT_DTYPES, scaled, widened
+from ..statistics.eight_bit import is_eight_bit, scaled, widened
 from . import packs
-from .call import AttentionCall, Unmeasurable, require_plain, why_not_fused
+from .call import EIGHT_BIT, AttentionCall, Unmeasurable, require_plain, why_not_fused
 from .positions import Positions, place
 
 KEEPS = "flash_attn's kernel is left as it is"
@@ -63,11 +63,13 @@ def described(library: str, signature: inspect.Signature, *args: Any, **kwargs: 
     given = Arguments(signature, args, kwargs)
     query, key, value = _tensors(given)
     require_plain(query=query, key=key, value=value)
-    stored = query.dtype
-    eight_bit = stored in EIGHT_BIT_DTYPES
+    dtype = query.dtype
     descales = [given.take(f"{x}_descale") for x in "qkv"]  # without meaning beside other dtypes
-    if stored not in FLOAT_DTYPES and not eight_bit:
-        raise Unmeasurable(f"its queries are of dtype {str(stored).removeprefix('torch.')}")
+    eight_bit = is_eight_bit(query)
+    if any(is_eight_bit(x) != eight_bit for x in (key, value)):
+        raise Unmeasurable("its 8-bit inputs come beside others")
+    if dtype not in FLOAT_DTYPES and not eight_bit:
+        raise Unmeasurable(f"its queries are of dtype {str(dtype).removeprefix('torch.')}")
     softcap, dropout = given.take("softcap", default=0.0), given.take("dropout_p", default=0.0)
     asked = [bool(given.take(name)) for name in _RETURNS]
     writes, deterministic = given.take("out") is not None, bool(given.take("deterministic"))
@@ -75,9 +77,6 @@ def described(library: str, signature: inspect.Signature, *args: Any, **kwargs: 
     qv, scale, sinks = given.take("qv"), given.take("softmax_scale"), given.take("learnable_sink", "s_aux")
     left, right = _window(given)
     slopes, whole_cache = given.take("alibi_slopes"), "k_cache" in signature.parameters
-    if eight_bit:
-        not_fused = not_fused or "its inputs are of 8 bits"
-        query, key, value = (widened(x) for x in (query, key, value))
     if qv is not None:
         if eight_bit:
             raise Unmeasurable("its argument qv comes with 8-bit queries")
@@ -86,9 +85,9 @@ def described(library: str, signature: inspect.Signature, *args: Any, **kwargs: 
         query = torch.cat((query, qv), -1)
     part = packs.part_of(given.take, query, key, value, whole_cache)
     given.refuse_others()
-    if any(descale is not None for descale in descales) and eight_bit:
-        tensors = zip((part.query, part.key, part.value), descales, strict=True)
-        part.query, part.key, part.value = (scaled(x, descale, part.seqlens) for x, descale in tensors)
+    if eight_bit:
+        not_fused = not_fused or EIGHT_BIT
+        _widen(part, descales)
     if qv is not None:  # scores are q.k + qv.v
         part.key = torch.cat((part.key, part.value), -1)
     pairs = "return_lse" in signature.parameters  # this version always returns its lse, or None in its place
@@ -118,12 +117,23 @@ def described(library: str, signature: inspect.Signature, *args: Any, **kwargs: 
         else functools.partial(_lse, part),
         casts=False,
         copied=qv is not None or eight_bit or part.copied,
-        stored=stored,
+        stored=dtype if eight_bit else None,
     )
     place(call, Positions(left, right, *part.lengths, slopes))
     if call.modify is not None:
         call.not_fused = call.not_fused or "its mask is too large to be written out"
     return call
+
+
+@torch.no_grad()  # the model's own attention computes the output
+def _widen(part: packs.Part, descales: list[Tensor | None]) -> None:
+    """8-bit tensors of a part in bf16, or with their scales in fp32."""
+    tensors = part.query, part.key, part.value
+    if all(descale is None for descale in descales):
+        part.query, part.key, part.value = map(widened, tensors)
+    else:
+        pairs = zip(tensors, descales, strict=True)
+        part.query, part.key, part.value = (scaled(x, descale, part.seqlens) for x, descale in pairs)
 
 
 def _tensors(given: Arguments) -> tuple[Tensor, Tensor, Tensor]:

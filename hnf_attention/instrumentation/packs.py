@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..statistics.eight_bit import widened
 from .call import Unmeasurable
 from .shared_masks import once
 
@@ -173,11 +174,11 @@ def _places(starts: Tensor, most: Any, used: Tensor | None, total: int) -> tuple
 
 def _zeroed(x: Tensor, own: Tensor) -> Tensor:
     """x (S, rows, H, D), 0 where a place is no token's."""
-    return x.masked_fill(~own[..., None, None], 0)
+    return widened(x).masked_fill(~own[..., None, None], 0)
 
 
 def _added(cache: Tensor, fresh: Any, count: Tensor) -> Tensor:
     """A copy of a cache (B, N, H_kv, D) with new tokens (B, new, H_kv, D) after the first `count` (B,) of each row."""
     place = count.long()[:, None] + torch.arange(fresh.shape[1], device=cache.device)
     row = torch.arange(cache.shape[0], device=cache.device)[:, None]
-    return cache.index_put((row, place), fresh.to(cache.dtype))
+    return widened(cache).index_put((row, place), widened(fresh.to(cache.dtype)))

@@ -74,8 +74,9 @@ class HeadPrecision:
     def error_bound(self) -> np.ndarray:
         """Proved limit of the error of a fused call in `dtype`, in units of the largest |v|; of all its rows.
 
-        `theory.forward_error_bound_from_norms` of `theory.flash(dtype).on_tensor_cores`, for values from -1
-        to 1. NaN where q or k was not seen, with a soft-cap or learned sinks, for fp64, and for more keys than
+        `theory.forward_error_bound_from_norms` of `theory.flash(dtype).on_tensor_cores`, or of
+        `theory.eight_bit_flash(dtype)`, for values from -1 to 1. NaN where q or k was not seen, with a soft-cap or
+        learned sinks, for fp64, and for more keys than
         the kernel's sums can hold: the theory says nothing there.
         """
         size, kind = self.score_magnitude, self._max("score_kind")
@@ -89,7 +90,9 @@ class HeadPrecision:
         with_bias = 2.0 * size + top  # |bias| <= |s| + scale |q.k|
         size = np.select([kind == 0, kind == 1], [size, with_bias], np.nan)
         try:
-            arithmetic = theory.flash(self.dtype).on_tensor_cores
+            storage = theory.number_format(self.dtype)
+            flash = theory.flash(storage).on_tensor_cores
+            arithmetic = theory.eight_bit_flash(storage) if storage.is_eight_bit else flash
             return theory.forward_error_bound_from_norms(
                 size, 1.0, 2.0, self.head_dim, keys, arithmetic, **known
             )

@@ -7,6 +7,7 @@ from .arithmetic import (
     Arithmetic,
     Format,
     eager,
+    eight_bit_flash,
     flash,
     number_format,
 )
@@ -26,8 +27,8 @@ from .overflow import OverflowPath, overflow_paths
 from .weights import HeadWeights, Norm, fold_norm, weight_logit_bound, weight_score_std
 
 __all__ = [
-    "FORMATS",
     "EIGHT_BIT_TENSOR_CORE_UNIT",
+    "FORMATS",
     "TENSOR_CORE_UNIT",
     "TOLERANCE",
     "Arithmetic",
@@ -38,6 +39,7 @@ __all__ = [
     "critical_std",
     "critical_temperature",
     "eager",
+    "eight_bit_flash",
     "entropy_law",
     "expected_entropy",
     "expected_error",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 FP32_UNIT = 2.0**-24
 # Tensor cores truncate where they add (Fasi, Higham, Mikaitis, Pranesh, PeerJ CS 2021): twice the rounding.
 TENSOR_CORE_UNIT = 2.0**-23
-# Hopper's sums of 8-bit products keep about 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2): a measurement.
+# If Hopper's sums of 8-bit products keep 14 bits, as DeepSeek-V3's authors measured (arXiv 2412.19437, section 3.3.2).
 EIGHT_BIT_TENSOR_CORE_UNIT = 2.0**-13
 
 
@@ -81,8 +82,9 @@ class Arithmetic:
     accumulation: relative error of one addition in the matrix products: FP32_UNIT, TENSOR_CORE_UNIT, or
         EIGHT_BIT_TENSOR_CORE_UNIT.
     output: of the result; None means storage. fp32 leaves the last rounding out.
-    weight_scale: what weights are multiplied by before they are rounded, a power of two. FlashAttention 3 takes 2^8
-        for 8-bit ones, so that fewer become 0.
+    weight_scale: what weights are multiplied by before they are rounded, a power of two >= 1. FlashAttention 3 takes
+        2^8 for 8-bit ones, so that fewer become 0.
+    Raises ValueError for another weight_scale.
     """
 
     storage: Format
@@ -92,6 +94,10 @@ class Arithmetic:
     accumulation: float = FP32_UNIT
     output: Format | None = None
     weight_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.weight_scale >= 1.0 or math.frexp(self.weight_scale)[0] != 0.5:
+            raise ValueError(f"expected a weight_scale that is a power of two >= 1, got {self.weight_scale}")
 
     @property
     def output_format(self) -> Format:
@@ -104,8 +110,7 @@ class Arithmetic:
 
     @property
     def on_tensor_cores(self) -> Arithmetic:
-        unit = EIGHT_BIT_TENSOR_CORE_UNIT if self.storage.is_eight_bit else TENSOR_CORE_UNIT
-        return replace(self, accumulation=unit)
+        return replace(self, accumulation=TENSOR_CORE_UNIT)
 
     def blocks(self, keys: int) -> int:
         return 1 if self.block == 0 else -(-keys // self.block)
@@ -114,6 +119,12 @@ class Arithmetic:
 def flash(dtype: object, block: int = 64) -> Arithmetic:
     """Fused attention: fp32 scores, weights rounded before they are normalised, normaliser from unrounded ones."""
     return Arithmetic(number_format(dtype), 0, False, block)
+
+
+def eight_bit_flash(dtype: object = "fp8", block: int = 64) -> Arithmetic:
+    """FlashAttention 3 of 8-bit inputs on Hopper: 8-bit weights times 2^8, sums of 14 bits, an output in bf16."""
+    unit, output = EIGHT_BIT_TENSOR_CORE_UNIT, FORMATS["bfloat16"]
+    return replace(flash(dtype, block), accumulation=unit, output=output, weight_scale=256.0)
 
 
 def eager(dtype: object) -> Arithmetic:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .arithmetic import FP32_UNIT, Arithmetic, Format
+from .arithmetic import FP32_UNIT, TENSOR_CORE_UNIT, Arithmetic, Format
 
 _U = FP32_UNIT
 _FLUSH = 2.0**-126  # fp32 exponentials below this may become zero
@@ -36,17 +36,19 @@ def forward_error_bound(
     |bias_j|, nats; scale * |q| |k_j| + |bias_j| is an upper bound. value: (..., N, D_v). head_dim: D.
     scale: at most 1, None means D^-1/2. Inputs are those the kernel gets, already in its storage format.
 
-        eta_j = a D A_j + u (3 A_j + |m| + 5 |z_j| + 4 + 4 blocks)        a: error of one addition
+        eta_j = a D A_j + u (3 A_j + |m| + 5 |z_j| + 4 + 4 blocks + 2 log f)
+                a: error of one addition; f: weight_scale
                 + roundings of s_j / scale and s_j, half an ulp each, where scores are stored
         E2 = min(sum p_j expm1(eta_j) |v_j - o| / sum p_j e^-eta_j,  tanh(max eta / 2) (max v - min v))
         E1 = min(sum rel_j p_j e^eta_j |v_j| / sum p_j e^-eta_j,  max rel max|v|) + tau' sum|v_j| w
-        rel_j = (1 + u_j) (1 + g)^2 (1 + 2u) / (1 - g) - 1,  g = (N + 3 blocks + 3) a, as Higham's gamma
+        rel_j = (1 + u_j) (1 + g) (1 + h) (1 + 2u) / (1 - h) - 1,  g = gamma of (N + 3 blocks + 3) a, as Higham's
+        h: g for the normaliser and what rescales blocks, which are fp32 also where a is that of 8-bit products
         |error| <= max(|rd(o + E) - o|, |rd(o - E) - o|),  E = E1 + E2,  rd: rounding to the output's format
 
     u_j is the weights' rounding. A flash weight that must round to 1 (the maximum's) errs only by its distance
     from 1. tau is half the smallest number of the format, tau' = tau + 2^-126. w multiplies an absolute error
     of a weight: 1 where weights are normalised first, else 1 / sum e^z, at most
-    min(1, p_max e^(2 max eta)). A `weight_scale` divides tau. The tanh is total variation under bounded errors of the
+    min(1, p_max e^(2 max eta)). f divides tau. The tanh is total variation under bounded errors of the
     scores. Covers both usual orders: scale, then subtract the maximum (|m| does not enter), and one fused
     multiply-add with scale * log2(e) folded in, whose rounded product with m differs between blocks.
     Every exponential errs by at most two ulps (4u), also one that rescales earlier blocks.
@@ -54,7 +56,7 @@ def forward_error_bound(
     The error grows linearly in |s| until it saturates at the spread of v. Overflow is another matter, see
     `overflow_paths`. Never inf or NaN for finite scores up to 1e30 and beyond. A row without a visible key
     has bound 0. For 8-bit inputs with scales, scores, magnitude and value are those of the scaled numbers.
-    Raises ValueError for shapes that do not fit, and beyond 4e6 keys (4e3 for sums of 8-bit products).
+    Raises ValueError for shapes that do not fit, and beyond 4e6 keys (3,900 with `eight_bit_flash`).
 
     Source: own derivation; Higham, Accuracy and Stability of Numerical Algorithms, 2002, for gamma and sums.
     """
@@ -186,7 +188,10 @@ def expected_error(
     if arithmetic.normalised:
         weights = _rounding(p, storage)
     else:
-        weights = np.where(unnormalised == 1.0, 0.0, _rounding(unnormalised, storage)) / total
+        factor = arithmetic.weight_scale
+        weights = (
+            np.where(unnormalised == 1.0, 0.0, _rounding(unnormalised * factor, storage) / factor) / total
+        )
     roundings = arithmetic.score_roundings
     if roundings and scale is not None and _power_of_two(scale):
         roundings = 1
@@ -230,7 +235,10 @@ def _score_error(
     """eta without the storing of scores: by how much rounding moves a score against the others, nats."""
     blocks = arithmetic.blocks(keys)
     product = arithmetic.accumulation * head_dim * size
-    eta = product + _U * (3.0 * size + top + 5.0 * distance + 4.0 * (1 + blocks))
+    shifted = 2.0 * np.log(
+        arithmetic.weight_scale
+    )  # the scale is added in the exponent, which rounds once more
+    eta = product + _U * (3.0 * size + top + 5.0 * distance + 4.0 * (1 + blocks) + shifted)
     # What first-order counts leave out: (1 + u)^k <= e^(k u) <= 1 + k u (1 + k u).
     return eta * (1.0 + 2.0 * arithmetic.accumulation * (head_dim + 8))
 
@@ -247,13 +255,16 @@ def _power_of_two(scale: float) -> bool:
 
 def _relative(unit: np.ndarray, keys: int, arithmetic: Arithmetic) -> tuple[np.ndarray, float]:
     """rel and g of `forward_error_bound`."""
-    additions = (keys + 3 * arithmetic.blocks(keys) + 3) * arithmetic.accumulation
+    count, unit_of_sums = keys + 3 * arithmetic.blocks(keys) + 3, arithmetic.accumulation
+    additions = count * unit_of_sums
     if additions >= 0.5:
-        raise ValueError(
-            f"expected fewer keys than such sums can hold ({0.5 / arithmetic.accumulation:.0f}), got {keys}"
-        )
+        steps = 1.0 + (3.0 / arithmetic.block if arithmetic.block else 0.0)
+        most = (0.5 / unit_of_sums - 6.0) / steps
+        raise ValueError(f"expected fewer keys than such sums can hold (about {most:.3g}), got {keys}")
     g = additions / (1.0 - additions)
-    return (1.0 + unit) * (1.0 + g) ** 2 * (1.0 + 2.0 * _U) / (1.0 - g) - 1.0, g
+    in_fp32 = count * min(unit_of_sums, TENSOR_CORE_UNIT)
+    h = in_fp32 / (1.0 - in_fp32)
+    return (1.0 + unit) * (1.0 + g) * (1.0 + h) * (1.0 + 2.0 * _U) / (1.0 - h) - 1.0, g
 
 
 def _floor(

@@ -202,6 +202,9 @@ def _naive(stats: HeadStats, largest: float) -> str:
 
 def _rounding(bound: float, bits: float, usual: float) -> str:
     """What the scores cost in precision (`error_bound`, `typical_bits`, `required_bits`), if it is known."""
-    if not np.isfinite(bound + bits):
-        return ""
-    return f"; rounding error up to {bound:.2g} of the largest |v|; q, k need {usual:.0f} bits, {bits:.0f} at worst"
+    said = []
+    if bound <= 2.0:  # a larger one says nothing: outputs lie within the values
+        said.append(f"rounding error up to {bound:.2g} of the largest |v|")
+    if np.isfinite(bits):
+        said.append(f"q, k need {usual:.0f} bits, {bits:.0f} at worst")
+    return "".join(f"; {part}" for part in said)
