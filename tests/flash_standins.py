@@ -175,9 +175,12 @@ def compute(given):
 
 
 def dequantised(given):
-    """The 8-bit tensors of a call times their scales (sequences, key heads), fp32; of no other dtype."""
+    """The 8-bit tensors of a call times their scales (sequences, key heads), fp32; pages as one cache a sequence."""
     names = [x for x in ("q", "k", "v", "qkv", "k_cache", "v_cache") if given.get(x) is not None]
     copies = {name: given[name].float() for name in names}
+    if given.get("page_table") is not None:
+        pages = given["page_table"].long()
+        copies |= {name: copies[name][pages].flatten(1, 2) for name in ("k_cache", "v_cache")}
     starts = (
         given.get("cu_seqlens_q", given.get("cu_seqlens")),
         given.get("cu_seqlens_k", given.get("cu_seqlens")),
@@ -195,7 +198,7 @@ def dequantised(given):
                 tensor[sequence] *= of_heads
             else:
                 tensor[borders[sequence] : borders[sequence + 1]] *= of_heads
-    return copies | {f"{x}_descale": None for x in "qkv"}
+    return copies | dict.fromkeys(("q_descale", "k_descale", "v_descale", "page_table"))
 
 
 def parts_of(given):

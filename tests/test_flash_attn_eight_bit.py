@@ -62,6 +62,12 @@ CALLS = {
         lambda: (draw(2, 3, 4, 8), draw(2, 13, 2, 8), draw(2, 13, 2, 8)),
         {"causal": True, "return_softmax_lse": True, "cache_seqlens": torch.tensor([13, 6])},
     ),
+    "pages and new keys": (
+        "flash_attn_with_kvcache",
+        lambda: (draw(2, 3, 4, 8), draw(9, 4, 2, 8), draw(9, 4, 2, 8), draw(2, 3, 2, 8), draw(2, 3, 2, 8)),
+        {"causal": True, "return_softmax_lse": True, "cache_seqlens": torch.tensor([9, 5], dtype=torch.int32)}
+        | {"page_table": torch.tensor([[7, 0, 3, 8], [2, 6, 1, 1]], dtype=torch.int32)},
+    ),
 }
 
 
