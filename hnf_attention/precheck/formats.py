@@ -31,7 +31,8 @@ def format_verdicts(
     overflows: steps that overflow and make the format unsafe.
     elsewhere: step -> the only kind of attention in which it overflows; the status does not count these.
     error_bound: proved limit of flash attention's error over the values' spread, for values from -1 to 1, given the
-        stored q, k and v. Weights are stored unscaled; fp8 kernels scale them and have a smaller error.
+        stored q, k and v. Weights are stored unscaled, and sums are fp32. Kernels of 8-bit numbers scale the weights,
+        and their sums may hold less: see `theory.eight_bit_flash`.
     """
     sound, typical = _bits_needed(worst, tolerance)
     bounds = {
