@@ -28,23 +28,22 @@ def _unless_hidden(x, other, offs_m, first_key, num_keys, PLAN: gl.constexpr, RI
 
 @gluon.jit
 def _first_of_intervals(
-    s, empty, bounds, first_key, units, PLAN: gl.constexpr, MASKED: gl.constexpr, P_L: gl.constexpr
+    s, zero, offs_m, bounds, first_key, units, PLAN: gl.constexpr, MASKED: gl.constexpr, P_L: gl.constexpr
 ):
     """`first_tile` of rows that may see no key of it, or not its first ones. MASKED: see `steps.hide`."""
     unit, _to_natural, floor = units
-    m_i, l_i, w_i, low = empty
     s = steps.hide(s, bounds, first_key, MASKED)
-    state = (m_i + floor, l_i, w_i, low + float("inf"))
+    m_i = gl.full([HALF_ROWS], 0.0, gl.float32, offs_m.type.layout) + floor
+    state = (m_i, zero, zero, zero + float("inf"))
     state, p, _alpha = steps.softmax(s, state, unit, floor, PLAN, MASKED, P_L)
     return state, p
 
 
 @gluon.jit
 def _first_of_rows(
-    HALF: gl.constexpr, s, empty, offs_m, first_key, num_keys, unit, PLAN: gl.constexpr, P_L: gl.constexpr
+    HALF: gl.constexpr, s, zero, offs_m, first_key, num_keys, unit, PLAN: gl.constexpr, P_L: gl.constexpr
 ):
     """`first_tile` of rows that see its first key."""
-    m_i, l_i, w_i, low = empty
     HIDES: gl.constexpr = PLAN.is_causal or PLAN.ragged
     RIGHT: gl.constexpr = PLAN.half_last and HALF == 1
     if HIDES:
@@ -54,8 +53,8 @@ def _first_of_rows(
     p = gl.exp2(t)
     if HIDES:  # 0 * inf is NaN: right for a visible score that is infinite
         t = _unless_hidden(t, 0.0, offs_m, first_key, num_keys, PLAN, RIGHT)
-    l_i, w_i, low = steps.count(l_i, w_i, low, p, t, PLAN, P_L)
-    return (gl.convert_layout(top, m_i.type.layout, assert_trivial=True), l_i, w_i, low), p
+    l_i, w_i, low = steps.count(zero, zero, zero, p, t, PLAN, P_L)
+    return (gl.convert_layout(top, offs_m.type.layout, assert_trivial=True), l_i, w_i, low), p
 
 
 @gluon.jit
@@ -68,26 +67,22 @@ def first_tile(
     """
     unit = units[0]
     never = num_keys < 0
-    S_L: gl.constexpr = s.type.layout
-    l_i = gl.full([HALF_ROWS, 4], 0.0, gl.float32, P_L)
-    w_i = gl.full([HALF_ROWS, 4], 0.0, gl.float32, P_L)
-    low = gl.full([HALF_ROWS, 4], 0.0, gl.float32, P_L)
+    zero = gl.full([HALF_ROWS, 4], 0.0, gl.float32, P_L)
     HALVED: gl.constexpr = PLAN.half_last and HALF == 0
     first_key = tile * PLAN.block_n
     if HALVED:
         s, rest = steps.halves_of(s)
-    empty = (gl.full([HALF_ROWS], 0.0, gl.float32, gl.SliceLayout(1, S_L)), l_i, w_i, low)
     if PLAN.two_firsts:
         # The causal mask alone hides keys of it, where a block has rows of one sequence.
         if mixed > 0:
-            state, p = _first_of_intervals(s, empty, bounds, first_key, units, PLAN, steps.ALL, P_L)
+            state, p = _first_of_intervals(s, zero, offs_m, bounds, first_key, units, PLAN, steps.ALL, P_L)
         else:
-            state, p = _first_of_rows(HALF, s, empty, offs_m, first_key, num_keys, unit, PLAN, P_L)
+            state, p = _first_of_rows(HALF, s, zero, offs_m, first_key, num_keys, unit, PLAN, P_L)
     elif PLAN.bounded:
         MASKED: gl.constexpr = steps.RIGHT if PLAN.half_left_seen and HALF == 1 else steps.ALL
-        state, p = _first_of_intervals(s, empty, bounds, first_key, units, PLAN, MASKED, P_L)
+        state, p = _first_of_intervals(s, zero, offs_m, bounds, first_key, units, PLAN, MASKED, P_L)
     else:
-        state, p = _first_of_rows(HALF, s, empty, offs_m, first_key, num_keys, unit, PLAN, P_L)
+        state, p = _first_of_rows(HALF, s, zero, offs_m, first_key, num_keys, unit, PLAN, P_L)
     if HALVED:
         p = steps.join_halves(p, steps.none_of(rest, never))
     return state, p

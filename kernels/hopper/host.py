@@ -56,7 +56,7 @@ def plan(
     found = Plan(is_causal, ragged, stats, *widths, stages, has_sinks, is_windowed, table, *halves)
     if found.is_wide:
         found = replace(found, half_last=False, half_first=False)
-    if found.bounded:  # rows have bounds of their own, and every last tile is masked
+    if found.bounded or is_causal:  # their first tile is masked, however many keys there are
         found = replace(found, ragged=False)
     return replace(found, **_TUNED.get(max(widths), {}))
 
