@@ -44,10 +44,15 @@ def drawn(batch, heads, length, head_dim, dtype=torch.bfloat16):
     return [torch.randn(shape, device="cuda", dtype=dtype, generator=generator) for _ in "qkv"]
 
 
+def options_of(q, k, v, **given):
+    """The options of a call, causal unless told otherwise."""
+    names = ("attn_mask", "scale", "window_size", "softcap", "sinks", "seqlens")
+    return check(q, k, v, **dict.fromkeys(names) | {"is_causal": True} | given)
+
+
 def ours(q, k, v, function=host.forward, **given):
     """A call of our forward, and its output."""
-    names = ("attn_mask", "scale", "window_size", "softcap", "sinks", "seqlens")
-    options = check(q, k, v, **dict.fromkeys(names) | {"is_causal": True} | given)
+    options = options_of(q, k, v, **given)
     return lambda: function(q, k, v, options)[0]
 
 

@@ -23,13 +23,11 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import torch
-from hopper_intervals import EVEN, RAGGED, drawn, error
+from hopper_intervals import EVEN, RAGGED, drawn, error, options_of
 from machine import machine
 from suite import HEADS, TOKENS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-
-from hnf_attention.engine.call import check
 
 LENGTHS, ROUNDS = (1024, 2048, 4096, 8192, 16384), 25
 WINDOWS = ((8192, 1024), (8192, 4096))  # length, window
@@ -80,8 +78,7 @@ def compare(name: str, head_dim: int, length: int, given: dict, forwards: dict) 
     q, k, v = drawn(TOKENS // length, HEADS[head_dim], length, head_dim)
     if NEGATIVE in name:
         q, k = q.abs(), -k.abs()
-    rest = dict.fromkeys(("attn_mask", "scale", "window_size", "softcap", "sinks", "seqlens"))
-    options = check(q, k, v, **rest | given)
+    options = options_of(q, k, v, **given)
     calls = {version: functools.partial(forward, q, k, v, options) for version, forward in forwards.items()}
     wanted = next(iter(calls.values()))()[:5]
     for version, call in calls.items():

@@ -45,20 +45,20 @@ def scaled(x: Tensor, descale: Tensor | None, seqlens: Tensor | None) -> Tensor:
 
 def check_kinds(query: object, key: object, descales: Mapping[str, object]) -> None:
     """Raise TypeError unless queries and keys are both of 8 bits, or neither and without `descales`, by their names."""
-    tensors = query, key
-    of_eight = [is_eight_bit(x) for x in tensors]
-    kinds = " and ".join(str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for x in tensors)
-    if any(of_eight) and not all(of_eight):
-        raise expected("query and key both of 8 bits, or neither", kinds, TypeError)
-    for name, descale in descales.items():
-        if descale is not None and not all(of_eight):
-            raise expected(f"{name} beside 8-bit queries and keys only", kinds, TypeError)
+    of_eight = [is_eight_bit(x) for x in (query, key)]
+    given = [name for name, descale in descales.items() if descale is not None]
+    if all(of_eight) or not (any(of_eight) or given):
+        return
+    wanted = "query and key both of 8 bits, or neither"
+    if not any(of_eight):
+        wanted = f"{given[0]} beside 8-bit queries and keys only"
+    kinds = (str(x.dtype) if isinstance(x, Tensor) else type(x).__name__ for x in (query, key))
+    raise expected(wanted, " and ".join(kinds), TypeError)
 
 
-def check_descale(name: str, descale: object, key: Tensor, seqlens: Tensor | None) -> None:
+def check_descale(name: str, descale: Tensor, key: Tensor, seqlens: Tensor | None) -> None:
     """Raise TypeError or ValueError for a scale that does not fit keys (B, H_kv, N, D)."""
     check_dense(name, descale, " or None")
-    assert isinstance(descale, Tensor)
     rows, of = (key.shape[0], "batch") if seqlens is None else (len(seqlens) - 1, "sequences")
     if descale.shape != (rows, key.shape[1]):
         raise expected(f"{name} of shape ({of}, key heads) = {(rows, key.shape[1])}", tuple(descale.shape))

@@ -76,8 +76,7 @@ class HeadPrecision:
 
         `theory.forward_error_bound_from_norms` of `theory.flash(dtype).on_tensor_cores`, or of
         `theory.eight_bit_flash(dtype)`, for values from -1 to 1. NaN where q or k was not seen, with a soft-cap or
-        learned sinks, for fp64, and for more keys than
-        the kernel's sums can hold: the theory says nothing there.
+        learned sinks, for fp64, and for more keys than the kernel's sums can hold: the theory says nothing there.
         """
         size, kind = self.score_magnitude, self._max("score_kind")
         keys = int(np.nan_to_num(self._max("num_keys")).max(initial=0.0))
@@ -91,8 +90,10 @@ class HeadPrecision:
         size = np.select([kind == 0, kind == 1], [size, with_bias], np.nan)
         try:
             storage = theory.number_format(self.dtype)
-            flash = theory.flash(storage).on_tensor_cores
-            arithmetic = theory.eight_bit_flash(storage) if storage.is_eight_bit else flash
+            eight_bit = storage.is_eight_bit
+            arithmetic = (
+                theory.eight_bit_flash(storage) if eight_bit else theory.flash(storage).on_tensor_cores
+            )
             return theory.forward_error_bound_from_norms(
                 size, 1.0, 2.0, self.head_dim, keys, arithmetic, **known
             )

@@ -235,9 +235,8 @@ def _score_error(
     """eta without the storing of scores: by how much rounding moves a score against the others, nats."""
     blocks = arithmetic.blocks(keys)
     product = arithmetic.accumulation * head_dim * size
-    shifted = 2.0 * np.log(
-        arithmetic.weight_scale
-    )  # the scale is added in the exponent, which rounds once more
+    # The scale of the weights is added in the exponent, which rounds once more.
+    shifted = 2.0 * np.log(arithmetic.weight_scale)
     eta = product + _U * (3.0 * size + top + 5.0 * distance + 4.0 * (1 + blocks) + shifted)
     # What first-order counts leave out: (1 + u)^k <= e^(k u) <= 1 + k u (1 + k u).
     return eta * (1.0 + 2.0 * arithmetic.accumulation * (head_dim + 8))
