@@ -28,11 +28,12 @@ class Value(torch.Tensor):
 
     def to(self, dtype, bitcast=False):
         if bitcast:  # unsigned numbers need more than 32 bits here
-            if dtype == _UINT32:
-                return self.contiguous().view(torch.int32).long() & 0xFFFFFFFF
+            if self.is_floating_point():
+                bits = self.contiguous().view(torch.int32).long()
+                return bits & 0xFFFFFFFF if dtype == _UINT32 else bits
             signed = torch.where(self >= 1 << 31, self - (1 << 32), self).int()
             return signed.view(dtype)
-        return torch.Tensor.to(self, dtype)
+        return torch.Tensor.to(self, torch.long if dtype == _UINT32 else dtype)
 
     def split(self):
         return self[..., 0], self[..., 1]

@@ -103,15 +103,17 @@ def test_widths(forward, widths, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stages", [3, 4])
+@pytest.mark.parametrize("shared_unit", [False, True])
 @pytest.mark.parametrize("by_threes", [False, True])
 @pytest.mark.parametrize("early", [False, True])
-def test_what_tunes_a_plan_changes_nothing(forward, early, by_threes):
+def test_what_tunes_a_plan_changes_nothing(forward, early, by_threes, shared_unit, stages):
     case = Case(1, 2, 1, 400, 400, 64, 64, window_size=128, is_causal=True)
     q, k, v, *_ = tensors = case.tensors(torch.float16)
     options = case.options(*tensors)
-    tuned = host.plan(64, 64, True, True, True, False, True, halves=(True, True))
     out, *rows = forward(q, k, v, options)[:5]
-    other = replace(tuned, early=early, by_threes=by_threes)
+    tuned = host.plan_of(q, k, v, options)
+    other = replace(tuned, early=early, by_threes=by_threes, shared_unit=shared_unit, stages=stages)
     assert isinstance(other, Plan)
     for got, wanted in zip(forward(q, k, v, options, other), (out, *rows), strict=False):
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)

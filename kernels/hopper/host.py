@@ -24,9 +24,13 @@ _LOG2_E = LOG2_E.value
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 FLOOR = -(2.0**40)  # log2 units; scores below it are huge, and computed again by `huge_rows`
 _CACHED_BYTES = 32 << 20  # of the 50 MiB of L2 of an H100 or H200
-# The last fields of a `Plan` where others than the defaults were faster, by width (see bench/tune_hopper.py). A change
-# of the kernel can change this: the assembler orders the same instructions otherwise.
-_TUNED = {64: {"early": True, "by_threes": True}}
+# Fields of a `Plan` where others than the defaults were faster, by width and whether there is a window (see
+# bench/tune_hopper.py). A change of the kernel can change this: the assembler orders the same instructions otherwise.
+_TUNED = {
+    (64, False): {"early": True, "by_threes": True},
+    (64, True): {"early": True, "by_threes": True, "stages": 4, "shared_unit": True},
+    (128, True): {"early": True},
+}
 
 
 @functools.cache
@@ -58,7 +62,7 @@ def plan(
         found = replace(found, half_last=False, half_first=False)
     if found.bounded or is_causal:  # their first tile is masked, however many keys there are
         found = replace(found, ragged=False)
-    return replace(found, **_TUNED.get(max(widths), {}))
+    return replace(found, **_TUNED.get((max(widths), is_windowed), {}))
 
 
 @functools.cache
@@ -104,26 +108,32 @@ def _halves(options: Options, num_queries: int, num_keys: int) -> tuple[bool, bo
     return last, last and window is not None and window % BLOCK_N == 0
 
 
+def plan_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options) -> Plan:
+    """The tuned plan of a call, with statistics."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    return plan(
+        query.shape[3],
+        value.shape[3],
+        options.is_causal,
+        num_keys % BLOCK_N > 0,
+        True,
+        options.sinks is not None,
+        options.window_size is not None,
+        _table_of(options),
+        _halves(options, num_queries, num_keys),
+    )
+
+
 def forward(query, key, value, options, chosen=None):
     """`forward.forward` for the calls that the Hopper engine supports; `chosen` takes the place of the tuned plan."""
-    batch, heads, num_queries, head_dim = query.shape
+    batch, heads, num_queries = query.shape[:3]
     kv_heads, num_keys, value_dim = *key.shape[1:3], value.shape[3]
     rows = new_rows((batch, heads, num_queries), query.device, extended=False, blank=False)
     out = empty_output(query, value_dim)
     num_heads, num_blocks = batch * heads, ceil_div(num_queries, BLOCK_M)
     programs = min(_multiprocessors(query.device), num_heads * num_blocks)
     window, table = options.window_size, _table_of(options)
-    chosen = chosen or plan(
-        head_dim,
-        value_dim,
-        options.is_causal,
-        num_keys % BLOCK_N > 0,
-        True,
-        options.sinks is not None,
-        window is not None,
-        table,
-        _halves(options, num_queries, num_keys),
-    )
+    chosen = chosen or plan_of(query, key, value, options)
     uneven = options.is_causal or table != NO_TABLE
     order = order_of(num_heads, num_blocks, programs, uneven, *_cached_heads(key, value, heads, options))
     records, bounds = None, None

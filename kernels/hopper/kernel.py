@@ -29,22 +29,16 @@ from ..shared.softmax import State, Units
 from . import steps
 from .channel import barriers, new_channel
 from .first_tile import first_tile
-from .output import store_output
+from .output import again, store_output
 from .plan import HALF_ROWS
 from .producer import produce
 from .schedule import Order
-from .turns import SLOTS, bounds_of, extent_of, new_slots, read_slot, span_of_block
+from .turns import SLOTS, bounds_of, extent_of, new_slots, read_slot, read_unit, span_of_block
 
 _FIRST = gl.constexpr(0)
 _SECOND = gl.constexpr(1)
 _LN_2 = shared.LN_2
 _softmax_finish = gluon.jit(shared.softmax_finish.fn)
-
-
-@gluon.jit
-def _again(number):
-    """The number, of which the compiler does not know that it is the same: what is made of it is computed anew."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -91,13 +85,11 @@ def _step(walk, HALF: gl.constexpr, turn, tile, lo, bounds, given, PLAN: gl.cons
 
 
 @gluon.jit
-def _finish(state, bounds, place, head, sizes, pointers, units, record, PLAN: gl.constexpr):
-    """Store the statistics of rows that have seen all their keys, `place` = (row, whether it exists); returns what
-    normalises their output. The four threads of a row put their partials together."""
+def _finish(state, bounds, head, pointers, units, record, PLAN: gl.constexpr):
+    """The statistics of rows that have seen all their keys, and what normalises their output. The four threads of a
+    row put their partials together."""
     m_i, l_i, w_i, low = state
     unit, to_natural, _floor = units
-    row, inside = place
-    lse_ptr, entropy_ptr, max_ptr, min_ptr, sink_ptr, _table_ptr, _bounds_ptr, _out = pointers
     ROW: gl.constexpr = m_i.type.layout
     total = gl.convert_layout(gl.sum(l_i, 1), ROW, assert_trivial=True)
     if PLAN.stats or PLAN.has_sinks or PLAN.bounded:
@@ -115,27 +107,23 @@ def _finish(state, bounds, place, head, sizes, pointers, units, record, PLAN: gl
             total = gl.where(record.refused > 0, float("nan"), total)
         sink = 0.0
         if PLAN.has_sinks:
-            sink = gl.load(sink_ptr + head).to(gl.float32) / to_natural
+            sink = gl.load(pointers[4] + head).to(gl.float32) / to_natural
         one = Units(unit, unit, float("inf"))  # one for all rows, see `portable.huge_rows`
         core, _more, normalise = _softmax_finish(
             State(m_i, total, weighted, least, ()), one, to_natural, sink, PLAN.has_sinks, False, False
         )
-        if PLAN.stats:
-            gl.store(entropy_ptr + row, core.entropy, mask=inside)
-            gl.store(max_ptr + row, core.max_logit, mask=inside)
-            gl.store(min_ptr + row, core.min_logit, mask=inside)
-        lse = core.lse
+        return (core.lse, core.entropy, core.max_logit, core.min_logit), normalise
     else:
-        lse = m_i * to_natural + gl.log2(total) * _LN_2
-        normalise = 1.0 / total
-    gl.store(lse_ptr + row, lse, mask=inside)
-    return normalise
+        return (m_i * to_natural + gl.log2(total) * _LN_2,), 1.0 / total
 
 
 @gluon.jit
 def _rows_of_block(walk, HALF: gl.constexpr, turn, block, given, out_desc, staged, PLAN: gl.constexpr):
     """The rows of one consumer in a block of queries. walk: scores of its first tile, and the step of their keys."""
     buffers, channel, read, slots, sizes, pointers, units = given
+    if PLAN.shared_unit:
+        units = (read_unit(slots), units[1], units[2])
+        given = (buffers, channel, read, slots, sizes, pointers, units)
     s, step = walk
     heads, _group, num_queries = sizes[0], sizes[1], sizes[2]
     S_L: gl.constexpr = s.type.layout
@@ -169,7 +157,7 @@ def _rows_of_block(walk, HALF: gl.constexpr, turn, block, given, out_desc, stage
         tile = span.full_hi - 1 - (j - span.full_lo)
         walk = _step(walk, HALF, turn, tile, span.lo, bounds, given, PLAN, False)
     # What follows is read or computed anew: it takes no register in the loop above.
-    block = read_slot(slots, _again(turn), PLAN)
+    block = read_slot(slots, again(turn), PLAN)
     start_m = block.start + HALF * HALF_ROWS
     offs_m = start_m + gl.arange(0, HALF_ROWS, ROW)
     if PLAN.bounded:
@@ -189,11 +177,14 @@ def _rows_of_block(walk, HALF: gl.constexpr, turn, block, given, out_desc, stage
 
     origin, num_rows, _num_keys = extent_of(block, sizes, PLAN)
     batch, head = block.batch, block.head
-    place = (batch * heads + head).to(gl.int64) * num_queries + origin + offs_m, offs_m < num_rows
-    normalise = _finish(state, bounds, place, head, sizes, pointers, units, block.record, PLAN)
+    found, normalise = _finish(state, bounds, head, pointers, units, block.record, PLAN)
     acc = warpgroup_mma_wait(1, [product])
     x = (acc * steps.per_row(normalise, acc)).to(dtype)
     store_output(x, staged, out_desc, batch, head, origin + start_m, num_rows - start_m, pointers[7], PLAN)
+    # Statistics come after the output, whose fence would wait for them.
+    rows = (batch * heads + head).to(gl.int64) * num_queries + origin + offs_m
+    for i in gl.static_range(4 if PLAN.stats else 1):
+        gl.store(pointers[i] + rows, found[i], mask=offs_m < num_rows)
     s = warpgroup_mma_wait(0, [scores])
     channel.release(step)
     return s, step
@@ -269,7 +260,7 @@ def hopper_kernel(
     if PLAN.is_wide:
         read = barriers(1, 2)
     gl.static_assert(PLAN.stages < SLOTS)
-    slots = new_slots()
+    slots = new_slots(units[0])
     descriptors = (q_desc, k_desc, v_desc, out_desc)
     num_blocks = gl.cdiv(num_queries, 2 * HALF_ROWS)
     if PLAN.is_pack:

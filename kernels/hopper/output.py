@@ -10,16 +10,23 @@ from .plan import HALF_ROWS
 
 
 @gluon.jit
+def again(number):
+    """The number, of which the compiler does not know that it is the same: what is made of it is computed anew."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], gl.int32, False, 1)
+
+
+@gluon.jit
 def _store_rows(tile, head, row, rows, first_column, out):
     """Store the first `rows` rows of a tile in shared memory."""
     pointer, head_8, row_8, width_8 = out
-    stride_h, stride_m, width = head_8 * 8, row_8 * 8, width_8 * 8
+    # A place of every row would be computed once and take registers, of all blocks.
+    stride_h, stride_m, width = head_8 * 8, again(row_8) * 8, width_8 * 8
     COLUMNS: gl.constexpr = tile.shape[1]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
     inner = gl.arange(0, HALF_ROWS, gl.SliceLayout(1, LAYOUT))
     columns = first_column + gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))
     first = pointer + head.to(gl.int64) * stride_h + row.to(gl.int64) * stride_m
-    offsets = gl.expand_dims(inner.to(gl.int64) * stride_m, 1) + gl.expand_dims(columns, 0)
+    offsets = gl.expand_dims(inner * stride_m, 1) + gl.expand_dims(columns, 0)
     inside = (gl.expand_dims(inner, 1) < rows) & (gl.expand_dims(columns, 0) < width)
     gl.store(first + offsets, tile.load(LAYOUT), mask=inside)
 

@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 
 from ..shared.launch import launch
-from ..shared.packing import BLOCK, clamp, count_at_most, new_bounds, store_bounds
+from ..shared.packing import BLOCK, clamp, count_at_most, new_bounds, search_width, store_bounds
 from ..shared.plan import ScorePlan
 from ..shared.tiles import ceil_div
 from .plan import BLOCK_M
 from .records import table_plan
 from .spans import span_of_place
 
-CHUNK = 128  # blocks that are sorted together; a head's keys of so many fit the L2 cache
+CHUNK = 64  # blocks that are sorted together; a head's keys of so many fit the L2 cache
 HEADER = 2  # numbers before the places: how many there are, and a counter of those that are taken
 FIELDS = 4  # of a place
 _MOST_SORTERS = 32
@@ -90,15 +90,15 @@ def _count_blocks(begins_ptr, firsts_ptr, seqlens_ptr, num_sequences, length):
 
 
 @triton.jit
-def _place_of(block, begins_ptr, firsts_ptr, num_sequences, steps, length):
+def _place_of(block, begins_ptr, firsts_ptr, num_sequences, width, length):
     """The `Place` of a block, or of several."""
-    index = count_at_most(firsts_ptr, num_sequences + 1, block, steps) - 1
+    index = count_at_most(firsts_ptr, num_sequences + 1, block, width) - 1
     begin, end = tl.load(begins_ptr + index), tl.load(begins_ptr + index + 1)
     rows = (block - tl.load(firsts_ptr + index)) * _ROWS
     window = begin // _ROWS * _ROWS
     shared = end <= window + _ROWS
     # Those that share a block end with the last of them.
-    last = count_at_most(begins_ptr, num_sequences + 2, window + _ROWS, steps) - 1
+    last = count_at_most(begins_ptr, num_sequences + 2, window + _ROWS, width) - 1
     until = tl.where(shared, tl.load(begins_ptr + last), end)
     # Rows without a key would walk the tiles before them for nothing.
     lonely = (index == num_sequences) & (shared == 0)
@@ -108,13 +108,13 @@ def _place_of(block, begins_ptr, firsts_ptr, num_sequences, steps, length):
     return Place(origin, tl.where(lonely, 0, rows), until - origin, mixed.to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["num_sequences", "steps", "length", "window", "capacity", "sorters"])
+@triton.jit(do_not_specialize=["num_sequences", "width", "length", "window", "capacity", "sorters"])
 def _places_kernel(
     bounds_ptr,
     places_ptr,
     seqlens_ptr,
     num_sequences,
-    steps,
+    width,
     length,
     window,
     capacity,
@@ -128,7 +128,7 @@ def _places_kernel(
     """
     if tl.program_id(0) >= sorters:
         store_bounds(
-            bounds_ptr, seqlens_ptr, tl.program_id(0) - sorters, num_sequences, steps, length, _BLOCK
+            bounds_ptr, seqlens_ptr, tl.program_id(0) - sorters, num_sequences, width, length, _BLOCK
         )
     else:
         begins_ptr = places_ptr + _HEADER + capacity * _FIELDS
@@ -142,7 +142,7 @@ def _places_kernel(
             block = begin + inner
             inside = block < blocks
             place = _place_of(
-                tl.minimum(block, blocks - 1), begins_ptr, firsts_ptr, num_sequences, steps, length
+                tl.minimum(block, blocks - 1), begins_ptr, firsts_ptr, num_sequences, width, length
             )
             span = span_of_place(place, window, PLAN, PLAN.block_n, _ROWS)
             cost = tl.where(inside, span.hi - span.lo, _LARGEST)
@@ -187,7 +187,7 @@ def places_of(
         {"bounds_ptr": bounds, "places_ptr": places, "seqlens_ptr": seqlens.contiguous()},
         {
             "num_sequences": num_sequences,
-            "steps": (num_sequences + 2).bit_length(),
+            "width": search_width(num_sequences + 2),
             "length": length,
             "window": window or 0,
             "capacity": capacity,

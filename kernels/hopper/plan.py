@@ -15,7 +15,7 @@ NO_TABLE, PACK_TABLE, MASK_TABLE = 0, 1, 2
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a compiled kernel is made for; the last two fields change its speed alone."""
+    """Everything that a compiled kernel is made for; the last three fields change its speed alone."""
 
     is_causal: bool
     ragged: bool  # the keys are no multiple of BLOCK_N
@@ -32,6 +32,8 @@ class Plan:
     half_first: bool = False
     early: bool = False  # wait for the next keys before the exponentials, not after them
     by_threes: bool = False  # find the largest and the smallest score among integers, three at once
+    # Read the unit of the scores from shared memory, once a block: the assembler orders the inner loop otherwise.
+    shared_unit: bool = False
 
     def __repr__(self) -> str:  # part of the kernel's name
         return "plan_" + "_".join(str(int(x)).replace("-", "m") for x in vars(self).values())

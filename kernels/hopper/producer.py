@@ -8,6 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from .channel import place_in_ring
 from .names import copy_in
 from .plan import HALF_ROWS
 from .turns import (
@@ -26,7 +27,7 @@ from .turns import (
 def _copy_queries(q_desc, q_s, batch, head, start_m, turn, ready, PLAN: gl.constexpr):
     for half in gl.static_range(2):
         place = [batch, head, start_m + half * HALF_ROWS, 0]
-        slot = turn % PLAN.query_slots * 2 + half
+        slot = place_in_ring(turn, PLAN.query_slots) * 2 + half
         copy_in(q_desc, place, ready, q_s.index(slot))
 
 

@@ -5,6 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 from . import assembly
+from .channel import place_in_ring
 from .plan import HALF_ROWS
 
 # Which halves of a tile may hold keys that a row does not see.
@@ -256,8 +257,8 @@ def rescale(acc, alpha, PLAN: gl.constexpr):
 def scores(HALF: gl.constexpr, buffers, turn, step, donor, PLAN: gl.constexpr):
     """Start q k^T of this consumer's rows and the key tile of `step`, into registers that `donor` gives up."""
     q_s, k_s, _v_s, _out_s = buffers
-    q = q_s.index(turn % PLAN.query_slots * 2 + HALF).reshape([HALF_ROWS, PLAN.block_d])
-    k = k_s.index(step % PLAN.stages).reshape([PLAN.block_n, PLAN.block_d])
+    q = q_s.index(place_in_ring(turn, PLAN.query_slots) * 2 + HALF).reshape([HALF_ROWS, PLAN.block_d])
+    k = k_s.index(place_in_ring(step, PLAN.stages)).reshape([PLAN.block_n, PLAN.block_d])
     return warpgroup_mma(q, k.permute((1, 0)), donor, use_acc=False, is_async=True)
 
 
@@ -265,7 +266,7 @@ def scores(HALF: gl.constexpr, buffers, turn, step, donor, PLAN: gl.constexpr):
 def output(buffers, step, a, acc, PLAN: gl.constexpr):
     """Start acc + p v with the value tile that came with the keys of `step`."""
     _q_s, _k_s, v_s, _out_s = buffers
-    v = v_s.index(step % PLAN.stages).reshape([PLAN.block_n, PLAN.block_dv])
+    v = v_s.index(place_in_ring(step, PLAN.stages)).reshape([PLAN.block_n, PLAN.block_dv])
     return warpgroup_mma(a, v, acc, is_async=True)
 
 

@@ -12,6 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from . import places, records, spans
+from .channel import place_in_ring
 from .names import barrier
 from .places import Place
 from .plan import HALF_ROWS
@@ -20,7 +21,7 @@ from .schedule import block_at, turns_of_program
 from .schedule import block_of_turn as place_of_turn
 from .spans import Span
 
-SLOTS = gl.constexpr(4)
+SLOTS = gl.constexpr(8)
 num_turns = gluon.jit(turns_of_program.fn)
 _load_record = gluon.jit(records.load_record.fn)
 _load_place = gluon.jit(places.load_place.fn)
@@ -52,16 +53,20 @@ def extent_of(block, sizes, PLAN: gl.constexpr):
 
 
 @gluon.jit
-def new_slots():
-    return gl.allocate_shared_memory(
-        gl.int32, [SLOTS * _SLOT, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+def new_slots(unit):
+    """The slots, and behind them the unit of the call (see `Plan.shared_unit`)."""
+    slots = gl.allocate_shared_memory(
+        gl.int32, [SLOTS * _SLOT + 1, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     )
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    slots.index(SLOTS * _SLOT).store(gl.full([1], unit, gl.float32, LAYOUT).to(gl.int32, bitcast=True))
+    return slots
 
 
 @gluon.jit
 def _write_number(slots, turn, FIELD: gl.constexpr, number):
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    slots.index(turn % SLOTS * _SLOT + FIELD).store(gl.full([1], 0, gl.int32, LAYOUT) + number)
+    slots.index(place_in_ring(turn, SLOTS) * _SLOT + FIELD).store(gl.full([1], 0, gl.int32, LAYOUT) + number)
 
 
 @gluon.jit
@@ -94,7 +99,14 @@ def write_end(slots, turn):
 @gluon.jit
 def _read_number(slots, turn, FIELD: gl.constexpr):
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.max(slots.index(turn % SLOTS * _SLOT + FIELD).load(LAYOUT), 0)
+    return gl.max(slots.index(place_in_ring(turn, SLOTS) * _SLOT + FIELD).load(LAYOUT), 0)
+
+
+@gluon.jit
+def read_unit(slots):
+    """Score units to log2 units."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(slots.index(SLOTS * _SLOT).load(LAYOUT), 0).to(gl.float32, bitcast=True)
 
 
 @gluon.jit

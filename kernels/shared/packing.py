@@ -8,6 +8,17 @@ from .launch import launch
 from .tiles import ceil_div
 
 BLOCK = 256  # positions of a program
+SECTIONS = 16
+_SECTIONS = tl.constexpr(SECTIONS)
+_LARGEST = tl.constexpr((1 << 31) - 1)
+
+
+def search_width(size: int) -> int:
+    """For `count_at_most`: the least power of SECTIONS above `size`."""
+    width = SECTIONS
+    while width <= size:
+        width *= SECTIONS
+    return width
 
 
 @triton.jit
@@ -17,26 +28,28 @@ def clamp(edge, length):
 
 
 @triton.jit
-def count_at_most(pointer, size, value, steps):
-    """How many of `size` numbers in rising order are at most `value`, by bisection. steps: the bits of `size`."""
-    low = tl.zeros_like(value)
-    high = low + size
-    for _ in tl.range(0, steps):
-        searching = low < high
-        middle = (low + high) // 2
-        counts = tl.load(pointer + middle, mask=searching, other=0) <= value
-        low = tl.where(searching & counts, middle + 1, low)
-        high = tl.where(searching & (counts == 0), middle, high)
-    return low
+def count_at_most(pointer, size, values, width):
+    """How many of `size` numbers in rising order are at most each of `values`. width: of `search_width`.
+
+    Loads wait for the loads before them, so a search looks at SECTIONS numbers at once.
+    """
+    found = tl.zeros_like(values)
+    section = tl.arange(1, _SECTIONS + 1)[None, :]
+    while width > 1:
+        width = width // _SECTIONS
+        last = found[:, None] + section * width - 1  # of each section
+        number = tl.load(pointer + last, mask=last < size, other=_LARGEST)
+        found += tl.sum((number <= values[:, None]).to(tl.int32), 1) * width
+    return found
 
 
 @triton.jit
-def store_bounds(bounds_ptr, seqlens_ptr, part, num_sequences, steps, length, BLOCK: tl.constexpr):
+def store_bounds(bounds_ptr, seqlens_ptr, part, num_sequences, width, length, BLOCK: tl.constexpr):
     """The bounds of BLOCK positions; the first part stores the number of sequences, too."""
     offs = tl.arange(0, BLOCK)
     position = part * BLOCK + offs
     # As many sequences end at or before a position as come before the one that holds it.
-    index = count_at_most(seqlens_ptr + 1, num_sequences, position, steps)
+    index = count_at_most(seqlens_ptr + 1, num_sequences, position, width)
     first = clamp(tl.load(seqlens_ptr + index), length)
     end = clamp(tl.load(seqlens_ptr + tl.minimum(index + 1, num_sequences)), length)
     tl.store(bounds_ptr + position, first, mask=position < length)
@@ -53,9 +66,9 @@ def store_bounds(bounds_ptr, seqlens_ptr, part, num_sequences, steps, length, BL
 
 
 # Every step brings a pack of other lengths, so the kernel is not specialised on its numbers.
-@triton.jit(do_not_specialize=["num_sequences", "steps", "length"])
-def _bounds_kernel(bounds_ptr, seqlens_ptr, num_sequences, steps, length, BLOCK: tl.constexpr):
-    store_bounds(bounds_ptr, seqlens_ptr, tl.program_id(0), num_sequences, steps, length, BLOCK)
+@triton.jit(do_not_specialize=["num_sequences", "width", "length"])
+def _bounds_kernel(bounds_ptr, seqlens_ptr, num_sequences, width, length, BLOCK: tl.constexpr):
+    store_bounds(bounds_ptr, seqlens_ptr, tl.program_id(0), num_sequences, width, length, BLOCK)
 
 
 def new_bounds(seqlens: torch.Tensor, length: int) -> torch.Tensor:
@@ -79,7 +92,7 @@ def sequence_bounds(seqlens: torch.Tensor | None, length: int) -> torch.Tensor |
         BLOCK,
         seqlens.device,
         {"bounds_ptr": bounds, "seqlens_ptr": seqlens.contiguous()},
-        {"num_sequences": num_sequences, "steps": num_sequences.bit_length(), "length": length},
+        {"num_sequences": num_sequences, "width": search_width(num_sequences), "length": length},
         num_warps=4,
     )
     return bounds
