@@ -33,7 +33,7 @@ class Value(torch.Tensor):
                 return bits & 0xFFFFFFFF if dtype == _UINT32 else bits
             signed = torch.where(self >= 1 << 31, self - (1 << 32), self).int()
             return signed.view(dtype)
-        return torch.Tensor.to(self, torch.long if dtype == _UINT32 else dtype)
+        return torch.Tensor.to(self, dtype)
 
     def split(self):
         return self[..., 0], self[..., 1]
@@ -237,6 +237,9 @@ def namespace(program):
     def nothing(*_, **__):
         return None
 
+    def static_assert(condition):
+        assert condition
+
     gl = types.SimpleNamespace(
         float32=torch.float32,
         int32=torch.long,  # sums of 32-bit numbers that wrap around are masked where they are used
@@ -264,7 +267,7 @@ def namespace(program):
         load=lambda pointer, mask=None, other=0: pointer.load(mask, other),
         store=lambda pointer, number, mask=None: pointer.store(number, mask),
         atomic_add=atomic_add,
-        static_assert=nothing,
+        static_assert=static_assert,
         static_range=range,
         range=range,
         inline_asm_elementwise=gluon_assembly.run,

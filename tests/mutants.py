@@ -120,7 +120,7 @@ MUTANTS = (
     Mutant(PROBE, "tl.where(inside, core.lse, -infinity)", "tl.where(inside, core.lse, 0.0)"),
     Mutant(PROBE, "head = row // row_length % heads", "head = row // row_length * 0"),
     Mutant(PROBE, "unit = (1.0 if PLAN.natural else scale) * LOG2_E", "unit = LOG2_E"),
-    Mutant(PACKING, "other=0) <= value", "other=0) < value"),
+    Mutant(PACKING, "(number <= values", "(number < values"),
     Mutant(PACKING, "tl.minimum(index + 1, num_sequences)", "tl.minimum(index, num_sequences)"),
     Mutant(TILES, "block = num_blocks - 1 - block", "block = num_blocks - 2 - block"),
     Mutant(TILES, "group * _HEAD_GROUP + inside % _HEAD_GROUP", "inside % _HEAD_GROUP"),

@@ -1,6 +1,7 @@
 """The Hopper forward's own code on a CPU (`gluon_on_cpu`): against fp64, with the launches beside it."""
 
 import inspect
+import itertools
 import random
 import time
 from dataclasses import replace
@@ -102,11 +103,14 @@ def test_widths(forward, widths, name):
     agree(forward, replace(CALLS[name], head_dim=widths[0], value_dim=widths[1]))
 
 
+SETTINGS = [  # every field both ways in the first two; CI leaves the others out
+    pytest.param(*values, marks=() if i in (0, 15) else pytest.mark.exhaustive)
+    for i, values in enumerate(itertools.product((False, True), (False, True), (False, True), (3, 4)))
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stages", [3, 4])
-@pytest.mark.parametrize("shared_unit", [False, True])
-@pytest.mark.parametrize("by_threes", [False, True])
-@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize(("early", "by_threes", "shared_unit", "stages"), SETTINGS)
 def test_what_tunes_a_plan_changes_nothing(forward, early, by_threes, shared_unit, stages):
     case = Case(1, 2, 1, 400, 400, 64, 64, window_size=128, is_causal=True)
     q, k, v, *_ = tensors = case.tensors(torch.float16)
@@ -135,9 +139,11 @@ def test_an_infinite_visible_score_makes_its_row_nan_and_a_hidden_one_does_not(f
     assert not out[0, 0, ~broken].isnan().any()
 
 
+@pytest.mark.parametrize("window", [None, 128])
 @pytest.mark.parametrize("slow_part", ["producer", "one consumer", "both consumers"])
-def test_parts_may_go_on_at_any_pace(forward, monkeypatch, slow_part):
-    """Blocks of one tile follow each other: the producer is as many turns ahead as it may be."""
+def test_parts_may_go_on_at_any_pace(forward, monkeypatch, slow_part, window):
+    """Blocks of one tile follow each other: the producer is as many turns ahead as it may be. A window has a ring of
+    four stages, other calls have three."""
     draw, wait = random.Random(0), gluon_on_cpu.Program.wait
     slow = {"producer": (2,), "one consumer": (1,), "both consumers": (0, 1)}[slow_part]
 
@@ -148,7 +154,7 @@ def test_parts_may_go_on_at_any_pace(forward, monkeypatch, slow_part):
 
     monkeypatch.setattr(gluon_on_cpu.Program, "wait", late)
     edges = tuple(range(0, 1281, 128))
-    agree(forward, Case(1, 2, 2, 1280, 1280, 64, 64, seqlens=edges, is_causal=True))
+    agree(forward, Case(1, 2, 2, 1280, 1280, 64, 64, seqlens=edges, is_causal=True, window_size=window))
 
 
 def test_a_part_that_waits_in_vain_is_an_error(forward, monkeypatch):

@@ -182,7 +182,7 @@ def test_programs_are_evenly_loaded_by_a_pack(mean, num_heads):
         edges.append(min(length, edges[-1] + draw.randrange(64, 2 * mean)))
     _, spans, _ = found_places(torch.tensor(edges, dtype=torch.int32), length)
     costs = [span[3] - span[0] + 2 for span in spans]
-    for cached in (2, 8):
+    for cached in (4, 8):  # `host._cached_heads` gives no fewer, at D = 256
         together = heads_together(num_heads, length // BLOCK_M, True, cached)
         line = [costs[block] for _, block in line_of(num_heads, len(costs), together)]
         assert greedy(line, 132) <= 1.02 * greedy(sorted(line, reverse=True), 132)

@@ -9,21 +9,18 @@ from .names import aggregate
 
 @gluon.jit
 def place_in_ring(step, SIZE: gl.constexpr):
-    """Which of SIZE places a step takes.
-
-    Of unsigned numbers a power of two takes one instruction for three, and products wait for this one.
-    """
+    """Which of SIZE places a step takes. For a power of two this is one instruction, and products wait for it."""
     if SIZE & (SIZE - 1) == 0:
-        return (gl.to_tensor(step).to(gl.uint32) % SIZE).to(gl.int32)
+        return step & (SIZE - 1)
     else:
         return step % SIZE
 
 
 @gluon.jit
 def _parity(step, SIZE: gl.constexpr):
-    """Of the round of a ring that a step is in."""
+    """The parity of the round that a step is in."""
     if SIZE & (SIZE - 1) == 0:
-        return (gl.to_tensor(step).to(gl.uint32) // SIZE & 1).to(gl.int32)
+        return (step & SIZE) // SIZE
     else:
         return step // SIZE & 1
 

@@ -86,8 +86,8 @@ def _step(walk, HALF: gl.constexpr, turn, tile, lo, bounds, given, PLAN: gl.cons
 
 @gluon.jit
 def _finish(state, bounds, head, pointers, units, record, PLAN: gl.constexpr):
-    """The statistics of rows that have seen all their keys, and what normalises their output. The four threads of a
-    row put their partials together."""
+    """The statistics of rows that have seen all their keys, in the order of `pointers`, and what normalises their
+    output. The four threads of a row put their partials together."""
     m_i, l_i, w_i, low = state
     unit, to_natural, _floor = units
     ROW: gl.constexpr = m_i.type.layout

@@ -19,7 +19,7 @@ def again(number):
 def _store_rows(tile, head, row, rows, first_column, out):
     """Store the first `rows` rows of a tile in shared memory."""
     pointer, head_8, row_8, width_8 = out
-    # A place of every row would be computed once and take registers, of all blocks.
+    # Without `again` the compiler computes each row's offset once for all blocks, and keeps it in registers.
     stride_h, stride_m, width = head_8 * 8, again(row_8) * 8, width_8 * 8
     COLUMNS: gl.constexpr = tile.shape[1]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])

@@ -15,14 +15,14 @@ NO_TABLE, PACK_TABLE, MASK_TABLE = 0, 1, 2
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a compiled kernel is made for; the last three fields change its speed alone."""
+    """Everything that a compiled kernel is made for; `stages` and the last three fields change its speed alone."""
 
     is_causal: bool
     ragged: bool  # the keys are no multiple of BLOCK_N
     stats: bool
     block_d: int
     block_dv: int
-    stages: int  # depth of the key and value rings: what fits the shared memory
+    stages: int  # depth of the key and value rings, within what fits the shared memory
     has_sinks: bool = False
     is_windowed: bool = False
     table: int = NO_TABLE

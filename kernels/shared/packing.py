@@ -14,9 +14,9 @@ _LARGEST = tl.constexpr((1 << 31) - 1)
 
 
 def search_width(size: int) -> int:
-    """For `count_at_most`: the least power of SECTIONS above `size`."""
+    """For `count_at_most`: the least power of SECTIONS, from the first on, that is at least `size`."""
     width = SECTIONS
-    while width <= size:
+    while width < size:
         width *= SECTIONS
     return width
 
