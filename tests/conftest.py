@@ -50,13 +50,10 @@ def functions_are_given_back():
         gc.collect()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def one_thread():
-    """Tiny tensors: waiting for a second thread takes longer than the work."""
-    threads = torch.get_num_threads()
+    """Tiny tensors: waiting for a second thread takes longer than the work, beside other processes twenty times."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

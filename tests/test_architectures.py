@@ -7,7 +7,6 @@ from architectures import ARCHITECTURES
 from examined import KINDS, MARKED, PAGE, VERSION, examined, filled
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     # What models of transformers 4 do on their own.
     pytest.mark.filterwarnings("ignore:The `device` argument is deprecated"),
     pytest.mark.filterwarnings("ignore:Using a non-tuple sequence"),

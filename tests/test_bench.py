@@ -164,7 +164,7 @@ def test_a_variant_that_runs_out_of_memory_is_reported_and_the_others_go_on(monk
 @pytest.mark.skipif(torch.cuda.is_available(), reason="dry runs are for the CPU")
 @pytest.mark.parametrize("script", ["whole_step", "long_sequences"])
 @pytest.mark.slow
-def test_a_dry_run_measures_what_it_says(script, tmp_path, monkeypatch, one_thread):
+def test_a_dry_run_measures_what_it_says(script, tmp_path, monkeypatch):
     from importlib import import_module
 
     if script == "whole_step":

@@ -120,7 +120,7 @@ def spearman(a, b):
 
 
 @pytest.mark.slow
-def test_trained_models_are_bounded_and_ranked(one_thread):
+def test_trained_models_are_bounded_and_ranked():
     torch.manual_seed(0)
     model = GPT(4, 64, 4, 64, 1.0)
     optimizer, data = (

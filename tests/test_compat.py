@@ -22,7 +22,6 @@ from hnf_attention import (
 from hnf_attention.interventions import learning_rate, qk_clip
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),  # PyTorch's own, under vmap
 ]
 

@@ -13,8 +13,6 @@ from hnf_attention.interventions.shards import HeadPart
 from hnf_attention.monitoring.agreement import Agreement
 from hnf_attention.names import named_modules
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def four_processes():

@@ -6,7 +6,6 @@ import torch
 from hnf_attention import instrument
 from hnf_attention.nn import GroupedQueryAttention, QKNorm, Rope
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 B, M, E, H, H_KV, D = 2, 11, 24, 6, 2, 8
 OPTIONS = {
     "plain": {},

@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from hnf_attention import AttentionStabilityMonitor, apply_intervention, instrument
 from hnf_attention.nn import GroupedQueryAttention, MultiheadAttention, QKNorm, ScaledDotProductAttention
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 B, M, E = 2, 7, 16
 
 

@@ -83,7 +83,7 @@ class Model(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def afresh(one_thread):
+def afresh():
     torch._dynamo.reset()
     counters.clear()
 

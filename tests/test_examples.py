@@ -22,7 +22,7 @@ def accelerate():
     state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_accelerate(accelerate, one_thread, monkeypatch, tmp_path, capsys):
+def test_accelerate(accelerate, monkeypatch, tmp_path, capsys):
     path = tmp_path / "attention.jsonl"
     arguments = [str(path), "--steps", "9", "--log-every", "3", "--cpu"]
     monkeypatch.setattr(sys, "argv", ["with_accelerate.py", *arguments])

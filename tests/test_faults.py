@@ -10,7 +10,7 @@ from hnf_attention import AttentionStabilityMonitor, errors
 from hnf_attention.instrumentation import observer
 from hnf_attention.run_log import RunLog, RunLogWriter
 
-pytestmark = pytest.mark.usefixtures("one_thread", "nothing_reported")
+pytestmark = pytest.mark.usefixtures("nothing_reported")
 
 #: Without these there is no snapshot of the log step.
 MEASURING = ("find", "describe", "probe", "context", "deliver", "fold", "lane")

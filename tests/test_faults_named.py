@@ -21,7 +21,7 @@ from hnf_attention.monitoring import accumulators, monitor, process_groups
 from hnf_attention.monitoring.parts import Parts
 from hnf_attention.run_log import RunLog, RunLogWriter, writer
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

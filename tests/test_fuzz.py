@@ -7,7 +7,6 @@ from fuzz_run import Run, computed, judge, sweep
 from poison import GUARD, guarded, poison_gaps, poisoned_memory
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning"),  # NumPy's, of the interpreter
 ]
 KERNELS, REFERENCE = Run(engine="kernels", largest=33), Run()

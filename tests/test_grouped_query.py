@@ -8,7 +8,6 @@ import torch
 from hnf_attention.nn import GroupedQueryAttention, QKNorm, Rope
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.usefixtures("one_thread")
 B, M, E, H, H_KV, D = 2, 9, 24, 6, 2, 8
 SIZES = {"hidden_size": E, "num_attention_heads": H, "num_key_value_heads": H_KV, "head_dim": D}
 THEIRS = {  # family: of the module, its config, ours

@@ -6,7 +6,7 @@ from healthy import HEALTHY
 
 from hnf_attention import AttentionAnalyzer, AttentionStabilityMonitor
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 QUICK = (
     "sharp sinks on the last key",

@@ -33,7 +33,7 @@ BACKEND = "aot_eager"  # lowers forward and backward like the default one, witho
 
 
 @pytest.fixture(autouse=True)
-def afresh(one_thread):
+def afresh():
     torch._dynamo.reset()
     counters.clear()
 

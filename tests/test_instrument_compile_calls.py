@@ -15,7 +15,7 @@ from hnf_attention.instrumentation import instrument
 
 
 @pytest.fixture(autouse=True)
-def afresh(one_thread):
+def afresh():
     torch._dynamo.reset()
     counters.clear()
 

@@ -8,8 +8,6 @@ from torch import nn
 
 from hnf_attention import instrument
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class SABlock(Attention):
     """Attention by hand, in a class whose name does not say so. product, weigh: how it multiplies."""

@@ -18,7 +18,7 @@ from hnf_attention import AttentionStabilityMonitor, instrument
 from hnf_attention.instrumentation import flex_call, scores
 from hnf_attention.reference import masks
 
-pytestmark = pytest.mark.usefixtures("one_thread", "unfused")
+pytestmark = pytest.mark.usefixtures("unfused")
 
 compiled_before = torch.compile(by_name, backend="eager")
 HERE = sys.modules[__name__]

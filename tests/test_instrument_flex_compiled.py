@@ -16,7 +16,7 @@ flex_compiled = sys.modules["hnf_attention.instrumentation.compiled.flex"]
 
 
 @pytest.fixture(autouse=True)
-def afresh(one_thread):
+def afresh():
     torch._dynamo.reset()
     counters.clear()
 

@@ -22,9 +22,6 @@ def never_compiled(monkeypatch):
     monkeypatch.setattr(layers, "_unmeasured", weakref.WeakSet())
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 class Universal(nn.Module):
     """One block, called several times."""
 

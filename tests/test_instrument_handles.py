@@ -10,8 +10,6 @@ from torch import nn
 import hnf_attention
 from hnf_attention import AttentionAnalyzer, AttentionStabilityMonitor, instrument, restore
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Tool:
     """Something that is built on `instrument`."""

@@ -13,7 +13,6 @@ from torch import nn
 from hnf_attention.engine import engines
 from hnf_attention.instrumentation import instrument, measurer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ORIGINAL = F.scaled_dot_product_attention
 
 

@@ -13,8 +13,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hnf_attention import instrument
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STEPS, SEEDS = 20, range(4)
 ORIGINAL = F.scaled_dot_product_attention
 

@@ -7,8 +7,6 @@ from torch import nn
 
 from hnf_attention import instrument
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Unbatched(nn.Module):
     """Softmax attention over a sequence (N, 16). multiply: of two matrices. heads: 1, or as many as it splits into."""

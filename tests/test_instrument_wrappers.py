@@ -10,7 +10,6 @@ from hnf_attention import AttentionStabilityMonitor, apply_intervention, instrum
 from hnf_attention.interventions.qk_clip import propose as qk_clip
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),  # peft asks transformers
 ]
 

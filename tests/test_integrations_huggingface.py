@@ -13,7 +13,6 @@ from hnf_attention.integrations import AttentionStabilityCallback, JSONLWriter, 
 from hnf_attention.names import unwrapped
 
 pytest.importorskip("accelerate")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 BATCH = 4
 

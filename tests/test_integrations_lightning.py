@@ -15,7 +15,6 @@ lightning = pytest.importorskip("lightning.pytorch")
 from hnf_attention.integrations.lightning import AttentionStabilityCallback  # noqa: E402
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     # What Lightning 2.6 calls, and what it has to say about data loaders without workers.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),

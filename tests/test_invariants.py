@@ -32,7 +32,6 @@ ANYWHERE = {"plain": {}, "soft-cap": {"softcap": 1.5}, "sinks": {"sinks": 0.7}, 
 OPTIONS = ANYWHERE | PLACED
 RARELY = [pytest.mark.slow, pytest.mark.exhaustive]
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning"),  # NumPy's, of the interpreter
 ]
 

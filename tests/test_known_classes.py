@@ -12,8 +12,6 @@ from hnf_attention import MultiheadAttention, apply_intervention, instrument
 from hnf_attention.interventions import known_classes, layout, qk_clip, temperature
 from hnf_attention.nn import GroupedQueryAttention
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
 QUICK = ("GPT-NeoX",)
 #: Architectures with projections under the usual names that are not treated, and what else their weights do.

@@ -12,7 +12,6 @@ import hnf_attention.monitoring.monitor
 import hnf_attention.monitoring.recorder
 from hnf_attention import AttentionStabilityMonitor, apply_intervention
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.randint(0, 40, (4, 24), generator=torch.Generator().manual_seed(0))
 
 

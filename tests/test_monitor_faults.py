@@ -8,8 +8,6 @@ from hnf_attention import AttentionStabilityMonitor, instrument
 from hnf_attention.instrumentation import Instrumentation, observer
 from hnf_attention.monitoring.accumulators import Kind, Lane
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def model():

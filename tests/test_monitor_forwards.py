@@ -8,7 +8,6 @@ from torch import nn
 
 from hnf_attention import AttentionAnalyzer, AttentionStabilityMonitor, instrument
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.randint(0, 40, (4, 24), generator=torch.Generator().manual_seed(0))
 
 

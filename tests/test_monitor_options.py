@@ -13,7 +13,6 @@ from hnf_attention import AttentionAnalyzer, AttentionStabilityMonitor
 from hnf_attention.diagnosis import diagnose
 from hnf_attention.monitoring import writers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.randint(0, 40, (4, 24), generator=torch.Generator().manual_seed(0))
 
 

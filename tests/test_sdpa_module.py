@@ -9,7 +9,6 @@ from hnf_attention.nn import ScaledDotProductAttention
 from hnf_attention.reference import attention as reference
 from hnf_attention.reference.options import Options
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 M, N, D = 5, 7, 8
 SEEN = torch.arange(N) <= torch.arange(M)[:, None] + 1
 CALLS = {  # shapes of query, key and value, and the other arguments

@@ -22,10 +22,7 @@ sys.path.remove(str(BENCH))
 Flash, GridCase, grids, judged = sdpa_grids.Flash, sdpa_grids.GridCase, sdpa_grids.grids, sdpa_grids.judged
 FLOAT, HALF = torch.float32, torch.float16
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.*[Oo]verrid.*a previously registered kernel:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*[Oo]verrid.*a previously registered kernel:UserWarning")
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,6 @@ from torch import nn
 from hnf_attention import MultiheadAttention, instrument
 from hnf_attention.nn import GroupedQueryAttention, row_stats, swap_attention
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Sub(nn.MultiheadAttention):
     pass

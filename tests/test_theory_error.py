@@ -288,7 +288,7 @@ def test_no_bound_is_broken_by_a_trained_models_rows(campaign):
 
 
 @pytest.mark.slow
-def test_no_number_of_bits_is_too_small(campaign, one_thread):
+def test_no_number_of_bits_is_too_small(campaign):
     for stored, found in campaign.bits_rows(22, seed=5).items():
         assert found["under_predictions"] == 0, stored
         assert found["median_excess_of_row"] <= found["median_excess"] <= 6

@@ -24,7 +24,6 @@ if not hasattr(attention, "register_flash_attention_impl"):
     pytest.skip("torch < 2.11 has no registry of flash kernels", allow_module_level=True)
 from hnf_attention.integrations import torch_sdpa  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 operator = torch.ops.aten._scaled_dot_product_flash_attention
 
 

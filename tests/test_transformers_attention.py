@@ -14,7 +14,6 @@ from tiny_architecture import tiny  # noqa: E402
 
 import hnf_attention.integrations.transformers as ours  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 NAME = ours.NAME
 LENGTH, VOCAB = 12, 90
 MODELS = {  # class and what differs from tiny sizes; windows are 5 tokens

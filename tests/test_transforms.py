@@ -17,7 +17,6 @@ from hnf_attention.engine import api, engines, plain
 from hnf_attention.reference.options import Options
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings(
         "ignore:Attempted to insert a get_attr Node:UserWarning"
     ),  # PyTorch's, in linearize

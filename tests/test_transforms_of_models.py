@@ -10,10 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hnf_attention import MultiheadAttention, instrument
 from hnf_attention.engine import plain
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-]
-
 
 class Net(nn.Module):
     def __init__(self):

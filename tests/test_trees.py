@@ -14,8 +14,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from hnf_attention import attention, attention_stats
 from hnf_attention.statistics.rows import RowStats
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def qkv(length=5, **options):
     generator = torch.Generator().manual_seed(length)

@@ -15,7 +15,6 @@ from hnf_attention import AttentionStabilityMonitor, attention, trace_non_finite
 from hnf_attention.diagnosis.triage import causes
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hnf_attention import trace_non_finite
 from hnf_attention.diagnosis.triage import causes
 
 transformers = pytest.importorskip("transformers")
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.slow
 
 TOKENS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
 SIZES = dict(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)

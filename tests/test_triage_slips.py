@@ -10,8 +10,6 @@ from torch import nn
 from hnf_attention import trace_non_finite
 from hnf_attention.cli.main import main
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def model_with_nan():
     model = nn.Linear(4, 1)

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from hnf_attention import trace_non_finite
 from hnf_attention.diagnosis.triage import causes
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
