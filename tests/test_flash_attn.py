@@ -333,7 +333,7 @@ def test_one_of_each_layout():
     check(got, [(args[0][b], args[1][b]) for b in range(2)], **words(options))
 
 
-def test_every_step_keeps_packs_and_leaves_copies():
+def test_every_step_keeps_packs():
     q, k, starts = draw(20, 4, 8).requires_grad_(), draw(20, 2, 8), Q.int()
     model, kept = Caller("flash_attn", "flash_attn_varlen_func"), []
     with instrument(model) as handle:
@@ -347,13 +347,33 @@ def test_every_step_keeps_packs_and_leaves_copies():
             (1, 2, 20, 8),
             (1, 4, 20, 8),
         ]
-        more = draw(29, 2, 8)
-        model(q, more, more, starts, K.int(), 8, 16)
-        assert (
-            "extremes at measured steps only: its sequences lie apart in memory"
-            in handle.coverage.measured[""]
-        )
     assert len(kept) == 1
+
+
+APART = ("flash_attn_varlen_func", (draw(20, 4, 8), *[draw(29, 2, 8)] * 2, Q.int(), K.int(), 8, 16), {})
+COPIES = {
+    "its sequences lie apart in memory": APART,
+    "its mask is written out for each call": (
+        "flash_attn_func",
+        [draw(2, 9, 4, 8) for _ in "qkv"],
+        {"alibi_slopes": SLOPES},
+    ),
+    "its argument qv lengthens queries and keys": (
+        "flash_attn_func",
+        [draw(2, 9, 4, 8), draw(2, 9, 4, 8), draw(2, 9, 4, 6)],
+        {"qv": draw(2, 9, 4, 6)},
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", COPIES)
+def test_every_step_leaves_copies_and_says_why(reason):
+    function, args, options = COPIES[reason]
+    model = Caller("flash_attn_interface" if "qv" in options else "flash_attn", function)
+    with instrument(model) as handle:
+        handle.keeping, handle.on_kept = True, pytest.fail
+        model(*args, **options)
+        assert f"extremes at measured steps only: {reason}" in handle.coverage.measured[""]
 
 
 @pytest.mark.gpu

@@ -18,6 +18,7 @@ from .shared_masks import once
 
 EAGER, COMPILED = "eager", "compiled"  # the places where a call may run
 EIGHT_BIT = "its inputs are of 8 bits"
+WRITTEN_MASK = "its mask is written out for each call"
 FAILED_IN_GRAPH = "measuring failed in a compiled graph"
 FIRST_IN_CAPTURE = (
     "its first measured call is inside the capture of a CUDA graph: run the model once before it"
@@ -58,7 +59,7 @@ class AttentionCall:
         probed where it, or what it gives, is None.
     seqlens: as in `attention`: borders of sequences that lie end to end in one row.
     casts: whether autocast changes the dtypes that the model's attention computes in, as it does for SDPA.
-    copied: query, key, value or the mask were made for this description, so keeping them takes memory.
+    copied: why query, key, value or the mask were made for this description, so that keeping them takes memory.
     lse_of: makes lse (B, H, M), in nats, of what the model's own attention returns; it, or what it makes, is None
         where that is not known. It is compared with ours, once per layer.
     max_logit_of: likewise makes the largest score of each head over the batch and its queries, (H,).
@@ -85,7 +86,7 @@ class AttentionCall:
     own_rows: Callable[[], RowStats | None] | None = None
     seqlens: Tensor | None = None
     casts: bool = True
-    copied: bool = False
+    copied: str | None = None
     lse_of: Callable[[Any], Tensor | None] | None = None
     max_logit_of: Callable[[Any], Tensor | None] | None = None
     stored: torch.dtype | None = None

@@ -85,11 +85,13 @@ def described(library: str, signature: inspect.Signature, *args: Any, **kwargs: 
         query = torch.cat((query, qv), -1)
     part = packs.part_of(given.take, query, key, value, whole_cache)
     given.refuse_others()
+    copied = part.copied
     if eight_bit:
-        not_fused = not_fused or EIGHT_BIT
+        not_fused, copied = not_fused or EIGHT_BIT, EIGHT_BIT
         _widen(part, descales)
     if qv is not None:  # scores are q.k + qv.v
         part.key = torch.cat((part.key, part.value), -1)
+        copied = copied or "its argument qv lengthens queries and keys"
     pairs = "return_lse" in signature.parameters  # this version always returns its lse, or None in its place
 
     def from_output(out: Tensor) -> Any:
@@ -116,7 +118,7 @@ def described(library: str, signature: inspect.Signature, *args: Any, **kwargs: 
         if qv is not None or (slopes is not None and right == 0)
         else functools.partial(_lse, part),
         casts=False,
-        copied=qv is not None or eight_bit or part.copied,
+        copied=copied,
         stored=dtype if eight_bit else None,
     )
     place(call, Positions(left, right, *part.lengths, slopes))

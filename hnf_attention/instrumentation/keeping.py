@@ -23,7 +23,7 @@ from .. import compat
 from ..engine.extremes import Tensors
 from ..reference.options import Options
 from ..tracing import captured, without_dispatch_modes
-from .call import EIGHT_BIT, AttentionCall, Unmeasurable, keys_hidden
+from .call import AttentionCall, Unmeasurable, keys_hidden
 from .expected import (
     Expected,
     Plain,
@@ -356,7 +356,7 @@ def described(layer: str, number: int, call: AttentionCall, result: Any, padding
     if call.modify is not None:
         raise Unmeasurable("its scores are changed by a function")
     if call.copied:  # copies of every step would fill the memory
-        raise Unmeasurable("its sequences lie apart in memory" if call.stored is None else EIGHT_BIT)
+        raise Unmeasurable(call.copied)
     call.cast()
     options = call.validated()
     query, key, value = call.query.detach(), call.key.detach(), call.value.detach()

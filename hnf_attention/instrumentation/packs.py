@@ -39,7 +39,7 @@ class Part:
     index: Tensor | None = None
     own: Tensor | None = None
     not_fused: str | None = None
-    copied: bool = False
+    copied: str | None = None
 
     def from_output(self, out: Any) -> Tensor | None:
         """(B, H, M, D_v) of the function's output."""
@@ -134,7 +134,7 @@ def _batched(
     if key.dim() != 4 or query.dim() != 4 or key.shape[0] != batch:
         raise Unmeasurable(f"query and key of shapes {tuple(query.shape)} and {tuple(key.shape)} do not fit")
     part.query, part.key, part.value = (x.transpose(1, 2) for x in (query, key, value))
-    part.lengths, part.copied = (num_queries, num_keys, first), True
+    part.lengths, part.copied = (num_queries, num_keys, first), "its sequences lie apart in memory"
     return part
 
 

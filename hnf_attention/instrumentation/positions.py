@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .call import AttentionCall, Unmeasurable
+from .call import WRITTEN_MASK, AttentionCall, Unmeasurable
 from .shared_masks import once
 
 MASK_BYTES = 1 << 28
@@ -76,7 +76,8 @@ def place(call: AttentionCall, positions: Positions) -> None:
             call.attn_mask = once(("positions", which, sizes, what), tensors[0], make)
         else:
             call.attn_mask = make()
-        call.copied |= positions.slopes is not None or len(tensors) != 1
+        if positions.slopes is not None or len(tensors) != 1:
+            call.copied = call.copied or WRITTEN_MASK
     elif call.sinks is not None:
         raise Unmeasurable("its learned sinks come with positions whose mask is too large to be written out")
     else:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import compat
-from ..call import AttentionCall, Unmeasurable, hide, require_plain
+from ..call import WRITTEN_MASK, AttentionCall, Unmeasurable, hide, require_plain
 from ..patches import Patch, hidden, original_of
 from ..positions import MASK_BYTES
 from .functions import interceptor
@@ -133,5 +133,5 @@ def _add_bias(call: AttentionCall, bias: Any) -> None:
             f"its attn_bias is a {kind} over {num_queries} x {num_keys} places, too many to write out"
         )
     made = bias.materialize((num_queries, num_keys), dtype=torch.float32, device=call.query.device)
-    call.copied = True
+    call.copied = WRITTEN_MASK
     call.attn_mask = made[:, None] if made.dim() == 3 and made.shape[0] == call.query.shape[0] else made
