@@ -97,16 +97,20 @@ def write_end(slots, turn):
 
 
 @gluon.jit
-def _read_number(slots, turn, FIELD: gl.constexpr):
+def _read(slots, place):
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.max(slots.index(place_in_ring(turn, SLOTS) * _SLOT + FIELD).load(LAYOUT), 0)
+    return gl.max(slots.index(place).load(LAYOUT), 0)
+
+
+@gluon.jit
+def _read_number(slots, turn, FIELD: gl.constexpr):
+    return _read(slots, place_in_ring(turn, SLOTS) * _SLOT + FIELD)
 
 
 @gluon.jit
 def read_unit(slots):
     """Score units to log2 units."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.max(slots.index(SLOTS * _SLOT).load(LAYOUT), 0).to(gl.float32, bitcast=True)
+    return _read(slots, SLOTS * _SLOT).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
