@@ -51,22 +51,22 @@ class Channel:
     @gluon.jit
     def ready(self, step):
         """The barrier to which the copies of a step report."""
-        return self.full.index(place_in_ring(step, self.STAGES))
+        return self.full.index(self.stage(step))
 
     @gluon.jit
     def wait_empty(self, step):
         """Until the consumers have read what lay in a step's stage. The first round finds every stage empty."""
-        mbarrier.wait(self.empty.index(place_in_ring(step, self.STAGES)), _parity(step, self.STAGES) ^ 1)
+        mbarrier.wait(self.empty.index(self.stage(step)), _parity(step, self.STAGES) ^ 1)
 
     @gluon.jit
     def wait_full(self, step):
         """Until the copies of a step have arrived."""
-        mbarrier.wait(self.full.index(place_in_ring(step, self.STAGES)), _parity(step, self.STAGES))
+        mbarrier.wait(self.full.index(self.stage(step)), _parity(step, self.STAGES))
 
     @gluon.jit
     def release(self, step):
         """Say that a consumer has read a step's buffers."""
-        mbarrier.arrive(self.empty.index(place_in_ring(step, self.STAGES)), count=1)
+        mbarrier.arrive(self.empty.index(self.stage(step)), count=1)
 
 
 @gluon.jit

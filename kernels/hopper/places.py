@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..shared.launch import launch
-from ..shared.packing import BLOCK, clamp, count_at_most, new_bounds, search_width, store_bounds
+from ..shared.packing import BLOCK, LARGEST, clamp, count_at_most, new_bounds, search_width, store_bounds
 from ..shared.plan import ScorePlan
 from ..shared.tiles import ceil_div
 from .plan import BLOCK_M
@@ -27,7 +27,6 @@ _MOST_SORTERS = 32
 _HEADER, _FIELDS, _CHUNK = tl.constexpr(HEADER), tl.constexpr(FIELDS), tl.constexpr(CHUNK)
 _ROWS = tl.constexpr(BLOCK_M)
 _BLOCK = tl.constexpr(BLOCK)
-_LARGEST = tl.constexpr((1 << 31) - 1)
 
 
 class Place(NamedTuple):
@@ -145,7 +144,7 @@ def _places_kernel(
                 tl.minimum(block, blocks - 1), begins_ptr, firsts_ptr, num_sequences, width, length
             )
             span = span_of_place(place, window, PLAN, PLAN.block_n, _ROWS)
-            cost = tl.where(inside, span.hi - span.lo, _LARGEST)
+            cost = tl.where(inside, span.hi - span.lo, LARGEST)
             before = (cost[None, :] < cost[:, None]) | (
                 (cost[None, :] == cost[:, None]) & (inner[None, :] < inner[:, None])
             )

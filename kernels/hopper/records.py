@@ -15,6 +15,7 @@ import triton.language as tl
 
 from ..shared.launch import launch
 from ..shared.masks import mask_of
+from ..shared.packing import LARGEST
 from ..shared.plan import Options, ScorePlan, score_plan
 from ..shared.tiles import ceil_div
 from .plan import BLOCK_M
@@ -24,7 +25,6 @@ FIELDS = 8
 _SCAN = 1024  # keys of a mask that are read at once
 _FIELDS = tl.constexpr(FIELDS)
 _ROWS = tl.constexpr(BLOCK_M)
-_LARGEST = tl.constexpr((1 << 31) - 1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,13 +80,13 @@ def _mask_rows_kernel(
     pointer = mask.ptr + head // mask_heads * mask.stride_b + head % mask_heads * mask.stride_h
     pointer += row * mask.stride_m
     count = tl.zeros([KEYS], tl.int32)
-    least = tl.full([KEYS], _LARGEST, tl.int32)
+    least = tl.full([KEYS], LARGEST, tl.int32)
     most = tl.zeros([KEYS], tl.int32)
     for start in tl.range(0, num_keys, KEYS):
         columns = start + tl.arange(0, KEYS)
         seen = tl.load(pointer + columns.to(tl.int64) * mask.stride_n, mask=columns < num_keys, other=0) != 0
         count += seen.to(tl.int32)
-        least = tl.minimum(least, tl.where(seen, columns, _LARGEST))
+        least = tl.minimum(least, tl.where(seen, columns, LARGEST))
         most = tl.maximum(most, tl.where(seen, columns + 1, 0))
     end = tl.max(most, 0)
     first = tl.minimum(tl.min(least, 0), end)

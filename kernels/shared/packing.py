@@ -10,7 +10,7 @@ from .tiles import ceil_div
 BLOCK = 256  # positions of a program
 SECTIONS = 16
 _SECTIONS = tl.constexpr(SECTIONS)
-_LARGEST = tl.constexpr((1 << 31) - 1)
+LARGEST = tl.constexpr((1 << 31) - 1)  # of int32
 
 
 def search_width(size: int) -> int:
@@ -38,7 +38,7 @@ def count_at_most(pointer, size, values, width):
     while width > 1:
         width = width // _SECTIONS
         last = found[:, None] + section * width - 1  # of each section
-        number = tl.load(pointer + last, mask=last < size, other=_LARGEST)
+        number = tl.load(pointer + last, mask=last < size, other=LARGEST)
         found += tl.sum((number <= values[:, None]).to(tl.int32), 1) * width
     return found
 
